@@ -1,0 +1,106 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchshear.dependency.alignment import Alignment
+from torchshear.errors import ArgumentError
+
+AVX512 = Alignment(block=16, granule=4, name="cpu-avx512")
+
+
+@pytest.mark.parametrize(
+    ("width", "multiplicity", "expected"),
+    [
+        (64, 1, [16, 32, 48, 64]),
+        (40, 1, [16, 32, 40]),
+        (16, 1, [4, 8, 12, 16]),
+        (20, 1, [16, 20]),
+        (12, 1, [4, 8, 12]),
+        (7, 1, [4, 7]),
+        (3, 1, [3]),
+        (1, 1, [1]),
+        (12, 64, list(range(1, 13))),
+        (6, 8, [2, 4, 6]),
+        (5, 3, [4, 5]),
+        (10, 3, [4, 8, 10]),
+        (20, 3, [16, 20]),
+        (6, 49, [4, 6]),
+    ],
+)
+def test_allowed_widths(width, multiplicity, expected):
+    widths = AVX512.allowed_widths(width, multiplicity)
+    assert widths.dtype == np.int64
+    assert widths.tolist() == expected
+
+
+def test_none_allows_every_width():
+    assert Alignment.none() == Alignment(1, 1, "none")
+    assert Alignment.none().allowed_widths(5).tolist() == [1, 2, 3, 4, 5]
+
+
+@given(
+    granule=st.integers(1, 8),
+    factor=st.integers(1, 8),
+    width=st.integers(1, 300),
+    multiplicity=st.integers(1, 64),
+    target=st.integers(-5, 400),
+)
+def test_widths_follow_the_definition(granule, factor, width, multiplicity, target):
+    alignment = Alignment(granule * factor, granule, "any")
+    whole = {k for k in range(1, width) if k * multiplicity % alignment.block == 0}
+    partial = {k for k in range(1, width) if k * multiplicity % granule == 0}
+    expected = whole | {width}
+    if width * multiplicity <= alignment.block or not whole:
+        expected |= partial
+    assert alignment.allowed_widths(width, multiplicity).tolist() == sorted(expected)
+    nearest = alignment.nearest(target, width, multiplicity)
+    assert nearest == min(expected, key=lambda k: (abs(k - target), -k))
+    assert type(nearest) is int
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"), [(-3, 16), (0, 16), (23, 16), (24, 32), (25, 32), (64, 64), (1000, 64)]
+)
+def test_nearest_takes_the_wider_of_two(target, expected):
+    assert AVX512.nearest(target, width=64) == expected
+
+
+def test_alignment_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
+        AVX512.block = 8
+
+
+@pytest.mark.parametrize(
+    ("block", "granule", "name", "message"),
+    [
+        (0, 1, "x", "block must be a whole number of at least 1, but got block=0"),
+        (-8, 1, "x", "got block=-8"),
+        (True, 1, "x", "got block=True"),
+        (8.0, 1, "x", "got block=8.0"),
+        (8, 0, "x", "granule must be a whole number of at least 1"),
+        (8, 3, "x", "block=8 is not a multiple of granule=3"),
+        (8, 4, "", "needs a name"),
+        (8, 4, None, "needs a name"),
+    ],
+)
+def test_bad_alignments_are_refused(block, granule, name, message):
+    with pytest.raises(ArgumentError, match=message):
+        Alignment(block, granule, name)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: AVX512.allowed_widths(0), "width must be a whole number of at least 1, but got width=0"),
+        (lambda: AVX512.allowed_widths(8, 0), "multiplicity must be"),
+        (lambda: AVX512.allowed_widths("8"), "got width='8'"),
+        (lambda: AVX512.nearest(1.5, 8), "target must be a whole number of units, but got target=1.5"),
+        (lambda: AVX512.nearest(True, 8), "got target=True"),
+    ],
+)
+def test_bad_questions_are_refused(call, message):
+    with pytest.raises(ArgumentError, match=message):
+        call()

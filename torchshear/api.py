@@ -1,0 +1,98 @@
+"""The public functions that join the stages: plan with an alignment profile, and prune in one call."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from torchshear.dependency import ChannelGroups, PruningPlan, analyze
+from torchshear.dependency.alignment import Alignment
+from torchshear.graph import trace
+from torchshear.pruners import Criterion, plan_uniform
+from torchshear.report import PruningReport, make_report
+from torchshear.speedup import Verification, resolve_alignment, shrink_to_form, verify
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PruneResult:
+    """What `prune` gives.
+
+    Attributes:
+        model: the pruned model, really smaller.
+        plan: what was kept; can be saved and replayed on a fresh model.
+        report: requested and achieved ratio, parameters and MACs before and after, group by group.
+        verification: how closely the pruned model agrees with the masked one.
+        form: "native", a copy of the original module; or "traced", the rewritten graphs.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    report: PruningReport
+    verification: Verification
+    form: str
+
+
+def plan(
+    groups: ChannelGroups,
+    criterion: str | Criterion = "l1",
+    ratio: float = 0.5,
+    align: int | str | Alignment | None = None,
+    min_width: int = 1,
+) -> PruningPlan:
+    """Decide what to remove: the same share of every channel group, lowest scores first.
+
+    Args:
+        groups: the analysed network, from `torchshear.analyze`.
+        criterion: name of a criterion ("l1", "l2") or a function like one.
+        ratio: fraction of the units of each group to remove, in [0, 1).
+        align: kept widths are rounded to the nearest multiple of an integer, or to what a profile ("cpu-avx2",
+            "cuda-fp16", ...) or this machine ("auto") runs well. None: any width.
+        min_width: the fewest units to keep in a group.
+
+    Returns:
+        The plan. Nothing is changed.
+
+    Raises:
+        ArgumentError: unknown criterion or profile; ratio outside [0, 1), or too small to remove anything.
+        WeightError: the weights are NaN, infinite, or on the meta device.
+    """
+    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width)
+
+
+def prune(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    criterion: str | Criterion = "l1",
+    ratio: float = 0.5,
+    align: int | str | Alignment | None = None,
+    min_width: int = 1,
+) -> PruneResult:
+    """Prune a model in one call: trace, analyze, plan, shrink, verify.
+
+    Args:
+        model: the model; it is left as it is.
+        args: example positional arguments.
+        kwargs: example keyword arguments.
+        criterion: name of a criterion or a function like one.
+        ratio: fraction of the units of each channel group to remove, in [0, 1).
+        align: see `torchshear.plan`.
+        min_width: the fewest units to keep in a group.
+
+    Returns:
+        The pruned model with its plan and report. A model in which nothing can shrink comes back as a copy, and the
+        report says why.
+
+    Raises:
+        ArgumentError: an argument is outside what is accepted.
+        CaptureError: torch.export cannot capture the model.
+        WeightError: the weights cannot be scored.
+        VerificationError: the shrunk model is not equal to the masked one; nothing is returned then.
+    """
+    alignment = resolve_alignment(align)
+    made = plan_uniform(analyze(trace(model, args, kwargs)), criterion, ratio, alignment, min_width)
+    shrunk = shrink_to_form(model, made)
+    verification = verify(model, shrunk.model, made, args, kwargs)
+    report = make_report(made, f"{shrunk.form}: {shrunk.reason}")
+    return PruneResult(shrunk.model, made, report, verification, shrunk.form)

@@ -1,0 +1,32 @@
+"""The axis algebra: which channels must be cut together, which cannot be cut, and plans of what is cut."""
+
+from torchshear.dependency._analysis import analyze
+from torchshear.dependency._axis import Algebra, Axes, Axis
+from torchshear.dependency._call import Call, Keep, Result
+from torchshear.dependency._cut import Cut, dense_cost
+from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
+from torchshear.dependency._plan import GroupPlan, PruningPlan, StatePlan, make_plan
+from torchshear.dependency._registry import operator_rule, registered_operators, unregister
+
+__all__ = [
+    "Algebra",
+    "Axes",
+    "Axis",
+    "Call",
+    "ChannelGroup",
+    "ChannelGroups",
+    "Cut",
+    "FixedDimension",
+    "GroupPlan",
+    "Keep",
+    "Member",
+    "PruningPlan",
+    "Result",
+    "StatePlan",
+    "analyze",
+    "dense_cost",
+    "make_plan",
+    "operator_rule",
+    "registered_operators",
+    "unregister",
+]

@@ -1,0 +1,119 @@
+"""Walk a graph once in execution order, apply each operator's rule, and form channel groups from what it says."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torchshear.dependency import rules as _rules  # registers the rules of the ATen operators
+from torchshear.dependency._axis import Algebra, Axes
+from torchshear.dependency._balance import settle_balances
+from torchshear.dependency._call import Call, Facts, Result
+from torchshear.dependency._grouping import form_groups
+from torchshear.dependency._groups import ChannelGroups
+from torchshear.dependency._registry import find_rule
+from torchshear.graph import Graph
+from torchshear.graph._graph import shape_of
+
+assert _rules
+
+
+def analyze(graph: Graph) -> ChannelGroups:
+    """Find out which channels of a network must be cut together, and which cannot be cut.
+
+    Needs shapes only: the model may live on the meta device.
+
+    Args:
+        graph: the captured model, from `torchshear.trace`.
+
+    Returns:
+        The channel groups, in order of appearance of their first parameter.
+    """
+    algebra, facts = Algebra(), Facts()
+    relate(graph, algebra, facts)
+    training = None
+    if graph.training is not None:
+        training = facts.for_other_graph()
+        relate(graph.training, algebra, training)
+    settle_balances(algebra, facts)
+    return form_groups(graph, algebra, facts, training)
+
+
+def relate(graph: Graph, algebra: Algebra, facts: Facts) -> None:
+    """Apply the rules of all operators of a graph.
+
+    Args:
+        graph: the captured model.
+        algebra: relations, added to.
+        facts: what the rules note, added to.
+    """
+    walker = _Walker(graph, algebra, facts)
+    for node in graph:
+        walker.visit(node)
+
+
+class _Walker:
+    """Visits nodes and records the axes of their values."""
+
+    def __init__(self, graph: Graph, algebra: Algebra, facts: Facts) -> None:
+        self.graph = graph
+        self.algebra = algebra
+        self.facts = facts
+
+    def visit(self, node: fx.Node) -> None:
+        """Give the node's value its axes."""
+        if node.op == "placeholder":
+            self.facts.axes[node.name] = self._input(node)
+        elif node.op == "get_attr":
+            self.facts.axes[node.name] = self._state(str(node.target))
+        elif node.op == "output":
+            self._output(node)
+        elif _gives_tensors(node) or str(node.target) == "aten.sym_size.int":
+            self.facts.axes[node.name] = self._call(node)
+
+    def _input(self, node: fx.Node) -> Result:
+        shape = shape_of(node)
+        if not isinstance(shape, tuple):
+            return None
+        return tuple(
+            self.algebra.fixed(size, f"model input {node.name!r}, dimension {dim}") for dim, size in enumerate(shape)
+        )
+
+    def _state(self, name: str) -> Axes:
+        if name not in self.facts.state_axes:
+            shape = self.graph.state[name].shape
+            self.facts.state_axes[name] = tuple(self.algebra.fresh(size) for size in shape)
+        return self.facts.state_axes[name]
+
+    def _output(self, node: fx.Node) -> None:
+        for i, value in enumerate(node.all_input_nodes):
+            axes = self.facts.axes.get(value.name)
+            for part in axes if isinstance(axes, list) else [axes]:
+                self.algebra.fix(part or (), f"model output {i}")
+
+    def _call(self, node: fx.Node) -> Result:
+        call = Call(node, self.graph, self.algebra, self.facts)
+        rule = find_rule(node)
+        return rule(call) if rule else _unknown(call)
+
+
+def _gives_tensors(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) or (
+        isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value)
+    )
+
+
+def _unknown(call: Call) -> Result:
+    """Nothing is known about the operator, so nothing that it touches may change."""
+    why = "operator without a rule"
+    for node in call.tensor_args:
+        call.fix(call.axes(node), why)
+
+    def fixed(shape: Any) -> Axes:
+        return tuple(call.fixed(size, why) for size in shape or ())
+
+    shape = shape_of(call.node)
+    if isinstance(call.node.meta.get("val"), torch.Tensor):
+        return fixed(shape)
+    return [fixed(item) for item in shape]

@@ -1,0 +1,260 @@
+"""One operator call as its rule sees it: arguments by name, axes of the operands, and what the rule can demand."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from torchshear.dependency._axis import Algebra, Axes, Axis
+from torchshear.graph import Graph, locate
+from torchshear.graph._graph import is_symbolic, shape_of
+
+Result = Axes | list[Axes] | None
+Keep = Callable[[Axis], npt.NDArray[np.bool_]]
+NewValue = Callable[[Keep], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A new size for an argument that is computed in the graph: the old value times new / old."""
+
+    old: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """How one argument of a call changes when units are cut.
+
+    Attributes:
+        name: schema name of the argument, or "call" for operator and arguments together.
+        index: element of the argument when it is a list, else None.
+        value: gives the new value, from a function that tells which positions of an axis are kept.
+    """
+
+    name: str
+    index: int | None
+    value: NewValue
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The positions of an axis form blocks of equal size, each of which must lose equally many."""
+
+    axis: Axis
+    n_blocks: int
+    where: str
+
+
+@dataclass(slots=True)
+class Facts:
+    """All that the rules find out about a graph, besides the relations in the algebra."""
+
+    axes: dict[str, Result] = field(default_factory=dict)
+    state_axes: dict[str, Axes] = field(default_factory=dict)
+    blocked: dict[str, tuple[int, Axis, int]] = field(default_factory=dict)
+    roles: dict[tuple[str, int], set[str]] = field(default_factory=dict)
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    mixed: dict[str, list[Axis]] = field(default_factory=dict)
+    balances: list[Balance] = field(default_factory=list)
+    positions: dict[str, Axis] = field(default_factory=dict)
+
+    def for_other_graph(self) -> "Facts":
+        """Facts for another graph over the same parameters: what concerns parameters is shared, values are not."""
+        return Facts(
+            state_axes=self.state_axes,
+            blocked=self.blocked,
+            roles=self.roles,
+            balances=self.balances,
+            positions=self.positions,
+        )
+
+    def copy(self) -> "Facts":
+        """A copy to which more can be added; axes themselves are frozen and shared."""
+        return Facts(
+            axes=dict(self.axes),
+            state_axes=dict(self.state_axes),
+            blocked=dict(self.blocked),
+            roles={key: set(roles) for key, roles in self.roles.items()},
+            edits=dict(self.edits),
+            mixed=dict(self.mixed),
+            balances=list(self.balances),
+            positions=dict(self.positions),
+        )
+
+
+class Call:
+    """An operator call under analysis.
+
+    A rule reads arguments with `arg`, axes of operands with `axes`, relates them, and returns the axes of the result:
+    a tuple of axes for a tensor, a list of such tuples for several tensors.
+    """
+
+    def __init__(self, node: fx.Node, graph: Graph, algebra: Algebra, facts: Facts) -> None:
+        self.node = node
+        self.graph = graph
+        self.algebra = algebra
+        self._facts = facts
+        self._arguments = bind_arguments(node)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def arg(self, name: str) -> Any:
+        """Value of an argument by its schema name, the default where it is not given."""
+        return self._arguments.get(name)
+
+    @property
+    def tensor_args(self) -> list[fx.Node]:
+        """All operands that are tensors, in order."""
+        return [node for node in self.node.all_input_nodes if self._is_tensor(node)]
+
+    def _is_tensor(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether an argument is a tensor."""
+        return self._is_tensor(self.arg(name))
+
+    def axes(self, operand: str | fx.Node) -> Axes:
+        """Axes of a tensor operand, by schema name or node."""
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        axes = self._facts.axes[node.name]
+        assert isinstance(axes, tuple), f"{node.name} is not one tensor"
+        return axes
+
+    def shape(self, operand: str | fx.Node) -> tuple[int, ...]:
+        """Sizes of a tensor operand, free ones as in the capture."""
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        shape = shape_of(node)
+        assert isinstance(shape, tuple)
+        return shape
+
+    @property
+    def out_shape(self) -> tuple[Any, ...]:
+        """Sizes of the result; a tuple of tuples for several results."""
+        shape = shape_of(self.node)
+        assert isinstance(shape, tuple)
+        return shape
+
+    def is_free(self, operand: str | fx.Node, dim: int) -> bool:
+        """Whether a dimension of an operand is free (the batch)."""
+        return is_symbolic(self.arg(operand) if isinstance(operand, str) else operand, dim)
+
+    def is_boolean(self, operand: fx.Node) -> bool:
+        """Whether a tensor operand holds truth values, as a mask does."""
+        return bool(operand.meta["val"].dtype == torch.bool)
+
+    def dim(self, name: str, rank: int) -> int:
+        """A dimension argument, counted from the front."""
+        return int(self.arg(name)) % max(rank, 1)
+
+    def state_name(self, operand: str | fx.Node) -> str | None:
+        """Name of the parameter or buffer that an operand is, if it is one directly."""
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def constant(self, operand: fx.Node) -> npt.NDArray[Any] | None:
+        """Values of an operand that is a buffer or literal, or None if it is computed or has no data."""
+        name = self.state_name(operand)
+        entry = self.graph.state.get(name) if name else None
+        if entry is None or entry.kind == "parameter" or entry.tensor.is_meta:
+            return None
+        return np.asarray(entry.tensor.detach().cpu().numpy())
+
+    @property
+    def where(self) -> str:
+        """The call in a phrase, for reasons: operator, module, source line."""
+        return str(locate(self.node))
+
+    # -- demanding ----------------------------------------------------------------------------------------------------
+
+    def tie(self, left: Axis, right: Axis) -> Axis:
+        """Tie two axes position by position."""
+        return self.algebra.equate(left, right, self.where)
+
+    def fix(self, axes: Sequence[Axis], why: str) -> None:
+        """Fix axes; the reason names this call."""
+        self.algebra.fix(axes, f"{why}: {self.where}")
+
+    def fixed(self, size: int, why: str = "computed") -> Axis:
+        """A fixed axis; the reason names this call."""
+        return self.algebra.fixed(size, f"{why}: {self.where}")
+
+    def balance(self, axis: Axis, n_blocks: int) -> None:
+        """Demand that each of `n_blocks` equal blocks of the axis loses equally many positions."""
+        self._facts.balances.append(Balance(axis, n_blocks, self.where))
+
+    def mix(self, *axes: Axis) -> None:
+        """Note that the values at one position of the axes depend on the others (a norm, a softmax, a mean)."""
+        self._facts.mixed.setdefault(self.node.name, []).extend(axes)
+
+    def block(self, operand: str, dim: int, axis: Axis, n_blocks: int) -> None:
+        """Say that dimension `dim` of a weight holds, in block b of its dimension 0, block b of `axis`."""
+        name = self.state_name(operand)
+        assert name is not None
+        known = self._facts.blocked.get(name)
+        if known is not None:
+            self.tie(known[1], axis)
+        self._facts.blocked[name] = (dim, axis, n_blocks)
+
+    def role(self, operand: str | fx.Node, **roles: int) -> None:
+        """Say what dimensions of a weight are for: `call.role("weight", out=0)` adds role "out" to dimension 0."""
+        name = self.state_name(operand)
+        if name is not None:
+            for role, dim in roles.items():
+                self._facts.roles.setdefault((name, dim), set()).add(role.rstrip("_"))
+
+    def results_of(self, node: fx.Node) -> list[Axes]:
+        """Axes of each result of a node that gives several."""
+        results = self._facts.axes[node.name]
+        assert isinstance(results, list), f"{node.name} is one tensor"
+        return results
+
+    def renumber(self, index: fx.Node, axis: Axis) -> None:
+        """Say that a buffer holds positions of `axis`, to be counted anew when some are cut."""
+        name = self.state_name(index)
+        assert name is not None
+        self._facts.positions[name] = axis
+
+    # -- rewriting ----------------------------------------------------------------------------------------------------
+
+    def edit(self, name: str, value: NewValue, index: int | None = None) -> None:
+        """Have an argument replaced by `value(keep)` when units are cut."""
+        self._facts.edits.setdefault(self.node.name, []).append(Edit(name, index, value))
+
+    def edit_call(self, value: Callable[[Keep], tuple[str, tuple[Any, ...]]]) -> None:
+        """Have the whole call replaced by `value(keep)`: the name of an operator and its arguments."""
+        self._facts.edits.setdefault(self.node.name, []).append(Edit("call", None, value))
+
+    def edit_size_of(self, name: str, axis: Axis, index: int | None = None) -> None:
+        """Have a literal argument become the number of positions kept of an axis that it counts."""
+        self.edit(name, lambda keep: int(keep(axis).sum()), index)
+
+    def edit_size(self, name: str, axis: Axis, index: int | None = None) -> None:
+        """Have a size argument follow an axis. A computed size is scaled; -1 and fixed sizes stay as they are."""
+        given = self.arg(name) if index is None else self.arg(name)[index]
+        if isinstance(given, int) and given < 0:
+            return
+        if isinstance(given, fx.Node):
+            self.edit(name, lambda keep: Scaled(axis.size, int(keep(axis).sum())), index)
+        else:
+            self.edit(name, lambda keep: int(keep(axis).sum()), index)
+
+
+def bind_arguments(node: fx.Node) -> Mapping[str, Any]:
+    """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(node.target._schema.arguments):
+        if i < len(node.args):
+            bound[argument.name] = node.args[i]
+        elif argument.name in node.kwargs:
+            bound[argument.name] = node.kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound

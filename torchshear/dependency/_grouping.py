@@ -1,0 +1,208 @@
+"""Forming channel groups: units with the same members are one group."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from torchshear.dependency._axis import Algebra, Axis
+from torchshear.dependency._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
+from torchshear.dependency._call import Facts
+from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
+from torchshear.dependency._units import PAD, Ids
+from torchshear.graph import Graph, locate
+
+
+@dataclass(frozen=True, slots=True)
+class _Dimension:
+    """A dimension of a parameter with the atoms of its positions."""
+
+    name: str
+    dim: int
+    axis: Axis
+    n_blocks: int
+    positions: Ids
+    atoms: Ids
+
+
+def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | None) -> ChannelGroups:
+    """Collect the dimensions of all parameters and buffers and group their units.
+
+    A balanced axis whose units fall into several groups cannot be kept balanced by choosing inside one group; its
+    blocks are tied, and groups are formed again.
+    """
+    while True:
+        dimensions = _dimensions(algebra, facts)
+        group_of, n_groups = _assign(algebra, dimensions)
+        labels = _block_labels(algebra, facts, group_of)
+        if labels is not None:
+            break
+    members = _members(facts, dimensions, group_of)
+    mixed = _mixed_groups(algebra, facts, group_of)
+    users = _first_users(graph)
+    groups: list[ChannelGroup] = []
+    names: dict[str, int] = defaultdict(int)
+    for index in range(n_groups):
+        groups.append(_group(index, members[index], labels, index in mixed, names, users))
+    return ChannelGroups(graph, tuple(groups), _fixed_dimensions(graph, algebra, facts), algebra, facts, training)
+
+
+def _dimensions(algebra: Algebra, facts: Facts) -> list[_Dimension]:
+    found: list[_Dimension] = []
+    for name, axes in facts.state_axes.items():
+        blocked = facts.blocked.get(name)
+        for dim, own in enumerate(axes):
+            is_blocked = blocked is not None and blocked[0] == dim
+            axis = blocked[1] if blocked is not None and is_blocked else own
+            rows = algebra.store.resolve(axis.units)
+            positions, columns = np.nonzero(rows)
+            if positions.size:
+                n_blocks = blocked[2] if blocked is not None and is_blocked else 0
+                found.append(_Dimension(name, dim, axis, n_blocks, positions, rows[positions, columns]))
+    return found
+
+
+def _assign(algebra: Algebra, dimensions: list[_Dimension]) -> tuple[Ids, int]:
+    """Number of the group of each unit (-1 for none), groups counted in order of first appearance.
+
+    A unit's signature is the sum, over the dimensions in which it stands, of a hash of dimension and multiplicity;
+    with its family it tells, say, heads from head dimensions of one weight.
+    """
+    size = len(algebra.store)
+    signature = np.zeros(size, np.uint64)
+    first = np.full(size, np.iinfo(np.int64).max)
+    offset = 0
+    for number, dimension in enumerate(dimensions, 1):
+        atoms, where, counts = np.unique(dimension.atoms, return_index=True, return_counts=True)
+        signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
+        first[atoms] = np.minimum(first[atoms], offset + dimension.positions[where])
+        offset += dimension.axis.size
+    atoms = np.flatnonzero(signature)
+    keys = np.stack([signature[atoms], algebra.store.families(atoms).astype(np.uint64)])
+    _, inverse = np.unique(keys, axis=1, return_inverse=True)
+    inverse = inverse.reshape(-1)
+    n_groups = int(inverse.max()) + 1 if atoms.size else 0
+    appearance = np.full(n_groups, np.iinfo(np.int64).max)
+    np.minimum.at(appearance, inverse, first[atoms])
+    rank = np.empty(n_groups, np.int64)
+    rank[np.argsort(appearance, kind="stable")] = np.arange(n_groups)
+    group_of = np.full(size, -1, np.int64)
+    group_of[atoms] = rank[inverse]
+    return group_of, n_groups
+
+
+def _hash(values: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
+    """SplitMix64 (Steele et al., OOPSLA 2014): well mixed 64-bit values of small integers."""
+    mixed = values * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _block_labels(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, dict[int, int]] | None:
+    """Block labels of units by group, or None if an axis had to be tied and groups must be formed anew."""
+    labels: dict[int, Ids] = {}
+    atoms_of: dict[int, Ids] = {}
+    for balance in facts.balances:
+        rows = algebra.store.resolve(balance.axis.units)
+        if rows.shape[1] == 0 or blocks_repeat(rows, balance.n_blocks):
+            continue
+        units = rows[:, 0]
+        free = units != PAD
+        groups = np.unique(group_of[units[free]]) if is_plain(rows) else np.array([-1])
+        group = int(groups[0])
+        whole = np.flatnonzero(group_of == group)
+        if len(groups) > 1 or group < 0 or len(whole) != free.sum():
+            tie_blocks(algebra, balance)
+            return None
+        block = (np.arange(len(units)) // (len(units) // balance.n_blocks))[free]
+        order = np.argsort(units[free])
+        atoms_of[group] = units[free][order]
+        new = block[order]
+        labels[group] = refine_labels(labels[group], new) if group in labels else new
+    return {
+        group: dict(zip(atoms_of[group].tolist(), labels[group].tolist(), strict=True)) for group in labels
+    }
+
+
+def _members(
+    facts: Facts, dimensions: list[_Dimension], group_of: Ids
+) -> dict[int, list[tuple[_Dimension, frozenset[str], Ids, Ids]]]:
+    """For each group its dimensions, each with roles, positions and atoms, in order of the graph."""
+    members: dict[int, list[tuple[_Dimension, frozenset[str], Ids, Ids]]] = defaultdict(list)
+    for dimension in dimensions:
+        roles = frozenset(facts.roles.get((dimension.name, dimension.dim), {"raw"}))
+        of = group_of[dimension.atoms]
+        for group in np.unique(of):
+            here = of == group
+            members[int(group)].append((dimension, roles, dimension.positions[here], dimension.atoms[here]))
+    return members
+
+
+def _mixed_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> set[int]:
+    mixed: set[int] = set()
+    for axes in facts.mixed.values():
+        for axis in axes:
+            rows = algebra.store.resolve(axis.units)
+            mixed |= set(group_of[rows[rows != PAD]].tolist())
+    return mixed
+
+
+def _group(
+    index: int,
+    members: list[tuple[_Dimension, frozenset[str], Ids, Ids]],
+    labels: dict[int, dict[int, int]],
+    is_mixed: bool,
+    names: dict[str, int],
+    users: dict[str, str],
+) -> ChannelGroup:
+    first, _, positions, atoms = members[0]
+    _, where = np.unique(atoms, return_index=True)
+    ordered = atoms[np.sort(where)]
+    by_atom = np.argsort(ordered)
+    name = f"{first.name}[{first.dim}]"
+    names[name] += 1
+    if names[name] > 1:
+        name += f"#{names[name]}"
+    block = labels.get(index)
+    made = tuple(
+        Member(
+            dimension.name,
+            dimension.dim,
+            roles,
+            at,
+            by_atom[np.searchsorted(ordered, which, sorter=by_atom)],
+            dimension.axis.size,
+            dimension.n_blocks,
+        )
+        for dimension, roles, at, which in members
+    )
+    where_used = tuple(dict.fromkeys(users[member.name] for member in made if member.name in users))
+    return ChannelGroup(
+        name=name,
+        width=len(ordered),
+        members=made,
+        balance=None if block is None else np.array([block[int(atom)] for atom in ordered], np.int64),
+        is_mixed=is_mixed,
+        atoms=ordered,
+        where=where_used[:4],
+    )
+
+
+def _first_users(graph: Graph) -> dict[str, str]:
+    return {
+        str(node.target): str(locate(next(iter(node.users)))) for node in graph if node.op == "get_attr" and node.users
+    }
+
+
+def _fixed_dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> tuple[FixedDimension, ...]:
+    found: list[FixedDimension] = []
+    for name, axes in facts.state_axes.items():
+        for dim, axis in enumerate(axes):
+            blocked = facts.blocked.get(name)
+            if axis.size <= 1 or (blocked is not None and blocked[0] == dim) or not algebra.is_fixed(axis):
+                continue
+            reason = algebra.store.first_reason(axis.units) or "fixed"
+            if graph.state[name].kind == "parameter" and not reason.startswith("size of a kernel"):
+                found.append(FixedDimension(name, dim, axis.size, reason))
+    return tuple(found)

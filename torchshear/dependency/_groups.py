@@ -1,0 +1,169 @@
+"""Channel groups: units that play the same part in the same parameters, to be chosen among one another."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from torchshear.dependency._axis import Algebra
+from torchshear.dependency._call import Facts
+from torchshear.dependency._network import draw_network
+from torchshear.dependency._units import Ids
+from torchshear.errors import ArgumentError
+from torchshear.graph import Graph
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """A dimension of a parameter or buffer in which units of a group lie.
+
+    Attributes:
+        name: canonical qualified name of the parameter or buffer.
+        dim: the dimension.
+        roles: what the dimension is for: "out", "in", "depthwise", "norm", "bias", "embedding", "statistic", or "raw"
+            for a parameter that is not the weight of a layer.
+        positions: positions along the dimension; of blocked weights (see `n_blocks`) along all blocks together.
+        units: for each of `positions`, the unit in 0..width-1 that it depends on.
+        size: number of positions that the dimension (all blocks together) has.
+        n_blocks: 0, or the number of blocks of dimension 0 whose rows each hold another block of these positions, as
+            the input channels of a grouped convolution do.
+    """
+
+    name: str
+    dim: int
+    roles: frozenset[str]
+    positions: Ids
+    units: Ids
+    size: int
+    n_blocks: int = 0
+
+    @property
+    def multiplicity(self) -> int:
+        """Positions that go with one unit, at least."""
+        return int(np.bincount(self.units).min())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelGroup:
+    """Units of which any set may be cut, within the constraints, and which are ranked against one another.
+
+    Attributes:
+        name: first member, as "layer1.0.conv1.weight[0]"; unique and the same in every analysis of the network.
+        width: number of units.
+        members: all dimensions that shrink when units are cut.
+        balance: block label of each unit, shape (width,), if equally many must be cut in each block, else None.
+        is_mixed: whether some operator's result at one unit depends on the other units (a norm, a softmax, a mean), so
+            that cutting units is another computation than zeroing them.
+        atoms: the units' identities in the algebra, shape (width,).
+        where: the first operators that use the group, with module and source line.
+    """
+
+    name: str
+    width: int
+    members: tuple[Member, ...]
+    balance: Ids | None
+    is_mixed: bool
+    atoms: Ids
+    where: tuple[str, ...]
+
+    @property
+    def is_prunable(self) -> bool:
+        """Whether at least one unit can go with at least one left, and every block as many."""
+        return self.max_cut > 0
+
+    @property
+    def max_cut(self) -> int:
+        """The most units that can be cut: all but one, and of balanced blocks equally many."""
+        if self.balance is None:
+            return self.width - 1
+        sizes = np.bincount(self.balance)
+        smallest = int(sizes.min())
+        return (smallest if (sizes > smallest).any() else smallest - 1) * len(sizes)
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks that lose equally many; 1 where there is no balance."""
+        return 1 if self.balance is None else int(self.balance.max()) + 1
+
+    @property
+    def multiplicity(self) -> int:
+        """Positions that one unit stands for in the narrowest dimension."""
+        return min(member.multiplicity for member in self.members)
+
+    @property
+    def reason(self) -> str | None:
+        """Why nothing can be cut, or None if something can."""
+        if self.is_prunable:
+            return None
+        return "only one unit in the group" if self.width == 1 else f"{self.n_blocks} balanced blocks of one unit each"
+
+
+@dataclass(frozen=True, slots=True)
+class FixedDimension:
+    """A dimension of a parameter that cannot shrink.
+
+    Attributes:
+        name: qualified name of the parameter.
+        dim: the dimension.
+        size: its size.
+        reason: what forbids it, with operator, module and source line.
+    """
+
+    name: str
+    dim: int
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChannelGroups(Sequence[ChannelGroup]):
+    """All channel groups of a network, with the relations that they come from.
+
+    Attributes:
+        graph: the captured network.
+        groups: the groups, in order of their first parameter.
+        fixed: dimensions of parameters that cannot shrink, with reasons; kernel sizes and sizes of 1 left out.
+        algebra: units and their relations.
+        facts: axes of every value and what rules noted.
+        training_facts: the same for the graph captured in train mode, where `graph.training` is one.
+    """
+
+    graph: Graph
+    groups: tuple[ChannelGroup, ...]
+    fixed: tuple[FixedDimension, ...]
+    algebra: Algebra
+    facts: Facts
+    training_facts: Facts | None = None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __getitem__(self, key: Any) -> Any:
+        """A group by number or name, or a slice of groups.
+
+        Raises:
+            ArgumentError: no group has that name.
+        """
+        if isinstance(key, str):
+            for group in self.groups:
+                if group.name == key:
+                    return group
+            raise ArgumentError(f"no channel group {key!r}; known are {', '.join(g.name for g in self.groups[:8])}, ...")
+        return self.groups[key]
+
+    @property
+    def prunable(self) -> tuple[ChannelGroup, ...]:
+        """The groups of which something can be cut."""
+        return tuple(group for group in self.groups if group.is_prunable)
+
+    def to_networkx(self) -> "nx.MultiDiGraph[str]":
+        """The network as a graph of operators and parameters; edges carry the groups that run along them."""
+        names = np.full(len(self.algebra.store), "", dtype=object)
+        for group in self.groups:
+            names[group.atoms] = group.name
+        return draw_network(self.graph, self.algebra, self.facts, names)

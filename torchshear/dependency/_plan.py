@@ -1,0 +1,304 @@
+"""The pruning plan: what is kept of every group, and hence of every parameter. Frozen; carries no weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchshear.dependency._cut import Cut
+from torchshear.dependency._groups import ChannelGroups
+from torchshear.dependency._plan_file import IndexReader, IndexWriter, damaged, read_document, write_document
+from torchshear.errors import PlanError
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupPlan:
+    """What is kept of one channel group.
+
+    Attributes:
+        name: name of the group.
+        width: number of units before.
+        kept: indices of the units that stay, ascending.
+        note: why the group keeps more or other than asked; "" if it does not.
+    """
+
+    name: str
+    width: int
+    kept: Indices
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StatePlan:
+    """What is kept of one parameter or buffer.
+
+    Attributes:
+        shape: sizes before.
+        kept: dimension -> positions that stay, ascending; dimensions not named stay whole.
+        blocks: dimension -> number of blocks of dimension 0 that its positions run over; most have none.
+    """
+
+    shape: tuple[int, ...]
+    kept: Mapping[int, Indices]
+    blocks: Mapping[int, int]
+
+    def mask(self) -> Tensor:
+        """Bool tensor of the original shape, True where a value stays."""
+        mask = torch.ones(self.shape, dtype=torch.bool)
+        for dim, positions in self.kept.items():
+            n_blocks = self.blocks.get(dim, 0)
+            line = torch.zeros(self.shape[dim] * max(n_blocks, 1), dtype=torch.bool)
+            line[torch.from_numpy(positions)] = True
+            mask &= _spread(line, self.shape, dim, n_blocks)
+        return mask
+
+
+def _spread(line: Tensor, shape: tuple[int, ...], dim: int, n_blocks: int) -> Tensor:
+    """Bring a mask along one dimension into a shape that broadcasts against the whole tensor."""
+    if n_blocks == 0:
+        return line.reshape([-1 if i == dim else 1 for i in range(len(shape))])
+    rows = line.reshape(n_blocks, shape[dim]).repeat_interleave(shape[0] // n_blocks, 0)
+    return rows.reshape([shape[0], *(-1 if i == dim else 1 for i in range(1, len(shape)))])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PruningPlan:
+    """Which channels of a model are kept.
+
+    Attributes:
+        groups: what is kept of each channel group, prunable or not.
+        state: canonical name -> what is kept, for parameters and buffers that shrink.
+        aliases: further names of tied parameters -> canonical name.
+        fingerprint: hash of the graph that the plan is for.
+        model_type: qualified class name of the model.
+        inputs: description of the example inputs, from which a model can be traced again; None if they are not
+            plain data.
+        request: what was asked for: criterion, ratio, alignment.
+        refused: group name or "parameter[dimension]" -> why it does not shrink.
+        versions: versions of torchshear and torch that made the plan.
+        analysis: the analysed network, while the plan lives in the process that made it; not saved.
+    """
+
+    groups: tuple[GroupPlan, ...]
+    state: Mapping[str, StatePlan]
+    aliases: Mapping[str, str]
+    fingerprint: str
+    model_type: str
+    inputs: dict[str, Any] | None
+    request: Mapping[str, Any]
+    refused: Mapping[str, str]
+    versions: Mapping[str, str]
+    analysis: ChannelGroups | None = field(default=None, repr=False)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Masks of all parameters and buffers that shrink.
+
+        Returns:
+            Name of a parameter or buffer -> bool tensor of its original shape, True = kept. Tied parameters are listed
+            under each of their names.
+        """
+        masks = {name: entry.mask() for name, entry in self.state.items()}
+        for alias, name in self.aliases.items():
+            if name in masks:
+                masks[alias] = masks[name]
+        return masks
+
+    @property
+    def kept(self) -> dict[str, Indices]:
+        """Group name -> kept units."""
+        return {group.name: group.kept for group in self.groups}
+
+    @property
+    def n_cut(self) -> int:
+        """Number of units that go, over all groups."""
+        return sum(group.width - len(group.kept) for group in self.groups)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the plan as readable JSON; long index lists go to a safetensors file beside it.
+
+        Raises:
+            OutputError: the folder is not writable or the disk is full; what was there before is unchanged.
+        """
+        writer = IndexWriter()
+        write_document(path, _to_document(self, writer), writer)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "PruningPlan":
+        """Read a plan. No code in the file is run.
+
+        Raises:
+            PlanError: the file is missing, truncated, damaged, or of a newer format.
+        """
+        document, reader = read_document(path)
+        return _from_document(Path(path), document, reader)
+
+    def then(self, second: "PruningPlan") -> "PruningPlan":
+        """Compose with a plan for the model that this plan gives: both in one, for the original model.
+
+        Raises:
+            PlanError: `second` is not a plan for the pruned model.
+        """
+        return compose(self, second)
+
+    def __eq__(self, other: object) -> bool:
+        """Plans are equal if they keep the same of the same network."""
+        if not isinstance(other, PruningPlan):
+            return NotImplemented
+        return self.fingerprint == other.fingerprint and _same_kept(self.kept, other.kept)
+
+    def __hash__(self) -> int:
+        return hash((self.fingerprint, self.n_cut))
+
+
+def _same_kept(left: Mapping[str, Indices], right: Mapping[str, Indices]) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def make_plan(
+    cut: Cut, kept: Mapping[str, Indices], request: Mapping[str, Any], notes: Mapping[str, str]
+) -> PruningPlan:
+    """Write down a cut as a plan.
+
+    Args:
+        cut: the checked choice of units.
+        kept: group name -> kept units; groups not named keep everything.
+        request: what was asked for, as plain data.
+        notes: group name -> why it keeps more or other than asked.
+    """
+    groups = cut.groups
+    graph = groups.graph
+    refused = {group.name: group.reason for group in groups if group.reason}
+    refused |= {f"{fixed.name}[{fixed.dim}]": fixed.reason for fixed in groups.fixed}
+    return PruningPlan(
+        groups=tuple(
+            GroupPlan(g.name, g.width, _indices(kept.get(g.name, np.arange(g.width))), notes.get(g.name, ""))
+            for g in groups
+        ),
+        state={
+            name: _state_plan(cut, name) for name in cut.changed_state() if graph.state[name].kind != "constant"
+        },
+        aliases={alias: name for alias, name in graph.aliases.items() if alias != name},
+        fingerprint=graph.fingerprint,
+        model_type=graph.model_type,
+        inputs=graph.inputs.to_json(),
+        request=dict(request),
+        refused=refused,
+        versions={"torchshear": version("torchshear"), "torch": str(torch.__version__)},
+        analysis=groups,
+    )
+
+
+def _indices(kept: Indices) -> Indices:
+    kept = np.sort(np.asarray(kept, np.int64))
+    kept.flags.writeable = False
+    return kept
+
+
+def _state_plan(cut: Cut, name: str) -> StatePlan:
+    masks, blocked = cut.state_keep(name)
+    return StatePlan(
+        shape=cut.groups.graph.state[name].shape,
+        kept={dim: np.flatnonzero(mask) for dim, mask in enumerate(masks) if not mask.all()},
+        blocks={blocked[0]: blocked[1]} if blocked is not None and not masks[blocked[0]].all() else {},
+    )
+
+
+def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
+    """Both plans in one; see `PruningPlan.then`."""
+    if first.analysis is None:
+        raise PlanError("the first plan was loaded from a file; compose plans in the process that made the first.")
+    after = second.kept
+    unknown = after.keys() - first.kept.keys()
+    if unknown:
+        raise PlanError(f"group {sorted(unknown)[0]!r} of the second plan is not in the first: it is for another model.")
+    kept: dict[str, Indices] = {}
+    for group in first.groups:
+        left = after.get(group.name, np.arange(len(group.kept)))
+        if left.size and left.max() >= len(group.kept):
+            raise PlanError(
+                f"the second plan keeps unit {int(left.max())} of group {group.name!r}, of which the first leaves "
+                f"{len(group.kept)}: it is not a plan for the pruned model."
+            )
+        kept[group.name] = group.kept[left]
+    request = {"first": dict(first.request), "second": dict(second.request)}
+    return make_plan(Cut(first.analysis, kept), kept, request, {})
+
+
+
+def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:
+    return {
+        "model": {"type": plan.model_type, "fingerprint": plan.fingerprint, "inputs": plan.inputs},
+        "request": dict(plan.request),
+        "versions": dict(plan.versions),
+        "groups": [
+            {"name": g.name, "width": g.width, "kept": writer.write(g.kept), **({"note": g.note} if g.note else {})}
+            for g in plan.groups
+        ],
+        "state": {
+            name: {
+                "shape": list(entry.shape),
+                "kept": {str(dim): writer.write(kept) for dim, kept in entry.kept.items()},
+                **({"blocks": {str(dim): n for dim, n in entry.blocks.items()}} if entry.blocks else {}),
+            }
+            for name, entry in plan.state.items()
+        },
+        "aliases": dict(plan.aliases),
+        "refused": dict(plan.refused),
+    }
+
+
+def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) -> PruningPlan:
+    try:
+        plan = PruningPlan(
+            groups=tuple(
+                GroupPlan(g["name"], int(g["width"]), _indices(reader.read(g["kept"])), g.get("note", ""))
+                for g in document["groups"]
+            ),
+            state={name: _read_state(entry, reader) for name, entry in document["state"].items()},
+            aliases=dict(document["aliases"]),
+            fingerprint=str(document["model"]["fingerprint"]),
+            model_type=str(document["model"]["type"]),
+            inputs=document["model"]["inputs"],
+            request=dict(document["request"]),
+            refused=dict(document["refused"]),
+            versions=dict(document["versions"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, PlanError):
+            raise
+        raise damaged(path, f"entry {error} is missing or of the wrong kind") from error
+    _check_ranges(path, plan)
+    return plan
+
+
+def _read_state(entry: Mapping[str, Any], reader: IndexReader) -> StatePlan:
+    return StatePlan(
+        shape=tuple(int(size) for size in entry["shape"]),
+        kept={int(dim): reader.read(text) for dim, text in entry["kept"].items()},
+        blocks={int(dim): int(n) for dim, n in entry.get("blocks", {}).items()},
+    )
+
+
+def _check_ranges(path: Path, plan: PruningPlan) -> None:
+    """Indices that lie outside what they index are damage, found on reading and not when a tensor is cut."""
+    for group in plan.groups:
+        _check_indices(path, f"group {group.name!r}", group.kept, group.width)
+    for name, entry in plan.state.items():
+        for dim, kept in entry.kept.items():
+            if not 0 <= dim < len(entry.shape):
+                raise damaged(path, f"{name!r} has no dimension {dim}")
+            _check_indices(path, f"{name!r} dimension {dim}", kept, entry.shape[dim] * max(entry.blocks.get(dim, 0), 1))
+
+
+def _check_indices(path: Path, what: str, kept: Indices, size: int) -> None:
+    if not kept.size or kept.min() < 0 or kept.max() >= size or (np.diff(kept) <= 0).any():
+        raise damaged(path, f"{what} keeps indices that are not ascending numbers in 0..{size - 1}")

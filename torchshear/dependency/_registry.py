@@ -1,0 +1,69 @@
+"""The registry of operator rules: for each operator, how the axes of its operands and its result are related."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from torchshear.dependency._call import Call, Result
+from torchshear.errors import ArgumentError
+
+Rule = Callable[[Call], Result]
+
+_RULES: dict[str, Rule] = {}
+
+
+def operator_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators.
+
+    Args:
+        names: operator names with namespace, as in "aten.conv2d"; all overloads are meant unless one is named, as in
+            "aten.add.Tensor".
+
+    Raises:
+        ArgumentError: a name has a rule already, or is not "namespace.operator[.overload]".
+    """
+
+    def add(rule: Rule) -> Rule:
+        for name in names:
+            if not 2 <= len(name.split(".")) <= 3:
+                raise ArgumentError(f"operator name {name!r}; expected 'namespace.operator' or with an overload.")
+            if name in _RULES:
+                raise ArgumentError(f"operator {name!r} has a rule already: {_RULES[name].__name__}.")
+            _RULES[name] = rule
+        return rule
+
+    return add
+
+
+def unregister(name: str) -> None:
+    """Forget the rule of an operator, so that it is unknown again.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if _RULES.pop(name, None) is None:
+        raise ArgumentError(f"operator {name!r} has no rule.")
+
+
+def find_rule(node: fx.Node) -> Rule | None:
+    """The rule for a call, or None if the operator is unknown. Elementwise ones are told by their tag."""
+    name = operator_name(node)
+    rule = _RULES.get(name) or _RULES.get(".".join(name.split(".")[:2]))
+    if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return _RULES["torchshear.pointwise"]
+    return rule
+
+
+def registered_operators() -> tuple[str, ...]:
+    """Names of all operators that have a rule of their own, sorted."""
+    return tuple(sorted(_RULES))
+
+
+def operator_name(node: fx.Node) -> str:
+    """Name of the operator that a node calls, as in "aten.conv2d.default"."""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"python.{getattr(target, '__name__', target)}"

@@ -1,0 +1,302 @@
+"""Units and what is known about them: which are the same, which are products of others, which cannot be cut.
+
+A *unit* is the smallest thing that can be cut. A *row* is a set of units, written as the row of an integer matrix; the
+position that it describes is kept if and only if all of its units are kept. Three relations hold between units:
+
+- two units are the same (union-find);
+- a unit is *composite*: the position it stands for is kept if and only if all units of another row are;
+- a unit is *fixed*: it cannot be cut, for a reason that is kept.
+
+Everything works on whole arrays; there is no loop over positions.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
+PAD = 0  # fills the shorter rows of a matrix; as a fixed unit it restricts nothing
+
+
+class UnitStore:
+    """All units of a network. Grows during analysis and is only read afterwards."""
+
+    def __init__(self) -> None:
+        self._size = 1
+        self._parent: Ids = np.zeros(1024, np.int64)
+        self._composite: Ids = np.full(1024, -1, np.int64)  # row of _sets, or -1 for an atom
+        self._reason: Ids = np.full(1024, -1, np.int64)  # index into reasons, or -1 for a unit that can be cut
+        self._family: Ids = np.zeros(1024, np.int64)
+        self._family_parent: list[int] = [0]
+        self._sets: Ids = np.zeros((256, 2), np.int64)
+        self._n_sets = 0
+        self.reasons: list[str] = [""]
+        self._reason_ids: dict[str, int] = {"": 0}
+        self._reason[PAD] = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    # -- creation -----------------------------------------------------------------------------------------------------
+
+    def fresh(self, count: int) -> Ids:
+        """Make `count` new units, of a family of their own. Shape of the result: (count,)."""
+        start, stop = self._size, self._size + count
+        self._reserve(stop)
+        ids = np.arange(start, stop)
+        self._parent[start:stop] = ids
+        self._family[start:stop] = len(self._family_parent)
+        self._family_parent.append(len(self._family_parent))
+        self._size = stop
+        return ids
+
+    def fixed(self, reason: str) -> int:
+        """The unit that stands for everything fixed for `reason`; one a reason."""
+        known = self._reason_ids.get(reason)
+        if known is None:
+            unit = int(self.fresh(1)[0])
+            self._reason_ids[reason] = unit
+            self.reasons.append(reason)
+            self._reason[unit] = len(self.reasons) - 1
+            return unit
+        return known
+
+    def _reserve(self, size: int) -> None:
+        capacity = len(self._parent)
+        if size <= capacity:
+            return
+        grown = max(size, 2 * capacity)
+        for name, fill in (("_parent", 0), ("_composite", -1), ("_reason", -1), ("_family", 0)):
+            array = np.full(grown, fill, np.int64)
+            array[:capacity] = getattr(self, name)
+            setattr(self, name, array)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def find(self, ids: Ids) -> Ids:
+        """Representatives of the classes of `ids`; any shape."""
+        roots = self._parent[ids]
+        above = self._parent[roots]
+        if np.array_equal(above, roots):
+            return roots
+        while not np.array_equal(above, roots):
+            roots, above = above, self._parent[above]
+        self._parent[ids] = roots
+        return roots
+
+    def is_fixed(self, roots: Ids) -> npt.NDArray[np.bool_]:
+        """Whether units, given by representative, are fixed."""
+        return self._reason[roots] >= 0
+
+    def reason(self, unit: int) -> str | None:
+        """Why a unit cannot be cut, or None if it can."""
+        index = int(self._reason[self.find(np.array([unit]))[0]])
+        return None if index < 0 else self.reasons[index]
+
+    def resolve(self, rows: Ids) -> Ids:
+        """Write rows in atoms: representatives of units that are neither composite nor fixed, PAD elsewhere.
+
+        Args:
+            rows: matrix (positions, k) of units.
+
+        Returns:
+            Matrix (positions, k'), no unit twice in a row, no column of PAD alone; k' may be 0.
+        """
+        rows = self.find(rows)
+        while True:
+            sets = self._composite[rows]
+            if not (sets >= 0).any():
+                break
+            rows = self._expand(rows, sets)
+        return _tidy(np.where(self._reason[rows] >= 0, PAD, rows))
+
+    def _expand(self, rows: Ids, sets: Ids) -> Ids:
+        parts = np.zeros((*rows.shape, self._sets.shape[1]), np.int64)
+        parts[:, :, 0] = rows
+        inside = sets >= 0
+        parts[inside] = self._sets[sets[inside]]
+        return _drop_empty_columns(self.find(parts.reshape(len(rows), -1)))
+
+    def families(self, roots: Ids) -> Ids:
+        """Family of each unit: units allocated together, or tied to such, are of one family."""
+        return np.array([self._find_family(family) for family in self._family[roots]], np.int64)
+
+    def _find_family(self, family: int) -> int:
+        while self._family_parent[family] != family:
+            family = self._family_parent[family]
+        return family
+
+    # -- relating -----------------------------------------------------------------------------------------------------
+
+    def fix(self, rows: Ids, reason: str) -> None:
+        """Fix every unit of the rows, and with a composite one all that it is made of."""
+        atoms = self.resolve(rows)
+        atoms = atoms[atoms != PAD]
+        if atoms.size:
+            self._reason[atoms] = self._reason[self.fixed(reason)]
+
+    def first_reason(self, rows: Ids) -> str | None:
+        """The reason of the first fixed unit in the rows that has one."""
+        reasons = self._reason[self.find(rows)]
+        known = reasons[reasons > 0]
+        return self.reasons[int(known[0])] if known.size else None
+
+    def union(self, left: Ids, right: Ids) -> None:
+        """Make atoms equal, pair by pair. Both: (n,), representatives of atoms."""
+        self._union_families(self._family[left], self._family[right])
+        while True:
+            left, right = self.find(left), self.find(right)
+            differ = left != right
+            if not differ.any():
+                return
+            left, right = left[differ], right[differ]
+            np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
+
+    def _union_families(self, left: Ids, right: Ids) -> None:
+        differ = left != right
+        for code in np.unique(left[differ] * len(self._family_parent) + right[differ]):
+            a, b = (self._find_family(int(family)) for family in divmod(code, len(self._family_parent)))
+            self._family_parent[max(a, b)] = min(a, b)
+
+    def equate(self, left: Ids, right: Ids, reason: str) -> None:
+        """Demand that position i of `left` is kept exactly when position i of `right` is.
+
+        Single units become one. A single unit against a set becomes composite. Two sets are matched column by column
+        where the columns repeat in the same pattern. What matches in no way is fixed for `reason`.
+
+        Args:
+            left: matrix (n, k) of units.
+            right: matrix (n, k') of units.
+            reason: why both sides belong together, kept with what becomes fixed by it.
+        """
+        if left is right:
+            return
+        while True:
+            a, b = self.resolve(left), self.resolve(right)
+            differ = ~_same_rows(a, b)
+            if not differ.any():
+                return
+            a, b = a[differ], b[differ]
+            left, right = left[differ], right[differ]
+            n_a, n_b = (a != PAD).sum(1), (b != PAD).sum(1)
+            if self._fix_against_fixed(left, right, a, b, n_a, n_b, reason):
+                continue
+            single = (n_a == 1) & (n_b == 1)
+            if single.any():
+                self.union(a[single].max(1), b[single].max(1))
+            elif (n_a == 1).any():
+                self._compose(a, b, n_a == 1)
+            elif (n_b == 1).any():
+                self._compose(b, a, n_b == 1)
+            else:
+                self._match_columns(a, b, reason)
+
+    def _fix_against_fixed(self, left: Ids, right: Ids, a: Ids, b: Ids, n_a: Ids, n_b: Ids, reason: str) -> bool:
+        """Rows that have a fixed partner become fixed, for the partner's reason where one is known."""
+        done = False
+        for source, rows, empty in ((left, b, n_a == 0), (right, a, n_b == 0)):
+            if empty.any():
+                self.fix(rows[empty], self.first_reason(source[empty]) or reason)
+                done = True
+        return done
+
+    def _compose(self, single: Ids, sets: Ids, where: npt.NDArray[np.bool_]) -> None:
+        """Replace atoms by sets of atoms, the first set of each; the caller comes back for the others."""
+        atoms, first = np.unique(single[where].max(1), return_index=True)
+        rows = sets[where][first]
+        inside = (rows == atoms[:, None]).any(1)
+        for atom, row in zip(atoms[inside], rows[inside], strict=True):
+            # x = x and y holds only if y is cut no more often than x: sound is to make them one.
+            others = row[row != PAD]
+            self.union(np.full(len(others), atom), others)
+        atoms, rows = atoms[~inside], rows[~inside]
+        # Substituting several atoms at once is safe only while none of them stands in a set of this very batch.
+        safe = ~np.isin(atoms, rows)
+        if not safe.any():
+            safe[:1] = True
+        self._substitute(atoms[safe], rows[safe])
+
+    def _substitute(self, atoms: Ids, rows: Ids) -> None:
+        start, stop = self._n_sets, self._n_sets + len(atoms)
+        width = max(rows.shape[1], self._sets.shape[1])
+        if stop > len(self._sets) or width > self._sets.shape[1]:
+            grown = np.zeros((max(stop, 2 * len(self._sets)), width), np.int64)
+            grown[: len(self._sets), : self._sets.shape[1]] = self._sets
+            self._sets = grown
+        self._sets[start:stop, : rows.shape[1]] = rows
+        self._composite[atoms] = np.arange(start, stop)
+        self._n_sets = stop
+
+    def _match_columns(self, a: Ids, b: Ids, reason: str) -> None:
+        """Relate rows of two or more units each, for the largest run of rows with the same columns in use."""
+        used = np.concatenate([a != PAD, b != PAD], 1)
+        _, inverse = np.unique(used, axis=0, return_inverse=True)
+        rows = inverse.reshape(-1) == inverse.reshape(-1)[0]
+        a, b = a[rows][:, (a[rows] != PAD).any(0)], b[rows][:, (b[rows] != PAD).any(0)]
+        labels_a = [_pattern(a[:, j]) for j in range(a.shape[1])]
+        labels_b = [_pattern(b[:, j]) for j in range(b.shape[1])]
+        matched = False
+        free_b = list(range(b.shape[1]))
+        for i, label in enumerate(labels_a):
+            twin = next((j for j in free_b if np.array_equal(labels_b[j], label)), None)
+            if twin is not None:
+                free_b.remove(twin)
+                if not np.array_equal(a[:, i], b[:, twin]):
+                    self.union(a[:, i], b[:, twin])
+                    matched = True
+        if matched or self._refine(a, b, labels_a, labels_b) or self._refine(b, a, labels_b, labels_a):
+            return
+        self.fix(np.concatenate([a, b], 1), f"{reason}: its factors do not line up")
+
+    def _refine(self, a: Ids, b: Ids, labels_a: list[Ids], labels_b: list[Ids]) -> bool:
+        """Where one column of `a` varies exactly as several of `b` do together, make its units composite of theirs."""
+        for i, label in enumerate(labels_a):
+            if any(np.array_equal(label, other) for other in labels_b):
+                continue
+            inside = [j for j, other in enumerate(labels_b) if _determines(label, other)]
+            if len(inside) > 1 and np.array_equal(_pattern_of_rows(b[:, inside]), label):
+                _, first = np.unique(label, return_index=True)
+                self._compose(a[first][:, [i]], b[first][:, inside], np.ones(len(first), bool))
+                return True
+        return False
+
+
+def _tidy(rows: Ids) -> Ids:
+    """Blank the second mention of a unit in a row, and drop columns that are blank throughout."""
+    rows = _drop_empty_columns(rows)
+    for j in range(1, rows.shape[1]):
+        for i in range(j):
+            rows[:, j] = np.where(rows[:, i] == rows[:, j], PAD, rows[:, j])
+    return _drop_empty_columns(rows) if rows.shape[1] > 1 else rows
+
+
+def _drop_empty_columns(rows: Ids) -> Ids:
+    used = (rows != PAD).any(0)
+    return rows if used.all() else rows[:, used]
+
+
+def _same_rows(a: Ids, b: Ids) -> npt.NDArray[np.bool_]:
+    """Whether rows hold the same units, whatever their order. Both: (n, any)."""
+    if a.shape == b.shape and a.shape[1] == 1:
+        return np.asarray(a[:, 0] == b[:, 0])
+    width = max(a.shape[1], b.shape[1])
+    padded = [np.sort(np.pad(x, ((0, 0), (0, width - x.shape[1]))), 1) for x in (a, b)]
+    return np.asarray((padded[0] == padded[1]).all(1))
+
+
+def _pattern(column: Ids) -> Ids:
+    """Number the values of a column by first appearance, so that equal patterns of repetition are equal arrays."""
+    _, first, inverse = np.unique(column, return_index=True, return_inverse=True)
+    order = np.empty(len(first), np.int64)
+    order[np.argsort(first)] = np.arange(len(first))
+    return order[inverse]
+
+
+def _pattern_of_rows(rows: Ids) -> Ids:
+    _, inverse = np.unique(rows, axis=0, return_inverse=True)
+    return _pattern(inverse.reshape(-1))
+
+
+def _determines(fine: Ids, coarse: Ids) -> bool:
+    """Whether equal values of `fine` imply equal values of `coarse`."""
+    _, first = np.unique(fine, return_index=True)
+    return bool(np.array_equal(coarse[first][fine], coarse))

@@ -1,0 +1,112 @@
+"""Widths that a device computes at full speed, as a value that selection and planning can ask."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from torchshear.errors import ArgumentError
+
+__all__ = ["Alignment"]
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What the number of positions of a dimension should be a multiple of.
+
+    Attributes:
+        block: positions that the device computes together; the cost moves in steps of it.
+        granule: positions below which a dimension falls off the fast path; divides `block`. It is used where the
+            dimension is too narrow for a whole block.
+        name: where the figures come from: a profile name, or a description.
+
+    Raises:
+        ArgumentError: a size is not a whole number of at least 1, the granule does not divide the block, or the name
+            is empty.
+
+    Example:
+        >>> Alignment(block=8, granule=4, name="cpu-avx2").allowed_widths(20)
+        array([ 8, 16, 20])
+    """
+
+    block: int
+    granule: int
+    name: str
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no width could meet."""
+        _check_count("block", self.block)
+        _check_count("granule", self.granule)
+        if self.block % self.granule:
+            raise ArgumentError(
+                f"block={self.block} is not a multiple of granule={self.granule}. "
+                f"Expected a granule that divides the block, such as Alignment(16, 4, 'cpu-avx512')."
+            )
+        if not isinstance(self.name, str) or not self.name:
+            raise ArgumentError(f"an alignment needs a name to appear in reports, but got name={self.name!r}.")
+
+    @classmethod
+    def none(cls) -> Self:
+        """Give the alignment that allows every width."""
+        return cls(block=1, granule=1, name="none")
+
+    def allowed_widths(self, width: int, multiplicity: int = 1) -> np.ndarray:
+        """List the widths that a dimension may keep.
+
+        Allowed are all k whose k * multiplicity positions fill whole blocks, and `width` itself, since not pruning is
+        always possible. Multiples of the granule are allowed too where the dimension fits into one block or no narrower
+        width fills whole blocks.
+
+        Args:
+            width: units that the dimension has now.
+            multiplicity: positions that each unit stands for: the head size for attention heads, H * W after a flatten.
+
+        Returns:
+            Widths of shape (n,), int64, ascending, each between 1 and `width`; the last is `width`.
+
+        Raises:
+            ArgumentError: an argument is not a whole number of at least 1.
+
+        Example:
+            >>> Alignment(block=16, granule=4, name="cpu-avx512").allowed_widths(12)
+            array([ 4,  8, 12])
+        """
+        _check_count("width", width)
+        _check_count("multiplicity", multiplicity)
+        widths: np.ndarray = np.arange(1, width + 1, dtype=np.int64)
+        positions = widths * multiplicity
+        is_allowed = positions % self.block == 0
+        if width * multiplicity <= self.block or not is_allowed[:-1].any():
+            is_allowed |= positions % self.granule == 0
+        is_allowed[-1] = True
+        allowed: np.ndarray = widths[is_allowed]
+        return allowed
+
+    def nearest(self, target: int, width: int, multiplicity: int = 1) -> int:
+        """Give the allowed width nearest to `target`; of two equally near ones, the wider.
+
+        Args:
+            target: units wanted; zero or less gives the narrowest allowed width, more than `width` gives `width`.
+            width: units that the dimension has now.
+            multiplicity: positions that each unit stands for.
+
+        Returns:
+            A width out of `allowed_widths(width, multiplicity)`.
+
+        Raises:
+            ArgumentError: `target` is not a whole number, or another argument is not one of at least 1.
+
+        Example:
+            >>> Alignment(block=8, granule=4, name="cpu-avx2").nearest(target=12, width=32)
+            16
+        """
+        if isinstance(target, bool) or not isinstance(target, int | np.integer):
+            raise ArgumentError(f"target must be a whole number of units, but got target={target!r}.")
+        widths = self.allowed_widths(width, multiplicity)[::-1]
+        return int(widths[np.argmin(np.abs(widths - target))])
+
+
+def _check_count(name: str, value: object) -> None:
+    """Refuse anything but a whole number of at least 1; a bool is not a number here."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ArgumentError(f"{name} must be a whole number of at least 1, but got {name}={value!r}.")

@@ -1,0 +1,31 @@
+"""Rules for the ATen operators, one file a family. Importing this package registers them all."""
+
+from torchshear.dependency.rules import (
+    _attention,
+    _contraction,
+    _convolution,
+    _creation,
+    _elementwise,
+    _indexing,
+    _joining,
+    _layout,
+    _normalization,
+    _reduction,
+    _reshape,
+    _spatial,
+)
+
+__all__ = [
+    "_attention",
+    "_contraction",
+    "_convolution",
+    "_creation",
+    "_elementwise",
+    "_indexing",
+    "_joining",
+    "_layout",
+    "_normalization",
+    "_reduction",
+    "_reshape",
+    "_spatial",
+]

@@ -1,0 +1,45 @@
+"""Scaled dot-product attention as one operator."""
+
+from math import sqrt
+
+from torchshear.dependency._axis import Axes, Axis
+from torchshear.dependency._call import Call
+from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.rules._elementwise import broadcast
+
+
+@operator_rule("aten.scaled_dot_product_attention")
+def _attention(call: Call) -> Axes:
+    """softmax(q k^T * scale) v, with q (..., L, E), k (..., S, E), v (..., S, V) and result (..., L, V).
+
+    The features E of queries and keys are one axis, contracted; the features V of values are another. Without `scale`
+    the operator divides by the square root of E as it is, so the original value is written into the call.
+    """
+    q, k, v = call.axes("query"), call.axes("key"), call.axes("value")
+    call.tie(q[-1], k[-1])
+    call.tie(k[-2], v[-2])
+    call.mix(q[-1], k[-2])
+    if call.arg("scale") is None:
+        width = q[-1].size
+        call.edit("scale", lambda keep: 1.0 / sqrt(width))
+    n_batch = len(call.out_shape) - 2
+    if call.arg("enable_gqa") and q[-3].size != k[-3].size:
+        batch = (*broadcast(call, [q[:-3], k[:-3], v[:-3]], call.out_shape[: n_batch - 1]), _grouped_heads(call, q, k, v))
+    else:
+        batch = broadcast(call, [q[:-2], k[:-2], v[:-2]], call.out_shape[:n_batch])
+    result = (*batch, q[-2], v[-1])
+    if call.is_tensor("attn_mask"):
+        scores_shape = (*call.out_shape[:n_batch], q[-2].size, k[-2].size)
+        broadcast(call, [(*batch, q[-2], k[-2]), call.axes("attn_mask")], scores_shape)
+    return result
+
+
+def _grouped_heads(call: Call, q: Axes, k: Axes, v: Axes) -> Axis:
+    """Each key and value head serves a run of query heads; the operator derives how many from the sizes."""
+    n_groups = k[-3].size
+    groups, _ = call.algebra.factor(q[-3], (n_groups, q[-3].size // n_groups))
+    call.tie(groups, k[-3])
+    call.tie(k[-3], v[-3])
+    return q[-3]
+
+

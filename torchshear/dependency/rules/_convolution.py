@@ -1,0 +1,97 @@
+"""Convolutions of any rank, plain, grouped, depthwise and transposed."""
+
+from torchshear.dependency._axis import Axes, Axis
+from torchshear.dependency._call import Call
+from torchshear.dependency._registry import operator_rule
+
+
+@operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
+def _convolution(call: Call) -> Axes:
+    """Weight is (out, in / groups, *kernel)."""
+    x, weight = call.axes("input"), call.axes("weight")
+    channel = len(x) - len(weight) + 1
+    groups = int(call.arg("groups"))
+    if groups == 1:
+        call.role("weight", out=0, in_=1)
+        call.tie(weight[1], x[channel])
+    elif weight[1].size == 1:
+        _depthwise(call, x[channel], weight[0], groups)
+    else:
+        _grouped(call, x[channel], weight, groups)
+    return _finish(call, x, channel, weight[0])
+
+
+@operator_rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
+def _transposed(call: Call) -> Axes:
+    """Weight is (in, out / groups, *kernel)."""
+    x, weight = call.axes("input"), call.axes("weight")
+    channel = len(x) - len(weight) + 1
+    groups = int(call.arg("groups"))
+    call.role("weight", in_=0, out=1)
+    if groups == 1:
+        call.tie(weight[0], x[channel])
+        out = weight[1]
+    elif groups == weight[0].size:
+        call.tie(weight[0], x[channel])
+        call.edit_size("groups", x[channel])
+        out = weight[0] if weight[1].size == 1 else call.algebra.merge(weight[:2])
+    else:
+        out = _transposed_grouped(call, x[channel], weight, groups)
+    return _finish(call, x, channel, out)
+
+
+def _finish(call: Call, x: Axes, channel: int, out: Axis) -> Axes:
+    """Tie the bias, fix kernel and space, and put the result together."""
+    if call.is_tensor("bias"):
+        call.tie(out, call.axes("bias")[0])
+        call.role("bias", bias=0)
+    call.fix(call.axes("weight")[2:], "size of a kernel")
+    call.fix(x[channel + 1 :], "space that a kernel slides over")
+    space = tuple(call.fixed(size, "space") for size in call.out_shape[channel + 1 :])
+    return (*x[:channel], out, *space)
+
+
+def _depthwise(call: Call, channels: Axis, out: Axis, groups: int) -> None:
+    """Each input channel has its own outputs: one, or a multiplier that is a factor of its own."""
+    call.role("weight", depthwise=0)
+    if out.size == groups:
+        call.tie(channels, out)
+    else:
+        per_channel, _ = call.algebra.factor(out, (groups, out.size // groups))
+        call.tie(channels, per_channel)
+    call.edit_size("groups", channels)
+
+
+def _grouped(call: Call, channels: Axis, weight: Axes, groups: int) -> None:
+    """Each group may keep channels of its own choice, but all groups equally many."""
+    call.role("weight", out=0, in_=1)
+    call.balance(weight[0], groups)
+    if _is_own_weight(call):
+        call.balance(channels, groups)
+        call.fix(weight[1:2], "input channels inside a group")
+        call.block("weight", 1, channels, groups)
+    else:
+        group, inside = call.algebra.factor(channels, (groups, channels.size // groups))
+        call.fix([group], "groups of a convolution with a computed weight")
+        call.tie(inside, weight[1])
+
+
+def _transposed_grouped(call: Call, channels: Axis, weight: Axes, groups: int) -> Axis:
+    call.balance(weight[0], groups)
+    call.tie(weight[0], channels)
+    if not _is_own_weight(call):
+        call.fix(weight[:2], "channels of a grouped transposed convolution with a computed weight")
+        return call.fixed(groups * weight[1].size, "grouped transposed convolution with a computed weight")
+    out = call.algebra.fresh(groups * weight[1].size)
+    call.balance(out, groups)
+    call.fix(weight[1:2], "output channels inside a group")
+    call.block("weight", 1, out, groups)
+    return out
+
+
+def _is_own_weight(call: Call) -> bool:
+    """Whether the weight is a parameter that only calls of this operator read, so that its blocks can differ."""
+    weight = call.arg("weight")
+    return call.state_name(weight) is not None and all(
+        user.target is call.node.target and user.args[1] is weight for user in weight.users
+    )

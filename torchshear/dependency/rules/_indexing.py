@@ -1,0 +1,53 @@
+"""Operators that pick positions by an index tensor."""
+
+import numpy as np
+from torch import fx
+
+from torchshear.dependency._axis import Axes, Axis
+from torchshear.dependency._call import Call
+from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.rules._elementwise import broadcast
+
+
+@operator_rule("aten.index_select")
+def _index_select(call: Call) -> Axes:
+    x = call.axes("self")
+    dim = call.dim("dim", len(x))
+    return (*x[:dim], _picked(call, x[dim], call.arg("index")), *x[dim + 1 :])
+
+
+@operator_rule("aten.index.Tensor")
+def _index(call: Call) -> Axes:
+    """One constant row of positions picks exactly; any other index leaves its axes whole."""
+    x = call.axes("self")
+    given = [(dim, node) for dim, node in enumerate(call.arg("indices")) if node is not None]
+    dims = [dim for dim, _ in given]
+    if len(given) == 1 and len(call.shape(given[0][1])) == 1 and not call.is_boolean(given[0][1]):
+        dim, node = given[0]
+        return (*x[:dim], _picked(call, x[dim], node), *x[dim + 1 :])
+    call.fix([x[dim] for dim in dims], "picked by an index tensor")
+    rest = [axis for dim, axis in enumerate(x) if dim not in dims]
+    rank = len(call.out_shape) - len(rest)
+    adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
+    at = dims[0] if adjacent else 0
+    indices = [call.axes(node) for _, node in given]
+    is_mask = any(len(axes) != rank for axes in indices)
+    picked = (
+        tuple(call.fixed(size, "picked by an index tensor") for size in call.out_shape[at : at + rank])
+        if is_mask
+        else broadcast(call, indices, call.out_shape[at : at + rank])
+    )
+    return (*rest[:at], *picked, *rest[at:])
+
+
+def _picked(call: Call, axis: Axis, index: fx.Node) -> Axis:
+    """The axis of picked positions. A buffer of positions is renumbered when others go."""
+    own = call.axes(index)[0]
+    if call.algebra.is_fixed(axis):
+        return own
+    positions = call.constant(index)
+    if positions is None or positions.dtype == np.bool_ or len(index.users) > 1:
+        call.fix([axis], "picked by an index that is computed or shared")
+        return call.fixed(own.size, "picked by an index that is computed or shared")
+    call.renumber(index, axis)
+    return call.tie(own, call.algebra.take(axis, positions.astype(np.int64) % axis.size))

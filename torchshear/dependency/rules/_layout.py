@@ -1,0 +1,156 @@
+"""Operators that reorder, add, drop or repeat axes without touching the order of positions inside them."""
+
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from torchshear.dependency._axis import Axes, Axis
+from torchshear.dependency._call import Call
+from torchshear.dependency._registry import operator_rule
+
+
+@operator_rule("aten.permute")
+def _permute(call: Call) -> Axes:
+    x = call.axes("self")
+    return tuple(x[dim] for dim in call.arg("dims"))
+
+
+@operator_rule("aten.transpose.int", "aten.swapaxes")
+def _transpose(call: Call) -> Axes:
+    x = list(call.axes("self"))
+    names = ("dim0", "dim1") if call.arg("dim0") is not None else ("axis0", "axis1")
+    i, j = (call.dim(name, len(x)) for name in names)
+    x[i], x[j] = x[j], x[i]
+    return tuple(x)
+
+
+@operator_rule("aten.t", "aten.numpy_T", "aten.mT", "aten.matrix_H")
+def _reverse(call: Call) -> Axes:
+    x = call.axes("self")
+    return (*x[:-2], *x[-2:][::-1]) if "mT" in str(call.node.target) else x[::-1]
+
+
+@operator_rule("aten.movedim")
+def _movedim(call: Call) -> Axes:
+    x = call.axes("self")
+    source, destination = (
+        [int(d) % len(x) for d in (value if isinstance(value, list | tuple) else [value])]
+        for value in (call.arg("source"), call.arg("destination"))
+    )
+    order: list[int] = [dim for dim in range(len(x)) if dim not in source]
+    for to, dim in sorted(zip(destination, source, strict=True)):
+        order.insert(to, dim)
+    return tuple(x[dim] for dim in order)
+
+
+@operator_rule("aten.unsqueeze", "aten.unsqueeze_")
+def _unsqueeze(call: Call) -> Axes:
+    x = call.axes("self")
+    dim = call.dim("dim", len(x) + 1)
+    return (*x[:dim], call.fixed(1, "a new dimension"), *x[dim:])
+
+
+@operator_rule("aten.squeeze", "aten.squeeze_")
+def _squeeze(call: Call) -> Axes:
+    """Only the dimensions that have size 1 now are dropped, even if others shrink to 1."""
+    x = call.axes("self")
+    dims = call.arg("dim")
+    given = range(len(x)) if dims is None else [dims] if isinstance(dims, int) else dims
+    dropped = [dim % len(x) for dim in given if x[dim].size == 1]
+    call.edit_call(lambda keep: ("aten.squeeze.dims", (call.arg("self"), dropped)))
+    return tuple(axis for dim, axis in enumerate(x) if dim not in dropped)
+
+
+@operator_rule("aten.expand")
+def _expand(call: Call) -> Axes:
+    """A dimension of size 1 becomes copies, which are units of their own: cutting one rewrites the size."""
+    x, sizes = call.axes("self"), call.arg("size")
+    offset = len(sizes) - len(x)
+    result: list[Axis] = []
+    for i, given in enumerate(sizes):
+        old = x[i - offset] if i >= offset else None
+        if old is not None and (old.size == call.out_shape[i]):
+            axis = old
+        else:
+            axis = _copies(call, given, call.out_shape[i])
+        call.edit_size("size", axis, i)
+        result.append(axis)
+    return tuple(result)
+
+
+def _copies(call: Call, given: Any, size: int) -> Axis:
+    if isinstance(given, fx.Node) or size <= 1:
+        return call.fixed(size, "a free dimension")
+    return call.algebra.virtual(size)
+
+
+@operator_rule("aten.expand_as")
+def _expand_as(call: Call) -> Axes:
+    x, other = call.axes("self"), call.axes("other")
+    offset = len(other) - len(x)
+    for i, axis in enumerate(x):
+        if axis.size == other[i + offset].size:
+            call.tie(axis, other[i + offset])
+    return other
+
+
+@operator_rule("aten.repeat")
+def _repeat(call: Call) -> Axes:
+    x, repeats = call.axes("self"), call.arg("repeats")
+    offset = len(repeats) - len(x)
+    result: list[Axis] = []
+    for i, times in enumerate(repeats):
+        old = x[i - offset] if i >= offset else call.fixed(1, "a new dimension")
+        if isinstance(times, fx.Node):
+            call.fix([old], "repeated a free number of times")
+            result.append(call.fixed(call.out_shape[i], "a free dimension"))
+        elif times == 1:
+            result.append(old)
+        else:
+            copies = call.algebra.virtual(times)
+            call.edit_size("repeats", copies, i)
+            result.append(copies if old.size == 1 else call.algebra.merge((copies, old)))
+    return tuple(result)
+
+
+@operator_rule("aten.repeat_interleave.self_int")
+def _repeat_interleave(call: Call) -> Axes:
+    """Each position becomes a run of copies."""
+    x, times = call.axes("self"), call.arg("repeats")
+    if call.arg("dim") is None or not isinstance(times, int):
+        call.fix(x, "repeated in a way that depends on data or flattens")
+        return tuple(call.fixed(size, "repeated") for size in call.out_shape)
+    dim = call.dim("dim", len(x))
+    copies = call.algebra.virtual(times)
+    merged = copies if x[dim].size == 1 else call.algebra.merge((x[dim], copies))
+    call.edit_size("repeats", copies)
+    if isinstance(call.arg("output_size"), int):
+        call.edit_size("output_size", merged)
+    return (*x[:dim], merged, *x[dim + 1 :])
+
+
+@operator_rule("aten.flip")
+def _flip(call: Call) -> Axes:
+    x = list(call.axes("self"))
+    for dim in call.arg("dims"):
+        x[dim] = call.algebra.take(x[dim], slice(None, None, -1))
+    return tuple(x)
+
+
+@operator_rule("aten.roll")
+def _roll(call: Call) -> Axes:
+    """Positions move round by `shift`; of the last `shift` ones, those that are kept move to the front."""
+    x = list(call.axes("self"))
+    if not call.arg("dims"):
+        call.fix(x, "rolled as one flat row")
+        return tuple(x)
+    for i, (shift, dim) in enumerate(zip(call.arg("shifts"), call.arg("dims"), strict=True)):
+        axis = x[dim]
+        if isinstance(shift, fx.Node):
+            call.fix([axis], "rolled by a free number")
+            continue
+        to_front = call.algebra.take(axis, slice(axis.size - shift % axis.size, None))
+        call.edit_size_of("shifts", to_front, i)
+        x[dim] = call.algebra.take(axis, np.roll(np.arange(axis.size), shift))
+    return tuple(x)

@@ -1,0 +1,91 @@
+"""Normalisations: parameters lie along the channels; statistics over channels mix them."""
+
+from torchshear.dependency._axis import Axes, Axis
+from torchshear.dependency._call import Call
+from torchshear.dependency._registry import operator_rule
+
+
+def _tie_parameters(call: Call, axes: Axes, *names: str) -> None:
+    for name in names:
+        if call.is_tensor(name):
+            for axis, own in zip(axes, call.axes(name), strict=True):
+                call.tie(axis, own)
+            role = {"weight": "norm", "bias": "bias"}.get(name, "statistic")
+            for dim in range(len(axes)):
+                call.role(name, **{role: dim})
+
+
+@operator_rule("aten.batch_norm", "aten.instance_norm")
+def _per_channel(call: Call) -> Axes:
+    """Each channel has its own statistics: nothing is mixed."""
+    x = call.axes("input")
+    _tie_parameters(call, x[1:2], "weight", "bias", "running_mean", "running_var")
+    return x
+
+
+@operator_rule("aten.layer_norm", "aten.rms_norm")
+def _over_last(call: Call) -> Axes:
+    """Statistics run over the last axes, whose sizes the call names."""
+    x = call.axes("input")
+    n_normalized = len(call.arg("normalized_shape"))
+    normalized = x[-n_normalized:]
+    _tie_parameters(call, normalized, "weight", *(["bias"] if call.is_tensor("bias") else []))
+    for i, axis in enumerate(normalized):
+        call.edit_size("normalized_shape", axis, i)
+    call.mix(*normalized)
+    return x
+
+
+@operator_rule("aten.group_norm")
+def _over_groups(call: Call) -> Axes:
+    """Statistics run over blocks of channels; blocks of one channel mix nothing and go with it."""
+    x = call.axes("input")
+    n_groups = int(call.arg("num_groups"))
+    _tie_parameters(call, x[1:2], "weight", "bias")
+    if n_groups == x[1].size:
+        call.edit_size("num_groups", x[1])
+    else:
+        if n_groups > 1:
+            call.balance(x[1], n_groups)
+        call.mix(x[1])
+    return x
+
+
+@operator_rule("aten._weight_norm")
+def _weight_norm(call: Call) -> Axes:
+    """g * v / norm(v): one scale for each position of `dim`, one norm over all other axes."""
+    v, g = call.axes("v"), call.axes("g")
+    dim = call.dim("dim", len(v))
+    call.tie(v[dim], g[dim])
+    call.role("v", out=dim)
+    call.role("g", norm=dim)
+    call.mix(*v)
+    return v
+
+
+@operator_rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten.cumsum")
+def _along_one(call: Call) -> Axes:
+    """The values along one axis depend on each other."""
+    x = call.axes("self")
+    call.mix(x[call.dim("dim", len(x))])
+    return x
+
+
+@operator_rule("aten.linalg_vector_norm", "aten.norm")
+def _vector_norm(call: Call) -> Axes:
+    x = call.axes("self")
+    return reduced(call, x, call.arg("dim"), bool(call.arg("keepdim")))
+
+
+def reduced(call: Call, x: Axes, dims: object, keepdim: bool) -> Axes:
+    """Axes after a reduction over `dims` (None or empty: over all); what is reduced is mixed."""
+    given = [dims] if isinstance(dims, int) else list(dims) if isinstance(dims, list | tuple) else []
+    over = {dim % len(x) for dim in given} if given else set(range(len(x)))
+    call.mix(*(x[dim] for dim in over))
+    kept: list[Axis] = []
+    for i, axis in enumerate(x):
+        if i not in over:
+            kept.append(axis)
+        elif keepdim:
+            kept.append(call.fixed(1, "reduced"))
+    return tuple(kept)

@@ -1,0 +1,52 @@
+"""The exception tree: every failure that torchshear raises on purpose derives from `TorchshearError`.
+
+A message says what was given, what was expected, where (module, operator, source line) and what to do.
+"""
+
+__all__ = [
+    "ArgumentError",
+    "CaptureError",
+    "ExportError",
+    "LatencyError",
+    "OutputError",
+    "PlanError",
+    "TorchshearError",
+    "VerificationError",
+    "WeightError",
+]
+
+
+class TorchshearError(Exception):
+    """Root of everything that torchshear raises on purpose."""
+
+
+class ArgumentError(TorchshearError, ValueError):
+    """An argument is outside what the function accepts: a ratio, a name, a file that is missing."""
+
+
+class CaptureError(TorchshearError):
+    """torch.export could not turn the model into a graph; the message names the module and the source line."""
+
+
+class WeightError(TorchshearError, ValueError):
+    """A weight cannot be scored: it is NaN, infinite, missing, or on the meta device."""
+
+
+class PlanError(TorchshearError, ValueError):
+    """A plan does not fit the model, is damaged, or no plan can meet the request."""
+
+
+class VerificationError(TorchshearError):
+    """The shrunk model is not equal to the masked model; the message names the first value that differs."""
+
+
+class ExportError(TorchshearError):
+    """A model could not be written as ONNX, or its ONNX file does not compute what the model computes."""
+
+
+class LatencyError(TorchshearError):
+    """An ONNX file could not be timed: it is missing, invalid, or holds an operator that onnxruntime does not run."""
+
+
+class OutputError(TorchshearError, OSError):
+    """A file could not be written; what was on disk before is unchanged."""

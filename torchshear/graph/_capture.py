@@ -1,0 +1,202 @@
+"""torch.export as the one front end: capture a model in eval or train mode and leave it exactly as it was."""
+
+import traceback
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from torchshear.errors import ArgumentError, CaptureError
+from torchshear.graph._graph import Graph, StateTensor
+from torchshear.graph._inline import clean_copy
+from torchshear.graph._inputs import ExampleInputs
+
+# The batch size of the capture. It is a prime that sizes in real models are seldom a multiple of, so that a reshape
+# which mixes the batch with another dimension is told apart from one which does not.
+PROBE_BATCH = 13
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+
+
+def trace(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Graph:
+    """Capture a model in eval mode as a graph of ATen operators.
+
+    The model may live on the meta device. Parameters, buffers, mode, gradients, hooks and the state of the random
+    number generators are left as they were.
+
+    Args:
+        model: the model; called as `model(*args, **kwargs)`.
+        args: example positional arguments. If all tensors share the size of dimension 0, that size stays free
+            wherever the model allows.
+        kwargs: example keyword arguments.
+
+    Returns:
+        The captured graph.
+
+    Raises:
+        ArgumentError: `model` is not a module, or the arguments are not a tuple and a mapping.
+        CaptureError: torch.export cannot capture the model; names the module and the line.
+    """
+    return trace_inputs(model, ExampleInputs.of(args, kwargs))
+
+
+def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
+    """As `trace`, with arguments that are wrapped already.
+
+    Raises:
+        ArgumentError: `model` is not an nn.Module.
+        CaptureError: torch.export cannot capture the model.
+    """
+    graph = capture(model, inputs, "eval")
+    read = {str(node.target) for node in graph if node.op == "get_attr"}
+    if all(name in read for name, entry in graph.state.items() if entry.kind == "parameter"):
+        return graph
+    try:
+        training = capture(model, inputs, "train")
+    except CaptureError:  # what only training reads then stays whole, which the report lists as unread
+        return graph
+    also = {str(node.target) for node in training if node.op == "get_attr"} - read
+    reads_more = any(name in graph.state and graph.state[name].kind == "parameter" for name in also)
+    return replace(graph, training=training) if reads_more else graph
+
+
+def capture(model: nn.Module, inputs: ExampleInputs, mode: Literal["eval", "train"]) -> Graph:
+    """Capture a model in the given mode; `trace` is the public form for eval mode.
+
+    Raises:
+        ArgumentError: `model` is not an nn.Module.
+        CaptureError: torch.export cannot capture the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    with _in_mode(model, mode):
+        program, batch_hint = _export(model, inputs)
+    return _to_graph(program, model, inputs, mode, batch_hint)
+
+
+@contextmanager
+def _in_mode(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]:
+    """Put the model into a mode; afterwards each module has its own flag back and the RNG its state."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch(\..*)?$")
+            model.train(mode == "train")
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, int | None]:
+    """Export with a free batch if that works, else with the sizes as given."""
+    batch = inputs.batch_size()
+    if batch:
+        rebatched = inputs.with_batch(PROBE_BATCH)
+        try:
+            program = torch.export.export(
+                model, rebatched.args, rebatched.kwargs, dynamic_shapes=_free_batch(rebatched), strict=False
+            )
+            if _batch_is_free(program):
+                return program, PROBE_BATCH
+        except Exception:  # any failure here only means that this batch size does not suit the model
+            pass
+    try:
+        return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), None
+    except Exception as error:
+        raise _capture_error(model, error) from error
+
+
+def _free_batch(inputs: ExampleInputs) -> ShapesCollection:
+    shapes = ShapesCollection()
+    for tensor in inputs.tensors():
+        if tensor.ndim:
+            shapes[tensor] = {0: Dim.AUTO}
+    return shapes
+
+
+def _batch_is_free(program: ExportedProgram) -> bool:
+    names = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim]
+    return bool(sizes) and all(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def _to_graph(
+    program: ExportedProgram,
+    model: nn.Module,
+    inputs: ExampleInputs,
+    mode: Literal["eval", "train"],
+    batch_hint: int | None,
+) -> Graph:
+    unlifted = program.module()
+    aliases, state = _model_state(model)
+    fx_graph = clean_copy(unlifted, aliases)
+    for node in fx_graph.nodes:
+        if node.op == "get_attr" and node.target not in state:
+            state[node.target] = StateTensor(node.target, "constant", _attribute(unlifted, node.target))
+    return Graph(
+        fx_graph=fx_graph,
+        state=types.MappingProxyType(state),
+        aliases=types.MappingProxyType(aliases),
+        inputs=inputs,
+        in_spec=pytree.tree_structure((inputs.args, inputs.kwargs)),
+        out_spec=program.call_spec.out_spec,
+        model_type=f"{type(model).__module__}.{type(model).__qualname__}",
+        mode=mode,
+        batch_hint=batch_hint,
+    )
+
+
+def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTensor]]:
+    """Every name of every parameter and buffer, and the tensors by their first name."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    state: dict[str, StateTensor] = {}
+    for kind, named in (
+        ("parameter", model.named_parameters(remove_duplicate=False)),
+        ("buffer", model.named_buffers(remove_duplicate=False)),
+    ):
+        for name, tensor in named:
+            canonical = first.setdefault(id(tensor), name)
+            aliases[name] = canonical
+            if canonical == name:
+                state[name] = StateTensor(name, kind, tensor)  # type: ignore[arg-type]
+    return aliases, state
+
+
+def _attribute(root: nn.Module, path: str) -> torch.Tensor:
+    value: Any = root
+    for part in path.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor), path
+    return value.detach()
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    """Name the module and the user's line in which capture failed, and torch's first words on it."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if id(owner) in names:
+            module = names[id(owner)] or type(model).__name__
+        path = frame.f_code.co_filename
+        if not path.startswith((_TORCH, _HERE)) and "<" not in path:
+            line = f"{path}:{number} in {frame.f_code.co_name}"
+    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    where = f"module {module!r}" if module else f"{type(model).__name__}"
+    return CaptureError(
+        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {reason} "
+        f"Where: {where}{', ' + line if line else ''}. Expected a forward that runs on the example inputs without "
+        f"data-dependent Python; check args and kwargs first, then rewrite that line or prune a sub-module."
+    )

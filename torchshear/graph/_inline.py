@@ -1,0 +1,108 @@
+"""A clean copy of an exported graph: regions inlined, assertions dropped, state under canonical names."""
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.amp import autocast_mode
+
+# Nodes that check or describe, and compute nothing that anything uses.
+_CHECKS = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_async.msg",
+        "aten._assert_scalar.default",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
+
+
+def clean_copy(module: nn.Module, aliases: Mapping[str, str]) -> fx.Graph:
+    """Copy the graph of an unlifted exported program.
+
+    Regions under `torch.no_grad` or autocast, which torch.export keeps as sub-graphs, are inlined between calls that
+    switch the mode and back.
+
+    Args:
+        module: the unlifted program; `module.graph` is read.
+        aliases: qualified name -> canonical name of parameters and buffers.
+
+    Returns:
+        A new graph; `get_attr` nodes carry canonical names, and there is one of them a tensor.
+    """
+    copier = _Copier(aliases)
+    result = copier.run(module)
+    copier.graph.output(result)
+    copier.drop_unused_state()
+    return copier.graph
+
+
+class _Copier:
+    """Copies nodes of a graph and its sub-graphs into one new graph."""
+
+    def __init__(self, aliases: Mapping[str, str]) -> None:
+        self.graph = fx.Graph()
+        self._aliases = aliases
+        self._state: dict[str, fx.Node] = {}
+
+    def run(self, module: nn.Module, inputs: tuple[Any, ...] | None = None) -> Any:
+        """Copy all nodes of `module.graph`; `inputs` stand for its placeholders when it is a sub-graph."""
+        env: dict[fx.Node, Any] = {}
+        operands = iter(inputs or ())
+        for node in module.graph.nodes:
+            if node.op == "output":
+                return fx.map_arg(node.args[0], lambda n: env[n])
+            if node.op == "placeholder" and inputs is not None:
+                env[node] = next(operands)
+            elif _is_check(node):
+                continue
+            elif node.op == "get_attr":
+                env[node] = self._get_attr(module, node)
+            else:
+                env[node] = self._call(node, env)
+        raise AssertionError("a graph ends in an output node")
+
+    def _get_attr(self, module: nn.Module, node: fx.Node) -> Any:
+        value: Any = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if isinstance(value, nn.Module):
+            return value
+        name = self._aliases.get(str(node.target), str(node.target))
+        if name not in self._state:
+            copy = self.graph.node_copy(node)
+            copy.target = name
+            self._state[name] = copy
+        return self._state[name]
+
+    def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        target = str(node.target)
+        if target == "wrap_with_set_grad_enabled":
+            enabled, body, *operands = (env[a] if isinstance(a, fx.Node) else a for a in node.args)
+            before = self.graph.call_function(torch.is_grad_enabled)
+            self.graph.call_function(torch._C._set_grad_enabled, (enabled,))
+            result = self.run(body, tuple(operands))
+            self.graph.call_function(torch._C._set_grad_enabled, (before,))
+            return result
+        if target == "wrap_with_autocast":
+            *settings, body = (env[a] if isinstance(a, fx.Node) else a for a in node.args[:5])
+            entered = self.graph.call_function(autocast_mode._enter_autocast, tuple(settings))
+            result = self.run(body, tuple(env[a] if isinstance(a, fx.Node) else a for a in node.args[5:]))
+            self.graph.call_function(autocast_mode._exit_autocast, (entered,))
+            return result
+        if node.target is operator.getitem and isinstance(env[node.args[0]], list | tuple):  # type: ignore[index]
+            return env[node.args[0]][node.args[1]]  # type: ignore[index]
+        return self.graph.node_copy(node, lambda n: env[n])
+
+    def drop_unused_state(self) -> None:
+        """Remove `get_attr` nodes that nothing reads."""
+        for node in self._state.values():
+            if not node.users:
+                self.graph.erase_node(node)
+
+
+def _is_check(node: fx.Node) -> bool:
+    return str(node.target) in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn")

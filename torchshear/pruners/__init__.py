@@ -1,0 +1,18 @@
+"""What goes: criteria that score units, and the selection of those that stay."""
+
+from torchshear.pruners._planning import plan_from_kept, plan_uniform
+from torchshear.pruners._selection import Width, choose_units, choose_width
+from torchshear.pruners.criteria import Criterion, criterion, find_criterion, registered_criteria, unit_sums
+
+__all__ = [
+    "Criterion",
+    "Width",
+    "choose_units",
+    "choose_width",
+    "criterion",
+    "find_criterion",
+    "plan_from_kept",
+    "plan_uniform",
+    "registered_criteria",
+    "unit_sums",
+]

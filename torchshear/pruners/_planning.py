@@ -1,0 +1,102 @@
+"""From groups, a criterion and a ratio to a plan."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, PruningPlan, make_plan
+from torchshear.dependency.alignment import Alignment
+from torchshear.errors import ArgumentError
+from torchshear.pruners._selection import Width, choose_units, choose_width
+from torchshear.pruners.criteria import Criterion, find_criterion
+
+Indices = npt.NDArray[np.int64]
+
+
+def plan_uniform(
+    groups: ChannelGroups,
+    criterion: str | Criterion = "l1",
+    ratio: float = 0.5,
+    alignment: Alignment | None = None,
+    min_width: int = 1,
+) -> PruningPlan:
+    """Remove the same share of every group, the units with the lowest scores first.
+
+    Args:
+        groups: the analysed network.
+        criterion: name of a registered criterion, or a function like one.
+        ratio: fraction of units to remove from each group, in [0, 1).
+        alignment: which widths the target runs well; None for any.
+        min_width: the fewest units to keep in a group.
+
+    Raises:
+        ArgumentError: unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit.
+        WeightError: weights cannot be scored.
+    """
+    score = find_criterion(criterion)
+    _check_ratio(ratio)
+    alignment = alignment or Alignment.none()
+    widths = {group.name: choose_width(group, ratio, alignment, min_width) for group in groups}
+    if ratio > 0 and groups.prunable and all(widths[group.name].kept == group.width for group in groups):
+        raise ArgumentError(_nothing_moves(groups.prunable, ratio, alignment, min_width))
+    weights = {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+    kept = {
+        group.name: _kept(group, score, weights, widths[group.name])
+        for group in groups
+        if widths[group.name].kept < group.width
+    }
+    request = {
+        "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
+        "ratio": ratio,
+        "alignment": alignment.name,
+        "min_width": min_width,
+    }
+    notes = {name: width.note for name, width in widths.items() if width.note}
+    return make_plan(Cut(groups, kept), kept, request, notes)
+
+
+def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPlan:
+    """Make a plan of units that were chosen elsewhere.
+
+    Args:
+        groups: the analysed network.
+        kept: group name -> indices of the units that stay; groups not named keep everything.
+
+    Raises:
+        PlanError: a group is unknown, indices are out of range or repeated, a balance is violated, or a dimension would
+            vanish.
+    """
+    chosen = {name: np.sort(np.asarray(indices, np.int64).reshape(-1)) for name, indices in kept.items()}
+    return make_plan(Cut(groups, chosen), chosen, {"kept": "given"}, {})
+
+
+def _kept(group: ChannelGroup, score: Criterion, weights: Mapping[str, Tensor], width: Width) -> Indices:
+    scores = np.asarray(score(group, weights, {}).detach().cpu().numpy(), np.float64)
+    if scores.shape != (group.width,) or not np.isfinite(scores).all():
+        raise ArgumentError(
+            f"the criterion gave scores of shape {scores.shape} for group {group.name!r}; expected {group.width} "
+            f"finite numbers, one a unit."
+        )
+    return choose_units(group, scores, width.kept)
+
+
+def _check_ratio(ratio: float) -> None:
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+        raise ArgumentError(f"ratio={ratio!r}; expected a number in [0, 1), the fraction of channels to remove.")
+
+
+def _nothing_moves(groups: tuple[ChannelGroup, ...], ratio: float, alignment: Alignment, min_width: int) -> str:
+    """Say which ratio would do: ratios are tried in steps of a hundredth, group by group."""
+    steps = (step / 100 for step in range(1, 100))
+    least = next(
+        (s for s in steps if any(choose_width(g, s, alignment, min_width).kept < g.width for g in groups)), None
+    )
+    widest = max(groups, key=lambda group: group.width)
+    advice = f"use ratio={least} or more" if least else "use a smaller alignment or min_width"
+    return (
+        f"ratio={ratio} removes nothing: none of {len(groups)} groups (the widest is {widest.name!r} with "
+        f"{widest.width} units) can lose a unit under alignment {alignment.name!r} and min_width={min_width}; {advice}."
+    )

@@ -1,0 +1,35 @@
+"""L1 norm of what is deleted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torchshear.dependency import ChannelGroup
+from torchshear.pruners.criteria._registry import criterion
+from torchshear.pruners.criteria._weights import unit_sums
+
+
+@criterion("l1")
+def l1_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Mapping[str, Any]) -> Tensor:
+    """Score each unit of a group by the L1 norm of its own weights, summed over the group.
+
+    s_c = sum over members m of ||W_m[c]||_1
+
+    Members are output rows of convolutions and linear layers, depthwise kernels, norm scales, embedding columns and
+    raw parameters; input columns of the layers that read the unit, biases and running statistics are not counted.
+
+    Args:
+        group: the coupled dimensions; C = group.width units.
+        weights: parameter name -> tensor.
+        statistics: not used.
+
+    Returns:
+        Scores of shape (C,), float64; the lowest are pruned first.
+
+    Raises:
+        WeightError: a weight is missing, without values, or not finite.
+
+    Reference: Li et al., ICLR 2017, arXiv:1608.08710, for one convolution; here summed over the group.
+    """
+    return unit_sums(group, weights, lambda weight: weight.abs())

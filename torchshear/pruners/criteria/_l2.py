@@ -1,0 +1,34 @@
+"""L2 norm of what is deleted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torchshear.dependency import ChannelGroup
+from torchshear.pruners.criteria._registry import criterion
+from torchshear.pruners.criteria._weights import unit_sums
+
+
+@criterion("l2")
+def l2_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Mapping[str, Any]) -> Tensor:
+    """Score each unit of a group by the L2 norm of its own weights over the group.
+
+    s_c = sqrt(sum over members m of ||W_m[c]||_2^2)
+
+    Members are the same as for the L1 criterion: what the unit owns, not what reads it.
+
+    Args:
+        group: the coupled dimensions; C = group.width units.
+        weights: parameter name -> tensor.
+        statistics: not used.
+
+    Returns:
+        Scores of shape (C,), float64; the lowest are pruned first.
+
+    Raises:
+        WeightError: a weight is missing, without values, or not finite.
+
+    Reference: He et al., IJCAI 2018, arXiv:1808.06866, for one convolution; here over the group.
+    """
+    return unit_sums(group, weights, lambda weight: weight * weight).sqrt()

@@ -1,0 +1,53 @@
+"""The registry of criteria."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from torchshear.dependency import ChannelGroup
+from torchshear.errors import ArgumentError
+
+Criterion = Callable[[ChannelGroup, Mapping[str, Tensor], Mapping[str, Any]], Tensor]
+
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a criterion: a function `(group, weights, statistics) -> scores`, bigger = keep.
+
+    Args:
+        name: the word that users choose it by.
+
+    Raises:
+        ArgumentError: the name is taken.
+    """
+
+    def add(function: Criterion) -> Criterion:
+        if name in _CRITERIA:
+            raise ArgumentError(f"criterion {name!r} is registered already, as {_CRITERIA[name].__name__}.")
+        _CRITERIA[name] = function
+        return function
+
+    return add
+
+
+def find_criterion(name: str | Criterion) -> Criterion:
+    """The criterion of a name; a function is taken as it is.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    if callable(name):
+        return name
+    if name not in _CRITERIA:
+        near = difflib.get_close_matches(str(name), _CRITERIA, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ArgumentError(f"criterion={name!r}; expected one of {', '.join(sorted(_CRITERIA))}.{hint}")
+    return _CRITERIA[name]
+
+
+def registered_criteria() -> tuple[str, ...]:
+    """Names of all criteria, sorted."""
+    return tuple(sorted(_CRITERIA))

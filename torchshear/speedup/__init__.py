@@ -1,0 +1,25 @@
+"""What makes a plan real: shrink, verify, ONNX export, latency, and alignment to hardware."""
+
+from torchshear.speedup._shrink import Shrunk, shrink, shrink_to_form
+from torchshear.speedup._traced import TracedModule
+from torchshear.speedup._verify import Verification, verify
+from torchshear.speedup.alignment import detect_profile, profiles, resolve_alignment
+from torchshear.speedup.latency import LatencyComparison, LatencyResult, compare_latency
+from torchshear.speedup.onnx import OnnxFile, export_onnx
+
+__all__ = [
+    "LatencyComparison",
+    "LatencyResult",
+    "OnnxFile",
+    "Shrunk",
+    "TracedModule",
+    "Verification",
+    "compare_latency",
+    "detect_profile",
+    "export_onnx",
+    "profiles",
+    "resolve_alignment",
+    "shrink",
+    "shrink_to_form",
+    "verify",
+]

@@ -1,0 +1,158 @@
+"""The masked network as a reference: the original graph, run on the original tensors with cut positions held at zero.
+
+Where an operator mixes the positions of an axis (a norm, a softmax, a mean over channels), zeroing is not removing;
+there the operator alone is run on the kept positions and its result is put back among zeros.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from torchshear.dependency import Axes, Cut
+from torchshear.graph import Graph
+from torchshear.speedup._rewrite import rewritten_call
+
+Values = dict[str, Any]
+
+
+def masked_values(
+    graph: Graph, cut: Cut, state: Mapping[str, Tensor], leaves: list[Any]
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Run the original graph as the masked network, and give each node with its value.
+
+    Args:
+        graph: the captured graph, in eval mode.
+        cut: the units that are cut.
+        state: canonical name -> original tensor, in the dtype to compute in.
+        leaves: flat inputs.
+    """
+    facts = cut.groups.facts
+
+    def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if _is_mixed(node, cut):
+            return _on_kept_positions(node, cut, args, kwargs)
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        return _map_axes(lambda tensor, axes: _zero_cut(tensor, axes, cut), value, facts.axes.get(node.name))
+
+    def load(name: str) -> Tensor:
+        tensor = state[name].clone()
+        axes = facts.state_axes.get(name)
+        return tensor if axes is None or name in facts.blocked else _zero_cut(tensor, axes, cut)
+
+    yield from _run(graph.fx_graph, leaves, load, call)
+
+
+def graph_values(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Iterator[tuple[fx.Node, Any]]:
+    """Run a graph and give each node with its value."""
+
+    def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    yield from _run(graph, leaves, lambda name: state[name].clone(), call)
+
+
+def _run(
+    graph: fx.Graph,
+    leaves: list[Any],
+    load: Callable[[str], Tensor],
+    call: Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Interpret a graph; values are dropped after their last use."""
+    last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
+    values: dict[fx.Node, Any] = {}
+    inputs = iter(leaves)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(inputs)
+        elif node.op == "get_attr":
+            values[node] = load(str(node.target))
+        elif node.op == "output":
+            values[node] = fx.map_arg(node.args[0], lambda n: values[n])
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = call(node, _in_float64(node, args), _in_float64(node, kwargs))
+        yield node, values[node]
+        for operand in node.all_input_nodes:
+            if last_use[operand] is node:
+                values.pop(operand, None)
+
+
+def _in_float64(node: fx.Node, arguments: Any) -> Any:
+    """Casts to a narrower floating dtype keep float64, so that the comparison is not blurred by rounding."""
+    narrow = {torch.float32, torch.float16, torch.bfloat16}
+    return pytree.tree_map(
+        lambda value: torch.float64 if isinstance(value, torch.dtype) and value in narrow else value, arguments
+    )
+
+
+def _is_mixed(node: fx.Node, cut: Cut) -> bool:
+    return any(cut.changes(axis) for axis in cut.groups.facts.mixed.get(node.name, []))
+
+
+def _on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run one operator on the kept positions of all of its operands, and put the result back among zeros."""
+    facts = cut.groups.facts
+    call = rewritten_call(node, facts, cut)
+    full = dict(zip(_nodes_in((node.args, node.kwargs)), _values_of((node.args, node.kwargs), (args, kwargs)), strict=True))
+
+    def gathered(operand: fx.Node) -> Any:
+        axes = facts.axes.get(operand.name)
+        return _map_axes(lambda tensor, own: _gather(tensor, own, cut), full[operand], axes)
+
+    new_args, new_kwargs = fx.map_arg((call.args, call.kwargs), gathered)
+    value = call.target(*_in_float64(node, new_args), **_in_float64(node, new_kwargs))
+    return _map_axes(lambda tensor, own: _scatter(tensor, own, cut), value, facts.axes.get(node.name))
+
+
+def _nodes_in(arguments: Any) -> list[fx.Node]:
+    return [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=lambda v: isinstance(v, fx.Node)) if isinstance(leaf, fx.Node)]
+
+
+def _values_of(nodes: Any, values: Any) -> list[Any]:
+    """Values at the places where `nodes` holds nodes; both have one structure above the nodes."""
+    if isinstance(nodes, fx.Node):
+        return [values]
+    if isinstance(nodes, list | tuple):
+        return [found for n, v in zip(nodes, values, strict=True) for found in _values_of(n, v)]
+    if isinstance(nodes, dict):
+        return [found for key in nodes for found in _values_of(nodes[key], values[key])]
+    return []
+
+
+def _map_axes(function: Callable[[Tensor, Axes], Any], value: Any, axes: Any) -> Any:
+    if isinstance(value, list | tuple) and isinstance(axes, list):
+        return [_map_axes(function, item, own) for item, own in zip(value, axes, strict=False)]
+    if isinstance(value, Tensor) and isinstance(axes, tuple):
+        return function(value, axes)
+    return value
+
+
+def _zero_cut(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    """Set cut positions to zero: in place, so that values seen through views agree, unless copies share memory."""
+    changed = [dim for dim, axis in enumerate(axes) if cut.changes(axis)]
+    if changed and any(stride == 0 for stride in tensor.stride()):
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    for dim in changed:
+        gone = torch.from_numpy((~cut.keep(axes[dim])).nonzero()[0]).to(tensor.device)
+        tensor.index_fill_(dim, gone, 0)
+    return tensor
+
+
+def _gather(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    for dim, axis in enumerate(axes):
+        if cut.changes(axis):
+            tensor = tensor.index_select(dim, torch.from_numpy(cut.keep(axis).nonzero()[0]).to(tensor.device))
+    return tensor
+
+
+def _scatter(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    for dim, axis in enumerate(axes):
+        if cut.changes(axis):
+            shape = list(tensor.shape)
+            shape[dim] = axis.size
+            index = torch.from_numpy(cut.keep(axis).nonzero()[0]).to(tensor.device)
+            tensor = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device).index_copy(dim, index, tensor)
+    return tensor

@@ -1,0 +1,274 @@
+"""Make a plan real: a physically smaller model, in native form where that is equal to the rewritten graph."""
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
+from torchshear.dependency._analysis import relate
+from torchshear.dependency._call import Facts
+from torchshear.errors import ArgumentError, CaptureError, PlanError
+from torchshear.graph import ExampleInputs, Graph, capture, trace_inputs
+from torchshear.speedup._compare import random_like, relative_error, tolerance
+from torchshear.speedup._native import has_adjustable, native_copy
+from torchshear.speedup._rewrite import changed_integers, rewrite_graph
+from torchshear.speedup._state import slice_state
+from torchshear.speedup._traced import CallSpec, StateEntry, TracedModule
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shrunk:
+    """A shrunk model and the form that it has.
+
+    Attributes:
+        model: the smaller model.
+        form: "native", a copy of the original module with smaller tensors; or "traced", the rewritten graphs.
+        reason: why it has this form.
+    """
+
+    model: nn.Module
+    form: Literal["native", "traced"]
+    reason: str
+
+
+def shrink(
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Cut a model to what a plan keeps.
+
+    The result keeps names, dtypes, devices, ties, `requires_grad` and the mode of the original, which is unchanged.
+
+    Args:
+        model: the model that the plan was made for, or a fresh one of the same class and configuration.
+        plan: what to keep.
+        args: example arguments to trace with, if the plan does not describe them.
+        kwargs: example keyword arguments, likewise.
+
+    Returns:
+        A new, smaller model.
+
+    Raises:
+        PlanError: the plan is for another model.
+        CaptureError: the model cannot be traced.
+    """
+    return shrink_to_form(model, plan, args, kwargs).model
+
+
+def shrink_to_form(
+    model: nn.Module,
+    plan: PruningPlan,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    form: Literal["native", "traced"] | None = None,
+) -> Shrunk:
+    """As `shrink`, and say which form the result has; or insist on one form.
+
+    Raises:
+        PlanError: the plan is for another model, or `form="native"` is not equal to the rewritten graph.
+        CaptureError: the model cannot be traced.
+    """
+    groups = analysis_of(model, plan, args, kwargs)
+    cut = Cut(groups, plan.kept)
+    graph = groups.graph
+    tensors = _tensors_of(model, graph)
+    sliced = slice_state(cut, tensors)
+    traced = _eval_form(model, graph, cut, sliced)
+    native, reason = (None, "asked for") if form == "traced" else _native_form(model, traced, graph, cut, tensors, sliced)
+    if native is not None:
+        return Shrunk(_in_mode_of(native, model), "native", reason)
+    if form == "native":
+        raise PlanError(f"the native form is not equal to the rewritten graph: {reason}")
+    return Shrunk(_in_mode_of(_both_modes(model, graph, cut, sliced), model), "traced", reason)
+
+
+def analysis_of(
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+) -> ChannelGroups:
+    """The analysed network of a plan, for this model: at hand if the plan was made of it, else traced again.
+
+    Raises:
+        PlanError: the model is not the one that the plan was made for.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(f"plan is {type(plan).__name__}; expected a PruningPlan, from torchshear.plan or PruningPlan.load.")
+    if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
+        return plan.analysis
+    _check_shapes(model, plan)
+    if args is not None or kwargs is not None:
+        inputs = ExampleInputs.of(args or (), kwargs)
+    elif plan.analysis is not None:
+        inputs = plan.analysis.graph.inputs
+    elif plan.inputs is not None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        inputs = ExampleInputs.from_json(plan.inputs, device)
+    else:
+        raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
+    groups = analyze(trace_inputs(model, inputs))
+    if groups.graph.fingerprint != plan.fingerprint:
+        raise PlanError(
+            f"the plan is for {plan.model_type} with graph {plan.fingerprint[:12]}; {type(model).__name__} has graph "
+            f"{groups.graph.fingerprint[:12]}. Expected the same class, configuration and torch version as when the "
+            f"plan was made; make a new plan for this model."
+        )
+    return groups
+
+
+def _is_same_instance(model: nn.Module, graph: Graph) -> bool:
+    named = dict(model.named_parameters())
+    return len(named) > 0 and all(
+        named.get(name) is entry.tensor for name, entry in graph.state.items() if entry.kind == "parameter"
+    )
+
+
+def _check_shapes(model: nn.Module, plan: PruningPlan) -> None:
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, entry in plan.state.items():
+        shape = tuple(named[name].shape) if name in named else None
+        if shape != entry.shape:
+            raise PlanError(
+                f"the plan is for {plan.model_type}, where {name!r} has shape {entry.shape}; in "
+                f"{type(model).__name__} it {f'has shape {shape}' if shape else 'does not exist'}. Expected an unpruned "
+                f"model of the same class and configuration."
+            )
+
+
+def _tensors_of(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
+    """The model's own tensors by canonical name; constants as the graph holds them."""
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: named.get(name, entry.tensor) for name, entry in graph.state.items()}
+
+
+def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> list[StateEntry]:
+    names: dict[str, list[str]] = defaultdict(list)
+    for alias, name in graph.aliases.items():
+        names[name].append(alias)
+    transient = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return [
+        StateEntry(
+            tuple(names[name]) or (name,), tensor, name not in transient and graph.state[name].kind != "constant"
+        )
+        for name, tensor in sliced.items()
+    ]
+
+
+def _call_spec(model: nn.Module, graphs: Mapping[str, Graph]) -> CallSpec:
+    signature = model._call.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
+    return CallSpec(graphs["eval"].in_spec, {mode: graph.out_spec for mode, graph in graphs.items()}, signature)
+
+
+def _eval_form(model: nn.Module, graph: Graph, cut: Cut, sliced: Mapping[str, Tensor]) -> TracedModule:
+    rewritten = rewrite_graph(graph.fx_graph, cut.groups.facts, cut)
+    return TracedModule(_entries(model, graph, sliced), {"eval": rewritten}, _call_spec(model, {"eval": graph})).eval()
+
+
+def _both_modes(model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tensor]) -> TracedModule:
+    """The traced form with a graph for train mode beside the one for eval mode."""
+    rewritten = {"eval": rewrite_graph(graph.fx_graph, cut.groups.facts, cut)}
+    sources = {"eval": graph}
+    error = ""
+    try:
+        train, again, facts = _training_cut(model, graph, cut)
+        rewritten["train"] = rewrite_graph(train.fx_graph, facts, again)
+        sources["train"] = train
+        sliced = sliced | slice_state(again, {n: e.tensor for n, e in train.state.items() if n not in sliced})
+        graph = replace(graph, state={**train.state, **graph.state})
+    except (CaptureError, PlanError) as failure:
+        error = str(failure)
+    return TracedModule(_entries(model, graph, sliced), rewritten, _call_spec(model, sources), error)
+
+
+def _training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut, Facts]:
+    """The model captured in train mode, with the cut in terms of its axes."""
+    groups = cut.groups
+    if graph.training is not None and groups.training_facts is not None:
+        return graph.training, cut, groups.training_facts
+    train = capture(model, graph.inputs, "train")
+    algebra, facts = copy.deepcopy(groups.algebra), groups.facts.copy()
+    of_train = facts.for_other_graph()
+    relate(train, algebra, of_train)
+    return train, Cut(replace(groups, algebra=algebra, facts=facts), cut.kept), of_train
+
+
+def _in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
+    """Give every module of the result the mode of its original."""
+    modes = {name: module.training for name, module in model.named_modules()}
+    for name, module in small.named_modules():
+        module.training = modes.get(name, model.training)
+    return small
+
+
+def _native_form(
+    model: nn.Module,
+    traced: TracedModule,
+    graph: Graph,
+    cut: Cut,
+    tensors: Mapping[str, Tensor],
+    sliced: Mapping[str, Tensor],
+) -> tuple[nn.Module | None, str]:
+    """A copy of the user's module that equals the traced form on the example inputs, or the reason why there is none."""
+    changes = changed_integers(graph.fx_graph, cut.groups.facts, cut)
+    replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
+    replacements |= {id(own): sliced[name] for name, own in _own_constants(model, graph) if name in sliced}
+    reason = ""
+    for adjust in [True, False] if has_adjustable(model, changes) else [False]:
+        try:
+            native = native_copy(model, replacements, changes, adjust=adjust)
+        except Exception as error:  # a module that cannot be deep-copied says so with any exception
+            return None, f"the model cannot be copied: {type(error).__name__}: {error}"
+        difference = _difference(native, traced, graph.inputs)
+        if difference is None:
+            how = "its own module with smaller tensors" + (" and adjusted attributes" if adjust else "")
+            return native, f"equal to the rewritten graph on the example inputs; {how}"
+        reason = reason or difference
+    return None, reason
+
+
+def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
+    """Plain tensor attributes of the model's modules that the graph holds as constants."""
+    found: list[tuple[str, Tensor]] = []
+    for name, entry in graph.state.items():
+        if entry.kind == "constant":
+            owner: Any = model
+            for part in name.split("."):
+                owner = getattr(owner, part, None)
+            if isinstance(owner, Tensor):
+                found.append((name, owner))
+    return found
+
+
+def _difference(native: nn.Module, traced: nn.Module, inputs: ExampleInputs) -> str | None:
+    """What differs between both forms on the example inputs, or None if nothing does."""
+    modes = [(module, module.training) for module in native.modules()]
+    native.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            given = random_like(inputs, seed=0)
+            expected = pytree.tree_leaves(traced(*given.args, **given.kwargs))
+            given = random_like(inputs, seed=0)
+            actual = pytree.tree_leaves(native(*given.args, **given.kwargs))
+    except Exception as error:  # the module's own code may fail in any way on sizes that it did not expect
+        return f"its own forward does not run on the smaller tensors ({type(error).__name__}: {_first_line(error)})"
+    finally:
+        for module, training in modes:
+            module.training = training
+    error_size = relative_error(expected, actual)
+    if error_size > tolerance(expected):
+        return f"its own forward gives other results on the smaller tensors (relative difference {error_size:.2g})"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:160]

@@ -1,0 +1,399 @@
+"""Export to ONNX that is checked: a file is written only if onnxruntime computes with it what torch computes."""
+
+import inspect
+import io
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchshear._files import atomic_path
+from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
+from torchshear.speedup._session import error_reason, open_session
+
+__all__ = ["OnnxFile", "export_onnx"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_EMBEDDED_BYTES: Final = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph itself needs some of it
+_NOISY_LOGGERS: Final = ("torch", "torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxFile:
+    """An ONNX file that was run and compared.
+
+    Attributes:
+        path: the file.
+        size_bytes: its size, weights stored beside it included.
+        opset: version of the ONNX operator set.
+        max_error: largest absolute difference from torch divided by the largest absolute value of the same output,
+            over all outputs and batches.
+        batches_checked: batch sizes that onnxruntime ran.
+        dynamic_batch: whether the file takes any batch size.
+        static_reason: why the batch is fixed; None where it is not.
+    """
+
+    path: Path
+    size_bytes: int
+    opset: int
+    max_error: float
+    batches_checked: tuple[int, ...]
+    dynamic_batch: bool
+    static_reason: str | None = None
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    args: tuple[Any, ...] | Tensor = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    check_batches: Sequence[int] = (1, 3),
+    rtol: float = 1e-3,
+    atol: float = 1e-5,
+) -> OnnxFile:
+    """Write a model as ONNX, run the file in onnxruntime and compare every output with torch.
+
+    The first dimension of the first tensor input is taken as the batch, together with that of every tensor input whose
+    first dimension is as long. It is left free in the file, with the name "batch". Where the model does not allow that,
+    the file has the batch of the examples and the result says why. Weights are constants, inside the file up to 2 GB
+    and beside it in PATH.data above.
+
+    The model is exported in evaluation mode; its mode, its buffers and the state of the random generators are the same
+    afterwards. What was at `path` is replaced only after every check has passed.
+
+    Args:
+        model: any module that torch.export can capture; its weights may be float16, float32 or float64.
+        path: the file to create or replace.
+        args: example inputs by position, batch first.
+        kwargs: example inputs by name.
+        check_batches: batch sizes to compare beside that of the examples; made by repeating or cutting the examples.
+        rtol: allowed difference as a share of the largest absolute value of the output; integers must be equal.
+        atol: allowed difference that is added to it.
+
+    Returns:
+        What was written and how it was checked.
+
+    Raises:
+        ArgumentError: a tolerance or a batch size is out of range, or the examples do not fit the model's signature.
+        WeightError: a weight is on the meta device.
+        ExportError: torch cannot convert the model, onnxruntime does not run it, or an output differs.
+        OutputError: the file cannot be written.
+
+    Reference: `torch.onnx.export(dynamo=True)`, https://docs.pytorch.org/docs/stable/onnx_export.html
+    """
+    _check_limits(check_batches, rtol, atol)
+    call = _Call.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})
+    _check_dtypes(model, call)
+    target, check = Path(path), _Tolerance(rtol, atol)
+    with _evaluating(model):
+        if call.batch is None:
+            reason = "no example input is a tensor with a first dimension"
+        else:
+            try:
+                batches = tuple(dict.fromkeys((call.batch, *check_batches)))
+                return _export(model, target, call, batches, check, dynamic=True)
+            except ExportError as error:
+                reason = str(error)
+        logger.info("exporting %s with a fixed batch: %s", type(model).__name__, reason)
+        batches = () if call.batch is None else (call.batch,)
+        return replace(_export(model, target, call, batches, check, dynamic=False), static_reason=reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Example inputs of one call, flattened; the leaves at the places `batched` are tensors with the batch in front."""
+
+    leaves: tuple[Any, ...]
+    spec: pytree.TreeSpec
+    signature: inspect.Signature
+    batched: frozenset[int]
+    batch: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Call":
+        """Bind the examples to the parameters of forward, in whose order torch.export wants them."""
+        signature = inspect.signature(model.forward)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ArgumentError(
+                f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}."
+            ) from error
+        order = {name: place for place, name in enumerate(signature.parameters)}
+        ordered = dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
+        leaves, spec = pytree.tree_flatten((args, ordered))
+        sizes = {place: leaf.shape[0] for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim}
+        if 0 in sizes.values():
+            raise ArgumentError("an example input has an empty first dimension. Pass at least one sample.")
+        batch = next(iter(sizes.values()), None)
+        batched = frozenset(place for place, size in sizes.items() if size == batch)
+        return cls(tuple(leaves), spec, signature, batched, batch)
+
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The examples as torch is called with them: args and kwargs."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        return args, kwargs
+
+    def tensors(self) -> dict[int, Tensor]:
+        """Give place -> tensor, in the order of the inputs of the ONNX file."""
+        return {place: leaf for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)}
+
+    def resized(self, batch: int | None) -> "_Call":
+        """Copy the examples, with batches repeated or cut to `batch` samples.
+
+        Repetition i is rolled by i along the last dimension, so that samples differ and hold values of the examples.
+        """
+        leaves = list(self.leaves)
+        for place, tensor in self.tensors().items():
+            if place not in self.batched or batch is None or self.batch is None:
+                leaves[place] = tensor.detach().clone()
+                continue
+            copies = [
+                tensor.detach().roll(repetition, -1) if tensor.ndim > 1 else tensor.detach()
+                for repetition in range(-(-batch // self.batch))
+            ]
+            leaves[place] = torch.cat(copies)[:batch].clone()
+        return replace(self, leaves=tuple(leaves), batch=batch)
+
+    def dynamic_shapes(self) -> dict[str, Any]:
+        """Give parameter name -> the structure of its example, with the batch left to torch.export to find."""
+        free = {0: torch.export.Dim.AUTO}
+        marks = [free if place in self.batched else None for place in range(len(self.leaves))]
+        args, kwargs = pytree.tree_unflatten(marks, self.spec)
+        return dict(self.signature.bind(*args, **kwargs).arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tolerance:
+    """How far an output of onnxruntime may be from that of torch."""
+
+    rtol: float
+    atol: float
+
+    def compare(self, name: str, batch: int | None, expected: np.ndarray, actual: np.ndarray) -> float:
+        """Give the relative error of one output, or raise ExportError if it is too large."""
+        where = f"output {name!r}" + ("" if batch is None else f" at batch {batch}")
+        if expected.shape != actual.shape:
+            raise ExportError(f"{where} has shape {actual.shape} in onnxruntime, but {expected.shape} in torch.")
+        if not expected.size:
+            return 0.0
+        wanted, got = expected.astype(np.float64), actual.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            gaps = np.where((wanted == got) | (np.isnan(wanted) & np.isnan(got)), 0.0, np.abs(wanted - got))
+        gap = float(np.max(np.nan_to_num(gaps, nan=np.inf, posinf=np.inf)))
+        largest = float(np.max(np.abs(wanted), initial=0.0, where=np.isfinite(wanted)))
+        allowed = self.atol + self.rtol * largest if expected.dtype.kind == "f" else 0.0
+        if gap > allowed:
+            raise ExportError(
+                f"{where} differs from torch by {gap:.3g}, with {allowed:.3g} allowed and values up to {largest:.3g}. "
+                f"If the model computes in half precision, raise rtol; if it draws random numbers or changes its own "
+                f"buffers in evaluation mode, it has no fixed output to compare."
+            )
+        return gap / (largest or 1.0)
+
+
+def _export(
+    model: nn.Module, target: Path, call: _Call, batches: tuple[int, ...], check: _Tolerance, *, dynamic: bool
+) -> OnnxFile:
+    """Convert, save beside the target, check, and move into place."""
+    calls = [call.resized(batch) for batch in batches] or [call.resized(None)]
+    expected = [_outputs(model, one) for one in calls]
+    traced = call.resized(max(call.batch, 2)) if dynamic and call.batch is not None else call
+    program = _converted(model, traced, dynamic=dynamic)
+    with (
+        atomic_path(target) as temporary,
+        tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder,
+    ):
+        draft = Path(folder) / target.name
+        proto = _save(program, draft, traced, dynamic=dynamic)
+        max_error = _checked(draft, model, calls, expected, check)
+        size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
+        weights = draft.with_name(f"{draft.name}.data")
+        if weights.exists():
+            with atomic_path(target.with_name(weights.name)) as temporary_weights:
+                weights.replace(temporary_weights)
+        draft.replace(temporary)
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    return OnnxFile(target, size_bytes, opset, max_error, batches, dynamic)
+
+
+def _outputs(model: nn.Module, call: _Call) -> list[np.ndarray]:
+    """Run the model in torch on copies of its buffers, and give its output tensors in order."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    own = call.resized(call.batch)
+    try:
+        result = torch.func.functional_call(model, buffers, *own.arguments)
+    except Exception as error:
+        raise ExportError(f"{type(model).__name__} itself fails at batch {call.batch}: {_cause(error)}") from error
+    leaves = pytree.tree_leaves(result)
+    for leaf in leaves:
+        if leaf is not None and not isinstance(leaf, Tensor):
+            raise ExportError(
+                f"{type(model).__name__} returns a {type(leaf).__name__} beside its tensors, which ONNX cannot hold. "
+                f"Return tensors, or None, in tuples, lists or dicts."
+            )
+    return [leaf.detach().cpu().numpy() for leaf in leaves if leaf is not None]
+
+
+def _converted(model: nn.Module, call: _Call, *, dynamic: bool) -> torch.onnx.ONNXProgram:
+    """Capture the model and translate it to ONNX in memory."""
+    shapes = call.dynamic_shapes() if dynamic else None
+    try:
+        with _quiet():
+            captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
+            program = torch.onnx.export(captured, dynamo=True, verbose=False)
+    except Exception as error:
+        raise ExportError(
+            f"torch cannot turn {type(model).__name__} into ONNX: {_cause(error)} "
+            f"Replace what it names in the model, or see the full report with torch.export.export(model, args)."
+        ) from error
+    if program is None:
+        raise ExportError(f"torch.onnx.export gave no program for {type(model).__name__}. Update torch and onnxscript.")
+    return program
+
+
+def _save(program: torch.onnx.ONNXProgram, draft: Path, call: _Call, *, dynamic: bool) -> onnx.ModelProto:
+    """Write the program, and give its graph; weights over the limit of protobuf go into a file beside it."""
+    weights = (value.const_value for value in program.model.graph.initializers.values())
+    if sum(weight.nbytes for weight in weights if weight is not None) > _MAX_EMBEDDED_BYTES:
+        program.save(draft, external_data=True)
+        proto = onnx.load(draft, load_external_data=False)
+    else:
+        proto = program.model_proto
+    if dynamic:
+        _name_batch(proto, call)
+    draft.write_bytes(proto.SerializeToString())
+    return proto
+
+
+def _name_batch(proto: onnx.ModelProto, call: _Call) -> None:
+    """Call the free first dimension "batch", in place; raise ExportError if an input has it fixed."""
+    symbols = []
+    for node, place in zip(proto.graph.input, call.tensors(), strict=True):
+        if place in call.batched:
+            symbols.append(node.type.tensor_type.shape.dim[0].dim_param)
+            if not symbols[-1].isidentifier():  # a size the model fixes comes as a number
+                raise ExportError(f"the model fixes the first dimension of input {node.name!r}.")
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, symbols))})\b")
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = pattern.sub("batch", dim.dim_param)
+
+
+def _checked(
+    draft: Path, model: nn.Module, calls: Sequence[_Call], expected: Sequence[list[np.ndarray]], check: _Tolerance
+) -> float:
+    """Validate the file, run it on every call, and give the largest relative error."""
+    try:
+        onnx.checker.check_model(draft)
+        session = open_session(draft)
+    except (onnx.checker.ValidationError, LatencyError) as error:
+        reason = error_reason(error.__cause__ or error)
+        raise ExportError(f"onnxruntime does not run {type(model).__name__}: {reason}{_dtype_hint(model)}") from error
+    names, outputs = [node.name for node in session.get_inputs()], session.get_outputs()
+    errors = [0.0]
+    for call, wanted in zip(calls, expected, strict=True):
+        arrays = [tensor.cpu().numpy() for tensor in call.tensors().values()]
+        if len(arrays) != len(names) or len(outputs) != len(wanted):
+            raise ExportError(
+                f"the ONNX file takes {len(names)} inputs and gives {len(outputs)} outputs, "
+                f"but the model takes {len(arrays)} and gives {len(wanted)}."
+            )
+        try:
+            got = session.run(None, dict(zip(names, arrays, strict=True)))
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise ExportError(f"onnxruntime fails at batch {call.batch}: {error_reason(error)}") from error
+        errors += [
+            check.compare(node.name, call.batch, one, other)
+            for node, one, other in zip(outputs, wanted, got, strict=True)
+        ]
+    return max(errors)
+
+
+def _check_limits(check_batches: Sequence[int], rtol: float, atol: float) -> None:
+    """Refuse batch sizes below 1 and tolerances that are negative or no number."""
+    for batch in check_batches:
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {batch!r}.")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not 0 <= value < float("inf"):
+            raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={value!r}.")
+
+
+def _check_dtypes(model: nn.Module, call: _Call) -> None:
+    """Refuse weights without values, and bfloat16: onnxruntime has no CPU kernel for its Conv, Gemm or MatMul."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise WeightError(f"{name!r} is on the meta device and has no values. Load the weights before the export.")
+    tensors = (*model.parameters(), *model.buffers(), *call.tensors().values())
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        raise ExportError(
+            f"{type(model).__name__} or an input of it is in bfloat16, for which onnxruntime has no CPU kernels. "
+            f"Export copy.deepcopy(model).float(), with float32 inputs."
+        )
+
+
+def _dtype_hint(model: nn.Module) -> str:
+    """Say what to do about float64, for which onnxruntime has MatMul and Gemm but no Conv."""
+    if any(tensor.dtype == torch.float64 for tensor in (*model.parameters(), *model.buffers())):
+        return " onnxruntime has few float64 kernels: export copy.deepcopy(model).float(), with float32 inputs."
+    return ""
+
+
+def _cause(error: BaseException) -> str:
+    """Give the first line of the innermost cause, without colours and with a full stop."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    line = text.splitlines()[0].strip() if text else type(error).__name__
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode without gradients; mode and random state are restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
+    for module, _ in modes:
+        module.training = False
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's messages, its dumps of failed graphs and warnings about its own code, not the model's."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [one.level for one in loggers]
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|onnxscript|onnx_ir)(\.|$)")
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? self\.([\w.]+\.)?_flat_weights\[")  # nn.LSTM
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for one, level in zip(loggers, levels, strict=True):
+                one.setLevel(level)
