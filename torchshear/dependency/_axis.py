@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 
-from torchshear.dependency._units import Ids, UnitStore
+from torchshear.dependency._units import Ids, Reason, UnitStore, widened
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +34,7 @@ class Algebra:
     def __init__(self) -> None:
         self.store = UnitStore()
 
-    def fresh(self, size: int, reason: str = "a dimension of size 1 cannot shrink") -> Axis:
+    def fresh(self, size: int, reason: Reason = "a dimension of size 1 cannot shrink") -> Axis:
         """An axis of new units; an axis of one position is fixed, since nothing would be left."""
         if size <= 1:
             return self.fixed(size, reason)
@@ -44,7 +44,7 @@ class Algebra:
         """Positions that hold a constant or a copy: units of their own, even a single one, that no weight knows."""
         return Axis(self.store.fresh(size)[:, None])
 
-    def fixed(self, size: int, reason: str) -> Axis:
+    def fixed(self, size: int, reason: Reason) -> Axis:
         """An axis of which no position can be cut."""
         return Axis(np.broadcast_to(np.int64(self.store.fixed(reason)), (size, 1)))
 
@@ -52,12 +52,12 @@ class Algebra:
         """Whether no position of the axis can be cut."""
         return self.store.resolve(axis.units).shape[1] == 0
 
-    def fix(self, axes: Sequence[Axis], reason: str) -> None:
+    def fix(self, axes: Sequence[Axis], reason: Reason) -> None:
         """Fix every position of the axes."""
         for axis in axes:
             self.store.fix(axis.units, reason)
 
-    def equate(self, left: Axis, right: Axis, reason: str) -> Axis:
+    def equate(self, left: Axis, right: Axis, reason: Reason) -> Axis:
         """Tie two axes of one size position by position; gives the first."""
         if left is not right:
             assert left.size == right.size, f"{reason}: {left.size} against {right.size} positions"
@@ -73,7 +73,7 @@ class Algebra:
         if len(axes) == 1:
             return axes[0]
         width = max(axis.units.shape[1] for axis in axes)
-        return Axis(np.concatenate([np.pad(a.units, ((0, 0), (0, width - a.units.shape[1]))) for a in axes]))
+        return Axis(np.concatenate([widened(axis.units, width) for axis in axes]))
 
     def merge(self, axes: Sequence[Axis]) -> Axis:
         """The product of axes, first outermost: position (i, j) needs all that i and j need."""
@@ -123,7 +123,7 @@ class Algebra:
             self.store.equate(rows[:, [column]], product, "split into factors by a reshape")
         return self._factor_two(axis, outer, inner)
 
-    def _columns(self, units: Ids, reason: str) -> Axis:
+    def _columns(self, units: Ids, reason: Reason) -> Axis:
         return Axis(units) if units.shape[1] else self.fixed(len(units), reason)
 
     def tile(self, axis: Axis, copies: int) -> tuple[Axis, Axis]:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from torchshear.dependency._axis import Algebra
-from torchshear.dependency._call import Balance, Facts
+from torchshear.dependency._call import Balance, Because, Facts
 from torchshear.dependency._units import PAD, Ids
 
 
@@ -33,7 +33,7 @@ def _settle(algebra: Algebra, balance: Balance) -> bool:
     periodic = (grid == grid[:1]).all((0, 1))
     whole = (grid == grid[:, :1]).all((0, 1)) & ~periodic
     if whole.any():
-        store.fix(rows[:, whole], f"a whole block would go: {balance.where}")
+        store.fix(rows[:, whole], Because("a whole block would go", balance.node))
         return True
     if is_plain(rows):
         return False
@@ -60,7 +60,7 @@ def tie_blocks(algebra: Algebra, balance: Balance) -> None:
     rows = algebra.store.resolve(balance.axis.units)
     grid = rows.reshape(balance.n_blocks, len(rows) // balance.n_blocks, -1)
     for block in range(1, balance.n_blocks):
-        algebra.store.equate(grid[0], grid[block], f"blocks lose equally many: {balance.where}")
+        algebra.store.equate(grid[0], grid[block], Because("blocks lose equally many", balance.node))
 
 
 def refine_labels(known: Ids, labels: Ids) -> Ids:

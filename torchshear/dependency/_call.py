@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,17 @@ from torchshear.graph._graph import is_symbolic, shape_of
 Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]
 NewValue = Callable[[Keep], Any]
+
+
+class Because(NamedTuple):
+    """Why an axis is fixed: what an operator call does with it. Worded only when somebody reads it."""
+
+    why: str
+    node: fx.Node
+
+    def __str__(self) -> str:
+        """The reason in a phrase, with operator, module and source line."""
+        return f"{self.why}: {locate(self.node)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,7 @@ class Balance:
 
     axis: Axis
     n_blocks: int
-    where: str
+    node: fx.Node
 
 
 @dataclass(slots=True)
@@ -165,28 +176,23 @@ class Call:
             return None
         return np.asarray(entry.tensor.detach().cpu().numpy())
 
-    @property
-    def where(self) -> str:
-        """The call in a phrase, for reasons: operator, module, source line."""
-        return str(locate(self.node))
-
     # -- demanding ----------------------------------------------------------------------------------------------------
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Tie two axes position by position."""
-        return self.algebra.equate(left, right, self.where)
+        return self.algebra.equate(left, right, Because("tied to what cannot be cut", self.node))
 
     def fix(self, axes: Sequence[Axis], why: str) -> None:
         """Fix axes; the reason names this call."""
-        self.algebra.fix(axes, f"{why}: {self.where}")
+        self.algebra.fix(axes, Because(why, self.node))
 
     def fixed(self, size: int, why: str = "computed") -> Axis:
         """A fixed axis; the reason names this call."""
-        return self.algebra.fixed(size, f"{why}: {self.where}")
+        return self.algebra.fixed(size, Because(why, self.node))
 
     def balance(self, axis: Axis, n_blocks: int) -> None:
         """Demand that each of `n_blocks` equal blocks of the axis loses equally many positions."""
-        self._facts.balances.append(Balance(axis, n_blocks, self.where))
+        self._facts.balances.append(Balance(axis, n_blocks, self.node))
 
     def mix(self, *axes: Axis) -> None:
         """Note that the values at one position of the axes depend on the others (a norm, a softmax, a mean)."""

@@ -12,7 +12,7 @@ from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._units import PAD, Ids
 from torchshear.errors import PlanError
-from torchshear.graph import Cost, Graph, node_macs
+from torchshear.graph import Cost, Graph, locate, node_macs
 from torchshear.graph._graph import shape_of
 
 Bools = npt.NDArray[np.bool_]
@@ -70,7 +70,7 @@ class Cut:
             if len(set(left.tolist())) > 1 or left[0] == 0:
                 raise PlanError(
                     f"{balance.n_blocks} blocks keep {left.tolist()} channels; expected equally many, at least one, in "
-                    f"each: {balance.where}. Cut as many units in each block of the group's `balance`."
+                    f"each: {locate(balance.node)}. Cut as many units in each block of the group's `balance`."
                 )
         for group in self.groups:
             mask = self._masks.get(group.name)

@@ -202,7 +202,7 @@ def _fixed_dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> tuple[Fix
             blocked = facts.blocked.get(name)
             if axis.size <= 1 or (blocked is not None and blocked[0] == dim) or not algebra.is_fixed(axis):
                 continue
-            reason = algebra.store.first_reason(axis.units) or "fixed"
+            reason = str(algebra.store.first_reason(axis.units) or "fixed")
             if graph.state[name].kind == "parameter" and not reason.startswith("size of a kernel"):
                 found.append(FixedDimension(name, dim, axis.size, reason))
     return tuple(found)

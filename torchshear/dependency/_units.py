@@ -10,10 +10,13 @@ position that it describes is kept if and only if all of its units are kept. Thr
 Everything works on whole arrays; there is no loop over positions.
 """
 
+from collections.abc import Hashable
+
 import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
+Reason = Hashable  # why something is fixed; `str` of it is what people read
 PAD = 0  # fills the shorter rows of a matrix; as a fixed unit it restricts nothing
 
 
@@ -29,8 +32,8 @@ class UnitStore:
         self._family_parent: list[int] = [0]
         self._sets: Ids = np.zeros((256, 2), np.int64)
         self._n_sets = 0
-        self.reasons: list[str] = [""]
-        self._reason_ids: dict[str, int] = {"": 0}
+        self._reasons: list[Reason] = [""]
+        self._reason_units: dict[Reason, int] = {"": PAD}
         self._reason[PAD] = 0
 
     def __len__(self) -> int:
@@ -49,15 +52,14 @@ class UnitStore:
         self._size = stop
         return ids
 
-    def fixed(self, reason: str) -> int:
+    def fixed(self, reason: Reason) -> int:
         """The unit that stands for everything fixed for `reason`; one a reason."""
-        known = self._reason_ids.get(reason)
+        known = self._reason_units.get(reason)
         if known is None:
-            unit = int(self.fresh(1)[0])
-            self._reason_ids[reason] = unit
-            self.reasons.append(reason)
-            self._reason[unit] = len(self.reasons) - 1
-            return unit
+            known = int(self.fresh(1)[0])
+            self._reason_units[reason] = known
+            self._reasons.append(reason)
+            self._reason[known] = len(self._reasons) - 1
         return known
 
     def _reserve(self, size: int) -> None:
@@ -76,9 +78,9 @@ class UnitStore:
         """Representatives of the classes of `ids`; any shape."""
         roots = self._parent[ids]
         above = self._parent[roots]
-        if np.array_equal(above, roots):
+        if (above == roots).all():
             return roots
-        while not np.array_equal(above, roots):
+        while not (above == roots).all():
             roots, above = above, self._parent[above]
         self._parent[ids] = roots
         return roots
@@ -90,7 +92,7 @@ class UnitStore:
     def reason(self, unit: int) -> str | None:
         """Why a unit cannot be cut, or None if it can."""
         index = int(self._reason[self.find(np.array([unit]))[0]])
-        return None if index < 0 else self.reasons[index]
+        return None if index < 0 else str(self._reasons[index])
 
     def resolve(self, rows: Ids) -> Ids:
         """Write rows in atoms: representatives of units that are neither composite nor fixed, PAD elsewhere.
@@ -118,7 +120,8 @@ class UnitStore:
 
     def families(self, roots: Ids) -> Ids:
         """Family of each unit: units allocated together, or tied to such, are of one family."""
-        return np.array([self._find_family(family) for family in self._family[roots]], np.int64)
+        found, inverse = np.unique(self._family[roots], return_inverse=True)
+        return np.array([self._find_family(int(family)) for family in found], np.int64)[inverse]
 
     def _find_family(self, family: int) -> int:
         while self._family_parent[family] != family:
@@ -127,37 +130,39 @@ class UnitStore:
 
     # -- relating -----------------------------------------------------------------------------------------------------
 
-    def fix(self, rows: Ids, reason: str) -> None:
+    def fix(self, rows: Ids, reason: Reason) -> None:
         """Fix every unit of the rows, and with a composite one all that it is made of."""
         atoms = self.resolve(rows)
         atoms = atoms[atoms != PAD]
         if atoms.size:
             self._reason[atoms] = self._reason[self.fixed(reason)]
 
-    def first_reason(self, rows: Ids) -> str | None:
+    def first_reason(self, rows: Ids) -> Reason | None:
         """The reason of the first fixed unit in the rows that has one."""
         reasons = self._reason[self.find(rows)]
         known = reasons[reasons > 0]
-        return self.reasons[int(known[0])] if known.size else None
+        return self._reasons[int(known[0])] if known.size else None
 
     def union(self, left: Ids, right: Ids) -> None:
         """Make atoms equal, pair by pair. Both: (n,), representatives of atoms."""
         self._union_families(self._family[left], self._family[right])
         while True:
-            left, right = self.find(left), self.find(right)
             differ = left != right
             if not differ.any():
                 return
             left, right = left[differ], right[differ]
             np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
+            left, right = self.find(left), self.find(right)
 
     def _union_families(self, left: Ids, right: Ids) -> None:
         differ = left != right
+        if not differ.any():
+            return
         for code in np.unique(left[differ] * len(self._family_parent) + right[differ]):
             a, b = (self._find_family(int(family)) for family in divmod(code, len(self._family_parent)))
             self._family_parent[max(a, b)] = min(a, b)
 
-    def equate(self, left: Ids, right: Ids, reason: str) -> None:
+    def equate(self, left: Ids, right: Ids, reason: Reason) -> None:
         """Demand that position i of `left` is kept exactly when position i of `right` is.
 
         Single units become one. A single unit against a set becomes composite. Two sets are matched column by column
@@ -168,7 +173,7 @@ class UnitStore:
             right: matrix (n, k') of units.
             reason: why both sides belong together, kept with what becomes fixed by it.
         """
-        if left is right:
+        if left is right or self._union_if_plain(left, right):
             return
         while True:
             a, b = self.resolve(left), self.resolve(right)
@@ -190,7 +195,20 @@ class UnitStore:
             else:
                 self._match_columns(a, b, reason)
 
-    def _fix_against_fixed(self, left: Ids, right: Ids, a: Ids, b: Ids, n_a: Ids, n_b: Ids, reason: str) -> bool:
+    def _union_if_plain(self, left: Ids, right: Ids) -> bool:
+        """The usual case, two columns of units that can be cut, without the general machinery."""
+        if left.shape[1] != 1 or right.shape[1] != 1:
+            return False
+        a, b = self.find(left[:, 0]), self.find(right[:, 0])
+        differ = a != b
+        a, b = a[differ], b[differ]
+        both = np.concatenate([a, b])
+        if ((self._reason[both] >= 0) | (self._composite[both] >= 0)).any():
+            return False
+        self.union(a, b)
+        return True
+
+    def _fix_against_fixed(self, left: Ids, right: Ids, a: Ids, b: Ids, n_a: Ids, n_b: Ids, reason: Reason) -> bool:
         """Rows that have a fixed partner become fixed, for the partner's reason where one is known."""
         done = False
         for source, rows, empty in ((left, b, n_a == 0), (right, a, n_b == 0)):
@@ -226,7 +244,7 @@ class UnitStore:
         self._composite[atoms] = np.arange(start, stop)
         self._n_sets = stop
 
-    def _match_columns(self, a: Ids, b: Ids, reason: str) -> None:
+    def _match_columns(self, a: Ids, b: Ids, reason: Reason) -> None:
         """Relate rows of two or more units each, for the largest run of rows with the same columns in use."""
         used = np.concatenate([a != PAD, b != PAD], 1)
         _, inverse = np.unique(used, axis=0, return_inverse=True)
@@ -245,7 +263,7 @@ class UnitStore:
                     matched = True
         if matched or self._refine(a, b, labels_a, labels_b) or self._refine(b, a, labels_b, labels_a):
             return
-        self.fix(np.concatenate([a, b], 1), f"{reason}: its factors do not line up")
+        self.fix(np.concatenate([a, b], 1), reason)
 
     def _refine(self, a: Ids, b: Ids, labels_a: list[Ids], labels_b: list[Ids]) -> bool:
         """Where one column of `a` varies exactly as several of `b` do together, make its units composite of theirs."""
@@ -279,8 +297,17 @@ def _same_rows(a: Ids, b: Ids) -> npt.NDArray[np.bool_]:
     if a.shape == b.shape and a.shape[1] == 1:
         return np.asarray(a[:, 0] == b[:, 0])
     width = max(a.shape[1], b.shape[1])
-    padded = [np.sort(np.pad(x, ((0, 0), (0, width - x.shape[1]))), 1) for x in (a, b)]
+    padded = [np.sort(widened(x, width), 1) for x in (a, b)]
     return np.asarray((padded[0] == padded[1]).all(1))
+
+
+def widened(rows: Ids, width: int) -> Ids:
+    """Rows with PAD columns added up to `width`."""
+    if rows.shape[1] == width:
+        return rows
+    wide = np.zeros((len(rows), width), np.int64)
+    wide[:, : rows.shape[1]] = rows
+    return wide
 
 
 def _pattern(column: Ids) -> Ids:

@@ -12,6 +12,8 @@ from torchshear.errors import WeightError
 # read the unit and biases ("bias") are offsets; either is counted only on request. Running statistics never are.
 OWN_ROLES = frozenset({"out", "depthwise", "norm", "embedding", "raw"})
 
+_PIECE = 1 << 19  # elements that are worked on at a time: a few MB, which stay in the cache
+
 
 def unit_sums(
     group: ChannelGroup,
@@ -26,7 +28,7 @@ def unit_sums(
     Args:
         group: the coupled dimensions; C = group.width units.
         weights: parameter name -> tensor, at least of the group's members.
-        value: elementwise function of a float64 tensor.
+        value: elementwise function of a floating tensor, in the weight's dtype or float32, whichever is wider.
         roles: which members count. A group that has none of them is scored by all of its members.
 
     Returns:
@@ -37,7 +39,9 @@ def unit_sums(
     """
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in scored_members(group, weights, roles):
-        lines = _per_position(member, value(_finite(member, weights[member.name])))
+        lines = _per_position(member, _readable(member, weights[member.name]), value)
+        if not bool(torch.isfinite(lines).all()):
+            raise _not_finite(member, weights[member.name])
         total.index_add_(0, torch.from_numpy(member.units), lines[torch.from_numpy(member.positions)])
     return total
 
@@ -60,25 +64,34 @@ def scored_members(
     yield from chosen or known
 
 
-def _finite(member: Member, weight: Tensor) -> Tensor:
+def _readable(member: Member, weight: Tensor) -> Tensor:
     if weight.is_meta:
         raise WeightError(
             f"{member.name!r} is on the meta device and has no values to score; load the weights, or make the plan "
             f"from kept units with torchshear.pruners.plan_from_kept."
         )
-    weight = weight.detach().to("cpu", torch.float64)
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise WeightError(
-            f"{member.name!r} holds {bad} values that are NaN or infinite; expected finite weights. Train or load the "
-            f"model again: scores of such weights would be meaningless."
-        )
-    return weight
+    weight = weight.detach()
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.to(torch.float32)
 
 
-def _per_position(member: Member, values: Tensor) -> Tensor:
-    """Sum over all dimensions but the member's; blocks of a blocked weight one after another."""
+def _not_finite(member: Member, weight: Tensor) -> WeightError:
+    bad = int((~torch.isfinite(weight)).sum())
+    what = f"{bad} values that are NaN or infinite" if bad else "values so large that their sum overflows"
+    return WeightError(
+        f"{member.name!r} holds {what}; expected finite weights. Train or load the model again: scores of such weights "
+        f"would be meaningless."
+    )
+
+
+def _per_position(member: Member, weight: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
+    """Sum over all dimensions but the member's, in float64; blocks of a blocked weight one after another."""
     if member.n_blocks:
-        blocks = values.unflatten(0, (member.n_blocks, -1)).movedim(member.dim + 1, 1)
-        return blocks.flatten(2).sum(2).flatten()
-    return values.movedim(member.dim, 0).flatten(1).sum(1) if values.ndim > 1 else values
+        blocks = value(weight).unflatten(0, (member.n_blocks, -1)).movedim(member.dim + 1, 1)
+        return blocks.flatten(2).sum(2, dtype=torch.float64).flatten().cpu()
+    others = [dim for dim in range(weight.ndim) if dim != member.dim]
+    if not others:
+        return value(weight).to("cpu", torch.float64)
+    # In pieces, so that no temporary is as large as the weight.
+    rows = max(1, _PIECE // max(1, weight.numel() // weight.shape[member.dim]))
+    pieces = [value(piece).sum(others, dtype=torch.float64) for piece in weight.split(rows, member.dim)]
+    return torch.cat(pieces).cpu()
