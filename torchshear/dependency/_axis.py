@@ -31,8 +31,12 @@ Axes = tuple[Axis, ...]
 class Algebra:
     """What operators do to axes: join, cut, repeat, tie, split into factors and merge again."""
 
-    def __init__(self) -> None:
-        self.store = UnitStore()
+    def __init__(self, store: UnitStore | None = None) -> None:
+        self.store = store or UnitStore()
+
+    def copy(self) -> "Algebra":
+        """The same relations, to which more can be added."""
+        return Algebra(self.store.copy())
 
     def fresh(self, size: int, reason: Reason = "a dimension of size 1 cannot shrink") -> Axis:
         """An axis of new units; an axis of one position is fixed, since nothing would be left."""

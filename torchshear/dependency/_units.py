@@ -39,6 +39,13 @@ class UnitStore:
     def __len__(self) -> int:
         return self._size
 
+    def copy(self) -> "UnitStore":
+        """A store with the same knowledge, to which more can be added."""
+        twin = UnitStore()
+        for name, value in vars(self).items():
+            setattr(twin, name, value.copy() if isinstance(value, np.ndarray | list | dict) else value)
+        return twin
+
     # -- creation -----------------------------------------------------------------------------------------------------
 
     def fresh(self, count: int) -> Ids:

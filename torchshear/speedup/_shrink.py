@@ -1,6 +1,5 @@
 """Make a plan real: a physically smaller model, in native form where that is equal to the rewritten graph."""
 
-import copy
 import inspect
 from collections import defaultdict
 from collections.abc import Mapping
@@ -196,7 +195,7 @@ def _training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut,
     if graph.training is not None and groups.training_facts is not None:
         return graph.training, cut, groups.training_facts
     train = capture(model, graph.inputs, "train")
-    algebra, facts = copy.deepcopy(groups.algebra), groups.facts.copy()
+    algebra, facts = groups.algebra.copy(), groups.facts.copy()
     of_train = facts.for_other_graph()
     relate(train, algebra, of_train)
     return train, Cut(replace(groups, algebra=algebra, facts=facts), cut.kept), of_train

@@ -1,0 +1,180 @@
+"""How long planning takes, beside Torch-Pruning on the same models in the same run.
+
+    python benchmarks/planning.py [--rounds 5] [--models resnet50 vgg16 ...] [--output benchmarks/results]
+
+For each model: torch.export apart, then analyze, plan and shrink; and the whole of prune without verification, against
+Torch-Pruning's graph building and step at the same ratio (50 %, L1, classifier kept). Rounds are interleaved and
+medians are reported. Then growth with depth (ResNets of 50 to 800 layers) and peak memory beside the model's own.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torchshear
+from tests.zoo.torchvision_models import load_torchvision
+from torchshear.speedup import shrink_to_form
+
+MODELS = ("resnet50", "densenet121", "densenet201", "vgg16", "mobilenet_v2", "convnext_tiny", "vit_b_16")
+DEPTHS = (50, 101, 200, 401, 800)
+STAGES = ("trace", "analyze", "plan", "shrink")
+
+
+def build(name: str) -> nn.Module:
+    """A torchvision model with random weights, in eval mode."""
+    torch.manual_seed(0)
+    model: nn.Module = load_torchvision().models.get_model(name, weights=None)
+    return model.eval()
+
+
+def ours(model: nn.Module, args: tuple[Any, ...]) -> dict[str, float]:
+    """Seconds of each stage of prune, verification apart."""
+    marks = [time.perf_counter()]
+    graph = torchshear.trace(model, args)
+    marks.append(time.perf_counter())
+    groups = torchshear.analyze(graph)
+    marks.append(time.perf_counter())
+    plan = torchshear.plan(groups, criterion="l1", ratio=0.5)
+    marks.append(time.perf_counter())
+    shrink_to_form(model, plan)
+    marks.append(time.perf_counter())
+    return {stage: after - before for stage, before, after in zip(STAGES, marks[:-1], marks[1:], strict=True)}
+
+
+def theirs(name: str, args: tuple[Any, ...]) -> float:
+    """Seconds that Torch-Pruning needs to build its graph and prune once; on a model of its own, which it changes."""
+    import torch_pruning as tp
+
+    model = build(name)
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    start = time.perf_counter()
+    pruner = tp.pruner.MagnitudePruner(
+        model, args[0], importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=0.5, ignored_layers=[last]
+    )
+    pruner.step()
+    return time.perf_counter() - start
+
+
+def compare(name: str, rounds: int) -> dict[str, Any]:
+    """Interleaved rounds of both on one model; the first round warms up and is not counted."""
+    model, args = build(name), (torch.randn(1, 3, 224, 224),)
+    own: list[dict[str, float]] = []
+    rival: list[float] = []
+    failure = ""
+    for _ in range(rounds + 1):
+        own.append(ours(model, args))
+        if not failure:
+            try:
+                rival.append(theirs(name, args))
+            except Exception as error:  # whatever the rival raises is its result
+                failure = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+    stages = {stage: statistics.median(row[stage] for row in own[1:]) for stage in STAGES}
+    total = statistics.median(sum(row.values()) for row in own[1:])
+    return {
+        "model": name,
+        "seconds": stages,
+        "without_export": statistics.median(sum(row.values()) - row["trace"] for row in own[1:]),
+        "total": total,
+        "rival": statistics.median(rival[1:]) if not failure else None,
+        "rival_failure": failure,
+        "ratio": statistics.median(rival[1:]) / total if not failure else None,
+        "raw": {"ours": own[1:], "rival": rival[1:]},
+    }
+
+
+def growth(rounds: int) -> list[dict[str, Any]]:
+    """Analyze, plan and shrink on narrow ResNets of growing depth."""
+    resnet = load_torchvision().models.resnet
+    rows = []
+    for depth in DEPTHS:
+        n_blocks = (depth - 2) // 3
+        counts = [max(1, round(n_blocks * share)) for share in (3 / 16, 4 / 16, 6 / 16, 3 / 16)]
+        model = resnet.ResNet(resnet.Bottleneck, counts, width_per_group=16).eval()
+        args = (torch.randn(1, 3, 64, 64),)
+        n_nodes = len(torchshear.trace(model, args))
+        times = [ours(model, args) for _ in range(max(1, rounds // 2))]
+        rows.append({"layers": depth, "nodes": n_nodes} | {s: statistics.median(t[s] for t in times) for s in STAGES})
+    return rows
+
+
+def _peak_bytes(queue: Any, name: str) -> None:
+    model, args = build(name), (torch.randn(1, 3, 224, 224),)
+    torchshear.trace(nn.Linear(2, 2), (torch.randn(1, 2),))  # what torch.export itself loads once
+    with torch.no_grad():
+        model(*args)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ours(model, args)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    queue.put((weights, after - before))
+
+
+def peak_memory(name: str) -> dict[str, Any]:
+    """Growth of the process's peak memory while a model is pruned, in copies of its weights; in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak_bytes, args=(queue, name))
+    process.start()
+    weights, grown = queue.get()
+    process.join()
+    return {"model": name, "weights_mb": weights / 1e6, "grown_mb": grown / 1e6, "copies": grown / weights}
+
+
+def report(results: dict[str, Any], show: Callable[[str], None] = print) -> None:
+    """Print what was measured as tables in Markdown."""
+    show("| model | export s | analyze s | plan s | shrink s | without export s | total s | Torch-Pruning s | ratio |")
+    show("|---|---|---|---|---|---|---|---|---|")
+    for row in results["models"]:
+        stages = " | ".join(f"{row['seconds'][stage]:.2f}" for stage in STAGES)
+        rival = f"{row['rival']:.2f} | {row['ratio']:.2f}" if row["rival"] else f"fails ({row['rival_failure']}) | "
+        show(f"| {row['model']} | {stages} | {row['without_export']:.2f} | {row['total']:.2f} | {rival} |")
+    show(f"\ngeometric mean of Torch-Pruning / ours: {results['geometric_mean']:.2f}\n")
+    show("| layers | nodes | export s | analyze s | plan s | shrink s | ms a node without export |")
+    show("|---|---|---|---|---|---|---|")
+    for row in results["growth"]:
+        each = 1000 * (row["analyze"] + row["plan"] + row["shrink"]) / row["nodes"]
+        stages = " | ".join(f"{row[stage]:.2f}" for stage in STAGES)
+        show(f"| {row['layers']} | {row['nodes']} | {stages} | {each:.2f} |")
+    for row in results["memory"]:
+        show(f"\npeak memory while pruning {row['model']} ({row['weights_mb']:.0f} MB): +{row['copies']:.2f} copies")
+
+
+def main() -> None:
+    """Measure, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    models = []
+    for name in options.models:
+        models.append(compare(name, options.rounds))
+        print(f"{name}: {models[-1]['total']:.2f} s, Torch-Pruning {models[-1]['rival'] or 'fails'}", file=sys.stderr)
+    ratios = [row["ratio"] for row in models if row["ratio"]]
+    results = {
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
+        "models": models,
+        "geometric_mean": statistics.geometric_mean(ratios) if ratios else float("nan"),
+        "growth": growth(options.rounds),
+        "memory": [peak_memory(name) for name in ("vgg16", "resnet50") if name in options.models],
+    }
+    report(results)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "planning.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
