@@ -66,7 +66,7 @@ def net():
 
 def tied():
     torch.manual_seed(0)
-    return Tied(), (torch.randint(0, 50, (2, 7)),), {"scale": torch.ones(32)}
+    return Tied(), (torch.randint(0, 50, (2, 7)),), {"scale": torch.rand(2, 7, 1)}
 
 
 def branching():

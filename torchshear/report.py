@@ -75,7 +75,9 @@ def make_report(plan: PruningPlan, form: str = "") -> PruningReport:
     groups = plan.analysis
     assert groups is not None, "a plan that was loaded has no analysis"
     cut = Cut(groups, plan.kept)
-    rows = tuple(_row(group, plan_of.kept.size, plan_of.note) for group, plan_of in zip(groups, plan.groups, strict=True))
+    rows = tuple(
+        _row(group, plan_of.kept.size, plan_of.note) for group, plan_of in zip(groups, plan.groups, strict=True)
+    )
     total = sum(group.width for group in groups.prunable)
     ratio = plan.request.get("ratio")
     return PruningReport(
@@ -101,7 +103,13 @@ def render_report(report: PruningReport, width: int = 120) -> str:
         width: columns of the terminal.
     """
     table = Table(title="Channel groups", title_justify="left")
-    for heading, justify in (("group", "left"), ("before", "right"), ("after", "right"), ("kept", "right"), ("note", "left")):
+    for heading, justify in (
+        ("group", "left"),
+        ("before", "right"),
+        ("after", "right"),
+        ("kept", "right"),
+        ("note", "left"),
+    ):
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for group in report.groups:
         note = group.note or ("norm, softmax or mean over it" if group.is_mixed else "")

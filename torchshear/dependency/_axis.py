@@ -54,7 +54,7 @@ class Algebra:
 
     def is_fixed(self, axis: Axis) -> bool:
         """Whether no position of the axis can be cut."""
-        return self.store.resolve(axis.units).shape[1] == 0
+        return bool(self.store.resolve(axis.units).shape[1] == 0)
 
     def fix(self, axes: Sequence[Axis], reason: Reason) -> None:
         """Fix every position of the axes."""

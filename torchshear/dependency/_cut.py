@@ -102,9 +102,7 @@ class Cut:
     def changed_state(self) -> list[str]:
         """Names of parameters, buffers and constants that lose positions."""
         return [
-            name
-            for name in self.groups.facts.state_axes
-            if any(not mask.all() for mask in self.state_keep(name)[0])
+            name for name in self.groups.facts.state_axes if any(not mask.all() for mask in self.state_keep(name)[0])
         ]
 
     def state_shape(self, name: str) -> tuple[int, ...]:

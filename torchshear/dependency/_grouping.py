@@ -120,9 +120,7 @@ def _block_labels(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, di
         atoms_of[group] = units[free][order]
         new = block[order]
         labels[group] = refine_labels(labels[group], new) if group in labels else new
-    return {
-        group: dict(zip(atoms_of[group].tolist(), labels[group].tolist(), strict=True)) for group in labels
-    }
+    return {group: dict(zip(atoms_of[group].tolist(), labels[group].tolist(), strict=True)) for group in labels}
 
 
 def _members(
@@ -156,7 +154,7 @@ def _group(
     names: dict[str, int],
     users: dict[str, str],
 ) -> ChannelGroup:
-    first, _, positions, atoms = members[0]
+    first, _, _, atoms = members[0]
     _, where = np.unique(atoms, return_index=True)
     ordered = atoms[np.sort(where)]
     by_atom = np.argsort(ordered)

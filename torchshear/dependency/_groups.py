@@ -153,7 +153,9 @@ class ChannelGroups(Sequence[ChannelGroup]):
             for group in self.groups:
                 if group.name == key:
                     return group
-            raise ArgumentError(f"no channel group {key!r}; known are {', '.join(g.name for g in self.groups[:8])}, ...")
+            raise ArgumentError(
+                f"no channel group {key!r}; known are {', '.join(g.name for g in self.groups[:8])}, ..."
+            )
         return self.groups[key]
 
     @property

@@ -183,9 +183,7 @@ def make_plan(
             GroupPlan(g.name, g.width, _indices(kept.get(g.name, np.arange(g.width))), notes.get(g.name, ""))
             for g in groups
         ),
-        state={
-            name: _state_plan(cut, name) for name in cut.changed_state() if graph.state[name].kind != "constant"
-        },
+        state={name: _state_plan(cut, name) for name in cut.changed_state() if graph.state[name].kind != "constant"},
         aliases={alias: name for alias, name in graph.aliases.items() if alias != name},
         fingerprint=graph.fingerprint,
         model_type=graph.model_type,
@@ -219,7 +217,9 @@ def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
     after = second.kept
     unknown = after.keys() - first.kept.keys()
     if unknown:
-        raise PlanError(f"group {sorted(unknown)[0]!r} of the second plan is not in the first: it is for another model.")
+        raise PlanError(
+            f"group {sorted(unknown)[0]!r} of the second plan is not in the first: it is for another model."
+        )
     kept: dict[str, Indices] = {}
     for group in first.groups:
         left = after.get(group.name, np.arange(len(group.kept)))
@@ -231,7 +231,6 @@ def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
         kept[group.name] = group.kept[left]
     request = {"first": dict(first.request), "second": dict(second.request)}
     return make_plan(Cut(first.analysis, kept), kept, request, {})
-
 
 
 def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:

@@ -77,7 +77,9 @@ def _runs(indices: Indices) -> str:
 
 def damaged(path: Path, what: str) -> PlanError:
     """The error for a file that cannot be read."""
-    return PlanError(f"plan file {str(path)!r} is damaged: {what}. Expected a plan written by PruningPlan.save; save it again.")
+    return PlanError(
+        f"plan file {str(path)!r} is damaged: {what}. Expected a plan written by PruningPlan.save; save it again."
+    )
 
 
 def write_document(path: str | PathLike[str], document: dict[str, Any], writer: IndexWriter) -> None:
@@ -125,7 +127,9 @@ def read_document(path: str | PathLike[str]) -> tuple[dict[str, Any], IndexReade
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PlanError(f"cannot read plan file {str(path)!r}: {error.strerror}. Expected a file written by save.") from error
+        raise PlanError(
+            f"cannot read plan file {str(path)!r}: {error.strerror}. Expected a file written by save."
+        ) from error
     except ValueError as error:
         raise damaged(path, f"it is not whole JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -6,4 +6,15 @@ from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, locate
 
-__all__ = ["Cost", "ExampleInputs", "Graph", "Location", "StateTensor", "capture", "locate", "node_macs", "trace", "trace_inputs"]
+__all__ = [
+    "Cost",
+    "ExampleInputs",
+    "Graph",
+    "Location",
+    "StateTensor",
+    "capture",
+    "locate",
+    "node_macs",
+    "trace",
+    "trace_inputs",
+]

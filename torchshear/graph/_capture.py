@@ -86,7 +86,7 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Literal["eval", "trai
 def _in_mode(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]:
     """Put the model into a mode; afterwards each module has its own flag back and the RNG its state."""
     flags = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch(\..*)?$")
@@ -116,8 +116,8 @@ def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, i
         raise _capture_error(model, error) from error
 
 
-def _free_batch(inputs: ExampleInputs) -> ShapesCollection:
-    shapes = ShapesCollection()
+def _free_batch(inputs: ExampleInputs) -> Any:
+    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in inputs.tensors():
         if tensor.ndim:
             shapes[tensor] = {0: Dim.AUTO}

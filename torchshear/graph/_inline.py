@@ -48,7 +48,7 @@ class _Copier:
         self._aliases = aliases
         self._state: dict[str, fx.Node] = {}
 
-    def run(self, module: nn.Module, inputs: tuple[Any, ...] | None = None) -> Any:
+    def run(self, module: Any, inputs: tuple[Any, ...] | None = None) -> Any:
         """Copy all nodes of `module.graph`; `inputs` stand for its placeholders when it is a sub-graph."""
         env: dict[fx.Node, Any] = {}
         operands = iter(inputs or ())
@@ -81,21 +81,24 @@ class _Copier:
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         target = str(node.target)
         if target == "wrap_with_set_grad_enabled":
-            enabled, body, *operands = (env[a] if isinstance(a, fx.Node) else a for a in node.args)
+            enabled, body, *operands = self._values(node.args, env)
             before = self.graph.call_function(torch.is_grad_enabled)
             self.graph.call_function(torch._C._set_grad_enabled, (enabled,))
             result = self.run(body, tuple(operands))
             self.graph.call_function(torch._C._set_grad_enabled, (before,))
             return result
         if target == "wrap_with_autocast":
-            *settings, body = (env[a] if isinstance(a, fx.Node) else a for a in node.args[:5])
+            *settings, body = self._values(node.args[:5], env)
             entered = self.graph.call_function(autocast_mode._enter_autocast, tuple(settings))
-            result = self.run(body, tuple(env[a] if isinstance(a, fx.Node) else a for a in node.args[5:]))
+            result = self.run(body, self._values(node.args[5:], env))
             self.graph.call_function(autocast_mode._exit_autocast, (entered,))
             return result
         if node.target is operator.getitem and isinstance(env[node.args[0]], list | tuple):  # type: ignore[index]
             return env[node.args[0]][node.args[1]]  # type: ignore[index]
         return self.graph.node_copy(node, lambda n: env[n])
+
+    def _values(self, arguments: tuple[Any, ...], env: dict[fx.Node, Any]) -> tuple[Any, ...]:
+        return tuple(env[a] if isinstance(a, fx.Node) else a for a in arguments)
 
     def drop_unused_state(self) -> None:
         """Remove `get_attr` nodes that nothing reads."""

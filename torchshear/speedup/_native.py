@@ -60,9 +60,7 @@ def _changes_by_module(changes: Sequence[Change]) -> dict[str, dict[int, int]]:
     seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for change in changes:
         seen[locate(change.node).module][change.old].add(change.new)
-    return {
-        module: {old: new.pop() for old, new in values.items() if len(new) == 1} for module, values in seen.items()
-    }
+    return {module: {old: new.pop() for old, new in values.items() if len(new) == 1} for module, values in seen.items()}
 
 
 def _is_torch_module(module: nn.Module) -> bool:
@@ -87,7 +85,7 @@ def _update_torch_module(module: nn.Module, changes: Mapping[int, int]) -> None:
     elif isinstance(module, nn.ChannelShuffle):
         module.groups = changes.get(module.groups, module.groups)
     elif isinstance(module, nn.Unflatten) and isinstance(module.unflattened_size, tuple):
-        module.unflattened_size = tuple(changes.get(s, s) for s in module.unflattened_size)  # type: ignore[misc]
+        module.unflattened_size = tuple(changes.get(s, s) for s in module.unflattened_size)
 
 
 def _update_convolution(module: nn.modules.conv._ConvNd, changes: Mapping[int, int]) -> None:

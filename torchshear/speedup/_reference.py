@@ -96,7 +96,9 @@ def _on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: d
     """Run one operator on the kept positions of all of its operands, and put the result back among zeros."""
     facts = cut.groups.facts
     call = rewritten_call(node, facts, cut)
-    full = dict(zip(_nodes_in((node.args, node.kwargs)), _values_of((node.args, node.kwargs), (args, kwargs)), strict=True))
+    full = dict(
+        zip(_nodes_in((node.args, node.kwargs)), _values_of((node.args, node.kwargs), (args, kwargs)), strict=True)
+    )
 
     def gathered(operand: fx.Node) -> Any:
         axes = facts.axes.get(operand.name)
@@ -108,7 +110,11 @@ def _on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: d
 
 
 def _nodes_in(arguments: Any) -> list[fx.Node]:
-    return [leaf for leaf in pytree.tree_leaves(arguments, is_leaf=lambda v: isinstance(v, fx.Node)) if isinstance(leaf, fx.Node)]
+    return [
+        leaf
+        for leaf in pytree.tree_leaves(arguments, is_leaf=lambda v: isinstance(v, fx.Node))
+        if isinstance(leaf, fx.Node)
+    ]
 
 
 def _values_of(nodes: Any, values: Any) -> list[Any]:

@@ -115,9 +115,7 @@ def _apply(bound: dict[str, Any], edit: Edit, cut: Cut) -> None:
 def _unbind(node: fx.Node, bound: dict[str, Any], edited: set[str]) -> Rewritten:
     """Arguments by name back into positions and keywords; defaults that nobody gave stay away."""
     arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    needed = [
-        i for i, a in enumerate(arguments) if not a.kwarg_only and (i < len(node.args) or a.name in edited)
-    ]
+    needed = [i for i, a in enumerate(arguments) if not a.kwarg_only and (i < len(node.args) or a.name in edited)]
     args = tuple(bound[a.name] for a in arguments[: max(needed, default=-1) + 1])
     rest = arguments[len(args) :]
     kwargs = {a.name: bound[a.name] for a in rest if a.name in node.kwargs or a.name in edited}

@@ -79,7 +79,9 @@ def shrink_to_form(
     tensors = _tensors_of(model, graph)
     sliced = slice_state(cut, tensors)
     traced = _eval_form(model, graph, cut, sliced)
-    native, reason = (None, "asked for") if form == "traced" else _native_form(model, traced, graph, cut, tensors, sliced)
+    native, reason = (
+        (None, "asked for") if form == "traced" else _native_form(model, traced, graph, cut, tensors, sliced)
+    )
     if native is not None:
         return Shrunk(_in_mode_of(native, model), "native", reason)
     if form == "native":
@@ -98,7 +100,9 @@ def analysis_of(
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
     if not isinstance(plan, PruningPlan):
-        raise ArgumentError(f"plan is {type(plan).__name__}; expected a PruningPlan, from torchshear.plan or PruningPlan.load.")
+        raise ArgumentError(
+            f"plan is {type(plan).__name__}; expected a PruningPlan, from torchshear.plan or PruningPlan.load."
+        )
     if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
         return plan.analysis
     _check_shapes(model, plan)
@@ -135,8 +139,8 @@ def _check_shapes(model: nn.Module, plan: PruningPlan) -> None:
         if shape != entry.shape:
             raise PlanError(
                 f"the plan is for {plan.model_type}, where {name!r} has shape {entry.shape}; in "
-                f"{type(model).__name__} it {f'has shape {shape}' if shape else 'does not exist'}. Expected an unpruned "
-                f"model of the same class and configuration."
+                f"{type(model).__name__} it {f'has shape {shape}' if shape else 'does not exist'}. Expected an "
+                f"unpruned model of the same class and configuration."
             )
 
 
@@ -217,7 +221,7 @@ def _native_form(
     tensors: Mapping[str, Tensor],
     sliced: Mapping[str, Tensor],
 ) -> tuple[nn.Module | None, str]:
-    """A copy of the user's module that equals the traced form on the example inputs, or the reason why there is none."""
+    """A copy of the user's module that equals the traced form on the example inputs, or why there is none."""
     changes = changed_integers(graph.fx_graph, cut.groups.facts, cut)
     replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
     replacements |= {id(own): sliced[name] for name, own in _own_constants(model, graph) if name in sliced}

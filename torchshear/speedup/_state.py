@@ -43,11 +43,11 @@ def _kept_values(cut: Cut, name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _kept_of_blocks(value: Tensor, mask: np.ndarray, n_blocks: int, dim: int) -> Tensor:  # type: ignore[type-arg]
+def _kept_of_blocks(value: Tensor, mask: np.ndarray, n_blocks: int, dim: int) -> Tensor:
     """Take, in each block of rows, the positions that this block keeps; all blocks keep equally many."""
     rows = mask.reshape(n_blocks, -1)
     index = torch.from_numpy(np.flatnonzero(rows.reshape(-1)).reshape(n_blocks, -1) % rows.shape[1]).to(value.device)
-    blocks = value.unflatten(0, (n_blocks, -1)).movedim(dim + 1, 1)
+    blocks = value.reshape(n_blocks, -1, *value.shape[1:]).movedim(dim + 1, 1)
     shape = (n_blocks, index.shape[1], *(1 for _ in blocks.shape[2:]))
     taken = blocks.gather(1, index.reshape(shape).expand(-1, -1, *blocks.shape[2:]))
     return taken.movedim(1, dim + 1).flatten(0, 1)

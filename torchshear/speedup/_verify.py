@@ -157,9 +157,7 @@ def _masked_outputs(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: to
     return pytree.tree_leaves(output)
 
 
-def _first_difference(
-    model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: torch.dtype, error: float
-) -> str:
+def _first_difference(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: torch.dtype, error: float) -> str:
     """Run the masked and the rewritten graph side by side and name the first value that is not the same."""
     groups = cut.groups
     state = _state(model, groups, dtype)
@@ -167,18 +165,21 @@ def _first_difference(
     rewritten = rewrite_graph(groups.graph.fx_graph, groups.facts, cut)
     with torch.no_grad():
         left = masked_values(groups.graph, cut, state, _leaves(inputs))
-        right = {node.name: (node, value) for node, value in _until_failure(graph_values(rewritten, small_state, _leaves(inputs)))}
+        right = {
+            node.name: (node, value)
+            for node, value in _until_failure(graph_values(rewritten, small_state, _leaves(inputs)))
+        }
         for node, value in left:
             kept = _kept_part(value, groups.facts.axes.get(node.name), cut)
             if node.name not in right:
-                return f"the rewritten graph fails at {node.name!r}, {locate(node)}; this is a defect of its operator rule."
+                return f"the rewritten graph fails at {node.name!r}, {locate(node)}: its operator rule is wrong."
             if node.op == "call_function" and isinstance(kept, Tensor):
                 difference = relative_error([kept], [right[node.name][1]])
                 if difference > tolerance([kept]):
                     return (
                         f"the shrunk model differs from the masked model by {error:.2g} relative. The first value that "
                         f"differs is {node.name!r}, {locate(node)}, by {difference:.2g}. Expected at most "
-                        f"{tolerance([kept]):.0e}; the rule of that operator does not describe this call: please report it."
+                        f"{tolerance([kept]):.0e}: the rule of that operator does not describe this call."
                     )
     return (
         f"the shrunk model differs from the masked model by {error:.2g} relative, though its graph does not: the model "

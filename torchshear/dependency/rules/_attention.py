@@ -24,7 +24,10 @@ def _attention(call: Call) -> Axes:
         call.edit("scale", lambda keep: 1.0 / sqrt(width))
     n_batch = len(call.out_shape) - 2
     if call.arg("enable_gqa") and q[-3].size != k[-3].size:
-        batch = (*broadcast(call, [q[:-3], k[:-3], v[:-3]], call.out_shape[: n_batch - 1]), _grouped_heads(call, q, k, v))
+        batch = (
+            *broadcast(call, [q[:-3], k[:-3], v[:-3]], call.out_shape[: n_batch - 1]),
+            _grouped_heads(call, q, k, v),
+        )
     else:
         batch = broadcast(call, [q[:-2], k[:-2], v[:-2]], call.out_shape[:n_batch])
     result = (*batch, q[-2], v[-1])
@@ -41,5 +44,3 @@ def _grouped_heads(call: Call, q: Axes, k: Axes, v: Axes) -> Axis:
     call.tie(groups, k[-3])
     call.tie(k[-3], v[-3])
     return q[-3]
-
-

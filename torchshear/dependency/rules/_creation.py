@@ -8,9 +8,15 @@ from torchshear.dependency._registry import operator_rule
 
 
 @operator_rule(
-    "aten.empty.memory_format", "aten.full", "aten.new_empty", "aten.new_full", "aten.new_ones", "aten.new_zeros",
-    "aten.ones", "aten.zeros",
-)  # fmt: skip
+    "aten.empty.memory_format",
+    "aten.full",
+    "aten.new_empty",
+    "aten.new_full",
+    "aten.new_ones",
+    "aten.new_zeros",
+    "aten.ones",
+    "aten.zeros",
+)
 def _constant(call: Call) -> Axes:
     """The same value everywhere: any position can go, and the size follows."""
     axes: list[Axis] = []
@@ -24,9 +30,19 @@ def _constant(call: Call) -> Axes:
 
 
 @operator_rule(
-    "aten.arange", "aten.bernoulli", "aten.linspace", "aten.meshgrid", "aten.rand", "aten.rand_like", "aten.randn",
-    "aten.randn_like", "aten.scalar_tensor", "aten.eye", "aten.tril_indices", "aten.triu_indices",
-)  # fmt: skip
+    "aten.arange",
+    "aten.bernoulli",
+    "aten.linspace",
+    "aten.meshgrid",
+    "aten.rand",
+    "aten.rand_like",
+    "aten.randn",
+    "aten.randn_like",
+    "aten.scalar_tensor",
+    "aten.eye",
+    "aten.tril_indices",
+    "aten.triu_indices",
+)
 def _counted(call: Call) -> Axes | list[Axes]:
     """Values that depend on their position, or are drawn at random, in whatever number."""
     for node in call.tensor_args:

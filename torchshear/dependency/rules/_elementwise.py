@@ -23,20 +23,55 @@ def broadcast(call: Call, operands: Sequence[Axes], shape: Sequence[int]) -> Axe
 
 # Elementwise operators that torch does not tag as such are named beside the word that stands for the tag.
 @operator_rule(
-    "torchshear.pointwise", "aten.__and__", "aten.__or__", "aten.__xor__", "aten.floor_divide", "aten.fmod", "aten.gelu_",
-    "aten.hardswish", "aten.hardswish_", "aten.isnan", "aten.log_sigmoid", "aten.masked_fill.Tensor", "aten.masked_fill_",
-    "aten.mish_", "aten.relu6_", "aten.remainder", "aten.round", "aten.threshold_", "aten.where.Scalar",
-    "aten.where.ScalarOther", "aten.where.ScalarSelf",
-)  # fmt: skip
+    "torchshear.pointwise",
+    "aten.__and__",
+    "aten.__or__",
+    "aten.__xor__",
+    "aten.floor_divide",
+    "aten.fmod",
+    "aten.gelu_",
+    "aten.hardswish",
+    "aten.hardswish_",
+    "aten.isnan",
+    "aten.log_sigmoid",
+    "aten.masked_fill.Tensor",
+    "aten.masked_fill_",
+    "aten.mish_",
+    "aten.relu6_",
+    "aten.remainder",
+    "aten.round",
+    "aten.threshold_",
+    "aten.where.Scalar",
+    "aten.where.ScalarOther",
+    "aten.where.ScalarSelf",
+)
 def _pointwise(call: Call) -> Axes:
     return broadcast(call, [call.axes(node) for node in call.tensor_args], call.out_shape)
 
 
 @operator_rule(
-    "aten.alias", "aten.alpha_dropout", "aten.alpha_dropout_", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.dropout",
-    "aten.dropout_", "aten.empty_like", "aten.feature_dropout", "aten.feature_dropout_", "aten.fill_", "aten.full_like", "aten.lift_fresh_copy",
-    "aten.ones_like", "aten.to", "aten._to_copy", "aten.type_as", "aten.zero_", "aten.zeros_like",
-)  # fmt: skip
+    "aten.alias",
+    "aten.alpha_dropout",
+    "aten.alpha_dropout_",
+    "aten.clone",
+    "aten.contiguous",
+    "aten.detach",
+    "aten.detach_",
+    "aten.dropout",
+    "aten.dropout_",
+    "aten.empty_like",
+    "aten.feature_dropout",
+    "aten.feature_dropout_",
+    "aten.fill_",
+    "aten.full_like",
+    "aten.lift_fresh_copy",
+    "aten.ones_like",
+    "aten.to",
+    "aten._to_copy",
+    "aten.type_as",
+    "aten.zero_",
+    "aten.zeros_like",
+)
 def _same_axes(call: Call) -> Axes:
     return call.axes(call.tensor_args[0])
 

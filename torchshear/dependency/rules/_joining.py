@@ -35,8 +35,9 @@ def _stack(call: Call) -> Axes:
     return (*operands[0][:dim], call.fixed(len(operands), "values put side by side"), *operands[0][dim:])
 
 
-@operator_rule("aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_chunk",
-               "aten.unsafe_split")  # fmt: skip
+@operator_rule(
+    "aten.split", "aten.split_with_sizes", "aten.chunk", "aten.tensor_split", "aten.unsafe_chunk", "aten.unsafe_split"
+)
 def _split(call: Call) -> Result:
     """Whatever the call names (sizes, a size, a count), it becomes a split into the sizes that are left."""
     x = call.axes("self")
@@ -131,5 +132,4 @@ def _windows(call: Call) -> Axes:
 
 @operator_rule("python.getitem")
 def _getitem(call: Call) -> Result:
-    values = call.results_of(call.arg("0"))
-    return values[call.arg("1")]
+    return call.results_of(call.arg("0"))[int(call.arg("1"))]

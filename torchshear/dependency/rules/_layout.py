@@ -70,10 +70,7 @@ def _expand(call: Call) -> Axes:
     result: list[Axis] = []
     for i, given in enumerate(sizes):
         old = x[i - offset] if i >= offset else None
-        if old is not None and (old.size == call.out_shape[i]):
-            axis = old
-        else:
-            axis = _copies(call, given, call.out_shape[i])
+        axis = old if old is not None and old.size == call.out_shape[i] else _copies(call, given, call.out_shape[i])
         call.edit_size("size", axis, i)
         result.append(axis)
     return tuple(result)

@@ -53,7 +53,7 @@ def _over_groups(call: Call) -> Axes:
 
 @operator_rule("aten._weight_norm")
 def _weight_norm(call: Call) -> Axes:
-    """g * v / norm(v): one scale for each position of `dim`, one norm over all other axes."""
+    """G * v / norm(v): one scale for each position of `dim`, one norm over all other axes."""
     v, g = call.axes("v"), call.axes("g")
     dim = call.dim("dim", len(v))
     call.tie(v[dim], g[dim])

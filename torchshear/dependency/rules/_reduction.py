@@ -7,9 +7,17 @@ from torchshear.dependency.rules._normalization import reduced
 
 
 @operator_rule(
-    "aten.all", "aten.amax", "aten.amin", "aten.any", "aten.logsumexp", "aten.mean", "aten.prod", "aten.std", "aten.sum",
+    "aten.all",
+    "aten.amax",
+    "aten.amin",
+    "aten.any",
+    "aten.logsumexp",
+    "aten.mean",
+    "aten.prod",
+    "aten.std",
+    "aten.sum",
     "aten.var",
-)  # fmt: skip
+)
 def _reduce(call: Call) -> Axes:
     return reduced(call, call.axes("self"), call.arg("dim"), bool(call.arg("keepdim")))
 

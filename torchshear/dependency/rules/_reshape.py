@@ -1,6 +1,7 @@
 """Reshapes: dimensions are products of factors, split and merged in row-major order."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call
@@ -57,7 +58,9 @@ def _runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[
     runs: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        before, after, n_old, n_new = [], [], 1, 1
+        before: list[int] = []
+        after: list[int] = []
+        n_old = n_new = 1
         while True:
             if i < len(old) and (n_old < n_new or not before):
                 n_old *= old[i]
@@ -97,7 +100,7 @@ def _common_factors(old: list[int], new: list[int]) -> list[int] | None:
     """Sizes of the factors that both sides are products of, outermost first, or None if there are none."""
     strides = sorted(set(_strides(old)) | set(_strides(new)), reverse=True)
     factors = []
-    for outer, inner in zip(strides, strides[1:], strict=False):
+    for outer, inner in pairwise(strides):
         if outer % inner:
             return None
         factors.append(outer // inner)

@@ -12,23 +12,39 @@ def _over_last(call: Call, n_space: int, shape: tuple[int, ...] | None = None) -
     return (*x[:-n_space], *(call.fixed(size, "space") for size in (shape or call.out_shape)[-n_space:]))
 
 
-@operator_rule("aten.avg_pool1d", "aten.max_pool1d", "aten.adaptive_avg_pool1d", "aten.upsample_nearest1d",
-               "aten.upsample_linear1d")  # fmt: skip
+@operator_rule(
+    "aten.avg_pool1d",
+    "aten.max_pool1d",
+    "aten.adaptive_avg_pool1d",
+    "aten.upsample_nearest1d",
+    "aten.upsample_linear1d",
+)
 def _one_dimension(call: Call) -> Axes:
     return _over_last(call, 1)
 
 
 @operator_rule(
-    "aten.avg_pool2d", "aten.max_pool2d", "aten.adaptive_avg_pool2d", "aten.upsample_nearest2d",
-    "aten.upsample_bilinear2d", "aten.upsample_bicubic2d", "aten._upsample_bicubic2d_aa", "aten._upsample_bilinear2d_aa",
+    "aten.avg_pool2d",
+    "aten.max_pool2d",
+    "aten.adaptive_avg_pool2d",
+    "aten.upsample_nearest2d",
+    "aten.upsample_bilinear2d",
+    "aten.upsample_bicubic2d",
+    "aten._upsample_bicubic2d_aa",
+    "aten._upsample_bilinear2d_aa",
     "aten._upsample_nearest_exact2d",
-)  # fmt: skip
+)
 def _two_dimensions(call: Call) -> Axes:
     return _over_last(call, 2)
 
 
-@operator_rule("aten.avg_pool3d", "aten.max_pool3d", "aten.adaptive_avg_pool3d", "aten.upsample_nearest3d",
-               "aten.upsample_trilinear3d")  # fmt: skip
+@operator_rule(
+    "aten.avg_pool3d",
+    "aten.max_pool3d",
+    "aten.adaptive_avg_pool3d",
+    "aten.upsample_nearest3d",
+    "aten.upsample_trilinear3d",
+)
 def _three_dimensions(call: Call) -> Axes:
     return _over_last(call, 3)
 

@@ -86,12 +86,12 @@ def _not_finite(member: Member, weight: Tensor) -> WeightError:
 def _per_position(member: Member, weight: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum over all dimensions but the member's, in float64; blocks of a blocked weight one after another."""
     if member.n_blocks:
-        blocks = value(weight).unflatten(0, (member.n_blocks, -1)).movedim(member.dim + 1, 1)
+        blocks = value(weight).reshape(member.n_blocks, -1, *weight.shape[1:]).movedim(member.dim + 1, 1)
         return blocks.flatten(2).sum(2, dtype=torch.float64).flatten().cpu()
     others = [dim for dim in range(weight.ndim) if dim != member.dim]
     if not others:
         return value(weight).to("cpu", torch.float64)
     # In pieces, so that no temporary is as large as the weight.
     rows = max(1, _PIECE // max(1, weight.numel() // weight.shape[member.dim]))
-    pieces = [value(piece).sum(others, dtype=torch.float64) for piece in weight.split(rows, member.dim)]
+    pieces = [value(piece).sum(others, dtype=torch.float64) for piece in torch.split(weight, rows, member.dim)]
     return torch.cat(pieces).cpu()
