@@ -114,8 +114,8 @@ class PruningPlan:
 
     @property
     def kept(self) -> dict[str, Indices]:
-        """Group name -> kept units."""
-        return {group.name: group.kept for group in self.groups}
+        """Group name -> kept units; copies, that can be used as any array."""
+        return {group.name: group.kept.copy() for group in self.groups}
 
     @property
     def n_cut(self) -> int:
@@ -259,7 +259,7 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
     try:
         plan = PruningPlan(
             groups=tuple(
-                GroupPlan(g["name"], int(g["width"]), _indices(reader.read(g["kept"])), g.get("note", ""))
+                GroupPlan(g["name"], int(g["width"]), reader.read(g["kept"]), g.get("note", ""))
                 for g in document["groups"]
             ),
             state={name: _read_state(entry, reader) for name, entry in document["state"].items()},

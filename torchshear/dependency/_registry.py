@@ -24,11 +24,12 @@ def operator_rule(*names: str) -> Callable[[Rule], Rule]:
     Raises:
         ArgumentError: a name has a rule already, or is not "namespace.operator[.overload]".
     """
+    for name in names:
+        if not 2 <= len(name.split(".")) <= 3:
+            raise ArgumentError(f"operator name {name!r}; expected 'namespace.operator' or with an overload.")
 
     def add(rule: Rule) -> Rule:
         for name in names:
-            if not 2 <= len(name.split(".")) <= 3:
-                raise ArgumentError(f"operator name {name!r}; expected 'namespace.operator' or with an overload.")
             if name in _RULES:
                 raise ArgumentError(f"operator {name!r} has a rule already: {_RULES[name].__name__}.")
             _RULES[name] = rule

@@ -1,0 +1,174 @@
+"""Criteria: every registered one against a naive loop, under permutation, and on bad weights."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torchshear
+from tests.models import Attention, Grouped, Residual, Tied, image, randomise
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.errors import ArgumentError, WeightError
+from torchshear.pruners import criterion, find_criterion, plan_from_kept, registered_criteria
+from torchshear.pruners.criteria import _registry, unit_sums
+from torchshear.pruners.criteria._weights import OWN_ROLES
+
+MODELS = {
+    "residual": (Residual, lambda: image()),
+    "grouped": (Grouped, lambda: image()),
+    "attention": (Attention, lambda: torch.randn(2, 5, 24)),
+    "tied": (Tied, lambda: torch.zeros(2, 3, dtype=torch.long)),
+    "depthwise": (
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.PReLU(6), nn.Conv2d(6, 2, 1)),
+        lambda: image(),
+    ),
+    "transposed": (
+        lambda: nn.Sequential(nn.ConvTranspose2d(3, 6, 2), nn.ConvTranspose2d(6, 6, 2, groups=2), nn.Conv2d(6, 2, 1)),
+        lambda: image(),
+    ),
+}
+
+
+def analysed(name: str, seed: int = 0) -> ChannelGroups:
+    build, example = MODELS[name]
+    return torchshear.analyze(torchshear.trace(randomise(build(), seed).eval(), (example(),)))
+
+
+def weights_of(groups: ChannelGroups) -> dict[str, torch.Tensor]:
+    return {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+
+
+def naive_norms(groups: ChannelGroups, group: ChannelGroup, power: int) -> np.ndarray:
+    """What removing one unit deletes from each weight, found by removing it and looking at the mask."""
+    roles: dict[str, set[str]] = {}
+    for member in group.members:
+        roles.setdefault(member.name, set()).update(member.roles)
+    sums = np.zeros(group.width)
+    for unit in range(group.width):
+        for name, weight in weights_of(groups).items():
+            if roles.get(name, set()) & OWN_ROLES:
+                gone = deleted(groups, group, unit, name)
+                sums[unit] += float((weight.detach().double().abs() ** power * gone).sum())
+    return sums
+
+
+def deleted(groups: ChannelGroups, group: ChannelGroup, unit: int, name: str) -> torch.Tensor:
+    """Values of a weight that lie, along a dimension that the unit owns, at the unit's positions."""
+    weight = groups.graph.state[name].tensor
+    gone = torch.zeros(weight.shape, dtype=torch.bool)
+    for member in group.members:
+        if member.name != name or not member.roles & OWN_ROLES:
+            continue
+        for position, of in zip(member.positions.tolist(), member.units.tolist(), strict=True):
+            if of == unit and member.n_blocks == 0:
+                gone.select(member.dim, position).fill_(True)
+            elif of == unit:
+                rows = weight.shape[0] // member.n_blocks
+                block, inside = divmod(position, weight.shape[member.dim])
+                gone[block * rows : (block + 1) * rows].select(member.dim, inside).fill_(True)
+    return gone
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_l1_is_the_sum_of_what_is_deleted(name: str) -> None:
+    groups = analysed(name)
+    for group in groups:
+        scores = find_criterion("l1")(group, weights_of(groups), {}).numpy()
+        np.testing.assert_allclose(scores, naive_norms(groups, group, 1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_l2_is_the_root_of_the_sum_of_squares(name: str) -> None:
+    groups = analysed(name)
+    for group in groups:
+        scores = find_criterion("l2")(group, weights_of(groups), {}).numpy()
+        np.testing.assert_allclose(scores, np.sqrt(naive_norms(groups, group, 2)), rtol=1e-6)
+
+
+def test_scores_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[3.0, -4.0], [0.0, 0.5], [1.0, 1.0]]))
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 2),)))
+    assert find_criterion("l1")(groups[0], weights_of(groups), {}).tolist() == [7.0, 0.5, 2.0]
+    assert find_criterion("l2")(groups[0], weights_of(groups), {}).tolist() == [5.0, 0.5, 2**0.5]
+
+
+@pytest.mark.parametrize("word", registered_criteria())
+@pytest.mark.parametrize("name", MODELS)
+def test_permuting_channels_permutes_scores_and_nothing_else(word: str, name: str) -> None:
+    groups = analysed(name)
+    score = find_criterion(word)
+    weights = weights_of(groups)
+    for index, group in enumerate(groups):
+        if group.balance is not None or any(m.multiplicity != 1 or m.n_blocks for m in group.members):
+            continue
+        order = torch.randperm(group.width, generator=torch.Generator().manual_seed(index))
+        permuted = dict(weights)
+        for member in group.members:
+            if member.name in permuted and member.size == group.width:
+                to = torch.from_numpy(member.positions[np.argsort(member.units)])
+                moved = permuted[member.name].clone()
+                source = permuted[member.name].index_select(member.dim, to[order])
+                moved.index_copy_(member.dim, to, source)
+                permuted[member.name] = moved.detach()
+        torch.testing.assert_close(score(group, permuted, {}), score(group, weights, {})[order])
+        for other in groups:
+            if other is not group:
+                torch.testing.assert_close(score(other, permuted, {}), score(other, weights, {}))
+
+
+@pytest.mark.parametrize("word", registered_criteria())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(word: str, value: float) -> None:
+    groups = analysed("residual")
+    weights = {name: tensor.detach().clone() for name, tensor in weights_of(groups).items()}
+    weights["two.weight"][1, 2] = value
+    with pytest.raises(WeightError, match="'two.weight' holds 9 values that are NaN or infinite"):
+        find_criterion(word)(groups["stem.weight[0]"], weights, {})
+
+
+@pytest.mark.parametrize("word", registered_criteria())
+def test_scores_in_bfloat16_rank_like_float32(word: str) -> None:
+    groups = analysed("residual")
+    halves = {name: tensor.detach().bfloat16() for name, tensor in weights_of(groups).items()}
+    for group in groups:
+        exact = find_criterion(word)(group, weights_of(groups), {})
+        torch.testing.assert_close(find_criterion(word)(group, halves, {}), exact, rtol=1e-2, atol=0)
+
+
+def test_weights_on_meta_have_no_scores() -> None:
+    with torch.device("meta"):
+        model = Residual()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.empty(2, 3, 8, 8, device="meta"),)))
+    with pytest.raises(WeightError, match="is on the meta device and has no values to score"):
+        torchshear.plan(groups)
+    assert plan_from_kept(groups, {"one.weight[0]": [0, 1]}).n_cut == 14
+
+
+def test_missing_weights_are_named() -> None:
+    with pytest.raises(WeightError, match="no weight of group 'stem.weight.0.' was given"):
+        unit_sums(analysed("residual")[0], {}, lambda weight: weight.abs())
+
+
+def test_a_large_weight_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = analysed("residual")
+    whole = find_criterion("l1")(groups[0], weights_of(groups), {})
+    monkeypatch.setattr("torchshear.pruners.criteria._weights._PIECE", 7)
+    torch.testing.assert_close(find_criterion("l1")(groups[0], weights_of(groups), {}), whole)
+
+
+def test_unknown_and_double_names() -> None:
+    with pytest.raises(ArgumentError, match="criterion='l11'; expected one of l1, l2. Did you mean 'l1'?"):
+        find_criterion("l11")
+    with pytest.raises(ArgumentError, match="criterion 'l1' is registered already, as l1_scores"):
+        criterion("l1")(find_criterion("l1"))
+    assert "l1" in _registry._CRITERIA
+
+
+def test_a_function_is_a_criterion_and_bad_scores_are_refused() -> None:
+    groups = analysed("residual")
+    first = torchshear.plan(groups, criterion=lambda group, weights, statistics: -torch.arange(group.width))
+    assert first.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ArgumentError, match=r"scores of shape \(1,\) for group 'stem.weight.0.'; expected 8 finite"):
+        torchshear.plan(groups, criterion=lambda group, weights, statistics: torch.zeros(1))

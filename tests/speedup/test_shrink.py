@@ -1,0 +1,262 @@
+"""Shrunk models: equal, complete, trainable, replayable, in every dtype."""
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.models import Attention, Chunked, Grouped, Residual, Tied, image, randomise
+from tests.oracle import assert_equals_masked
+from torchshear.errors import ArgumentError, CaptureError, PlanError
+from torchshear.pruners import plan_from_kept
+from torchshear.speedup import TracedModule, shrink_to_form
+
+FORMS = ("native", "traced")
+
+
+def made(model: nn.Module, *args: Tensor, ratio: float = 0.5) -> torchshear.PruningPlan:
+    return torchshear.plan(torchshear.analyze(torchshear.trace(model, args)), ratio=ratio)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return randomise(Residual())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_forms_equal_the_masked_model(model: nn.Module, form: str) -> None:
+    plan = made(model, image())
+    small = shrink_to_form(model, plan, form=form).model
+    assert_equals_masked(model, small, plan, (image(),))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_blocks_of_a_grouped_convolution_keep_different_channels(form: str) -> None:
+    model = randomise(Grouped())
+    groups = torchshear.analyze(torchshear.trace(model, (image(),)))
+    plan = plan_from_kept(groups, {"one.weight[0]": [0, 1, 5, 6, 8, 11], "two.weight[0]": [1, 6, 11]})
+    small = shrink_to_form(model, plan, form=form).model
+    assert dict(small.named_parameters())["two.weight"].shape == (3, 2, 3, 3)
+    assert_equals_masked(model, small, plan, (image(),))
+
+
+def test_heads_go_natively_and_head_dimensions_by_the_graph() -> None:
+    model, x = randomise(Attention(24, 3)), torch.randn(2, 5, 24)
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    inside = shrink_to_form(model, plan_from_kept(groups, {"qkv.weight[0]#2": [0, 3, 4, 7]}))
+    assert inside.form == "traced"
+    assert "its own forward" in inside.reason
+    assert model.heads == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_dtypes_are_kept(form: str, dtype: torch.dtype) -> None:
+    model = randomise(Residual()).to(dtype).eval()
+    x = image().to(dtype)
+    plan = made(model, x)
+    small = shrink_to_form(model, plan, form=form).model
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    assert small(x).dtype == dtype
+    assert torchshear.verify(model, small, plan, args=(x,)).max_error <= 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_names_flags_mode_and_buffers_are_kept(model: nn.Module, form: str) -> None:
+    model.one.weight.requires_grad_(False)
+    model.norm.eval()
+    plan = made(model, image())
+    small = shrink_to_form(model, plan, form=form).model
+    assert list(small.state_dict()) == list(model.state_dict()) or set(small.state_dict()) == set(model.state_dict())
+    assert {n: p.requires_grad for n, p in small.named_parameters()} == {
+        n: p.requires_grad for n, p in model.named_parameters()
+    }
+    modes = {name: module.training for name, module in small.named_modules()}
+    assert modes["norm"] is False
+    assert modes[""] is True
+    assert all(
+        not torch.equal(p, q) or p.data_ptr() != q.data_ptr()
+        for p, q in zip(small.parameters(), model.parameters(), strict=False)
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ties_stay_ties(form: str) -> None:
+    model, tokens = randomise(Tied()), torch.randint(0, 11, (2, 4))
+    plan = made(model, tokens)
+    small = shrink_to_form(model, plan, form=form).model
+    names = dict(small.named_parameters(remove_duplicate=False))
+    assert names["head.weight"] is names["embedding.weight"]
+    assert names["head.weight"].shape == (11, 8)
+    assert plan.masks()["head.weight"].shape == (11, 16)
+    assert_equals_masked(model, small, plan, (tokens,))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_result_trains(model: nn.Module, form: str) -> None:
+    small = shrink_to_form(model, made(model, image()), form=form).model.train()
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9)
+    loss = small(image(4)).square().mean()
+    loss.backward()
+    optimizer.step()
+    after = small.state_dict()
+    assert all(
+        p.grad is not None and bool(p.grad.abs().sum() > 0) for n, p in small.named_parameters() if "two.bias" not in n
+    )
+    assert not torch.equal(before["norm.running_mean"], after["norm.running_mean"])
+    assert int(after["norm.num_batches_tracked"]) == int(before["norm.num_batches_tracked"]) + 1
+    assert not torch.equal(small(image()), small(image())), "dropout draws anew in train mode"
+    small.eval()
+    assert torch.equal(small(image()), small(image()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_copies_and_state_dicts_round_trip(model: nn.Module, form: str) -> None:
+    plan = made(model, image())
+    small = shrink_to_form(model, plan, form=form).model.eval()
+    twin = copy.deepcopy(small)
+    assert torch.equal(twin(image()), small(image()))
+    with torch.no_grad():
+        twin.get_parameter("head.bias").add_(1)
+    assert not torch.equal(twin(image()), small(image()))
+    twin.load_state_dict(small.state_dict())
+    assert torch.equal(twin(image()), small(image()))
+    assert small.to(torch.float64)(image().double()).dtype == torch.float64
+
+
+def test_the_native_form_pickles(model: nn.Module) -> None:
+    small = shrink_to_form(model, made(model, image()), form="native").model.eval()
+    assert torch.equal(pickle.loads(pickle.dumps(small))(image()), small(image()))
+
+
+@pytest.mark.parametrize("build", [Residual, Chunked, Grouped])
+def test_a_fresh_model_plan_and_state_dict_give_the_pruned_model_back(build: type, tmp_path: Path) -> None:
+    model = randomise(build(), 1).eval()
+    plan = made(model, image())
+    small = torchshear.shrink(model, plan)
+    plan.save(tmp_path / "plan.json")
+    again = torchshear.shrink(build().eval(), torchshear.PruningPlan.load(tmp_path / "plan.json"))
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(image()), small(image()))
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in small.state_dict().items())
+
+
+def test_a_literal_in_the_forward_is_followed_by_the_traced_form() -> None:
+    model = randomise(Chunked())
+    result = torchshear.prune(model, (image(),), ratio=0.5)
+    assert result.form == "traced"
+    assert isinstance(result.model, TracedModule)
+    result.model.train()
+    first, second = result.model(image()), result.model(image())
+    assert not torch.equal(first, second)
+    assert "modes=['eval', 'train']" in repr(result.model)
+
+
+def test_parameters_that_only_training_reads_shrink_too() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.aux = nn.Linear(3, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            h = torch.relu(self.one(x))
+            return (self.two(h), self.aux(h)) if self.training else self.two(h)
+
+    model = randomise(Auxiliary())
+    for form in FORMS:
+        small = shrink_to_form(model, made(model, torch.randn(2, 3)), form=form).model
+        assert small.get_parameter("aux.weight").shape == (2, 4)
+        main, aux = small.train()(torch.randn(2, 3))
+        assert main.shape == aux.shape == (2, 2)
+        assert small.eval()(torch.randn(2, 3)).shape == (2, 2)
+
+
+def test_keywords_and_defaults_call_the_traced_form_as_the_original() -> None:
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> dict[str, Tensor | None]:
+            h = torch.cat(self.one(x).split([5, 3], 1)[::-1], 1)
+            return {"out": self.two(h if scale is None else h * scale), "none": None}
+
+    model, x = randomise(Optional()).eval(), torch.randn(2, 3)
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    small = torchshear.shrink(model, torchshear.plan(groups))
+    assert isinstance(small, TracedModule)
+    torch.testing.assert_close(small(x)["out"], small(x=x)["out"])
+    assert small(x)["none"] is None
+    with pytest.raises(ArgumentError, match="do not fit the model"):
+        small(y=x)
+    with pytest.raises(ArgumentError, match="(?s)expected .* that of the example inputs"):
+        small(x, x)
+
+
+def test_a_model_without_train_graph_says_so() -> None:
+    class EvalOnly(Chunked):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training and float(x.sum()) > 0:
+                x = 2 * x
+            return super().forward(x)
+
+    model = randomise(EvalOnly())
+    small = torchshear.shrink(model, made(model, image()))
+    assert small.eval()(image()).shape == (2, 4, 8, 8)
+    with pytest.raises(CaptureError, match="no graph for train mode: torch.export cannot capture EvalOnly"):
+        small.train()(image())
+
+
+def test_a_plan_of_another_model_is_refused(model: nn.Module, tmp_path: Path) -> None:
+    plan = made(model, image())
+    with pytest.raises(PlanError, match=r"'stem.weight' has shape \(8, 3, 3, 3\); in Grouped it does not exist"):
+        torchshear.shrink(Grouped(), plan)
+    with pytest.raises(PlanError, match="in Residual it has shape"):
+        torchshear.shrink(Residual(16), plan)
+
+    class Impostor(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    plan.save(tmp_path / "plan.json")
+    with pytest.raises(PlanError, match=r"Impostor has graph .* make a new plan for this model"):
+        torchshear.shrink(Impostor(), torchshear.PruningPlan.load(tmp_path / "plan.json"))
+    with pytest.raises(ArgumentError, match="plan is dict; expected a PruningPlan"):
+        torchshear.shrink(model, {})  # type: ignore[arg-type]
+
+
+def test_native_attributes_of_torch_modules_follow() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.GroupNorm(8, 8), nn.PReLU(8), nn.ConvTranspose2d(8, 4, 2)
+    )
+    small = torchshear.prune(randomise(model), (image(),)).model
+    assert (small[1].groups, small[1].in_channels, small[1].out_channels) == (4, 4, 4)
+    assert (small[2].num_groups, small[2].num_channels) == (4, 4)
+    assert small[3].num_parameters == 4
+    assert (small[4].in_channels, small[4].out_channels) == (4, 4)
+    assert model[1].groups == 8
+
+
+def test_weights_on_meta_shrink_by_shape() -> None:
+    with torch.device("meta"):
+        model = Residual()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.empty(2, 3, 8, 8, device="meta"),)))
+    small = torchshear.shrink(model, plan_from_kept(groups, {"one.weight[0]": list(range(4))}))
+    assert small.get_parameter("one.weight").shape == (4, 8, 3, 3)
+    assert small.get_parameter("one.weight").is_meta
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_devices_are_kept(form: str) -> None:
+    model, x = randomise(Residual()).cuda().eval(), image().cuda()
+    plan = made(model, x)
+    small = shrink_to_form(model, plan, form=form).model
+    assert {p.device.type for p in small.parameters()} == {"cuda"}
+    assert torchshear.verify(model, small, plan, args=(x,)).max_error <= 1e-9

@@ -1,0 +1,90 @@
+"""The one call, from end to end, and what it says when nothing can be done."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.models import Residual, image, randomise
+from torchshear.errors import ArgumentError, WeightError
+
+
+def test_one_call_gives_model_plan_report_and_proof() -> None:
+    model = randomise(Residual(16)).eval()
+    result = torchshear.prune(model, args=(image(),), kwargs=None, criterion="l2", ratio=0.5, align=4)
+    assert sum(p.numel() for p in result.model.parameters()) == result.report.after.n_params
+    assert sum(p.numel() for p in model.parameters()) == result.report.before.n_params
+    assert result.report.requested_ratio == 0.5
+    assert result.report.achieved_ratio == 0.5
+    assert [len(kept) for kept in result.plan.kept.values()] == [8, 16]
+    assert result.form == "native"
+    text = str(result.report)
+    assert "stem.weight[0]" in text
+    assert "50.0% removed (50.0% requested)" in text
+    assert "model input 'x', dimension 1" in text
+    assert result.report.to_dict()["after"]["macs"] == result.report.after.macs
+
+
+def test_one_seed_one_plan() -> None:
+    plans = [torchshear.prune(randomise(Residual(), 3), (image(),)).plan for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert hash(plans[0]) == hash(plans[1])
+    assert plans[0] != torchshear.prune(randomise(Residual(), 4), (image(),)).plan
+    assert plans[0] != 5
+
+
+def test_batches_other_than_the_example_run() -> None:
+    result = torchshear.prune(randomise(Residual()).eval(), (image(batch=1),))
+    for batch in (1, 3, 7):
+        assert result.model(image(batch)).shape == (batch, 5)
+
+
+class Nothing(nn.Module):
+    """A single layer between input and output: nothing can shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.only = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Two values a sample."""
+        return self.only(x)
+
+
+@pytest.mark.parametrize("model", [Nothing(), nn.ReLU()])
+def test_nothing_to_prune_is_a_report_and_no_crash(model: nn.Module) -> None:
+    x = torch.randn(2, 3)
+    result = torchshear.prune(model, (x,))
+    assert result.report.achieved_ratio == 0
+    assert torch.equal(result.model(x), model(x))
+    assert result.model is not model
+    if isinstance(model, Nothing):
+        assert result.report.refused["only.weight[0]"] == "model output 0"
+        assert "cannot shrink (3)" in str(result.report)
+
+
+def test_nan_weights_are_refused_by_name() -> None:
+    model = Residual()
+    with torch.no_grad():
+        model.two.weight[0, 0] = float("nan")
+    with pytest.raises(WeightError, match="'two.weight' holds 9 values that are NaN or infinite"):
+        torchshear.prune(model, (image(),))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"criterion": "l3"}, "criterion='l3'; expected one of"),
+        ({"align": "cpu-avx3"}, "cpu-avx2"),
+        ({"align": 0}, "align"),
+        ({"ratio": 1}, r"expected a number in \[0, 1\)"),
+    ],
+)
+def test_bad_arguments(arguments: dict, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        torchshear.prune(Residual(), (image(),), **arguments)
+
+
+def test_public_names_are_few_and_there() -> None:
+    assert len(torchshear.__all__) <= 15
+    assert all(getattr(torchshear, name) is not None for name in torchshear.__all__)
