@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, Tied, image
+from tests.models import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.dependency import ChannelGroups, operator_rule, registered_operators, unregister
 from torchshear.errors import ArgumentError
+from torchshear.pruners import plan_from_kept
 
 
 def groups_of(model: nn.Module, *args: Tensor) -> ChannelGroups:
@@ -170,3 +171,35 @@ def test_a_rule_can_be_registered_once_and_forgotten() -> None:
         unregister("torchshear_tests.twist")
     with pytest.raises(ArgumentError, match=r"operator name 'twist'; expected 'namespace.operator'"):
         operator_rule("twist")
+
+
+def test_a_literal_index_is_renumbered() -> None:
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 6, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x)[:, [3, 2, 5, 0]])
+
+    model = randomise(Picked())
+    groups = groups_of(model, image())
+    assert [group.width for group in groups] == [4, 2]
+    plan = plan_from_kept(groups, {"one.weight[0]": [0, 2]})
+    assert torchshear.verify(model, torchshear.shrink(model, plan), plan, args=(image(),)).max_error < 1e-12
+
+
+def test_a_block_that_cannot_be_cut_fixes_the_others() -> None:
+    class HalfFixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(2, 5, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.one(x)
+            return self.two(x[:, :2]), x[:, 2:]
+
+    groups = groups_of(HalfFixed(), torch.randn(2, 4, 3, 3))
+    assert len(groups) == 0
+    reasons = {(f.name, f.dim): f.reason for f in groups.fixed}
+    assert "another block of it cannot be cut: aten.conv2d.default in module 'one'" in reasons["two.weight", 1]

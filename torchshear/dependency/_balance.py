@@ -36,8 +36,16 @@ def _settle(algebra: Algebra, balance: Balance) -> bool:
         store.fix(rows[:, whole], Because("a whole block would go", balance.node))
         return True
     if is_plain(rows):
-        return False
+        return _fix_if_a_block_is_fixed(algebra, balance, grid)
     tie_blocks(algebra, balance)
+    return True
+
+
+def _fix_if_a_block_is_fixed(algebra: Algebra, balance: Balance, grid: Ids) -> bool:
+    """Where one block can lose nothing, no block can."""
+    if (grid != PAD).any((1, 2)).all():
+        return False
+    algebra.store.fix(grid.reshape(-1, 1), Because("another block of it cannot be cut", balance.node))
     return True
 
 

@@ -18,6 +18,11 @@ Keep = Callable[[Axis], npt.NDArray[np.bool_]]
 NewValue = Callable[[Keep], Any]
 
 
+_COPIES = frozenset(
+    {"aten.lift_fresh_copy.default", "aten.detach_.default", "aten.detach.default", "aten.alias.default"}
+)
+
+
 class Because(NamedTuple):
     """Why an axis is fixed: what an operator call does with it. Worded only when somebody reads it."""
 
@@ -167,6 +172,16 @@ class Call:
         """Name of the parameter or buffer that an operand is, if it is one directly."""
         node = self.arg(operand) if isinstance(operand, str) else operand
         return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def source(self, operand: fx.Node) -> fx.Node | None:
+        """The buffer or literal that an operand is, also behind copies of it, if nothing else reads it."""
+        while len(operand.users) == 1:
+            if operand.op == "get_attr":
+                return operand
+            if str(operand.target) not in _COPIES:
+                return None
+            operand = operand.all_input_nodes[0]
+        return None
 
     def constant(self, operand: fx.Node) -> npt.NDArray[Any] | None:
         """Values of an operand that is a buffer or literal, or None if it is computed or has no data."""

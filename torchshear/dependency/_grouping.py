@@ -32,7 +32,7 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     blocks are tied, and groups are formed again.
     """
     while True:
-        dimensions = _dimensions(algebra, facts)
+        dimensions = _dimensions(graph, algebra, facts)
         group_of, n_groups = _assign(algebra, dimensions)
         labels = _block_labels(algebra, facts, group_of)
         if labels is not None:
@@ -47,7 +47,8 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     return ChannelGroups(graph, tuple(groups), _fixed_dimensions(graph, algebra, facts), algebra, facts, training)
 
 
-def _dimensions(algebra: Algebra, facts: Facts) -> list[_Dimension]:
+def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension]:
+    """Dimensions with units that can be cut; units that stand in buffers and constants alone are left out."""
     found: list[_Dimension] = []
     for name, axes in facts.state_axes.items():
         blocked = facts.blocked.get(name)
@@ -59,7 +60,11 @@ def _dimensions(algebra: Algebra, facts: Facts) -> list[_Dimension]:
             if positions.size:
                 n_blocks = blocked[2] if blocked is not None and is_blocked else 0
                 found.append(_Dimension(name, dim, axis, n_blocks, positions, rows[positions, columns]))
-    return found
+    in_parameters = np.zeros(len(algebra.store), bool)
+    for dimension in found:
+        if graph.state[dimension.name].kind == "parameter":
+            in_parameters[dimension.atoms] = True
+    return [dimension for dimension in found if in_parameters[dimension.atoms].all()]
 
 
 def _assign(algebra: Algebra, dimensions: list[_Dimension]) -> tuple[Ids, int]:

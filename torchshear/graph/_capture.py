@@ -89,7 +89,7 @@ def _in_mode(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"torch(\..*)?$")
+            warnings.simplefilter("ignore")  # the model's own warnings come when it is run
             model.train(mode == "train")
             yield
     finally:

@@ -45,9 +45,10 @@ def _picked(call: Call, axis: Axis, index: fx.Node) -> Axis:
     own = call.axes(index)[0]
     if call.algebra.is_fixed(axis):
         return own
-    positions = call.constant(index)
-    if positions is None or positions.dtype == np.bool_ or len(index.users) > 1:
-        call.fix([axis], "picked by an index that is computed or shared")
+    source = call.source(index)
+    positions = call.constant(source) if source is not None else None
+    if source is None or positions is None:
+        call.fix([axis, own], "picked by an index that is computed or shared")
         return call.fixed(own.size, "picked by an index that is computed or shared")
-    call.renumber(index, axis)
+    call.renumber(source, axis)
     return call.tie(own, call.algebra.take(axis, positions.astype(np.int64) % axis.size))
