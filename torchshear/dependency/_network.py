@@ -42,13 +42,19 @@ def draw_network(
             module=location.module,
             source=location.source,
             shape=shape_of(node),
-            groups=tuple(dict.fromkeys(name for axis in labels[node.name] for name in axis)),
+            groups=_all_groups(algebra, facts.axes.get(node.name), names),
             mixed=node.name in facts.mixed,
         )
     for node in graph:
         for number, operand in enumerate(_operands(node)):
             network.add_edge(operand.name, node.name, operand=number, axes=labels[operand.name])
     return network
+
+
+def _all_groups(algebra: Algebra, axes: Any, names: npt.NDArray[np.object_]) -> tuple[str, ...]:
+    """Groups along any dimension of a node's value, or of its values if it has several."""
+    values = axes if isinstance(axes, list) else [axes]
+    return tuple(dict.fromkeys(name for value in values for axis in _labels(algebra, value, names) for name in axis))
 
 
 def _kind(graph: Graph, node: fx.Node) -> str:
