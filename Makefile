@@ -1,0 +1,70 @@
+# Targets for users (demo) and contributors. Everything runs in .venv, which the first target that needs it sets up.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+COUNT ?= 5000
+SEED ?= 0
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint test-zoo zoo-setup bench bench-setup fuzz clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+# A stamp newer than what it was made from; an interrupted set-up leaves none and starts again.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: torchshear needs Python 3.11 or later, but '$(PYTHON)' is" \
+			"$$($(PYTHON) --version 2>/dev/null || echo missing). Try: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: '$(PYTHON)' cannot make virtual environments." \
+			"Install its venv package, on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up .venv: takes some minutes the first time."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) $(TORCH)
+	@$(PIP) -e '.[demo,test]'
+	@touch $@
+
+.venv/.zoo: .venv/.installed
+	@echo "Adding torchvision and timm."
+	@$(PIP) pillow
+	@$(PIP) --no-deps torchvision==0.28.0 timm==1.0.31
+	@touch $@
+
+.venv/.bench: .venv/.zoo
+	@echo "Adding torch-pruning."
+	@$(PIP) -e '.[bench]'
+	@touch $@
+
+setup: .venv/.installed ## make .venv with pinned versions
+
+zoo-setup: .venv/.zoo ## add torchvision and timm to .venv, without the torch that they would bring
+
+bench-setup: .venv/.bench ## add what benchmarks compare with
+
+demo: setup ## train, prune, prove, export and measure on real digits; results in out/demo
+	@$(BIN)/python examples/digits_demo.py
+
+lint: setup ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint, then the default test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not zoo and not gpu" \
+		--cov=torchshear --cov-report=term:skip-covered --cov-fail-under=90
+
+test-zoo: zoo-setup ## named torchvision and timm architectures
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo
+
+bench: bench-setup ## planning time against Torch-Pruning
+	$(BIN)/python benchmarks/planning.py
+
+fuzz: setup ## random networks, cut at random: make fuzz COUNT=5000 SEED=0
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --count $(COUNT) --seed $(SEED)
+
+clean: ## remove .venv, results and caches
+	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

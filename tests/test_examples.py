@@ -1,0 +1,70 @@
+"""The examples run, and leave what they promise."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime import InferenceSession
+
+from torchshear import PruningPlan
+
+pytest.importorskip("sklearn", reason="the demo needs the extra 'demo'", exc_type=ImportError)
+pytest.importorskip("matplotlib", reason="the demo needs the extra 'demo'", exc_type=ImportError)
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder and the output of the demo in its fast mode."""
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    command = [sys.executable, str(EXAMPLES / "digits_demo.py"), "--fast", "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_demo_writes_every_file(demo: tuple[Path, str]) -> None:
+    names = {"plan.json", "dense.onnx", "pruned.onnx", "report.json", "demo.png"}
+    assert {file.name for file in demo[0].iterdir()} == names
+    assert (demo[0] / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (demo[0] / "demo.png").stat().st_size > 10_000
+
+
+def test_demo_prints_one_table(demo: tuple[Path, str]) -> None:
+    text = demo[1]
+    for row in ("accuracy", "parameters", "MACs", "ONNX file", "latency", "95% interval"):
+        assert row in text
+    assert "equal to the original with its cut weights set to zero" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("name", ["dense", "pruned"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_demo_files_run(demo: tuple[Path, str], name: str, batch: int) -> None:
+    onnx.checker.check_model(onnx.load(demo[0] / f"{name}.onnx"), full_check=True)
+    images = np.random.default_rng(0).random((batch, 1, 8, 8), np.float32)
+    (scores,) = InferenceSession(demo[0] / f"{name}.onnx").run(None, {"x": images})
+    assert scores.shape == (batch, 10)
+    assert np.isfinite(scores).all()
+
+
+def test_demo_plan_loads_and_halves_the_widths(demo: tuple[Path, str]) -> None:
+    plan = PruningPlan.load(demo[0] / "plan.json")
+    widths = [(group.width, len(group.kept)) for group in plan.groups]
+    assert widths
+    assert all(kept < width for width, kept in widths)
+
+
+def test_demo_report_agrees_with_the_files(demo: tuple[Path, str]) -> None:
+    document = json.loads((demo[0] / "report.json").read_text())
+    assert document["verification"]["max_error"] < 1e-9
+    assert document["report"]["after"]["n_params"] < document["report"]["before"]["n_params"]
+    for name in ("dense", "pruned"):
+        assert document["onnx"][name]["size_bytes"] == (demo[0] / f"{name}.onnx").stat().st_size
+        assert len(document["latency"]["results"][name]["times_ms"]) == 10
+        assert 0 < document["accuracy"][name] <= 1
