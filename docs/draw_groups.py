@@ -80,12 +80,14 @@ def draw(axes: plt.Axes, model: nn.Module, x: Tensor, title: str) -> None:
         edge = colours[names[1]] if len(names) > 1 else fill
         dark = bool(names) and fill != "#edae49"
         style = {"boxstyle": shape, "fc": fill, "ec": edge, "lw": 2.5 if len(names) > 1 else 0.5}
+        ink = "white" if dark else "#222"
         label = node.replace("scaled_dot_product_attention", "attention").replace("_weight", "\nweight")
-        axes.text(left, height, label, ha="center", va="center", fontsize=7.5, bbox=style, color="white" if dark else "#222")
-    keys = [Line2D([], [], marker="s", ls="", ms=9, color=colours[g.name], label=f"{g.name}  ({g.width})") for g in groups]
-    keys.append(Line2D([], [], marker="s", ls="", ms=9, color=FIXED, label="fixed"))
+        axes.text(left, height, label, ha="center", va="center", fontsize=7.5, bbox=style, color=ink)
+    square = {"marker": "s", "ls": "", "ms": 9}
+    keys = [Line2D([], [], color=colours[g.name], label=f"{g.name}  ({g.width})", **square) for g in groups]
+    keys.append(Line2D([], [], color=FIXED, label="fixed", **square))
     if any(len(network.nodes[node]["groups"]) > 1 for node in network):
-        keys.append(Line2D([], [], marker="s", ls="", ms=9, mfc="white", mec="#444", mew=2, label="border: second group"))
+        keys.append(Line2D([], [], mfc="white", mec="#444", mew=2, label="border: second group", **square))
     axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=5, frameon=False, fontsize=9)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlim(-0.7, max(depth.values()) + 0.7)
@@ -97,7 +99,9 @@ def main() -> None:
     """Write docs/images/groups.png."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(13, 7.5), layout="constrained")
     draw(top, Residual(), torch.randn(2, 3, 8, 8), "A residual block: the sum ties stem and two")
-    draw(bottom, Attention(), torch.randn(2, 5, 24), "Attention: heads and head dimensions are two groups of one weight")
+    draw(
+        bottom, Attention(), torch.randn(2, 5, 24), "Attention: heads and head dimensions are two groups of one weight"
+    )
     target = Path(__file__).parent / "images" / "groups.png"
     target.parent.mkdir(exist_ok=True)
     figure.savefig(target, dpi=110)

@@ -359,6 +359,7 @@ BAD_OPTIONS = [
     (("--criterion", "l9"), r"criterion='l9'; expected one of l1, l2"),
     (("--align", "gpu"), r"unknown alignment profile 'gpu'"),
     (("--align", "0"), r"align must be a whole number of at least 1"),
+    (("--min-width", "0"), r"min_width=0; expected an integer of at least 1"),
 ]
 
 

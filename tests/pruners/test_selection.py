@@ -84,6 +84,13 @@ def test_a_ratio_outside_the_range_is_refused(ratio: object) -> None:
         torchshear.plan(groups, ratio=ratio)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("min_width", [0, -3, 1.5, True])
+def test_a_minimum_below_one_is_refused(min_width: object) -> None:
+    groups = torchshear.analyze(torchshear.trace(Residual(), (image(),)))
+    with pytest.raises(ArgumentError, match=r"min_width=.*; expected an integer of at least 1"):
+        torchshear.plan(groups, min_width=min_width)  # type: ignore[arg-type]
+
+
 def test_a_ratio_that_moves_nothing_says_which_would() -> None:
     groups = torchshear.analyze(torchshear.trace(Residual(), (image(),)))
     with pytest.raises(ArgumentError, match=r"ratio=0.01 removes nothing.*'one.weight\[0\]' with 16 units.*ratio=0.07"):

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.zoo.torchvision_models import NAMES, build, is_installed
 
 import torchshear
+from tests.zoo.torchvision_models import NAMES, build, is_installed
 
 pytestmark = [
     pytest.mark.zoo,

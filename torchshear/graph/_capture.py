@@ -18,6 +18,7 @@ from torchshear.errors import ArgumentError, CaptureError
 from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._quiet import quiet_torch
 
 # The batch size of the capture. It is a prime that sizes in real models are seldom a multiple of, so that a reshape
 # which mixes the batch with another dimension is told apart from one which does not.
@@ -88,7 +89,7 @@ def _in_mode(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]
     flags = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=devices), quiet_torch():
             warnings.simplefilter("ignore")  # the model's own warnings come when it is run
             model.train(mode == "train")
             yield

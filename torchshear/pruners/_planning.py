@@ -33,11 +33,13 @@ def plan_uniform(
         min_width: the fewest units to keep in a group.
 
     Raises:
-        ArgumentError: unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit.
+        ArgumentError: unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit; min_width
+            below 1.
         WeightError: weights cannot be scored.
     """
     score = find_criterion(criterion)
     _check_ratio(ratio)
+    _check_min_width(min_width)
     alignment = alignment or Alignment.none()
     widths = {group.name: choose_width(group, ratio, alignment, min_width) for group in groups}
     if ratio > 0 and groups.prunable and all(widths[group.name].kept == group.width for group in groups):
@@ -86,6 +88,11 @@ def _kept(group: ChannelGroup, score: Criterion, weights: Mapping[str, Tensor], 
 def _check_ratio(ratio: float) -> None:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
         raise ArgumentError(f"ratio={ratio!r}; expected a number in [0, 1), the fraction of channels to remove.")
+
+
+def _check_min_width(min_width: int) -> None:
+    if isinstance(min_width, bool) or not isinstance(min_width, int) or min_width < 1:
+        raise ArgumentError(f"min_width={min_width!r}; expected an integer of at least 1, the fewest channels to keep.")
 
 
 def _nothing_moves(groups: tuple[ChannelGroup, ...], ratio: float, alignment: Alignment, min_width: int) -> str:

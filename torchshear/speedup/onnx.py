@@ -1,14 +1,12 @@
 """Export to ONNX that is checked: a file is written only if onnxruntime computes with it what torch computes."""
 
 import inspect
-import io
 import logging
 import os
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
+from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._session import error_reason, open_session
 
 __all__ = ["OnnxFile", "export_onnx"]
@@ -28,7 +27,6 @@ __all__ = ["OnnxFile", "export_onnx"]
 logger = logging.getLogger(__name__)
 
 _MAX_EMBEDDED_BYTES: Final = 2**31 - 2**26  # protobuf ends at 2 GiB; the graph itself needs some of it
-_NOISY_LOGGERS: Final = ("torch", "torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +252,7 @@ def _converted(model: nn.Module, call: _Call, *, dynamic: bool) -> torch.onnx.ON
     """Capture the model and translate it to ONNX in memory."""
     shapes = call.dynamic_shapes() if dynamic else None
     try:
-        with _quiet():
+        with quiet_torch():
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(captured, dynamo=True, verbose=False)
     except Exception as error:
@@ -378,22 +376,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's messages, its dumps of failed graphs and warnings about its own code, not the model's."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [one.level for one in loggers]
-    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-        for category in (DeprecationWarning, FutureWarning):
-            warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|onnxscript|onnx_ir)(\.|$)")
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=r"The tensor attributes? self\.([\w.]+\.)?_flat_weights\[")  # nn.LSTM
-        for one in loggers:
-            one.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for one, level in zip(loggers, levels, strict=True):
-                one.setLevel(level)
