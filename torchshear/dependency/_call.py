@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.graph import Graph, locate
-from torchshear.graph._graph import is_symbolic, shape_of
+from torchshear.graph._graph import is_symbolic, shape_of, tensor_operands
 
 Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]
@@ -78,6 +78,7 @@ class Facts:
     mixed: dict[str, list[Axis]] = field(default_factory=dict)
     balances: list[Balance] = field(default_factory=list)
     positions: dict[str, Axis] = field(default_factory=dict)
+    parts: list[Axis] = field(default_factory=list)
 
     def for_other_graph(self) -> "Facts":
         """Facts for another graph over the same parameters: what concerns parameters is shared, values are not."""
@@ -87,6 +88,7 @@ class Facts:
             roles=self.roles,
             balances=self.balances,
             positions=self.positions,
+            parts=self.parts,
         )
 
     def copy(self) -> "Facts":
@@ -100,6 +102,7 @@ class Facts:
             mixed=dict(self.mixed),
             balances=list(self.balances),
             positions=dict(self.positions),
+            parts=list(self.parts),
         )
 
 
@@ -125,8 +128,8 @@ class Call:
 
     @property
     def tensor_args(self) -> list[fx.Node]:
-        """All operands that are tensors, in order."""
-        return [node for node in self.node.all_input_nodes if self._is_tensor(node)]
+        """All operands that are tensors, in order, each as often as it is given."""
+        return tensor_operands(self.node)
 
     def _is_tensor(self, node: Any) -> bool:
         return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
@@ -208,6 +211,11 @@ class Call:
     def balance(self, axis: Axis, n_blocks: int) -> None:
         """Demand that each of `n_blocks` equal blocks of the axis loses equally many positions."""
         self._facts.balances.append(Balance(axis, n_blocks, self.node))
+
+    def part(self, axis: Axis) -> Axis:
+        """Say that an axis is a part cut from another, of which something must stay; gives the axis."""
+        self._facts.parts.append(axis)
+        return axis
 
     def mix(self, *axes: Axis) -> None:
         """Note that the values at one position of the axes depend on the others (a norm, a softmax, a mean)."""

@@ -13,7 +13,7 @@ from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._units import PAD, Ids
 from torchshear.errors import PlanError
 from torchshear.graph import Cost, Graph, locate, node_macs
-from torchshear.graph._graph import shape_of
+from torchshear.graph._graph import shape_of, tensor_operands
 
 Bools = npt.NDArray[np.bool_]
 
@@ -149,7 +149,7 @@ def _macs(graph: Graph, shape: Any) -> int:
     total = 0
     for node in graph:
         if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
-            operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            operands = tensor_operands(node)
             if operands and isinstance(node.target, torch._ops.OpOverload):
                 total += node_macs(str(node.target), [shape(n) for n in operands], shape(node))
     return total // (graph.batch_hint or 1)

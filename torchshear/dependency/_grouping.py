@@ -33,7 +33,7 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     """
     while True:
         dimensions = _dimensions(graph, algebra, facts)
-        group_of, n_groups = _assign(algebra, dimensions)
+        group_of, n_groups = _assign(algebra, dimensions, facts.parts)
         labels = _block_labels(algebra, facts, group_of)
         if labels is not None:
             break
@@ -67,11 +67,12 @@ def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension
     return [dimension for dimension in found if in_parameters[dimension.atoms].all()]
 
 
-def _assign(algebra: Algebra, dimensions: list[_Dimension]) -> tuple[Ids, int]:
+def _assign(algebra: Algebra, dimensions: list[_Dimension], parts: list[Axis]) -> tuple[Ids, int]:
     """Number of the group of each unit (-1 for none), groups counted in order of first appearance.
 
     A unit's signature is the sum, over the dimensions in which it stands, of a hash of dimension and multiplicity;
-    with its family it tells, say, heads from head dimensions of one weight.
+    with its family it tells, say, heads from head dimensions of one weight. Parts that operators cut from an axis count
+    as dimensions here: units of different parts are different groups, so that each part keeps something.
     """
     size = len(algebra.store)
     signature = np.zeros(size, np.uint64)
@@ -82,6 +83,10 @@ def _assign(algebra: Algebra, dimensions: list[_Dimension]) -> tuple[Ids, int]:
         signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
         first[atoms] = np.minimum(first[atoms], offset + dimension.positions[where])
         offset += dimension.axis.size
+    for number, part in enumerate(parts, len(dimensions) + 1):
+        rows = algebra.store.resolve(part.units)
+        atoms, counts = np.unique(rows[(rows != PAD) & (signature[rows] != 0)], return_counts=True)
+        signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
     atoms = np.flatnonzero(signature)
     keys = np.stack([signature[atoms], algebra.store.families(atoms).astype(np.uint64)])
     _, inverse = np.unique(keys, axis=1, return_inverse=True)

@@ -100,6 +100,19 @@ def _shape(value: Any) -> Any:
     return None
 
 
+def tensor_operands(node: fx.Node) -> list[fx.Node]:
+    """Operands of a call that are tensors, in order, each as often as it is given."""
+    found: list[fx.Node] = []
+
+    def collect(operand: fx.Node) -> fx.Node:
+        if isinstance(operand.meta.get("val"), Tensor):
+            found.append(operand)
+        return operand
+
+    fx.map_arg((node.args, node.kwargs), collect)
+    return found
+
+
 def concrete(size: Any) -> Any:
     """The value of a size during capture: ints as they are, symbolic ints by their hint."""
     if isinstance(size, torch.SymInt):

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -231,12 +231,24 @@ def _native_form(
             native = native_copy(model, replacements, changes, adjust=adjust)
         except Exception as error:  # a module that cannot be deep-copied says so with any exception
             return None, f"the model cannot be copied: {type(error).__name__}: {error}"
-        difference = _difference(native, traced, graph.inputs)
+        difference = _first_of(_difference(native, traced, inputs) for inputs in _batches(graph))
         if difference is None:
             how = "its own module with smaller tensors" + (" and adjusted attributes" if adjust else "")
             return native, f"equal to the rewritten graph on the example inputs; {how}"
         reason = reason or difference
     return None, reason
+
+
+def _batches(graph: Graph) -> list[ExampleInputs]:
+    """The example inputs, and the same with one sample more where the batch is free: a size may fit by accident."""
+    batch = graph.inputs.batch_size()
+    if graph.batch_hint is None or not batch:
+        return [graph.inputs]
+    return [graph.inputs, graph.inputs.with_batch(batch + 1)]
+
+
+def _first_of(differences: Iterator[str | None]) -> str | None:
+    return next((difference for difference in differences if difference is not None), None)
 
 
 def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:

@@ -33,7 +33,7 @@ def _embedding(call: Call) -> Axes:
 
 @operator_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
 def _matmul(call: Call) -> Axes:
-    left, right = call.tensor_args if len(call.tensor_args) == 2 else call.tensor_args * 2
+    left, right = call.tensor_args
     if len(call.axes(right)) == 2:
         call.role(right, in_=0, out=1)
     return _product(call, call.axes(left), call.axes(right), _is_state(call, left, right))

@@ -51,4 +51,4 @@ def _picked(call: Call, axis: Axis, index: fx.Node) -> Axis:
         call.fix([axis, own], "picked by an index that is computed or shared")
         return call.fixed(own.size, "picked by an index that is computed or shared")
     call.renumber(source, axis)
-    return call.tie(own, call.algebra.take(axis, positions.astype(np.int64) % axis.size))
+    return call.part(call.tie(own, call.algebra.take(axis, positions.astype(np.int64) % axis.size)))

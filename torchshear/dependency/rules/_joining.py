@@ -46,7 +46,8 @@ def _split(call: Call) -> Result:
     if call.is_free("self", dim):
         return [(*x[:dim], call.fixed(size, "a part of a free dimension"), *x[dim + 1 :]) for size in sizes]
     stops = list(accumulate(sizes))
-    parts = [call.algebra.take(x[dim], slice(stop - size, stop)) for size, stop in zip(sizes, stops, strict=True)]
+    starts = [stop - size for size, stop in zip(sizes, stops, strict=True)]
+    parts = [call.part(call.algebra.take(x[dim], slice(*ends))) for ends in zip(starts, stops, strict=True)]
 
     def rewritten(keep: Keep) -> tuple[str, tuple[object, ...]]:
         return "aten.split_with_sizes.default", (call.arg("self"), [int(keep(part).sum()) for part in parts], dim)
@@ -89,7 +90,7 @@ def _slice(call: Call) -> Axes:
     start, stop, _ = slice(start, stop, step).indices(size)
     if (start, out_size) == (0, size):
         return x
-    taken = call.algebra.take(x[dim], slice(start, stop, step))
+    taken = call.part(call.algebra.take(x[dim], slice(start, stop, step)))
     if step > 1:
         _strided(call, x[dim], start, step)
     else:
@@ -115,7 +116,7 @@ def _narrow(call: Call) -> Axes:
     if not isinstance(start, int) or not isinstance(length, int):
         call.fix([x[dim]], "sliced at a computed position")
         return (*x[:dim], call.fixed(call.out_shape[dim], "sliced at a computed position"), *x[dim + 1 :])
-    taken = call.algebra.take(x[dim], slice(start, start + length))
+    taken = call.part(call.algebra.take(x[dim], slice(start, start + length)))
     call.edit_size_of("start", call.algebra.take(x[dim], slice(0, start)))
     call.edit_size("length", taken)
     return (*x[:dim], taken, *x[dim + 1 :])

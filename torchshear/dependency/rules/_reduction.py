@@ -27,7 +27,7 @@ def _extreme_with_position(call: Call) -> Result:
     """Values and the positions at which they stand; positions are meaningful only while the axis is whole."""
     x = call.axes("self")
     dim = int(call.arg("dim"))
-    if any(user.args[1] == 1 for user in call.node.users if user.op == "call_function"):
+    if any(user.args[1] == 1 and user.users for user in call.node.users):
         call.fix([x[dim % len(x)]], "positions along it are a result")
     axes = reduced(call, x, dim, bool(call.arg("keepdim")))
     return [axes, axes]
