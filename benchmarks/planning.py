@@ -15,6 +15,7 @@ import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", module="torch_pruning")  # its hints on single parameters, once a round
     models = []
     for name in options.models:
         models.append(compare(name, options.rounds))
