@@ -94,7 +94,13 @@ class _Walker:
     def _call(self, node: fx.Node) -> Result:
         call = Call(node, self.graph, self.algebra, self.facts)
         rule = find_rule(node)
-        return rule(call) if rule else _unknown(call)
+        if rule is None:
+            return _unknown(call, "operator without a rule")
+        try:
+            return rule(call)
+        except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
+            self.facts.edits.pop(node.name, None)
+            return _unknown(call, f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
 
 
 def _gives_tensors(node: fx.Node) -> bool:
@@ -104,9 +110,11 @@ def _gives_tensors(node: fx.Node) -> bool:
     )
 
 
-def _unknown(call: Call) -> Result:
+_MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _unknown(call: Call, why: str) -> Result:
     """Nothing is known about the operator, so nothing that it touches may change."""
-    why = "operator without a rule"
     for node in call.tensor_args:
         call.fix(call.axes(node), why)
 

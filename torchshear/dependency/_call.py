@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ class Because(NamedTuple):
     def __str__(self) -> str:
         """The reason in a phrase, with operator, module and source line."""
         return f"{self.why}: {locate(self.node)}"
+
+
+UNCHANGED: Final = object()  # value of an edit that leaves its argument as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,13 +258,14 @@ class Call:
         """Have an argument replaced by `value(keep)` when units are cut."""
         self._facts.edits.setdefault(self.node.name, []).append(Edit(name, index, value))
 
-    def edit_call(self, value: Callable[[Keep], tuple[str, tuple[Any, ...]]]) -> None:
-        """Have the whole call replaced by `value(keep)`: the name of an operator and its arguments."""
+    def edit_call(self, value: NewValue) -> None:
+        """Have the whole call replaced by `value(keep)`: name and arguments of an operator, or UNCHANGED."""
         self._facts.edits.setdefault(self.node.name, []).append(Edit("call", None, value))
 
-    def edit_size_of(self, name: str, axis: Axis, index: int | None = None) -> None:
-        """Have a literal argument become the number of positions kept of an axis that it counts."""
-        self.edit(name, lambda keep: int(keep(axis).sum()), index)
+    def edit_count(self, name: str, part: slice, axis: Axis, index: int | None = None) -> None:
+        """Have a literal argument become the number of positions kept in a part of an axis, if the axis loses any."""
+        counted = self.algebra.take(axis, part)
+        self.edit(name, lambda keep: UNCHANGED if keep(axis).all() else int(keep(counted).sum()), index)
 
     def edit_size(self, name: str, axis: Axis, index: int | None = None) -> None:
         """Have a size argument follow an axis. A computed size is scaled; -1 and fixed sizes stay as they are."""
@@ -271,7 +275,7 @@ class Call:
         if isinstance(given, fx.Node):
             self.edit(name, lambda keep: Scaled(axis.size, int(keep(axis).sum())), index)
         else:
-            self.edit(name, lambda keep: int(keep(axis).sum()), index)
+            self.edit(name, lambda keep: UNCHANGED if keep(axis).all() else int(keep(axis).sum()), index)
 
 
 def bind_arguments(node: fx.Node) -> Mapping[str, Any]:

@@ -58,14 +58,14 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
     """
     graph = capture(model, inputs, "eval")
     read = {str(node.target) for node in graph if node.op == "get_attr"}
-    if all(name in read for name, entry in graph.state.items() if entry.kind == "parameter"):
+    if all(name in read for name, entry in graph.state.items() if entry.tensor.ndim):
         return graph
     try:
         training = capture(model, inputs, "train")
     except CaptureError:  # what only training reads then stays whole, which the report lists as unread
         return graph
     also = {str(node.target) for node in training if node.op == "get_attr"} - read
-    reads_more = any(name in graph.state and graph.state[name].kind == "parameter" for name in also)
+    reads_more = any(name in graph.state and graph.state[name].tensor.ndim for name in also)
     return replace(graph, training=training) if reads_more else graph
 
 
@@ -79,7 +79,7 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Literal["eval", "trai
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
     with _in_mode(model, mode):
-        program, batch_hint = _export(model, inputs)
+        program, batch_hint = _export(model, inputs, mode)
     return _to_graph(program, model, inputs, mode, batch_hint)
 
 
@@ -91,14 +91,18 @@ def _in_mode(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]
     try:
         with torch.random.fork_rng(devices=devices), quiet_torch():
             warnings.simplefilter("ignore")  # the model's own warnings come when it is run
-            model.train(mode == "train")
+            # Flags are set directly: a train() of the user's own may do more than that, such as merging weights. A
+            # model that is being trained keeps the flags it has, among them those of frozen batch norms.
+            if not (mode == "train" and model.training):
+                for module, _ in flags:
+                    module.training = mode == "train"
             yield
     finally:
         for module, training in flags:
             module.training = training
 
 
-def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, int | None]:
+def _export(model: nn.Module, inputs: ExampleInputs, mode: str) -> tuple[ExportedProgram, int | None]:
     """Export with a free batch if that works, else with the sizes as given."""
     batch = inputs.batch_size()
     if batch:
@@ -107,10 +111,11 @@ def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, i
             program = torch.export.export(
                 model, rebatched.args, rebatched.kwargs, dynamic_shapes=_free_batch(rebatched), strict=False
             )
-            if _batch_is_free(program):
+            if _batch_is_free(program) and (mode == "train" or _agrees(program, model, inputs)):
                 return program, PROBE_BATCH
         except Exception:  # any failure here only means that this batch size does not suit the model
             pass
+    inputs = inputs.copy()  # torch.export would take one tensor that is given twice for one input
     try:
         return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), None
     except Exception as error:
@@ -129,7 +134,46 @@ def _batch_is_free(program: ExportedProgram) -> bool:
     names = set(program.graph_signature.user_inputs)
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim]
-    return bool(sizes) and all(isinstance(size, torch.SymInt) for size in sizes)
+    return bool(sizes) and all(isinstance(s, torch.SymInt) and not s.node.expr.is_number for s in sizes)
+
+
+def _agrees(program: ExportedProgram, model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether a program captured with another batch computes what the model does on the user's own inputs.
+
+    It does not if the model's Python looks at the batch size; the program's guards tell some of that, its results the
+    rest. Buffers that the model writes to are put back.
+    """
+    if any(tensor.is_meta for tensor in [*inputs.tensors(), *model.parameters(), *model.buffers()]):
+        return True
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.no_grad():
+            results = []
+            for run in (program.module(), model):
+                own = inputs.copy()
+                results.append(pytree.tree_leaves(run(*own.args, **own.kwargs)))
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+        return _are_close(*results)
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _are_close(left: list[Any], right: list[Any]) -> bool:
+    if len(left) != len(right):
+        return False
+    for a, b in zip(left, right, strict=True):
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+            continue
+        if a.shape != b.shape:
+            return False
+        one, two = (value.to(torch.complex128 if value.is_complex() else torch.float64) for value in (a, b))
+        scale = float(two.abs().nan_to_num(0, 0).max()) if b.numel() else 0.0
+        if not torch.allclose(one, two, rtol=0, atol=max(1e-2 * scale, 1e-12), equal_nan=True):
+            return False
+    return True
 
 
 def _to_graph(

@@ -48,8 +48,8 @@ class Graph:
         model_type: qualified class name of the model.
         mode: "eval" or "train", the mode in which the model was captured.
         batch_hint: size of the free batch dimension during capture, or None if the batch is static.
-        training: the same model captured in train mode, if the eval graph leaves some parameter unread, as auxiliary
-            heads are; else None.
+        training: the same model captured in train mode, if that reads parameters or buffers which the eval graph leaves
+            unread, as auxiliary heads are; else None.
     """
 
     fx_graph: fx.Graph
@@ -116,7 +116,7 @@ def tensor_operands(node: fx.Node) -> list[fx.Node]:
 def concrete(size: Any) -> Any:
     """The value of a size during capture: ints as they are, symbolic ints by their hint."""
     if isinstance(size, torch.SymInt):
-        return int(size.node.hint)
+        return int(size.node.hint) if size.node.hint is not None else 0
     return size
 
 

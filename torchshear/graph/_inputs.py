@@ -49,6 +49,10 @@ class ExampleInputs:
         args, kwargs = pytree.tree_map_only(Tensor, function, (self.args, self.kwargs))
         return ExampleInputs(args, kwargs)
 
+    def copy(self) -> "ExampleInputs":
+        """The same values in tensors of their own, also where one tensor was given twice."""
+        return self.map(lambda tensor: tensor.detach().clone())
+
     def batch_size(self) -> int | None:
         """Size of dimension 0 if all tensors with at least one dimension share it, else None."""
         sizes = {tensor.shape[0] for tensor in self.tensors() if tensor.ndim}

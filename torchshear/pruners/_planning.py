@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, PruningPlan, make_plan
 from torchshear.dependency.alignment import Alignment
-from torchshear.errors import ArgumentError
+from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners._selection import Width, choose_units, choose_width
 from torchshear.pruners.criteria import Criterion, find_criterion
 
@@ -71,8 +71,15 @@ def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPla
         PlanError: a group is unknown, indices are out of range or repeated, a balance is violated, or a dimension would
             vanish.
     """
-    chosen = {name: np.sort(np.asarray(indices, np.int64).reshape(-1)) for name, indices in kept.items()}
+    chosen = {name: _as_indices(name, indices) for name, indices in kept.items()}
     return make_plan(Cut(groups, chosen), chosen, {"kept": "given"}, {})
+
+
+def _as_indices(name: str, indices: Any) -> Indices:
+    array = np.asarray(indices).reshape(-1)
+    if array.size and array.dtype.kind not in "iu":
+        raise PlanError(f"kept units of group {name!r} have dtype {array.dtype}; expected integer indices.")
+    return np.sort(array.astype(np.int64))
 
 
 def _kept(group: ChannelGroup, score: Criterion, weights: Mapping[str, Tensor], width: Width) -> Indices:

@@ -12,6 +12,8 @@ from torchshear.graph import ExampleInputs
 # round-off, for sums in another order.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})  # dtypes that lose digits of float64
+
 
 def tolerance(outputs: Sequence[Any]) -> float:
     """The largest relative difference that counts as equal, by the coarsest dtype among the outputs."""
@@ -40,9 +42,13 @@ def _error_of_one(expected: Any, actual: Any) -> float:
         return 0.0
     if not expected.is_floating_point():
         return 0.0 if torch.equal(expected, actual) else float("inf")
-    wide = expected.to(torch.float64)
-    difference = (wide - actual.to(torch.float64)).abs().max()
-    scale = wide.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    wide, other = expected.to(torch.float64), actual.to(torch.float64)
+    same = (wide == other) | (wide.isnan() & other.isnan())  # masks of -inf are equal, and so is NaN beside numbers
+    if bool(wide.isnan().all()):
+        return float("inf")
+    difference = (wide - other).abs().masked_fill(same, 0).max()
+    finite = wide[wide.isfinite()]
+    scale = (finite.abs().max() if finite.numel() else difference).clamp_min(torch.finfo(torch.float64).tiny)
     error = float(difference / scale)
     return error if error == error else float("inf")
 

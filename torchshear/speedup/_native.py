@@ -2,13 +2,15 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchshear.graph import locate
 from torchshear.speedup._rewrite import Change
+
+Attribute = tuple[str, str]  # module name, attribute name
 
 # What the modules of torch.nn call the sizes of their own tensors: attribute -> (tensor, dimension).
 _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ...] = (
@@ -22,7 +24,7 @@ _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ..
 
 
 def native_copy(
-    model: nn.Module, replacements: Mapping[int, Tensor], changes: Sequence[Change], *, adjust: bool
+    model: nn.Module, replacements: Mapping[int, Tensor], changes: Sequence[Change], adjusted: Collection[Attribute]
 ) -> nn.Module:
     """Copy a model with its tensors replaced, and with the integers that torch.nn's modules keep of their sizes.
 
@@ -31,8 +33,7 @@ def native_copy(
         replacements: id of an original tensor -> its shrunk version; wherever the original holds the one, the copy
             holds the other, so that ties stay ties.
         changes: integers in the graph that the cut changed.
-        adjust: whether to change also the attributes of the user's own modules that hold, in a module whose forward
-            used a changed integer, that integer's old value.
+        adjusted: attributes of the user's own modules, from `adjustable`, to be changed as well.
     """
     memo: dict[int, Any] = dict(replacements)
     duplicate = copy.deepcopy(model, memo)
@@ -41,18 +42,26 @@ def native_copy(
         found = by_module.get(name, {})
         if _is_torch_module(module):
             _update_torch_module(module, found)
-        elif adjust:
-            _adjust_attributes(module, found)
+        else:
+            for attribute, value in _candidates(module, found).items():
+                if (name, attribute) in adjusted:
+                    setattr(module, attribute, value)
     return duplicate
 
 
-def has_adjustable(model: nn.Module, changes: Sequence[Change]) -> bool:
-    """Whether any module of the user's own holds an integer that the cut changed."""
+def adjustable(model: nn.Module, changes: Sequence[Change]) -> list[Attribute]:
+    """Attributes of the user's own modules that may have to change.
+
+    They hold, in a module whose forward used an integer that the cut changed, that integer's old value. Which of them
+    really are that size, and which hold the number by coincidence, only running the model tells.
+    """
     by_module = _changes_by_module(changes)
-    return any(
-        not _is_torch_module(module) and _candidates(module, by_module.get(name, {}))
+    return [
+        (name, attribute)
         for name, module in model.named_modules()
-    )
+        if not _is_torch_module(module)
+        for attribute in _candidates(module, by_module.get(name, {}))
+    ]
 
 
 def _changes_by_module(changes: Sequence[Change]) -> dict[str, dict[int, int]]:
@@ -109,8 +118,3 @@ def _candidates(module: nn.Module, changes: Mapping[int, int]) -> dict[str, Any]
             if new != value:
                 found[attribute] = new
     return found
-
-
-def _adjust_attributes(module: nn.Module, changes: Mapping[int, int]) -> None:
-    for attribute, value in _candidates(module, changes).items():
-        setattr(module, attribute, value)

@@ -45,6 +45,11 @@ def masked_values(
     yield from _run(graph.fx_graph, leaves, load, call)
 
 
+def mixes(cut: Cut) -> bool:
+    """Whether any operator mixes positions of which some are cut, so that zeroing is not removing."""
+    return any(cut.changes(axis) for axes in cut.groups.facts.mixed.values() for axis in axes)
+
+
 def graph_values(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Iterator[tuple[fx.Node, Any]]:
     """Run a graph and give each node with its value."""
 
@@ -73,19 +78,11 @@ def _run(
             values[node] = fx.map_arg(node.args[0], lambda n: values[n])
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            values[node] = call(node, _in_float64(node, args), _in_float64(node, kwargs))
+            values[node] = call(node, args, kwargs)
         yield node, values[node]
         for operand in node.all_input_nodes:
             if last_use[operand] is node:
                 values.pop(operand, None)
-
-
-def _in_float64(node: fx.Node, arguments: Any) -> Any:
-    """Casts to a narrower floating dtype keep float64, so that the comparison is not blurred by rounding."""
-    narrow = {torch.float32, torch.float16, torch.bfloat16}
-    return pytree.tree_map(
-        lambda value: torch.float64 if isinstance(value, torch.dtype) and value in narrow else value, arguments
-    )
 
 
 def _is_mixed(node: fx.Node, cut: Cut) -> bool:
@@ -105,7 +102,7 @@ def _on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: d
         return _map_axes(lambda tensor, own: _gather(tensor, own, cut), full[operand], axes)
 
     new_args, new_kwargs = fx.map_arg((call.args, call.kwargs), gathered)
-    value = call.target(*_in_float64(node, new_args), **_in_float64(node, new_kwargs))
+    value = call.target(*new_args, **new_kwargs)
     return _map_axes(lambda tensor, own: _scatter(tensor, own, cut), value, facts.axes.get(node.name))
 
 

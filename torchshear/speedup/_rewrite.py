@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from torchshear.dependency import Axis, Cut
-from torchshear.dependency._call import Edit, Facts, Scaled, bind_arguments
+from torchshear.dependency._call import UNCHANGED, Edit, Facts, Scaled, bind_arguments
 
 Target = Any
 
@@ -81,12 +81,16 @@ def rewritten_call(node: fx.Node, facts: Facts, cut: Cut) -> Rewritten:
         return Rewritten(node.target, node.args, dict(node.kwargs))
     whole = next((edit for edit in edits if edit.name == "call"), None)
     if whole is not None:
-        name, args = whole.value(cut.keep)
-        return Rewritten(_operator(name), args, {})
+        new = whole.value(cut.keep)
+        return Rewritten(node.target, node.args, dict(node.kwargs)) if new is UNCHANGED else _replaced(*new)
     bound = dict(bind_arguments(node))
     for edit in edits:
         _apply(bound, edit, cut)
     return _unbind(node, bound, {edit.name for edit in edits})
+
+
+def _replaced(name: str, args: tuple[Any, ...]) -> Rewritten:
+    return Rewritten(_operator(name), args, {})
 
 
 def _is_touched(node: fx.Node, facts: Facts, cut: Cut) -> bool:
@@ -101,6 +105,8 @@ def _is_touched(node: fx.Node, facts: Facts, cut: Cut) -> bool:
 
 def _apply(bound: dict[str, Any], edit: Edit, cut: Cut) -> None:
     value = edit.value(cut.keep)
+    if value is UNCHANGED:
+        return
     old = bound[edit.name] if edit.index is None else bound[edit.name][edit.index]
     if isinstance(value, Scaled):
         value = _ScaledNode(old, value) if value.old != value.new else old

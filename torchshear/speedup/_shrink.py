@@ -16,7 +16,7 @@ from torchshear.dependency._call import Facts
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, capture, trace_inputs
 from torchshear.speedup._compare import random_like, relative_error, tolerance
-from torchshear.speedup._native import has_adjustable, native_copy
+from torchshear.speedup._native import Attribute, adjustable, native_copy
 from torchshear.speedup._rewrite import changed_integers, rewrite_graph
 from torchshear.speedup._state import slice_state
 from torchshear.speedup._traced import CallSpec, StateEntry, TracedModule
@@ -169,7 +169,20 @@ def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> li
 
 def _call_spec(model: nn.Module, graphs: Mapping[str, Graph]) -> CallSpec:
     signature = model._call.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
-    return CallSpec(graphs["eval"].in_spec, {mode: graph.out_spec for mode, graph in graphs.items()}, signature)
+    out_specs = {mode: graph.out_spec for mode, graph in graphs.items()}
+    is_free = all(graph.batch_hint is not None for graph in graphs.values())
+    return CallSpec(graphs["eval"].in_spec, out_specs, signature, _input_shapes(graphs["eval"], is_free))
+
+
+def _input_shapes(graph: Graph, is_free: bool) -> tuple[tuple[int | None, ...] | None, ...]:
+    """Sizes of the flat inputs, None for a free batch and for inputs that are no tensors."""
+    leaves = pytree.tree_leaves((graph.inputs.args, graph.inputs.kwargs))
+    return tuple(
+        tuple(None if dim == 0 and is_free else size for dim, size in enumerate(leaf.shape))
+        if isinstance(leaf, Tensor)
+        else None
+        for leaf in leaves
+    )
 
 
 def _eval_form(model: nn.Module, graph: Graph, cut: Cut, sliced: Mapping[str, Tensor]) -> TracedModule:
@@ -225,18 +238,27 @@ def _native_form(
     changes = changed_integers(graph.fx_graph, cut.groups.facts, cut)
     replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
     replacements |= {id(own): sliced[name] for name, own in _own_constants(model, graph) if name in sliced}
-    reason = ""
-    for adjust in [True, False] if has_adjustable(model, changes) else [False]:
-        try:
-            native = native_copy(model, replacements, changes, adjust=adjust)
-        except Exception as error:  # a module that cannot be deep-copied says so with any exception
-            return None, f"the model cannot be copied: {type(error).__name__}: {error}"
-        difference = _first_of(_difference(native, traced, inputs) for inputs in _batches(graph))
-        if difference is None:
-            how = "its own module with smaller tensors" + (" and adjusted attributes" if adjust else "")
-            return native, f"equal to the rewritten graph on the example inputs; {how}"
-        reason = reason or difference
-    return None, reason
+
+    def difference(adjusted: list[Attribute]) -> tuple[nn.Module, str | None]:
+        made = native_copy(model, replacements, changes, adjusted)
+        return made, _first_of(_difference(made, traced, inputs) for inputs in _batches(graph))
+
+    adjusted = adjustable(model, changes)
+    try:
+        native, problem = difference([])
+        if problem is not None and adjusted:
+            native, problem = difference(adjusted)
+    except Exception as error:  # a module that cannot be deep-copied says so with any exception
+        return None, f"the model cannot be copied: {type(error).__name__}: {error}"
+    if problem is not None:
+        return None, problem
+    for attribute in list(adjusted) if difference([])[1] is not None else []:
+        # An attribute without which the model is equal too held the number by coincidence, and keeps it.
+        fewer = [other for other in adjusted if other != attribute]
+        without, problem = difference(fewer)
+        if problem is None:
+            native, adjusted = without, fewer
+    return native, "equal to the rewritten graph on the example inputs; its own module with smaller tensors"
 
 
 def _batches(graph: Graph) -> list[ExampleInputs]:
@@ -267,7 +289,8 @@ def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
 def _difference(native: nn.Module, traced: nn.Module, inputs: ExampleInputs) -> str | None:
     """What differs between both forms on the example inputs, or None if nothing does."""
     modes = [(module, module.training) for module in native.modules()]
-    native.eval()
+    for module, _ in modes:
+        module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             given = random_like(inputs, seed=0)

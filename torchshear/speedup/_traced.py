@@ -22,11 +22,13 @@ class CallSpec:
         in_spec: tree structure of `(args, kwargs)`.
         out_specs: mode -> tree structure of the outputs.
         signature: signature of the original model's forward.
+        shapes: for each flat input the sizes that it was captured with, None where any will do; None for no tensor.
     """
 
     in_spec: pytree.TreeSpec
     out_specs: Mapping[str, pytree.TreeSpec]
     signature: inspect.Signature
+    shapes: tuple[tuple[int | None, ...] | None, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallSpec":
         """Nothing in it ever changes, so copies of a module share it."""
@@ -68,6 +70,7 @@ class TracedModule(nn.Module):
             CaptureError: the model is in train mode and could not be captured in that mode.
         """
         leaves = self._flatten(args, kwargs)
+        self._check_shapes(leaves)
         mode = "train" if self.training else "eval"
         if mode not in self._forwards:
             raise CaptureError(
@@ -75,6 +78,18 @@ class TracedModule(nn.Module):
             )
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             return pytree.tree_unflatten(list(self._forwards[mode](self, *leaves)), self._call.out_specs[mode])
+
+    def _check_shapes(self, leaves: list[Any]) -> None:
+        """The graph holds sizes of its inputs as constants, so others would be computed wrongly."""
+        for number, (leaf, expected) in enumerate(zip(leaves, self._call.shapes, strict=True)):
+            if isinstance(leaf, Tensor) and expected is not None:
+                fits = [a == b or b is None for a, b in zip(leaf.shape, expected, strict=False)]
+                if len(leaf.shape) != len(expected) or not all(fits):
+                    sizes = ", ".join("any" if size is None else str(size) for size in expected)
+                    raise ArgumentError(
+                        f"input {number} has shape {tuple(leaf.shape)}; the model was captured for ({sizes}). Prune it "
+                        f"with example inputs of the sizes that it is used with."
+                    )
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))

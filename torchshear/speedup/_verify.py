@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, locate
-from torchshear.speedup._compare import random_like, relative_error, to_float64, tolerance
-from torchshear.speedup._reference import graph_values, masked_values
+from torchshear.graph import ExampleInputs, Graph, locate
+from torchshear.speedup._compare import NARROW, random_like, relative_error, to_float64, tolerance
+from torchshear.speedup._reference import graph_values, masked_values, mixes
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._shrink import analysis_of
 from torchshear.speedup._state import slice_state
@@ -68,32 +68,87 @@ def verify(
     example = ExampleInputs.of(args, kwargs)
     trials = [example, random_like(example, seed)]
     masked = _against_masked_module(model, small, plan, trials)
-    if masked is not None:
-        return masked
+    if masked.is_equal:
+        return Verification("masked", masked.error, masked.dtype, len(trials))
     groups = analysis_of(model, plan, args, kwargs)
-    return _against_graph(model, small, Cut(groups, plan.kept), trials)
+    cut = Cut(groups, plan.kept)
+    if masked.is_sound and not mixes(cut):
+        raise VerificationError(_first_difference(model, cut, example, masked.dtype, masked.error))
+    _check_graph(model, groups.graph, trials)
+    return _against_graph(model, small, cut, trials)
+
+
+@dataclass(frozen=True, slots=True)
+class _Comparison:
+    """Outcome of comparing with the masked module: `is_sound` if it ran and the reference is finite."""
+
+    error: float
+    limit: float
+    dtype: torch.dtype
+    is_sound: bool
+
+    @property
+    def is_equal(self) -> bool:
+        return self.is_sound and self.error <= self.limit
 
 
 def _against_masked_module(
     model: nn.Module, small: nn.Module, plan: PruningPlan, trials: list[ExampleInputs]
-) -> Verification | None:
-    """Compare with the user's own module, parameters zeroed; None if they differ or float64 does not run."""
-    try:
-        reference, candidate = _masked_copy(model, plan), _eval_copy(small)
-        errors = []
-        for trial in map(to_float64, trials):
-            expected, actual = _outputs(reference, trial), _outputs(candidate, trial)
-            error = relative_error(expected, actual)
-            if error > tolerance(expected):
-                return None
-            errors.append(error)
-    except (RuntimeError, TypeError, NotImplementedError):  # an operator refuses float64, or shapes do not fit
-        return None
-    return Verification("masked", max(errors), torch.float64, len(trials))
+) -> _Comparison:
+    """Compare with the user's own module, parameters zeroed; in float64, or in its own dtype if that does not run."""
+    own = _own_dtype(small)
+    result = _Comparison(float("inf"), 0.0, torch.float64, False)
+    for dtype in dict.fromkeys((torch.float64, own)):
+        try:
+            reference, candidate = _masked_copy(model, plan, dtype), _eval_copy(small, dtype)
+            error, limit, finite = 0.0, 0.0, True
+            for trial in trials:
+                inputs = to_float64(trial) if dtype is torch.float64 else trial
+                expected, actual = _outputs(reference, inputs), _outputs(candidate, inputs)
+                finite = finite and _is_finite(expected)
+                error, limit = max(error, relative_error(expected, actual)), tolerance(expected)
+            result = _Comparison(error, limit, dtype, finite)
+            break
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+            continue  # an operator refuses this dtype, or shapes do not fit: the graphs will tell
+    return result
 
 
-def _masked_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
-    masked = _eval_copy(model)
+def _is_finite(outputs: list[Any]) -> bool:
+    """Whether there are no NaN; those come of parameters that are zero, as in 0 / 0."""
+    return not any(isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any()) for v in outputs)
+
+
+def _own_dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) -> None:
+    """The captured graph may stand for the model only if it computes, uncut, what the model does.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    own = _own_dtype(model)
+    state = {name: entry.tensor.detach() for name, entry in graph.state.items()}
+    state |= {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name in state}
+    reference = _eval_copy(model, own)
+    for trial in trials:
+        output: Any = None
+        with torch.no_grad():
+            for _, value in graph_values(graph.fx_graph, state, _leaves(trial.copy())):
+                output = value
+        expected = _outputs(reference, trial)
+        error = relative_error(expected, pytree.tree_leaves(output))
+        if error > tolerance(expected):
+            raise VerificationError(
+                f"the captured graph is not the model: on the example inputs they differ by {error:.2g} relative. Its "
+                f"forward depends on what a graph cannot hold, such as randomness or the batch size in Python."
+            )
+
+
+def _masked_copy(model: nn.Module, plan: PruningPlan, dtype: torch.dtype) -> nn.Module:
+    masked = _eval_copy(model, dtype)
     tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for name, mask in plan.masks().items():
@@ -102,37 +157,60 @@ def _masked_copy(model: nn.Module, plan: PruningPlan) -> nn.Module:
     return masked
 
 
-def _eval_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).to(torch.float64).eval()
+def _eval_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module.training = False
+    return twin.to(dtype) if dtype is torch.float64 else twin
 
 
 def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Any]:
-    inputs = inputs.map(lambda tensor: tensor.clone())
+    inputs = inputs.copy()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return pytree.tree_leaves(model(*inputs.args, **inputs.kwargs))
 
 
 def _against_graph(model: nn.Module, small: nn.Module, cut: Cut, trials: list[ExampleInputs]) -> Verification:
     """Compare with the masked network computed node by node on kept positions."""
-    dtype = _widest(small, trials)
+    narrowest = _narrowest_cast(cut.groups.graph)
+    dtype = _own_dtype(small) if narrowest else _widest(small, trials)  # the graph holds the dtypes of casts
     errors = []
     for trial in trials:
         inputs = to_float64(trial) if dtype is torch.float64 else trial
-        expected = _masked_outputs(model, cut, inputs, dtype)
-        actual = _outputs(_eval_copy(small) if dtype is torch.float64 else copy.deepcopy(small).eval(), inputs)
+        try:
+            expected = _masked_outputs(model, cut, inputs, dtype)
+        except (
+            IndexError,
+            RuntimeError,
+        ):  # axes that hold the batch, too, are of the captured batch
+            inputs = _at_capture(cut, inputs)
+            expected = _masked_outputs(model, cut, inputs, dtype)
+        actual = _outputs(_eval_copy(small, dtype), inputs)
         error = relative_error(expected, actual)
-        if error > tolerance(actual):
+        if error > max(tolerance(actual), narrowest):
             raise VerificationError(_first_difference(model, cut, inputs, dtype, error))
         errors.append(error)
     return Verification("kept positions", max(errors), dtype, len(trials))
 
 
+def _at_capture(cut: Cut, inputs: ExampleInputs) -> ExampleInputs:
+    """The inputs with the batch that the graph was captured with."""
+    hint = cut.groups.graph.batch_hint
+    return inputs if hint is None else inputs.with_batch(hint)
+
+
+def _narrowest_cast(graph: Graph) -> float:
+    """Tolerance of the narrowest dtype that the model casts to inside; 0 if there is none."""
+    given = [value for node in graph for value in pytree.tree_leaves((node.args, node.kwargs))]
+    return max((tolerance([torch.empty(0, dtype=v)]) for v in given if v in NARROW), default=0.0)
+
+
 def _widest(small: nn.Module, trials: list[ExampleInputs]) -> torch.dtype:
     """float64 if the shrunk model runs in it, else the model's own dtype."""
     try:
-        _outputs(_eval_copy(small), to_float64(trials[0]))
+        _outputs(_eval_copy(small, torch.float64), to_float64(trials[0]))
     except (RuntimeError, TypeError, NotImplementedError):
-        return next((p.dtype for p in small.parameters() if p.is_floating_point()), torch.float32)
+        return _own_dtype(small)
     return torch.float64
 
 
@@ -160,6 +238,7 @@ def _masked_outputs(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: to
 def _first_difference(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: torch.dtype, error: float) -> str:
     """Run the masked and the rewritten graph side by side and name the first value that is not the same."""
     groups = cut.groups
+    inputs = _at_capture(cut, to_float64(inputs) if dtype is torch.float64 else inputs)
     state = _state(model, groups, dtype)
     small_state = slice_state(cut, state)
     rewritten = rewrite_graph(groups.graph.fx_graph, groups.facts, cut)

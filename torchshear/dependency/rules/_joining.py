@@ -71,10 +71,12 @@ def _select(call: Call) -> Axes:
     dim, index = call.dim("dim", len(x)), call.arg("index")
     if isinstance(index, fx.Node):
         call.fix([x[dim]], "selected by a computed index")
+    elif call.is_free("self", dim):
+        call.fix([x[dim]], "a free dimension")
     else:
         index %= x[dim].size
         call.fix([call.algebra.take(x[dim], slice(index, index + 1))], "selected by its index")
-        call.edit_size_of("index", call.algebra.take(x[dim], slice(0, index)))
+        call.edit_count("index", slice(0, index), x[dim])
     return (*x[:dim], *x[dim + 1 :])
 
 
@@ -94,8 +96,8 @@ def _slice(call: Call) -> Axes:
     if step > 1:
         _strided(call, x[dim], start, step)
     else:
-        call.edit_size_of("start", call.algebra.take(x[dim], slice(0, start)))
-        call.edit_size_of("end", call.algebra.take(x[dim], slice(0, stop)))
+        call.edit_count("start", slice(0, start), x[dim])
+        call.edit_count("end", slice(0, stop), x[dim])
     return (*x[:dim], taken, *x[dim + 1 :])
 
 
@@ -116,8 +118,9 @@ def _narrow(call: Call) -> Axes:
     if not isinstance(start, int) or not isinstance(length, int):
         call.fix([x[dim]], "sliced at a computed position")
         return (*x[:dim], call.fixed(call.out_shape[dim], "sliced at a computed position"), *x[dim + 1 :])
+    start %= x[dim].size
     taken = call.part(call.algebra.take(x[dim], slice(start, start + length)))
-    call.edit_size_of("start", call.algebra.take(x[dim], slice(0, start)))
+    call.edit_count("start", slice(0, start), x[dim])
     call.edit_size("length", taken)
     return (*x[:dim], taken, *x[dim + 1 :])
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch import fx
 
 from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
+from torchshear.dependency._call import UNCHANGED, Call, Keep
 from torchshear.dependency._registry import operator_rule
 
 
@@ -53,12 +53,17 @@ def _unsqueeze(call: Call) -> Axes:
 
 @operator_rule("aten.squeeze", "aten.squeeze_")
 def _squeeze(call: Call) -> Axes:
-    """Only the dimensions that have size 1 now are dropped, even if others shrink to 1."""
+    """Only the dimensions that have size 1 now are dropped, even if others shrink to 1. A free batch is left to it."""
     x = call.axes("self")
     dims = call.arg("dim")
     given = range(len(x)) if dims is None else [dims] if isinstance(dims, int) else dims
     dropped = [dim % len(x) for dim in given if x[dim].size == 1]
-    call.edit_call(lambda keep: ("aten.squeeze.dims", (call.arg("self"), dropped)))
+
+    def rewritten(keep: Keep) -> Any:
+        new_ones = any(axis.size > 1 and int(keep(axis).sum()) == 1 for axis in x)
+        return ("aten.squeeze.dims", (call.arg("self"), dropped)) if new_ones else UNCHANGED
+
+    call.edit_call(rewritten)
     return tuple(axis for dim, axis in enumerate(x) if dim not in dropped)
 
 
@@ -147,7 +152,6 @@ def _roll(call: Call) -> Axes:
         if isinstance(shift, fx.Node):
             call.fix([axis], "rolled by a free number")
             continue
-        to_front = call.algebra.take(axis, slice(axis.size - shift % axis.size, None))
-        call.edit_size_of("shifts", to_front, i)
+        call.edit_count("shifts", slice(axis.size - shift % axis.size, None), axis, i)
         x[dim] = call.algebra.take(axis, np.roll(np.arange(axis.size), shift))
     return tuple(x)

@@ -47,6 +47,9 @@ def reshape_axes(call: Call, axes: Axes, shape: Sequence[int]) -> Axes:
     run, both sides are products of the same factors if every stride of one side divides or is a multiple of every
     stride of the other; otherwise the run is fixed.
     """
+    if 0 in shape:
+        call.fix(axes, "reshaped while empty")
+        return tuple(call.fixed(size, "empty") for size in shape)
     result: list[Axis] = []
     for before, after in _runs([axis.size for axis in axes], shape):
         result += _reshape_run(call, [axes[i] for i in before], [shape[j] for j in after])
