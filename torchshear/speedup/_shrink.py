@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -238,11 +238,10 @@ def _native_form(
     changes = changed_integers(graph.fx_graph, cut.groups.facts, cut)
     replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
     replacements |= {id(own): sliced[name] for name, own in _own_constants(model, graph) if name in sliced}
-    inputs = _unlike_example(graph)
 
     def difference(adjusted: list[Attribute]) -> tuple[nn.Module, str | None]:
         made = native_copy(model, replacements, changes, adjusted)
-        return made, _difference(made, traced, inputs)
+        return made, _first_of(_difference(made, traced, inputs) for inputs in _batches(graph))
 
     adjusted = adjustable(model, changes)
     try:
@@ -262,10 +261,16 @@ def _native_form(
     return native, "equal to the rewritten graph on the example inputs; its own module with smaller tensors"
 
 
-def _unlike_example(graph: Graph) -> ExampleInputs:
-    """The example inputs with one sample more where the batch is free: with theirs a size may fit by accident."""
+def _batches(graph: Graph) -> list[ExampleInputs]:
+    """The example inputs, and the same with one sample more where the batch is free: a size may fit one by accident."""
     batch = graph.inputs.batch_size()
-    return graph.inputs if graph.batch_hint is None or not batch else graph.inputs.with_batch(batch + 1)
+    if graph.batch_hint is None or not batch:
+        return [graph.inputs]
+    return [graph.inputs, graph.inputs.with_batch(batch + 1)]
+
+
+def _first_of(differences: Iterator[str | None]) -> str | None:
+    return next((difference for difference in differences if difference is not None), None)
 
 
 def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
