@@ -243,16 +243,16 @@ def _native_form(
         made = native_copy(model, replacements, changes, adjusted)
         return made, _first_of(_difference(made, traced, inputs) for inputs in _batches(graph))
 
-    adjusted = adjustable(model, changes)
+    adjusted: list[Attribute] = []
     try:
-        native, problem = difference([])
-        if problem is not None and adjusted:
+        native, problem = difference(adjusted)
+        if problem is not None and (adjusted := adjustable(model, changes)):
             native, problem = difference(adjusted)
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
         return None, f"the model cannot be copied: {type(error).__name__}: {error}"
     if problem is not None:
         return None, problem
-    for attribute in list(adjusted) if difference([])[1] is not None else []:
+    for attribute in list(adjusted):
         # An attribute without which the model is equal too held the number by coincidence, and keeps it.
         fewer = [other for other in adjusted if other != attribute]
         without, problem = difference(fewer)
