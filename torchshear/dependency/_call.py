@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.graph import Graph, locate
-from torchshear.graph._graph import is_symbolic, shape_of, tensor_operands
+from torchshear.graph._graph import shape_of, tensor_operands
 
 Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]
@@ -164,7 +164,7 @@ class Call:
 
     def is_free(self, operand: str | fx.Node, dim: int) -> bool:
         """Whether a dimension of an operand is free (the batch)."""
-        return is_symbolic(self.arg(operand) if isinstance(operand, str) else operand, dim)
+        return self.graph.is_free(self.arg(operand) if isinstance(operand, str) else operand, dim)
 
     def is_boolean(self, operand: fx.Node) -> bool:
         """Whether a tensor operand holds truth values, as a mask does."""

@@ -7,22 +7,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError
-from torchshear.graph._graph import Graph, StateTensor
+from torchshear.graph._batch import free_batch, probe_batch
+from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._quiet import quiet_torch
+from torchshear.graph._run import graph_values
 
-# The batch size of the capture. It is a prime that sizes in real models are seldom a multiple of, so that a reshape
-# which mixes the batch with another dimension is told apart from one which does not.
-PROBE_BATCH = 13
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
@@ -69,7 +68,7 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
     return replace(graph, training=training) if reads_more else graph
 
 
-def capture(model: nn.Module, inputs: ExampleInputs, mode: Literal["eval", "train"]) -> Graph:
+def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
     """Capture a model in the given mode; `trace` is the public form for eval mode.
 
     Raises:
@@ -79,12 +78,11 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Literal["eval", "trai
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
     with _in_mode(model, mode):
-        program, batch_hint = _export(model, inputs, mode)
-    return _to_graph(program, model, inputs, mode, batch_hint)
+        return _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
 
 
 @contextmanager
-def _in_mode(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]:
+def _in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put the model into a mode; afterwards each module has its own flag back and the RNG its state."""
     flags = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
@@ -102,63 +100,66 @@ def _in_mode(model: nn.Module, mode: Literal["eval", "train"]) -> Iterator[None]
             module.training = training
 
 
-def _export(model: nn.Module, inputs: ExampleInputs, mode: str) -> tuple[ExportedProgram, int | None]:
-    """Export with a free batch if that works, else with the sizes as given."""
-    batch = inputs.batch_size()
-    if batch:
-        rebatched = inputs.with_batch(PROBE_BATCH)
-        try:
-            program = torch.export.export(
-                model, rebatched.args, rebatched.kwargs, dynamic_shapes=_free_batch(rebatched), strict=False
-            )
-            if _batch_is_free(program) and (mode == "train" or _agrees(program, model, inputs)):
-                return program, PROBE_BATCH
-        except Exception:  # any failure here only means that this batch size does not suit the model
-            pass
-    inputs = inputs.copy()  # torch.export would take one tensor that is given twice for one input
+def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:
+    """A graph that takes any batch and is the model, or None if there is no such graph."""
+    probe = probe_batch(model, inputs)
+    if probe is None:
+        return None
     try:
-        return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), None
+        probed = inputs.unfilled(probe)
+        program = torch.export.export(model, probed.args, probed.kwargs, strict=False)
+        graph = _to_graph(program, model, inputs, mode, probe)
+        free_batch(graph.fx_graph, probe)
+        return graph if agrees(graph, model) else None
+    except Exception:  # any failure here only means that this batch size does not suit the model
+        return None
+
+
+def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
+    """A graph of the sizes as given."""
+    own = inputs.copy()  # torch.export would take one tensor that is given twice for one input
+    try:
+        program = torch.export.export(model, own.args, own.kwargs, strict=False)
     except Exception as error:
         raise _capture_error(model, error) from error
+    return _to_graph(program, model, inputs, mode, None)
 
 
-def _free_batch(inputs: ExampleInputs) -> Any:
-    shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
-    for tensor in inputs.tensors():
-        if tensor.ndim:
-            shapes[tensor] = {0: Dim.AUTO}
-    return shapes
+def agrees(graph: Graph, model: nn.Module) -> bool:
+    """Whether a graph computes what the model does, on the example inputs and with one sample more.
 
-
-def _batch_is_free(program: ExportedProgram) -> bool:
-    names = set(program.graph_signature.user_inputs)
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    sizes = [value.shape[0] for value in values if isinstance(value, torch.Tensor) and value.ndim]
-    return bool(sizes) and all(isinstance(s, torch.SymInt) and not s.node.expr.is_number for s in sizes)
-
-
-def _agrees(program: ExportedProgram, model: nn.Module, inputs: ExampleInputs) -> bool:
-    """Whether a program captured with another batch computes what the model does on the user's own inputs.
-
-    It does not if the model's Python looks at the batch size; the program's guards tell some of that, its results the
-    rest. Buffers that the model writes to are put back.
+    It may not if the model's Python looks at the batch size. Buffers that either writes to are put back. A model on
+    the meta device is believed.
     """
-    if any(tensor.is_meta for tensor in [*inputs.tensors(), *model.parameters(), *model.buffers()]):
+    state = {name: entry.tensor for name, entry in graph.state.items()}
+    if any(tensor.is_meta for tensor in [*graph.inputs.tensors(), *state.values()]):
         return True
+    batch = graph.inputs.batch_size() or 1
+    # Batch norms over one value a channel cannot be trained.
+    batches = (batch, batch + 1) if graph.mode == "eval" else (max(batch, 2),)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
-            results = []
-            for run in (program.module(), model):
+            for size in batches:
+                inputs = graph.inputs.with_batch(size)
+                torch.manual_seed(0)  # what is drawn at random, a dropout mask, is drawn alike
                 own = inputs.copy()
-                results.append(pytree.tree_leaves(run(*own.args, **own.kwargs)))
-                for buffer, value in buffers:
-                    buffer.copy_(value)
-        return _are_close(*results)
+                expected = pytree.tree_leaves(model(*own.args, **own.kwargs))
+                _put_back(buffers)
+                torch.manual_seed(0)
+                leaves = pytree.tree_leaves((inputs.copy().args, inputs.copy().kwargs))
+                *_, (_, actual) = graph_values(graph.fx_graph, state, leaves)
+                if not _are_close(expected, pytree.tree_leaves(actual)):
+                    return False
+        return True
     finally:
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        _put_back(buffers)
+
+
+def _put_back(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
 
 
 def _are_close(left: list[Any], right: list[Any]) -> bool:
@@ -180,15 +181,14 @@ def _to_graph(
     program: ExportedProgram,
     model: nn.Module,
     inputs: ExampleInputs,
-    mode: Literal["eval", "train"],
+    mode: Mode,
     batch_hint: int | None,
 ) -> Graph:
-    unlifted = program.module()
     aliases, state = _model_state(model)
-    fx_graph = clean_copy(unlifted, aliases)
+    fx_graph = clean_copy(program, aliases)
     for node in fx_graph.nodes:
         if node.op == "get_attr" and node.target not in state:
-            state[node.target] = StateTensor(node.target, "constant", _attribute(unlifted, node.target))
+            state[node.target] = StateTensor(node.target, "constant", program.constants[node.target].detach())
     return Graph(
         fx_graph=fx_graph,
         state=types.MappingProxyType(state),
@@ -217,14 +217,6 @@ def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTenso
             if canonical == name:
                 state[name] = StateTensor(name, kind, tensor)  # type: ignore[arg-type]
     return aliases, state
-
-
-def _attribute(root: nn.Module, path: str) -> torch.Tensor:
-    value: Any = root
-    for part in path.split("."):
-        value = getattr(value, part)
-    assert isinstance(value, torch.Tensor), path
-    return value.detach()
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

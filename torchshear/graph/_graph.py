@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torchshear.graph._inputs import ExampleInputs
 
 Shape = tuple[int, ...]
+Mode = Literal["eval", "train"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,8 @@ class Graph:
         out_spec: tree structure of the outputs.
         model_type: qualified class name of the model.
         mode: "eval" or "train", the mode in which the model was captured.
-        batch_hint: size of the free batch dimension during capture, or None if the batch is static.
+        batch_hint: size of the free batch dimension during capture, which divides no other size; None if the batch is
+            static.
         training: the same model captured in train mode, if that reads parameters or buffers which the eval graph leaves
             unread, as auxiliary heads are; else None.
     """
@@ -59,7 +61,7 @@ class Graph:
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     model_type: str
-    mode: Literal["eval", "train"]
+    mode: Mode
     batch_hint: int | None
     training: "Graph | None" = None
 
@@ -79,25 +81,39 @@ class Graph:
             digest.update(f"{name}|{entry.shape}\n".encode())
         return digest.hexdigest()
 
+    def is_free(self, node: fx.Node, dim: int) -> bool:
+        """Whether the size of a dimension of a node's value follows the batch, or data."""
+        value = node.meta.get("val")
+        if not isinstance(value, Tensor):
+            return False
+        size = value.shape[dim]
+        if isinstance(size, torch.SymInt):
+            return True
+        return self.batch_hint is not None and size > 0 and size % self.batch_hint == 0
+
     def n_params(self) -> int:
         """Number of parameter elements, tied parameters counted once."""
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
 
 
 def shape_of(node: fx.Node) -> Any:
-    """Concrete shape of a node's value: a tuple of ints, a tuple of shapes for several values, None for no tensor.
-
-    Symbolic sizes are replaced by the size that they had in the capture.
-    """
+    """Shape of a node's value in the capture: a tuple of ints, of shapes for several values, None for no tensor."""
     return _shape(node.meta.get("val"))
 
 
 def _shape(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return tuple(concrete(size) for size in value.shape)
+        return tuple(_size(size) for size in value.shape)
     if isinstance(value, list | tuple):
         return tuple(_shape(item) for item in value)
     return None
+
+
+def _size(size: Any) -> int:
+    """A size as a number; 0 for one that depends on data."""
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.hint is not None else 0
+    return int(size)
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
@@ -111,16 +127,3 @@ def tensor_operands(node: fx.Node) -> list[fx.Node]:
 
     fx.map_arg((node.args, node.kwargs), collect)
     return found
-
-
-def concrete(size: Any) -> Any:
-    """The value of a size during capture: ints as they are, symbolic ints by their hint."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.hint is not None else 0
-    return size
-
-
-def is_symbolic(node: fx.Node, dim: int) -> bool:
-    """Whether a dimension of a node's value is free, as the batch is."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and isinstance(value.shape[dim], torch.SymInt)

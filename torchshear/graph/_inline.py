@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.amp import autocast_mode
+from torch.export import ExportedProgram
 
 # Nodes that check or describe, and compute nothing that anything uses.
 _CHECKS = frozenset(
@@ -20,21 +21,23 @@ _CHECKS = frozenset(
 )
 
 
-def clean_copy(module: nn.Module, aliases: Mapping[str, str]) -> fx.Graph:
-    """Copy the graph of an unlifted exported program.
+def clean_copy(program: ExportedProgram, aliases: Mapping[str, str]) -> fx.Graph:
+    """Copy the graph of an exported program.
 
-    Regions under `torch.no_grad` or autocast, which torch.export keeps as sub-graphs, are inlined between calls that
-    switch the mode and back.
+    Parameters, buffers and constants, which torch.export passes as inputs, become `get_attr` nodes with canonical
+    names, one a tensor. Regions under `torch.no_grad` or autocast, which it keeps as sub-graphs, are inlined between
+    calls that switch the mode and back.
 
     Args:
-        module: the unlifted program; `module.graph` is read.
+        program: what torch.export gave; only read.
         aliases: qualified name -> canonical name of parameters and buffers.
 
     Returns:
-        A new graph; `get_attr` nodes carry canonical names, and there is one of them a tensor.
+        A new graph.
     """
-    copier = _Copier(aliases)
-    result = copier.run(module)
+    lifted = {spec.arg.name: spec.target for spec in program.graph_signature.input_specs if spec.target is not None}
+    copier = _Copier(aliases, lifted)
+    result = copier.run(program.graph_module)
     copier.graph.output(result)
     copier.drop_unused_state()
     return copier.graph
@@ -43,9 +46,10 @@ def clean_copy(module: nn.Module, aliases: Mapping[str, str]) -> fx.Graph:
 class _Copier:
     """Copies nodes of a graph and its sub-graphs into one new graph."""
 
-    def __init__(self, aliases: Mapping[str, str]) -> None:
+    def __init__(self, aliases: Mapping[str, str], lifted: Mapping[str, str]) -> None:
         self.graph = fx.Graph()
         self._aliases = aliases
+        self._lifted = lifted
         self._state: dict[str, fx.Node] = {}
 
     def run(self, module: Any, inputs: tuple[Any, ...] | None = None) -> Any:
@@ -55,27 +59,25 @@ class _Copier:
         for node in module.graph.nodes:
             if node.op == "output":
                 return fx.map_arg(node.args[0], lambda n: env[n])
-            if node.op == "placeholder" and inputs is not None:
-                env[node] = next(operands)
-            elif _is_check(node):
+            if node.op == "placeholder":
+                env[node] = next(operands) if inputs is not None else self._input(node)
+            elif str(node.target) in _CHECKS:
                 continue
             elif node.op == "get_attr":
-                env[node] = self._get_attr(module, node)
+                env[node] = module.get_submodule(str(node.target))
             else:
                 env[node] = self._call(node, env)
         raise AssertionError("a graph ends in an output node")
 
-    def _get_attr(self, module: nn.Module, node: fx.Node) -> Any:
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        if isinstance(value, nn.Module):
-            return value
-        name = self._aliases.get(str(node.target), str(node.target))
+    def _input(self, node: fx.Node) -> fx.Node:
+        """An input of the whole program: one of the user's, or a tensor that the model owns."""
+        lifted = self._lifted.get(node.name)
+        if lifted is None:
+            return self.graph.node_copy(node)
+        name = self._aliases.get(lifted, lifted)
         if name not in self._state:
-            copy = self.graph.node_copy(node)
-            copy.target = name
-            self._state[name] = copy
+            self._state[name] = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
+            self._state[name].meta = dict(node.meta)
         return self._state[name]
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -105,7 +107,3 @@ class _Copier:
         for node in self._state.values():
             if not node.users:
                 self.graph.erase_node(node)
-
-
-def _is_check(node: fx.Node) -> bool:
-    return str(node.target) in _CHECKS or (node.op == "call_module" and node.target == "_guards_fn")

@@ -62,6 +62,10 @@ class ExampleInputs:
         """Repeat or cut every tensor along dimension 0 to `size` rows."""
         return self.map(lambda t: t[torch.arange(size, device=t.device) % t.shape[0]] if t.ndim else t)
 
+    def unfilled(self, size: int) -> "ExampleInputs":
+        """Tensors of the same layout with `size` rows and no values, for who only reads shapes."""
+        return self.map(lambda t: _unfilled(t, size) if t.ndim else t)
+
     def to_json(self) -> Json | None:
         """Describe structure, shapes and dtypes; None if an argument is not plain data."""
         try:
@@ -78,6 +82,12 @@ class ExampleInputs:
         """
         args = tuple(_make(value, device) for value in description["args"])
         return cls(args, _make(description["kwargs"], device))
+
+
+def _unfilled(tensor: Tensor, size: int) -> Tensor:
+    outermost_first = sorted(range(1, tensor.ndim), key=lambda dim: -tensor.stride()[dim])
+    shape = (size, *tensor.shape[1:])
+    return torch.empty_permuted(shape, (0, *outermost_first), dtype=tensor.dtype, device=tensor.device)
 
 
 def _describe(value: Any) -> Any:

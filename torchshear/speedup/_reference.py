@@ -13,9 +13,8 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import Axes, Cut
 from torchshear.graph import Graph
+from torchshear.graph._run import interpret
 from torchshear.speedup._rewrite import rewritten_call
-
-Values = dict[str, Any]
 
 
 def masked_values(
@@ -42,47 +41,12 @@ def masked_values(
         axes = facts.state_axes.get(name)
         return tensor if axes is None or name in facts.blocked else _zero_cut(tensor, axes, cut)
 
-    yield from _run(graph.fx_graph, leaves, load, call)
+    yield from interpret(graph.fx_graph, leaves, load, call)
 
 
 def mixes(cut: Cut) -> bool:
     """Whether any operator mixes positions of which some are cut, so that zeroing is not removing."""
     return any(cut.changes(axis) for axes in cut.groups.facts.mixed.values() for axis in axes)
-
-
-def graph_values(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Iterator[tuple[fx.Node, Any]]:
-    """Run a graph and give each node with its value."""
-
-    def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    yield from _run(graph, leaves, lambda name: state[name].clone(), call)
-
-
-def _run(
-    graph: fx.Graph,
-    leaves: list[Any],
-    load: Callable[[str], Tensor],
-    call: Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any],
-) -> Iterator[tuple[fx.Node, Any]]:
-    """Interpret a graph; values are dropped after their last use."""
-    last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
-    inputs = iter(leaves)
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(inputs)
-        elif node.op == "get_attr":
-            values[node] = load(str(node.target))
-        elif node.op == "output":
-            values[node] = fx.map_arg(node.args[0], lambda n: values[n])
-        else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            values[node] = call(node, args, kwargs)
-        yield node, values[node]
-        for operand in node.all_input_nodes:
-            if last_use[operand] is node:
-                values.pop(operand, None)
 
 
 def _is_mixed(node: fx.Node, cut: Cut) -> bool:

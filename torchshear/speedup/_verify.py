@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs, Graph, locate
+from torchshear.graph._run import graph_values
 from torchshear.speedup._compare import NARROW, random_like, relative_error, to_float64, tolerance
-from torchshear.speedup._reference import graph_values, masked_values, mixes
+from torchshear.speedup._reference import masked_values, mixes
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._shrink import analysis_of
 from torchshear.speedup._state import slice_state

@@ -1,0 +1,69 @@
+"""Interpret a captured graph node by node."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Load = Callable[[str], Tensor]
+Apply = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def interpret(graph: fx.Graph, leaves: list[Any], load: Load, apply: Apply) -> Iterator[tuple[fx.Node, Any]]:
+    """Run a graph and give each node with its value; values are dropped after their last use.
+
+    Args:
+        graph: nodes in execution order.
+        leaves: flat inputs.
+        load: gives the tensor of a parameter or buffer by its canonical name.
+        apply: gives the value of a call, from the node and its arguments as values.
+    """
+    last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
+    values: dict[fx.Node, Any] = {}
+    inputs = iter(leaves)
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(inputs)
+        elif node.op == "get_attr":
+            values[node] = load(str(node.target))
+        elif node.op == "output":
+            values[node] = fx.map_arg(node.args[0], lambda n: values[n])
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = apply(node, args, kwargs)
+        yield node, values[node]
+        for operand in node.all_input_nodes:
+            if last_use[operand] is node:
+                values.pop(operand, None)
+
+
+def graph_values(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Iterator[tuple[fx.Node, Any]]:
+    """Run a graph as it is, and give each node with its value. The tensors of `state` are not written to.
+
+    Args:
+        graph: nodes in execution order.
+        state: canonical name -> tensor.
+        leaves: flat inputs.
+    """
+    shared = {str(node.target) for node in graph.nodes if node.op == "get_attr" and _is_only_read(node)}
+
+    def load(name: str) -> Tensor:
+        tensor = state[name].detach()
+        return tensor if name in shared and tensor.ndim > 1 else tensor.clone()
+
+    def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    yield from interpret(graph, leaves, load, apply)
+
+
+def _is_only_read(node: fx.Node) -> bool:
+    """Whether no call writes to a tensor or gives a view of it. Statistics of batch norms, of rank 1, do not say so."""
+    for user in node.users:
+        if not isinstance(user.target, torch._ops.OpOverload):
+            return False
+        given = dict(zip((a.name for a in user.target._schema.arguments), user.args, strict=False)) | user.kwargs
+        if any(given.get(a.name) is node and a.alias_info for a in user.target._schema.arguments):
+            return False
+    return True
