@@ -2,9 +2,11 @@
 
     python benchmarks/planning.py [--rounds 5] [--models resnet50 vgg16 ...] [--output benchmarks/results]
 
-For each model: torch.export apart, then analyze, plan and shrink; and the whole of prune without verification, against
-Torch-Pruning's graph building and step at the same ratio (50 %, L1, classifier kept). Rounds are interleaved and
-medians are reported. Then growth with depth (ResNets of 50 to 800 layers) and peak memory beside the model's own.
+For each model: capture, analyze, plan and shrink without verification, against Torch-Pruning's graph building and step
+at the same ratio (50 %, L1, classifier kept). Verification is what runs models on data to see that they are equal:
+graph against model in trace, native against traced form in shrink; its time is reported apart, since Torch-Pruning
+has none. Rounds are interleaved and medians are reported. Then growth with depth (ResNets of 50 to 800 layers) and
+peak memory beside the model's own.
 """
 
 import argparse
@@ -40,18 +42,47 @@ def build(name: str) -> nn.Module:
     return model.eval()
 
 
+class Checks:
+    """Seconds spent in functions that compare models on data."""
+
+    seconds = 0.0
+
+    @classmethod
+    def time(cls, module: Any, name: str) -> None:
+        """Have a function of a module add its time."""
+        function = getattr(module, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                cls.seconds += time.perf_counter() - start
+
+        setattr(module, name, timed)
+
+
+Checks.time(torchshear.graph._capture, "agrees")
+Checks.time(torchshear.speedup._shrink, "_difference")
+
+
 def ours(model: nn.Module, args: tuple[Any, ...]) -> dict[str, float]:
-    """Seconds of each stage of prune, verification apart."""
+    """Seconds of each stage of prune without verification, and of the checks inside the stages."""
+    Checks.seconds = 0.0
     marks = [time.perf_counter()]
-    graph = torchshear.trace(model, args)
-    marks.append(time.perf_counter())
-    groups = torchshear.analyze(graph)
-    marks.append(time.perf_counter())
-    plan = torchshear.plan(groups, criterion="l1", ratio=0.5)
-    marks.append(time.perf_counter())
-    shrink_to_form(model, plan)
-    marks.append(time.perf_counter())
-    return {stage: after - before for stage, before, after in zip(STAGES, marks[:-1], marks[1:], strict=True)}
+    checks = [0.0]
+
+    def done(result: Any) -> Any:
+        marks.append(time.perf_counter())
+        checks.append(Checks.seconds)
+        return result
+
+    graph = done(torchshear.trace(model, args))
+    groups = done(torchshear.analyze(graph))
+    plan = done(torchshear.plan(groups, criterion="l1", ratio=0.5))
+    done(shrink_to_form(model, plan))
+    spent = [b - a - (d - c) for a, b, c, d in zip(marks[:-1], marks[1:], checks[:-1], checks[1:], strict=True)]
+    return dict(zip(STAGES, spent, strict=True)) | {"checks": Checks.seconds}
 
 
 def theirs(name: str, args: tuple[Any, ...]) -> float:
@@ -81,12 +112,12 @@ def compare(name: str, rounds: int) -> dict[str, Any]:
                 rival.append(theirs(name, args))
             except Exception as error:  # whatever the rival raises is its result
                 failure = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
-    stages = {stage: statistics.median(row[stage] for row in own[1:]) for stage in STAGES}
-    total = statistics.median(sum(row.values()) for row in own[1:])
+    stages = {stage: statistics.median(row[stage] for row in own[1:]) for stage in (*STAGES, "checks")}
+    total = statistics.median(sum(row[stage] for stage in STAGES) for row in own[1:])
     return {
         "model": name,
         "seconds": stages,
-        "without_export": statistics.median(sum(row.values()) - row["trace"] for row in own[1:]),
+        "without_export": statistics.median(sum(row[stage] for stage in STAGES[1:]) for row in own[1:]),
         "total": total,
         "rival": statistics.median(rival[1:]) if not failure else None,
         "rival_failure": failure,
@@ -141,14 +172,18 @@ def peak_memory(name: str) -> dict[str, Any]:
 
 def report(results: dict[str, Any], show: Callable[[str], None] = print) -> None:
     """Print what was measured as tables in Markdown."""
-    show("| model | export s | analyze s | plan s | shrink s | without export s | total s | Torch-Pruning s | ratio |")
-    show("|---|---|---|---|---|---|---|---|---|")
+    show(
+        "| model | capture s | analyze s | plan s | shrink s | without capture s | total s | Torch-Pruning s | ratio "
+        "| our checks s |"
+    )
+    show("|---|---|---|---|---|---|---|---|---|---|")
     for row in results["models"]:
         stages = " | ".join(f"{row['seconds'][stage]:.2f}" for stage in STAGES)
         rival = f"{row['rival']:.2f} | {row['ratio']:.2f}" if row["rival"] else f"fails ({row['rival_failure']}) | "
-        show(f"| {row['model']} | {stages} | {row['without_export']:.2f} | {row['total']:.2f} | {rival} |")
+        checks = f"{row['seconds']['checks']:.2f}"
+        show(f"| {row['model']} | {stages} | {row['without_export']:.2f} | {row['total']:.2f} | {rival} | {checks} |")
     show(f"\ngeometric mean of Torch-Pruning / ours: {results['geometric_mean']:.2f}\n")
-    show("| layers | nodes | export s | analyze s | plan s | shrink s | ms a node without export |")
+    show("| layers | nodes | capture s | analyze s | plan s | shrink s | ms a node without capture |")
     show("|---|---|---|---|---|---|---|")
     for row in results["growth"]:
         each = 1000 * (row["analyze"] + row["plan"] + row["shrink"]) / row["nodes"]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError
@@ -107,7 +108,7 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Gr
         return None
     try:
         probed = inputs.unfilled(probe)
-        program = torch.export.export(model, probed.args, probed.kwargs, strict=False)
+        program = _export(model, probed)
         graph = _to_graph(program, model, inputs, mode, probe)
         free_batch(graph.fx_graph, probe)
         return graph if agrees(graph, model) else None
@@ -119,10 +120,16 @@ def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
     """A graph of the sizes as given."""
     own = inputs.copy()  # torch.export would take one tensor that is given twice for one input
     try:
-        program = torch.export.export(model, own.args, own.kwargs, strict=False)
+        program = _export(model, own)
     except Exception as error:
         raise _capture_error(model, error) from error
     return _to_graph(program, model, inputs, mode, None)
+
+
+def _export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
+    """Run torch.export; the Python code of the graphs that it makes on its way is not needed, and not compiled."""
+    with _use_lazy_graph_module(True):
+        return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
 
 
 def agrees(graph: Graph, model: nn.Module) -> bool:
