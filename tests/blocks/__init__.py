@@ -1,0 +1,21 @@
+"""Blocks of random networks, one function each; importing their files registers them."""
+
+from tests.blocks import map_weights, maps, sequences
+from tests.blocks._base import BLOCKS, Net, Shape, randomise
+from tests.blocks._choices import Description, HypothesisSource, RandomSource, Recorder, Replay, Source
+
+__all__ = [
+    "BLOCKS",
+    "Description",
+    "HypothesisSource",
+    "Net",
+    "RandomSource",
+    "Recorder",
+    "Replay",
+    "Shape",
+    "Source",
+    "map_weights",
+    "maps",
+    "randomise",
+    "sequences",
+]
