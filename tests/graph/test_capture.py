@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 import torchshear
 from tests.models import Residual, Tied, image
 from torchshear.errors import ArgumentError, CaptureError, TorchshearError
-from torchshear.graph import ExampleInputs, capture, locate
+from torchshear.graph import ExampleInputs, _batch, capture, locate
+from torchshear.speedup import shrink_to_form
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -69,6 +71,83 @@ def test_a_model_that_wants_its_own_batch_is_captured_with_it() -> None:
 
     graph = torchshear.trace(Pairs(), (torch.randn(6, 6),))
     assert graph.batch_hint is None
+
+
+class AtTheEnd(nn.Module):
+    """A convolution, and a function of the map and the input on top."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], width: int = 4) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, width, 3), nn.Conv2d(width, 2, 1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.two(self.one(x)), x)
+
+
+def windows(y: Tensor, x: Tensor) -> Tensor:
+    batch, channels, height, width = y.shape
+    y = y.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    y = y.reshape(batch * (height // 2) * (width // 2), channels, 4)
+    return y.softmax(-1).view(batch, -1, channels * 4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        windows,
+        lambda y, x: y.sum(0) / x.shape[0],
+        lambda y, x: y.new_zeros(x.shape[0], 3) + (torch.arange(y.shape[0]) + y.mean((1, 2, 3)))[:, None],
+        lambda y, x: torch.cat([y, y.new_full((2 * y.shape[0], 2, 1, 1), y.shape[0]).expand(-1, -1, 10, 10)]),
+        lambda y, x: y.flatten(2).view(len(x), 2, -1).repeat_interleave(2, 0)[: len(x)],
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_sizes_that_are_computed_of_the_batch_follow_it(function: Callable, batch: int) -> None:
+    model = AtTheEnd(function)
+    result = torchshear.prune(model, (image(batch, 12),), ratio=0.5)
+    traced = shrink_to_form(model, result.plan, form="traced").model
+    assert result.plan.analysis is not None
+    assert result.plan.analysis.graph.batch_hint is not None
+    for other in (2, 7):
+        x = image(other, 12)
+        torch.testing.assert_close(traced(x), shrink_to_form(model, result.plan).model(x))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda y, x: y * 2 if x.shape[0] % 2 else y,
+        lambda y, x: y * 2 if x.shape[0] > 10 else y,
+        lambda y, x: y / float(x.shape[0]),
+        lambda y, x: y[: x.shape[0] // 2],
+    ],
+)
+def test_python_that_looks_at_the_batch_fixes_it(function: Callable) -> None:
+    model = AtTheEnd(function)
+    graph = torchshear.trace(model, (image(4, 12),))
+    assert graph.batch_hint is None
+    torchshear.prune(model, (image(4, 12),), ratio=0.5)
+
+
+def test_a_size_inside_that_is_a_multiple_of_the_probed_batch_leads_to_another_one() -> None:
+    model = AtTheEnd(lambda y, x: y.view(-1, 2, 59 * 59))
+    graph = torchshear.trace(model, (image(2, 61),))
+    assert graph.batch_hint not in (None, 59, 61)
+
+
+def test_widths_that_every_probe_divides_fix_the_batch() -> None:
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise((3, *_batch._PRIMES, 2))))
+    graph = torchshear.trace(model, (torch.randn(2, 3),))
+    assert graph.batch_hint is None
+    assert len(torchshear.analyze(graph)) == len(_batch._PRIMES)
+
+
+def test_a_train_graph_is_the_model_also_with_dropout_and_batch_statistics() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    graph = capture(model, ExampleInputs.of((torch.randn(3, 6),)), "train")
+    assert graph.batch_hint is not None
+    assert int(model[1].num_batches_tracked) == 0
 
 
 def test_tied_parameters_have_one_name_and_all_their_aliases() -> None:

@@ -20,13 +20,16 @@ _PRIMES = (59, 61, 71, 79, 83, 53, 47, 43, 41, 37, 31)
 _UNBOUNDED = 2**62  # ends of slices that run to the last position are above this
 
 
-def probe_batch(model: nn.Module, inputs: ExampleInputs) -> int | None:
-    """A batch to capture the model with: a prime that divides none of its sizes, or None if there is no batch."""
+def probe_batches(model: nn.Module, inputs: ExampleInputs) -> list[int]:
+    """Batches to capture the model with: primes that divide none of its sizes; none if there is no batch.
+
+    A second one is for the case that the model computes a size inside that is a multiple of the first.
+    """
     if not inputs.batch_size():
-        return None
+        return []
     sizes = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
     sizes |= {size for tensor in inputs.tensors() for size in tensor.shape[1:]}
-    return next((prime for prime in _PRIMES if not any(size % prime == 0 for size in sizes if size)), None)
+    return [prime for prime in _PRIMES if not any(size % prime == 0 for size in sizes if size)][:2]
 
 
 def free_batch(graph: fx.Graph, probe: int) -> None:
@@ -34,7 +37,7 @@ def free_batch(graph: fx.Graph, probe: int) -> None:
 
     Args:
         graph: a graph captured with a batch of `probe`; changed in place.
-        probe: the prime from `probe_batch`.
+        probe: the prime from `probe_batches`.
     """
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     sizes = _Sizes(graph, next(n for n in inputs if _is_batched(n)), inputs[-1], probe)

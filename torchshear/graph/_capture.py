@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError
-from torchshear.graph._batch import free_batch, probe_batch
+from torchshear.graph._batch import free_batch, probe_batches
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
@@ -103,17 +103,15 @@ def _in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:
     """A graph that takes any batch and is the model, or None if there is no such graph."""
-    probe = probe_batch(model, inputs)
-    if probe is None:
-        return None
-    try:
-        probed = inputs.unfilled(probe)
-        program = _export(model, probed)
-        graph = _to_graph(program, model, inputs, mode, probe)
+    for probe in probe_batches(model, inputs):
+        try:
+            graph = _to_graph(_export(model, inputs.unfilled(probe)), model, inputs, mode, probe)
+        except Exception:  # any failure here only means that another batch does not suit the model
+            return None
         free_batch(graph.fx_graph, probe)
-        return graph if agrees(graph, model) else None
-    except Exception:  # any failure here only means that this batch size does not suit the model
-        return None
+        if agrees(graph, model):
+            return graph
+    return None
 
 
 def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
@@ -138,32 +136,35 @@ def agrees(graph: Graph, model: nn.Module) -> bool:
     It may not if the model's Python looks at the batch size. Buffers that either writes to are put back. A model on
     the meta device is believed.
     """
-    state = {name: entry.tensor for name, entry in graph.state.items()}
-    if any(tensor.is_meta for tensor in [*graph.inputs.tensors(), *state.values()]):
+    if any(tensor.is_meta for tensor in [*graph.inputs.tensors(), *(entry.tensor for entry in graph.state.values())]):
         return True
     batch = graph.inputs.batch_size() or 1
     # Batch norms over one value a channel cannot be trained.
     batches = (batch, batch + 1) if graph.mode == "eval" else (max(batch, 2),)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad():
-            for size in batches:
-                inputs = graph.inputs.with_batch(size)
-                torch.manual_seed(0)  # what is drawn at random, a dropout mask, is drawn alike
-                own = inputs.copy()
-                expected = pytree.tree_leaves(model(*own.args, **own.kwargs))
-                _put_back(buffers)
-                torch.manual_seed(0)
-                leaves = pytree.tree_leaves((inputs.copy().args, inputs.copy().kwargs))
-                *_, (_, actual) = graph_values(graph.fx_graph, state, leaves)
-                if not _are_close(expected, pytree.tree_leaves(actual)):
-                    return False
-        return True
+        return all(_agree_on(graph, model, graph.inputs.with_batch(size), buffers) for size in batches)
+    except Exception:  # the model's own code, or a call in the graph, does not take this batch
+        return False
     finally:
         _put_back(buffers)
 
 
-def _put_back(buffers: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _agree_on(graph: Graph, model: nn.Module, inputs: ExampleInputs, buffers: list[tuple[Tensor, Tensor]]) -> bool:
+    """Compare on some inputs. What is drawn at random, as a dropout mask is, is drawn alike."""
+    with torch.no_grad():
+        torch.manual_seed(0)
+        own = inputs.copy()
+        expected = pytree.tree_leaves(model(*own.args, **own.kwargs))
+        _put_back(buffers)
+        torch.manual_seed(0)
+        own = inputs.copy()
+        state = {name: entry.tensor for name, entry in graph.state.items()}
+        *_, (_, actual) = graph_values(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
+        return _are_close(expected, pytree.tree_leaves(actual))
+
+
+def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for buffer, value in buffers:
             buffer.copy_(value)
