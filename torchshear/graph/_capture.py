@@ -21,7 +21,7 @@ from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._quiet import quiet_torch
-from torchshear.graph._run import graph_values
+from torchshear.graph._run import graph_output
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -160,7 +160,7 @@ def _agree_on(graph: Graph, model: nn.Module, inputs: ExampleInputs, buffers: li
         torch.manual_seed(0)
         own = inputs.copy()
         state = {name: entry.tensor for name, entry in graph.state.items()}
-        *_, (_, actual) = graph_values(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
+        actual = graph_output(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
         return _are_close(expected, pytree.tree_leaves(actual))
 
 

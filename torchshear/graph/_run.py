@@ -58,6 +58,14 @@ def graph_values(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]
     yield from interpret(graph, leaves, load, apply)
 
 
+def graph_output(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Any:
+    """Run a graph as it is, and give its output only."""
+    value: Any = None
+    for _, latest in graph_values(graph, state, leaves):
+        value = latest
+    return value
+
+
 def _is_only_read(node: fx.Node) -> bool:
     """Whether no call writes to a tensor or gives a view of it. Statistics of batch norms, of rank 1, do not say so."""
     for user in node.users:

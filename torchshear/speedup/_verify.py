@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs, Graph, locate
-from torchshear.graph._run import graph_values
+from torchshear.graph._run import graph_output, graph_values
 from torchshear.speedup._compare import NARROW, random_like, relative_error, to_float64, tolerance
 from torchshear.speedup._reference import masked_values, mixes
 from torchshear.speedup._rewrite import rewrite_graph
@@ -135,10 +135,8 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
     state |= {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name in state}
     reference = _eval_copy(model, own)
     for trial in trials:
-        output: Any = None
         with torch.no_grad():
-            for _, value in graph_values(graph.fx_graph, state, _leaves(trial.copy())):
-                output = value
+            output = graph_output(graph.fx_graph, state, _leaves(trial.copy()))
         expected = _outputs(reference, trial)
         error = relative_error(expected, pytree.tree_leaves(output))
         if error > tolerance(expected):
