@@ -54,6 +54,45 @@ def test_the_model_is_as_it_was_also_after_a_failure(work: Callable[[nn.Module],
     assert fingerprint(model) == before
 
 
+class Remembering(nn.Module):
+    """Replaces a buffer, counts its calls and keeps a value, whenever it runs."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.extra = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.width = x.shape[1]
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        y: Tensor = self.two(self.one(x))
+        return y + self.extra(x) if self.training else y
+
+
+def test_what_a_forward_assigns_is_undone() -> None:
+    model, x = Remembering(), torch.randn(4, 3)
+    before, mean = fingerprint(model), model.mean
+    torchshear.prune(model, (x,))
+    assert fingerprint(model) == before
+    assert model.calls == 0
+    assert model.mean is mean
+    assert not hasattr(model, "width")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_part_is_refused_and_keeps_its_mode() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(8), nn.ReLU()).train())
+    model = nn.Sequential(nn.Linear(3, 8), scripted, nn.Linear(8, 2)).train()
+    with pytest.raises(CaptureError, match="module '1'"):
+        torchshear.trace(model, (torch.randn(4, 3),))
+    assert all(module.training for module in model.modules())
+
+
 def test_the_batch_is_free_even_if_the_example_has_one_sample() -> None:
     graph = torchshear.trace(Residual(), (image(batch=1),))
     assert graph.batch_hint is not None

@@ -84,8 +84,9 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
 
 @contextmanager
 def _in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into a mode; afterwards each module has its own flag back and the RNG its state."""
+    """Put the model into a mode; afterwards its attributes and buffers and the RNG are what they were."""
     flags = [(module, module.training) for module in model.modules()]
+    own = [(m, dict(vars(m)), dict(m._buffers)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), quiet_torch():
@@ -99,6 +100,18 @@ def _in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
+        for module, attributes, buffers in own:
+            _restore(vars(module), attributes)
+            _restore(module._buffers, buffers)
+
+
+def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Undo what a forward assigned: a cached value, a buffer replaced by another tensor."""
+    for name in now.keys() - before.keys():
+        del now[name]
+    for name, value in before.items():
+        if now.get(name, _restore) is not value:
+            now[name] = value
 
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:
