@@ -64,6 +64,7 @@ class Checks:
 
 Checks.time(torchshear.graph._capture, "agrees")
 Checks.time(torchshear.speedup._shrink, "_difference")
+Checks.time(torchshear.speedup._shrink, "_failure_in_training")
 
 
 def ours(model: nn.Module, args: tuple[Any, ...]) -> dict[str, float]:

@@ -33,6 +33,26 @@ def test_one_seed_one_plan() -> None:
     assert plans[0] != 5
 
 
+class Faint(nn.Module):
+    """A literal that follows no attribute, with an effect below the tolerance of float32 but not of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        out: Tensor = self.two(y + 1e-6 * y.roll(2, 1))
+        return out
+
+
+def test_a_native_form_that_fails_the_proof_gives_way_to_the_traced_one() -> None:
+    result = torchshear.prune(randomise(Faint()), (image(),))
+    assert result.form == "traced"
+    assert result.verification.max_error <= 1e-9
+    assert "not the masked model" in str(result.report)
+
+
 def test_batches_other_than_the_example_run() -> None:
     result = torchshear.prune(randomise(Residual()).eval(), (image(batch=1),))
     for batch in (1, 3, 7):

@@ -1,17 +1,18 @@
 """The public functions that join the stages: plan with an alignment profile, and prune in one call."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
+from torchshear.errors import VerificationError
 from torchshear.graph import trace
 from torchshear.pruners import Criterion, plan_uniform
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Verification, resolve_alignment, shrink_to_form, verify
+from torchshear.speedup import Shrunk, Verification, resolve_alignment, shrink_to_form, verify
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,7 +93,21 @@ def prune(
     """
     alignment = resolve_alignment(align)
     made = plan_uniform(analyze(trace(model, args, kwargs)), criterion, ratio, alignment, min_width)
-    shrunk = shrink_to_form(model, made)
-    verification = verify(model, shrunk.model, made, args, kwargs)
+    shrunk, verification = _shrink_and_verify(model, made, args, kwargs)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}")
     return PruneResult(shrunk.model, made, report, verification, shrunk.form)
+
+
+def _shrink_and_verify(
+    model: nn.Module, made: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> tuple[Shrunk, Verification]:
+    """Shrink, and prove the result; a native form that turns out not to be the masked model gives way to the traced."""
+    shrunk = shrink_to_form(model, made)
+    try:
+        return shrunk, verify(model, shrunk.model, made, args, kwargs)
+    except VerificationError:
+        if shrunk.form == "traced":
+            raise
+    traced = shrink_to_form(model, made, form="traced")
+    verification = verify(model, traced.model, made, args, kwargs)
+    return replace(traced, reason="its own forward is not the masked model on the smaller tensors"), verification

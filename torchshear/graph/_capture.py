@@ -144,14 +144,14 @@ def _export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
 
 
 def agrees(graph: Graph, model: nn.Module) -> bool:
-    """Whether a graph computes what the model does, on the example inputs and with one sample more.
+    """Whether a graph computes what the model does, on up to four samples of the example and on one more.
 
     It may not if the model's Python looks at the batch size. Buffers that either writes to are put back. A model on
     the meta device is believed.
     """
     if any(tensor.is_meta for tensor in [*graph.inputs.tensors(), *(entry.tensor for entry in graph.state.values())]):
         return True
-    batch = graph.inputs.batch_size() or 1
+    batch = min(graph.inputs.batch_size() or 1, 4)
     # Batch norms over one value a channel cannot be trained.
     batches = (batch, batch + 1) if graph.mode == "eval" else (max(batch, 2),)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
@@ -175,6 +175,20 @@ def _agree_on(graph: Graph, model: nn.Module, inputs: ExampleInputs, buffers: li
         state = {name: entry.tensor for name, entry in graph.state.items()}
         actual = graph_output(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
         return _are_close(expected, pytree.tree_leaves(actual))
+
+
+def failure_of(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> str | None:
+    """What a model raises when it is run in a mode, in a line, or None if it runs; it is left as it was."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    own = inputs.copy()
+    with _in_mode(model, mode), torch.no_grad():
+        try:
+            model(*own.args, **own.kwargs)
+        except Exception as error:  # a forward may raise anything
+            return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').strip()[:160]}"
+        finally:
+            _put_back(buffers)
+    return None
 
 
 def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:

@@ -14,7 +14,7 @@ from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
 from torchshear.errors import ArgumentError, CaptureError, PlanError
-from torchshear.graph import ExampleInputs, Graph, capture, trace_inputs
+from torchshear.graph import ExampleInputs, Graph, capture, failure_of, trace_inputs
 from torchshear.speedup._compare import random_like, relative_error, tolerance
 from torchshear.speedup._native import Attribute, adjustable, native_copy
 from torchshear.speedup._rewrite import changed_integers, rewrite_graph
@@ -241,7 +241,8 @@ def _native_form(
 
     def difference(adjusted: list[Attribute]) -> tuple[nn.Module, str | None]:
         made = native_copy(model, replacements, changes, adjusted)
-        return made, _first_of(_difference(made, traced, inputs) for inputs in _batches(graph))
+        problem = _first_of(_difference(made, traced, inputs) for inputs in _trials(graph))
+        return made, problem or _failure_in_training(made, model, graph)
 
     adjusted: list[Attribute] = []
     try:
@@ -261,12 +262,14 @@ def _native_form(
     return native, "equal to the rewritten graph on the example inputs; its own module with smaller tensors"
 
 
-def _batches(graph: Graph) -> list[ExampleInputs]:
-    """The example inputs, and the same with one sample more where the batch is free: a size may fit one by accident."""
+def _trials(graph: Graph) -> list[ExampleInputs]:
+    """Inputs to compare forms on: the example, and random ones, with one sample more where the batch is free.
+
+    One input is not enough: an activation may be saturated throughout, a size may fit one batch by accident.
+    """
     batch = graph.inputs.batch_size()
-    if graph.batch_hint is None or not batch:
-        return [graph.inputs]
-    return [graph.inputs, graph.inputs.with_batch(batch + 1)]
+    more = graph.inputs.with_batch(batch + 1) if graph.batch_hint is not None and batch else graph.inputs
+    return [graph.inputs, random_like(graph.inputs, seed=0), random_like(more, seed=1)]
 
 
 def _first_of(differences: Iterator[str | None]) -> str | None:
@@ -287,15 +290,15 @@ def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
 
 
 def _difference(native: nn.Module, traced: nn.Module, inputs: ExampleInputs) -> str | None:
-    """What differs between both forms on the example inputs, or None if nothing does."""
+    """What differs between both forms on some inputs, or None if nothing does."""
     modes = [(module, module.training) for module in native.modules()]
     for module, _ in modes:
         module.training = False
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            given = random_like(inputs, seed=0)
+            given = inputs.copy()
             expected = pytree.tree_leaves(traced(*given.args, **given.kwargs))
-            given = random_like(inputs, seed=0)
+            given = inputs.copy()
             actual = pytree.tree_leaves(native(*given.args, **given.kwargs))
     except Exception as error:  # the module's own code may fail in any way on sizes that it did not expect
         return f"its own forward does not run on the smaller tensors ({type(error).__name__}: {_first_line(error)})"
@@ -306,6 +309,18 @@ def _difference(native: nn.Module, traced: nn.Module, inputs: ExampleInputs) -> 
     if error_size > tolerance(expected):
         return f"its own forward gives other results on the smaller tensors (relative difference {error_size:.2g})"
     return None
+
+
+def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> str | None:
+    """Why a native form does not run in train mode though its original does, or None."""
+    inputs = random_like(graph.inputs, seed=0)
+    batch = inputs.batch_size()
+    if graph.batch_hint is not None and batch == 1:
+        inputs = inputs.with_batch(2)  # batch norms need two values a channel
+    failure = failure_of(native, inputs, "train")
+    if failure is None or failure_of(model, inputs, "train") is not None:
+        return None
+    return f"its own forward does not run in train mode on the smaller tensors ({failure})"
 
 
 def _first_line(error: Exception) -> str:
