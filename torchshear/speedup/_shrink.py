@@ -259,7 +259,7 @@ def _native_form(
         without, problem = difference(fewer)
         if problem is None:
             native, adjusted = without, fewer
-    return native, "equal to the rewritten graph on the example inputs; its own module with smaller tensors"
+    return native, "equal to the rewritten graph on example and random inputs; its own module with smaller tensors"
 
 
 def _trials(graph: Graph) -> list[ExampleInputs]:
