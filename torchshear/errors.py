@@ -13,6 +13,7 @@ __all__ = [
     "TorchshearError",
     "VerificationError",
     "WeightError",
+    "first_line",
 ]
 
 
@@ -50,3 +51,8 @@ class LatencyError(TorchshearError):
 
 class OutputError(TorchshearError, OSError):
     """A file could not be written; what was on disk before is unchanged."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a message that says anything, or the error's type; for use in a message of our own."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

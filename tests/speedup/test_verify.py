@@ -8,6 +8,7 @@ import torchshear
 from tests.models import Residual, image, randomise
 from torchshear.dependency import _registry
 from torchshear.errors import VerificationError
+from torchshear.speedup import _verify
 
 
 class Flipped(nn.Module):
@@ -91,3 +92,34 @@ def test_the_check_runs_in_a_loaded_plan(tmp_path) -> None:  # type: ignore[no-u
     result.plan.save(tmp_path / "plan.json")
     loaded = torchshear.PruningPlan.load(tmp_path / "plan.json")
     assert torchshear.verify(model, result.model, loaded, args=(x,)).max_error < 1e-12
+
+
+class BatchedHeads(nn.Module):
+    """Attention with heads merged into the batch, and a layer norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.norm, self.out = nn.Linear(12, 144), nn.LayerNorm(48), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (batch, tokens, 12) to (batch, tokens, 4)."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, 6, 8).permute(2, 0, 3, 1, 4).reshape(3, batch * 6, tokens, 8)
+        q, k, v = qkv.unbind(0)
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        out: Tensor = self.out(self.norm(y.view(batch, 6, tokens, 8).permute(0, 2, 1, 3).reshape(batch, tokens, 48)))
+        return out
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_axes_that_hold_the_batch_are_verified_at_the_batch_of_the_example(
+    batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("run at the batch of the capture")
+
+    monkeypatch.setattr(_verify, "_at_capture", refuse)
+    result = torchshear.prune(randomise(BatchedHeads()), (torch.randn(batch, 5, 12),))
+    assert result.verification.reference == "kept positions"
+    assert result.verification.max_error <= 1e-9
+    assert {len(kept) for kept in result.plan.kept.values()} == {3, 4}

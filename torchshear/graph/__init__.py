@@ -1,6 +1,7 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
-from torchshear.graph._capture import capture, failure_of, trace, trace_inputs
+from torchshear.graph._capture import capture, trace, trace_inputs
+from torchshear.graph._check import failure_of
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inputs import ExampleInputs

@@ -2,26 +2,24 @@
 
 import traceback
 import types
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
-from torchshear.errors import ArgumentError, CaptureError
+from torchshear.errors import ArgumentError, CaptureError, first_line
 from torchshear.graph._batch import free_batch, probe_batches
+from torchshear.graph._check import agrees
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._quiet import quiet_torch
-from torchshear.graph._run import graph_output
+from torchshear.graph._mode import in_mode
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -78,40 +76,8 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
-    with _in_mode(model, mode):
+    with in_mode(model, mode):
         return _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
-
-
-@contextmanager
-def _in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into a mode; afterwards its attributes and buffers and the RNG are what they were."""
-    flags = [(module, module.training) for module in model.modules()]
-    own = [(m, dict(vars(m)), dict(m._buffers)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices), quiet_torch():
-            warnings.simplefilter("ignore")  # the model's own warnings come when it is run
-            # Flags are set directly: a train() of the user's own may do more than that, such as merging weights. A
-            # model that is being trained keeps the flags it has, among them those of frozen batch norms.
-            if not (mode == "train" and model.training):
-                for module, _ in flags:
-                    module.training = mode == "train"
-            yield
-    finally:
-        for module, training in flags:
-            module.training = training
-        for module, attributes, buffers in own:
-            _restore(vars(module), attributes)
-            _restore(module._buffers, buffers)
-
-
-def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Undo what a forward assigned: a cached value, a buffer replaced by another tensor."""
-    for name in now.keys() - before.keys():
-        del now[name]
-    for name, value in before.items():
-        if now.get(name, _restore) is not value:
-            now[name] = value
 
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:
@@ -141,75 +107,6 @@ def _export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
     """Run torch.export; the Python code of the graphs that it makes on its way is not needed, and not compiled."""
     with _use_lazy_graph_module(True):
         return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
-
-
-def agrees(graph: Graph, model: nn.Module) -> bool:
-    """Whether a graph computes what the model does, on up to four samples of the example and on one more.
-
-    It may not if the model's Python looks at the batch size. Buffers that either writes to are put back. A model on
-    the meta device is believed.
-    """
-    if any(tensor.is_meta for tensor in [*graph.inputs.tensors(), *(entry.tensor for entry in graph.state.values())]):
-        return True
-    batch = min(graph.inputs.batch_size() or 1, 4)
-    # Batch norms over one value a channel cannot be trained.
-    batches = (batch, batch + 1) if graph.mode == "eval" else (max(batch, 2),)
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        return all(_agree_on(graph, model, graph.inputs.with_batch(size), buffers) for size in batches)
-    except Exception:  # the model's own code, or a call in the graph, does not take this batch
-        return False
-    finally:
-        _put_back(buffers)
-
-
-def _agree_on(graph: Graph, model: nn.Module, inputs: ExampleInputs, buffers: list[tuple[Tensor, Tensor]]) -> bool:
-    """Compare on some inputs. What is drawn at random, as a dropout mask is, is drawn alike."""
-    with torch.no_grad():
-        torch.manual_seed(0)
-        own = inputs.copy()
-        expected = pytree.tree_leaves(model(*own.args, **own.kwargs))
-        _put_back(buffers)
-        torch.manual_seed(0)
-        own = inputs.copy()
-        state = {name: entry.tensor for name, entry in graph.state.items()}
-        actual = graph_output(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
-        return _are_close(expected, pytree.tree_leaves(actual))
-
-
-def failure_of(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> str | None:
-    """What a model raises when it is run in a mode, in a line, or None if it runs; it is left as it was."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    own = inputs.copy()
-    with _in_mode(model, mode), torch.no_grad():
-        try:
-            model(*own.args, **own.kwargs)
-        except Exception as error:  # a forward may raise anything
-            return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '').strip()[:160]}"
-        finally:
-            _put_back(buffers)
-    return None
-
-
-def _put_back(buffers: list[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
-
-
-def _are_close(left: list[Any], right: list[Any]) -> bool:
-    if len(left) != len(right):
-        return False
-    for a, b in zip(left, right, strict=True):
-        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
-            continue
-        if a.shape != b.shape:
-            return False
-        one, two = (value.to(torch.complex128 if value.is_complex() else torch.float64) for value in (a, b))
-        scale = float(two.abs().nan_to_num(0, 0).max()) if b.numel() else 0.0
-        if not torch.allclose(one, two, rtol=0, atol=max(1e-2 * scale, 1e-12), equal_nan=True):
-            return False
-    return True
 
 
 def _to_graph(
@@ -265,10 +162,9 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         path = frame.f_code.co_filename
         if not path.startswith((_TORCH, _HERE)) and "<" not in path:
             line = f"{path}:{number} in {frame.f_code.co_name}"
-    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
     where = f"module {module!r}" if module else f"{type(model).__name__}"
     return CaptureError(
-        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {reason} "
+        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {first_line(error)} "
         f"Where: {where}{', ' + line if line else ''}. Expected a forward that runs on the example inputs without "
         f"data-dependent Python; check args and kwargs first, then rewrite that line or prune a sub-module."
     )

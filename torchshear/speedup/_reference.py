@@ -7,14 +7,18 @@ there the operator alone is run on the kept positions and its result is put back
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import Axes, Cut
+from torchshear.dependency import Axes, Axis, Cut
 from torchshear.graph import Graph
 from torchshear.graph._run import interpret
 from torchshear.speedup._rewrite import rewritten_call
+
+Bools = npt.NDArray[np.bool_]
 
 
 def masked_values(
@@ -63,7 +67,7 @@ def _on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: d
 
     def gathered(operand: fx.Node) -> Any:
         axes = facts.axes.get(operand.name)
-        return _map_axes(lambda tensor, own: _gather(tensor, own, cut), full[operand], axes)
+        return _map_axes(lambda tensor, own: gather(tensor, own, cut), full[operand], axes)
 
     new_args, new_kwargs = fx.map_arg((call.args, call.kwargs), gathered)
     value = call.target(*new_args, **new_kwargs)
@@ -103,15 +107,16 @@ def _zero_cut(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
     if changed and any(stride == 0 for stride in tensor.stride()):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     for dim in changed:
-        gone = torch.from_numpy((~cut.keep(axes[dim])).nonzero()[0]).to(tensor.device)
-        tensor.index_fill_(dim, gone, 0)
+        gone = ~_keep(axes[dim], tensor.shape[dim], cut)
+        tensor.index_fill_(dim, _positions(gone, tensor), 0)
     return tensor
 
 
-def _gather(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
+def gather(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
+    """The kept positions of a value."""
     for dim, axis in enumerate(axes):
         if cut.changes(axis):
-            tensor = tensor.index_select(dim, torch.from_numpy(cut.keep(axis).nonzero()[0]).to(tensor.device))
+            tensor = tensor.index_select(dim, _positions(_keep(axis, tensor.shape[dim], cut), tensor))
     return tensor
 
 
@@ -119,7 +124,26 @@ def _scatter(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
     for dim, axis in enumerate(axes):
         if cut.changes(axis):
             shape = list(tensor.shape)
-            shape[dim] = axis.size
-            index = torch.from_numpy(cut.keep(axis).nonzero()[0]).to(tensor.device)
+            shape[dim] = shape[dim] * axis.size // int(cut.keep(axis).sum())
+            index = _positions(_keep(axis, shape[dim], cut), tensor)
             tensor = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device).index_copy(dim, index, tensor)
     return tensor
+
+
+def _keep(axis: Axis, size: int, cut: Cut) -> Bools:
+    """Which of `size` positions are kept; an axis that holds the batch as well repeats with every sample.
+
+    Raises:
+        IndexError: the axis has another size, and samples are not one after another in it.
+    """
+    keep = cut.keep(axis)
+    if len(keep) == size:
+        return keep
+    samples = keep.reshape(cut.groups.graph.batch_hint or 1, -1)
+    if size % samples.shape[1] or not (samples == samples[0]).all():
+        raise IndexError(f"an axis of {len(keep)} positions in the capture has {size}")
+    return np.tile(samples[0], size // samples.shape[1])
+
+
+def _positions(mask: Bools, tensor: Tensor) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask)).to(tensor.device)

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
-from torchshear.errors import ArgumentError, CaptureError, PlanError
+from torchshear.errors import ArgumentError, CaptureError, PlanError, first_line
 from torchshear.graph import ExampleInputs, Graph, capture, failure_of, trace_inputs
 from torchshear.speedup._compare import random_like, relative_error, tolerance
 from torchshear.speedup._native import Attribute, adjustable, native_copy
@@ -301,7 +301,9 @@ def _difference(native: nn.Module, traced: nn.Module, inputs: ExampleInputs) -> 
             given = inputs.copy()
             actual = pytree.tree_leaves(native(*given.args, **given.kwargs))
     except Exception as error:  # the module's own code may fail in any way on sizes that it did not expect
-        return f"its own forward does not run on the smaller tensors ({type(error).__name__}: {_first_line(error)})"
+        return (
+            f"its own forward does not run on the smaller tensors ({type(error).__name__}: {first_line(error)[:160]})"
+        )
     finally:
         for module, training in modes:
             module.training = training
@@ -321,7 +323,3 @@ def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> s
     if failure is None or failure_of(model, inputs, "train") is not None:
         return None
     return f"its own forward does not run in train mode on the smaller tensors ({failure})"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:160]

@@ -14,7 +14,7 @@ from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs, Graph, locate
 from torchshear.graph._run import graph_output, graph_values
 from torchshear.speedup._compare import NARROW, random_like, relative_error, to_float64, tolerance
-from torchshear.speedup._reference import masked_values, mixes
+from torchshear.speedup._reference import gather, masked_values, mixes
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._shrink import analysis_of
 from torchshear.speedup._state import slice_state
@@ -178,10 +178,7 @@ def _against_graph(model: nn.Module, small: nn.Module, cut: Cut, trials: list[Ex
         inputs = to_float64(trial) if dtype is torch.float64 else trial
         try:
             expected = _masked_outputs(model, cut, inputs, dtype)
-        except (
-            IndexError,
-            RuntimeError,
-        ):  # axes that hold the batch, too, are of the captured batch
+        except (IndexError, RuntimeError):  # an axis that holds the batch as well may need the captured one
             inputs = _at_capture(cut, inputs)
             expected = _masked_outputs(model, cut, inputs, dtype)
         actual = _outputs(_eval_copy(small, dtype), inputs)
@@ -248,7 +245,8 @@ def _first_difference(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: 
             for node, value in _until_failure(graph_values(rewritten, small_state, _leaves(inputs)))
         }
         for node, value in left:
-            kept = _kept_part(value, groups.facts.axes.get(node.name), cut)
+            axes = groups.facts.axes.get(node.name)
+            kept = gather(value, axes, cut) if isinstance(value, Tensor) and isinstance(axes, tuple) else value
             if node.name not in right:
                 return f"the rewritten graph fails at {node.name!r}, {locate(node)}: its operator rule is wrong."
             if node.op == "call_function" and isinstance(kept, Tensor):
@@ -270,12 +268,3 @@ def _until_failure(values: Iterator[tuple[Any, Any]]) -> Iterator[tuple[Any, Any
         yield from values
     except (RuntimeError, TypeError, ValueError, IndexError):  # the node after the last one given is the one that fails
         return
-
-
-def _kept_part(value: Any, axes: Any, cut: Cut) -> Any:
-    if not isinstance(value, Tensor) or not isinstance(axes, tuple):
-        return value
-    for dim, axis in enumerate(axes):
-        if cut.changes(axis):
-            value = value.index_select(dim, torch.from_numpy(cut.keep(axis).nonzero()[0]).to(value.device))
-    return value

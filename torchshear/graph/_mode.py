@@ -1,0 +1,44 @@
+"""Running a model in a mode that is not its own, and leaving it as it was."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchshear.graph._graph import Mode
+from torchshear.graph._quiet import quiet_torch
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
+    """Put the model into a mode; afterwards its attributes and buffers and the RNG are what they were."""
+    flags = [(module, module.training) for module in model.modules()]
+    own = [(m, dict(vars(m)), dict(m._buffers)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices), quiet_torch():
+            warnings.simplefilter("ignore")  # the model's own warnings come when it is run
+            # Flags are set directly: a train() of the user's own may do more than that, such as merging weights. A
+            # model that is being trained keeps the flags it has, among them those of frozen batch norms.
+            if not (mode == "train" and model.training):
+                for module, _ in flags:
+                    module.training = mode == "train"
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for module, attributes, buffers in own:
+            _restore(vars(module), attributes)
+            _restore(module._buffers, buffers)
+
+
+def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    """Undo what a forward assigned: a cached value, a buffer replaced by another tensor."""
+    for name in now.keys() - before.keys():
+        del now[name]
+    for name, value in before.items():
+        if now.get(name, _restore) is not value:
+            now[name] = value
