@@ -23,6 +23,17 @@ NAMES = (
     "convnext_tiny",
 )
 
+# The rest of the zoo that is pruned whole.
+ALL = (
+    "alexnet",
+    *NAMES,
+    "squeezenet1_1",
+    "vit_b_16",
+    "swin_t",
+    "maxvit_t",
+    "lraspp_mobilenet_v3_large",
+)
+
 # Operators that torchvision registers from its compiled library. On a CPU build of torch that library does not load;
 # declared here, the Python part of the package imports, and models that do not call them run.
 _SCHEMAS = (
@@ -67,12 +78,21 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, tuple[torch.Tensor, ...]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         options = {"init_weights": True} if name == "googlenet" else {}
+        if name in ("lraspp_mobilenet_v3_large",):
+            options["weights_backbone"] = None
         model = load_torchvision().models.get_model(name, weights=None, **options)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.1)
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 1.5)
+    spread_statistics(model)
     size = 224
     return model.eval(), (torch.randn(1, 3, size, size),)
+
+
+def spread_statistics(model: nn.Module) -> None:
+    """Batch norms with scales, shifts and statistics that differ from channel to channel."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.1)
+            if module.track_running_stats:
+                module.running_mean.normal_(std=0.1)
+                module.running_var.uniform_(0.5, 1.5)

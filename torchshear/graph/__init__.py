@@ -5,7 +5,9 @@ from torchshear.graph._check import failure_of
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._location import Location, locate
+from torchshear.graph._location import Location, enclosing_modules, locate
+from torchshear.graph._mode import as_if_exporting
+from torchshear.graph._outputs import output_leaves, plain_outputs
 
 __all__ = [
     "Cost",
@@ -13,10 +15,14 @@ __all__ = [
     "Graph",
     "Location",
     "StateTensor",
+    "as_if_exporting",
     "capture",
+    "enclosing_modules",
     "failure_of",
     "locate",
     "node_macs",
+    "output_leaves",
+    "plain_outputs",
     "trace",
     "trace_inputs",
 ]

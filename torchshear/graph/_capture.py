@@ -20,6 +20,7 @@ from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._mode import in_mode
+from torchshear.graph._outputs import plain_outputs
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
@@ -76,8 +77,14 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
-    with in_mode(model, mode):
-        return _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
+    with in_mode(model, mode), plain_outputs(model) as dropped:
+        graph = _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
+    if dropped and not any(node.all_input_nodes for node in graph if node.op == "output"):
+        raise CaptureError(
+            f"{type(model).__name__} returns no tensor that torch can see: {', '.join(dropped)}. Expected tensors, or "
+            f"tuples, lists, dicts or dataclasses of them; register other containers with torch.utils._pytree."
+        )
+    return replace(graph, left_out=tuple(dropped))
 
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:

@@ -10,6 +10,7 @@ from torchshear.errors import first_line
 from torchshear.graph._graph import Graph, Mode
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._mode import in_mode
+from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import graph_output
 
 
@@ -42,7 +43,7 @@ def _agree_on(graph: Graph, model: nn.Module, inputs: ExampleInputs) -> bool:
     state = {name: entry.tensor for name, entry in graph.state.items()}
     with torch.no_grad():
         actual = graph_output(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
-    return _are_close(pytree.tree_leaves(expected), pytree.tree_leaves(actual))
+    return _are_close(output_leaves(expected), output_leaves(actual))
 
 
 def failure_of(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> str | None:

@@ -52,6 +52,8 @@ class Graph:
             static.
         training: the same model captured in train mode, if that reads parameters or buffers which the eval graph leaves
             unread, as auxiliary heads are; else None.
+        left_out: outputs that are not captured, with their types: objects that torch.export does not know, such as a
+            cache of keys and values.
     """
 
     fx_graph: fx.Graph
@@ -64,6 +66,7 @@ class Graph:
     mode: Mode
     batch_hint: int | None
     training: "Graph | None" = None
+    left_out: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[fx.Node]:
         return iter(self.fx_graph.nodes)

@@ -36,9 +36,14 @@ def locate(node: fx.Node) -> Location:
     return Location(_module_name(node), _source_line(node), str(node.target))
 
 
-def _module_name(node: fx.Node) -> str:
+def enclosing_modules(node: fx.Node) -> tuple[str, ...]:
+    """Names of the modules in whose forward a node was called, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
-    names = [path for path, _ in stack.values() if not path.startswith("_empty_nn_module")]
+    return tuple(path for path, _ in stack.values() if not path.startswith("_empty_nn_module"))
+
+
+def _module_name(node: fx.Node) -> str:
+    names = enclosing_modules(node)
     return names[-1] if names else ""
 
 

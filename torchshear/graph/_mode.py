@@ -14,9 +14,9 @@ from torchshear.graph._quiet import quiet_torch
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into a mode; afterwards its attributes and buffers and the RNG are what they were."""
+    """Put the model into a mode; afterwards its attributes, buffers and hooks and the RNG are what they were."""
     flags = [(module, module.training) for module in model.modules()]
-    own = [(m, dict(vars(m)), dict(m._buffers)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
+    own = [(m, dict(vars(m)), _registered(m)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), quiet_torch():
@@ -30,12 +30,36 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-        for module, attributes, buffers in own:
+        for module, attributes, registered in own:
             _restore(vars(module), attributes)
-            _restore(module._buffers, buffers)
+            for name, entries in registered.items():
+                _restore(getattr(module, name), entries)
 
 
-def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+@contextmanager
+def as_if_exporting() -> Iterator[None]:
+    """Have `torch.compiler.is_exporting()` say yes, so that code takes the branches that a capture takes."""
+    flags = ("_is_compiling_flag", "_is_exporting_flag")
+    before = {name: getattr(torch.compiler, name) for name in flags if hasattr(torch.compiler, name)}
+    try:
+        for name in before:
+            setattr(torch.compiler, name, True)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(torch.compiler, name, value)
+
+
+def _registered(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """The buffers and hooks of a module."""
+    return {
+        name: dict(value)
+        for name, value in vars(module).items()
+        if isinstance(value, dict) and (name == "_buffers" or "_hooks" in name)
+    }
+
+
+def _restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
     """Undo what a forward assigned: a cached value, a buffer replaced by another tensor."""
     for name in now.keys() - before.keys():
         del now[name]

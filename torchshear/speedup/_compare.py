@@ -12,8 +12,6 @@ from torchshear.graph import ExampleInputs
 # round-off, for sums in another order.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
-NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})  # dtypes that lose digits of float64
-
 
 def tolerance(outputs: Sequence[Any]) -> float:
     """The largest relative difference that counts as equal, by the coarsest dtype among the outputs."""
@@ -71,8 +69,3 @@ def random_like(inputs: ExampleInputs, seed: int) -> ExampleInputs:
         return noise.to(tensor.device, tensor.dtype)
 
     return inputs.map(draw)
-
-
-def to_float64(inputs: ExampleInputs) -> ExampleInputs:
-    """Copies of the inputs, floating tensors in float64."""
-    return inputs.map(lambda t: t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.clone())

@@ -2,15 +2,14 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchshear.graph import locate
 from torchshear.speedup._rewrite import Change
-
-Attribute = tuple[str, str]  # module name, attribute name
+from torchshear.speedup._sizes import Sizes, assign
 
 # What the modules of torch.nn call the sizes of their own tensors: attribute -> (tensor, dimension).
 _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ...] = (
@@ -24,7 +23,7 @@ _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ..
 
 
 def native_copy(
-    model: nn.Module, replacements: Mapping[int, Tensor], changes: Sequence[Change], adjusted: Collection[Attribute]
+    model: nn.Module, replacements: Mapping[int, Tensor], changes: Sequence[Change], sizes: Sizes
 ) -> nn.Module:
     """Copy a model with its tensors replaced, and with the integers that torch.nn's modules keep of their sizes.
 
@@ -33,35 +32,18 @@ def native_copy(
         replacements: id of an original tensor -> its shrunk version; wherever the original holds the one, the copy
             holds the other, so that ties stay ties.
         changes: integers in the graph that the cut changed.
-        adjusted: attributes of the user's own modules, from `adjustable`, to be changed as well.
+        sizes: integers elsewhere in the modules to be changed as well.
     """
     memo: dict[int, Any] = dict(replacements)
     duplicate = copy.deepcopy(model, memo)
     by_module = _changes_by_module(changes)
     for name, module in duplicate.named_modules():
-        found = by_module.get(name, {})
         if _is_torch_module(module):
-            _update_torch_module(module, found)
-        else:
-            for attribute, value in _candidates(module, found).items():
-                if (name, attribute) in adjusted:
-                    setattr(module, attribute, value)
+            _update_torch_module(module, by_module.get(name, {}))
+    modules = dict(duplicate.named_modules())
+    for slot, value in sizes.items():
+        assign(modules[slot.module], slot, value)
     return duplicate
-
-
-def adjustable(model: nn.Module, changes: Sequence[Change]) -> list[Attribute]:
-    """Attributes of the user's own modules that may have to change.
-
-    They hold, in a module whose forward used an integer that the cut changed, that integer's old value. Which of them
-    really are that size, and which hold the number by coincidence, only running the model tells.
-    """
-    by_module = _changes_by_module(changes)
-    return [
-        (name, attribute)
-        for name, module in model.named_modules()
-        if not _is_torch_module(module)
-        for attribute in _candidates(module, by_module.get(name, {}))
-    ]
 
 
 def _changes_by_module(changes: Sequence[Change]) -> dict[str, dict[int, int]]:
@@ -103,18 +85,3 @@ def _update_convolution(module: nn.modules.conv._ConvNd, changes: Mapping[int, i
     sizes = [module.weight.shape[inside], module.weight.shape[outside]]
     sizes[module.transposed] *= module.groups
     module.in_channels, module.out_channels = sizes
-
-
-def _candidates(module: nn.Module, changes: Mapping[int, int]) -> dict[str, Any]:
-    """Attributes of a module that hold a changed integer, with their new values."""
-    found: dict[str, Any] = {}
-    for attribute, value in vars(module).items():
-        if attribute.startswith("_") or isinstance(value, bool):
-            continue
-        if isinstance(value, int) and value in changes:
-            found[attribute] = changes[value]
-        elif type(value) in (tuple, list) and value and all(type(item) is int for item in value):
-            new = type(value)(changes.get(item, item) for item in value)
-            if new != value:
-                found[attribute] = new
-    return found

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -13,11 +13,10 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
-from torchshear.errors import ArgumentError, CaptureError, PlanError, first_line
-from torchshear.graph import ExampleInputs, Graph, capture, failure_of, trace_inputs
-from torchshear.speedup._compare import random_like, relative_error, tolerance
-from torchshear.speedup._native import Attribute, adjustable, native_copy
-from torchshear.speedup._rewrite import changed_integers, rewrite_graph
+from torchshear.errors import ArgumentError, CaptureError, PlanError
+from torchshear.graph import ExampleInputs, Graph, capture, trace_inputs
+from torchshear.speedup._native_form import native_form
+from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
 from torchshear.speedup._traced import CallSpec, StateEntry, TracedModule
 
@@ -78,10 +77,7 @@ def shrink_to_form(
     graph = groups.graph
     tensors = _tensors_of(model, graph)
     sliced = slice_state(cut, tensors)
-    traced = _eval_form(model, graph, cut, sliced)
-    native, reason = (
-        (None, "asked for") if form == "traced" else _native_form(model, traced, graph, cut, tensors, sliced)
-    )
+    native, reason = (None, "asked for") if form == "traced" else native_form(model, cut, tensors, sliced)
     if native is not None:
         return Shrunk(_in_mode_of(native, model), "native", reason)
     if form == "native":
@@ -185,11 +181,6 @@ def _input_shapes(graph: Graph, is_free: bool) -> tuple[tuple[int | None, ...] |
     )
 
 
-def _eval_form(model: nn.Module, graph: Graph, cut: Cut, sliced: Mapping[str, Tensor]) -> TracedModule:
-    rewritten = rewrite_graph(graph.fx_graph, cut.groups.facts, cut)
-    return TracedModule(_entries(model, graph, sliced), {"eval": rewritten}, _call_spec(model, {"eval": graph})).eval()
-
-
 def _both_modes(model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tensor]) -> TracedModule:
     """The traced form with a graph for train mode beside the one for eval mode."""
     rewritten = {"eval": rewrite_graph(graph.fx_graph, cut.groups.facts, cut)}
@@ -224,102 +215,3 @@ def _in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
     for name, module in small.named_modules():
         module.training = modes.get(name, model.training)
     return small
-
-
-def _native_form(
-    model: nn.Module,
-    traced: TracedModule,
-    graph: Graph,
-    cut: Cut,
-    tensors: Mapping[str, Tensor],
-    sliced: Mapping[str, Tensor],
-) -> tuple[nn.Module | None, str]:
-    """A copy of the user's module that equals the traced form on the example inputs, or why there is none."""
-    changes = changed_integers(graph.fx_graph, cut.groups.facts, cut)
-    replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
-    replacements |= {id(own): sliced[name] for name, own in _own_constants(model, graph) if name in sliced}
-
-    def difference(adjusted: list[Attribute]) -> tuple[nn.Module, str | None]:
-        made = native_copy(model, replacements, changes, adjusted)
-        problem = _first_of(_difference(made, traced, inputs) for inputs in _trials(graph))
-        return made, problem or _failure_in_training(made, model, graph)
-
-    adjusted: list[Attribute] = []
-    try:
-        native, problem = difference(adjusted)
-        if problem is not None and (adjusted := adjustable(model, changes)):
-            native, problem = difference(adjusted)
-    except Exception as error:  # a module that cannot be deep-copied says so with any exception
-        return None, f"the model cannot be copied: {type(error).__name__}: {error}"
-    if problem is not None:
-        return None, problem
-    for attribute in list(adjusted):
-        # An attribute without which the model is equal too held the number by coincidence, and keeps it.
-        fewer = [other for other in adjusted if other != attribute]
-        without, problem = difference(fewer)
-        if problem is None:
-            native, adjusted = without, fewer
-    return native, "equal to the rewritten graph on example and random inputs; its own module with smaller tensors"
-
-
-def _trials(graph: Graph) -> list[ExampleInputs]:
-    """Inputs to compare forms on: the example, and random ones, with one sample more where the batch is free.
-
-    One input is not enough: an activation may be saturated throughout, a size may fit one batch by accident.
-    """
-    batch = graph.inputs.batch_size()
-    more = graph.inputs.with_batch(batch + 1) if graph.batch_hint is not None and batch else graph.inputs
-    return [graph.inputs, random_like(graph.inputs, seed=0), random_like(more, seed=1)]
-
-
-def _first_of(differences: Iterator[str | None]) -> str | None:
-    return next((difference for difference in differences if difference is not None), None)
-
-
-def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
-    """Plain tensor attributes of the model's modules that the graph holds as constants."""
-    found: list[tuple[str, Tensor]] = []
-    for name, entry in graph.state.items():
-        if entry.kind == "constant":
-            owner: Any = model
-            for part in name.split("."):
-                owner = getattr(owner, part, None)
-            if isinstance(owner, Tensor):
-                found.append((name, owner))
-    return found
-
-
-def _difference(native: nn.Module, traced: nn.Module, inputs: ExampleInputs) -> str | None:
-    """What differs between both forms on some inputs, or None if nothing does."""
-    modes = [(module, module.training) for module in native.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            given = inputs.copy()
-            expected = pytree.tree_leaves(traced(*given.args, **given.kwargs))
-            given = inputs.copy()
-            actual = pytree.tree_leaves(native(*given.args, **given.kwargs))
-    except Exception as error:  # the module's own code may fail in any way on sizes that it did not expect
-        return (
-            f"its own forward does not run on the smaller tensors ({type(error).__name__}: {first_line(error)[:160]})"
-        )
-    finally:
-        for module, training in modes:
-            module.training = training
-    error_size = relative_error(expected, actual)
-    if error_size > tolerance(expected):
-        return f"its own forward gives other results on the smaller tensors (relative difference {error_size:.2g})"
-    return None
-
-
-def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> str | None:
-    """Why a native form does not run in train mode though its original does, or None."""
-    inputs = random_like(graph.inputs, seed=0)
-    batch = inputs.batch_size()
-    if graph.batch_hint is not None and batch == 1:
-        inputs = inputs.with_batch(2)  # batch norms need two values a channel
-    failure = failure_of(native, inputs, "train")
-    if failure is None or failure_of(model, inputs, "train") is not None:
-        return None
-    return f"its own forward does not run in train mode on the smaller tensors ({failure})"

@@ -11,9 +11,10 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, Graph, locate
+from torchshear.graph import ExampleInputs, Graph, locate, output_leaves
 from torchshear.graph._run import graph_output, graph_values
-from torchshear.speedup._compare import NARROW, random_like, relative_error, to_float64, tolerance
+from torchshear.speedup._compare import random_like, relative_error, tolerance
+from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._reference import gather, masked_values, mixes
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._shrink import analysis_of
@@ -105,7 +106,7 @@ def _against_masked_module(
             error, limit, finite = 0.0, 0.0, True
             for trial in trials:
                 inputs = to_float64(trial) if dtype is torch.float64 else trial
-                expected, actual = _outputs(reference, inputs), _outputs(candidate, inputs)
+                expected, actual = _outputs(reference, inputs, dtype), _outputs(candidate, inputs, dtype)
                 finite = finite and _is_finite(expected)
                 error, limit = max(error, relative_error(expected, actual)), tolerance(expected)
             result = _Comparison(error, limit, dtype, finite)
@@ -135,10 +136,10 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
     state |= {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name in state}
     reference = _eval_copy(model, own)
     for trial in trials:
-        with torch.no_grad():
+        with torch.no_grad(), computing_in(own):
             output = graph_output(graph.fx_graph, state, _leaves(trial.copy()))
-        expected = _outputs(reference, trial)
-        error = relative_error(expected, pytree.tree_leaves(output))
+        expected = _outputs(reference, trial, own)
+        error = relative_error(expected, output_leaves(output))
         if error > tolerance(expected):
             raise VerificationError(
                 f"the captured graph is not the model: on the example inputs they differ by {error:.2g} relative. Its "
@@ -163,16 +164,15 @@ def _eval_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin.to(dtype) if dtype is torch.float64 else twin
 
 
-def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Any]:
+def _outputs(model: nn.Module, inputs: ExampleInputs, dtype: torch.dtype) -> list[Any]:
     inputs = inputs.copy()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        return pytree.tree_leaves(model(*inputs.args, **inputs.kwargs))
+    with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
+        return output_leaves(model(*inputs.args, **inputs.kwargs))
 
 
 def _against_graph(model: nn.Module, small: nn.Module, cut: Cut, trials: list[ExampleInputs]) -> Verification:
     """Compare with the masked network computed node by node on kept positions."""
-    narrowest = _narrowest_cast(cut.groups.graph)
-    dtype = _own_dtype(small) if narrowest else _widest(small, trials)  # the graph holds the dtypes of casts
+    dtype = _widest(small, trials)
     errors = []
     for trial in trials:
         inputs = to_float64(trial) if dtype is torch.float64 else trial
@@ -181,9 +181,9 @@ def _against_graph(model: nn.Module, small: nn.Module, cut: Cut, trials: list[Ex
         except (IndexError, RuntimeError):  # an axis that holds the batch as well may need the captured one
             inputs = _at_capture(cut, inputs)
             expected = _masked_outputs(model, cut, inputs, dtype)
-        actual = _outputs(_eval_copy(small, dtype), inputs)
+        actual = _outputs(_eval_copy(small, dtype), inputs, dtype)
         error = relative_error(expected, actual)
-        if error > max(tolerance(actual), narrowest):
+        if error > tolerance(actual):
             raise VerificationError(_first_difference(model, cut, inputs, dtype, error))
         errors.append(error)
     return Verification("kept positions", max(errors), dtype, len(trials))
@@ -195,16 +195,10 @@ def _at_capture(cut: Cut, inputs: ExampleInputs) -> ExampleInputs:
     return inputs if hint is None else inputs.with_batch(hint)
 
 
-def _narrowest_cast(graph: Graph) -> float:
-    """Tolerance of the narrowest dtype that the model casts to inside; 0 if there is none."""
-    given = [value for node in graph for value in pytree.tree_leaves((node.args, node.kwargs))]
-    return max((tolerance([torch.empty(0, dtype=v)]) for v in given if v in NARROW), default=0.0)
-
-
 def _widest(small: nn.Module, trials: list[ExampleInputs]) -> torch.dtype:
     """float64 if the shrunk model runs in it, else the model's own dtype."""
     try:
-        _outputs(_eval_copy(small, torch.float64), to_float64(trials[0]))
+        _outputs(_eval_copy(small, torch.float64), to_float64(trials[0]), torch.float64)
     except (RuntimeError, TypeError, NotImplementedError):
         return _own_dtype(small)
     return torch.float64
@@ -225,10 +219,10 @@ def _masked_outputs(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: to
     graph = cut.groups.graph
     state = _state(model, cut.groups, dtype)
     output: Any = None
-    with torch.no_grad():
+    with torch.no_grad(), computing_in(dtype):
         for _, value in masked_values(graph, cut, state, _leaves(inputs)):
             output = value
-    return pytree.tree_leaves(output)
+    return output_leaves(output)
 
 
 def _first_difference(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: torch.dtype, error: float) -> str:
@@ -238,7 +232,7 @@ def _first_difference(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: 
     state = _state(model, groups, dtype)
     small_state = slice_state(cut, state)
     rewritten = rewrite_graph(groups.graph.fx_graph, groups.facts, cut)
-    with torch.no_grad():
+    with torch.no_grad(), computing_in(dtype):
         left = masked_values(groups.graph, cut, state, _leaves(inputs))
         right = {
             node.name: (node, value)

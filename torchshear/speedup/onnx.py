@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
+from torchshear.graph import plain_outputs
 from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._session import error_reason, open_session
 
@@ -68,7 +69,8 @@ def export_onnx(
     The first dimension of the first tensor input is taken as the batch, together with that of every tensor input whose
     first dimension is as long. It is left free in the file, with the name "batch". Where the model does not allow that,
     the file has the batch of the examples and the result says why. Weights are constants, inside the file up to 2 GB
-    and beside it in PATH.data above.
+    and beside it in PATH.data above. Outputs that torch.export does not know, such as a cache of keys and values, are
+    left out.
 
     The model is exported in evaluation mode; its mode, its buffers and the state of the random generators are the same
     afterwards. What was at `path` is replaced only after every check has passed.
@@ -97,7 +99,7 @@ def export_onnx(
     call = _Call.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})
     _check_dtypes(model, call)
     target, check = Path(path), _Tolerance(rtol, atol)
-    with _evaluating(model):
+    with _evaluating(model), plain_outputs(model):
         if call.batch is None:
             reason = "no example input is a tensor with a first dimension"
         else:

@@ -1,0 +1,198 @@
+"""Judging a native form: run beside what it should compute, until the first module that goes wrong is known."""
+
+import math
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchshear.errors import first_line
+from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
+from torchshear.speedup._compare import relative_error, tolerance
+from torchshear.speedup._precision import computing_in, to_float64
+
+Fingerprint = tuple[float, float]
+_INNER = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
+_SAME = 1e-6  # relative difference of the fingerprints of equal values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """Inputs, and what every value of the rewritten graph is on them.
+
+    Attributes:
+        inputs: what to run on.
+        outputs: flat outputs of the rewritten graph.
+        seen: shape -> fingerprints of all values of that shape; None if only the outputs are to be compared.
+        dtype: dtype to compute in.
+        exporting: whether the code is to believe that it is being exported.
+    """
+
+    inputs: ExampleInputs
+    outputs: list[Any]
+    seen: Mapping[tuple[int, ...], Sequence[Fingerprint]] | None
+    dtype: torch.dtype
+    exporting: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Where a native form goes wrong.
+
+    Attributes:
+        modules: the module that goes wrong and those around it, innermost first.
+        progress: number of modules that were entered and left well before.
+        message: what is wrong.
+        check: name of the check that failed, to be skipped if the check is what is wrong; "" if it did not run.
+    """
+
+    modules: tuple[str, ...]
+    progress: int
+    message: str
+    check: str = ""
+
+
+def run_trial(
+    inputs: ExampleInputs, dtype: torch.dtype, values: Callable[[list[Any]], Iterator[Any]], remember: bool
+) -> Trial:
+    """Run the rewritten graph on inputs and keep what it computes.
+
+    Args:
+        inputs: what to run on.
+        dtype: dtype to compute in.
+        values: gives the values of the graph's nodes on flat inputs; the last is the output.
+        remember: whether to keep fingerprints of all values, to find out which module goes wrong.
+    """
+    inputs = to_float64(inputs) if dtype is torch.float64 else inputs.copy()
+    seen: dict[tuple[int, ...], list[Fingerprint]] = defaultdict(list)
+    given, value = inputs.copy(), None
+    with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
+        for value in values(pytree.tree_leaves((given.args, given.kwargs))):
+            for tensor in pytree.tree_leaves(value) if remember else ():
+                if isinstance(tensor, Tensor):
+                    seen[tuple(tensor.shape)].append(_fingerprint(tensor))
+    return Trial(inputs, output_leaves(value), seen if remember else None, dtype)
+
+
+def _fingerprint(tensor: Tensor) -> Fingerprint:
+    """Two sums that tell values apart, whatever the order in which they lie in memory."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(0.0, 1e3, -1e3)
+    if not flat.numel():
+        return 0.0, 0.0
+    return float((flat * _wave(flat.numel(), flat.device)).mean()), float(flat.abs().mean())
+
+
+@lru_cache(maxsize=8)
+def _wave(length: int, device: torch.device) -> Tensor:
+    return torch.cos(torch.arange(length, dtype=torch.float64, device=device) * math.sqrt(2))
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What hooks see while a module runs."""
+
+    trial: Trial
+    skipped: frozenset[str]
+    running: list[str] = field(default_factory=list)
+    progress: int = 0
+
+    def enter(self, name: str, args: Any) -> None:
+        """A module is called: what it is given must be right, or the module that calls it is wrong."""
+        self._judge(f"input of {name}", args)
+        self.running.append(name)
+
+    def leave(self, name: str, output: Any) -> None:
+        """A module ends: what it gives must be right."""
+        self._judge(f"output of {name}", output)
+        self.running.pop()
+
+    def _judge(self, check: str, value: Any) -> None:
+        leaves = [leaf for leaf in output_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if check not in self.skipped and not all(self._was_seen(leaf) for leaf in leaves):
+            raise _StopError(check)
+        self.progress += 1
+
+    @property
+    def chain(self) -> tuple[str, ...]:
+        """The modules that are running, innermost first; the model itself if none is."""
+        return tuple(reversed(self.running)) or ("",)
+
+    def _was_seen(self, tensor: Tensor) -> bool:
+        """Whether the graph has such a value, too."""
+        if self.trial.seen is None:
+            return True
+        wave, size = _fingerprint(tensor)
+        limit = _SAME * (size + 1e-12)
+        known = self.trial.seen.get(tuple(tensor.shape), ())
+        return any(abs(a - wave) <= limit and abs(b - size) <= limit for a, b in known)
+
+
+class _StopError(BaseException):
+    """Ends a run that is known to go wrong; code of the model that catches exceptions does not catch it."""
+
+
+def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozenset()) -> Fault | None:
+    """Run a model on a trial; say where it goes wrong first, or None if it gives what the graph gives.
+
+    Args:
+        model: the model, with parameters in the trial's dtype; run in eval mode.
+        trial: what it should give.
+        skipped: checks that are left out.
+    """
+    watch = _Watch(trial, skipped)
+    try:
+        with _hooked(model, watch), _conditions(trial):
+            given = trial.inputs.copy()
+            actual = output_leaves(model(*given.args, **given.kwargs))
+    except _StopError as stop:
+        message = f"its own forward gives other results on the smaller tensors ({stop})"
+        return Fault(watch.chain, watch.progress, message, str(stop))
+    except Exception as error:  # the module's own code may fail in any way on sizes that it did not expect
+        message = f"its own forward does not run on the smaller tensors ({type(error).__name__}: {_short(error)})"
+        return Fault(watch.chain, watch.progress, message)
+    difference = relative_error(trial.outputs, actual)
+    if difference <= tolerance(trial.outputs):
+        return None
+    message = f"its own forward gives other results on the smaller tensors (relative difference {difference:.2g})"
+    return Fault(("",), watch.progress, message, "output of the model")
+
+
+@contextmanager
+def _conditions(trial: Trial) -> Iterator[None]:
+    """Dtype, branches and random numbers of a trial."""
+    exporting = as_if_exporting() if trial.exporting else nullcontext()
+    with torch.no_grad(), computing_in(trial.dtype), torch.random.fork_rng(devices=[]), exporting:
+        yield
+
+
+def _short(error: Exception) -> str:
+    """First words of an error, and the innermost line outside torch and this package that raised it."""
+    line = ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        if not frame.f_code.co_filename.startswith(_INNER):
+            line = f", {Path(frame.f_code.co_filename).name}:{number}"
+    return f"{first_line(error)[:160]}{line}"
+
+
+@contextmanager
+def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
+    """Watch every module of a model while it runs."""
+    handles: list[Any] = []
+    try:
+        for name, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(lambda _, given, name=name: watch.enter(name, given)))
+            handles.append(module.register_forward_hook(lambda _, __, out, name=name: watch.leave(name, out)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

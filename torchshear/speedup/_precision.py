@@ -1,0 +1,51 @@
+"""Running a model in float64 throughout, also where its code casts to narrower types."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchshear.graph import ExampleInputs
+
+_WIDER = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+
+class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Every operator that is asked for a narrow floating dtype gets the wide one."""
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        wide = {name: _WIDER.get(v, v) if isinstance(v, torch.dtype) else v for name, v in (kwargs or {}).items()}
+        return func(*(_WIDER.get(v, v) if isinstance(v, torch.dtype) else v for v in args), **wide)
+
+
+@contextmanager
+def computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """In float64, compute everything in float64, whatever casts the code has; in another dtype, leave it as it is.
+
+    Language models compute norms, softmax and rotary tables in float32 whatever their weights are; without this, two
+    equal models agree to float32's last digits only.
+    """
+    if dtype is not torch.float64:
+        yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Widened():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def to_float64(inputs: ExampleInputs) -> ExampleInputs:
+    """Copies of the inputs, floating tensors in float64."""
+    return inputs.map(lambda t: t.detach().to(torch.float64, copy=True) if t.is_floating_point() else t.clone())
