@@ -15,17 +15,17 @@ def _recurrent(layer: nn.Module) -> tuple:
     return Net(lambda m, x: m.fc(m.rnn(x)[0]), rnn=layer, fc=nn.Linear(16, 5)), (noise(2, 6, 8),)
 
 
-@case(35, "nn.LSTM", expect="refused")
+@case(35, "nn.LSTM: gate blocks of the weights go with the hidden units")
 def lstm():
     return _recurrent(nn.LSTM(8, 16, batch_first=True))
 
 
-@case(35, "nn.GRU of two layers", expect="refused")
+@case(35, "nn.GRU of two layers: gate blocks of the weights go with the hidden units")
 def gru():
     return _recurrent(nn.GRU(8, 16, num_layers=2, batch_first=True))
 
 
-@case(35, "nn.RNN", expect="refused")
+@case(35, "nn.RNN: gate blocks of the weights go with the hidden units")
 def rnn():
     return _recurrent(nn.RNN(8, 16, batch_first=True))
 

@@ -15,9 +15,12 @@ class Axis:
 
     Attributes:
         units: matrix (positions, k); a position is kept if and only if all units of its row are.
+        rows: where the dimension has other positions in each row of dimension 0 of its value, equally many in each (the
+            final states of several recurrent layers): the axis of each row, the first of which `units` repeats.
     """
 
     units: Ids
+    rows: tuple["Axis", ...] = ()
 
     @property
     def size(self) -> int:
@@ -59,7 +62,8 @@ class Algebra:
     def fix(self, axes: Sequence[Axis], reason: Reason) -> None:
         """Fix every position of the axes."""
         for axis in axes:
-            self.store.fix(axis.units, reason)
+            for row in axis.rows or (axis,):
+                self.store.fix(row.units, reason)
 
     def equate(self, left: Axis, right: Axis, reason: Reason) -> Axis:
         """Tie two axes of one size position by position; gives the first."""

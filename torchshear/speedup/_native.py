@@ -20,6 +20,9 @@ _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ..
     ((nn.modules.batchnorm._NormBase,), {"num_features": ("running_mean", 0)}),
     ((nn.modules.batchnorm._NormBase,), {"num_features": ("weight", 0)}),
     ((nn.GroupNorm,), {"num_channels": ("weight", 0)}),
+    ((nn.RNNBase,), {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)}),
+    ((nn.RNNBase,), {"hidden_size": ("weight_hr_l0", 1), "proj_size": ("weight_hr_l0", 0)}),
+    ((nn.RNNCellBase,), {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)}),
 )
 
 
@@ -82,7 +85,9 @@ def _update_torch_module(module: nn.Module, changes: Mapping[int, int]) -> None:
             value = getattr(module, tensor, None) if isinstance(module, types) else None
             if isinstance(value, Tensor) and hasattr(module, attribute):
                 setattr(module, attribute, value.shape[dim])
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()  # one block of memory again, which cuDNN wants; does nothing on a CPU
+    elif isinstance(module, nn.modules.conv._ConvNd):
         _update_convolution(module, changes)
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         old = module.normalized_shape

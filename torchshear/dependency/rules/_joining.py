@@ -67,8 +67,12 @@ def _unbind(call: Call) -> Result:
 @operator_rule("aten.select.int")
 def _select(call: Call) -> Axes:
     """The selected position stays; others may go, and the index moves up."""
-    x = call.axes("self")
+    x = call.raw_axes("self")
     dim, index = call.dim("dim", len(x)), call.arg("index")
+    if dim == 0 and isinstance(index, int):
+        x = tuple(axis.rows[index] if axis.rows else axis for axis in x)
+    else:
+        x = call.axes("self")
     if isinstance(index, fx.Node):
         call.fix([x[dim]], "selected by a computed index")
     elif call.is_free("self", dim):
