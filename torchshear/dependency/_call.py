@@ -234,6 +234,14 @@ class Call:
         """Fix axes; the reason names this call."""
         self.algebra.fix(axes, Because(why, self.node))
 
+    def refuse(self, why: str) -> Result:
+        """Fix all that the call touches; gives the axes of the result. The reason names this call."""
+        for node in self.tensor_args:
+            self.fix(self.axes(node), why)
+        if isinstance(self.node.meta.get("val"), Tensor):
+            return tuple(self.fixed(size, why) for size in self.out_shape)
+        return [tuple(self.fixed(size, why) for size in shape or ()) for shape in self.out_shape]
+
     def fixed(self, size: int, why: str = "computed") -> Axis:
         """A fixed axis; the reason names this call."""
         return self.algebra.fixed(size, Because(why, self.node))

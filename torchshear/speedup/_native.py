@@ -15,7 +15,8 @@ Attribute = tuple[str, str]  # module name, attribute name
 # What the modules of torch.nn call the sizes of their own tensors: attribute -> (tensor, dimension).
 _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ...] = (
     ((nn.Linear,), {"in_features": ("weight", 1), "out_features": ("weight", 0)}),
-    ((nn.Embedding,), {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)}),
+    ((nn.Bilinear,), {"in1_features": ("weight", 1), "in2_features": ("weight", 2), "out_features": ("weight", 0)}),
+    ((nn.Embedding, nn.EmbeddingBag), {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)}),
     ((nn.PReLU,), {"num_parameters": ("weight", 0)}),
     ((nn.modules.batchnorm._NormBase,), {"num_features": ("running_mean", 0)}),
     ((nn.modules.batchnorm._NormBase,), {"num_features": ("weight", 0)}),

@@ -12,7 +12,9 @@ from torchshear.dependency.rules import (
     _normalization,
     _recurrent,
     _reduction,
+    _refused,
     _reshape,
+    _scattering,
     _spatial,
 )
 
@@ -28,6 +30,8 @@ __all__ = [
     "_normalization",
     "_recurrent",
     "_reduction",
+    "_refused",
     "_reshape",
+    "_scattering",
     "_spatial",
 ]
