@@ -94,7 +94,7 @@ class _Walker:
         if rule is None:
             return call.refuse("operator without a rule")
         try:
-            return rule(call)
+            return _checked(call, rule(call))
         except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
             self.facts.edits.pop(node.name, None)
             return call.refuse(f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
@@ -108,3 +108,20 @@ def _gives_tensors(node: fx.Node) -> bool:
 
 
 _MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+
+
+def _checked(call: Call, result: Result) -> Result:
+    """What a rule gave, if it has the sizes of the call's result.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if result is None:
+        return None
+    parts = result if isinstance(result, list) else [result]
+    shapes = call.out_shape if isinstance(result, list) else (call.out_shape,)
+    for axes, shape in zip(parts, shapes, strict=True):
+        sizes = tuple(axis.size for axis in axes)
+        if shape is not None and sizes != tuple(shape):
+            raise ValueError(f"it gives axes of sizes {sizes} for a result of shape {tuple(shape)}")
+    return result

@@ -1,13 +1,12 @@
 """The native form of a shrunk model: a copy of the user's own module with smaller parameters and adjusted integers."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from torchshear.graph import locate
+from torchshear.graph import copy_model, locate
 from torchshear.speedup._rewrite import Change
 
 Attribute = tuple[str, str]  # module name, attribute name
@@ -39,9 +38,11 @@ def native_copy(
         changes: integers in the graph that the cut changed.
         adjusted: attributes of the user's own modules, from `adjustable`, to be changed as well.
     """
-    memo: dict[int, Any] = dict(replacements)
-    duplicate = copy.deepcopy(model, memo)
+    duplicate = copy_model(model, dict(replacements))
     by_module = _changes_by_module(changes)
+    modes = [(module, module.training) for module in duplicate.modules()]
+    for module, _ in modes:
+        module.training = False  # reading a parametrised weight computes it, and in train mode changes its buffers
     for name, module in duplicate.named_modules():
         found = by_module.get(name, {})
         if _is_torch_module(module):
@@ -50,6 +51,8 @@ def native_copy(
             for attribute, value in _candidates(module, found).items():
                 if (name, attribute) in adjusted:
                     setattr(module, attribute, value)
+    for module, training in modes:
+        module.training = training
     return duplicate
 
 
