@@ -23,7 +23,7 @@ WIDTHS: dict[int, dict[str, list[int]]] = {
     5: {"c2f": [16, 16, 16, 16, 16, 32]},
     6: {"split_iterated": [8, 8, 8, 16]},
     7: {"flip": [6, 16], "roll": [16]},
-    8: {"shuffle_view": [6, 12, 12, 12], "shuffle_module": [8, 24]},  # of the former's last branch more could go
+    8: {"shuffle_view": [6, 6, 12, 12, 12], "shuffle_module": [8, 24]},
     9: {"nhwc_flatten": [16]},
     10: {"tokens_flatten": [12]},
     11: {"flatten_and_tokens": [12, 20]},

@@ -125,11 +125,20 @@ class Algebra:
             return self._columns(grid[:, 0][:, constant_inside], reason), self._columns(
                 grid[0][:, periodic & ~constant_inside], reason
             )
+        if mixed.sum() > 1:
+            return self._alike_blocks(grid)
         head, tail = self.fresh(outer), self.fresh(inner)
         product = self.merge((head, tail)).units
         for column in np.flatnonzero(mixed):
             self.store.equate(rows[:, [column]], product, "split into factors by a reshape")
         return self._factor_two(axis, outer, inner)
+
+    def _alike_blocks(self, grid: Ids) -> tuple[Axis, Axis]:
+        """Factors of positions that are made of several units each, some here and some there: all blocks go alike."""
+        reason = "blocks of a reshape whose positions are made of several units"
+        for block in grid[1:]:
+            self.store.equate(grid[0], block, reason)
+        return self.fixed(len(grid), reason), Axis(np.ascontiguousarray(grid[0]))
 
     def _columns(self, units: Ids, reason: Reason) -> Axis:
         return Axis(units) if units.shape[1] else self.fixed(len(units), reason)
