@@ -152,7 +152,7 @@ def kept_sets(groups: Iterable[Any], seed: int) -> dict[str, np.ndarray]:
             continue
         labels = np.zeros(group.width, dtype=int) if group.balance is None else np.asarray(group.balance)
         blocks = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-        most = min(len(positions) for positions in blocks) - 1
+        most = min(min(len(positions) for positions in blocks) - 1, group.max_cut // len(blocks))
         n_cut = 0 if most < 1 or rng.random() < 1 / 6 else int(rng.integers(1, most + 1))
         kept[group.name] = np.sort(np.concatenate([rng.permutation(p)[n_cut:] for p in blocks]))
     return kept

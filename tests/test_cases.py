@@ -27,13 +27,6 @@ def _named(number: int, name: str) -> Case:
     return next(case for case in CASES if (case.number, case.name) == (number, name))
 
 
-def _is_refused(case: Case) -> bool:
-    """Whether nothing of a deferred case can be cut yet."""
-    model, args, kwargs = case.build()
-    groups = torchshear.analyze(torchshear.trace(model, args=args, kwargs=kwargs))
-    return case.is_deferred and not any(group.is_prunable for group in groups)
-
-
 def test_case_names_are_unique() -> None:
     assert len({case.id for case in CASES}) == len(CASES)
     assert {case.number for case in CASES} == set(range(42))
@@ -42,8 +35,6 @@ def test_case_names_are_unique() -> None:
 @pytest.mark.parametrize("case", PRUNABLE, ids=lambda case: case.id)
 def test_half_is_pruned(case: Case) -> None:
     model, args, kwargs = case.build()
-    if _is_refused(case):
-        pytest.skip("deferred: nothing of it can be cut yet")
     before = fingerprint(model)
     result = torchshear.prune(model, args=args, kwargs=kwargs, criterion="l1", ratio=0.5)
     assert fingerprint(model) == before
@@ -73,8 +64,6 @@ def test_random_units_are_cut(case: Case, kept_seed: int) -> None:
     check_random_pruning(model, args, kwargs, kept_seed, is_mixed=case.expect == "mixed")
 
 
-# torch.export warns of the list of weights that a recurrent layer keeps for cuDNN.
-@pytest.mark.filterwarnings("ignore:The tensor attributes:UserWarning")
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.id)
 def test_refusal_gives_its_reason_and_changes_nothing(case: Case) -> None:
     model, args, kwargs = case.build()

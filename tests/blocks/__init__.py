@@ -1,6 +1,6 @@
 """Blocks of random networks, one function each; importing their files registers them."""
 
-from tests.blocks import map_weights, maps, sequences
+from tests.blocks import language, map_weights, maps, sequences
 from tests.blocks._base import BLOCKS, Net, Shape, randomise
 from tests.blocks._choices import Description, HypothesisSource, RandomSource, Recorder, Replay, Source
 
@@ -14,6 +14,7 @@ __all__ = [
     "Replay",
     "Shape",
     "Source",
+    "language",
     "map_weights",
     "maps",
     "randomise",

@@ -19,17 +19,13 @@ Expectation = Literal["exact", "mixed", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model with its example inputs, and what pruning it must end in.
-
-    A deferred case may be refused for now; what is cut must be right all the same.
-    """
+    """A model with its example inputs, and what pruning it must end in."""
 
     number: int
     name: str
     build: Callable[[], Built]
     expect: Expectation
     note: str
-    is_deferred: bool = False
 
     @property
     def id(self) -> str:
@@ -39,7 +35,7 @@ class Case:
 REGISTERED: list[Case] = []
 
 
-def case(number: int, note: str, expect: Expectation = "exact", is_deferred: bool = False) -> Callable:
+def case(number: int, note: str, expect: Expectation = "exact") -> Callable:
     """Register a function that builds a model and its arguments; weights are made random and float64 here."""
 
     def register(build: Callable[[], tuple]) -> Callable[[], tuple]:
@@ -49,7 +45,7 @@ def case(number: int, note: str, expect: Expectation = "exact", is_deferred: boo
             model = randomise(model.double().eval(), seed=100 + number)
             return model, args, rest[0] if rest else {}
 
-        REGISTERED.append(Case(number, build.__name__, built, expect, note, is_deferred))
+        REGISTERED.append(Case(number, build.__name__, built, expect, note))
         return build
 
     return register

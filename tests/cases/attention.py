@@ -159,12 +159,12 @@ def _grouped_query(repeat: Callable[[Tensor], Tensor]) -> tuple:
     return Net(run, **layers), (noise(2, 7, 10),)
 
 
-@case(19, "grouped-query attention by repeat_interleave", is_deferred=True)
+@case(19, "grouped-query attention by repeat_interleave")
 def gqa_repeat():
     return _grouped_query(lambda x: x.repeat_interleave(2, dim=1))
 
 
-@case(19, "grouped-query attention by expand and reshape, as Hugging Face does", is_deferred=True)
+@case(19, "grouped-query attention by expand and reshape, as Hugging Face does")
 def gqa_expand():
     def repeat(x):
         b, h, n, d = x.shape

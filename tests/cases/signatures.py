@@ -15,19 +15,29 @@ def _recurrent(layer: nn.Module) -> tuple:
     return Net(lambda m, x: m.fc(m.rnn(x)[0]), rnn=layer, fc=nn.Linear(16, 5)), (noise(2, 6, 8),)
 
 
-@case(35, "nn.LSTM", expect="refused")
+@case(35, "nn.LSTM: gate blocks of the weights go with the hidden units")
 def lstm():
     return _recurrent(nn.LSTM(8, 16, batch_first=True))
 
 
-@case(35, "nn.GRU of two layers", expect="refused")
+@case(35, "nn.GRU of two layers: gate blocks of the weights go with the hidden units")
 def gru():
     return _recurrent(nn.GRU(8, 16, num_layers=2, batch_first=True))
 
 
-@case(35, "nn.RNN", expect="refused")
+@case(35, "nn.RNN: gate blocks of the weights go with the hidden units")
 def rnn():
     return _recurrent(nn.RNN(8, 16, batch_first=True))
+
+
+@case(35, "a bidirectional LSTM of two layers with projections, read at its final states")
+def lstm_final_states():
+    def run(m, x):
+        _, (state, _) = m.rnn(x)
+        return m.fc(torch.cat([state[-2], state[-1]], 1))
+
+    layer = nn.LSTM(8, 16, num_layers=2, bidirectional=True, proj_size=6)
+    return Net(run, rnn=layer, fc=nn.Linear(12, 5)), (noise(6, 2, 8),)
 
 
 @case(36, "causal Conv1d cropped in time")
@@ -136,7 +146,7 @@ def swiglu():
     return Net(run, gate_up=nn.Linear(10, 64), down=nn.Linear(32, 5), width=32), (noise(2, 6, 10),)
 
 
-@case(41, "attention by nn.MultiheadAttention", is_deferred=True)
+@case(41, "attention by nn.MultiheadAttention")
 def multihead_attention():
     attention = nn.MultiheadAttention(24, 4, batch_first=True)
 

@@ -177,6 +177,11 @@ def spectral_norm():
     return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), (noise(4, 10),)
 
 
+@case(29, "an orthogonal weight: a matrix that is decomposed as a whole has no part to cut", expect="refused")
+def linalg_householder_product():
+    return nn.Sequential(parametrizations.orthogonal(nn.Linear(16, 10)), nn.ReLU(), nn.Linear(10, 5)), (noise(4, 16),)
+
+
 # --- 30-34: groups and norms ------------------------------------------------------------------------------------------
 
 

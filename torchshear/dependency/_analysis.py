@@ -1,8 +1,5 @@
 """Walk a graph once in execution order, apply each operator's rule, and form channel groups from what it says."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, fx
 
 from torchshear.dependency import rules as _rules  # registers the rules of the ATen operators
@@ -95,12 +92,12 @@ class _Walker:
         call = Call(node, self.graph, self.algebra, self.facts)
         rule = find_rule(node)
         if rule is None:
-            return _unknown(call, "operator without a rule")
+            return call.refuse("operator without a rule")
         try:
-            return rule(call)
+            return _checked(call, rule(call))
         except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
             self.facts.edits.pop(node.name, None)
-            return _unknown(call, f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
+            return call.refuse(f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
 
 
 def _gives_tensors(node: fx.Node) -> bool:
@@ -113,15 +110,18 @@ def _gives_tensors(node: fx.Node) -> bool:
 _MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def _unknown(call: Call, why: str) -> Result:
-    """Nothing is known about the operator, so nothing that it touches may change."""
-    for node in call.tensor_args:
-        call.fix(call.axes(node), why)
+def _checked(call: Call, result: Result) -> Result:
+    """What a rule gave, if it has the sizes of the call's result.
 
-    def fixed(shape: Any) -> Axes:
-        return tuple(call.fixed(size, why) for size in shape or ())
-
-    shape = shape_of(call.node)
-    if isinstance(call.node.meta.get("val"), torch.Tensor):
-        return fixed(shape)
-    return [fixed(item) for item in shape]
+    Raises:
+        ValueError: it has not.
+    """
+    if result is None:
+        return None
+    parts = result if isinstance(result, list) else [result]
+    shapes = call.out_shape if isinstance(result, list) else (call.out_shape,)
+    for axes, shape in zip(parts, shapes, strict=True):
+        sizes = tuple(axis.size for axis in axes)
+        if shape is not None and sizes != tuple(shape):
+            raise ValueError(f"it gives axes of sizes {sizes} for a result of shape {tuple(shape)}")
+    return result

@@ -15,9 +15,12 @@ class Axis:
 
     Attributes:
         units: matrix (positions, k); a position is kept if and only if all units of its row are.
+        rows: where the dimension has other positions in each row of dimension 0 of its value, equally many in each (the
+            final states of several recurrent layers): the axis of each row, the first of which `units` repeats.
     """
 
     units: Ids
+    rows: tuple["Axis", ...] = ()
 
     @property
     def size(self) -> int:
@@ -59,7 +62,8 @@ class Algebra:
     def fix(self, axes: Sequence[Axis], reason: Reason) -> None:
         """Fix every position of the axes."""
         for axis in axes:
-            self.store.fix(axis.units, reason)
+            for row in axis.rows or (axis,):
+                self.store.fix(row.units, reason)
 
     def equate(self, left: Axis, right: Axis, reason: Reason) -> Axis:
         """Tie two axes of one size position by position; gives the first."""
@@ -121,11 +125,20 @@ class Algebra:
             return self._columns(grid[:, 0][:, constant_inside], reason), self._columns(
                 grid[0][:, periodic & ~constant_inside], reason
             )
+        if mixed.sum() > 1:
+            return self._alike_blocks(grid)
         head, tail = self.fresh(outer), self.fresh(inner)
         product = self.merge((head, tail)).units
         for column in np.flatnonzero(mixed):
             self.store.equate(rows[:, [column]], product, "split into factors by a reshape")
         return self._factor_two(axis, outer, inner)
+
+    def _alike_blocks(self, grid: Ids) -> tuple[Axis, Axis]:
+        """Factors of positions that are made of several units each, some here and some there: all blocks go alike."""
+        reason = "blocks of a reshape whose positions are made of several units"
+        for block in grid[1:]:
+            self.store.equate(grid[0], block, reason)
+        return self.fixed(len(grid), reason), Axis(np.ascontiguousarray(grid[0]))
 
     def _columns(self, units: Ids, reason: Reason) -> Axis:
         return Axis(units) if units.shape[1] else self.fixed(len(units), reason)

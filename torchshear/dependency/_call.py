@@ -62,10 +62,23 @@ class Edit:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """The positions of an axis form blocks of equal size, each of which must lose equally many."""
+    """The positions of an axis form blocks of equal size, each of which must lose equally many.
+
+    `is_joint` where blocks are dimensions of different tensors, whose units would be groups of their own otherwise.
+    """
 
     axis: Axis
     n_blocks: int
+    node: fx.Node
+    is_joint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Minimum:
+    """Of the positions of an axis at least `count` must stay."""
+
+    axis: Axis
+    count: int
     node: fx.Node
 
 
@@ -80,6 +93,7 @@ class Facts:
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     mixed: dict[str, list[Axis]] = field(default_factory=dict)
     balances: list[Balance] = field(default_factory=list)
+    minimums: list[Minimum] = field(default_factory=list)
     positions: dict[str, Axis] = field(default_factory=dict)
     parts: list[Axis] = field(default_factory=list)
 
@@ -90,6 +104,7 @@ class Facts:
             blocked=self.blocked,
             roles=self.roles,
             balances=self.balances,
+            minimums=self.minimums,
             positions=self.positions,
             parts=self.parts,
         )
@@ -104,6 +119,7 @@ class Facts:
             edits=dict(self.edits),
             mixed=dict(self.mixed),
             balances=list(self.balances),
+            minimums=list(self.minimums),
             positions=dict(self.positions),
             parts=list(self.parts),
         )
@@ -143,10 +159,21 @@ class Call:
 
     def axes(self, operand: str | fx.Node) -> Axes:
         """Axes of a tensor operand, by schema name or node."""
+        axes = self.raw_axes(operand)
+        return tuple(self._one(axis) for axis in axes) if any(axis.rows for axis in axes) else axes
+
+    def raw_axes(self, operand: str | fx.Node) -> Axes:
+        """As `axes`, for a rule that knows what `Axis.rows` mean and keeps rows apart."""
         node = self.arg(operand) if isinstance(operand, str) else operand
         axes = self._facts.axes[node.name]
         assert isinstance(axes, tuple), f"{node.name} is not one tensor"
         return axes
+
+    def _one(self, axis: Axis) -> Axis:
+        """An axis that is the same in each row, for rules that see one axis a dimension."""
+        for row in axis.rows[1:]:
+            self.tie(axis.rows[0], row)
+        return axis.rows[0] if axis.rows else axis
 
     def shape(self, operand: str | fx.Node) -> tuple[int, ...]:
         """Sizes of a tensor operand, free ones as in the capture."""
@@ -207,6 +234,14 @@ class Call:
         """Fix axes; the reason names this call."""
         self.algebra.fix(axes, Because(why, self.node))
 
+    def refuse(self, why: str) -> Result:
+        """Fix all that the call touches; gives the axes of the result. The reason names this call."""
+        for node in self.tensor_args:
+            self.fix(self.axes(node), why)
+        if isinstance(self.node.meta.get("val"), Tensor):
+            return tuple(self.fixed(size, why) for size in self.out_shape)
+        return [tuple(self.fixed(size, why) for size in shape or ()) for shape in self.out_shape]
+
     def fixed(self, size: int, why: str = "computed") -> Axis:
         """A fixed axis; the reason names this call."""
         return self.algebra.fixed(size, Because(why, self.node))
@@ -214,6 +249,15 @@ class Call:
     def balance(self, axis: Axis, n_blocks: int) -> None:
         """Demand that each of `n_blocks` equal blocks of the axis loses equally many positions."""
         self._facts.balances.append(Balance(axis, n_blocks, self.node))
+
+    def equally_wide(self, axes: Sequence[Axis]) -> None:
+        """Demand that axes of one size, of different tensors, lose equally many positions, each of its own choice."""
+        if len(axes) > 1:
+            self._facts.balances.append(Balance(self.algebra.concat(axes), len(axes), self.node, is_joint=True))
+
+    def at_least(self, axis: Axis, count: int) -> None:
+        """Demand that `count` positions of the axis stay."""
+        self._facts.minimums.append(Minimum(axis, count, self.node))
 
     def part(self, axis: Axis) -> Axis:
         """Say that an axis is a part cut from another, of which something must stay; gives the axis."""

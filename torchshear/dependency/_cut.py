@@ -72,6 +72,13 @@ class Cut:
                     f"{balance.n_blocks} blocks keep {left.tolist()} channels; expected equally many, at least one, in "
                     f"each: {locate(balance.node)}. Cut as many units in each block of the group's `balance`."
                 )
+        for minimum in facts.minimums:
+            n_left = int(self.keep(minimum.axis).sum())
+            if n_left < minimum.count:
+                raise PlanError(
+                    f"{n_left} of {minimum.axis.size} channels stay; expected at least {minimum.count}: "
+                    f"{locate(minimum.node)}. Keep `least` units of the group."
+                )
         for group in self.groups:
             mask = self._masks.get(group.name)
             left_units = ~self._cut[self.groups.algebra.store.resolve(group.atoms[:, None])].any(1)
@@ -148,7 +155,7 @@ def dense_cost(graph: Graph) -> Cost:
 def _macs(graph: Graph, shape: Any) -> int:
     total = 0
     for node in graph:
-        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor):
+        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
             operands = tensor_operands(node)
             if operands and isinstance(node.target, torch._ops.OpOverload):
                 total += node_macs(str(node.target), [shape(n) for n in operands], shape(node))

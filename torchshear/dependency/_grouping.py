@@ -1,13 +1,13 @@
 """Forming channel groups: units with the same members are one group."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from torchshear.dependency._axis import Algebra, Axis
 from torchshear.dependency._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
-from torchshear.dependency._call import Facts
+from torchshear.dependency._call import Because, Facts
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._units import PAD, Ids
 from torchshear.graph import Graph, locate
@@ -33,17 +33,19 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     """
     while True:
         dimensions = _dimensions(graph, algebra, facts)
-        group_of, n_groups = _assign(algebra, dimensions, facts.parts)
+        group_of, n_groups = _assign(algebra, dimensions, facts)
         labels = _block_labels(algebra, facts, group_of)
-        if labels is not None:
+        if labels is not None and not _fix_unclear_minimums(algebra, facts, group_of):
             break
     members = _members(facts, dimensions, group_of)
+    joint, least = _joint_groups(algebra, facts, group_of), _least(algebra, facts, group_of)
     mixed = _mixed_groups(algebra, facts, group_of)
     users = _first_users(graph)
     groups: list[ChannelGroup] = []
     names: dict[str, int] = defaultdict(int)
     for index in range(n_groups):
-        groups.append(_group(index, members[index], labels, index in mixed, names, users))
+        made = _group(index, members[index], labels, index in mixed, names, users, joint)
+        groups.append(replace(made, least=least.get(index, 1)))
     return ChannelGroups(graph, tuple(groups), _fixed_dimensions(graph, algebra, facts), algebra, facts, training)
 
 
@@ -67,12 +69,13 @@ def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension
     return [dimension for dimension in found if in_parameters[dimension.atoms].all()]
 
 
-def _assign(algebra: Algebra, dimensions: list[_Dimension], parts: list[Axis]) -> tuple[Ids, int]:
+def _assign(algebra: Algebra, dimensions: list[_Dimension], facts: Facts) -> tuple[Ids, int]:
     """Number of the group of each unit (-1 for none), groups counted in order of first appearance.
 
     A unit's signature is the sum, over the dimensions in which it stands, of a hash of dimension and multiplicity;
     with its family it tells, say, heads from head dimensions of one weight. Parts that operators cut from an axis count
-    as dimensions here: units of different parts are different groups, so that each part keeps something.
+    as dimensions here: units of different parts are different groups, so that each part keeps something. Dimensions
+    that must stay equally wide make one group.
     """
     size = len(algebra.store)
     signature = np.zeros(size, np.uint64)
@@ -83,12 +86,13 @@ def _assign(algebra: Algebra, dimensions: list[_Dimension], parts: list[Axis]) -
         signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
         first[atoms] = np.minimum(first[atoms], offset + dimension.positions[where])
         offset += dimension.axis.size
-    for number, part in enumerate(parts, len(dimensions) + 1):
+    for number, part in enumerate(facts.parts, len(dimensions) + 1):
         rows = algebra.store.resolve(part.units)
         atoms, counts = np.unique(rows[(rows != PAD) & (signature[rows] != 0)], return_counts=True)
         signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
     atoms = np.flatnonzero(signature)
     keys = np.stack([signature[atoms], algebra.store.families(atoms).astype(np.uint64)])
+    _join(algebra, facts, atoms, keys)
     _, inverse = np.unique(keys, axis=1, return_inverse=True)
     inverse = inverse.reshape(-1)
     n_groups = int(inverse.max()) + 1 if atoms.size else 0
@@ -99,6 +103,56 @@ def _assign(algebra: Algebra, dimensions: list[_Dimension], parts: list[Axis]) -
     group_of = np.full(size, -1, np.int64)
     group_of[atoms] = rank[inverse]
     return group_of, n_groups
+
+
+def _join(algebra: Algebra, facts: Facts, atoms: Ids, keys: "np.ndarray[tuple[int, int], np.dtype[np.uint64]]") -> None:
+    """Give the units of dimensions that must stay equally wide one key, in place.
+
+    Only where each of these dimensions would be a group of its own; `_block_labels` ties the others.
+    """
+    for balance in facts.balances:
+        rows = algebra.store.resolve(balance.axis.units)
+        if not balance.is_joint or rows.shape[1] == 0 or not is_plain(rows):
+            continue
+        blocks = [block[block != PAD] for block in rows[:, 0].reshape(balance.n_blocks, -1)]
+        where = [np.searchsorted(atoms, block) for block in blocks]
+        are_known = all(at.size and np.isin(block, atoms).all() for at, block in zip(where, blocks, strict=True))
+        if are_known and all((keys[:, at] == keys[:, at[:1]]).all() for at in where):
+            keys[:, np.concatenate(where)] = keys[:, where[0][:1]]
+
+
+def _joint_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
+    """Groups whose units are shared out among several dimensions, with the number of those."""
+    found: dict[int, int] = {}
+    for balance in facts.balances:
+        rows = algebra.store.resolve(balance.axis.units)
+        if balance.is_joint and rows.shape[1] and is_plain(rows):
+            found[int(group_of[rows.max()])] = balance.n_blocks
+    return found
+
+
+def _fix_unclear_minimums(algebra: Algebra, facts: Facts, group_of: Ids) -> bool:
+    """Fix axes with a minimum that selection inside one group cannot keep; gives whether there were any."""
+    done = False
+    for minimum in facts.minimums:
+        rows = algebra.store.resolve(minimum.axis.units)
+        groups = np.unique(group_of[rows[rows != PAD]])
+        if rows.shape[1] and not (is_plain(rows) and len(groups) == 1 and groups[0] >= 0):
+            algebra.fix([minimum.axis], Because(f"at least {minimum.count} positions of it must stay", minimum.node))
+            done = True
+    return done
+
+
+def _least(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
+    """Units that must stay in each of a group's dimensions of equal width, where that is more than one."""
+    least: dict[int, int] = {}
+    for minimum in facts.minimums:
+        rows = algebra.store.resolve(minimum.axis.units)
+        if rows.shape[1]:
+            n_fixed = int((rows == PAD).sum())
+            group = int(group_of[rows.max()])
+            least[group] = max(least.get(group, 1), minimum.count - n_fixed)
+    return least
 
 
 def _hash(values: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
@@ -163,8 +217,11 @@ def _group(
     is_mixed: bool,
     names: dict[str, int],
     users: dict[str, str],
+    joint: dict[int, int],
 ) -> ChannelGroup:
-    first, _, _, atoms = members[0]
+    first = members[0][0]
+    # The first dimension holds all units, but of a group that is shared out among several.
+    atoms = np.concatenate([atoms for _, _, _, atoms in (members if index in joint else members[:1])])
     _, where = np.unique(atoms, return_index=True)
     ordered = atoms[np.sort(where)]
     by_atom = np.argsort(ordered)
@@ -194,6 +251,7 @@ def _group(
         is_mixed=is_mixed,
         atoms=ordered,
         where=where_used[:4],
+        n_peers=joint.get(index, 1),
     )
 
 

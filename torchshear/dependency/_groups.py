@@ -42,7 +42,8 @@ class Member:
     @property
     def multiplicity(self) -> int:
         """Positions that go with one unit, at least."""
-        return int(np.bincount(self.units).min())
+        counts = np.bincount(self.units)
+        return int(counts[counts > 0].min())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +59,9 @@ class ChannelGroup:
             that cutting units is another computation than zeroing them.
         atoms: the units' identities in the algebra, shape (width,).
         where: the first operators that use the group, with module and source line.
+        n_peers: number of dimensions that the units are shared out among and that must stay equally wide, as the layers
+            of one recurrent call; 1 elsewhere, where every dimension holds all units.
+        least: units that must stay in each of those dimensions.
     """
 
     name: str
@@ -67,6 +71,8 @@ class ChannelGroup:
     is_mixed: bool
     atoms: Ids
     where: tuple[str, ...]
+    n_peers: int = 1
+    least: int = 1
 
     @property
     def is_prunable(self) -> bool:
@@ -77,10 +83,12 @@ class ChannelGroup:
     def max_cut(self) -> int:
         """The most units that can be cut: all but one, and of balanced blocks equally many."""
         if self.balance is None:
-            return self.width - 1
+            return max(0, self.width - self.least)
         sizes = np.bincount(self.balance)
         smallest = int(sizes.min())
-        return (smallest if (sizes > smallest).any() else smallest - 1) * len(sizes)
+        per_block = smallest if (sizes > smallest).any() else smallest - 1
+        most = max(0, self.width - self.least * self.n_peers)
+        return min(per_block, most // len(sizes)) * len(sizes)
 
     @property
     def n_blocks(self) -> int:
@@ -97,7 +105,9 @@ class ChannelGroup:
         """Why nothing can be cut, or None if something can."""
         if self.is_prunable:
             return None
-        return "only one unit in the group" if self.width == 1 else f"{self.n_blocks} balanced blocks of one unit each"
+        if self.width <= self.least * self.n_peers:
+            return "only one unit in the group" if self.width == 1 else f"at least {self.least} units of it must stay"
+        return f"{self.n_blocks} balanced blocks of one unit each"
 
 
 @dataclass(frozen=True, slots=True)

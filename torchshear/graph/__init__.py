@@ -2,6 +2,7 @@
 
 from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
+from torchshear.graph._copy import copy_model
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inputs import ExampleInputs
@@ -17,6 +18,7 @@ __all__ = [
     "StateTensor",
     "as_if_exporting",
     "capture",
+    "copy_model",
     "enclosing_modules",
     "failure_of",
     "locate",

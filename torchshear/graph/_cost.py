@@ -3,9 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 Shape = tuple[int, ...]
-MacsRule = Callable[[Sequence[Shape], Shape], int]
+MacsRule = Callable[[Sequence[Shape], Any], int]  # the result is a tuple of shapes where there are several
 
 _RULES: dict[str, MacsRule] = {}
 
@@ -24,13 +25,13 @@ class Cost:
     macs: int
 
 
-def node_macs(target: str, operands: Sequence[Shape], result: Shape) -> int:
+def node_macs(target: str, operands: Sequence[Shape], result: Any) -> int:
     """Multiply-accumulate operations of one operator call.
 
     Args:
         target: operator name, as in "aten.conv2d.default".
         operands: shapes of the tensor operands in order.
-        result: shape of the result.
+        result: shape of the result; a tuple of shapes for several results.
 
     Returns:
         The count for the whole batch; 0 for operators that are neither convolutions nor matrix products.
@@ -68,6 +69,19 @@ def _contraction(operands: Sequence[Shape], result: Shape) -> int:
 @_register("addmm", "baddbmm")
 def _added_contraction(operands: Sequence[Shape], result: Shape) -> int:
     return prod(result) * operands[1][-1]
+
+
+@_register("lstm", "gru", "rnn_tanh", "rnn_relu")
+def _recurrent(operands: Sequence[Shape], result: Any) -> int:
+    """Every matrix is read once a step and sample; operands of rank 3 are input and states, of rank 1 biases."""
+    return prod(operands[0][:2]) * sum(prod(shape) for shape in operands if len(shape) == 2)
+
+
+@_register("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def _recurrent_cell(operands: Sequence[Shape], result: Any) -> int:
+    """Both matrices are read once a sample; operands of rank 2 before them are input and states."""
+    matrices = [shape for shape in operands if len(shape) == 2][-2:]
+    return operands[0][0] * sum(prod(shape) for shape in matrices)
 
 
 @_register("scaled_dot_product_attention")

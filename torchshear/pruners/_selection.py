@@ -40,9 +40,10 @@ def choose_width(group: ChannelGroup, ratio: float, alignment: Alignment, min_wi
         return Width(group.width, group.reason or "")
     # The small number undoes the rounding of products such as 100 * 0.29 = 28.999999999999996.
     target = group.width - int(np.floor(group.width * ratio + 1e-9))
-    allowed = alignment.allowed_widths(group.width, group.multiplicity)
+    peer = group.width // group.n_peers
+    allowed = alignment.allowed_widths(peer, group.multiplicity) * group.n_peers
     cut = group.width - allowed
-    fits = (cut % group.n_blocks == 0) & (cut <= group.max_cut) & (allowed >= min(min_width, group.width))
+    fits = (cut % group.n_blocks == 0) & (cut <= group.max_cut) & (allowed >= min(min_width, peer) * group.n_peers)
     allowed = allowed[fits]
     kept = int(allowed[np.lexsort((-allowed, np.abs(allowed - target)))[0]])
     if kept == target:

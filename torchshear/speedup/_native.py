@@ -1,24 +1,26 @@
 """The native form of a shrunk model: a copy of the user's own module with smaller parameters and adjusted integers."""
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from torchshear.graph import locate
+from torchshear.graph import copy_model, locate
 from torchshear.speedup._rewrite import Change
 from torchshear.speedup._sizes import Sizes, assign
 
 # What the modules of torch.nn call the sizes of their own tensors: attribute -> (tensor, dimension).
 _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ...] = (
     ((nn.Linear,), {"in_features": ("weight", 1), "out_features": ("weight", 0)}),
-    ((nn.Embedding,), {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)}),
+    ((nn.Bilinear,), {"in1_features": ("weight", 1), "in2_features": ("weight", 2), "out_features": ("weight", 0)}),
+    ((nn.Embedding, nn.EmbeddingBag), {"num_embeddings": ("weight", 0), "embedding_dim": ("weight", 1)}),
     ((nn.PReLU,), {"num_parameters": ("weight", 0)}),
     ((nn.modules.batchnorm._NormBase,), {"num_features": ("running_mean", 0)}),
     ((nn.modules.batchnorm._NormBase,), {"num_features": ("weight", 0)}),
     ((nn.GroupNorm,), {"num_channels": ("weight", 0)}),
+    ((nn.RNNBase,), {"input_size": ("weight_ih_l0", 1), "hidden_size": ("weight_hh_l0", 1)}),
+    ((nn.RNNBase,), {"hidden_size": ("weight_hr_l0", 1), "proj_size": ("weight_hr_l0", 0)}),
+    ((nn.RNNCellBase,), {"input_size": ("weight_ih", 1), "hidden_size": ("weight_hh", 1)}),
 )
 
 
@@ -34,15 +36,19 @@ def native_copy(
         changes: integers in the graph that the cut changed.
         sizes: integers elsewhere in the modules to be changed as well.
     """
-    memo: dict[int, Any] = dict(replacements)
-    duplicate = copy.deepcopy(model, memo)
+    duplicate = copy_model(model, dict(replacements))
     by_module = _changes_by_module(changes)
+    modes = [(module, module.training) for module in duplicate.modules()]
+    for module, _ in modes:
+        module.training = False  # reading a parametrised weight computes it, and in train mode changes its buffers
     for name, module in duplicate.named_modules():
         if _is_torch_module(module):
             _update_torch_module(module, by_module.get(name, {}))
-    modules = dict(duplicate.named_modules())
+    for module, training in modes:
+        module.training = training
+    named = dict(duplicate.named_modules())
     for slot, value in sizes.items():
-        assign(modules[slot.module], slot, value)
+        assign(named[slot.module], slot, value)
     return duplicate
 
 
@@ -64,7 +70,9 @@ def _update_torch_module(module: nn.Module, changes: Mapping[int, int]) -> None:
             value = getattr(module, tensor, None) if isinstance(module, types) else None
             if isinstance(value, Tensor) and hasattr(module, attribute):
                 setattr(module, attribute, value.shape[dim])
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if isinstance(module, nn.RNNBase):
+        module.flatten_parameters()  # one block of memory again, which cuDNN wants; does nothing on a CPU
+    elif isinstance(module, nn.modules.conv._ConvNd):
         _update_convolution(module, changes)
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
         old = module.normalized_shape

@@ -1,6 +1,5 @@
 """Whether the user's own module, with smaller tensors and other sizes, is what the rewritten graph is."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.dependency import Cut
-from torchshear.graph import ExampleInputs, Graph, as_if_exporting, failure_of
+from torchshear.graph import ExampleInputs, Graph, as_if_exporting, copy_model, failure_of
 from torchshear.graph._run import graph_values
 from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
@@ -84,7 +83,7 @@ class _Making:
             module.training = False
         own = next((t.dtype for t in self.sliced.values() if t.is_floating_point()), torch.float32)
         quick = find_fault(work, run_trial(self._inputs, own, self._values(own), remember=False))
-        wide = copy.deepcopy(work).to(torch.float64)  # a copy, since the first one has the tensors of the result
+        wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
             trials = self._trials(torch.float64, remember=quick is not None)
             faults = [find_fault(wide, trial) for trial in trials]

@@ -104,6 +104,9 @@ def _map_axes(function: Callable[[Tensor, Axes], Any], value: Any, axes: Any) ->
 def _zero_cut(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
     """Set cut positions to zero: in place, so that values seen through views agree, unless copies share memory."""
     changed = [dim for dim, axis in enumerate(axes) if cut.changes(axis)]
+    if any(axes[dim].rows for dim in changed):
+        rows = [_zero_cut(row, own, cut) for row, own in zip(tensor, _by_row(axes), strict=True)]
+        return torch.stack(rows)
     if changed and any(stride == 0 for stride in tensor.stride()):
         tensor = tensor.clone(memory_format=torch.contiguous_format)
     for dim in changed:
@@ -114,10 +117,18 @@ def _zero_cut(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
 
 def gather(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
     """The kept positions of a value."""
+    if any(axis.rows for axis in axes):
+        return torch.stack([gather(row, own, cut) for row, own in zip(tensor, _by_row(axes), strict=True)])
     for dim, axis in enumerate(axes):
         if cut.changes(axis):
             tensor = tensor.index_select(dim, _positions(_keep(axis, tensor.shape[dim], cut), tensor))
     return tensor
+
+
+def _by_row(axes: Axes) -> list[Axes]:
+    """Axes of each row of dimension 0, of a value whose rows differ in some dimension."""
+    n_rows = next(len(axis.rows) for axis in axes if axis.rows)
+    return [tuple(axis.rows[row] if axis.rows else axis for axis in axes[1:]) for row in range(n_rows)]
 
 
 def _scatter(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:

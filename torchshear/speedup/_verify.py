@@ -1,6 +1,5 @@
 """Proof by comparison: the shrunk model computes what the masked model computes."""
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, Graph, locate, output_leaves
+from torchshear.graph import ExampleInputs, Graph, copy_model, locate, output_leaves
 from torchshear.graph._run import graph_output, graph_values
 from torchshear.speedup._compare import random_like, relative_error, tolerance
 from torchshear.speedup._precision import computing_in, to_float64
@@ -158,7 +157,7 @@ def _masked_copy(model: nn.Module, plan: PruningPlan, dtype: torch.dtype) -> nn.
 
 
 def _eval_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    twin = copy.deepcopy(model)
+    twin = copy_model(model)
     for module in twin.modules():
         module.training = False
     return twin.to(dtype) if dtype is torch.float64 else twin

@@ -10,8 +10,11 @@ from torchshear.dependency.rules import (
     _joining,
     _layout,
     _normalization,
+    _recurrent,
     _reduction,
+    _refused,
     _reshape,
+    _scattering,
     _spatial,
 )
 
@@ -25,7 +28,10 @@ __all__ = [
     "_joining",
     "_layout",
     "_normalization",
+    "_recurrent",
     "_reduction",
+    "_refused",
     "_reshape",
+    "_scattering",
     "_spatial",
 ]

@@ -3,7 +3,7 @@
 import string
 
 from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
+from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
 
@@ -13,6 +13,8 @@ def _linear(call: Call) -> Axes:
     """Weight is (out, in); the last axis of the input is contracted with dimension 1."""
     x, weight = call.axes("input"), call.axes("weight")
     call.tie(weight[-1], x[-1])
+    if not _is_state(call, call.arg("weight")):
+        call.mix(x[-1])
     if len(weight) == 1:
         return x[:-1]
     call.role("weight", out=0, in_=1)
@@ -29,6 +31,100 @@ def _embedding(call: Call) -> Axes:
     call.fix(weight[:1], "entries of a table that data chooses from")
     call.role("weight", embedding=1)
     return (*call.axes("indices"), weight[1])
+
+
+@operator_rule("aten.embedding_bag")
+def _embedding_bag(call: Call) -> Result:
+    """Sums, means or maxima over the entries of each bag; the other results only count."""
+    weight = call.axes("weight")
+    call.fix(weight[:1], "entries of a table that data chooses from")
+    call.role("weight", embedding=1)
+    counts = [tuple(call.fixed(size, "counted") for size in shape) for shape in call.out_shape[1:]]
+    return [(call.fixed(call.out_shape[0][0], "bags"), weight[1]), *counts]
+
+
+@operator_rule("aten.bilinear")
+def _bilinear(call: Call) -> Axes:
+    """x1 W x2 for each output, with weight (out, in1, in2)."""
+    left, right, weight = call.axes("input1"), call.axes("input2"), call.axes("weight")
+    call.role("weight", out=0)
+    call.tie(weight[1], left[-1])
+    call.tie(weight[2], right[-1])
+    if not _is_state(call, call.arg("weight")):
+        call.mix(left[-1], right[-1])
+    if call.is_tensor("bias"):
+        call.tie(weight[0], call.axes("bias")[0])
+        call.role("bias", bias=0)
+    return (*broadcast(call, [left[:-1], right[:-1]], call.out_shape[:-1]), weight[0])
+
+
+@operator_rule("aten.tensordot")
+def _tensordot(call: Call) -> Axes:
+    """The named dimensions of both are contracted in pairs; the others follow one another."""
+    left, right = call.axes("self"), call.axes("other")
+    over_left = [int(dim) % len(left) for dim in call.arg("dims_self")]
+    over_right = [int(dim) % len(right) for dim in call.arg("dims_other")]
+    for i, j in zip(over_left, over_right, strict=True):
+        call.tie(left[i], right[j])
+    if not _is_state(call, call.arg("self"), call.arg("other")):
+        call.mix(*(left[i] for i in over_left))
+    rest = [axis for dim, axis in enumerate(left) if dim not in over_left]
+    return (*rest, *(axis for dim, axis in enumerate(right) if dim not in over_right))
+
+
+@operator_rule("aten.inner")
+def _inner(call: Call) -> Axes:
+    left, right = call.axes("self"), call.axes("other")
+    if not left or not right:
+        return left or right
+    call.tie(left[-1], right[-1])
+    if not _is_state(call, call.arg("self"), call.arg("other")):
+        call.mix(left[-1])
+    return (*left[:-1], *right[:-1])
+
+
+@operator_rule("aten.outer", "aten.ger", "aten.addr")
+def _outer(call: Call) -> Axes:
+    """Every position of one vector with every one of another."""
+    *added, left, right = (call.axes(node) for node in call.tensor_args)
+    return broadcast(call, [(left[0], right[0]), *added], call.out_shape)
+
+
+@operator_rule("aten.kron")
+def _kron(call: Call) -> Axes:
+    """Each position of the first is a block of the second, in every dimension."""
+    one = call.fixed(1, "a new dimension")
+    left, right = call.axes("self"), call.axes("other")
+    rank = max(len(left), len(right))
+    pairs = zip(((one,) * (rank - len(left)) + left), ((one,) * (rank - len(right)) + right), strict=True)
+    return tuple(b if a.size == 1 else a if b.size == 1 else call.algebra.merge((a, b)) for a, b in pairs)
+
+
+@operator_rule("aten.addmv")
+def _added_vector(call: Call) -> Axes:
+    added, left, right = call.tensor_args
+    product = _product(call, call.axes(left), call.axes(right), _is_state(call, left, right))
+    return broadcast(call, [product, call.axes(added)], call.out_shape)
+
+
+@operator_rule("aten.addbmm")
+def _added_sum_of_products(call: Call) -> Axes:
+    """Products of a batch of matrices, summed over the batch."""
+    added, left, right = call.tensor_args
+    a, b = call.axes(left), call.axes(right)
+    call.mix(call.tie(a[0], b[0]), call.tie(a[2], b[1]))
+    return broadcast(call, [(a[1], b[2]), call.axes(added)], call.out_shape)
+
+
+@operator_rule("aten.linalg_multi_dot", "aten.chain_matmul")
+def _chain(call: Call) -> Axes:
+    first, *others = call.tensor_args
+    product = call.axes(first)
+    for node in others:
+        right = call.axes(node)
+        call.mix(call.tie(product[-1], right[0]))
+        product = (*product[:-1], *right[1:])
+    return product
 
 
 @operator_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")

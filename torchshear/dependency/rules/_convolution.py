@@ -14,6 +14,8 @@ def _convolution(call: Call) -> Axes:
     if groups == 1:
         call.role("weight", out=0, in_=1)
         call.tie(weight[1], x[channel])
+        if call.state_name("weight") is None:
+            call.mix(x[channel])
     elif weight[1].size == 1:
         _depthwise(call, x[channel], weight[0], groups)
     else:
@@ -38,6 +40,19 @@ def _transposed(call: Call) -> Axes:
     else:
         out = _transposed_grouped(call, x[channel], weight, groups)
     return _finish(call, x, channel, out)
+
+
+@operator_rule("aten.conv_tbc")
+def _time_first(call: Call) -> Axes:
+    """Input (time, batch, in), weight (kernel, in, out)."""
+    x, weight = call.axes("self"), call.axes("weight")
+    call.role("weight", in_=1, out=2)
+    call.role("bias", bias=0)
+    call.tie(weight[1], x[2])
+    call.tie(weight[2], call.axes("bias")[0])
+    call.fix(weight[:1], "size of a kernel")
+    call.fix(x[:1], "space that a kernel slides over")
+    return (call.fixed(call.out_shape[0], "space"), x[1], weight[2])
 
 
 def _finish(call: Call, x: Axes, channel: int, out: Axis) -> Axes:

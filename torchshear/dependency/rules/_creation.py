@@ -3,7 +3,7 @@
 from torch import fx
 
 from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
+from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
 
 
@@ -50,6 +50,11 @@ def _counted(call: Call) -> Axes | list[Axes]:
     if call.out_shape and isinstance(call.out_shape[0], tuple):
         return [tuple(call.fixed(size, "counted") for size in shape) for shape in call.out_shape]
     return tuple(call.fixed(size, "counted or random") for size in call.out_shape)
+
+
+@operator_rule("aten.exponential_", "aten.normal_", "aten.uniform_", "aten.random_", "aten.bernoulli_")
+def _drawn(call: Call) -> Result:
+    return call.refuse("drawn at random, in whatever number")
 
 
 @operator_rule("aten.sym_size")

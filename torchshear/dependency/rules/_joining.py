@@ -9,11 +9,14 @@ from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._registry import operator_rule
 
 
-@operator_rule("aten.cat", "aten.concat")
+@operator_rule("aten.cat", "aten.concat", "aten.concatenate")
 def _cat(call: Call) -> Axes:
     operands = [call.axes(node) for node in call.arg("tensors") if call.shape(node) != (0,)]
+    return _joined(call, operands, call.dim("dim", len(operands[0])))
+
+
+def _joined(call: Call, operands: list[Axes], dim: int) -> Axes:
     rank = len(operands[0])
-    dim = call.dim("dim", rank)
     result: list[Axis] = []
     for i in range(rank):
         if i == dim:
@@ -23,6 +26,44 @@ def _cat(call: Call) -> Axes:
                 call.tie(operands[0][i], axes[i])
             result.append(operands[0][i])
     return tuple(result)
+
+
+@operator_rule("aten.hstack", "aten.vstack", "aten.row_stack", "aten.dstack", "aten.column_stack")
+def _stacked_in_place(call: Call) -> Axes:
+    """Joined along a dimension that exists, after values of low rank are given more dimensions of size 1."""
+    how = str(call.node.target).split(".")[1]
+    operands = [call.axes(node) for node in call.arg("tensors")]
+    if how == "column_stack":
+        operands = [(*axes, call.fixed(1, "a new dimension")) if len(axes) == 1 else axes for axes in operands]
+        return _joined(call, operands, 1)
+    dim, rank = {"hstack": (1, 1), "dstack": (2, 3)}.get(how, (0, 2))
+    operands = [at_least(call, axes, rank) for axes in operands]
+    return _joined(call, operands, min(dim, len(operands[0]) - 1))
+
+
+def at_least(call: Call, axes: Axes, rank: int) -> Axes:
+    """Axes with dimensions of size 1 added as NumPy does: in front, and for three dimensions behind as well."""
+    one = call.fixed(1, "a new dimension")
+    if len(axes) >= rank:
+        return axes
+    if rank == 3:
+        return {0: (one, one, one), 1: (one, *axes, one), 2: (*axes, one)}[len(axes)]
+    return (*(one,) * (rank - len(axes)), *axes)
+
+
+@operator_rule("aten.atleast_1d", "aten.atleast_2d", "aten.atleast_3d")
+def _at_least(call: Call) -> Result:
+    rank = int(str(call.node.target).split("_")[1][0])
+    results = [at_least(call, call.axes(node), rank) for node in call.tensor_args]
+    return results if call.arg("tensors") is not None else results[0]
+
+
+@operator_rule("aten.block_diag")
+def _block_diag(call: Call) -> Axes:
+    """Matrices along a diagonal: rows and columns of all, one after another, zeros elsewhere."""
+    matrices = [at_least(call, call.axes(node), 2) for node in call.arg("tensors")]
+    rows, columns = zip(*matrices, strict=True)
+    return (call.algebra.concat(rows), call.algebra.concat(columns))
 
 
 @operator_rule("aten.stack")
@@ -40,8 +81,17 @@ def _stack(call: Call) -> Axes:
 )
 def _split(call: Call) -> Result:
     """Whatever the call names (sizes, a size, a count), it becomes a split into the sizes that are left."""
+    return _parts(call, call.dim("dim", len(call.axes("self"))))
+
+
+@operator_rule("aten.hsplit", "aten.vsplit", "aten.dsplit")
+def _split_along_its_own(call: Call) -> Result:
+    dim = {"hsplit": 1, "vsplit": 0, "dsplit": 2}[str(call.node.target).split(".")[1]]
+    return _parts(call, min(dim, len(call.axes("self")) - 1))
+
+
+def _parts(call: Call, dim: int) -> Result:
     x = call.axes("self")
-    dim = call.dim("dim", len(x))
     sizes = [shape[dim] for shape in call.out_shape]
     if call.is_free("self", dim):
         return [(*x[:dim], call.fixed(size, "a part of a free dimension"), *x[dim + 1 :]) for size in sizes]
@@ -67,8 +117,12 @@ def _unbind(call: Call) -> Result:
 @operator_rule("aten.select.int")
 def _select(call: Call) -> Axes:
     """The selected position stays; others may go, and the index moves up."""
-    x = call.axes("self")
+    x = call.raw_axes("self")
     dim, index = call.dim("dim", len(x)), call.arg("index")
+    if dim == 0 and isinstance(index, int):
+        x = tuple(axis.rows[index] if axis.rows else axis for axis in x)
+    else:
+        x = call.axes("self")
     if isinstance(index, fx.Node):
         call.fix([x[dim]], "selected by a computed index")
     elif call.is_free("self", dim):
@@ -123,6 +177,42 @@ def _narrow(call: Call) -> Axes:
     call.edit_count("start", slice(0, start), x[dim])
     call.edit_size("length", taken)
     return (*x[:dim], taken, *x[dim + 1 :])
+
+
+@operator_rule("aten.select_scatter")
+def _select_scatter(call: Call) -> Axes:
+    """A copy with one position written anew; that one stays, and its index moves up."""
+    x, source = call.axes("self"), call.axes("src")
+    dim = call.dim("dim", len(x))
+    for axis, other in zip((*x[:dim], *x[dim + 1 :]), source, strict=True):
+        call.tie(axis, other)
+    index = call.arg("index")
+    if isinstance(index, fx.Node) or call.is_free("self", dim):
+        call.fix([x[dim]], "written at a computed index")
+    else:
+        index %= x[dim].size
+        call.fix([call.algebra.take(x[dim], slice(index, index + 1))], "written at its index")
+        call.edit_count("index", slice(0, index), x[dim])
+    return x
+
+
+@operator_rule("aten.slice_scatter")
+def _slice_scatter(call: Call) -> Axes:
+    """A copy with a run of positions written anew, one for one."""
+    x, source = call.axes("self"), call.axes("src")
+    dim, given = call.dim("dim", len(x)), [call.arg(name) for name in ("start", "end", "step")]
+    for i, (axis, other) in enumerate(zip(x, source, strict=True)):
+        if i != dim:
+            call.tie(axis, other)
+    is_computed = call.is_free("self", dim) or any(isinstance(value, fx.Node) for value in given)
+    if is_computed or given[2] != 1:
+        call.fix([x[dim], source[dim]], "written at a computed position or every so many")
+        return x
+    start, stop, _ = slice(*given).indices(x[dim].size)
+    call.part(call.tie(call.algebra.take(x[dim], slice(start, stop)), source[dim]))
+    call.edit_count("start", slice(0, start), x[dim])
+    call.edit_count("end", slice(0, stop), x[dim])
+    return x
 
 
 @operator_rule("aten.unfold.default")

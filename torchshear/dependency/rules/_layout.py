@@ -16,7 +16,7 @@ def _permute(call: Call) -> Axes:
     return tuple(x[dim] for dim in call.arg("dims"))
 
 
-@operator_rule("aten.transpose.int", "aten.swapaxes")
+@operator_rule("aten.transpose.int", "aten.swapaxes", "aten.swapdims")
 def _transpose(call: Call) -> Axes:
     x = list(call.axes("self"))
     names = ("dim0", "dim1") if call.arg("dim0") is not None else ("axis0", "axis1")
@@ -25,13 +25,13 @@ def _transpose(call: Call) -> Axes:
     return tuple(x)
 
 
-@operator_rule("aten.t", "aten.numpy_T", "aten.mT", "aten.matrix_H")
+@operator_rule("aten.t", "aten.numpy_T", "aten.mT", "aten.mH", "aten.matrix_H", "aten.adjoint")
 def _reverse(call: Call) -> Axes:
     x = call.axes("self")
-    return (*x[:-2], *x[-2:][::-1]) if "mT" in str(call.node.target) else x[::-1]
+    return x[::-1] if "numpy_T" in str(call.node.target) else (*x[:-2], *x[-2:][::-1])
 
 
-@operator_rule("aten.movedim")
+@operator_rule("aten.movedim", "aten.moveaxis")
 def _movedim(call: Call) -> Axes:
     x = call.axes("self")
     source, destination = (
@@ -67,7 +67,7 @@ def _squeeze(call: Call) -> Axes:
     return tuple(axis for dim, axis in enumerate(x) if dim not in dropped)
 
 
-@operator_rule("aten.expand")
+@operator_rule("aten.expand", "aten.broadcast_to")
 def _expand(call: Call) -> Axes:
     """A dimension of size 1 becomes copies, which are units of their own: cutting one rewrites the size."""
     x, sizes = call.axes("self"), call.arg("size")
@@ -99,19 +99,31 @@ def _expand_as(call: Call) -> Axes:
 
 @operator_rule("aten.repeat")
 def _repeat(call: Call) -> Axes:
-    x, repeats = call.axes("self"), call.arg("repeats")
+    return _repeated(call, call.axes("self"), "repeats")
+
+
+@operator_rule("aten.tile")
+def _tile(call: Call) -> Axes:
+    """As repeat, but for numbers of times that are given for the last dimensions only."""
+    x = call.axes("self")
+    n_whole = max(0, len(x) - len(call.arg("dims")))
+    return (*x[:n_whole], *_repeated(call, x[n_whole:], "dims"))
+
+
+def _repeated(call: Call, x: Axes, name: str) -> Axes:
+    repeats = call.arg(name)
     offset = len(repeats) - len(x)
     result: list[Axis] = []
     for i, times in enumerate(repeats):
         old = x[i - offset] if i >= offset else call.fixed(1, "a new dimension")
         if isinstance(times, fx.Node):
             call.fix([old], "repeated a free number of times")
-            result.append(call.fixed(call.out_shape[i], "a free dimension"))
+            result.append(call.fixed(call.out_shape[i - len(repeats)], "a free dimension"))
         elif times == 1:
             result.append(old)
         else:
             copies = call.algebra.virtual(times)
-            call.edit_size("repeats", copies, i)
+            call.edit_size(name, copies, i)
             result.append(copies if old.size == 1 else call.algebra.merge((copies, old)))
     return tuple(result)
 
@@ -138,6 +150,59 @@ def _flip(call: Call) -> Axes:
     for dim in call.arg("dims"):
         x[dim] = call.algebra.take(x[dim], slice(None, None, -1))
     return tuple(x)
+
+
+@operator_rule("aten.flipud", "aten.fliplr")
+def _flip_its_own(call: Call) -> Axes:
+    x, dim = list(call.axes("self")), 0 if "flipud" in str(call.node.target) else 1
+    x[dim] = call.algebra.take(x[dim], slice(None, None, -1))
+    return tuple(x)
+
+
+@operator_rule("aten.rot90")
+def _rotate(call: Call) -> Axes:
+    """A quarter turn is a transposition and a flip."""
+    x = list(call.axes("self"))
+    first, second = (int(dim) % len(x) for dim in call.arg("dims"))
+    turns = int(call.arg("k")) % 4
+    if turns % 2:
+        x[first], x[second] = x[second], x[first]
+    for dim in {0: (), 1: (first,), 2: (first, second), 3: (second,)}[turns]:
+        x[dim] = call.algebra.take(x[dim], slice(None, None, -1))
+    return tuple(x)
+
+
+@operator_rule("aten.diagonal", "aten.diag_embed")
+def _diagonal(call: Call) -> Axes:
+    """The main diagonal of two dimensions of one size becomes the last dimension, or the other way round."""
+    x = call.axes("self")
+    embeds = "diag_embed" in str(call.node.target)
+    rank = len(x) + embeds
+    first, second = sorted((call.dim("dim1", rank), call.dim("dim2", rank)))
+    if call.arg("offset") != 0 or (not embeds and x[first].size != x[second].size):
+        call.fix([x[-1]] if embeds else [x[first], x[second]], "a diagonal beside the main one or of a rectangle")
+    if embeds:
+        result = list(x[:-1])
+        for dim in (first, second):
+            result.insert(dim, x[-1])
+        sizes = call.out_shape
+        return tuple(
+            a if a.size == n else call.fixed(n, "beside the diagonal") for a, n in zip(result, sizes, strict=True)
+        )
+    rest = tuple(axis for dim, axis in enumerate(x) if dim not in (first, second))
+    if x[first].size == x[second].size == call.out_shape[-1]:
+        return (*rest, call.tie(x[first], x[second]))
+    return (*rest, call.fixed(call.out_shape[-1], "a diagonal of a rectangle"))
+
+
+@operator_rule("aten.view_as_real", "aten.view_as_complex")
+def _pairs(call: Call) -> Axes:
+    """Real and imaginary part are the two positions of a last dimension."""
+    x = call.axes("self")
+    if "view_as_real" in str(call.node.target):
+        return (*x, call.fixed(2, "real and imaginary part"))
+    call.fix(x[-1:], "real and imaginary part")
+    return x[:-1]
 
 
 @operator_rule("aten.roll")

@@ -1,7 +1,7 @@
 """Normalisations: parameters lie along the channels; statistics over channels mix them."""
 
 from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
+from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
 
 
@@ -63,7 +63,35 @@ def _weight_norm(call: Call) -> Axes:
     return v
 
 
-@operator_rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten.cumsum")
+@operator_rule("aten.renorm")
+def _renorm(call: Call) -> Axes:
+    """Each slice along one axis is scaled by its norm over all others."""
+    x = call.axes("self")
+    dim = call.dim("dim", len(x))
+    call.mix(*x[:dim], *x[dim + 1 :])
+    return x
+
+
+@operator_rule("aten.cummax", "aten.cummin")
+def _running_extreme(call: Call) -> Result:
+    """Values and where they stand; positions are meaningful only while the axis is whole."""
+    x = call.axes("self")
+    axis = x[call.dim("dim", len(x))]
+    call.mix(axis)
+    if any(user.args[1] == 1 and user.users for user in call.node.users):
+        call.fix([axis], "positions along it are a result")
+    return [x, x]
+
+
+@operator_rule(
+    "aten.softmax",
+    "aten.log_softmax",
+    "aten._softmax",
+    "aten._log_softmax",
+    "aten.cumsum",
+    "aten.cumprod",
+    "aten.logcumsumexp",
+)
 def _along_one(call: Call) -> Axes:
     """The values along one axis depend on each other."""
     x = call.axes("self")

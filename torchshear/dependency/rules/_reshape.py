@@ -25,7 +25,7 @@ def _reshape_as(call: Call) -> Axes:
     return result
 
 
-@operator_rule("aten.flatten.using_ints")
+@operator_rule("aten.flatten.using_ints", "aten.ravel")
 def _flatten(call: Call) -> Axes:
     return reshape_axes(call, call.axes("self"), call.out_shape)
 

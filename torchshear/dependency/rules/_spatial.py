@@ -59,6 +59,46 @@ def _two_dimensions_with_indices(call: Call) -> Result:
     return [_over_last(call, 2, call.out_shape[0])] * 2
 
 
+@operator_rule("aten.adaptive_max_pool3d", "aten.max_pool3d_with_indices")
+def _three_dimensions_with_indices(call: Call) -> Result:
+    return [_over_last(call, 3, call.out_shape[0])] * 2
+
+
+@operator_rule("aten.max_unpool2d", "aten.max_unpool3d")
+def _unpool(call: Call) -> Axes:
+    """Maxima go back to where they were, plane by plane."""
+    x, indices = call.axes("self"), call.axes("indices")
+    n_space = 2 if "2d" in str(call.node.target) else 3
+    for axis, other in zip(x, indices, strict=True):
+        call.tie(axis, other)
+    return _over_last(call, n_space)
+
+
+@operator_rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d")
+def _grid_sample(call: Call) -> Axes:
+    """Input (N, C, *space) read at the places that a grid (N, *out, coordinates) names: channels pass."""
+    x, grid = call.axes("input"), call.axes("grid")
+    call.fix([*x[2:], *grid[1:]], "space that a grid samples")
+    call.tie(x[0], grid[0])
+    return (*x[:2], *grid[1:-1])
+
+
+@operator_rule("aten.fft_fft", "aten.fft_ifft", "aten.fft_rfft", "aten.fft_irfft", "aten.fft_hfft", "aten.fft_ihfft")
+@operator_rule("aten.fft_fft2", "aten.fft_ifft2", "aten.fft_rfft2", "aten.fft_irfft2")
+@operator_rule("aten.fft_fftn", "aten.fft_ifftn", "aten.fft_rfftn", "aten.fft_irfftn")
+@operator_rule("aten.fft_fftshift", "aten.fft_ifftshift")
+def _fourier(call: Call) -> Axes:
+    """Axes that are transformed stay; all others pass."""
+    x, given = call.axes("self"), call.arg("dim")
+    if given is None:
+        n_last = len(call.arg("s") or x)
+        given = range(len(x) - n_last, len(x))
+    dims = {int(dim) % len(x) for dim in ([given] if isinstance(given, int) else given)}
+    call.fix([x[dim] for dim in dims], "transformed into frequencies or back")
+    shape = call.out_shape
+    return tuple(call.fixed(shape[i], "frequencies") if i in dims else axis for i, axis in enumerate(x))
+
+
 @operator_rule("aten.pad", "aten.constant_pad_nd")
 def _pad(call: Call) -> Axes:
     """Constant positions are added at the ends of axes; along channels they can be cut like any other."""
