@@ -3,7 +3,7 @@
 from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
 from torchshear.graph._cost import Cost, node_macs
-from torchshear.graph._graph import Graph, StateTensor
+from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, locate
 
@@ -12,6 +12,7 @@ __all__ = [
     "ExampleInputs",
     "Graph",
     "Location",
+    "Mode",
     "StateTensor",
     "capture",
     "failure_of",
