@@ -8,7 +8,7 @@ COUNT ?= 5000
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint test-zoo zoo-setup bench bench-setup fuzz clean
+.PHONY: help setup demo test lint browser-setup test-zoo zoo-setup bench bench-setup fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -51,6 +51,16 @@ lint: setup ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+browser-setup: ## install Chromium for the tests of the page, where there is apt-get and it may (root)
+	@if command -v chromium || command -v chromium-browser || command -v google-chrome; then :; \
+	elif command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && echo "Installing Chromium." && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	then :; \
+	else \
+		echo "No browser, and none can be installed here: the tests of the page that need one are skipped." \
+			"On Debian and Ubuntu: sudo apt-get install chromium"; \
+	fi
 
 test: lint ## lint, then the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not zoo and not gpu" \

@@ -1,5 +1,6 @@
 """Draw the group graphs of docs/how-it-works.md: `python docs/draw_groups.py`."""
 
+import json
 from pathlib import Path
 
 import matplotlib
@@ -74,7 +75,7 @@ def draw(axes: plt.Axes, model: nn.Module, x: Tensor, title: str) -> None:
     }
     nx.draw_networkx_edges(network, place, ax=axes, edge_color="#8a93a0", arrowsize=9, node_size=1500, width=0.9)
     for node, (left, height) in place.items():
-        names = network.nodes[node]["groups"]
+        names = json.loads(network.nodes[node]["groups"])
         shape = "round,pad=0.35" if network.nodes[node]["kind"] == "operator" else "square,pad=0.35"
         fill = colours[names[0]] if names else FIXED
         edge = colours[names[1]] if len(names) > 1 else fill
@@ -86,7 +87,7 @@ def draw(axes: plt.Axes, model: nn.Module, x: Tensor, title: str) -> None:
     square = {"marker": "s", "ls": "", "ms": 9}
     keys = [Line2D([], [], color=colours[g.name], label=f"{g.name}  ({g.width})", **square) for g in groups]
     keys.append(Line2D([], [], color=FIXED, label="fixed", **square))
-    if any(len(network.nodes[node]["groups"]) > 1 for node in network):
+    if any(len(json.loads(network.nodes[node]["groups"])) > 1 for node in network):
         keys.append(Line2D([], [], mfc="white", mec="#444", mew=2, label="border: second group", **square))
     axes.legend(handles=keys, loc="upper center", bbox_to_anchor=(0.5, -0.02), ncol=5, frameon=False, fontsize=9)
     axes.set_title(title, fontsize=11, loc="left")

@@ -206,10 +206,50 @@ def test_inspect_writes_json() -> None:
     document = json.loads(succeed("inspect", "shop.nets:net", "--json"))
     (group,) = document["groups"]
     assert (group["width"], group["n_blocks"], group["is_mixed"], group["is_prunable"]) == (32, 4, False, True)
-    assert {"name": "inner.weight", "dim": 1, "roles": ["in"]} in group["members"]
+    members = [(member["name"], member["dim"], member["roles"]) for member in group["members"]]
+    assert ("inner.weight", 1, ["in"]) in members
     assert any("nets.py:" in where for where in group["where"])
     assert {fixed["name"] for fixed in document["fixed"]} == {"stem.weight", "head.weight", "head.bias"}
     assert document["n_params"] == sum(p.numel() for p in load_example("shop.nets:net")[0].parameters())
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("group", ["0", "stem.weight[0]", "inner.bias"])
+def test_inspect_shows_one_group_with_members_lines_and_constraints(group: str, columns: int) -> None:
+    text = succeed("inspect", "shop.nets:net", "--group", group, columns=columns)
+    assert "Group 0: stem.weight[0]" in text
+    assert "32 units, of which 28 can go" in text
+    assert "balanced    each of 4 blocks loses equally many units" in text
+    assert "- conv2d inner (nets.py:" in text
+    assert "minimum     at least 4 of 32 units stay" in text
+    assert "Members (10)" in text
+    assert "head.weight[1]" in text
+    assert max(map(len, text.splitlines())) <= columns
+
+
+def test_inspect_writes_one_group_as_json() -> None:
+    document = json.loads(succeed("inspect", "shop.nets:tied", "--group", "table.weight[1]", "--json"))
+    assert (document["number"], document["width"], document["is_mixed"]) == (0, 32, True)
+    (mixed,) = (constraint for constraint in document["constraints"] if constraint["kind"] == "mixed")
+    assert "layer_norm" in mixed["where"][0]
+
+
+def test_inspect_writes_a_page(tmp_path: Path) -> None:
+    text = succeed("inspect", "shop.nets:net", "--html", "net.html", "--group", "0")
+    assert "written net.html; open it in a browser: file://" in " ".join(text.split())
+    assert text.rstrip().endswith("net.html#group=0")
+    assert (tmp_path / "net.html").read_text().startswith("<!doctype html>")
+
+
+def test_inspect_names_a_group_that_is_not_there(tmp_path: Path) -> None:
+    assert_fails(r"no channel group 'stm.weight\[0\]'. Did you mean 'stem.weight\[0\]'", "inspect", "shop.nets:net",
+                 "--group", "stm.weight[0]", "--html", "net.html")  # fmt: skip
+    assert_fails(r"no channel group of number 3. .* numbers: 0 to 0", "inspect", "shop.nets:net", "--group", "3")
+    assert not (tmp_path / "net.html").exists()
+
+
+def test_inspect_cannot_write_the_page() -> None:
+    assert_fails(r"cannot write 'no/net.html'", "inspect", "shop.nets:net", "--html", "no/net.html")
 
 
 def test_inspect_of_a_model_with_nothing_to_prune() -> None:

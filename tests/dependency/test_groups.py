@@ -1,5 +1,7 @@
 """Channel groups of small networks that a person can read off."""
 
+import json
+
 import networkx as nx
 import numpy as np
 import pytest
@@ -115,8 +117,8 @@ def test_networkx_view_has_parallel_edges_and_group_names() -> None:
     assert isinstance(network, nx.MultiDiGraph)
     assert network.number_of_edges("linear", "mul") == 2
     assert network.nodes["one_weight"]["kind"] == "parameter"
-    assert network.nodes["linear"]["groups"] == ("one.weight[0]",)
-    assert network.edges["one_weight", "linear", 0]["axes"] == (("one.weight[0]",), ())
+    assert json.loads(network.nodes["linear"]["groups"]) == ["one.weight[0]"]
+    assert json.loads(network.edges["one_weight", "linear", 0]["axes"]) == [["one.weight[0]"], []]
     assert nx.is_directed_acyclic_graph(network)
 
 

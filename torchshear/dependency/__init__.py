@@ -5,6 +5,7 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
+from torchshear.dependency._network import Dimension, Value
 from torchshear.dependency._plan import GroupPlan, PruningPlan, StatePlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
 
@@ -16,6 +17,7 @@ __all__ = [
     "ChannelGroup",
     "ChannelGroups",
     "Cut",
+    "Dimension",
     "FixedDimension",
     "GroupPlan",
     "Keep",
@@ -23,6 +25,7 @@ __all__ = [
     "PruningPlan",
     "Result",
     "StatePlan",
+    "Value",
     "analyze",
     "dense_cost",
     "make_plan",

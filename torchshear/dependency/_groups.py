@@ -9,10 +9,10 @@ import numpy as np
 
 from torchshear.dependency._axis import Algebra
 from torchshear.dependency._call import Facts
-from torchshear.dependency._network import draw_network
+from torchshear.dependency._network import Value, describe_network, draw_network
 from torchshear.dependency._units import Ids
 from torchshear.errors import ArgumentError
-from torchshear.graph import Graph
+from torchshear.graph import Graph, Mode
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,9 +173,42 @@ class ChannelGroups(Sequence[ChannelGroup]):
         """The groups of which something can be cut."""
         return tuple(group for group in self.groups if group.is_prunable)
 
-    def to_networkx(self) -> "nx.MultiDiGraph[str]":
-        """The network as a graph of operators and parameters; edges carry the groups that run along them."""
-        names = np.full(len(self.algebra.store), "", dtype=object)
-        for group in self.groups:
-            names[group.atoms] = group.name
-        return draw_network(self.graph, self.algebra, self.facts, names)
+    def describe(self, mode: Mode = "eval") -> tuple[Value, ...]:
+        """Every node of the network in order of execution, with groups and reasons a dimension.
+
+        Args:
+            mode: "eval", or "train" for the graph captured in train mode where there is one of its own.
+        """
+        group_of = np.full(len(self.algebra.store), -1, np.int64)
+        for number, group in enumerate(self.groups):
+            group_of[group.atoms] = number
+        if mode == "train" and self.graph.training is not None and self.training_facts is not None:
+            return describe_network(self.graph.training, self.algebra, self.training_facts, group_of)
+        return describe_network(self.graph, self.algebra, self.facts, group_of)
+
+    def to_networkx(self, mode: Mode = "eval") -> "nx.MultiDiGraph[str]":
+        """The network as a graph of operators and parameters; edges carry the groups that run along them.
+
+        All attributes are strings, numbers and truth values, so that `networkx.write_graphml`, `write_gexf` and
+        `node_link_data` take the graph as it is; what is a list is JSON text, for `json.loads`.
+
+        Args:
+            mode: "eval", or "train" for the graph captured in train mode where there is one of its own.
+
+        Returns:
+            A graph with one node a value, named as in the captured graph. Node attributes:
+
+            - `kind`: "input", "parameter", "buffer", "constant", "operator" or "output".
+            - `label`: a short name to draw. `parameter`: qualified name of a parameter, buffer or constant, else "".
+            - `operator`: as in "aten.conv2d.default", else "". `module`, `source`: who made the call, and where.
+            - `shape`: JSON, the sizes; "batch" for a size that follows the batch.
+            - `groups`: JSON, names of all channel groups that run along any dimension. `group`: the first, or "".
+            - `axes`: JSON, for each dimension the names of the groups along it.
+            - `fixed`: JSON, for each dimension why positions of it cannot be cut, or "".
+            - `mixed`: whether the operator computes a statistic over channels.
+
+            Of a value of several tensors, as `chunk` gives, `shape`, `axes` and `fixed` hold a list for each.
+            Edge attributes: `operand` (its number among the operands), and `groups` and `axes` of the value that runs
+            along the edge. Parallel edges exist: `a * a` has two.
+        """
+        return draw_network(self.describe(mode), tuple(group.name for group in self.groups))

@@ -1,77 +1,198 @@
 """The public view of a network: operators and parameters as nodes, axis relations on the edges."""
 
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import networkx as nx
 import numpy as np
-import numpy.typing as npt
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from torchshear.dependency._axis import Algebra, Axes
+from torchshear.dependency._axis import Algebra, Axis
 from torchshear.dependency._call import Facts
-from torchshear.dependency._units import PAD
+from torchshear.dependency._units import PAD, Ids
 from torchshear.graph import Graph, locate
-from torchshear.graph._graph import shape_of
+
+# Control characters, lone surrogates and non-characters cannot stand in XML 1.0, and so not in GraphML or GEXF.
+_NOT_IN_XML = {*range(0x20), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {0x09, 0x0A, 0x0D}
+_PLAIN: Mapping[int, str] = dict.fromkeys(_NOT_IN_XML, "\N{REPLACEMENT CHARACTER}")
 
 
-def draw_network(
-    graph: Graph, algebra: Algebra, facts: Facts, names: npt.NDArray[np.object_]
-) -> "nx.MultiDiGraph[str]":
-    """Build the graph of a network.
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One dimension of a value.
+
+    Attributes:
+        size: number of positions; "batch" or "49*batch" where it follows the batch, a symbol where it follows data.
+        groups: numbers of the channel groups of which units lie along it.
+        fixed: why positions of it cannot be cut, "" if none is fixed.
+    """
+
+    size: int | str
+    groups: tuple[int, ...]
+    fixed: str
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A node of the network: an operator call with what it computes, a parameter, an input, or the output.
+
+    Attributes:
+        name: name of the node, unique.
+        kind: "input", "parameter", "buffer", "constant", "operator" or "output".
+        operator: as in "aten.conv2d.default"; "" for what is no operator.
+        state: qualified name of the parameter, buffer or constant; else "".
+        module: qualified name of the module that made the call or owns the tensor.
+        source: "file.py:12", the line that made the call, for tensors the first that uses them; "" if unknown.
+        tensors: dimensions of each tensor that the value consists of: one, none for a number, several for a list.
+        operands: names of the nodes that it is computed from, in order, each as often as it is given.
+        is_mixed: whether the operator computes a statistic over channels (a norm, a softmax, a mean).
+    """
+
+    name: str
+    kind: str
+    operator: str
+    state: str
+    module: str
+    source: str
+    tensors: tuple[tuple[Dimension, ...], ...]
+    operands: tuple[str, ...]
+    is_mixed: bool
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Numbers of all groups along any of its dimensions, in order of appearance."""
+        return tuple(dict.fromkeys(number for dims in self.tensors for dim in dims for number in dim.groups))
+
+
+def describe_network(graph: Graph, algebra: Algebra, facts: Facts, group_of: Ids) -> tuple[Value, ...]:
+    """Describe every node of a captured graph in order of execution.
 
     Args:
         graph: the captured network.
         algebra: the relations between its units.
         facts: the axes of its values.
-        names: group name of each unit, "" for none; shape (units,).
+        group_of: number of the group of each unit, -1 for none; shape (units,).
+    """
+    found: dict[int, tuple[Axis, tuple[int, ...], str]] = {}
 
-    Returns:
-        A graph with one node a value. Node attributes: `kind` ("input", "parameter", "buffer", "constant", "operator",
-        "output"), `operator`, `module`, `source`, `shape`, `groups` (names, of all dimensions) and `mixed`. Edge
-        attributes: `operand` (number of the operand) and `axes`, for each dimension the groups that run along it.
-        Parallel edges exist: `a * a` has two.
+    def dimension(axis: Axis, size: Any) -> Dimension:
+        known = found.get(id(axis.units))
+        if known is None:  # the axis is kept with the answer, so that its id is not given to another
+            known = found[id(axis.units)] = (axis, _groups_along(algebra, axis, group_of), _reason(algebra, axis))
+        return Dimension(_size(graph, size), known[1], known[2])
+
+    def tensors(node: fx.Node) -> tuple[tuple[Dimension, ...], ...]:
+        axes, value = facts.axes.get(node.name), node.meta.get("val")
+        if isinstance(axes, tuple) and isinstance(value, Tensor):
+            own = _with_blocked(facts, node, axes)
+            return (tuple(map(dimension, own, value.shape)),)
+        if isinstance(axes, list) and isinstance(value, list | tuple):
+            return tuple(
+                tuple(map(dimension, own, item.shape))
+                for own, item in zip(axes, value, strict=True)
+                if isinstance(item, Tensor)
+            )
+        return ()
+
+    return tuple(_describe(graph, node, tensors(node), node.name in facts.mixed) for node in graph)
+
+
+def _describe(graph: Graph, node: fx.Node, tensors: tuple[tuple[Dimension, ...], ...], is_mixed: bool) -> Value:
+    state = str(node.target) if node.op == "get_attr" else ""
+    location = locate(next(iter(node.users), node)) if state else locate(node)
+    return Value(
+        name=node.name,
+        kind=graph.state[state].kind
+        if state
+        else {"placeholder": "input", "output": "output"}.get(node.op, "operator"),
+        operator=location.operator if node.op == "call_function" else "",
+        state=state,
+        module=state.rpartition(".")[0] if state else location.module,
+        source=location.source,
+        tensors=tensors,
+        operands=tuple(operand.name for operand in _operands(node)),
+        is_mixed=is_mixed,
+    )
+
+
+def draw_network(values: tuple[Value, ...], names: tuple[str, ...]) -> "nx.MultiDiGraph[str]":
+    """Put the description of a network into a NetworkX graph; see `ChannelGroups.to_networkx`.
+
+    Args:
+        values: the nodes.
+        names: names of the groups.
     """
     network: nx.MultiDiGraph[str] = nx.MultiDiGraph()
-    labels = {node.name: _labels(algebra, facts.axes.get(node.name), names) for node in graph}
-    for node in graph:
-        location = locate(node)
+
+    @cache
+    def named(groups: tuple[int, ...]) -> list[str]:
+        return [names[number] for number in groups]
+
+    by_name = {value.name: value for value in values}
+    for value in values:
         network.add_node(
-            node.name,
-            kind=_kind(graph, node),
-            operator=location.operator,
-            module=location.module,
-            source=location.source,
-            shape=shape_of(node),
-            groups=_all_groups(algebra, facts.axes.get(node.name), names),
-            mixed=node.name in facts.mixed,
+            value.name,
+            label=(value.state.rpartition(".")[2] or value.name).translate(_PLAIN),
+            kind=value.kind,
+            operator=value.operator,
+            parameter=value.state.translate(_PLAIN),
+            module=value.module.translate(_PLAIN),
+            source=value.source.translate(_PLAIN),
+            shape=_text([[dim.size for dim in dims] for dims in value.tensors]),
+            group=named(value.groups)[0].translate(_PLAIN) if value.groups else "",
+            groups=json.dumps(named(value.groups)),
+            axes=_text([[named(dim.groups) for dim in dims] for dims in value.tensors]),
+            fixed=_text([[dim.fixed for dim in dims] for dims in value.tensors]),
+            mixed=value.is_mixed,
         )
-    for node in graph:
-        for number, operand in enumerate(_operands(node)):
-            network.add_edge(operand.name, node.name, operand=number, axes=labels[operand.name])
+    for value in values:
+        for number, name in enumerate(value.operands):
+            operand = by_name[name]
+            network.add_edge(
+                name,
+                value.name,
+                operand=number,
+                groups=json.dumps(named(operand.groups)),
+                axes=_text([[named(dim.groups) for dim in dims] for dims in operand.tensors]),
+            )
     return network
 
 
-def _all_groups(algebra: Algebra, axes: Any, names: npt.NDArray[np.object_]) -> tuple[str, ...]:
-    """Groups along any dimension of a node's value, or of its values if it has several."""
-    values = axes if isinstance(axes, list) else [axes]
-    return tuple(dict.fromkeys(name for value in values for axis in _labels(algebra, value, names) for name in axis))
+def _text(tensors: list[list[Any]]) -> str:
+    """Something of each dimension as JSON: a list for the usual single tensor, a list of lists for several."""
+    return json.dumps(tensors[0] if len(tensors) == 1 else tensors)
 
 
-def _kind(graph: Graph, node: fx.Node) -> str:
-    if node.op == "get_attr":
-        return graph.state[str(node.target)].kind
-    return {"placeholder": "input", "output": "output"}.get(node.op, "operator")
+def _with_blocked(facts: Facts, node: fx.Node, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Axes of a value; the dimension of a weight that holds blocks of a longer axis stands for all of that axis."""
+    blocked = facts.blocked.get(str(node.target)) if node.op == "get_attr" else None
+    if blocked is None:
+        return axes
+    dim, whole, _ = blocked
+    return (*axes[:dim], whole, *axes[dim + 1 :])
 
 
-def _labels(algebra: Algebra, axes: Any, names: npt.NDArray[np.object_]) -> tuple[tuple[str, ...], ...]:
-    if not isinstance(axes, tuple):
-        return ()
-    return tuple(_groups_along(algebra, axes, dim, names) for dim in range(len(axes)))
+def _groups_along(algebra: Algebra, axis: Axis, group_of: Ids) -> tuple[int, ...]:
+    rows = algebra.store.resolve(axis.units)
+    numbers, first = np.unique(group_of[rows[rows != PAD]], return_index=True)
+    return tuple(int(number) for number in numbers[np.argsort(first)] if number >= 0)
 
 
-def _groups_along(algebra: Algebra, axes: Axes, dim: int, names: npt.NDArray[np.object_]) -> tuple[str, ...]:
-    rows = algebra.store.resolve(axes[dim].units)
-    return tuple(dict.fromkeys(str(name) for name in names[np.unique(rows[rows != PAD])] if name))
+def _reason(algebra: Algebra, axis: Axis) -> str:
+    return str(algebra.store.first_reason(axis.units) or "")
+
+
+def _size(graph: Graph, size: Any) -> int | str:
+    """A size as people read it: free ones by what they follow, not by the number that the capture chose."""
+    number = size.node.hint if isinstance(size, torch.SymInt) else int(size)
+    if graph.batch_hint is not None and number and number % graph.batch_hint == 0:
+        times = number // graph.batch_hint
+        return "batch" if times == 1 else f"{times}*batch"
+    return str(size) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

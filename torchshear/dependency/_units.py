@@ -145,10 +145,17 @@ class UnitStore:
             self._reason[atoms] = self._reason[self.fixed(reason)]
 
     def first_reason(self, rows: Ids) -> Reason | None:
-        """The reason of the first fixed unit in the rows that has one."""
-        reasons = self._reason[self.find(rows)]
-        known = reasons[reasons > 0]
-        return self._reasons[int(known[0])] if known.size else None
+        """The reason of the first fixed unit in the rows that has one, also of units inside composite ones."""
+        rows = self.find(rows)
+        while True:
+            reasons = self._reason[rows]
+            known = reasons[reasons > 0]
+            if known.size:
+                return self._reasons[int(known[0])]
+            sets = self._composite[rows]
+            if not (sets >= 0).any():
+                return None
+            rows = self._expand(rows, sets)
 
     def union(self, left: Ids, right: Ids) -> None:
         """Make atoms equal, pair by pair. Both: (n,), representatives of atoms."""

@@ -4,7 +4,7 @@ from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
 from torchshear.graph._copy import copy_model
 from torchshear.graph._cost import Cost, node_macs
-from torchshear.graph._graph import Graph, StateTensor
+from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, enclosing_modules, locate
 from torchshear.graph._mode import as_if_exporting
@@ -15,6 +15,7 @@ __all__ = [
     "ExampleInputs",
     "Graph",
     "Location",
+    "Mode",
     "StateTensor",
     "as_if_exporting",
     "capture",

@@ -1,5 +1,6 @@
 """Where a graph node comes from: the module that called it and the line of source that did."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from torch import fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep  # with the separator, or torchvision would be taken for torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,14 @@ class Location:
 
 def locate(node: fx.Node) -> Location:
     """Find where a node of a captured graph comes from."""
-    return Location(_module_name(node), _source_line(node), str(node.target))
+    return Location(_module_name(node), _source_line(node), _operator_name(node))
+
+
+def _operator_name(node: fx.Node) -> str:
+    """Name of what a node calls: "aten.conv2d.default" for an operator of torch, "getitem" for a plain function."""
+    if node.op == "call_function" and not isinstance(node.target, torch._ops.OperatorBase):
+        return getattr(node.target, "__name__", str(node.target))
+    return str(node.target)
 
 
 def enclosing_modules(node: fx.Node) -> tuple[str, ...]:

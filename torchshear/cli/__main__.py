@@ -1,0 +1,5 @@
+"""`python -m torchshear.cli`."""
+
+from torchshear.cli import main
+
+main()

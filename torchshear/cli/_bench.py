@@ -1,0 +1,70 @@
+"""`torchshear bench`: compare ONNX files for speed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import torchshear
+from torchshear.cli._terminal import stdout_console
+from torchshear.speedup import LatencyComparison
+
+
+def bench(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="ONNX files; the first is the baseline.")],
+    threads: Annotated[int, typer.Option(help="Threads of onnxruntime.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Times taken of each file; 20 or more for a useful interval.")] = 50,
+    batch: Annotated[int, typer.Option(help="Batch size of the inputs.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the raw times.")] = False,
+) -> None:
+    """Compare ONNX files for speed in onnxruntime, in interleaved rounds."""
+    comparison = measure(_names_of(files), threads, rounds, batch)
+    if as_json:
+        typer.echo(json.dumps(comparison.to_dict(), indent=2))
+    else:
+        print_latency(stdout_console(), comparison)
+
+
+def _names_of(files: Sequence[Path]) -> dict[str, Path]:
+    """Short names for files: stems where they differ, else paths; a file given twice gets a number."""
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(set(files)) else [str(file) for file in files]
+    counted = [f"{name}#{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
+    return dict(zip(counted, files, strict=True))
+
+
+def measure(models: Mapping[str, Path], threads: int = 1, rounds: int = 50, batch: int = 1) -> LatencyComparison:
+    """Compare with a bar on the terminal."""
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
+    with bar:  # drawn between rounds only: a thread that draws would disturb the times
+        task = bar.add_task("measuring", total=rounds)
+        advance = partial(bar.update, task, advance=1, refresh=True)
+        return torchshear.compare_latency(
+            models, threads=threads, rounds=rounds, batch=batch, progress=lambda *_: advance()
+        )
+
+
+def print_latency(console: Console, comparison: LatencyComparison) -> None:
+    """Print a comparison as a table."""
+    share = f"{comparison[comparison.baseline].confidence:.0%}"
+    table = Table("model", title="Latency", title_justify="left")
+    for heading in ("median ms", f"{share} interval", "speed-up", f"{share} interval"):
+        table.add_column(heading, justify="right")
+    for name, result in comparison.results.items():
+        low, high = result.interval_ms
+        slow, fast = comparison.speedup_interval(name)
+        speedup = f"{comparison.speedup(name):.2f}"
+        table.add_row(name, f"{result.median_ms:.3f}", f"{low:.3f} to {high:.3f}", speedup, f"{slow:.2f} to {fast:.2f}")
+    console.print(table)
+    threads = f"{comparison.threads} thread{'s' * (comparison.threads > 1)}"
+    console.print(f"{comparison.runtime}, {comparison.cpu}, {threads}, batch {comparison.batch}")
+    for note in comparison.notes:
+        console.print(note, style="bold")

@@ -1,0 +1,134 @@
+"""`torchshear prune`: prune a model into a folder, prove it, export it and measure it."""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from errno import EISDIR
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from safetensors import SafetensorError
+from safetensors.torch import save_model
+
+import torchshear
+from torchshear._files import atomic_path
+from torchshear.cli._bench import measure, print_latency
+from torchshear.cli._example import Target, load_example
+from torchshear.cli._terminal import print_lines, status, stdout_console
+from torchshear.errors import OutputError
+from torchshear.report import render_report
+from torchshear.speedup import OnnxFile
+
+_INDEX_FILE: Final = re.compile(r"plan-[0-9a-f]{12}\.safetensors")
+
+
+def prune(
+    target: Target,
+    output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
+    ratio: Annotated[float, typer.Option(help="Share of each group's channels to remove, in [0, 1).")] = 0.5,
+    criterion: Annotated[str, typer.Option(help="How channels are scored: l1, l2.")] = "l1",
+    align: Annotated[
+        str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
+    ] = "auto",
+    min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
+    bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
+) -> None:
+    """Prune a model, prove it equal to the masked one, write it with its plan and as ONNX, and measure it.
+
+    Writes plan.json, model.safetensors, dense.onnx, pruned.onnx and report.json. The pruned model in Python:
+    small = torchshear.shrink(Model(), PruningPlan.load("plan.json")), then
+    safetensors.torch.load_model(small, "model.safetensors").
+    """
+    model, args, kwargs = load_example(target)
+    with _output_folder(output) as draft, status("pruning and verifying") as say:
+        result = torchshear.prune(model, args, kwargs, criterion, ratio, _parse_align(align), min_width)
+        say("writing the plan and the weights")
+        result.plan.save(draft / "plan.json")
+        with atomic_path(draft / "model.safetensors") as temporary:
+            save_model(result.model, str(temporary))  # tied tensors once, their other names in the metadata
+        say("exporting ONNX")
+        files = {
+            name: torchshear.export_onnx(one, draft / f"{name}.onnx", args, kwargs)
+            for name, one in (("dense", model), ("pruned", result.model))
+        }
+        document = _report_document(target, result, files)
+        (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    console = stdout_console()
+    print_lines(console, render_report(result.report, console.width))
+    proof = result.verification
+    error = f"error {proof.max_error:.1e} in {str(proof.dtype).removeprefix('torch.')}"
+    print_lines(console, f"verified    equal to the original ({proof.reference}): {error}")
+    if bench:
+        comparison = measure({name: output / f"{name}.onnx" for name in files})
+        document["latency"] = comparison.to_dict()
+        with _output_folder(output) as draft:
+            (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+        print_latency(console, comparison)
+    written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
+    print_lines(console, f"written     in {output}: {written}")
+
+
+def _parse_align(text: str) -> int | str | None:
+    """Turn the option into what `torchshear.prune` takes."""
+    number = re.fullmatch(r"-?[0-9]+", text)
+    return None if text == "none" else int(text) if number else text
+
+
+@contextmanager
+def _output_folder(output: Path) -> Iterator[Path]:
+    """Give a draft folder whose files move into `output` if the block succeeds; else nothing is left behind.
+
+    Raises:
+        OutputError: the folder cannot be made or written, or the disk is full.
+    """
+    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    draft = None
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=output))
+        yield draft
+        _publish(draft, output)
+    except (OSError, SafetensorError) as error:
+        cause = error.__cause__ or error
+        raise OutputError(
+            f"cannot write into {str(output)!r}: {getattr(cause, 'strerror', None) or cause}. Expected a folder that "
+            f"can be made or written, with space on its disk; what was there before is unchanged."
+        ) from error
+    finally:
+        if draft is not None:
+            shutil.rmtree(draft, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # it holds something, so it stays
+                folder.rmdir()
+
+
+def _publish(draft: Path, output: Path) -> None:
+    """Move the files of a draft to their place, all or none."""
+    made = sorted(file.name for file in draft.iterdir())
+    for name in made:
+        if (output / name).is_dir():
+            raise IsADirectoryError(EISDIR, f"{name} is a folder there")
+    for name in made:
+        (draft / name).replace(output / name)
+    for file in output.iterdir():  # the index file of an earlier plan belongs to nothing now
+        if "plan.json" in made and _INDEX_FILE.fullmatch(file.name) and file.name not in made:
+            file.unlink()
+
+
+def _report_document(target: str, result: torchshear.PruneResult, files: Mapping[str, OnnxFile]) -> dict[str, Any]:
+    """Everything about a pruning as plain data."""
+    return {
+        "torchshear": version("torchshear"),
+        "target": target,
+        "request": dict(result.plan.request),
+        "report": result.report.to_dict(),
+        "verification": asdict(result.verification) | {"dtype": str(result.verification.dtype)},
+        "onnx": {name: asdict(file) | {"path": file.path.name} for name, file in files.items()},
+        "latency": None,
+    }
