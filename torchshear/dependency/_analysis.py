@@ -1,5 +1,7 @@
 """Walk a graph once in execution order, apply each operator's rule, and form channel groups from what it says."""
 
+import operator
+
 from torch import Tensor, fx
 
 from torchshear.dependency import rules as _rules  # registers the rules of the ATen operators
@@ -8,7 +10,7 @@ from torchshear.dependency._balance import settle_balances
 from torchshear.dependency._call import Call, Facts, Result
 from torchshear.dependency._grouping import form_groups
 from torchshear.dependency._groups import ChannelGroups
-from torchshear.dependency._registry import find_rule
+from torchshear.dependency._registry import Rule, find_position_rule, find_rule
 from torchshear.graph import Graph
 from torchshear.graph._graph import shape_of
 
@@ -84,6 +86,8 @@ class _Walker:
 
     def _output(self, node: fx.Node) -> None:
         for i, value in enumerate(node.all_input_nodes):
+            pointer = self.facts.pointers.get(value.name)
+            self.algebra.fix([] if pointer is None else [pointer], f"positions along it are model output {i}")
             axes = self.facts.axes.get(value.name)
             for part in axes if isinstance(axes, list) else [axes]:
                 self.algebra.fix(part or (), f"model output {i}")
@@ -94,10 +98,26 @@ class _Walker:
         if rule is None:
             return call.refuse("operator without a rule")
         try:
-            return _checked(call, rule(call))
+            return _checked(call, self._with_positions(call, rule))
         except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
             self.facts.edits.pop(node.name, None)
             return call.refuse(f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
+
+    def _with_positions(self, call: Call, rule: Rule) -> Result:
+        """Apply a rule; where an operand's values are positions along an axis, so that they stay meaningful."""
+        node = call.node
+        if node.target is operator.getitem:
+            pointer = self.facts.pointers.get(f"{node.args[0]}:{node.args[1]}")
+            if pointer is not None:
+                call.gives_positions(pointer)
+        axes = [axis for operand in call.tensor_args if (axis := call.positions(operand)) is not None]
+        if not axes:
+            return rule(call)
+        special = find_position_rule(node)
+        if special is None or any(axis is not axes[0] for axis in axes):
+            call.fix(axes, "positions along it are values that this operator computes with")
+            return rule(call)
+        return special(call, axes[0], rule)
 
 
 def _gives_tensors(node: fx.Node) -> bool:

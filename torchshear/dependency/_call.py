@@ -96,6 +96,9 @@ class Facts:
     minimums: list[Minimum] = field(default_factory=list)
     positions: dict[str, Axis] = field(default_factory=dict)
     parts: list[Axis] = field(default_factory=list)
+    pointers: dict[str, Axis] = field(
+        default_factory=dict
+    )  # value, or value:result -> the axis whose positions it holds
 
     def for_other_graph(self) -> "Facts":
         """Facts for another graph over the same parameters: what concerns parameters is shared, values are not."""
@@ -122,6 +125,7 @@ class Facts:
             minimums=list(self.minimums),
             positions=dict(self.positions),
             parts=list(self.parts),
+            pointers=dict(self.pointers),
         )
 
 
@@ -289,6 +293,15 @@ class Call:
         results = self._facts.axes[node.name]
         assert isinstance(results, list), f"{node.name} is one tensor"
         return results
+
+    def positions(self, operand: fx.Node) -> Axis | None:
+        """The axis of which the values of an operand are positions, chosen by data; None if they are not."""
+        return self._facts.pointers.get(operand.name)
+
+    def gives_positions(self, axis: Axis, result: int | None = None) -> None:
+        """Say that the values of the result, or of one of several, are positions along an axis."""
+        if not self.algebra.is_fixed(axis):
+            self._facts.pointers[self.node.name if result is None else f"{self.node.name}:{result}"] = axis
 
     def renumber(self, index: fx.Node, axis: Axis) -> None:
         """Say that a buffer holds positions of `axis`, to be counted anew when some are cut."""

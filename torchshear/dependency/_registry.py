@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from torchshear.dependency._axis import Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.errors import ArgumentError
 
@@ -36,6 +37,33 @@ def operator_rule(*names: str) -> Callable[[Rule], Rule]:
         return rule
 
     return add
+
+
+PositionRule = Callable[[Call, Axis, Rule], Result]
+
+_POSITION_RULES: dict[str, PositionRule] = {}
+
+
+def position_rule(*names: str) -> Callable[[PositionRule], PositionRule]:
+    """Register what operators do with an operand whose values are positions along an axis.
+
+    The rule is given the call, the axis, and the operator's own rule. An operator without one fixes the axis.
+
+    Args:
+        names: operator names, as for `operator_rule`.
+    """
+
+    def add(rule: PositionRule) -> PositionRule:
+        _POSITION_RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return add
+
+
+def find_position_rule(node: fx.Node) -> PositionRule | None:
+    """What is registered for a call that is given positions, or None."""
+    name = operator_name(node)
+    return _POSITION_RULES.get(name) or _POSITION_RULES.get(".".join(name.split(".")[:2]))
 
 
 def unregister(name: str) -> None:

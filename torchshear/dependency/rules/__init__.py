@@ -2,6 +2,7 @@
 
 from torchshear.dependency.rules import (
     _attention,
+    _choosing,
     _contraction,
     _convolution,
     _creation,
@@ -20,6 +21,7 @@ from torchshear.dependency.rules import (
 
 __all__ = [
     "_attention",
+    "_choosing",
     "_contraction",
     "_convolution",
     "_creation",

@@ -43,7 +43,7 @@ def _quantile(call: Call) -> Axes:
     return (*call.axes("q"), *axes) if call.is_tensor("q") else axes
 
 
-@operator_rule("aten.max.dim", "aten.min.dim", "aten.median.dim", "aten.nanmedian.dim", "aten.mode")
+@operator_rule("aten.median.dim", "aten.nanmedian.dim", "aten.mode")
 def _extreme_with_position(call: Call) -> Result:
     """Values and the positions at which they stand; positions are meaningful only while the axis is whole."""
     x = call.axes("self")
@@ -59,13 +59,6 @@ def _extreme(call: Call) -> Axes:
     return reduced(call, call.axes("self"), None, False)
 
 
-@operator_rule("aten.argmax", "aten.argmin")
-def _position(call: Call) -> Axes:
-    x, dim = call.axes("self"), call.arg("dim")
-    call.fix(x if dim is None else [x[dim % len(x)]], "positions along it are the result")
-    return reduced(call, x, dim, bool(call.arg("keepdim")))
-
-
 @operator_rule("aten.kthvalue")
 def _kth(call: Call) -> Result:
     x, dim = call.axes("self"), int(call.arg("dim"))
@@ -74,7 +67,7 @@ def _kth(call: Call) -> Result:
     return [axes, axes]
 
 
-@operator_rule("aten.sort", "aten.argsort", "aten.topk")
+@operator_rule("aten.sort", "aten.argsort")
 def _sorted(call: Call) -> Result:
     """Positions along one axis change places with the data; all other axes pass."""
     x = call.axes("self")

@@ -8,7 +8,7 @@ from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
 
 
-def _tie_others(call: Call, operands: Sequence[Axes], dim: int) -> None:
+def tie_others(call: Call, operands: Sequence[Axes], dim: int) -> None:
     """Tie all axes but `dim`; an operand that covers only the first positions of an axis holds it whole."""
     for i in range(len(operands[0])):
         if i == dim:
@@ -27,7 +27,7 @@ def _gather(call: Call) -> Axes:
     x, index = call.axes("self"), call.axes("index")
     dim = call.dim("dim", len(x))
     call.fix([x[dim]], "its positions are chosen by an index tensor")
-    _tie_others(call, [x, index], dim)
+    tie_others(call, [x, index], dim)
     return index
 
 
@@ -53,10 +53,10 @@ def _scatter(call: Call) -> Axes:
     call.fix([x[dim]], "its positions are chosen by an index tensor")
     if call.is_tensor("src"):
         source = call.axes("src")
-        _tie_others(call, [x, index, source], dim)
+        tie_others(call, [x, index, source], dim)
         _tie_first(call, index[dim], source[dim])
     else:
-        _tie_others(call, [x, index], dim)
+        tie_others(call, [x, index], dim)
     return x
 
 
@@ -73,7 +73,7 @@ def _index_add(call: Call) -> Axes:
     x, source = call.axes("self"), call.axes("source")
     dim = call.dim("dim", len(x))
     call.fix([x[dim]], "its positions are chosen by an index tensor")
-    _tie_others(call, [x, source], dim)
+    tie_others(call, [x, source], dim)
     call.tie(source[dim], call.axes("index")[0])
     return x
 
