@@ -7,8 +7,11 @@ from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._plan import GroupPlan, PruningPlan, StatePlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
+from torchshear.dependency._uses import FAMILIES, ROLES
 
 __all__ = [
+    "FAMILIES",
+    "ROLES",
     "Algebra",
     "Axes",
     "Axis",

@@ -58,6 +58,7 @@ class ChannelGroup:
             that cutting units is another computation than zeroing them.
         atoms: the units' identities in the algebra, shape (width,).
         where: the first operators that use the group, with module and source line.
+        role: what the units are for, one of `torchshear.dependency.ROLES`.
     """
 
     name: str
@@ -67,6 +68,7 @@ class ChannelGroup:
     is_mixed: bool
     atoms: Ids
     where: tuple[str, ...]
+    role: str = "other"
 
     @property
     def is_prunable(self) -> bool:
