@@ -5,6 +5,7 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
+from torchshear.dependency._outputs import OutputPlan
 from torchshear.dependency._plan import GroupPlan, PruningPlan, StatePlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
 from torchshear.dependency._uses import FAMILIES, ROLES
@@ -23,6 +24,7 @@ __all__ = [
     "GroupPlan",
     "Keep",
     "Member",
+    "OutputPlan",
     "PruningPlan",
     "Result",
     "StatePlan",

@@ -1,5 +1,7 @@
 """Walk a graph once in execution order, apply each operator's rule, and form channel groups from what it says."""
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,42 +14,50 @@ from torchshear.dependency._call import Call, Facts, Result
 from torchshear.dependency._grouping import form_groups
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._registry import find_rule
-from torchshear.graph import Graph
+from torchshear.graph import Graph, check_outputs, matches, output_nodes
 from torchshear.graph._graph import shape_of
 
 assert _rules
 
 
-def analyze(graph: Graph) -> ChannelGroups:
+def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> ChannelGroups:
     """Find out which channels of a network must be cut together, and which cannot be cut.
 
     Needs shapes only: the model may live on the meta device.
 
     Args:
         graph: the captured model, from `torchshear.trace`.
+        prunable_outputs: names of outputs whose dimensions may shrink, all others stay as they are: keys of a
+            dictionary or fields of a dataclass, places in a tuple, joined by dots as in "features.3"; or patterns such
+            as "features.*". A single output is called "0".
 
     Returns:
         The channel groups, in order of appearance of their first parameter.
+
+    Raises:
+        ArgumentError: the model has no such output.
     """
     algebra, facts = Algebra(), Facts()
-    relate(graph, algebra, facts)
+    prunable = check_outputs(graph, prunable_outputs)
+    relate(graph, algebra, facts, prunable)
     training = None
     if graph.training is not None:
         training = facts.for_other_graph()
-        relate(graph.training, algebra, training)
+        relate(graph.training, algebra, training, prunable)
     settle_balances(algebra, facts)
-    return form_groups(graph, algebra, facts, training)
+    return replace(form_groups(graph, algebra, facts, training), prunable_outputs=prunable)
 
 
-def relate(graph: Graph, algebra: Algebra, facts: Facts) -> None:
+def relate(graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str] = ()) -> None:
     """Apply the rules of all operators of a graph.
 
     Args:
         graph: the captured model.
         algebra: relations, added to.
         facts: what the rules note, added to.
+        prunable_outputs: patterns of names of outputs that may shrink.
     """
-    walker = _Walker(graph, algebra, facts)
+    walker = _Walker(graph, algebra, facts, prunable_outputs)
     for node in graph:
         walker.visit(node)
 
@@ -55,7 +65,8 @@ def relate(graph: Graph, algebra: Algebra, facts: Facts) -> None:
 class _Walker:
     """Visits nodes and records the axes of their values."""
 
-    def __init__(self, graph: Graph, algebra: Algebra, facts: Facts) -> None:
+    def __init__(self, graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str]) -> None:
+        self.prunable_outputs = prunable_outputs
         self.graph = graph
         self.algebra = algebra
         self.facts = facts
@@ -67,7 +78,7 @@ class _Walker:
         elif node.op == "get_attr":
             self.facts.axes[node.name] = self._state(str(node.target))
         elif node.op == "output":
-            self._output(node)
+            self._outputs()
         elif _gives_tensors(node) or str(node.target) == "aten.sym_size.int":
             self.facts.axes[node.name] = self._call(node)
 
@@ -85,11 +96,20 @@ class _Walker:
             self.facts.state_axes[name] = tuple(self.algebra.fresh(size) for size in shape)
         return self.facts.state_axes[name]
 
-    def _output(self, node: fx.Node) -> None:
-        for i, value in enumerate(node.all_input_nodes):
-            axes = self.facts.axes.get(value.name)
-            for part in axes if isinstance(axes, list) else [axes]:
-                self.algebra.fix(part or (), f"model output {i}")
+    def _outputs(self) -> None:
+        """Fix what the model gives, but for outputs that may shrink: of those the batch, and something must be left."""
+        for name, value in output_nodes(self.graph):
+            axes = self.facts.axes.get(value.name) if isinstance(value, fx.Node) else None
+            if not isinstance(axes, tuple):
+                for part in axes or ():
+                    self.algebra.fix(part, f"model output {name}")
+                continue
+            is_prunable = any(matches(pattern, name) for pattern in self.prunable_outputs)
+            for dim, axis in enumerate(axes):
+                if is_prunable and not self.graph.is_free(value, dim):
+                    self.facts.parts.append(axis)
+                else:
+                    self.algebra.fix([axis], f"model output {name}")
 
     def _call(self, node: fx.Node) -> Result:
         call = Call(node, self.graph, self.algebra, self.facts)

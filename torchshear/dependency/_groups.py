@@ -130,6 +130,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
         algebra: units and their relations.
         facts: axes of every value and what rules noted.
         training_facts: the same for the graph captured in train mode, where `graph.training` is one.
+        prunable_outputs: names or patterns of the outputs that may shrink.
     """
 
     graph: Graph
@@ -138,6 +139,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
     algebra: Algebra
     facts: Facts
     training_facts: Facts | None = None
+    prunable_outputs: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.groups)

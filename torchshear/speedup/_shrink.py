@@ -115,7 +115,7 @@ def analysis_of(
         inputs = ExampleInputs.from_json(plan.inputs, device)
     else:
         raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
-    groups = analyze(trace_inputs(model, inputs))
+    groups = analyze(trace_inputs(model, inputs), plan.prunable_outputs)
     if groups.graph.fingerprint != plan.fingerprint:
         raise PlanError(
             f"the plan is for {plan.model_type} with graph {plan.fingerprint[:12]}; {type(model).__name__} has graph "
@@ -214,7 +214,7 @@ def _training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut,
     train = capture(model, graph.inputs, "train")
     algebra, facts = groups.algebra.copy(), groups.facts.copy()
     of_train = facts.for_other_graph()
-    relate(train, algebra, of_train)
+    relate(train, algebra, of_train, groups.prunable_outputs)
     return train, Cut(replace(groups, algebra=algebra, facts=facts), cut.kept), of_train
 
 
