@@ -31,6 +31,8 @@ from typer.core import TyperGroup
 
 import torchshear
 from torchshear._files import atomic_path
+from torchshear._options import parse_align, takes_choice
+from torchshear.api import Choice
 from torchshear.dependency import ChannelGroup, ChannelGroups, dense_cost
 from torchshear.errors import ArgumentError, OutputError, TorchshearError
 from torchshear.report import render_report
@@ -94,16 +96,19 @@ def inspect(
 
 
 @app.command()
+@takes_choice
 def prune(
     target: Target,
     output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
-    ratio: Annotated[float, typer.Option(help="Share of each group's channels to remove, in [0, 1).")] = 0.5,
     criterion: Annotated[str, typer.Option(help="How channels are scored: l1, l2.")] = "l1",
     align: Annotated[
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
+    *,
+    ratio: float | dict[str, float],
+    choice: Choice,
 ) -> None:
     """Prune a model, prove it equal to the masked one, write it with its plan and as ONNX, and measure it.
 
@@ -113,7 +118,7 @@ def prune(
     """
     model, args, kwargs = load_example(target)
     with _output_folder(output) as draft, _status("pruning and verifying") as say:
-        result = torchshear.prune(model, args, kwargs, criterion, ratio, _parse_align(align), min_width)
+        result = torchshear.prune(model, args, kwargs, criterion, ratio, parse_align(align), min_width, **choice)
         say("writing the plan and the weights")
         result.plan.save(draft / "plan.json")
         with atomic_path(draft / "model.safetensors") as temporary:
@@ -222,12 +227,6 @@ def _kind(value: object) -> str:
     return f"an object of type {type(value).__name__}"
 
 
-def _parse_align(text: str) -> int | str | None:
-    """Turn the option into what `torchshear.prune` takes."""
-    number = re.fullmatch(r"-?[0-9]+", text)
-    return None if text == "none" else int(text) if number else text
-
-
 def _names_of(files: Sequence[Path]) -> dict[str, Path]:
     """Short names for files: stems where they differ, else paths; a file given twice gets a number."""
     stems = [file.stem for file in files]
@@ -291,7 +290,7 @@ def _report_document(target: str, result: torchshear.PruneResult, files: Mapping
 
 
 def _groups_document(groups: ChannelGroups) -> dict[str, Any]:
-    fields = ("name", "width", "is_prunable", "reason", "n_blocks", "is_mixed", "where")
+    fields = ("name", "role", "width", "is_prunable", "reason", "n_blocks", "is_mixed", "where")
     rows = [{field: getattr(group, field) for field in fields} for group in groups]
     for row, group in zip(rows, groups, strict=True):
         row["members"] = [{"name": m.name, "dim": m.dim, "roles": sorted(m.roles)} for m in group.members]
@@ -302,12 +301,12 @@ def _groups_document(groups: ChannelGroups) -> dict[str, Any]:
 def _groups_table(groups: ChannelGroups) -> Table:
     table = Table(title=f"Channel groups of {groups.graph.model_type.rpartition('.')[2]}", title_justify="left")
     table.add_column("group", overflow="fold", ratio=3)
-    table.add_column("width", justify="right")
+    table.add_column("width\nrole", justify="right")
     table.add_column("members", overflow="fold", ratio=3)
     table.add_column("constraints", ratio=2)
     table.add_column("where", overflow="fold", ratio=3)
     for group in groups:
-        table.add_row(group.name, str(group.width), _members(group), _constraints(group), _where(group))
+        table.add_row(group.name, f"{group.width}\n{group.role}", _members(group), _constraints(group), _where(group))
     return table
 
 

@@ -97,7 +97,7 @@ class _Walker:
         return self.facts.state_axes[name]
 
     def _outputs(self) -> None:
-        """Fix what the model gives, but for outputs that may shrink: of those the batch, and something must be left."""
+        """Fix what the model gives, but for outputs that may shrink, of which the batch alone is."""
         for name, value in output_nodes(self.graph):
             axes = self.facts.axes.get(value.name) if isinstance(value, fx.Node) else None
             if not isinstance(axes, tuple):
@@ -106,9 +106,7 @@ class _Walker:
                 continue
             is_prunable = any(matches(pattern, name) for pattern in self.prunable_outputs)
             for dim, axis in enumerate(axes):
-                if is_prunable and not self.graph.is_free(value, dim):
-                    self.facts.parts.append(axis)
-                else:
+                if not is_prunable or self.graph.is_free(value, dim):
                     self.algebra.fix([axis], f"model output {name}")
 
     def _call(self, node: fx.Node) -> Result:
