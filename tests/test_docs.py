@@ -9,7 +9,7 @@ from torchshear.dependency import registered_operators, unregister
 from torchshear.pruners.criteria import _registry
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/how-it-works.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/how-it-works.md", "docs/choosing.md")
 
 
 def code_of(page: str) -> str:
