@@ -184,6 +184,27 @@ def test_attention_among_features() -> None:
     assert roles_of(net, noise(2, 7, 3)) == {17: "residual", 4: "heads", 6: "head_dim"}
 
 
+def test_talking_heads() -> None:
+    """Shazeer et al., 2020, arXiv:2003.02436: scores are mixed across heads before the softmax, weights after it."""
+
+    def run(m, x):
+        x = m.stem(x)
+        q, k, v = (_split_heads(layer(x), heads) for layer, heads in ((m.q, 4), (m.k, 4), (m.v, 3)))
+        scores = m.before((q @ k.transpose(-2, -1)).permute(0, 2, 3, 1)).softmax(-2)
+        return m.head(x + m.out(_merged(m.after(scores).permute(0, 3, 1, 2) @ v)))
+
+    layers = {"q": nn.Linear(17, 20), "k": nn.Linear(17, 20), "v": nn.Linear(17, 21), "out": nn.Linear(21, 17)}
+    talk = {"before": nn.Linear(4, 6), "after": nn.Linear(6, 3)}
+    net = Net(run, stem=nn.Linear(3, 17), **layers, **talk, head=nn.Linear(17, 2))
+    expected = {17: "residual", 4: "heads", 6: "heads", 3: "heads", 5: "qk_dim", 7: "v_dim"}
+    assert roles_of(net, noise(2, 9, 3)) == expected
+
+
+def test_activations_that_torch_does_not_tag_and_norms_are_in_between() -> None:
+    layers = [nn.Linear(4, 12), nn.Hardswish(), nn.Linear(12, 9), nn.BatchNorm1d(9), nn.Linear(9, 3)]
+    assert roles_of(nn.Sequential(*layers), noise(2, 4)) == {12: "ffn", 9: "ffn"}
+
+
 def _interleaved(x: Tensor) -> Tensor:
     return x.repeat_interleave(3, dim=1)
 

@@ -14,18 +14,19 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Facts
 from torchshear.dependency._groups import ChannelGroup
+from torchshear.dependency._registry import is_elementwise
 from torchshear.dependency._units import PAD
 from torchshear.dependency._uses import Contraction
 from torchshear.graph import Graph
 from torchshear.graph._graph import tensor_operands
 
 _LIKE_OTHERS = frozenset({"aten.expand_as", "aten.reshape_as", "aten.type_as", "aten.view_as"})  # read a shape or dtype
+_NORMS = frozenset({"norm", "statistic"})
 _SUMS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_"})
 
 
@@ -58,6 +59,7 @@ class _Evidence:
         for number, group in enumerate(groups):
             self._group_of[group.atoms] = number
         self._seen: dict[int, tuple[Axis, frozenset[int]]] = {}
+        self.add("changed", [i for i, group in enumerate(groups) if any(m.roles & _NORMS for m in group.members)])
 
     def along(self, axes: Axes) -> frozenset[int]:
         """Numbers of the groups whose units stand along any of the axes."""
@@ -104,8 +106,8 @@ class _Reader:
     """Walks one graph and collects evidence.
 
     Of each value it keeps where it comes from: the layers and sums whose results reach it through nothing but
-    elementwise operators, norms and changes of layout; whether any input of the model reaches it; and whether it is
-    made of a product of two computed values, as scores are.
+    elementwise operators, norms and changes of layout; whether any input of the model reaches it; whether it is made of
+    a product of two computed values, and whether that product is one of queries and keys.
     """
 
     def __init__(self, graph: Graph, facts: Facts, evidence: _Evidence) -> None:
@@ -114,6 +116,7 @@ class _Reader:
         self.evidence = evidence
         self._origins: dict[fx.Node, frozenset[fx.Node]] = {}
         self._computed: set[fx.Node] = set()
+        self._products: set[fx.Node] = set()
         self._scores: set[fx.Node] = set()
         self._sources: dict[fx.Node, frozenset[str]] = {}
         self._weights: set[str] = set()
@@ -144,8 +147,9 @@ class _Reader:
             self._computed.add(node)
         else:
             self._sources[node] = _union(self._sources, operands)
-        if any(operand in self._scores for operand in operands):
-            self._scores.add(node)
+        for marked in (self._products, self._scores):
+            if any(operand in marked for operand in operands):
+                marked.add(node)
         self._origins[node] = _union(self._origins, operands)
         contractions = self.facts.uses.contractions.get(node.name, [])
         for contraction in contractions:
@@ -167,11 +171,8 @@ class _Reader:
             if left - right and right - left:
                 self.evidence.add("summed", self.evidence.along(axes))
                 self._origins[node] = frozenset({node})
-        if torch.Tag.pointwise in getattr(node.target, "tags", ()) and isinstance(node.meta.get("val"), Tensor):
+        if is_elementwise(node) or node.name in self.facts.mixed:
             self.evidence.add("changed", self.evidence.along(axes))
-        mixed = self.facts.mixed.get(node.name)
-        if mixed:
-            self.evidence.add("changed", self.evidence.along(tuple(mixed)))
 
     # -- contractions -------------------------------------------------------------------------------------------------
 
@@ -181,13 +182,22 @@ class _Reader:
             return
         values = [operand is node or operand in self._computed for operand in found.operands]
         self._weights |= _union(self._sources, found.operands)
+        self._origins[node] = frozenset({node})
         if all(values) and found.kind == "product":
             self._of_values(node, found)
-            self._scores.add(node)
-        else:
+        elif not self._mixes_heads(found, values):
             self._with_weight(found, is_weight_left=not values[0])
+            self._products.discard(node)
             self._scores.discard(node)
-        self._origins[node] = frozenset({node})
+
+    def _mixes_heads(self, found: Contraction, values: Sequence[bool]) -> bool:
+        """Whether scores of heads are made into scores of other heads, as by talking heads: these are heads then."""
+        heads = self.evidence.along(found.contracted)
+        of_scores = any(operand in self._scores for operand in found.operands)
+        if not of_scores or not heads or not all(self.evidence.has(number, "batched") for number in heads):
+            return False
+        self.evidence.add("batched", self.evidence.along(found.columns if values[0] else found.rows))
+        return True
 
     def _with_weight(self, found: Contraction, is_weight_left: bool) -> None:
         """A layer: it reads what is contracted, and makes what only the weight has."""
@@ -198,7 +208,7 @@ class _Reader:
         evidence.add("looked up" if found.kind == "lookup" else "made", written)
         if found.kind == "convolution":
             evidence.add("convolved", read | written)
-        if found.batch and any(axis.size > 1 for axis in found.batch) and found.kind == "product":
+        if found.kind == "product" and any(axis.size > 1 for axis in found.batch):
             evidence.add("expert", evidence.along(found.batch))
             evidence.add("in experts", read | written)
         for number in read & written:
@@ -213,15 +223,19 @@ class _Reader:
         for number in batch:
             evidence.beside[number] |= batch - {number}
         sides = [evidence.along(found.rows) - contracted - batch, evidence.along(found.columns) - contracted - batch]
-        of_scores = [operand is node or operand in self._scores for operand in found.operands]
+        of_product = [operand is node or operand in self._products for operand in found.operands]
         for mine, other in ((0, 1), (1, 0)):
             if contracted:
-                word = "carried" if of_scores[mine] else "outer"
-            elif of_scores[mine] == of_scores[other]:
+                word = "carried" if of_product[mine] else "outer"
+            elif of_product[mine] == of_product[other]:
                 word = "outer"
             else:
-                word = "batched" if of_scores[mine] else "carried"
+                word = "batched" if of_product[mine] else "carried"
             evidence.add(word, sides[mine])
+        self._products.add(node)
+        self._scores.discard(node)
+        if contracted and not any(of_product):
+            self._scores.add(node)
         self._met += [(number, other) for number in contracted for other in sides[0] | sides[1] | batch]
 
     def _states(self) -> None:
