@@ -14,9 +14,9 @@ from torchshear.graph._quiet import quiet_torch
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into a mode; afterwards its attributes and buffers and the RNG are what they were."""
+    """Put the model into a mode; afterwards its attributes, buffers, hooks and the RNG are what they were."""
     flags = [(module, module.training) for module in model.modules()]
-    own = [(m, dict(vars(m)), dict(m._buffers)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
+    own = [(m, dict(vars(m)), _held(m)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), quiet_torch():
@@ -30,13 +30,19 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-        for module, attributes, buffers in own:
+        for module, attributes, held in own:
             _restore(vars(module), attributes)
-            _restore(module._buffers, buffers)
+            for name, content in held.items():
+                _restore(attributes[name], content)
 
 
-def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:
-    """Undo what a forward assigned: a cached value, a buffer replaced by another tensor."""
+def _held(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """What the dictionaries of a module hold: buffers, hooks, caches."""
+    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
+
+
+def _restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    """Undo what a forward assigned: a cached value, a buffer replaced by another tensor, a hook."""
     for name in now.keys() - before.keys():
         del now[name]
     for name, value in before.items():
