@@ -74,6 +74,28 @@ def test_a_table_read_by_a_layer_is_an_embedding() -> None:
     assert roles_of(Net(run, **layers), torch.randint(0, 20, (2, 5))) == {6: "embedding", 12: "ffn"}
 
 
+def test_summed_tables_are_an_embedding_until_a_branch_adds_to_them() -> None:
+    def tables(m, tokens):
+        return m.words(tokens) + m.kinds(tokens % 2)
+
+    layers = {
+        "words": nn.Embedding(20, 6),
+        "kinds": nn.Embedding(2, 6),
+        "up": nn.Linear(6, 12),
+        "down": nn.Linear(12, 3),
+    }
+    tokens = torch.randint(0, 20, (2, 5))
+    projected = Net(lambda m, x: m.down(m.up(tables(m, x)).relu()), **layers)
+    assert roles_of(projected, tokens) == {6: "embedding", 12: "ffn"}
+    branch = {"up": nn.Linear(6, 12), "down": nn.Linear(12, 6), "head": nn.Linear(6, 3)}
+
+    def run(m, tokens):
+        x = tables(m, tokens)
+        return m.head(x + m.down(m.up(x).relu()))
+
+    assert roles_of(Net(run, **(layers | branch)), tokens) == {6: "residual", 12: "ffn"}
+
+
 def _split_heads(x: Tensor, heads: int) -> Tensor:
     return x.view(*x.shape[:2], heads, -1).transpose(1, 2)
 
@@ -281,6 +303,23 @@ class StateSpace(nn.Module):
 
 def test_a_state_space_layer() -> None:
     assert roles_of(StateSpace(), noise(2, 4, 3)) == {8: "residual", 6: "inner", 5: "state", 4: "rank"}
+
+
+def test_state_spaces_in_heads_are_linear_attention() -> None:
+    """Chunks of the second Mamba (Dao and Gu, ICML 2024, arXiv:2405.21060): states pass on from chunk to chunk."""
+
+    def run(m, x):
+        x = m.stem(x)
+        b, c, v, dt = m.into(x).unflatten(1, (3, 2)).split([5, 5, 24, 4], -1)
+        v, decay = v.unflatten(-1, (4, 6)), torch.exp(-F.softplus(dt))
+        states = torch.einsum("bcln,bclhp->bchpn", b, v * decay[..., None])
+        mixing = torch.einsum("bclh,bzlh->bhzc", dt, decay).tril()
+        passed = torch.einsum("bhzc,bchpn->bzhpn", mixing, states)
+        y = torch.einsum("bcln,bchpn->bclhp", c, passed)
+        return m.head(x + m.out(y.flatten(3).flatten(1, 2)))
+
+    net = Net(run, stem=nn.Linear(3, 17), into=nn.Linear(17, 38), out=nn.Linear(24, 17), head=nn.Linear(17, 2))
+    assert roles_of(net, noise(2, 6, 3)) == {17: "residual", 5: "qk_dim", 4: "heads", 6: "v_dim"}
 
 
 class Unrolled(nn.Module):

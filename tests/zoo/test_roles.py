@@ -98,3 +98,32 @@ def test_transformers(name: str) -> None:
     groups = torchshear.analyze(torchshear.trace(model, (), inputs))
     for role, widths in expected.items():
         assert sorted(group.width for group in groups if group.role == role) == sorted(widths), role
+
+
+@needs_torchvision
+@needs_transformers
+def test_a_feature_extractor_may_give_fewer_features() -> None:
+    load_torchvision()
+    import transformers
+
+    config = transformers.ViTConfig(**COMMON, image_size=32, patch_size=8)
+    model = transformers.ViTModel(config, add_pooling_layer=False).double().eval()
+    inputs = {"pixel_values": torch.randn(2, 3, 32, 32, dtype=torch.float64), "output_hidden_states": True}
+    options = {"ratio": 0.5, "prunable_outputs": ["last_hidden_state", "hidden_states"]}
+    result = torchshear.prune(model, (), inputs, **options)
+    assert [output.name for output in result.plan.outputs] == [
+        "last_hidden_state",
+        "hidden_states.0",
+        "hidden_states.1",
+        "hidden_states.2",
+    ]
+    small = result.model(**inputs)
+    assert small.last_hidden_state.shape == small.hidden_states[0].shape == (2, 17, 32)
+    assert result.verification.max_error <= 1e-9
+    assert {group.role for group in result.report.groups if group.kept * 2 == group.width} == {
+        "residual",
+        "heads",
+        "qk_dim",
+        "v_dim",
+        "ffn",
+    }

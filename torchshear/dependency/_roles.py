@@ -116,6 +116,7 @@ class _Reader:
         self.evidence = evidence
         self._origins: dict[fx.Node, frozenset[fx.Node]] = {}
         self._computed: set[fx.Node] = set()
+        self._lookups: set[fx.Node] = set()
         self._products: set[fx.Node] = set()
         self._scores: set[fx.Node] = set()
         self._sources: dict[fx.Node, frozenset[str]] = {}
@@ -168,7 +169,7 @@ class _Reader:
         is_sum = _operator(node) in _SUMS and len(tensors) == 2
         if is_sum and all(tensor in self._computed for tensor in tensors):
             left, right = (self._origins[tensor] for tensor in tensors)
-            if left - right and right - left:
+            if left - right and right - left and not left | right <= self._lookups:
                 self.evidence.add("summed", self.evidence.along(axes))
                 self._origins[node] = frozenset({node})
         if is_elementwise(node) or node.name in self.facts.mixed:
@@ -183,6 +184,8 @@ class _Reader:
         values = [operand is node or operand in self._computed for operand in found.operands]
         self._weights |= _union(self._sources, found.operands)
         self._origins[node] = frozenset({node})
+        if found.kind == "lookup":
+            self._lookups.add(node)
         if all(values) and found.kind == "product":
             self._of_values(node, found)
         elif not self._mixes_heads(found, values):
@@ -223,20 +226,27 @@ class _Reader:
         for number in batch:
             evidence.beside[number] |= batch - {number}
         sides = [evidence.along(found.rows) - contracted - batch, evidence.along(found.columns) - contracted - batch]
-        of_product = [operand is node or operand in self._products for operand in found.operands]
         for mine, other in ((0, 1), (1, 0)):
-            if contracted:
-                word = "carried" if of_product[mine] else "outer"
-            elif of_product[mine] == of_product[other]:
-                word = "outer"
-            else:
-                word = "batched" if of_product[mine] else "carried"
-            evidence.add(word, sides[mine])
+            evidence.add(self._word(node, found.operands[mine], found.operands[other], bool(contracted)), sides[mine])
+        of_product = [operand is node or operand in self._products for operand in found.operands]
         self._products.add(node)
         self._scores.discard(node)
         if contracted and not any(of_product):
             self._scores.add(node)
         self._met += [(number, other) for number in contracted for other in sides[0] | sides[1] | batch]
+
+    def _word(self, node: fx.Node, mine: fx.Node, other: fx.Node, has_contracted: bool) -> str:
+        """What an axis is that only the operand `mine` of a product has.
+
+        Scores times values: the values' axis is carried, and what scores have beside their tokens are heads of one key.
+        Where keys met values first, that product is read by queries, and its other axis is carried.
+        """
+        is_product = {operand: operand is node or operand in self._products for operand in (mine, other)}
+        if has_contracted:
+            return "carried" if is_product[mine] else "outer"
+        if is_product[other] and not is_product[mine]:
+            return "carried"
+        return "batched" if mine in self._scores and not is_product[other] else "outer"
 
     def _states(self) -> None:
         """Tell state-space layers from attention: a parameter that is no layer's weight spans state and channels.
@@ -275,7 +285,6 @@ _TELLING: tuple[tuple[tuple[str, ...], str], ...] = (
     (("carried",), "v_dim"),
     (("repeated",), "hidden"),
     (("summed", "read"), "residual"),
-    (("looked up", "summed"), "residual"),
     (("expert",), "experts"),
     (("scored", "outer", "read"), "head_dim"),
     (("scored",), "qk_dim"),
