@@ -1,8 +1,8 @@
 """The public functions that join the stages: plan with an alignment profile, and prune in one call."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import nn
 
@@ -10,7 +10,7 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import VerificationError
 from torchshear.graph import trace
-from torchshear.pruners import Criterion, plan_uniform
+from torchshear.pruners import Criterion, Ratio, plan_uniform
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Shrunk, Verification, resolve_alignment, shrink_to_form, verify
 
@@ -34,31 +34,56 @@ class PruneResult:
     form: str
 
 
+class Choice(TypedDict, total=False):
+    """What may shrink, as keywords of `prune`.
+
+    Attributes:
+        axes: roles that may shrink, see `torchshear.plan`.
+        exclude: what stays whole, see `torchshear.plan`.
+        prunable_outputs: names of outputs that may shrink, see `torchshear.analyze`; all others keep their shapes.
+    """
+
+    axes: str | Collection[str] | None
+    exclude: str | Collection[str]
+    prunable_outputs: str | Collection[str]
+
+
 def plan(
     groups: ChannelGroups,
     criterion: str | Criterion = "l1",
-    ratio: float = 0.5,
+    ratio: Ratio = 0.5,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
+    axes: str | Collection[str] | None = None,
+    exclude: str | Collection[str] = (),
 ) -> PruningPlan:
-    """Decide what to remove: the same share of every channel group, lowest scores first.
+    """Decide what to remove: a share of every channel group that may shrink, lowest scores first.
 
     Args:
         groups: the analysed network, from `torchshear.analyze`.
         criterion: name of a criterion ("l1", "l2") or a function like one.
-        ratio: fraction of the units of each group to remove, in [0, 1).
+        ratio: fraction of the units of each group to remove, in [0, 1); or a mapping from what it is for: the name of
+            a group, a pattern of module or parameter names ("layer3", "*.mlp.*"), a role ("ffn"), or "*" for all
+            others. Where several keys fit a group, the first kind in this order counts. A pattern fits a group if it
+            fits a layer that makes its units. Groups that no key fits stay whole.
         align: kept widths are rounded to the nearest multiple of an integer, or to what a profile ("cpu-avx2",
             "cuda-fp16", ...) or this machine ("auto") runs well. None: any width.
         min_width: the fewest units to keep in a group.
+        axes: role or roles that may shrink, of `torchshear.dependency.ROLES`: "heads", "head_dim" and "ffn" stand for
+            narrower ones, too. None: all.
+        exclude: patterns of module or parameter names, or names of groups. A group with any member that one of them
+            fits stays whole.
 
     Returns:
-        The plan. Nothing is changed.
+        The plan. Nothing is changed. It says of every group that stays whole why.
 
     Raises:
-        ArgumentError: unknown criterion or profile; ratio outside [0, 1), or too small to remove anything.
+        ArgumentError: unknown criterion or profile; ratio outside [0, 1), or too small to remove anything; a role, key
+            or pattern that is unknown, fits nothing or decides nothing; two patterns that ask different ratios of one
+            group.
         WeightError: the weights are NaN, infinite, or on the meta device.
     """
-    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width)
+    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width, axes, exclude)
 
 
 def prune(
@@ -66,9 +91,10 @@ def prune(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     criterion: str | Criterion = "l1",
-    ratio: float = 0.5,
+    ratio: Ratio = 0.5,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
+    **choice: Unpack[Choice],
 ) -> PruneResult:
     """Prune a model in one call: trace, analyze, plan, shrink, verify.
 
@@ -77,9 +103,11 @@ def prune(
         args: example positional arguments.
         kwargs: example keyword arguments.
         criterion: name of a criterion or a function like one.
-        ratio: fraction of the units of each channel group to remove, in [0, 1).
+        ratio: fraction of the units of each channel group to remove, in [0, 1), or a mapping; see `torchshear.plan`.
         align: see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
+        **choice: what may shrink: `axes` and `exclude` as for `torchshear.plan`, `prunable_outputs` as for
+            `torchshear.analyze`. Without them every group may, and every output keeps its shape.
 
     Returns:
         The pruned model with its plan and report. A model in which nothing can shrink comes back as a copy, and the
@@ -91,11 +119,23 @@ def prune(
         WeightError: the weights cannot be scored.
         VerificationError: the shrunk model is not equal to the masked one; nothing is returned then.
     """
+    _check_choice(choice)
     alignment = resolve_alignment(align)
-    made = plan_uniform(analyze(trace(model, args, kwargs)), criterion, ratio, alignment, min_width)
+    groups = analyze(trace(model, args, kwargs), choice.get("prunable_outputs", ()))
+    made = plan_uniform(groups, criterion, ratio, alignment, min_width, choice.get("axes"), choice.get("exclude", ()))
     shrunk, verification = _shrink_and_verify(model, made, args, kwargs)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}")
     return PruneResult(shrunk.model, made, report, verification, shrunk.form)
+
+
+def _check_choice(choice: Mapping[str, object]) -> None:
+    """Keywords that do not exist would do nothing in silence."""
+    for name in choice:
+        if name not in Choice.__annotations__:
+            raise TypeError(
+                f"prune() has no argument {name!r}; expected model, args, kwargs, criterion, ratio, align, min_width, "
+                f"{', '.join(Choice.__annotations__)}."
+            )
 
 
 def _shrink_and_verify(

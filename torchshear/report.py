@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from torchshear.dependency import ChannelGroup, Cut, PruningPlan, dense_cost
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, GroupPlan, PruningPlan, dense_cost
 from torchshear.graph import Cost
 
 
@@ -23,6 +23,8 @@ class GroupReport:
         members: number of parameter dimensions that shrink with it.
         note: why it kept more or other than asked, or "".
         where: operators that use it, with module and source line.
+        role: what its units are for, one of `torchshear.dependency.ROLES`.
+        ratio: fraction of the units that was to go; None if it was to stay whole or its units were given.
     """
 
     name: str
@@ -32,6 +34,25 @@ class GroupReport:
     members: int
     note: str
     where: tuple[str, ...]
+    role: str = "other"
+    ratio: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputReport:
+    """One output of the model that was allowed to shrink.
+
+    Attributes:
+        name: its name.
+        before: sizes before, None where they follow the batch.
+        after: sizes after.
+        note: why nothing of it can go, or "".
+    """
+
+    name: str
+    before: tuple[int | None, ...]
+    after: tuple[int | None, ...]
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +60,15 @@ class PruningReport:
     """What a plan asks of a model and what it does to it.
 
     Attributes:
-        requested_ratio: fraction of units that was to go, or None if units were given.
-        achieved_ratio: fraction of units that goes, over the groups that can shrink; 0 if there are none.
+        requested_ratio: fraction of units that was to go, over the groups that can and may shrink; None if units were
+            given.
+        achieved_ratio: fraction of units that goes, over the same groups; 0 if there are none.
         before: parameters and MACs of one sample of the dense model.
         after: the same of the pruned model.
         groups: all channel groups.
         refused: group or "parameter[dimension]" -> why it cannot shrink.
         form: "native" or "traced", and why, once the model is shrunk; else "".
+        outputs: the outputs that were allowed to shrink; all others keep their shapes.
     """
 
     requested_ratio: float | None
@@ -55,6 +78,7 @@ class PruningReport:
     groups: tuple[GroupReport, ...]
     refused: dict[str, str]
     form: str = ""
+    outputs: tuple[OutputReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -75,24 +99,47 @@ def make_report(plan: PruningPlan, form: str = "") -> PruningReport:
     groups = plan.analysis
     assert groups is not None, "a plan that was loaded has no analysis"
     cut = Cut(groups, plan.kept)
-    rows = tuple(
-        _row(group, plan_of.kept.size, plan_of.note) for group, plan_of in zip(groups, plan.groups, strict=True)
-    )
-    total = sum(group.width for group in groups.prunable)
-    ratio = plan.request.get("ratio")
+    rows = tuple(_row(group, plan_of) for group, plan_of in zip(groups, plan.groups, strict=True))
+    requested, achieved = _ratios(groups, plan)
     return PruningReport(
-        requested_ratio=float(ratio) if ratio is not None else None,
-        achieved_ratio=plan.n_cut / total if total else 0.0,
+        requested_ratio=requested,
+        achieved_ratio=achieved,
         before=dense_cost(groups.graph),
         after=cut.cost(),
         groups=rows,
         refused=dict(plan.refused),
         form=form,
+        outputs=tuple(OutputReport(o.name, o.shape, o.shape_after, o.note) for o in plan.outputs),
     )
 
 
-def _row(group: ChannelGroup, kept: int, note: str) -> GroupReport:
-    return GroupReport(group.name, group.width, kept, group.is_mixed, len(group.members), note, group.where)
+def _ratios(groups: ChannelGroups, plan: PruningPlan) -> tuple[float | None, float]:
+    """Fraction of the units that was to go, and that goes, over the groups that can and may shrink."""
+    prunable = [of for group, of in zip(groups, plan.groups, strict=True) if group.is_prunable]
+    asked = [(of, of.ratio) for of in prunable if of.ratio is not None]
+    chosen = [of for of, _ in asked] or prunable
+    total = sum(of.width for of in chosen)
+    achieved = sum(of.width - len(of.kept) for of in chosen) / total if total else 0.0
+    if not asked:
+        ratio = plan.request.get("ratio")  # nothing can shrink, or units were given
+        return (float(ratio) if isinstance(ratio, int | float) else None), achieved
+    ratios = {ratio for _, ratio in asked}
+    mean = sum(ratio * of.width for of, ratio in asked) / total
+    return (ratios.pop() if len(ratios) == 1 else mean), achieved
+
+
+def _row(group: ChannelGroup, plan_of: GroupPlan) -> GroupReport:
+    return GroupReport(
+        group.name,
+        group.width,
+        len(plan_of.kept),
+        group.is_mixed,
+        len(group.members),
+        plan_of.note,
+        group.where,
+        group.role,
+        plan_of.ratio,
+    )
 
 
 def render_report(report: PruningReport, width: int = 120) -> str:
@@ -105,6 +152,7 @@ def render_report(report: PruningReport, width: int = 120) -> str:
     table = Table(title="Channel groups", title_justify="left")
     for heading, justify in (
         ("group", "left"),
+        ("role", "left"),
         ("before", "right"),
         ("after", "right"),
         ("kept", "right"),
@@ -113,7 +161,8 @@ def render_report(report: PruningReport, width: int = 120) -> str:
         table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
     for group in report.groups:
         note = group.note or ("norm, softmax or mean over it" if group.is_mixed else "")
-        table.add_row(group.name, str(group.width), str(group.kept), f"{group.kept / group.width:.0%}", note)
+        kept = f"{group.kept / group.width:.0%}"
+        table.add_row(group.name, group.role, str(group.width), str(group.kept), kept, note)
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     console.print(_summary(report), highlight=False, soft_wrap=True)
@@ -130,12 +179,23 @@ def _summary(report: PruningReport) -> str:
     ]
     if report.form:
         lines.append(f"form        {report.form}")
+    lines += [f"output      {_output_line(output)}" for output in report.outputs]
     if report.refused:
         lines.append(f"cannot shrink ({len(report.refused)}):")
         lines += [f"  {name}: {reason}" for name, reason in list(report.refused.items())[:12]]
         if len(report.refused) > 12:
             lines.append(f"  ... and {len(report.refused) - 12} more, in .refused")
     return "\n".join(lines)
+
+
+def _output_line(output: OutputReport) -> str:
+    before, after = (
+        f"({', '.join('batch' if size is None else str(size) for size in shape)})"
+        for shape in (output.before, output.after)
+    )
+    if before != after:
+        return f"{output.name} {before} -> {after}"
+    return f"{output.name} {before} unchanged{': ' if output.note else ''}{output.note}"
 
 
 def _line(label: str, before: int, after: int) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 import torchshear
 from torchshear.pruners import plan_from_kept
@@ -29,7 +29,7 @@ class Router(nn.Module):
 class OneHotRouter(Router):
     def forward(self, x: Tensor) -> Tensor:
         weight, index = self.chosen(x)
-        mask = F.one_hot(index, self.gate.weight.shape[0]).to(x.dtype)
+        mask = functional.one_hot(index, self.gate.weight.shape[0]).to(x.dtype)
         share = torch.einsum("bk,bke->be", weight, mask)
         inner = torch.einsum("bd,edf->bef", x, self.up).relu()
         return self.head(torch.einsum("bef,efd,be->bd", inner, self.down, share))

@@ -270,3 +270,29 @@ def test_example_inputs_are_described_and_made_again() -> None:
     assert ExampleInputs.of((object(),)).to_json() is None
     assert inputs.batch_size() is None
     assert ExampleInputs.of((torch.zeros(2, 3),)).with_batch(5).args[0].shape == (5, 3)
+
+
+class LazyHooks(nn.Module):
+    """Installs a hook that counts when it is first called, and remembers that it has, as some libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.seen = nn.Linear(3, 4), {}
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        if not getattr(self, "_installed", False):
+            self._installed = True
+            self.one.register_forward_hook(lambda *_: self.seen.update(n=self.seen.get("n", 0) + 1))
+        self.seen.clear()
+        return self.one(x), self.seen["n"]
+
+
+def test_hooks_that_a_forward_installs_are_gone_with_what_remembers_them() -> None:
+    model, x = LazyHooks(), torch.randn(2, 3)
+    torchshear.trace(model, (x,))
+    assert len(model.one._forward_hooks) == 0
+    assert model.seen == {}
+    assert model(x)[1] == 1
+    torchshear.trace(model, (x,))
+    assert len(model.one._forward_hooks) == 1
+    assert model(x)[1] == 1

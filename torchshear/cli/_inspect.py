@@ -71,13 +71,14 @@ def _groups_table(groups: ChannelGroups) -> Table:
     table = Table(title=f"Channel groups of {groups.graph.model_type.rpartition('.')[2]}", title_justify="left")
     table.add_column("#", justify="right")
     table.add_column("group", overflow="fold", ratio=3)
-    table.add_column("width", justify="right")
+    table.add_column("width\nrole", justify="right")
     table.add_column("members", overflow="fold", ratio=3)
     table.add_column("constraints", ratio=2)
     table.add_column("where", overflow="fold", ratio=3)
     for number, group in enumerate(groups):
         where = _short(group.where[0]) if group.where else ""
-        table.add_row(str(number), group.name, str(group.width), _members(group), _constraints(group), where)
+        width = f"{group.width}\n{group.role}"
+        table.add_row(str(number), group.name, width, _members(group), _constraints(group), where)
     return table
 
 
@@ -118,7 +119,7 @@ def _print_group(console: Console, group: GroupDetail) -> None:
     print_lines(console, f"{'width':<{_INDENT}}{units}")
     parameters = f"{group.n_params:,} elements in its parameters; a unit takes {group.unit_params:,.0f} along"
     print_lines(console, f"{'parameters':<{_INDENT}}{parameters}")
-    print_lines(console, f"{'roles':<{_INDENT}}{', '.join(group.roles)}")
+    print_lines(console, f"{'role':<{_INDENT}}{group.role} (dimensions: {', '.join(group.roles)})")
     for constraint in group.constraints:
         _print_constraint(console, constraint)
     console.print()

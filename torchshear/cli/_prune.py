@@ -18,8 +18,10 @@ from safetensors.torch import save_model
 
 import torchshear
 from torchshear._files import atomic_path
+from torchshear.api import Choice
 from torchshear.cli._bench import measure, print_latency
 from torchshear.cli._example import Target, load_example
+from torchshear.cli._options import parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.errors import OutputError
 from torchshear.report import render_report
@@ -28,16 +30,19 @@ from torchshear.speedup import OnnxFile
 _INDEX_FILE: Final = re.compile(r"plan-[0-9a-f]{12}\.safetensors")
 
 
+@takes_choice
 def prune(
     target: Target,
     output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
-    ratio: Annotated[float, typer.Option(help="Share of each group's channels to remove, in [0, 1).")] = 0.5,
     criterion: Annotated[str, typer.Option(help="How channels are scored: l1, l2.")] = "l1",
     align: Annotated[
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
+    *,
+    ratio: float | dict[str, float],
+    choice: Choice,
 ) -> None:
     """Prune a model, prove it equal to the masked one, write it with its plan and as ONNX, and measure it.
 
@@ -47,7 +52,7 @@ def prune(
     """
     model, args, kwargs = load_example(target)
     with _output_folder(output) as draft, status("pruning and verifying") as say:
-        result = torchshear.prune(model, args, kwargs, criterion, ratio, _parse_align(align), min_width)
+        result = torchshear.prune(model, args, kwargs, criterion, ratio, parse_align(align), min_width, **choice)
         say("writing the plan and the weights")
         result.plan.save(draft / "plan.json")
         with atomic_path(draft / "model.safetensors") as temporary:
@@ -72,12 +77,6 @@ def prune(
         print_latency(console, comparison)
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
     print_lines(console, f"written     in {output}: {written}")
-
-
-def _parse_align(text: str) -> int | str | None:
-    """Turn the option into what `torchshear.prune` takes."""
-    number = re.fullmatch(r"-?[0-9]+", text)
-    return None if text == "none" else int(text) if number else text
 
 
 @contextmanager

@@ -6,10 +6,14 @@ from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._network import Dimension, Value
+from torchshear.dependency._outputs import OutputPlan
 from torchshear.dependency._plan import GroupPlan, PruningPlan, StatePlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
+from torchshear.dependency._uses import FAMILIES, ROLES
 
 __all__ = [
+    "FAMILIES",
+    "ROLES",
     "Algebra",
     "Axes",
     "Axis",
@@ -22,6 +26,7 @@ __all__ = [
     "GroupPlan",
     "Keep",
     "Member",
+    "OutputPlan",
     "PruningPlan",
     "Result",
     "StatePlan",

@@ -1,6 +1,8 @@
 """Walk a graph once in execution order, apply each operator's rule, and form channel groups from what it says."""
 
 import operator
+from collections.abc import Collection
+from dataclasses import replace
 
 from torch import Tensor, fx
 
@@ -11,42 +13,50 @@ from torchshear.dependency._call import Call, Facts, Result
 from torchshear.dependency._grouping import form_groups
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._registry import Rule, find_position_rule, find_rule
-from torchshear.graph import Graph
+from torchshear.graph import Graph, check_outputs, matches, output_nodes
 from torchshear.graph._graph import shape_of
 
 assert _rules
 
 
-def analyze(graph: Graph) -> ChannelGroups:
+def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> ChannelGroups:
     """Find out which channels of a network must be cut together, and which cannot be cut.
 
     Needs shapes only: the model may live on the meta device.
 
     Args:
         graph: the captured model, from `torchshear.trace`.
+        prunable_outputs: names of outputs whose dimensions may shrink, all others stay as they are: keys of a
+            dictionary or fields of a dataclass, places in a tuple, joined by dots as in "features.3"; or patterns such
+            as "features.*". A single output is called "0".
 
     Returns:
         The channel groups, in order of appearance of their first parameter.
+
+    Raises:
+        ArgumentError: the model has no such output.
     """
     algebra, facts = Algebra(), Facts()
-    relate(graph, algebra, facts)
+    prunable = check_outputs(graph, prunable_outputs)
+    relate(graph, algebra, facts, prunable)
     training = None
     if graph.training is not None:
         training = facts.for_other_graph()
-        relate(graph.training, algebra, training)
+        relate(graph.training, algebra, training, prunable)
     settle_balances(algebra, facts)
-    return form_groups(graph, algebra, facts, training)
+    return replace(form_groups(graph, algebra, facts, training), prunable_outputs=prunable)
 
 
-def relate(graph: Graph, algebra: Algebra, facts: Facts) -> None:
+def relate(graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str] = ()) -> None:
     """Apply the rules of all operators of a graph.
 
     Args:
         graph: the captured model.
         algebra: relations, added to.
         facts: what the rules note, added to.
+        prunable_outputs: patterns of names of outputs that may shrink.
     """
-    walker = _Walker(graph, algebra, facts)
+    walker = _Walker(graph, algebra, facts, prunable_outputs)
     for node in graph:
         walker.visit(node)
 
@@ -54,7 +64,8 @@ def relate(graph: Graph, algebra: Algebra, facts: Facts) -> None:
 class _Walker:
     """Visits nodes and records the axes of their values."""
 
-    def __init__(self, graph: Graph, algebra: Algebra, facts: Facts) -> None:
+    def __init__(self, graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str]) -> None:
+        self.prunable_outputs = prunable_outputs
         self.graph = graph
         self.algebra = algebra
         self.facts = facts
@@ -66,7 +77,7 @@ class _Walker:
         elif node.op == "get_attr":
             self.facts.axes[node.name] = self._state(str(node.target))
         elif node.op == "output":
-            self._output(node)
+            self._outputs()
         elif _gives_tensors(node) or str(node.target) == "aten.sym_size.int":
             self.facts.axes[node.name] = self._call(node)
 
@@ -84,13 +95,20 @@ class _Walker:
             self.facts.state_axes[name] = tuple(self.algebra.fresh(size) for size in shape)
         return self.facts.state_axes[name]
 
-    def _output(self, node: fx.Node) -> None:
-        for i, value in enumerate(node.all_input_nodes):
-            pointer = self.facts.pointers.get(value.name)
-            self.algebra.fix([] if pointer is None else [pointer], f"positions along it are model output {i}")
-            axes = self.facts.axes.get(value.name)
-            for part in axes if isinstance(axes, list) else [axes]:
-                self.algebra.fix(part or (), f"model output {i}")
+    def _outputs(self) -> None:
+        """Fix what the model gives, but for outputs that may shrink, of which the batch alone is."""
+        for name, value in output_nodes(self.graph):
+            axes = self.facts.axes.get(value.name) if isinstance(value, fx.Node) else None
+            pointer = self.facts.pointers.get(value.name) if isinstance(value, fx.Node) else None
+            self.algebra.fix([] if pointer is None else [pointer], f"positions along it are model output {name}")
+            if not isinstance(axes, tuple):
+                for part in axes or ():
+                    self.algebra.fix(part, f"model output {name}")
+                continue
+            is_prunable = any(matches(pattern, name) for pattern in self.prunable_outputs)
+            for dim, axis in enumerate(axes):
+                if not is_prunable or self.graph.is_free(value, dim):
+                    self.algebra.fix([axis], f"model output {name}")
 
     def _call(self, node: fx.Node) -> Result:
         call = Call(node, self.graph, self.algebra, self.facts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency._axis import Algebra, Axes, Axis
+from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
 from torchshear.graph._graph import shape_of, tensor_operands
 
@@ -99,6 +100,7 @@ class Facts:
     pointers: dict[str, Axis] = field(
         default_factory=dict
     )  # value, or value:result -> the axis whose positions it holds
+    uses: Uses = field(default_factory=Uses)
 
     def for_other_graph(self) -> "Facts":
         """Facts for another graph over the same parameters: what concerns parameters is shared, values are not."""
@@ -126,6 +128,7 @@ class Facts:
             positions=dict(self.positions),
             parts=list(self.parts),
             pointers=dict(self.pointers),
+            uses=self.uses.copy(),
         )
 
 
@@ -287,6 +290,31 @@ class Call:
         if name is not None:
             for role, dim in roles.items():
                 self._facts.roles.setdefault((name, dim), set()).add(role.rstrip("_"))
+
+    def contract(
+        self,
+        operands: tuple[fx.Node, fx.Node],
+        contracted: Axes,
+        free: tuple[Axes, Axes],
+        batch: Axes = (),
+        kind: Kind = "product",
+    ) -> None:
+        """Say that two operands are multiplied and summed over axes, from which the roles of groups are told.
+
+        Args:
+            operands: left and right operand; this call's own node stands for a product made inside it.
+            contracted: axes that are summed over.
+            free: axes that only the left, and that only the right operand has.
+            batch: axes that both have and the result keeps.
+            kind: see `Contraction`.
+        """
+        found = Contraction(kind, operands, contracted, free[0], free[1], batch)
+        self._facts.uses.contractions.setdefault(self.node.name, []).append(found)
+
+    def use(self, role: str, *axes: Axis) -> None:
+        """Say outright what role axes have, where the algebra cannot tell, as in `call.use("hidden", state)`."""
+        assert role in ROLES, f"role {role!r}; expected one of {', '.join(ROLES)}"
+        self._facts.uses.declared.setdefault(role, []).extend(axes)
 
     def results_of(self, node: fx.Node) -> list[Axes]:
         """Axes of each result of a node that gives several."""

@@ -9,6 +9,7 @@ from torchshear.dependency._axis import Algebra, Axis
 from torchshear.dependency._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
 from torchshear.dependency._call import Because, Facts
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
+from torchshear.dependency._roles import with_roles
 from torchshear.dependency._units import PAD, Ids
 from torchshear.graph import Graph, locate
 
@@ -46,7 +47,12 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     for index in range(n_groups):
         made = _group(index, members[index], labels, index in mixed, names, users, joint)
         groups.append(replace(made, least=least.get(index, 1)))
-    return ChannelGroups(graph, tuple(groups), _fixed_dimensions(graph, algebra, facts), algebra, facts, training)
+    analysed = [(graph, facts)]
+    if graph.training is not None and training is not None:
+        analysed.append((graph.training, training))
+    return ChannelGroups(
+        graph, with_roles(analysed, algebra, groups), _fixed_dimensions(graph, algebra, facts), algebra, facts, training
+    )
 
 
 def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension]:

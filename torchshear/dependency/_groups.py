@@ -62,6 +62,7 @@ class ChannelGroup:
         n_peers: number of dimensions that the units are shared out among and that must stay equally wide, as the layers
             of one recurrent call; 1 elsewhere, where every dimension holds all units.
         least: units that must stay in each of those dimensions.
+        role: what the units are for, one of `torchshear.dependency.ROLES`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ChannelGroup:
     where: tuple[str, ...]
     n_peers: int = 1
     least: int = 1
+    role: str = "other"
 
     @property
     def is_prunable(self) -> bool:
@@ -138,6 +140,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
         algebra: units and their relations.
         facts: axes of every value and what rules noted.
         training_facts: the same for the graph captured in train mode, where `graph.training` is one.
+        prunable_outputs: names or patterns of the outputs that may shrink.
     """
 
     graph: Graph
@@ -146,6 +149,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
     algebra: Algebra
     facts: Facts
     training_facts: Facts | None = None
+    prunable_outputs: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchshear.dependency._cut import Cut
 from torchshear.dependency._groups import ChannelGroups
+from torchshear.dependency._outputs import OutputPlan, output_plans, read_outputs, write_outputs
 from torchshear.dependency._plan_file import IndexReader, IndexWriter, damaged, read_document, write_document
 from torchshear.errors import PlanError
 
@@ -29,12 +30,16 @@ class GroupPlan:
         width: number of units before.
         kept: indices of the units that stay, ascending.
         note: why the group keeps more or other than asked; "" if it does not.
+        role: what the group's units are for, "" in plans that do not say.
+        ratio: fraction of the units that was to go; None if the group was to stay whole or its units were given.
     """
 
     name: str
     width: int
     kept: Indices
     note: str = ""
+    role: str = ""
+    ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +90,8 @@ class PruningPlan:
         request: what was asked for: criterion, ratio, alignment.
         refused: group name or "parameter[dimension]" -> why it does not shrink.
         versions: versions of torchshear and torch that made the plan.
+        prunable_outputs: names or patterns of outputs that may shrink.
+        outputs: what is kept of each of these.
         analysis: the analysed network, while the plan lives in the process that made it; not saved.
     """
 
@@ -97,6 +104,8 @@ class PruningPlan:
     request: Mapping[str, Any]
     refused: Mapping[str, str]
     versions: Mapping[str, str]
+    prunable_outputs: tuple[str, ...] = ()
+    outputs: tuple[OutputPlan, ...] = ()
     analysis: ChannelGroups | None = field(default=None, repr=False)
 
     def masks(self) -> dict[str, Tensor]:
@@ -164,7 +173,11 @@ def _same_kept(left: Mapping[str, Indices], right: Mapping[str, Indices]) -> boo
 
 
 def make_plan(
-    cut: Cut, kept: Mapping[str, Indices], request: Mapping[str, Any], notes: Mapping[str, str]
+    cut: Cut,
+    kept: Mapping[str, Indices],
+    request: Mapping[str, Any],
+    notes: Mapping[str, str],
+    ratios: Mapping[str, float] | None = None,
 ) -> PruningPlan:
     """Write down a cut as a plan.
 
@@ -173,14 +186,23 @@ def make_plan(
         kept: group name -> kept units; groups not named keep everything.
         request: what was asked for, as plain data.
         notes: group name -> why it keeps more or other than asked.
+        ratios: group name -> fraction of units that was to go, for groups of which something was to.
     """
+    ratios = ratios or {}
     groups = cut.groups
     graph = groups.graph
     refused = {group.name: group.reason for group in groups if group.reason}
     refused |= {f"{fixed.name}[{fixed.dim}]": fixed.reason for fixed in groups.fixed}
     return PruningPlan(
         groups=tuple(
-            GroupPlan(g.name, g.width, _indices(kept.get(g.name, np.arange(g.width))), notes.get(g.name, ""))
+            GroupPlan(
+                g.name,
+                g.width,
+                _indices(kept.get(g.name, np.arange(g.width))),
+                notes.get(g.name, ""),
+                g.role,
+                ratios.get(g.name),
+            )
             for g in groups
         ),
         state={name: _state_plan(cut, name) for name in cut.changed_state() if graph.state[name].kind != "constant"},
@@ -191,6 +213,8 @@ def make_plan(
         request=dict(request),
         refused=refused,
         versions={"torchshear": version("torchshear"), "torch": str(torch.__version__)},
+        prunable_outputs=groups.prunable_outputs,
+        outputs=output_plans(cut),
         analysis=groups,
     )
 
@@ -239,7 +263,14 @@ def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:
         "request": dict(plan.request),
         "versions": dict(plan.versions),
         "groups": [
-            {"name": g.name, "width": g.width, "kept": writer.write(g.kept), **({"note": g.note} if g.note else {})}
+            {
+                "name": g.name,
+                **({"role": g.role} if g.role else {}),
+                "width": g.width,
+                **({"ratio": g.ratio} if g.ratio is not None else {}),
+                "kept": writer.write(g.kept),
+                **({"note": g.note} if g.note else {}),
+            }
             for g in plan.groups
         ],
         "state": {
@@ -250,6 +281,7 @@ def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:
             }
             for name, entry in plan.state.items()
         },
+        **write_outputs(plan.prunable_outputs, plan.outputs, writer),
         "aliases": dict(plan.aliases),
         "refused": dict(plan.refused),
     }
@@ -259,7 +291,14 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
     try:
         plan = PruningPlan(
             groups=tuple(
-                GroupPlan(g["name"], int(g["width"]), reader.read(g["kept"]), g.get("note", ""))
+                GroupPlan(
+                    g["name"],
+                    int(g["width"]),
+                    reader.read(g["kept"]),
+                    g.get("note", ""),
+                    str(g.get("role", "")),
+                    float(g["ratio"]) if "ratio" in g else None,
+                )
                 for g in document["groups"]
             ),
             state={name: _read_state(entry, reader) for name, entry in document["state"].items()},
@@ -270,6 +309,8 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
             request=dict(document["request"]),
             refused=dict(document["refused"]),
             versions=dict(document["versions"]),
+            prunable_outputs=tuple(str(name) for name in document.get("prunable_outputs", ())),
+            outputs=read_outputs(document.get("outputs", []), reader),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PlanError):
@@ -296,6 +337,13 @@ def _check_ranges(path: Path, plan: PruningPlan) -> None:
             if not 0 <= dim < len(entry.shape):
                 raise damaged(path, f"{name!r} has no dimension {dim}")
             _check_indices(path, f"{name!r} dimension {dim}", kept, entry.shape[dim] * max(entry.blocks.get(dim, 0), 1))
+
+    for output in plan.outputs:
+        for dim, kept in output.kept.items():
+            size = output.shape[dim] if 0 <= dim < len(output.shape) else None
+            if size is None:
+                raise damaged(path, f"output {output.name!r} has no dimension {dim} that can shrink")
+            _check_indices(path, f"output {output.name!r} dimension {dim}", kept, size)
 
 
 def _check_indices(path: Path, what: str, kept: Indices, size: int) -> None:

@@ -85,6 +85,11 @@ def find_rule(node: fx.Node) -> Rule | None:
     return rule
 
 
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether a call computes each value from the values at the same position, and is known to."""
+    return find_rule(node) is _RULES["torchshear.pointwise"]
+
+
 def registered_operators() -> tuple[str, ...]:
     """Names of all operators that have a rule of their own, sorted."""
     return tuple(sorted(_RULES))

@@ -2,13 +2,15 @@
 
 from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
+from torchshear.graph._contract import output_leaves, plain_outputs
 from torchshear.graph._copy import copy_model
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, enclosing_modules, locate
 from torchshear.graph._mode import as_if_exporting
-from torchshear.graph._outputs import output_leaves, plain_outputs
+from torchshear.graph._names import as_names, close_to, matches
+from torchshear.graph._outputs import check_outputs, output_names, output_nodes, shape_with_batch
 
 __all__ = [
     "Cost",
@@ -18,14 +20,21 @@ __all__ = [
     "Mode",
     "StateTensor",
     "as_if_exporting",
+    "as_names",
     "capture",
+    "check_outputs",
+    "close_to",
     "copy_model",
     "enclosing_modules",
     "failure_of",
     "locate",
+    "matches",
     "node_macs",
     "output_leaves",
+    "output_names",
+    "output_nodes",
     "plain_outputs",
+    "shape_with_batch",
     "trace",
     "trace_inputs",
 ]

@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError, CaptureError, first_line
 from torchshear.graph._batch import free_batch, probe_batches
 from torchshear.graph._check import agrees
+from torchshear.graph._contract import plain_outputs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._mode import in_mode
-from torchshear.graph._outputs import plain_outputs
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)

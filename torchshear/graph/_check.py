@@ -7,10 +7,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
+from torchshear.graph._contract import output_leaves
 from torchshear.graph._graph import Graph, Mode
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._mode import in_mode
-from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import graph_output
 
 

@@ -14,9 +14,9 @@ from torchshear.graph._quiet import quiet_torch
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into a mode; afterwards its attributes, buffers and hooks and the RNG are what they were."""
+    """Put the model into a mode; afterwards its attributes, buffers, hooks and the RNG are what they were."""
     flags = [(module, module.training) for module in model.modules()]
-    own = [(m, dict(vars(m)), _registered(m)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
+    own = [(m, dict(vars(m)), _held(m)) for m, _ in flags if isinstance(m._buffers, dict)]  # not TorchScript
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), quiet_torch():
@@ -30,10 +30,10 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     finally:
         for module, training in flags:
             module.training = training
-        for module, attributes, registered in own:
+        for module, attributes, held in own:
             _restore(vars(module), attributes)
-            for name, entries in registered.items():
-                _restore(getattr(module, name), entries)
+            for name, content in held.items():
+                _restore(attributes[name], content)
 
 
 @contextmanager
@@ -50,17 +50,13 @@ def as_if_exporting() -> Iterator[None]:
             setattr(torch.compiler, name, value)
 
 
-def _registered(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """The buffers and hooks of a module."""
-    return {
-        name: dict(value)
-        for name, value in vars(module).items()
-        if isinstance(value, dict) and (name == "_buffers" or "_hooks" in name)
-    }
+def _held(module: nn.Module) -> dict[str, dict[Any, Any]]:
+    """What the dictionaries of a module hold: buffers, hooks, caches."""
+    return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
 
 
 def _restore(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
-    """Undo what a forward assigned: a cached value, a buffer replaced by another tensor."""
+    """Undo what a forward assigned: a cached value, a buffer replaced by another tensor, a hook."""
     for name in now.keys() - before.keys():
         del now[name]
     for name, value in before.items():

@@ -1,51 +1,94 @@
-"""The outputs that a model is held to: tensors and plain values, in containers that torch can take apart.
+"""Names of a model's outputs: keys, fields and places on the way to each tensor."""
 
-What else a model returns, such as the cache of keys and values that a language model keeps for the next token, is an
-object of its own that torch.export does not know. It is left out of the capture, so that the tensors which it holds
-may shrink; the model itself goes on returning it.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import fx
 from torch.utils import _pytree as pytree
 
-_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.SymInt)
-_MARKS = ".[]'\""
+from torchshear.errors import ArgumentError
+from torchshear.graph._graph import Graph, shape_of
+from torchshear.graph._names import as_names, close_to, matches
 
 
-def output_leaves(output: Any) -> list[Any]:
-    """The flat outputs of a model: tensors and plain values; None and objects of other types are left out."""
-    return [leaf for leaf in pytree.tree_leaves(output) if leaf is not None and isinstance(leaf, _PLAIN)]
+def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
+    """Name of each output in the order in which they are flattened.
 
-
-def left_out(output: Any) -> tuple[str, ...]:
-    """Types of the objects in an output that `output_leaves` leaves out, with their places."""
-    pairs, _ = pytree.tree_flatten_with_path(output)
-    return tuple(
-        f"{pytree.keystr(path).strip(_MARKS) or 'output'} ({type(leaf).__name__})"
-        for path, leaf in pairs
-        if leaf is not None and not isinstance(leaf, _PLAIN)
-    )
-
-
-@contextmanager
-def plain_outputs(model: nn.Module) -> Iterator[list[str]]:
-    """Have the model return None in place of objects that torch.export does not know, for a while.
-
-    Gives a list that a call of the model fills with what was left out.
+    Keys of dictionaries (and of what derives from them), fields of dataclasses and named tuples, places in tuples and
+    lists, joined by dots: "logits", "features.3". A single output is called "0".
     """
-    dropped: list[str] = []
+    return tuple(".".join(path) or "0" for path in _paths(spec))
 
-    def plain(_: nn.Module, __: Any, output: Any) -> Any:
-        dropped[:] = left_out(output)
-        return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, output)
 
-    handle = model.register_forward_hook(plain)
+def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
+    if spec.is_leaf():
+        yield ()
+        return
+    children = spec.children()
+    for name, child in zip(_child_names(spec, len(children)), children, strict=True):
+        for path in _paths(child):
+            yield (name, *path)
+
+
+def _child_names(spec: pytree.TreeSpec, count: int) -> list[str]:
+    """What a container calls its children: it is built of marks, which are looked for in it."""
+    marks = [_Mark() for _ in range(count)]
+    by_place = [str(place) for place in range(count)]
     try:
-        yield dropped
-    finally:
-        handle.remove()
+        made = pytree.SUPPORTED_NODES[spec.type].unflatten_fn(marks, spec.context)
+    except Exception:  # a container of the user's may refuse what is not a tensor in any way; places are names, too
+        return by_place
+    named = {id(value): name for name, value in _items(made)}
+    return [named.get(id(mark), place) for mark, place in zip(marks, by_place, strict=True)]
+
+
+class _Mark:
+    """Stands for an output."""
+
+
+def _items(container: Any) -> list[tuple[str, Any]]:
+    if isinstance(container, Mapping):
+        return [(str(key), value) for key, value in container.items()]
+    if is_dataclass(container):
+        return [(field.name, getattr(container, field.name)) for field in fields(container)]
+    names = getattr(container, "_fields", ())
+    return list(zip(names, container, strict=True)) if names else []
+
+
+def output_nodes(graph: Graph) -> list[tuple[str, Any]]:
+    """Name and value of each output of a graph; values that no node makes are constants."""
+    end = next(node for node in reversed(graph.fx_graph.nodes) if node.op == "output")
+    values = pytree.tree_leaves(end.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
+    return list(zip(output_names(graph.out_spec), values, strict=True))
+
+
+def check_outputs(graph: Graph, given: object) -> tuple[str, ...]:
+    """Names or patterns of outputs that may shrink, each of which must fit one.
+
+    Raises:
+        ArgumentError: one fits no output; lists the outputs with their shapes.
+    """
+    patterns = as_names("prunable_outputs", given)
+    outputs = output_nodes(graph)
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name, _ in outputs):
+            names = [name for name, _ in outputs]
+            known = ", ".join(f"{name} {_shape(graph, value)}" for name, value in outputs[:40])
+            raise ArgumentError(
+                f"prunable_outputs: {pattern!r} fits no output of {graph.model_type}, which has {known}"
+                f"{', ...' if len(outputs) > 40 else ''}. Name one of these, or a pattern such as 'features.*'."
+                f"{close_to(pattern, names)}"
+            )
+    return patterns
+
+
+def shape_with_batch(graph: Graph, node: fx.Node) -> tuple[int | None, ...]:
+    """Sizes of a node's value, None where they follow the batch."""
+    return tuple(None if graph.is_free(node, dim) else size for dim, size in enumerate(shape_of(node)))
+
+
+def _shape(graph: Graph, value: Any) -> str:
+    if not isinstance(value, fx.Node) or not isinstance(shape_of(value), tuple):
+        return "(no tensor)"
+    return f"({', '.join('batch' if size is None else str(size) for size in shape_with_batch(graph, value))})"

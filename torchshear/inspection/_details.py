@@ -76,6 +76,7 @@ class GroupDetail:
         reason: why none can, or None.
         n_blocks: blocks that lose equally many; 1 where there is no balance.
         is_mixed: whether a norm, a softmax or a mean runs over the units.
+        role: what its units are for, one of `torchshear.dependency.ROLES`.
         roles: what its dimensions are for, over all members, sorted.
         n_params: elements of all parameters in which it has a dimension.
         unit_params: parameter elements that go with one unit, on average and as long as all other groups are whole.
@@ -92,6 +93,7 @@ class GroupDetail:
     reason: str | None
     n_blocks: int
     is_mixed: bool
+    role: str
     roles: tuple[str, ...]
     n_params: int
     unit_params: float
@@ -221,6 +223,7 @@ def _detail(
         reason=group.reason,
         n_blocks=group.n_blocks,
         is_mixed=group.is_mixed,
+        role=group.role,
         roles=tuple(sorted(frozenset().union(*(member.roles for member in group.members)))),
         n_params=sum(prod(entry.shape) for entry in parameters.values()),
         unit_params=unit_params / group.width,

@@ -2,11 +2,15 @@
 
 from torchshear.pruners._planning import plan_from_kept, plan_uniform
 from torchshear.pruners._selection import Width, choose_units, choose_width
+from torchshear.pruners._targets import Ratio, Target, choose_targets
 from torchshear.pruners.criteria import Criterion, criterion, find_criterion, registered_criteria, unit_sums
 
 __all__ = [
     "Criterion",
+    "Ratio",
+    "Target",
     "Width",
+    "choose_targets",
     "choose_units",
     "choose_width",
     "criterion",

@@ -1,6 +1,6 @@
 """From groups, a criterion and a ratio to a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, PruningPlan,
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners._selection import Width, choose_units, choose_width
+from torchshear.pruners._targets import Ratio, Target, choose_targets
 from torchshear.pruners.criteria import Criterion, find_criterion
 
 Indices = npt.NDArray[np.int64]
@@ -19,31 +20,36 @@ Indices = npt.NDArray[np.int64]
 def plan_uniform(
     groups: ChannelGroups,
     criterion: str | Criterion = "l1",
-    ratio: float = 0.5,
+    ratio: Ratio = 0.5,
     alignment: Alignment | None = None,
     min_width: int = 1,
+    axes: str | Collection[str] | None = None,
+    exclude: str | Collection[str] = (),
 ) -> PruningPlan:
-    """Remove the same share of every group, the units with the lowest scores first.
+    """Remove a share of every group that may shrink, the units with the lowest scores first.
 
     Args:
         groups: the analysed network.
         criterion: name of a registered criterion, or a function like one.
-        ratio: fraction of units to remove from each group, in [0, 1).
+        ratio: fraction of units to remove from each group, in [0, 1); or a mapping, see `torchshear.plan`.
         alignment: which widths the target runs well; None for any.
         min_width: the fewest units to keep in a group.
+        axes: roles that may shrink; None for all.
+        exclude: patterns of names; groups with a member that fits one stay whole.
 
     Raises:
         ArgumentError: unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit; min_width
-            below 1.
+            below 1; a role, key or pattern that fits nothing.
         WeightError: weights cannot be scored.
     """
     score = find_criterion(criterion)
-    _check_ratio(ratio)
     _check_min_width(min_width)
+    targets = choose_targets(groups, ratio, axes, exclude)
     alignment = alignment or Alignment.none()
-    widths = {group.name: choose_width(group, ratio, alignment, min_width) for group in groups}
-    if ratio > 0 and groups.prunable and all(widths[group.name].kept == group.width for group in groups):
-        raise ArgumentError(_nothing_moves(groups.prunable, ratio, alignment, min_width))
+    widths = {group.name: _width(group, targets[group.name], alignment, min_width) for group in groups}
+    chosen = tuple(group for group in groups.prunable if targets[group.name].ratio)
+    if chosen and all(widths[group.name].kept == group.width for group in groups):
+        raise ArgumentError(_nothing_moves(chosen, ratio, alignment, min_width))
     weights = {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
     kept = {
         group.name: _kept(group, score, weights, widths[group.name])
@@ -52,12 +58,22 @@ def plan_uniform(
     }
     request = {
         "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
-        "ratio": ratio,
+        "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
         "alignment": alignment.name,
         "min_width": min_width,
     }
+    request |= {} if axes is None else {"axes": [axes] if isinstance(axes, str) else list(axes)}
+    request |= {"exclude": [exclude] if isinstance(exclude, str) else list(exclude)} if exclude else {}
     notes = {name: width.note for name, width in widths.items() if width.note}
-    return make_plan(Cut(groups, kept), kept, request, notes)
+    ratios = {name: target.ratio for name, target in targets.items() if target.ratio is not None}
+    return make_plan(Cut(groups, kept), kept, request, notes, ratios)
+
+
+def _width(group: ChannelGroup, target: Target, alignment: Alignment, min_width: int) -> Width:
+    """How many units of a group stay; all of them where it is to stay whole."""
+    if target.ratio is None:
+        return Width(group.width, f"stays whole: {target.reason}")
+    return choose_width(group, target.ratio, alignment, min_width)
 
 
 def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPlan:
@@ -92,17 +108,12 @@ def _kept(group: ChannelGroup, score: Criterion, weights: Mapping[str, Tensor], 
     return choose_units(group, scores, width.kept)
 
 
-def _check_ratio(ratio: float) -> None:
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        raise ArgumentError(f"ratio={ratio!r}; expected a number in [0, 1), the fraction of channels to remove.")
-
-
 def _check_min_width(min_width: int) -> None:
     if isinstance(min_width, bool) or not isinstance(min_width, int) or min_width < 1:
         raise ArgumentError(f"min_width={min_width!r}; expected an integer of at least 1, the fewest channels to keep.")
 
 
-def _nothing_moves(groups: tuple[ChannelGroup, ...], ratio: float, alignment: Alignment, min_width: int) -> str:
+def _nothing_moves(groups: tuple[ChannelGroup, ...], ratio: Ratio, alignment: Alignment, min_width: int) -> str:
     """Say which ratio would do: ratios are tried in steps of a hundredth, group by group."""
     steps = (step / 100 for step in range(1, 100))
     least = next(

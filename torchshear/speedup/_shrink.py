@@ -1,6 +1,5 @@
 """Make a plan real: a physically smaller model, in native form where that is equal to the rewritten graph."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torchshear.graph import ExampleInputs, Graph, capture, trace_inputs
 from torchshear.speedup._native_form import native_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
-from torchshear.speedup._traced import CallSpec, StateEntry, TracedModule
+from torchshear.speedup._traced import CallSpec, StateEntry, TracedModule, signature_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +110,7 @@ def analysis_of(
         inputs = ExampleInputs.from_json(plan.inputs, device)
     else:
         raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
-    groups = analyze(trace_inputs(model, inputs))
+    groups = analyze(trace_inputs(model, inputs), plan.prunable_outputs)
     if groups.graph.fingerprint != plan.fingerprint:
         raise PlanError(
             f"the plan is for {plan.model_type} with graph {plan.fingerprint[:12]}; {type(model).__name__} has graph "
@@ -164,7 +163,7 @@ def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> li
 
 
 def _call_spec(model: nn.Module, graphs: Mapping[str, Graph]) -> CallSpec:
-    signature = model._call.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
+    signature = signature_of(model)
     out_specs = {mode: graph.out_spec for mode, graph in graphs.items()}
     is_free = all(graph.batch_hint is not None for graph in graphs.values())
     return CallSpec(graphs["eval"].in_spec, out_specs, signature, _input_shapes(graphs["eval"], is_free))
@@ -205,7 +204,7 @@ def _training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut,
     train = capture(model, graph.inputs, "train")
     algebra, facts = groups.algebra.copy(), groups.facts.copy()
     of_train = facts.for_other_graph()
-    relate(train, algebra, of_train)
+    relate(train, algebra, of_train, groups.prunable_outputs)
     return train, Cut(replace(groups, algebra=algebra, facts=facts), cut.kept), of_train
 
 

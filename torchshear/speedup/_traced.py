@@ -1,7 +1,8 @@
 """The traced form of a shrunk model: one store of parameters, and a graph for each mode."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,3 +137,27 @@ def _compile(graph: fx.Graph) -> Forward:
     exec(compile(code.src, "<traced graph>", "exec"), scope)  # code made from the graph's own nodes, not from a file
     forward: Forward = scope["forward"]
     return forward
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """Signature of a model's forward; of a traced one, that of the original."""
+    return model._call.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
+
+
+@contextmanager
+def signed(model: nn.Module) -> Iterator[None]:
+    """Have the forward of a traced model show the signature of the original for a while, which torch.export reads."""
+    if not isinstance(model, TracedModule):
+        yield
+        return
+    run = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(*args, **kwargs)
+
+    forward.__signature__ = model._call.signature  # type: ignore[attr-defined]
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del model.__dict__["forward"]

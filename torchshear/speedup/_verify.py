@@ -50,7 +50,8 @@ def verify(
 ) -> Verification:
     """Prove that a shrunk model is the masked model, on the example inputs and on random ones of their shapes.
 
-    Both are computed in float64 in eval mode; float32 where an operator refuses float64. Nothing is changed.
+    Both are computed in float64 in eval mode; float32 where an operator refuses float64. Outputs that shrink are
+    compared at the positions that they keep. Nothing is changed.
 
     Args:
         model: the original model.
@@ -76,7 +77,7 @@ def verify(
     if masked.is_sound and not mixes(cut):
         raise VerificationError(_first_difference(model, cut, example, masked.dtype, masked.error))
     _check_graph(model, groups.graph, trials)
-    return _against_graph(model, small, cut, trials)
+    return _against_graph(model, small, plan, cut, trials)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ def _against_masked_module(
             error, limit, finite = 0.0, 0.0, True
             for trial in trials:
                 inputs = to_float64(trial) if dtype is torch.float64 else trial
-                expected, actual = _outputs(reference, inputs, dtype), _outputs(candidate, inputs, dtype)
+                expected = _kept_outputs(plan, _outputs(reference, inputs, dtype))
+                actual = _outputs(candidate, inputs, dtype)
                 finite = finite and _is_finite(expected)
                 error, limit = max(error, relative_error(expected, actual)), tolerance(expected)
             result = _Comparison(error, limit, dtype, finite)
@@ -169,17 +171,30 @@ def _outputs(model: nn.Module, inputs: ExampleInputs, dtype: torch.dtype) -> lis
         return output_leaves(model(*inputs.args, **inputs.kwargs))
 
 
-def _against_graph(model: nn.Module, small: nn.Module, cut: Cut, trials: list[ExampleInputs]) -> Verification:
+def _kept_outputs(plan: PruningPlan, leaves: list[Any]) -> list[Any]:
+    """Outputs of the original, those that shrink at their kept positions."""
+    leaves = list(leaves)
+    for output in plan.outputs:
+        for dim, kept in output.kept.items():
+            leaves[output.index] = leaves[output.index].index_select(
+                dim, torch.from_numpy(kept.copy()).to(leaves[output.index].device)
+            )
+    return leaves
+
+
+def _against_graph(
+    model: nn.Module, small: nn.Module, plan: PruningPlan, cut: Cut, trials: list[ExampleInputs]
+) -> Verification:
     """Compare with the masked network computed node by node on kept positions."""
     dtype = _widest(small, trials)
     errors = []
     for trial in trials:
         inputs = to_float64(trial) if dtype is torch.float64 else trial
         try:
-            expected = _masked_outputs(model, cut, inputs, dtype)
+            expected = _kept_outputs(plan, _masked_outputs(model, cut, inputs, dtype))
         except (IndexError, RuntimeError):  # an axis that holds the batch as well may need the captured one
             inputs = _at_capture(cut, inputs)
-            expected = _masked_outputs(model, cut, inputs, dtype)
+            expected = _kept_outputs(plan, _masked_outputs(model, cut, inputs, dtype))
         actual = _outputs(_eval_copy(small, dtype), inputs, dtype)
         error = relative_error(expected, actual)
         if error > tolerance(actual):

@@ -1,6 +1,5 @@
 """Export to ONNX that is checked: a file is written only if onnxruntime computes with it what torch computes."""
 
-import inspect
 import logging
 import os
 import re
@@ -9,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
@@ -21,9 +20,13 @@ from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
 from torchshear.graph import plain_outputs
 from torchshear.graph._quiet import quiet_torch
+from torchshear.speedup._example_call import ExampleCall
 from torchshear.speedup._session import error_reason, open_session
+from torchshear.speedup._traced import signed
 
 __all__ = ["OnnxFile", "export_onnx"]
+
+Free = Literal["batch and length", "batch", "nothing"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,7 @@ class OnnxFile:
         batches_checked: batch sizes that onnxruntime ran.
         dynamic_batch: whether the file takes any batch size.
         static_reason: why the batch is fixed; None where it is not.
+        dynamic_length: whether sequences of integers (tokens) may have another length than in the examples.
     """
 
     path: Path
@@ -52,6 +56,7 @@ class OnnxFile:
     batches_checked: tuple[int, ...]
     dynamic_batch: bool
     static_reason: str | None = None
+    dynamic_length: bool = False
 
 
 def export_onnx(
@@ -68,7 +73,9 @@ def export_onnx(
 
     The first dimension of the first tensor input is taken as the batch, together with that of every tensor input whose
     first dimension is as long. It is left free in the file, with the name "batch". Where the model does not allow that,
-    the file has the batch of the examples and the result says why. Weights are constants, inside the file up to 2 GB
+    the file has the batch of the examples and the result says why. Inputs of integers with two dimensions or more are
+    taken as sequences, whose length is left free likewise, with the name "length", where the model allows it; a length
+    of one less is compared, too. Weights are constants, inside the file up to 2 GB
     and beside it in PATH.data above. Outputs that torch.export does not know, such as a cache of keys and values, are
     left out.
 
@@ -96,86 +103,22 @@ def export_onnx(
     Reference: `torch.onnx.export(dynamo=True)`, https://docs.pytorch.org/docs/stable/onnx_export.html
     """
     _check_limits(check_batches, rtol, atol)
-    call = _Call.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})
+    call = ExampleCall.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})
     _check_dtypes(model, call)
     target, check = Path(path), _Tolerance(rtol, atol)
     with _evaluating(model), plain_outputs(model):
         if call.batch is None:
             reason = "no example input is a tensor with a first dimension"
         else:
-            try:
-                batches = tuple(dict.fromkeys((call.batch, *check_batches)))
-                return _export(model, target, call, batches, check, dynamic=True)
-            except ExportError as error:
-                reason = str(error)
+            batches = tuple(dict.fromkeys((call.batch, *check_batches)))
+            for free in ("batch and length", "batch") if call.sequences else ("batch",):
+                try:
+                    return _export(model, target, call, batches, check, free)
+                except ExportError as error:
+                    reason = str(error)
         logger.info("exporting %s with a fixed batch: %s", type(model).__name__, reason)
         batches = () if call.batch is None else (call.batch,)
-        return replace(_export(model, target, call, batches, check, dynamic=False), static_reason=reason)
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Example inputs of one call, flattened; the leaves at the places `batched` are tensors with the batch in front."""
-
-    leaves: tuple[Any, ...]
-    spec: pytree.TreeSpec
-    signature: inspect.Signature
-    batched: frozenset[int]
-    batch: int | None
-
-    @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "_Call":
-        """Bind the examples to the parameters of forward, in whose order torch.export wants them."""
-        signature = inspect.signature(model.forward)
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise ArgumentError(
-                f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}."
-            ) from error
-        order = {name: place for place, name in enumerate(signature.parameters)}
-        ordered = dict(sorted(kwargs.items(), key=lambda item: order.get(item[0], len(order))))
-        leaves, spec = pytree.tree_flatten((args, ordered))
-        sizes = {place: leaf.shape[0] for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim}
-        if 0 in sizes.values():
-            raise ArgumentError("an example input has an empty first dimension. Pass at least one sample.")
-        batch = next(iter(sizes.values()), None)
-        batched = frozenset(place for place, size in sizes.items() if size == batch)
-        return cls(tuple(leaves), spec, signature, batched, batch)
-
-    @property
-    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The examples as torch is called with them: args and kwargs."""
-        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
-        return args, kwargs
-
-    def tensors(self) -> dict[int, Tensor]:
-        """Give place -> tensor, in the order of the inputs of the ONNX file."""
-        return {place: leaf for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)}
-
-    def resized(self, batch: int | None) -> "_Call":
-        """Copy the examples, with batches repeated or cut to `batch` samples.
-
-        Repetition i is rolled by i along the last dimension, so that samples differ and hold values of the examples.
-        """
-        leaves = list(self.leaves)
-        for place, tensor in self.tensors().items():
-            if place not in self.batched or batch is None or self.batch is None:
-                leaves[place] = tensor.detach().clone()
-                continue
-            copies = [
-                tensor.detach().roll(repetition, -1) if tensor.ndim > 1 else tensor.detach()
-                for repetition in range(-(-batch // self.batch))
-            ]
-            leaves[place] = torch.cat(copies)[:batch].clone()
-        return replace(self, leaves=tuple(leaves), batch=batch)
-
-    def dynamic_shapes(self) -> dict[str, Any]:
-        """Give parameter name -> the structure of its example, with the batch left to torch.export to find."""
-        free = {0: torch.export.Dim.AUTO}
-        marks = [free if place in self.batched else None for place in range(len(self.leaves))]
-        args, kwargs = pytree.tree_unflatten(marks, self.spec)
-        return dict(self.signature.bind(*args, **kwargs).arguments)
+        return replace(_export(model, target, call, batches, check, "nothing"), static_reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,20 +151,20 @@ class _Tolerance:
 
 
 def _export(
-    model: nn.Module, target: Path, call: _Call, batches: tuple[int, ...], check: _Tolerance, *, dynamic: bool
+    model: nn.Module, target: Path, call: ExampleCall, batches: tuple[int, ...], check: _Tolerance, free: Free
 ) -> OnnxFile:
     """Convert, save beside the target, check, and move into place."""
     calls = [call.resized(batch) for batch in batches] or [call.resized(None)]
-    expected = [_outputs(model, one) for one in calls]
-    traced = call.resized(max(call.batch, 2)) if dynamic and call.batch is not None else call
-    program = _converted(model, traced, dynamic=dynamic)
+    traced = call.resized(max(call.batch, 2)) if free != "nothing" and call.batch is not None else call
+    program = _converted(model, traced, free)
     with (
         atomic_path(target) as temporary,
         tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder,
     ):
         draft = Path(folder) / target.name
-        proto = _save(program, draft, traced, dynamic=dynamic)
-        max_error = _checked(draft, model, calls, expected, check)
+        proto, has_length = _save(program, draft, traced, free)
+        calls += [calls[0].shortened()] if has_length else []
+        max_error = _checked(draft, model, calls, [_outputs(model, one) for one in calls], check)
         size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
         weights = draft.with_name(f"{draft.name}.data")
         if weights.exists():
@@ -229,10 +172,11 @@ def _export(
                 weights.replace(temporary_weights)
         draft.replace(temporary)
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    return OnnxFile(target, size_bytes, opset, max_error, batches, dynamic)
+    dynamic = free != "nothing"
+    return OnnxFile(target, size_bytes, opset, max_error, batches, dynamic, dynamic_length=has_length)
 
 
-def _outputs(model: nn.Module, call: _Call) -> list[np.ndarray]:
+def _outputs(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
     """Run the model in torch on copies of its buffers, and give its output tensors in order."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     own = call.resized(call.batch)
@@ -250,11 +194,11 @@ def _outputs(model: nn.Module, call: _Call) -> list[np.ndarray]:
     return [leaf.detach().cpu().numpy() for leaf in leaves if leaf is not None]
 
 
-def _converted(model: nn.Module, call: _Call, *, dynamic: bool) -> torch.onnx.ONNXProgram:
+def _converted(model: nn.Module, call: ExampleCall, free: Free) -> torch.onnx.ONNXProgram:
     """Capture the model and translate it to ONNX in memory."""
-    shapes = call.dynamic_shapes() if dynamic else None
+    shapes = None if free == "nothing" else call.dynamic_shapes(lengths=free == "batch and length")
     try:
-        with quiet_torch():
+        with quiet_torch(), signed(model):
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(captured, dynamo=True, verbose=False)
     except Exception as error:
@@ -267,37 +211,48 @@ def _converted(model: nn.Module, call: _Call, *, dynamic: bool) -> torch.onnx.ON
     return program
 
 
-def _save(program: torch.onnx.ONNXProgram, draft: Path, call: _Call, *, dynamic: bool) -> onnx.ModelProto:
-    """Write the program, and give its graph; weights over the limit of protobuf go into a file beside it."""
+def _save(program: torch.onnx.ONNXProgram, draft: Path, call: ExampleCall, free: Free) -> tuple[onnx.ModelProto, bool]:
+    """Write the program, and give its graph; weights over the limit of protobuf go into a file beside it.
+
+    Also says whether the length of sequences is free in it.
+    """
     weights = (value.const_value for value in program.model.graph.initializers.values())
     if sum(weight.nbytes for weight in weights if weight is not None) > _MAX_EMBEDDED_BYTES:
         program.save(draft, external_data=True)
         proto = onnx.load(draft, load_external_data=False)
     else:
         proto = program.model_proto
-    if dynamic:
-        _name_batch(proto, call)
+    has_length = _name_sizes(proto, call) if free != "nothing" else False
     draft.write_bytes(proto.SerializeToString())
-    return proto
+    return proto, has_length
 
 
-def _name_batch(proto: onnx.ModelProto, call: _Call) -> None:
-    """Call the free first dimension "batch", in place; raise ExportError if an input has it fixed."""
-    symbols = []
+def _name_sizes(proto: onnx.ModelProto, call: ExampleCall) -> bool:
+    """Call the free first dimension "batch" and free second ones "length"; whether any of these is free.
+
+    Raises:
+        ExportError: an input has the batch fixed.
+    """
+    names: dict[str, str] = {}
     for node, place in zip(proto.graph.input, call.tensors(), strict=True):
+        sizes = node.type.tensor_type.shape.dim
         if place in call.batched:
-            symbols.append(node.type.tensor_type.shape.dim[0].dim_param)
-            if not symbols[-1].isidentifier():  # a size the model fixes comes as a number
+            if not sizes[0].dim_param.isidentifier():  # a size the model fixes comes as a number
                 raise ExportError(f"the model fixes the first dimension of input {node.name!r}.")
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, symbols))})\b")
+            names[sizes[0].dim_param] = "batch"
+        if place in call.sequences and sizes[1].dim_param.isidentifier():
+            count = sum(name.startswith("length") for name in names.values())
+            names.setdefault(sizes[1].dim_param, f"length_{count + 1}" if count else "length")
+    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
-                dim.dim_param = pattern.sub("batch", dim.dim_param)
+                dim.dim_param = pattern.sub(lambda found: names[found[0]], dim.dim_param)
+    return "length" in names.values()
 
 
 def _checked(
-    draft: Path, model: nn.Module, calls: Sequence[_Call], expected: Sequence[list[np.ndarray]], check: _Tolerance
+    draft: Path, model: nn.Module, calls: Sequence[ExampleCall], expected: Sequence[list[np.ndarray]], check: _Tolerance
 ) -> float:
     """Validate the file, run it on every call, and give the largest relative error."""
     try:
@@ -336,7 +291,7 @@ def _check_limits(check_batches: Sequence[int], rtol: float, atol: float) -> Non
             raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={value!r}.")
 
 
-def _check_dtypes(model: nn.Module, call: _Call) -> None:
+def _check_dtypes(model: nn.Module, call: ExampleCall) -> None:
     """Refuse weights without values, and bfloat16: onnxruntime has no CPU kernel for its Conv, Gemm or MatMul."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:

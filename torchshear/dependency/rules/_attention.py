@@ -31,6 +31,8 @@ def _attention(call: Call) -> Axes:
     else:
         batch = broadcast(call, [q[:-2], k[:-2], v[:-2]], call.out_shape[:n_batch])
     result = (*batch, q[-2], v[-1])
+    call.contract((call.arg("query"), call.arg("key")), q[-1:], (q[-2:-1], k[-2:-1]), batch)
+    call.contract((call.node, call.arg("value")), k[-2:-1], (q[-2:-1], v[-1:]), batch)
     if call.is_tensor("attn_mask"):
         scores_shape = (*call.out_shape[:n_batch], q[-2].size, k[-2].size)
         broadcast(call, [(*batch, q[-2], k[-2]), call.axes("attn_mask")], scores_shape)

@@ -174,4 +174,5 @@ def _grouped_product(call: Call) -> Axes:
         raise ValueError("rows and one matrix a group are expected")
     call.tie(weight[0], ends[0])
     call.tie(weight[1], x[1])
+    call.contract((call.arg(name), call.arg(other)), (weight[1],), (x[:1], weight[2:]), weight[:1])
     return (x[0], weight[2])

@@ -3,6 +3,7 @@
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call
 from torchshear.dependency._registry import operator_rule
+from torchshear.dependency._uses import Kind
 
 
 @operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
@@ -11,6 +12,7 @@ def _convolution(call: Call) -> Axes:
     x, weight = call.axes("input"), call.axes("weight")
     channel = len(x) - len(weight) + 1
     groups = int(call.arg("groups"))
+    kind: Kind = "convolution"
     if groups == 1:
         call.role("weight", out=0, in_=1)
         call.tie(weight[1], x[channel])
@@ -18,9 +20,10 @@ def _convolution(call: Call) -> Axes:
             call.mix(x[channel])
     elif weight[1].size == 1:
         _depthwise(call, x[channel], weight[0], groups)
+        kind = "depthwise"
     else:
         _grouped(call, x[channel], weight, groups)
-    return _finish(call, x, channel, weight[0])
+    return _finish(call, x, channel, weight[0], kind)
 
 
 @operator_rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
@@ -30,6 +33,7 @@ def _transposed(call: Call) -> Axes:
     channel = len(x) - len(weight) + 1
     groups = int(call.arg("groups"))
     call.role("weight", in_=0, out=1)
+    kind: Kind = "convolution"
     if groups == 1:
         call.tie(weight[0], x[channel])
         out = weight[1]
@@ -37,9 +41,10 @@ def _transposed(call: Call) -> Axes:
         call.tie(weight[0], x[channel])
         call.edit_size("groups", x[channel])
         out = weight[0] if weight[1].size == 1 else call.algebra.merge(weight[:2])
+        kind = "depthwise"
     else:
         out = _transposed_grouped(call, x[channel], weight, groups)
-    return _finish(call, x, channel, out)
+    return _finish(call, x, channel, out, kind)
 
 
 @operator_rule("aten.conv_tbc")
@@ -55,8 +60,9 @@ def _time_first(call: Call) -> Axes:
     return (call.fixed(call.out_shape[0], "space"), x[1], weight[2])
 
 
-def _finish(call: Call, x: Axes, channel: int, out: Axis) -> Axes:
+def _finish(call: Call, x: Axes, channel: int, out: Axis, kind: Kind) -> Axes:
     """Tie the bias, fix kernel and space, and put the result together."""
+    call.contract((call.arg("input"), call.arg("weight")), (x[channel],), ((), (out,)), kind=kind)
     if call.is_tensor("bias"):
         call.tie(out, call.axes("bias")[0])
         call.role("bias", bias=0)

@@ -100,6 +100,7 @@ def _gates(
     blocks = [call.algebra.take(row, slice(at, at + size)) for row in rows for at in range(0, row.size, size)]
     for block in blocks[1:]:
         call.tie(blocks[0], block)
+    call.use("hidden", blocks[0])
     return blocks[0], call.axes(w_hh)[1], call.axes(w_ih)[1]
 
 

@@ -152,7 +152,8 @@ function groupPanel(i) {
 function groupTags(group) {
   const tag = (text, kind = "") => element("span", { class: `tag ${kind}` }, text);
   return [
-    ...group.roles.map((role) => tag(role)),
+    tag(group.role),
+    ...group.roles.map((role) => tag(role, "muted")),
     group.n_blocks > 1 ? tag(`${group.n_blocks} balanced blocks`, "warn") : "",
     group.is_mixed ? tag("mixed", "warn") : "",
     group.is_prunable ? "" : tag("cannot shrink", "warn"),

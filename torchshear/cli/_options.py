@@ -1,0 +1,103 @@
+"""Options of the command line that choose what may shrink, and what they turn into."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import typer
+
+from torchshear.api import Choice
+from torchshear.errors import ArgumentError
+
+
+def _check_ratio(given: list[str]) -> list[str]:
+    """Refuse what cannot be read as the command line refuses any such value."""
+    try:
+        parse_ratio(given)
+    except ArgumentError as error:
+        raise typer.BadParameter(str(error)) from error
+    return given
+
+
+_RATIO = typer.Option(
+    metavar="[KEY=]SHARE",
+    callback=_check_ratio,
+    help="Share of each group's channels to remove, in [0, 1); or KEY=SHARE, once or more, where KEY is a role, a "
+    "pattern of module or parameter names, a group, or * for all others.",
+)
+_AXES = typer.Option(metavar="ROLE", help="Role that may shrink, as ffn or heads; once or more. Default: all.")
+_EXCLUDE = typer.Option(metavar="PATTERN", help="Modules or parameters that keep their shapes; once or more.")
+_OUTPUT = typer.Option("--prunable-output", metavar="NAME", help="Output that may shrink; once or more. Default: none.")
+
+_OPTIONS: Final[dict[str, Any]] = {
+    "ratio": Annotated[list[str], _RATIO],
+    "axes": Annotated[list[str] | None, _AXES],
+    "exclude": Annotated[list[str] | None, _EXCLUDE],
+    "prunable_outputs": Annotated[list[str] | None, _OUTPUT],
+}
+
+
+def takes_choice(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that choose what may shrink.
+
+    Args:
+        command: a function with the keyword arguments `ratio`, a number or a mapping, and `choice`, a `Choice`.
+
+    Returns:
+        A function with the options in place of these two.
+    """
+    own = inspect.signature(command)
+    kept = [parameter for name, parameter in own.parameters.items() if name not in ("ratio", "choice")]
+    defaults = dict.fromkeys(_OPTIONS) | {"ratio": ["0.5"]}
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
+        for name, annotation in _OPTIONS.items()
+    ]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        ratio = parse_ratio(given.pop("ratio"))
+        choice: Choice = {
+            "axes": given.pop("axes") or None,
+            "exclude": given.pop("exclude") or (),
+            "prunable_outputs": given.pop("prunable_outputs") or (),
+        }
+        command(**given, ratio=ratio, choice=choice)
+
+    with_options.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}
+    return with_options
+
+
+def parse_ratio(given: list[str]) -> float | dict[str, float]:
+    """Turn values of the option into a number, or into a mapping if they have keys.
+
+    Raises:
+        ArgumentError: a share is no number, a key is given twice, or shares with and without keys are mixed.
+    """
+    if len(given) == 1 and "=" not in given[0]:
+        return _number(given[0])
+    ratios: dict[str, float] = {}
+    for text in given:
+        key, equals, share = text.rpartition("=")
+        if not equals or not key:
+            raise ArgumentError(f"{text!r} among several; expected KEY=SHARE, with * as KEY for all others.")
+        if key in ratios:
+            raise ArgumentError(f"two shares for {key!r}: {ratios[key]} and {share}. Give one.")
+        ratios[key] = _number(share)
+    return ratios
+
+
+def _number(share: str) -> float:
+    try:
+        return float(share)
+    except ValueError as error:
+        raise ArgumentError(f"{share!r} is no number. Expected SHARE or KEY=SHARE, as in ffn=0.5.") from error
+
+
+def parse_align(text: str) -> int | str | None:
+    """Turn the option for aligned widths into what `torchshear.prune` takes."""
+    number = re.fullmatch(r"-?[0-9]+", text)
+    return None if text == "none" else int(text) if number else text

@@ -1,0 +1,97 @@
+"""Outputs of the model that may shrink: what a cut leaves of each, and how a plan file says so."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from torchshear.dependency._cut import Cut
+from torchshear.dependency._plan_file import IndexReader, IndexWriter
+from torchshear.graph import matches, output_nodes, shape_with_batch
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OutputPlan:
+    """What is kept of one output of the model that may shrink.
+
+    Attributes:
+        name: its name, as "last_hidden_state" or "features.3".
+        index: its place among all outputs, flattened.
+        shape: sizes before, None where they follow the batch.
+        kept: dimension -> positions that stay, ascending; dimensions not named stay whole.
+        note: why nothing of it can go, or "".
+    """
+
+    name: str
+    index: int
+    shape: tuple[int | None, ...]
+    kept: Mapping[int, Indices]
+    note: str = ""
+
+    @property
+    def shape_after(self) -> tuple[int | None, ...]:
+        """Sizes after, None where they follow the batch."""
+        return tuple(len(self.kept[dim]) if dim in self.kept else size for dim, size in enumerate(self.shape))
+
+
+def output_plans(cut: Cut) -> tuple[OutputPlan, ...]:
+    """What a cut leaves of each output that may shrink."""
+    groups = cut.groups
+    return tuple(
+        _output_plan(cut, name, index, value)
+        for index, (name, value) in enumerate(output_nodes(groups.graph))
+        if isinstance(value, fx.Node) and any(matches(pattern, name) for pattern in groups.prunable_outputs)
+    )
+
+
+def _output_plan(cut: Cut, name: str, index: int, node: fx.Node) -> OutputPlan:
+    axes = cut.groups.facts.axes.get(node.name)
+    if not isinstance(axes, tuple):
+        return OutputPlan(name, index, (), {}, "it is no tensor")
+    algebra = cut.groups.algebra
+    kept = {dim: np.flatnonzero(cut.keep(axis)) for dim, axis in enumerate(axes) if cut.changes(axis)}
+    shape = shape_with_batch(cut.groups.graph, node)
+    own = [axis for axis, size in zip(axes, shape, strict=True) if size is not None]
+    reasons = [str(algebra.store.first_reason(axis.units) or "fixed") for axis in own if algebra.is_fixed(axis)]
+    note = "; ".join(dict.fromkeys(reasons)) if len(reasons) == len(own) else ""
+    return OutputPlan(name, index, shape, kept, note)
+
+
+def write_outputs(patterns: Sequence[str], outputs: Sequence[OutputPlan], writer: IndexWriter) -> dict[str, Any]:
+    """Entries of a plan file; none where no output may shrink."""
+    if not patterns:
+        return {}
+    entries = [
+        {
+            "name": output.name,
+            "index": output.index,
+            "shape": list(output.shape),
+            "kept": {str(dim): writer.write(kept) for dim, kept in output.kept.items()},
+            **({"note": output.note} if output.note else {}),
+        }
+        for output in outputs
+    ]
+    return {"prunable_outputs": list(patterns), "outputs": entries}
+
+
+def read_outputs(entries: Sequence[Mapping[str, Any]], reader: IndexReader) -> tuple[OutputPlan, ...]:
+    """Outputs of a plan file.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: the entries are damaged.
+    """
+    return tuple(
+        OutputPlan(
+            str(entry["name"]),
+            int(entry["index"]),
+            tuple(None if size is None else int(size) for size in entry["shape"]),
+            {int(dim): reader.read(text) for dim, text in entry["kept"].items()},
+            str(entry.get("note", "")),
+        )
+        for entry in entries
+    )

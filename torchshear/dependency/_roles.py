@@ -1,0 +1,307 @@
+"""What the units of a channel group are for, told from the graph and the algebra alone, never from names of modules.
+
+Every rule of an operator that multiplies and sums notes a contraction: which axes were summed over, which only one
+operand has, and which both have side by side. What a contraction says of a group depends on its operands. With a weight
+on one side it makes the group or reads it. Between two computed values it is attention: what is summed over while
+queries meet keys is `qk_dim`, what runs along the values is `v_dim`, what stands beside both is `heads`. The rest
+follows from sums of different branches, from weights that are applied again and again, and from what lies between two
+layers.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from torch import fx
+
+from torchshear.dependency._axis import Algebra, Axes, Axis
+from torchshear.dependency._call import Facts
+from torchshear.dependency._groups import ChannelGroup
+from torchshear.dependency._registry import is_elementwise
+from torchshear.dependency._units import PAD
+from torchshear.dependency._uses import Contraction
+from torchshear.graph import Graph
+from torchshear.graph._graph import tensor_operands
+
+_LIKE_OTHERS = frozenset({"aten.expand_as", "aten.reshape_as", "aten.type_as", "aten.view_as"})  # read a shape or dtype
+_NORMS = frozenset({"norm", "statistic"})
+_SUMS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_"})
+
+
+def with_roles(
+    analysed: Iterable[tuple[Graph, Facts]], algebra: Algebra, groups: Sequence[ChannelGroup]
+) -> tuple[ChannelGroup, ...]:
+    """Give each group its role.
+
+    Args:
+        analysed: each captured graph of the network with what rules noted of it.
+        algebra: the relations between units.
+        groups: the groups, without roles.
+    """
+    evidence = _Evidence(algebra, groups)
+    for graph, facts in analysed:
+        _Reader(graph, facts, evidence).read()
+    return tuple(replace(group, role=_role(evidence, number)) for number, group in enumerate(groups))
+
+
+class _Evidence:
+    """What is known about each group, by its number: words, and for heads the groups that stand beside it."""
+
+    def __init__(self, algebra: Algebra, groups: Sequence[ChannelGroup]) -> None:
+        self.groups = groups
+        self.declared: dict[int, str] = {}
+        self.beside: dict[int, set[int]] = defaultdict(set)
+        self._words: dict[int, set[str]] = defaultdict(set)
+        self._algebra = algebra
+        self._group_of = np.full(len(algebra.store), -1, np.int64)
+        for number, group in enumerate(groups):
+            self._group_of[group.atoms] = number
+        self._seen: dict[int, tuple[Axis, frozenset[int]]] = {}
+        self.add("changed", [i for i, group in enumerate(groups) if any(m.roles & _NORMS for m in group.members)])
+
+    def along(self, axes: Axes) -> frozenset[int]:
+        """Numbers of the groups whose units stand along any of the axes."""
+        return frozenset().union(*(self._along_one(axis) for axis in axes))
+
+    def _along_one(self, axis: Axis) -> frozenset[int]:
+        known = self._seen.get(id(axis.units))
+        if known is None:
+            rows = self._algebra.store.resolve(axis.units)
+            found = np.unique(self._group_of[rows[rows != PAD]])
+            known = (axis, frozenset(int(number) for number in found if number >= 0))
+            self._seen[id(axis.units)] = known
+        return known[1]
+
+    def add(self, word: str, groups: Iterable[int]) -> None:
+        """Note a word about groups."""
+        for number in groups:
+            self._words[number].add(word)
+
+    def has(self, number: int, *words: str) -> bool:
+        """Whether all of the words were noted about a group."""
+        return self._words[number].issuperset(words)
+
+    def reach(self, number: int) -> int:
+        """Number of positions of parameters and buffers in which a group stands."""
+        return sum(len(np.unique(member.positions)) for member in self.groups[number].members)
+
+
+_T = TypeVar("_T")
+
+
+def _operator(node: fx.Node) -> str:
+    """Name of an operator without its overload."""
+    return str(node.target).rpartition(".")[0]
+
+
+def _union(known: Mapping[fx.Node, frozenset[_T]], nodes: Sequence[fx.Node]) -> frozenset[_T]:
+    """Everything that is known of any of the nodes."""
+    empty: frozenset[_T] = frozenset()
+    return empty.union(*(known.get(node, empty) for node in nodes))
+
+
+class _Reader:
+    """Walks one graph and collects evidence.
+
+    Of each value it keeps where it comes from: the layers and sums whose results reach it through nothing but
+    elementwise operators, norms and changes of layout; whether any input of the model reaches it; whether it is made of
+    a product of two computed values, and whether that product is one of queries and keys.
+    """
+
+    def __init__(self, graph: Graph, facts: Facts, evidence: _Evidence) -> None:
+        self.graph = graph
+        self.facts = facts
+        self.evidence = evidence
+        self._origins: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._computed: set[fx.Node] = set()
+        self._lookups: set[fx.Node] = set()
+        self._products: set[fx.Node] = set()
+        self._scores: set[fx.Node] = set()
+        self._sources: dict[fx.Node, frozenset[str]] = {}
+        self._weights: set[str] = set()
+        self._met: list[tuple[int, int]] = []
+        self._turns: dict[tuple[fx.Node, int], int] = defaultdict(int)
+
+    def read(self) -> None:
+        """Collect all evidence that the graph holds."""
+        for role, axes in self.facts.uses.declared.items():
+            for number in self.evidence.along(tuple(axes)):
+                self.evidence.declared[number] = role
+        for node in self.graph:
+            if node.op == "placeholder":
+                self._computed.add(node)
+                self._origins[node] = frozenset({node})
+            elif node.op == "get_attr":
+                self._sources[node] = frozenset({str(node.target)})
+            elif node.op == "call_function":
+                self._call(node)
+        self._states()
+        for (_, number), turns in self._turns.items():
+            if turns > 1:
+                self.evidence.add("repeated", [number])
+
+    def _call(self, node: fx.Node) -> None:
+        operands = node.all_input_nodes[: 1 if _operator(node) in _LIKE_OTHERS else None]
+        if any(operand in self._computed for operand in operands):
+            self._computed.add(node)
+        else:
+            self._sources[node] = _union(self._sources, operands)
+        for marked in (self._products, self._scores):
+            if any(operand in marked for operand in operands):
+                marked.add(node)
+        self._origins[node] = _union(self._origins, operands)
+        contractions = self.facts.uses.contractions.get(node.name, [])
+        for contraction in contractions:
+            self._contraction(node, contraction)
+        if not contractions:
+            self._elementwise(node)
+
+    # -- elementwise operators ----------------------------------------------------------------------------------------
+
+    def _elementwise(self, node: fx.Node) -> None:
+        """Sums of different branches make a stream; anything that changes values means that something is in between."""
+        axes = self.facts.axes.get(node.name)
+        if not isinstance(axes, tuple):
+            return
+        tensors = tensor_operands(node)
+        is_sum = _operator(node) in _SUMS and len(tensors) == 2
+        if is_sum and all(tensor in self._computed for tensor in tensors):
+            left, right = (self._origins[tensor] for tensor in tensors)
+            if left - right and right - left and not left | right <= self._lookups:
+                self.evidence.add("summed", self.evidence.along(axes))
+                self._origins[node] = frozenset({node})
+        if is_elementwise(node) or node.name in self.facts.mixed:
+            self.evidence.add("changed", self.evidence.along(axes))
+
+    # -- contractions -------------------------------------------------------------------------------------------------
+
+    def _contraction(self, node: fx.Node, found: Contraction) -> None:
+        if found.kind == "depthwise":
+            self.evidence.add("changed", self.evidence.along(found.columns))
+            return
+        values = [operand is node or operand in self._computed for operand in found.operands]
+        self._weights |= _union(self._sources, found.operands)
+        self._origins[node] = frozenset({node})
+        if found.kind == "lookup":
+            self._lookups.add(node)
+        if all(values) and found.kind == "product":
+            self._of_values(node, found)
+        elif not self._mixes_heads(found, values):
+            self._with_weight(found, is_weight_left=not values[0])
+            self._products.discard(node)
+            self._scores.discard(node)
+
+    def _mixes_heads(self, found: Contraction, values: Sequence[bool]) -> bool:
+        """Whether scores of heads are made into scores of other heads, as by talking heads: these are heads then."""
+        heads = self.evidence.along(found.contracted)
+        of_scores = any(operand in self._scores for operand in found.operands)
+        if not of_scores or not heads or not all(self.evidence.has(number, "batched") for number in heads):
+            return False
+        self.evidence.add("batched", self.evidence.along(found.columns if values[0] else found.rows))
+        return True
+
+    def _with_weight(self, found: Contraction, is_weight_left: bool) -> None:
+        """A layer: it reads what is contracted, and makes what only the weight has."""
+        evidence = self.evidence
+        weight, made = (0, found.rows) if is_weight_left else (1, found.columns)
+        read, written = evidence.along(found.contracted), evidence.along(made)
+        evidence.add("read", read)
+        evidence.add("looked up" if found.kind == "lookup" else "made", written)
+        if found.kind == "convolution":
+            evidence.add("convolved", read | written)
+        if found.kind == "product" and any(axis.size > 1 for axis in found.batch):
+            evidence.add("expert", evidence.along(found.batch))
+            evidence.add("in experts", read | written)
+        for number in read & written:
+            self._turns[found.operands[weight], number] += 1
+
+    def _of_values(self, node: fx.Node, found: Contraction) -> None:
+        """A product of two computed values, as of queries and keys, or of scores and values."""
+        evidence = self.evidence
+        contracted, batch = evidence.along(found.contracted), evidence.along(found.batch)
+        evidence.add("scored", contracted)
+        evidence.add("batched", batch)
+        for number in batch:
+            evidence.beside[number] |= batch - {number}
+        sides = [evidence.along(found.rows) - contracted - batch, evidence.along(found.columns) - contracted - batch]
+        for mine, other in ((0, 1), (1, 0)):
+            evidence.add(self._word(node, found.operands[mine], found.operands[other], bool(contracted)), sides[mine])
+        of_product = [operand is node or operand in self._products for operand in found.operands]
+        self._products.add(node)
+        self._scores.discard(node)
+        if contracted and not any(of_product):
+            self._scores.add(node)
+        self._met += [(number, other) for number in contracted for other in sides[0] | sides[1] | batch]
+
+    def _word(self, node: fx.Node, mine: fx.Node, other: fx.Node, has_contracted: bool) -> str:
+        """What an axis is that only the operand `mine` of a product has.
+
+        Scores times values: the values' axis is carried, and what scores have beside their tokens are heads of one key.
+        Where keys met values first, that product is read by queries, and its other axis is carried.
+        """
+        is_product = {operand: operand is node or operand in self._products for operand in (mine, other)}
+        if has_contracted:
+            return "carried" if is_product[mine] else "outer"
+        if is_product[other] and not is_product[mine]:
+            return "carried"
+        return "batched" if mine in self._scores and not is_product[other] else "outer"
+
+    def _states(self) -> None:
+        """Tell state-space layers from attention: a parameter that is no layer's weight spans state and channels.
+
+        It is the decay, one number for each channel and each entry of its state.
+        """
+        for number, other in set(self._met):
+            mine, others = self._loose(number), self._loose(other)
+            if any(others.get(name, dim) != dim for name, dim in mine.items()):
+                self.evidence.add("state", [number])
+                self.evidence.add("inner", [other])
+
+    def _loose(self, number: int) -> dict[str, int]:
+        """Dimension of the group in each parameter that is no layer's weight."""
+        members = self.evidence.groups[number].members
+        loose = [m for m in members if m.name not in self._weights and m.name in self.graph.state]
+        return {m.name: m.dim for m in loose if self.graph.state[m.name].kind == "parameter"}
+
+
+def _role(evidence: _Evidence, number: int) -> str:
+    """The role that the evidence speaks for, the most telling first."""
+    if number in evidence.declared:
+        return evidence.declared[number]
+    for words, role in _TELLING:
+        if evidence.has(number, *words):
+            return _kind_of_heads(evidence, number) if role == "heads" else role
+    return "other"
+
+
+# Evidence that must be there together -> role; the first that fits is taken.
+_TELLING: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("state",), "state"),
+    (("inner",), "inner"),
+    (("batched",), "heads"),
+    (("scored", "carried"), "head_dim"),
+    (("carried",), "v_dim"),
+    (("repeated",), "hidden"),
+    (("summed", "read"), "residual"),
+    (("expert",), "experts"),
+    (("scored", "outer", "read"), "head_dim"),
+    (("scored",), "qk_dim"),
+    (("outer",), "v_dim"),
+    (("looked up",), "embedding"),
+    (("convolved",), "channels"),
+    (("in experts",), "expert_ffn"),
+    (("made", "changed"), "ffn"),
+    (("made", "read"), "rank"),
+    (("made",), "ffn"),
+    (("read",), "ffn"),
+)
+
+
+def _kind_of_heads(evidence: _Evidence, number: int) -> str:
+    """Of two groups that stand side by side in one product, the wider reaching one holds the other's members too."""
+    beside = [other for other in evidence.beside[number] if evidence.has(other, "batched")]
+    if not beside:
+        return "heads"
+    return "kv_heads" if all(evidence.reach(number) > evidence.reach(other) for other in beside) else "q_heads"

@@ -1,0 +1,55 @@
+"""The outputs that a model is held to: tensors and plain values, in containers that torch can take apart.
+
+What else a model returns, such as the cache of keys and values that a language model keeps for the next token, is an
+object of its own that torch.export does not know. It is left out of the capture, so that the tensors which it holds
+may shrink; the model itself goes on returning it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.SymInt)
+_MARKS = ".[]'\""
+
+
+def output_leaves(output: Any) -> list[Any]:
+    """The flat outputs of a model, in which objects that are neither tensors nor plain values count as None."""
+    return pytree.tree_leaves(_plain(output))
+
+
+def _plain(output: Any) -> Any:
+    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, output)
+
+
+def left_out(output: Any) -> tuple[str, ...]:
+    """Types of the objects in an output that `output_leaves` leaves out, with their places."""
+    pairs, _ = pytree.tree_flatten_with_path(output)
+    return tuple(
+        f"{pytree.keystr(path).strip(_MARKS) or 'output'} ({type(leaf).__name__})"
+        for path, leaf in pairs
+        if leaf is not None and not isinstance(leaf, _PLAIN)
+    )
+
+
+@contextmanager
+def plain_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """Have the model return None in place of objects that torch.export does not know, for a while.
+
+    Gives a list that a call of the model fills with what was left out.
+    """
+    dropped: list[str] = []
+
+    def plain(_: nn.Module, __: Any, output: Any) -> Any:
+        dropped[:] = left_out(output)
+        return _plain(output)
+
+    handle = model.register_forward_hook(plain)
+    try:
+        yield dropped
+    finally:
+        handle.remove()

@@ -1,0 +1,52 @@
+"""Dotted names and patterns for them, as users write them: "layer4.*", "*.attn.*", "head"."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from fnmatch import translate
+from functools import lru_cache
+
+from torchshear.errors import ArgumentError
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern, as of a shell, fits a dotted name or anything that holds it.
+
+    "layer4" and "layer4.*" both fit "layer4.0.conv1.weight"; a star fits dots too. Case counts.
+
+    Args:
+        pattern: with `*`, `?` and `[...]` as in `fnmatch`.
+        name: name of a parameter or an output, with dots.
+    """
+    parts = name.split(".")
+    fits = _compiled(pattern).match
+    return any(fits(".".join(parts[: i + 1])) is not None for i in range(len(parts)))
+
+
+@lru_cache(maxsize=512)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))
+
+
+def close_to(word: str, known: Iterable[str]) -> str:
+    """A hint with the known names that are nearest to a word, or ""."""
+    near = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.5)
+    return f" Close to it: {', '.join(near)}." if near else ""
+
+
+def as_names(argument: str, given: object) -> tuple[str, ...]:
+    """One name or several as a tuple.
+
+    Args:
+        argument: what the argument is called, for the message.
+        given: a string or a collection of strings.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if isinstance(given, str):
+        return (given,)
+    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(name, str) and name for name in names):
+        raise ArgumentError(f"{argument}={given!r}; expected a string or several of them.")
+    return names
