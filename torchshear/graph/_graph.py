@@ -76,10 +76,17 @@ class Graph:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over operators, arguments and shapes: equal for two models that are the same network."""
+        """SHA-256 over operators, arguments and shapes: equal for two models that are the same network.
+
+        On which device they are makes no difference: devices are left out, and so are calls of `contiguous`, which
+        torch.export keeps or drops by the layout that the device's kernels give their results.
+        """
         digest = hashlib.sha256()
-        for node in self.fx_graph.nodes:
-            digest.update(f"{node.op}|{node.name}|{node.target}|{node.args}|{node.kwargs}\n".encode())
+        labels: dict[fx.Node, str] = {}
+        for number, node in enumerate(n for n in self.fx_graph.nodes if not _is_layout_only(n)):
+            labels[node] = f"%{number}"
+            target = "" if node.op == "placeholder" else node.target
+            digest.update(f"{node.op}|{target}|{_written((node.args, node.kwargs), labels)}\n".encode())
         for name, entry in sorted(self.state.items()):
             digest.update(f"{name}|{entry.shape}\n".encode())
         return digest.hexdigest()
@@ -97,6 +104,25 @@ class Graph:
     def n_params(self) -> int:
         """Number of parameter elements, tied parameters counted once."""
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
+
+
+def _is_layout_only(node: fx.Node) -> bool:
+    return str(node.target) == "aten.contiguous.default"
+
+
+def _written(value: Any, labels: Mapping[fx.Node, str]) -> str:
+    """Arguments of a call as text, nodes by their labels, without devices."""
+    if isinstance(value, fx.Node):
+        return _written(value.args[0], labels) if _is_layout_only(value) else labels[value]
+    if isinstance(value, torch.device):
+        return ""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_written(item, labels)}" for key, item in value.items())
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, list | tuple):
+        return "(" + ",".join(_written(item, labels) for item in value) + ")"
+    return str(value)
 
 
 def shape_of(node: fx.Node) -> Any:

@@ -102,15 +102,7 @@ def analysis_of(
     if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
         return plan.analysis
     _check_shapes(model, plan)
-    if args is not None or kwargs is not None:
-        inputs = ExampleInputs.of(args or (), kwargs)
-    elif plan.analysis is not None:
-        inputs = plan.analysis.graph.inputs
-    elif plan.inputs is not None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        inputs = ExampleInputs.from_json(plan.inputs, device)
-    else:
-        raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
+    inputs = ExampleInputs.of(args or (), kwargs) if args is not None or kwargs is not None else _inputs_of(plan, model)
     groups = analyze(trace_inputs(model, inputs))
     if groups.graph.fingerprint != plan.fingerprint:
         raise PlanError(
@@ -119,6 +111,17 @@ def analysis_of(
             f"plan was made; make a new plan for this model."
         )
     return groups
+
+
+def _inputs_of(plan: PruningPlan, model: nn.Module) -> ExampleInputs:
+    """The example inputs of a plan, where the model is: those it was made with, or others of the same description."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    known = plan.analysis.graph.inputs if plan.analysis is not None else None
+    if known is not None and (plan.inputs is None or all(tensor.device == device for tensor in known.tensors())):
+        return known
+    if plan.inputs is not None:
+        return ExampleInputs.from_json(plan.inputs, device)
+    raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
 
 
 def _is_same_instance(model: nn.Module, graph: Graph) -> bool:
