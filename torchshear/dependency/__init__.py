@@ -6,8 +6,9 @@ from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._network import Dimension, Value
-from torchshear.dependency._plan import GroupPlan, PruningPlan, StatePlan, make_plan
+from torchshear.dependency._plan import GroupPlan, PruningPlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
+from torchshear.dependency._state_plan import Renumbering, StatePlan, make_state_plan
 
 __all__ = [
     "Algebra",
@@ -23,12 +24,14 @@ __all__ = [
     "Keep",
     "Member",
     "PruningPlan",
+    "Renumbering",
     "Result",
     "StatePlan",
     "Value",
     "analyze",
     "dense_cost",
     "make_plan",
+    "make_state_plan",
     "operator_rule",
     "registered_operators",
     "unregister",

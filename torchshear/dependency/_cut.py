@@ -107,12 +107,6 @@ class Cut:
         axes[dim] = axis
         return [self.keep(axis) for axis in axes], (dim, n_blocks)
 
-    def changed_state(self) -> list[str]:
-        """Names of parameters, buffers and constants that lose positions."""
-        return [
-            name for name in self.groups.facts.state_axes if any(not mask.all() for mask in self.state_keep(name)[0])
-        ]
-
     def state_shape(self, name: str) -> tuple[int, ...]:
         """Sizes of a parameter or buffer after the cut."""
         if name not in self.groups.facts.state_axes:

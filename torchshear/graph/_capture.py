@@ -127,7 +127,7 @@ def _to_graph(
     fx_graph = clean_copy(program, aliases)
     for node in fx_graph.nodes:
         if node.op == "get_attr" and node.target not in state:
-            state[node.target] = StateTensor(node.target, "constant", program.constants[node.target].detach())
+            state[node.target] = StateTensor(node.target, "constant", program.constants[node.target].detach(), False)
     return Graph(
         fx_graph=fx_graph,
         state=types.MappingProxyType(state),
@@ -146,6 +146,7 @@ def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTenso
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     state: dict[str, StateTensor] = {}
+    unsaved = _unsaved(model)
     for kind, named in (
         ("parameter", model.named_parameters(remove_duplicate=False)),
         ("buffer", model.named_buffers(remove_duplicate=False)),
@@ -153,9 +154,17 @@ def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTenso
         for name, tensor in named:
             canonical = first.setdefault(id(tensor), name)
             aliases[name] = canonical
-            if canonical == name:
-                state[name] = StateTensor(name, kind, tensor)  # type: ignore[arg-type]
+            is_saved = name not in unsaved or (canonical != name and state[canonical].is_saved)
+            state[canonical] = StateTensor(canonical, kind, tensor, is_saved)  # type: ignore[arg-type]
     return aliases, state
+
+
+def _unsaved(model: nn.Module) -> set[str]:
+    """Names of buffers that a `state_dict` leaves out."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {
+        f"{path}.{name}" if path else name for path, module in modules for name in module._non_persistent_buffers_set
+    }
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

@@ -23,11 +23,13 @@ class StateTensor:
         name: canonical qualified name; tied tensors have one.
         kind: "parameter", "buffer", or "constant" (a plain tensor attribute or a literal in the source).
         tensor: the model's own tensor, never written to by torchshear.
+        is_saved: whether the model's `state_dict` holds it.
     """
 
     name: str
     kind: Literal["parameter", "buffer", "constant"]
     tensor: Tensor
+    is_saved: bool = True
 
     @property
     def shape(self) -> Shape:
