@@ -10,7 +10,7 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import VerificationError
 from torchshear.graph import trace
-from torchshear.pruners import Criterion, plan_uniform
+from torchshear.pruners import Criterion, WeightSource, plan_uniform
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Shrunk, Verification, resolve_alignment, shrink_to_form, verify
 
@@ -40,25 +40,30 @@ def plan(
     ratio: float = 0.5,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
+    weights: WeightSource = None,
 ) -> PruningPlan:
     """Decide what to remove: the same share of every channel group, lowest scores first.
 
     Args:
         groups: the analysed network, from `torchshear.analyze`.
-        criterion: name of a criterion ("l1", "l2") or a function like one.
+        criterion: name of a criterion ("l1", "l2", "random") or a function like one.
         ratio: fraction of the units of each group to remove, in [0, 1).
         align: kept widths are rounded to the nearest multiple of an integer, or to what a profile ("cpu-avx2",
             "cuda-fp16", ...) or this machine ("auto") runs well. None: any width.
         min_width: the fewest units to keep in a group.
+        weights: what criteria look at, for a model on the meta device: the folder of a checkpoint in safetensors, of
+            which one tensor is read at a time; or a mapping from parameter names to tensors, likewise. None: the
+            tensors of the model that was traced.
 
     Returns:
         The plan. Nothing is changed.
 
     Raises:
         ArgumentError: unknown criterion or profile; ratio outside [0, 1), or too small to remove anything.
-        WeightError: the weights are NaN, infinite, or on the meta device.
+        WeightError: the weights are NaN, infinite, on the meta device, or not those of the network.
+        CheckpointError: `weights` names a checkpoint that cannot be read.
     """
-    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width)
+    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width, weights)
 
 
 def prune(

@@ -111,9 +111,15 @@ def edited(path: Path, edit) -> None:  # type: ignore[no-untyped-def]
         (lambda d: d["groups"][0].update(kept="zero"), "index list 'zero' cannot be read"),
         (lambda d: d["groups"][0].update(kept="@gone"), "index list '@gone' cannot be read"),
         (lambda d: d["state"]["one.weight"]["kept"].update({"9": "0"}), "'one.weight' has no dimension 9"),
-        (lambda d: d["state"]["one.weight"].update(blocks={"1": 3}), "does not keep equally many positions in each of 3"),
+        (
+            lambda d: d["state"]["one.weight"].update(blocks={"1": 3}),
+            "does not keep equally many positions in each of 3",
+        ),
         (lambda d: d["state"]["one.weight"].update(blocks={"2": 1}), "blocks of a dimension that it keeps whole"),
-        (lambda d: d["state"]["one.weight"].update(numbers={"size": 2, "kept": "0-5"}), "counts positions that are not"),
+        (
+            lambda d: d["state"]["one.weight"].update(numbers={"size": 2, "kept": "0-5"}),
+            "counts positions that are not",
+        ),
         (lambda d: d["state"]["one.weight"].update(shape="x"), "missing or of the wrong kind"),
         (lambda d: d.pop("whole"), "entry 'whole' is missing"),
         (lambda d: d.update(version=99), "format version 99; this torchshear reads 2"),

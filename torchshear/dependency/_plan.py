@@ -242,7 +242,9 @@ def _check_ranges(path: Path, plan: PruningPlan) -> None:
     """Indices that lie outside what they index are damage, found on reading and not when a tensor is cut."""
     for group in plan.groups:
         if not are_ascending(group.kept, group.width):
-            raise damaged(path, f"group {group.name!r} keeps indices that are not ascending numbers in 0..{group.width - 1}")
+            raise damaged(
+                path, f"group {group.name!r} keeps indices that are not ascending numbers in 0..{group.width - 1}"
+            )
     for name, entry in plan.state.items():
         damage = entry.damage()
         if damage is not None:

@@ -2,10 +2,19 @@
 
 from torchshear.pruners._planning import plan_from_kept, plan_uniform
 from torchshear.pruners._selection import Width, choose_units, choose_width
-from torchshear.pruners.criteria import Criterion, criterion, find_criterion, registered_criteria, unit_sums
+from torchshear.pruners._weight_source import WeightSource
+from torchshear.pruners.criteria import (
+    Criterion,
+    criterion,
+    find_criterion,
+    random_criterion,
+    registered_criteria,
+    unit_sums,
+)
 
 __all__ = [
     "Criterion",
+    "WeightSource",
     "Width",
     "choose_units",
     "choose_width",
@@ -13,6 +22,7 @@ __all__ = [
     "find_criterion",
     "plan_from_kept",
     "plan_uniform",
+    "random_criterion",
     "registered_criteria",
     "unit_sums",
 ]

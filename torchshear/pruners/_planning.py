@@ -11,6 +11,7 @@ from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, PruningPlan,
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners._selection import Width, choose_units, choose_width
+from torchshear.pruners._weight_source import WeightSource, weights_to_score
 from torchshear.pruners.criteria import Criterion, find_criterion
 
 Indices = npt.NDArray[np.int64]
@@ -22,6 +23,7 @@ def plan_uniform(
     ratio: float = 0.5,
     alignment: Alignment | None = None,
     min_width: int = 1,
+    weights: WeightSource = None,
 ) -> PruningPlan:
     """Remove the same share of every group, the units with the lowest scores first.
 
@@ -31,11 +33,13 @@ def plan_uniform(
         ratio: fraction of units to remove from each group, in [0, 1).
         alignment: which widths the target runs well; None for any.
         min_width: the fewest units to keep in a group.
+        weights: what criteria look at; see `torchshear.plan`. None: the tensors of the model that was traced.
 
     Raises:
         ArgumentError: unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit; min_width
             below 1.
-        WeightError: weights cannot be scored.
+        WeightError: weights cannot be scored, or are not those of the network.
+        CheckpointError: `weights` names a checkpoint that cannot be read.
     """
     score = find_criterion(criterion)
     _check_ratio(ratio)
@@ -44,9 +48,9 @@ def plan_uniform(
     widths = {group.name: choose_width(group, ratio, alignment, min_width) for group in groups}
     if ratio > 0 and groups.prunable and all(widths[group.name].kept == group.width for group in groups):
         raise ArgumentError(_nothing_moves(groups.prunable, ratio, alignment, min_width))
-    weights = {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+    tensors = weights_to_score(groups, weights)
     kept = {
-        group.name: _kept(group, score, weights, widths[group.name])
+        group.name: _kept(group, score, tensors, widths[group.name])
         for group in groups
         if widths[group.name].kept < group.width
     }
