@@ -7,6 +7,7 @@ from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, enclosing_modules, locate
+from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
 from torchshear.graph._outputs import output_leaves, plain_outputs
 
@@ -22,9 +23,11 @@ __all__ = [
     "copy_model",
     "enclosing_modules",
     "failure_of",
+    "is_on_meta",
     "locate",
     "node_macs",
     "output_leaves",
+    "parameters_on_meta",
     "plain_outputs",
     "trace",
     "trace_inputs",

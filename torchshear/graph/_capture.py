@@ -19,6 +19,7 @@ from torchshear.graph._check import agrees
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
 from torchshear.graph._outputs import plain_outputs
 
@@ -29,8 +30,8 @@ _HERE = str(Path(__file__).parent)
 def trace(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Graph:
     """Capture a model in eval mode as a graph of ATen operators.
 
-    The model may live on the meta device. Parameters, buffers, mode, gradients, hooks and the state of the random
-    number generators are left as they were.
+    The model may live on the meta device, whole or without its buffers (`torchshear.graph.parameters_on_meta`).
+    Parameters, buffers, mode, gradients, hooks and the state of the random number generators are left as they were.
 
     Args:
         model: the model; called as `model(*args, **kwargs)`.
@@ -113,7 +114,11 @@ def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
 def _export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
     """Run torch.export; the Python code of the graphs that it makes on its way is not needed, and not compiled."""
     with _use_lazy_graph_module(True):
-        return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
+        if not is_on_meta(model):
+            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
+        inputs = inputs.map(lambda tensor: tensor.to("meta"))
+        with buffers_on_meta(model):
+            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
 
 
 def _to_graph(

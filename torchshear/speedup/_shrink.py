@@ -14,7 +14,7 @@ from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
 from torchshear.errors import ArgumentError, CaptureError, PlanError
-from torchshear.graph import ExampleInputs, Graph, capture, trace_inputs
+from torchshear.graph import ExampleInputs, Graph, capture, is_on_meta, trace_inputs
 from torchshear.speedup._native_form import native_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
@@ -77,7 +77,7 @@ def shrink_to_form(
     graph = groups.graph
     tensors = _tensors_of(model, graph)
     sliced = slice_state(cut, tensors)
-    native, reason = (None, "asked for") if form == "traced" else native_form(model, cut, tensors, sliced)
+    native, reason = (None, "asked for") if form == "traced" else _native_form(model, cut, tensors, sliced)
     if native is not None:
         return Shrunk(_in_mode_of(native, model), "native", reason)
     if form == "native":
@@ -218,3 +218,12 @@ def _in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
     for name, module in small.named_modules():
         module.training = modes.get(name, model.training)
     return small
+
+
+def _native_form(
+    model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
+) -> tuple[nn.Module | None, str]:
+    """As `native_form`, which needs values to compare."""
+    if is_on_meta(model):
+        return None, "without values on the meta device, its own forward cannot be compared with the rewritten graph"
+    return native_form(model, cut, tensors, sliced)
