@@ -15,6 +15,7 @@ PAGES = (
     "docs/how-it-works.md",
     "docs/custom-operators.md",
     "docs/inspect.md",
+    "docs/large-models.md",
 )
 
 

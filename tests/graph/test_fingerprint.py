@@ -19,6 +19,7 @@ class Placed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.reshape(x.shape[0], -1, 2, self.size).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        q, k = q.to(torch.float32).to(x.dtype), k.to(x.dtype)
         place = torch.arange(x.shape[1], device=x.device)
         y = functional.scaled_dot_product_attention(q, k, v, place[:, None] >= place, scale=self.scale)
         return self.out(y.transpose(1, 2).contiguous().reshape(x.shape))
@@ -33,6 +34,11 @@ def test_the_device_makes_no_difference() -> None:
     assert any(torch.device("meta") in node.kwargs.values() for node in meta)
     assert len(real) != len(meta), "the layout of attention's result no longer differs; the test needs another one"
     assert real.fingerprint == meta.fingerprint
+
+
+def test_the_type_makes_no_difference() -> None:
+    real, half = graph_of(Placed(), "cpu"), torchshear.trace(Placed().bfloat16(), (torch.empty(2, 5, 8).bfloat16(),))
+    assert real.fingerprint == half.fingerprint
 
 
 def test_a_plan_made_on_meta_is_for_the_real_model() -> None:

@@ -80,12 +80,12 @@ class Graph:
     def fingerprint(self) -> str:
         """SHA-256 over operators, arguments and shapes: equal for two models that are the same network.
 
-        On which device they are makes no difference: devices are left out, and so are calls of `contiguous`, which
-        torch.export keeps or drops by the layout that the device's kernels give their results.
+        On which device they are and in which type makes no difference: devices and types are left out, and so are
+        calls that convert types and layouts, which torch.export keeps or drops by the device's kernels.
         """
         digest = hashlib.sha256()
         labels: dict[fx.Node, str] = {}
-        for number, node in enumerate(n for n in self.fx_graph.nodes if not _is_layout_only(n)):
+        for number, node in enumerate(n for n in self.fx_graph.nodes if not _is_conversion(n)):
             labels[node] = f"%{number}"
             target = "" if node.op == "placeholder" else node.target
             digest.update(f"{node.op}|{target}|{_written((node.args, node.kwargs), labels)}\n".encode())
@@ -108,15 +108,15 @@ class Graph:
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
 
 
-def _is_layout_only(node: fx.Node) -> bool:
-    return str(node.target) == "aten.contiguous.default"
+def _is_conversion(node: fx.Node) -> bool:
+    return str(node.target).startswith(("aten.contiguous.", "aten.to.", "aten._to_copy."))
 
 
 def _written(value: Any, labels: Mapping[fx.Node, str]) -> str:
-    """Arguments of a call as text, nodes by their labels, without devices."""
+    """Arguments of a call as text, nodes by their labels, without devices and types."""
     if isinstance(value, fx.Node):
-        return _written(value.args[0], labels) if _is_layout_only(value) else labels[value]
-    if isinstance(value, torch.device):
+        return _written(value.args[0], labels) if _is_conversion(value) else labels[value]
+    if isinstance(value, torch.device | torch.dtype):
         return ""
     if isinstance(value, Mapping):
         return ",".join(f"{key}={_written(item, labels)}" for key, item in value.items())
