@@ -16,6 +16,7 @@ PAGES = (
     "docs/custom-operators.md",
     "docs/inspect.md",
     "docs/choosing.md",
+    "docs/large-models.md",
 )
 
 

@@ -4,7 +4,7 @@ from torchshear.api import PruneResult, plan, prune
 from torchshear.dependency import PruningPlan, analyze
 from torchshear.errors import TorchshearError
 from torchshear.graph import trace
-from torchshear.speedup import compare_latency, export_onnx, shrink, verify
+from torchshear.speedup import compare_latency, export_onnx, load_checkpoint, shrink, shrink_checkpoint, verify
 
 __all__ = [
     "PruneResult",
@@ -13,9 +13,11 @@ __all__ = [
     "analyze",
     "compare_latency",
     "export_onnx",
+    "load_checkpoint",
     "plan",
     "prune",
     "shrink",
+    "shrink_checkpoint",
     "trace",
     "verify",
 ]

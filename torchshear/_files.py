@@ -34,7 +34,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _publish(temporary, target)
+        publish(temporary, target)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
@@ -46,8 +46,8 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
-def _publish(temporary: Path, target: Path) -> None:
-    """Flush to disk, give the file the permissions a plain `open` would have given, and rename."""
+def publish(temporary: Path, target: Path) -> None:
+    """Flush a file to disk, give the file the permissions a plain `open` would have given, and rename."""
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     umask = os.umask(0)

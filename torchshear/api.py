@@ -10,7 +10,7 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import VerificationError
 from torchshear.graph import trace
-from torchshear.pruners import Criterion, Ratio, plan_uniform
+from torchshear.pruners import Criterion, Ratio, WeightSource, plan_uniform
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Shrunk, Verification, resolve_alignment, shrink_to_form, verify
 
@@ -56,12 +56,13 @@ def plan(
     min_width: int = 1,
     axes: str | Collection[str] | None = None,
     exclude: str | Collection[str] = (),
+    weights: WeightSource = None,
 ) -> PruningPlan:
     """Decide what to remove: a share of every channel group that may shrink, lowest scores first.
 
     Args:
         groups: the analysed network, from `torchshear.analyze`.
-        criterion: name of a criterion ("l1", "l2") or a function like one.
+        criterion: name of a criterion ("l1", "l2", "random") or a function like one.
         ratio: fraction of the units of each group to remove, in [0, 1); or a mapping from what it is for: the name of
             a group, a pattern of module or parameter names ("layer3", "*.mlp.*"), a role ("ffn"), or "*" for all
             others. Where several keys fit a group, the first kind in this order counts. A pattern fits a group if it
@@ -73,6 +74,9 @@ def plan(
             narrower ones, too. None: all.
         exclude: patterns of module or parameter names, or names of groups. A group with any member that one of them
             fits stays whole.
+        weights: what criteria look at, for a model on the meta device: the folder of a checkpoint in safetensors, of
+            which one tensor is read at a time; or a mapping from parameter names to tensors, likewise. None: the
+            tensors of the model that was traced.
 
     Returns:
         The plan. Nothing is changed. It says of every group that stays whole why.
@@ -81,9 +85,10 @@ def plan(
         ArgumentError: unknown criterion or profile; ratio outside [0, 1), or too small to remove anything; a role, key
             or pattern that is unknown, fits nothing or decides nothing; two patterns that ask different ratios of one
             group.
-        WeightError: the weights are NaN, infinite, or on the meta device.
+        WeightError: the weights are NaN, infinite, on the meta device, or not those of the network.
+        CheckpointError: `weights` names a checkpoint that cannot be read.
     """
-    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width, axes, exclude)
+    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width, axes, exclude, weights)
 
 
 def prune(

@@ -6,6 +6,7 @@ A message says what was given, what was expected, where (module, operator, sourc
 __all__ = [
     "ArgumentError",
     "CaptureError",
+    "CheckpointError",
     "ExportError",
     "LatencyError",
     "OutputError",
@@ -35,6 +36,10 @@ class WeightError(TorchshearError, ValueError):
 
 class PlanError(TorchshearError, ValueError):
     """A plan does not fit the model, is damaged, or no plan can meet the request."""
+
+
+class CheckpointError(TorchshearError, ValueError):
+    """A checkpoint is missing, damaged, or of another model; or a folder holds something else than expected."""
 
 
 class VerificationError(TorchshearError):

@@ -9,7 +9,7 @@ import torchshear
 from tests.models import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.pruners import criterion, find_criterion, plan_from_kept, registered_criteria
+from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion, registered_criteria
 from torchshear.pruners.criteria import _registry, unit_sums
 from torchshear.pruners.criteria._weights import OWN_ROLES
 
@@ -94,7 +94,10 @@ def test_scores_by_hand() -> None:
     assert find_criterion("l2")(groups[0], weights_of(groups), {}).tolist() == [5.0, 0.5, 2**0.5]
 
 
-@pytest.mark.parametrize("word", registered_criteria())
+OF_WEIGHTS = [word for word in registered_criteria() if word != "random"]  # a draw does not look at weights
+
+
+@pytest.mark.parametrize("word", OF_WEIGHTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_permuting_channels_permutes_scores_and_nothing_else(word: str, name: str) -> None:
     groups = analysed(name)
@@ -118,7 +121,7 @@ def test_permuting_channels_permutes_scores_and_nothing_else(word: str, name: st
                 torch.testing.assert_close(score(other, permuted, {}), score(other, weights, {}))
 
 
-@pytest.mark.parametrize("word", registered_criteria())
+@pytest.mark.parametrize("word", OF_WEIGHTS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(word: str, value: float) -> None:
     groups = analysed("residual")
@@ -159,7 +162,7 @@ def test_a_large_weight_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unknown_and_double_names() -> None:
-    with pytest.raises(ArgumentError, match="criterion='l11'; expected one of l1, l2. Did you mean 'l1'?"):
+    with pytest.raises(ArgumentError, match="criterion='l11'; expected one of l1, l2, random. Did you mean 'l1'?"):
         find_criterion("l11")
     with pytest.raises(ArgumentError, match="criterion 'l1' is registered already, as l1_scores"):
         criterion("l1")(find_criterion("l1"))
@@ -172,3 +175,22 @@ def test_a_function_is_a_criterion_and_bad_scores_are_refused() -> None:
     assert first.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
     with pytest.raises(ArgumentError, match=r"scores of shape \(1,\) for group 'stem.weight.0.'; expected 8 finite"):
         torchshear.plan(groups, criterion=lambda group, weights, statistics: torch.zeros(1))
+
+
+def test_random_scores_need_no_weights_and_follow_seed_and_name() -> None:
+    with torch.device("meta"):
+        model = Residual()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.empty(2, 3, 8, 8, device="meta"),)))
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    plan = torchshear.plan(groups, criterion="random")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert plan == torchshear.plan(groups, criterion=random_criterion(0))
+    assert plan != torchshear.plan(groups, criterion=random_criterion(1))
+    assert plan.request["criterion"] == "random"
+    assert torchshear.plan(groups, criterion=random_criterion(1)).request["criterion"] == "random(seed=1)"
+    scores = [find_criterion("random")(group, {}, {}) for group in groups]
+    assert all(((score >= 0) & (score < 1)).all() and score.unique().numel() == len(score) for score in scores)
+    assert not torch.equal(scores[0], scores[1][: len(scores[0])])
+    with pytest.raises(ArgumentError, match="seed=1.5; expected an integer"):
+        random_criterion(1.5)  # type: ignore[arg-type]

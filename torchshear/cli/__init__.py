@@ -1,4 +1,4 @@
-"""The command line: inspect a model's channel groups, prune it into a folder, and compare ONNX files for speed."""
+"""The command line: inspect a model's channel groups, prune it, shrink its checkpoint, compare ONNX files for speed."""
 
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -10,6 +10,7 @@ from torchshear.cli._bench import bench
 from torchshear.cli._example import load_example
 from torchshear.cli._inspect import inspect
 from torchshear.cli._prune import prune
+from torchshear.cli._shrink import shrink
 from torchshear.errors import TorchshearError
 
 __all__ = ["app", "load_example", "main"]
@@ -47,6 +48,7 @@ def _root(
 
 app.command()(inspect)
 app.command()(prune)
+app.command()(shrink)
 app.command()(bench)
 
 

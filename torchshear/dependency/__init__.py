@@ -7,8 +7,9 @@ from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._network import Dimension, Value
 from torchshear.dependency._outputs import OutputPlan
-from torchshear.dependency._plan import GroupPlan, PruningPlan, StatePlan, make_plan
+from torchshear.dependency._plan import GroupPlan, PruningPlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
+from torchshear.dependency._state_plan import Renumbering, StatePlan, make_state_plan
 from torchshear.dependency._uses import FAMILIES, ROLES
 
 __all__ = [
@@ -28,12 +29,14 @@ __all__ = [
     "Member",
     "OutputPlan",
     "PruningPlan",
+    "Renumbering",
     "Result",
     "StatePlan",
     "Value",
     "analyze",
     "dense_cost",
     "make_plan",
+    "make_state_plan",
     "operator_rule",
     "registered_operators",
     "unregister",

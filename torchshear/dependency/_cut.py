@@ -32,7 +32,7 @@ class Cut:
 
     def __init__(self, groups: ChannelGroups, kept: Mapping[str, Ids]) -> None:
         self.groups = groups
-        self._resolved: dict[int, tuple[Axis, Ids]] = {}
+        self._known: dict[int, tuple[Axis, Bools]] = {}  # with the axis, so that its array keeps its identity
         self._cut = np.zeros(len(groups.algebra.store), bool)
         self._masks: dict[str, Bools] = {}
         by_name = {group.name: group for group in groups}
@@ -52,12 +52,13 @@ class Cut:
 
     def keep(self, axis: Axis) -> Bools:
         """Which positions of an axis are kept; shape (positions,)."""
-        known = self._resolved.get(id(axis.units))
+        known = self._known.get(id(axis.units))
         if known is None:
-            known = (axis, self.groups.algebra.store.resolve(axis.units))
-            self._resolved[id(axis.units)] = known
-        rows = known[1]
-        return np.asarray(~self._cut[rows].any(1)) if rows.shape[1] else np.ones(len(rows), bool)
+            rows = self.groups.algebra.store.resolve(axis.units)
+            mask = np.asarray(~self._cut[rows].any(1)) if rows.shape[1] else np.ones(len(rows), bool)
+            mask.flags.writeable = False
+            known = self._known[id(axis.units)] = (axis, mask)
+        return known[1]
 
     def changes(self, axis: Axis) -> bool:
         """Whether any position of the axis is cut."""
@@ -105,12 +106,6 @@ class Cut:
         dim, axis, n_blocks = blocked
         axes[dim] = axis
         return [self.keep(axis) for axis in axes], (dim, n_blocks)
-
-    def changed_state(self) -> list[str]:
-        """Names of parameters, buffers and constants that lose positions."""
-        return [
-            name for name in self.groups.facts.state_axes if any(not mask.all() for mask in self.state_keep(name)[0])
-        ]
 
     def state_shape(self, name: str) -> tuple[int, ...]:
         """Sizes of a parameter or buffer after the cut."""

@@ -1,5 +1,6 @@
 """Forming channel groups: units with the same members are one group."""
 
+import hashlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,18 @@ class _Dimension:
     atoms: Ids
 
 
+class _Shared:
+    """Equal arrays as one: the layers of a deep network are alike, and so are most positions and units of members."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, bytes], Ids] = {}
+
+    def one(self, array: Ids) -> Ids:
+        """The first array with these values that was given."""
+        array = np.ascontiguousarray(array)
+        return self._known.setdefault((len(array), hashlib.blake2b(array.data, digest_size=16).digest()), array)
+
+
 def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | None) -> ChannelGroups:
     """Collect the dimensions of all parameters and buffers and group their units.
 
@@ -44,8 +57,9 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     users = _first_users(graph)
     groups: list[ChannelGroup] = []
     names: dict[str, int] = defaultdict(int)
+    shared = _Shared()
     for index in range(n_groups):
-        made = _group(index, members[index], labels, index in mixed, names, users, joint)
+        made = _group(index, members[index], labels, index in mixed, names, users, joint, shared)
         groups.append(replace(made, least=least.get(index, 1)))
     analysed = [(graph, facts)]
     if graph.training is not None and training is not None:
@@ -58,6 +72,7 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
 def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension]:
     """Dimensions with units that can be cut; units that stand in buffers and constants alone are left out."""
     found: list[_Dimension] = []
+    shared = _Shared()
     for name, axes in facts.state_axes.items():
         blocked = facts.blocked.get(name)
         for dim, own in enumerate(axes):
@@ -67,7 +82,8 @@ def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension
             positions, columns = np.nonzero(rows)
             if positions.size:
                 n_blocks = blocked[2] if blocked is not None and is_blocked else 0
-                found.append(_Dimension(name, dim, axis, n_blocks, positions, rows[positions, columns]))
+                atoms = shared.one(rows[positions, columns])
+                found.append(_Dimension(name, dim, axis, n_blocks, shared.one(positions), atoms))
     in_parameters = np.zeros(len(algebra.store), bool)
     for dimension in found:
         if graph.state[dimension.name].kind == "parameter":
@@ -85,22 +101,22 @@ def _assign(algebra: Algebra, dimensions: list[_Dimension], facts: Facts) -> tup
     """
     size = len(algebra.store)
     signature = np.zeros(size, np.uint64)
-    first = np.full(size, np.iinfo(np.int64).max)
+    first = np.zeros(size, np.int64)
     offset = 0
     for number, dimension in enumerate(dimensions, 1):
-        atoms, where, counts = np.unique(dimension.atoms, return_index=True, return_counts=True)
+        atoms, where, counts = _counted(dimension.atoms)
+        new = signature[atoms] == 0
+        first[atoms[new]] = offset + dimension.positions[where[new]]
         signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
-        first[atoms] = np.minimum(first[atoms], offset + dimension.positions[where])
         offset += dimension.axis.size
     for number, part in enumerate(facts.parts, len(dimensions) + 1):
         rows = algebra.store.resolve(part.units)
         atoms, counts = np.unique(rows[(rows != PAD) & (signature[rows] != 0)], return_counts=True)
         signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
     atoms = np.flatnonzero(signature)
-    keys = np.stack([signature[atoms], algebra.store.families(atoms).astype(np.uint64)])
+    keys = _hash(_hash(signature[atoms]) + algebra.store.families(atoms).astype(np.uint64))
     _join(algebra, facts, atoms, keys)
-    _, inverse = np.unique(keys, axis=1, return_inverse=True)
-    inverse = inverse.reshape(-1)
+    _, inverse = np.unique(keys, return_inverse=True)
     n_groups = int(inverse.max()) + 1 if atoms.size else 0
     appearance = np.full(n_groups, np.iinfo(np.int64).max)
     np.minimum.at(appearance, inverse, first[atoms])
@@ -111,7 +127,14 @@ def _assign(algebra: Algebra, dimensions: list[_Dimension], facts: Facts) -> tup
     return group_of, n_groups
 
 
-def _join(algebra: Algebra, facts: Facts, atoms: Ids, keys: "np.ndarray[tuple[int, int], np.dtype[np.uint64]]") -> None:
+def _counted(atoms: Ids) -> tuple[Ids, Ids, Ids]:
+    """Each atom once, ascending, with its first place and how often it stands there."""
+    if (atoms[1:] > atoms[:-1]).all():
+        return atoms, np.arange(len(atoms)), np.ones(len(atoms), np.int64)
+    return np.unique(atoms, return_index=True, return_counts=True)
+
+
+def _join(algebra: Algebra, facts: Facts, atoms: Ids, keys: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> None:
     """Give the units of dimensions that must stay equally wide one key, in place.
 
     Only where each of these dimensions would be a group of its own; `_block_labels` ties the others.
@@ -123,8 +146,8 @@ def _join(algebra: Algebra, facts: Facts, atoms: Ids, keys: "np.ndarray[tuple[in
         blocks = [block[block != PAD] for block in rows[:, 0].reshape(balance.n_blocks, -1)]
         where = [np.searchsorted(atoms, block) for block in blocks]
         are_known = all(at.size and np.isin(block, atoms).all() for at, block in zip(where, blocks, strict=True))
-        if are_known and all((keys[:, at] == keys[:, at[:1]]).all() for at in where):
-            keys[:, np.concatenate(where)] = keys[:, where[0][:1]]
+        if are_known and all((keys[at] == keys[at[0]]).all() for at in where):
+            keys[np.concatenate(where)] = keys[where[0][0]]
 
 
 def _joint_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
@@ -201,6 +224,9 @@ def _members(
     for dimension in dimensions:
         roles = frozenset(facts.roles.get((dimension.name, dimension.dim), {"raw"}))
         of = group_of[dimension.atoms]
+        if (of == of[0]).all():
+            members[int(of[0])].append((dimension, roles, dimension.positions, dimension.atoms))
+            continue
         for group in np.unique(of):
             here = of == group
             members[int(group)].append((dimension, roles, dimension.positions[here], dimension.atoms[here]))
@@ -224,11 +250,12 @@ def _group(
     names: dict[str, int],
     users: dict[str, str],
     joint: dict[int, int],
+    shared: _Shared,
 ) -> ChannelGroup:
     first = members[0][0]
     # The first dimension holds all units, but of a group that is shared out among several.
     atoms = np.concatenate([atoms for _, _, _, atoms in (members if index in joint else members[:1])])
-    _, where = np.unique(atoms, return_index=True)
+    _, where, _ = _counted(atoms)
     ordered = atoms[np.sort(where)]
     by_atom = np.argsort(ordered)
     name = f"{first.name}[{first.dim}]"
@@ -236,13 +263,20 @@ def _group(
     if names[name] > 1:
         name += f"#{names[name]}"
     block = labels.get(index)
+    units: dict[int, Ids] = {}  # by the identity of the atoms that they number
+
+    def numbered(which: Ids) -> Ids:
+        if id(which) not in units:
+            units[id(which)] = shared.one(by_atom[np.searchsorted(ordered, which, sorter=by_atom)])
+        return units[id(which)]
+
     made = tuple(
         Member(
             dimension.name,
             dimension.dim,
             roles,
-            at,
-            by_atom[np.searchsorted(ordered, which, sorter=by_atom)],
+            shared.one(at),
+            numbered(which),
             dimension.axis.size,
             dimension.n_blocks,
         )

@@ -16,6 +16,7 @@ from torchshear.dependency._cut import Cut
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._outputs import OutputPlan, output_plans, read_outputs, write_outputs
 from torchshear.dependency._plan_file import IndexReader, IndexWriter, damaged, read_document, write_document
+from torchshear.dependency._state_plan import StatePlan, are_ascending, make_state_plan, read_state, write_state
 from torchshear.errors import PlanError
 
 Indices = npt.NDArray[np.int64]
@@ -43,45 +44,13 @@ class GroupPlan:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StatePlan:
-    """What is kept of one parameter or buffer.
-
-    Attributes:
-        shape: sizes before.
-        kept: dimension -> positions that stay, ascending; dimensions not named stay whole.
-        blocks: dimension -> number of blocks of dimension 0 that its positions run over; most have none.
-    """
-
-    shape: tuple[int, ...]
-    kept: Mapping[int, Indices]
-    blocks: Mapping[int, int]
-
-    def mask(self) -> Tensor:
-        """Bool tensor of the original shape, True where a value stays."""
-        mask = torch.ones(self.shape, dtype=torch.bool)
-        for dim, positions in self.kept.items():
-            n_blocks = self.blocks.get(dim, 0)
-            line = torch.zeros(self.shape[dim] * max(n_blocks, 1), dtype=torch.bool)
-            line[torch.from_numpy(positions)] = True
-            mask &= _spread(line, self.shape, dim, n_blocks)
-        return mask
-
-
-def _spread(line: Tensor, shape: tuple[int, ...], dim: int, n_blocks: int) -> Tensor:
-    """Bring a mask along one dimension into a shape that broadcasts against the whole tensor."""
-    if n_blocks == 0:
-        return line.reshape([-1 if i == dim else 1 for i in range(len(shape))])
-    rows = line.reshape(n_blocks, shape[dim]).repeat_interleave(shape[0] // n_blocks, 0)
-    return rows.reshape([shape[0], *(-1 if i == dim else 1 for i in range(1, len(shape)))])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class PruningPlan:
     """Which channels of a model are kept.
 
     Attributes:
         groups: what is kept of each channel group, prunable or not.
-        state: canonical name -> what is kept, for parameters and buffers that shrink.
+        state: canonical name -> what is kept, for parameters and buffers that change.
+        whole: canonical name -> shape, for those that a `state_dict` holds and that stay as they are.
         aliases: further names of tied parameters -> canonical name.
         fingerprint: hash of the graph that the plan is for.
         model_type: qualified class name of the model.
@@ -97,6 +66,7 @@ class PruningPlan:
 
     groups: tuple[GroupPlan, ...]
     state: Mapping[str, StatePlan]
+    whole: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str]
     fingerprint: str
     model_type: str
@@ -115,7 +85,7 @@ class PruningPlan:
             Name of a parameter or buffer -> bool tensor of its original shape, True = kept. Tied parameters are listed
             under each of their names.
         """
-        masks = {name: entry.mask() for name, entry in self.state.items()}
+        masks = {name: entry.mask() for name, entry in self.state.items() if entry.kept}
         for alias, name in self.aliases.items():
             if name in masks:
                 masks[alias] = masks[name]
@@ -191,6 +161,8 @@ def make_plan(
     ratios = ratios or {}
     groups = cut.groups
     graph = groups.graph
+    made = {name: make_state_plan(cut, name) for name, entry in graph.state.items() if entry.kind != "constant"}
+    state = {name: entry for name, entry in made.items() if entry is not None}
     refused = {group.name: group.reason for group in groups if group.reason}
     refused |= {f"{fixed.name}[{fixed.dim}]": fixed.reason for fixed in groups.fixed}
     return PruningPlan(
@@ -205,7 +177,8 @@ def make_plan(
             )
             for g in groups
         ),
-        state={name: _state_plan(cut, name) for name in cut.changed_state() if graph.state[name].kind != "constant"},
+        state=state,
+        whole={name: entry.shape for name, entry in graph.state.items() if entry.is_saved and name not in state},
         aliases={alias: name for alias, name in graph.aliases.items() if alias != name},
         fingerprint=graph.fingerprint,
         model_type=graph.model_type,
@@ -223,15 +196,6 @@ def _indices(kept: Indices) -> Indices:
     kept = np.sort(np.asarray(kept, np.int64))
     kept.flags.writeable = False
     return kept
-
-
-def _state_plan(cut: Cut, name: str) -> StatePlan:
-    masks, blocked = cut.state_keep(name)
-    return StatePlan(
-        shape=cut.groups.graph.state[name].shape,
-        kept={dim: np.flatnonzero(mask) for dim, mask in enumerate(masks) if not mask.all()},
-        blocks={blocked[0]: blocked[1]} if blocked is not None and not masks[blocked[0]].all() else {},
-    )
 
 
 def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
@@ -273,14 +237,8 @@ def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:
             }
             for g in plan.groups
         ],
-        "state": {
-            name: {
-                "shape": list(entry.shape),
-                "kept": {str(dim): writer.write(kept) for dim, kept in entry.kept.items()},
-                **({"blocks": {str(dim): n for dim, n in entry.blocks.items()}} if entry.blocks else {}),
-            }
-            for name, entry in plan.state.items()
-        },
+        "state": {name: write_state(entry, writer) for name, entry in plan.state.items()},
+        "whole": {name: list(shape) for name, shape in plan.whole.items()},
         **write_outputs(plan.prunable_outputs, plan.outputs, writer),
         "aliases": dict(plan.aliases),
         "refused": dict(plan.refused),
@@ -301,7 +259,8 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
                 )
                 for g in document["groups"]
             ),
-            state={name: _read_state(entry, reader) for name, entry in document["state"].items()},
+            state={name: read_state(entry, reader) for name, entry in document["state"].items()},
+            whole={name: tuple(int(size) for size in shape) for name, shape in document["whole"].items()},
             aliases=dict(document["aliases"]),
             fingerprint=str(document["model"]["fingerprint"]),
             model_type=str(document["model"]["type"]),
@@ -320,23 +279,17 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
     return plan
 
 
-def _read_state(entry: Mapping[str, Any], reader: IndexReader) -> StatePlan:
-    return StatePlan(
-        shape=tuple(int(size) for size in entry["shape"]),
-        kept={int(dim): reader.read(text) for dim, text in entry["kept"].items()},
-        blocks={int(dim): int(n) for dim, n in entry.get("blocks", {}).items()},
-    )
-
-
 def _check_ranges(path: Path, plan: PruningPlan) -> None:
     """Indices that lie outside what they index are damage, found on reading and not when a tensor is cut."""
     for group in plan.groups:
-        _check_indices(path, f"group {group.name!r}", group.kept, group.width)
+        if not are_ascending(group.kept, group.width):
+            raise damaged(
+                path, f"group {group.name!r} keeps indices that are not ascending numbers in 0..{group.width - 1}"
+            )
     for name, entry in plan.state.items():
-        for dim, kept in entry.kept.items():
-            if not 0 <= dim < len(entry.shape):
-                raise damaged(path, f"{name!r} has no dimension {dim}")
-            _check_indices(path, f"{name!r} dimension {dim}", kept, entry.shape[dim] * max(entry.blocks.get(dim, 0), 1))
+        damage = entry.damage()
+        if damage is not None:
+            raise damaged(path, f"{name!r} {damage}")
 
     for output in plan.outputs:
         for dim, kept in output.kept.items():

@@ -23,7 +23,7 @@ from torchshear.errors import PlanError
 Indices = npt.NDArray[np.int64]
 
 FORMAT = "torchshear.plan"
-VERSION = 1
+VERSION = 2
 _LONGEST_TEXT = 2000  # characters of runs; longer lists go to the tensor file
 
 
@@ -35,8 +35,9 @@ class IndexWriter:
 
     def write(self, indices: Indices) -> str:
         """Text for an index list; equal lists get equal text."""
-        text = _runs(indices)
-        if len(text) <= _LONGEST_TEXT:
+        n_runs = 1 + np.count_nonzero(np.diff(indices) != 1)
+        text = _runs(indices) if 2 * n_runs - 1 <= _LONGEST_TEXT else None  # a run is a digit and a comma at least
+        if text is not None and len(text) <= _LONGEST_TEXT:
             return text
         key = hashlib.sha256(indices.astype(np.int64).tobytes()).hexdigest()[:16]
         self.tensors[key] = indices.astype(np.int32)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ids = npt.NDArray[np.int64]
+_Small = npt.NDArray[np.int32]  # what is kept for each unit beside its class: there are millions of units
 Reason = Hashable  # why something is fixed; `str` of it is what people read
 PAD = 0  # fills the shorter rows of a matrix; as a fixed unit it restricts nothing
 
@@ -26,9 +27,9 @@ class UnitStore:
     def __init__(self) -> None:
         self._size = 1
         self._parent: Ids = np.zeros(1024, np.int64)
-        self._composite: Ids = np.full(1024, -1, np.int64)  # row of _sets, or -1 for an atom
-        self._reason: Ids = np.full(1024, -1, np.int64)  # index into reasons, or -1 for a unit that can be cut
-        self._family: Ids = np.zeros(1024, np.int64)
+        self._composite: _Small = np.full(1024, -1, np.int32)  # row of _sets, or -1 for an atom
+        self._reason: _Small = np.full(1024, -1, np.int32)  # index into reasons, or -1 for a unit that can be cut
+        self._family: _Small = np.zeros(1024, np.int32)
         self._family_parent: list[int] = [0]
         self._sets: Ids = np.zeros((256, 2), np.int64)
         self._n_sets = 0
@@ -75,8 +76,9 @@ class UnitStore:
             return
         grown = max(size, 2 * capacity)
         for name, fill in (("_parent", 0), ("_composite", -1), ("_reason", -1), ("_family", 0)):
-            array = np.full(grown, fill, np.int64)
-            array[:capacity] = getattr(self, name)
+            known = getattr(self, name)
+            array = np.full(grown, fill, known.dtype)
+            array[:capacity] = known
             setattr(self, name, array)
 
     # -- reading ------------------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ class UnitStore:
             rows = self._expand(rows, sets)
         return _tidy(np.where(self._reason[rows] >= 0, PAD, rows))
 
-    def _expand(self, rows: Ids, sets: Ids) -> Ids:
+    def _expand(self, rows: Ids, sets: _Small) -> Ids:
         parts = np.zeros((*rows.shape, self._sets.shape[1]), np.int64)
         parts[:, :, 0] = rows
         inside = sets >= 0
@@ -168,11 +170,11 @@ class UnitStore:
             np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
             left, right = self.find(left), self.find(right)
 
-    def _union_families(self, left: Ids, right: Ids) -> None:
+    def _union_families(self, left: _Small, right: _Small) -> None:
         differ = left != right
         if not differ.any():
             return
-        for code in np.unique(left[differ] * len(self._family_parent) + right[differ]):
+        for code in np.unique(left[differ].astype(np.int64) * len(self._family_parent) + right[differ]):
             a, b = (self._find_family(int(family)) for family in divmod(code, len(self._family_parent)))
             self._family_parent[max(a, b)] = min(a, b)
 

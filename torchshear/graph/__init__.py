@@ -8,6 +8,7 @@ from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, enclosing_modules, locate
+from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
 from torchshear.graph._names import as_names, close_to, matches
 from torchshear.graph._outputs import check_outputs, output_names, output_nodes, shape_with_batch
@@ -27,12 +28,14 @@ __all__ = [
     "copy_model",
     "enclosing_modules",
     "failure_of",
+    "is_on_meta",
     "locate",
     "matches",
     "node_macs",
     "output_leaves",
     "output_names",
     "output_nodes",
+    "parameters_on_meta",
     "plain_outputs",
     "shape_with_batch",
     "trace",

@@ -20,6 +20,7 @@ from torchshear.graph._contract import plain_outputs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -29,8 +30,8 @@ _HERE = str(Path(__file__).parent)
 def trace(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Graph:
     """Capture a model in eval mode as a graph of ATen operators.
 
-    The model may live on the meta device. Parameters, buffers, mode, gradients, hooks and the state of the random
-    number generators are left as they were.
+    The model may live on the meta device, whole or without its buffers (`torchshear.graph.parameters_on_meta`).
+    Parameters, buffers, mode, gradients, hooks and the state of the random number generators are left as they were.
 
     Args:
         model: the model; called as `model(*args, **kwargs)`.
@@ -113,7 +114,11 @@ def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
 def _export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
     """Run torch.export; the Python code of the graphs that it makes on its way is not needed, and not compiled."""
     with _use_lazy_graph_module(True):
-        return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
+        if not is_on_meta(model):
+            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
+        inputs = inputs.map(lambda tensor: tensor.to("meta"))
+        with buffers_on_meta(model):
+            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
 
 
 def _to_graph(
@@ -127,7 +132,7 @@ def _to_graph(
     fx_graph = clean_copy(program, aliases)
     for node in fx_graph.nodes:
         if node.op == "get_attr" and node.target not in state:
-            state[node.target] = StateTensor(node.target, "constant", program.constants[node.target].detach())
+            state[node.target] = StateTensor(node.target, "constant", program.constants[node.target].detach(), False)
     return Graph(
         fx_graph=fx_graph,
         state=types.MappingProxyType(state),
@@ -146,6 +151,7 @@ def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTenso
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     state: dict[str, StateTensor] = {}
+    unsaved = _unsaved(model)
     for kind, named in (
         ("parameter", model.named_parameters(remove_duplicate=False)),
         ("buffer", model.named_buffers(remove_duplicate=False)),
@@ -153,9 +159,17 @@ def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTenso
         for name, tensor in named:
             canonical = first.setdefault(id(tensor), name)
             aliases[name] = canonical
-            if canonical == name:
-                state[name] = StateTensor(name, kind, tensor)  # type: ignore[arg-type]
+            is_saved = name not in unsaved or (canonical != name and state[canonical].is_saved)
+            state[canonical] = StateTensor(canonical, kind, tensor, is_saved)  # type: ignore[arg-type]
     return aliases, state
+
+
+def _unsaved(model: nn.Module) -> set[str]:
+    """Names of buffers that a `state_dict` leaves out."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {
+        f"{path}.{name}" if path else name for path, module in modules for name in module._non_persistent_buffers_set
+    }
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

@@ -23,11 +23,13 @@ class StateTensor:
         name: canonical qualified name; tied tensors have one.
         kind: "parameter", "buffer", or "constant" (a plain tensor attribute or a literal in the source).
         tensor: the model's own tensor, never written to by torchshear.
+        is_saved: whether the model's `state_dict` holds it.
     """
 
     name: str
     kind: Literal["parameter", "buffer", "constant"]
     tensor: Tensor
+    is_saved: bool = True
 
     @property
     def shape(self) -> Shape:
@@ -76,10 +78,17 @@ class Graph:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over operators, arguments and shapes: equal for two models that are the same network."""
+        """SHA-256 over operators, arguments and shapes: equal for two models that are the same network.
+
+        On which device they are and in which type makes no difference: devices and types are left out, and so are
+        calls that convert types and layouts, which torch.export keeps or drops by the device's kernels.
+        """
         digest = hashlib.sha256()
-        for node in self.fx_graph.nodes:
-            digest.update(f"{node.op}|{node.name}|{node.target}|{node.args}|{node.kwargs}\n".encode())
+        labels: dict[fx.Node, str] = {}
+        for number, node in enumerate(n for n in self.fx_graph.nodes if not _is_conversion(n)):
+            labels[node] = f"%{number}"
+            target = "" if node.op == "placeholder" else node.target
+            digest.update(f"{node.op}|{target}|{_written((node.args, node.kwargs), labels)}\n".encode())
         for name, entry in sorted(self.state.items()):
             digest.update(f"{name}|{entry.shape}\n".encode())
         return digest.hexdigest()
@@ -97,6 +106,25 @@ class Graph:
     def n_params(self) -> int:
         """Number of parameter elements, tied parameters counted once."""
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
+
+
+def _is_conversion(node: fx.Node) -> bool:
+    return str(node.target).startswith(("aten.contiguous.", "aten.to.", "aten._to_copy."))
+
+
+def _written(value: Any, labels: Mapping[fx.Node, str]) -> str:
+    """Arguments of a call as text, nodes by their labels, without devices and types."""
+    if isinstance(value, fx.Node):
+        return _written(value.args[0], labels) if _is_conversion(value) else labels[value]
+    if isinstance(value, torch.device | torch.dtype):
+        return ""
+    if isinstance(value, Mapping):
+        return ",".join(f"{key}={_written(item, labels)}" for key, item in value.items())
+    if isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, list | tuple):
+        return "(" + ",".join(_written(item, labels) for item in value) + ")"
+    return str(value)
 
 
 def shape_of(node: fx.Node) -> Any:

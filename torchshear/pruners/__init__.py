@@ -3,12 +3,21 @@
 from torchshear.pruners._planning import plan_from_kept, plan_uniform
 from torchshear.pruners._selection import Width, choose_units, choose_width
 from torchshear.pruners._targets import Ratio, Target, choose_targets
-from torchshear.pruners.criteria import Criterion, criterion, find_criterion, registered_criteria, unit_sums
+from torchshear.pruners._weight_source import WeightSource
+from torchshear.pruners.criteria import (
+    Criterion,
+    criterion,
+    find_criterion,
+    random_criterion,
+    registered_criteria,
+    unit_sums,
+)
 
 __all__ = [
     "Criterion",
     "Ratio",
     "Target",
+    "WeightSource",
     "Width",
     "choose_targets",
     "choose_units",
@@ -17,6 +26,7 @@ __all__ = [
     "find_criterion",
     "plan_from_kept",
     "plan_uniform",
+    "random_criterion",
     "registered_criteria",
     "unit_sums",
 ]

@@ -12,6 +12,7 @@ from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners._selection import Width, choose_units, choose_width
 from torchshear.pruners._targets import Ratio, Target, choose_targets
+from torchshear.pruners._weight_source import WeightSource, weights_to_score
 from torchshear.pruners.criteria import Criterion, find_criterion
 
 Indices = npt.NDArray[np.int64]
@@ -25,6 +26,7 @@ def plan_uniform(
     min_width: int = 1,
     axes: str | Collection[str] | None = None,
     exclude: str | Collection[str] = (),
+    weights: WeightSource = None,
 ) -> PruningPlan:
     """Remove a share of every group that may shrink, the units with the lowest scores first.
 
@@ -36,11 +38,13 @@ def plan_uniform(
         min_width: the fewest units to keep in a group.
         axes: roles that may shrink; None for all.
         exclude: patterns of names; groups with a member that fits one stay whole.
+        weights: what criteria look at; see `torchshear.plan`. None: the tensors of the model that was traced.
 
     Raises:
         ArgumentError: unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit; min_width
             below 1; a role, key or pattern that fits nothing.
-        WeightError: weights cannot be scored.
+        WeightError: weights cannot be scored, or are not those of the network.
+        CheckpointError: `weights` names a checkpoint that cannot be read.
     """
     score = find_criterion(criterion)
     _check_min_width(min_width)
@@ -50,9 +54,9 @@ def plan_uniform(
     chosen = tuple(group for group in groups.prunable if targets[group.name].ratio)
     if chosen and all(widths[group.name].kept == group.width for group in groups):
         raise ArgumentError(_nothing_moves(chosen, ratio, alignment, min_width))
-    weights = {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+    tensors = weights_to_score(groups, weights)
     kept = {
-        group.name: _kept(group, score, weights, widths[group.name])
+        group.name: _kept(group, score, tensors, widths[group.name])
         for group in groups
         if widths[group.name].kept < group.width
     }

@@ -1,6 +1,8 @@
 """What makes a plan real: shrink, verify, ONNX export, latency, and alignment to hardware."""
 
+from torchshear.speedup._load import load_checkpoint
 from torchshear.speedup._shrink import Shrunk, shrink, shrink_to_form
+from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
 from torchshear.speedup._traced import TracedModule
 from torchshear.speedup._verify import Verification, verify
 from torchshear.speedup.alignment import detect_profile, profiles, resolve_alignment
@@ -12,14 +14,17 @@ __all__ = [
     "LatencyResult",
     "OnnxFile",
     "Shrunk",
+    "ShrunkCheckpoint",
     "TracedModule",
     "Verification",
     "compare_latency",
     "detect_profile",
     "export_onnx",
+    "load_checkpoint",
     "profiles",
     "resolve_alignment",
     "shrink",
+    "shrink_checkpoint",
     "shrink_to_form",
     "verify",
 ]

@@ -13,7 +13,7 @@ from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
 from torchshear.errors import ArgumentError, CaptureError, PlanError
-from torchshear.graph import ExampleInputs, Graph, capture, trace_inputs
+from torchshear.graph import ExampleInputs, Graph, capture, is_on_meta, trace_inputs
 from torchshear.speedup._native_form import native_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
@@ -76,7 +76,7 @@ def shrink_to_form(
     graph = groups.graph
     tensors = _tensors_of(model, graph)
     sliced = slice_state(cut, tensors)
-    native, reason = (None, "asked for") if form == "traced" else native_form(model, cut, tensors, sliced)
+    native, reason = (None, "asked for") if form == "traced" else _native_form(model, cut, tensors, sliced)
     if native is not None:
         return Shrunk(_in_mode_of(native, model), "native", reason)
     if form == "native":
@@ -101,15 +101,7 @@ def analysis_of(
     if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
         return plan.analysis
     _check_shapes(model, plan)
-    if args is not None or kwargs is not None:
-        inputs = ExampleInputs.of(args or (), kwargs)
-    elif plan.analysis is not None:
-        inputs = plan.analysis.graph.inputs
-    elif plan.inputs is not None:
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        inputs = ExampleInputs.from_json(plan.inputs, device)
-    else:
-        raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
+    inputs = ExampleInputs.of(args or (), kwargs) if args is not None or kwargs is not None else _inputs_of(plan, model)
     groups = analyze(trace_inputs(model, inputs), plan.prunable_outputs)
     if groups.graph.fingerprint != plan.fingerprint:
         raise PlanError(
@@ -118,6 +110,17 @@ def analysis_of(
             f"plan was made; make a new plan for this model."
         )
     return groups
+
+
+def _inputs_of(plan: PruningPlan, model: nn.Module) -> ExampleInputs:
+    """The example inputs of a plan, where the model is: those it was made with, or others of the same description."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    known = plan.analysis.graph.inputs if plan.analysis is not None else None
+    if known is not None and (plan.inputs is None or all(tensor.device == device for tensor in known.tensors())):
+        return known
+    if plan.inputs is not None:
+        return ExampleInputs.from_json(plan.inputs, device)
+    raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
 
 
 def _is_same_instance(model: nn.Module, graph: Graph) -> bool:
@@ -214,3 +217,12 @@ def _in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
     for name, module in small.named_modules():
         module.training = modes.get(name, model.training)
     return small
+
+
+def _native_form(
+    model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
+) -> tuple[nn.Module | None, str]:
+    """As `native_form`, which needs values to compare."""
+    if is_on_meta(model):
+        return None, "without values on the meta device, its own forward cannot be compared with the rewritten graph"
+    return native_form(model, cut, tensors, sliced)

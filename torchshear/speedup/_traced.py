@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError
+from torchshear.speedup._devices import follow_device
 
 Forward = Callable[..., Any]
 
@@ -132,6 +133,7 @@ def _register(root: nn.Module, name: str, entry: StateEntry) -> None:
 
 def _compile(graph: fx.Graph) -> Forward:
     """Python code of a graph as a function of the module and the flat inputs."""
+    follow_device(graph)
     code = graph.python_code("self")
     scope: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, "<traced graph>", "exec"), scope)  # code made from the graph's own nodes, not from a file

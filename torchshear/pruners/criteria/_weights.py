@@ -39,11 +39,18 @@ def unit_sums(
     """
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in scored_members(group, weights, roles):
-        lines = _per_position(member, _readable(member, weights[member.name]), value)
-        if not bool(torch.isfinite(lines).all()):
-            raise _not_finite(member, weights[member.name])
+        lines = _lines(member, weights, value)
         total.index_add_(0, torch.from_numpy(member.units), lines[torch.from_numpy(member.positions)])
     return total
+
+
+def _lines(member: Member, weights: Mapping[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum at each position of a member; its weight is let go before another is read."""
+    weight = _readable(member, weights[member.name])
+    lines = _per_position(member, weight, lambda piece: value(_as_float(piece)))
+    if not bool(torch.isfinite(lines).all()):
+        raise _not_finite(member, weight)
+    return lines
 
 
 def scored_members(
@@ -70,7 +77,10 @@ def _readable(member: Member, weight: Tensor) -> Tensor:
             f"{member.name!r} is on the meta device and has no values to score; load the weights, or make the plan "
             f"from kept units with torchshear.pruners.plan_from_kept."
         )
-    weight = weight.detach()
+    return weight.detach()
+
+
+def _as_float(weight: Tensor) -> Tensor:
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.to(torch.float32)
 
 
