@@ -76,8 +76,7 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
         ArgumentError: `model` is not an nn.Module.
         CaptureError: torch.export cannot capture the model.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    _check_model(model)
     with in_mode(model, mode), plain_outputs(model) as dropped:
         graph = _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
     if dropped and not any(node.all_input_nodes for node in graph if node.op == "output"):
@@ -86,6 +85,26 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
             f"tuples, lists, dicts or dataclasses of them; register other containers with torch.utils._pytree."
         )
     return replace(graph, left_out=tuple(dropped))
+
+
+# Modules that run another one, by where it is inside them.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+
+
+def _check_model(model: nn.Module) -> None:
+    """Refuse what is not a module, or runs another module in a way that a graph does not hold.
+
+    Raises:
+        ArgumentError: says what to give instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    inner = _WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
+    if inner is not None:
+        raise ArgumentError(
+            f"model is a {type(model).__name__} around a {type(getattr(model, inner)).__name__}; expected the module "
+            f"itself. Give model.{inner}, and wrap the pruned model again."
+        )
 
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:

@@ -7,6 +7,7 @@ may shrink; the model itself goes on returning it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,16 @@ def output_leaves(output: Any) -> list[Any]:
     return pytree.tree_leaves(_plain(output))
 
 
+def register_dataclasses(value: Any) -> None:
+    """Let torch take apart the dataclasses that a value holds, as it does tuples and dicts; torch asks for it once."""
+    for leaf in pytree.tree_leaves(value):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            register_dataclasses(leaf)
+
+
 def _plain(output: Any) -> Any:
+    register_dataclasses(output)
     return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, output)
 
 
@@ -45,8 +55,10 @@ def plain_outputs(model: nn.Module) -> Iterator[list[str]]:
     dropped: list[str] = []
 
     def plain(_: nn.Module, __: Any, output: Any) -> Any:
+        register_dataclasses(output)
         dropped[:] = left_out(output)
-        return _plain(output)
+        plain_output = _plain(output)
+        return () if plain_output is None else plain_output  # None would mean: as it was
 
     handle = model.register_forward_hook(plain)
     try:

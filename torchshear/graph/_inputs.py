@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
+from torchshear.graph._contract import register_dataclasses
 
 Json = dict[str, Any]
 
@@ -38,6 +39,7 @@ class ExampleInputs:
             raise ArgumentError(f"args is {type(args).__name__}; expected a tuple of positional arguments.")
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise ArgumentError(f"kwargs is {type(kwargs).__name__}; expected a dictionary of keyword arguments.")
+        register_dataclasses((args, kwargs))
         return cls(tuple(args), dict(kwargs or {}))
 
     def tensors(self) -> list[Tensor]:

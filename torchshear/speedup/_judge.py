@@ -21,6 +21,7 @@ from torchshear.speedup._precision import computing_in, to_float64
 
 Fingerprint = tuple[float, float]
 _INNER = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
+_ROW = 4096  # elements that are summed with one row of weights
 _SAME = 1e-6  # relative difference of the fingerprints of equal values
 
 
@@ -89,12 +90,21 @@ def _fingerprint(tensor: Tensor) -> Fingerprint:
     flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(0.0, 1e3, -1e3)
     if not flat.numel():
         return 0.0, 0.0
-    return float((flat * _wave(flat.numel(), flat.device)).mean()), float(flat.abs().mean())
+    rows, rest = flat.numel() // _ROW, flat.numel() % _ROW
+    wave = _wave(_ROW, flat.device)
+    total = flat[-rest:] @ wave[:rest] if rest else flat.new_zeros(())
+    if rows:
+        total = total + (flat[: rows * _ROW].view(rows, _ROW) @ wave) @ torch.cos(_count(rows, flat.device))
+    return float(total) / flat.numel(), float(flat.abs().mean())
 
 
-@lru_cache(maxsize=8)
+def _count(length: int, device: torch.device) -> Tensor:
+    return torch.arange(1, length + 1, dtype=torch.float64, device=device) * math.sqrt(2)
+
+
+@lru_cache(maxsize=4)
 def _wave(length: int, device: torch.device) -> Tensor:
-    return torch.cos(torch.arange(length, dtype=torch.float64, device=device) * math.sqrt(2))
+    return torch.cos(_count(length, device) * math.sqrt(3))
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.dependency import Cut
-from torchshear.graph import ExampleInputs, Graph, as_if_exporting, copy_model, failure_of
+from torchshear.graph import ExampleInputs, Graph, as_if_exporting, copy_model, failure_of, locate
 from torchshear.graph._run import graph_values
 from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
@@ -42,8 +42,7 @@ def native_form(
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
         return None, f"the model cannot be copied: {type(error).__name__}: {error}"
     if fault is not None:
-        where = f"module {fault.modules[0]!r}" if fault.modules[0] else "the model"
-        return None, f"{where}: {fault.message}"
+        return None, _reason(fault, making)
     failure = _failure_in_training(native, model, cut.groups.graph)
     if failure is not None:
         return None, failure
@@ -135,6 +134,16 @@ class _Making:
         with as_if_exporting():
             refused = failure_of(self.model, self.graph.inputs, "eval") is not None
         return [trial for trial in trials if not (trial.exporting and refused)]
+
+
+def _reason(fault: Fault, making: _Making) -> str:
+    """Say which module, and which line of it, is wrong on the smaller tensors."""
+    where = f"module {fault.modules[0]!r}" if fault.modules[0] else "the model"
+    changes = changed_integers(making.graph.fx_graph, making.cut.groups.facts, making.cut)
+    places = [locate(change.node) for change in changes]
+    lines = dict.fromkeys(place.source for place in places if place.module == fault.modules[0] and place.source)
+    source = f"; sizes change at {', '.join(list(lines)[:3])}" if lines and fault.check else ""
+    return f"{where}: {fault.message}{source}"
 
 
 def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:

@@ -1,0 +1,198 @@
+"""Sizes that modules keep in attributes are found, whatever they are called; nothing else of a model is changed."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from torchshear.speedup import shrink_to_form
+
+
+@dataclass
+class Settings:
+    """What a family of models keeps in one object that all modules share."""
+
+    width: int = 24
+    n_heads: int = 4
+    n_layers: int = 4  # the same number by coincidence
+
+
+class Attention(nn.Module):
+    """Names of sizes are such as no list of names has."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.banana = count
+        self.cherry = width // count
+        self.factor = self.cherry**-0.5
+        self.number = 4  # the same number as that of heads, by coincidence; read, and no size
+        self.all = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.all(x).view(batch, length, 3, self.banana, self.cherry).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) * self.factor).softmax(-1)
+        mixed = (weights @ v).transpose(1, 2).reshape(batch, length, self.banana * self.cherry)
+        return self.out(mixed) * (self.number / 4)
+
+
+class Configured(nn.Module):
+    """Reads sizes from the shared object."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.qkv = nn.Linear(settings.width, 3 * settings.width)
+        self.out = nn.Linear(settings.width, settings.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        heads = self.settings.n_heads
+        q, k, v = self.qkv(x).chunk(3, -1)
+        q, k, v = (t.view(batch, length, heads, -1).transpose(1, 2) for t in (q, k, v))
+        y = functional.scaled_dot_product_attention(q, k, v, scale=0.4)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Sliced(nn.Module):
+    """A tuple of sizes, and one that the parent hands to the child."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (10, 6)
+        self.up = nn.Linear(24, 16)
+        self.down = nn.Linear(16, 24)
+        self.left = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).split(self.sizes, -1)
+        return self.down(torch.cat([self.left(a).relu(), b], -1))
+
+
+class Sequence(nn.Module):
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(7, 24)
+        self.blocks = nn.ModuleList(blocks)
+        self.last = nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.last(x)
+
+
+def pruned(model: nn.Module, x: Tensor) -> Any:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return torchshear.prune(model.eval(), (x,), ratio=0.5)
+
+
+X = torch.randn(2, 5, 7)
+
+
+def test_sizes_are_found_whatever_their_names() -> None:
+    result = pruned(Sequence(Attention(24, 4), Attention(24, 4)), X)
+    assert result.form == "native"
+    for block in result.model.blocks:
+        assert (block.banana, block.cherry) == (2, 3)
+        assert block.number == 4
+        assert block.factor == 6**-0.5
+    assert "banana (2)" in result.report.form
+    assert result.verification.max_error < 1e-12
+    assert result.model(torch.randn(3, 9, 7)).shape == (3, 9, 3)
+
+
+def test_a_shared_object_of_settings_is_copied_before_it_is_changed() -> None:
+    settings = Settings()
+    model = Sequence(Configured(settings), Configured(settings))
+    before = copy.deepcopy(settings)
+    result = pruned(model, X)
+    assert result.form == "native"
+    assert settings == before
+    assert [block.settings.n_heads for block in result.model.blocks] == [2, 2]
+    assert [block.settings.n_layers for block in result.model.blocks] == [4, 4]
+    assert result.model.blocks[0].settings is not result.model.blocks[1].settings
+
+
+def test_a_tuple_of_sizes_is_changed_where_it_has_to_be() -> None:
+    result = pruned(Sequence(Sliced()), X)
+    assert result.form == "native"
+    assert result.model.blocks[0].sizes == (5, 3)
+
+
+class Computed(Attention):
+    """Its scale follows the size that it finds: no attribute can make it right."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (t.view(batch, length, 4, -1).transpose(1, 2) for t in self.all(x).chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+
+def test_where_no_attribute_helps_the_reason_names_module_and_line() -> None:
+    result = pruned(Sequence(Computed(24, 4)), X)
+    assert result.form == "traced"
+    assert "module 'blocks.0'" in result.report.form
+    assert "test_repair.py:" in result.report.form
+    assert result.verification.max_error < 1e-12
+
+
+class Branching(nn.Module):
+    """Has one way for running and another for being exported, and keeps a size for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running, self.exported = 12, 12
+        self.up, self.down = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = self.exported if torch.compiler.is_exporting() else self.running
+        a, b = self.up(x).split(size, -1)
+        return self.down(torch.cat([a, b], -1))
+
+
+def test_the_branch_that_export_takes_is_right_as_well(tmp_path: Any) -> None:
+    result = pruned(Sequence(Branching()), X)
+    assert result.form == "native"
+    assert (result.model.blocks[0].running, result.model.blocks[0].exported) == (6, 6)
+    assert torchshear.export_onnx(result.model, tmp_path / "small.onnx", (X,)).dynamic_batch
+
+
+def test_attributes_and_classes_of_the_original_are_as_before() -> None:
+    model = Sequence(Attention(24, 4), Configured(Settings()))
+    before = {name: (type(m), copy.copy(vars(m)).keys()) for name, m in model.named_modules()}
+    pruned(model, X)
+    assert {name: (type(m), vars(m).keys()) for name, m in model.named_modules()} == before
+    assert (model.blocks[0].banana, model.blocks[1].settings.n_heads) == (4, 4)
+
+
+def test_casts_to_float32_inside_do_not_blunt_the_proof() -> None:
+    class Casting(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.to(torch.float32).to(x.dtype))
+
+    result = pruned(Sequence(Casting(24, 4)), X)
+    assert result.verification.dtype == torch.float64
+    assert result.verification.max_error < 1e-12
+
+
+@pytest.mark.parametrize("form", ["native", "traced"])
+def test_both_forms_agree_on_other_lengths_or_refuse_them(form: Any) -> None:
+    model = Sequence(Attention(24, 4)).eval()
+    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (X,))), ratio=0.5)
+    small = shrink_to_form(model, plan, form=form).model
+    if form == "native":
+        assert small(torch.randn(1, 3, 7)).shape == (1, 3, 3)
+    else:
+        with pytest.raises(torchshear.errors.ArgumentError, match="captured for"):
+            small(torch.randn(1, 3, 7))
