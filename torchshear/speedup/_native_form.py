@@ -14,7 +14,7 @@ from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
 from torchshear.speedup._native import native_copy
 from torchshear.speedup._repair import repair
-from torchshear.speedup._rewrite import changed_integers, rewrite_graph
+from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._sizes import Sizes, choices, explain
 
 
@@ -35,6 +35,14 @@ def native_form(
     Returns:
         The copy, or None; and why.
     """
+    unsaid = implied_arguments(cut.groups.graph.fx_graph, cut.groups.facts, cut)
+    if unsaid:
+        node, name = unsaid[0]
+        more = f" and {len(unsaid) - 1} more" if len(unsaid) > 1 else ""
+        return None, (
+            f"{locate(node)}{more}: {name!r} is not given, so the operator derives it from a size that changes; no "
+            f"attribute can keep it at its value"
+        )
     try:
         making = _Making.of(model, cut, tensors, sliced)
         sizes, fault = making.find_sizes()

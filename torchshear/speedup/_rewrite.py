@@ -151,6 +151,19 @@ def changed_integers(graph: fx.Graph, facts: Facts, cut: Cut) -> list[Change]:
     return changes
 
 
+def implied_arguments(graph: fx.Graph, facts: Facts, cut: Cut) -> list[tuple[fx.Node, str]]:
+    """Calls that were not given an argument which they need after the cut, to compute as before; with its name."""
+    return [
+        (node, edit.name)
+        for node in graph.nodes
+        for edit in (facts.edits.get(node.name, []) if _is_touched(node, facts, cut) else [])
+        if edit.name != "call"
+        and edit.index is None
+        and bind_arguments(node)[edit.name] is None
+        and edit.value(cut.keep) is not UNCHANGED
+    ]
+
+
 def _changed_parts(node: fx.Node, facts: Facts, cut: Cut) -> list[Change]:
     """Sizes of the parts of a split, and of what is split."""
     results = facts.axes.get(node.name)

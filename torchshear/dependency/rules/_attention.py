@@ -3,7 +3,7 @@
 from math import sqrt
 
 from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
+from torchshear.dependency._call import UNCHANGED, Call
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
 
@@ -21,7 +21,7 @@ def _attention(call: Call) -> Axes:
     call.mix(q[-1], k[-2])
     if call.arg("scale") is None:
         width = q[-1].size
-        call.edit("scale", lambda keep: 1.0 / sqrt(width))
+        call.edit("scale", lambda keep: UNCHANGED if keep(q[-1]).all() else 1.0 / sqrt(width))
     n_batch = len(call.out_shape) - 2
     if call.arg("enable_gqa") and q[-3].size != k[-3].size:
         batch = (
