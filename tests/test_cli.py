@@ -73,6 +73,24 @@ def tied():
     return Tied(), (torch.randint(0, 50, (2, 7)),), {"scale": torch.rand(2, 7, 1)}
 
 
+class Picky(nn.Module):
+    """Two parts, and Python between them that looks at values."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        self.head = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x):
+        y = self.trunk(x).mean((2, 3))
+        return self.head(y) if y.sum() > 0 else self.head(-y)
+
+
+def picky():
+    torch.manual_seed(0)
+    return Picky(), (torch.randn(2, 3, 8, 8),)
+
+
 def branching():
     return Branching(), (torch.randn(2, 3, 8, 8),)
 
@@ -284,6 +302,25 @@ def test_pruned_model_is_rebuilt_from_plan_and_weights(pruned: tuple[Path, str])
         torch.testing.assert_close(torch.from_numpy(got), small(batch).detach(), rtol=1e-4, atol=1e-5)
     assert expected.shape == (2, 10)
     assert small.stem.weight.shape[0] == 16
+
+
+def test_submodules_are_pruned_inside_the_model(tmp_path: Path) -> None:
+    parts = ("--submodule", "trunk", "--submodule", "head")
+    assert_fails(r"give submodules=\['trunk', 'head'\]", "inspect", "shop.nets:picky")
+    assert "2 of 2 can shrink." in succeed("inspect", "shop.nets:picky", *parts)
+    text = succeed("prune", "shop.nets:picky", *parts, "--output", "out", "--align", "none")
+    assert "part        trunk: parameters" in text
+    assert text.count("Latency") == 2
+    names = {f"{kind}-{part}.onnx" for kind in ("dense", "pruned") for part in ("trunk", "head")}
+    assert {f.name for f in Path("out").iterdir()} == names | {"plan.json", "model.safetensors", "report.json"}
+    document = json.loads(Path("out/report.json").read_text())
+    assert set(document["latency"]) == {"trunk", "head"}
+    model, (x,), _ = load_example("shop.nets:picky")
+    small = torchshear.shrink(model, torchshear.PruningPlan.load("out/plan.json"))
+    load_model(small, "out/model.safetensors")
+    (got,) = InferenceSession("out/pruned-trunk.onnx").run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), small.trunk(x).detach(), rtol=1e-4, atol=1e-5)
+    assert small.head[0].out_features == 8
 
 
 def test_report_holds_everything(pruned: tuple[Path, str]) -> None:

@@ -1,6 +1,6 @@
 """The public functions that join the stages: plan with an alignment profile, and prune in one call."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
@@ -24,7 +24,8 @@ class PruneResult:
         plan: what was kept; can be saved and replayed on a fresh model.
         report: requested and achieved ratio, parameters and MACs before and after, group by group.
         verification: how closely the pruned model agrees with the masked one.
-        form: "native", a copy of the original module; or "traced", the rewritten graphs.
+        form: "native", a copy of the original module; or "traced", the rewritten graphs. Where parts were pruned,
+            "traced" if any of them is; `report.parts` has the form of each.
     """
 
     model: nn.Module
@@ -41,11 +42,13 @@ class Choice(TypedDict, total=False):
         axes: roles that may shrink, see `torchshear.plan`.
         exclude: what stays whole, see `torchshear.plan`.
         prunable_outputs: names of outputs that may shrink, see `torchshear.analyze`; all others keep their shapes.
+        submodules: names of modules to prune inside a model that cannot be captured whole, see `torchshear.trace`.
     """
 
     axes: str | Collection[str] | None
     exclude: str | Collection[str]
     prunable_outputs: str | Collection[str]
+    submodules: Sequence[str] | None
 
 
 def plan(
@@ -112,7 +115,8 @@ def prune(
         align: see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
         **choice: what may shrink: `axes` and `exclude` as for `torchshear.plan`, `prunable_outputs` as for
-            `torchshear.analyze`. Without them every group may, and every output keeps its shape.
+            `torchshear.analyze`. Without them every group may, and every output keeps its shape. `submodules` as for
+            `torchshear.trace`, as `["backbone"]`: only these modules, inside the whole model.
 
     Returns:
         The pruned model with its plan and report. A model in which nothing can shrink comes back as a copy, and the
@@ -120,16 +124,16 @@ def prune(
 
     Raises:
         ArgumentError: an argument is outside what is accepted.
-        CaptureError: torch.export cannot capture the model.
+        CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
         VerificationError: the shrunk model is not equal to the masked one; nothing is returned then.
     """
     _check_choice(choice)
     alignment = resolve_alignment(align)
-    groups = analyze(trace(model, args, kwargs), choice.get("prunable_outputs", ()))
+    groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
     made = plan_uniform(groups, criterion, ratio, alignment, min_width, choice.get("axes"), choice.get("exclude", ()))
     shrunk, verification = _shrink_and_verify(model, made, args, kwargs)
-    report = make_report(made, f"{shrunk.form}: {shrunk.reason}")
+    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
     return PruneResult(shrunk.model, made, report, verification, shrunk.form)
 
 

@@ -1,13 +1,14 @@
 """The report of a pruning: what was asked, what was done, group by group, and what could not be done and why."""
 
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, GroupPlan, PruningPlan, dense_cost
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, GroupPlan, PruningPlan, dense_cost, part_costs
 from torchshear.graph import Cost
 
 
@@ -56,6 +57,25 @@ class OutputReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PartReport:
+    """One part of a model of which only parts were pruned.
+
+    Attributes:
+        name: qualified name of the module.
+        n_calls: with how many signatures the model called it.
+        before: parameters and MACs of the dense part; MACs of all its captured calls.
+        after: the same of the pruned part.
+        form: "native", "traced", or "" for a plan that was not applied yet.
+    """
+
+    name: str
+    n_calls: int
+    before: Cost
+    after: Cost
+    form: str
+
+
+@dataclass(frozen=True, slots=True)
 class PruningReport:
     """What a plan asks of a model and what it does to it.
 
@@ -69,6 +89,8 @@ class PruningReport:
         refused: group or "parameter[dimension]" -> why it cannot shrink.
         form: "native" or "traced", and why, once the model is shrunk; else "".
         outputs: the outputs that were allowed to shrink; all others keep their shapes.
+        parts: the parts that were pruned inside the model, if it was not pruned whole; parameters in `before` and
+            `after` are then those of the whole model, MACs those of the parts.
     """
 
     requested_ratio: float | None
@@ -79,6 +101,7 @@ class PruningReport:
     refused: dict[str, str]
     form: str = ""
     outputs: tuple[OutputReport, ...] = ()
+    parts: tuple[PartReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -89,12 +112,13 @@ class PruningReport:
         return render_report(self)
 
 
-def make_report(plan: PruningPlan, form: str = "") -> PruningReport:
+def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str] | None = None) -> PruningReport:
     """Put a report together from a plan made in this process.
 
     Args:
         plan: a plan with its analysis.
         form: form of the shrunk model and the reason for it.
+        part_forms: form of each part, where the plan is for parts.
     """
     groups = plan.analysis
     assert groups is not None, "a plan that was loaded has no analysis"
@@ -110,6 +134,11 @@ def make_report(plan: PruningPlan, form: str = "") -> PruningReport:
         refused=dict(plan.refused),
         form=form,
         outputs=tuple(OutputReport(o.name, o.shape, o.shape_after, o.note) for o in plan.outputs),
+        parts=tuple(
+            PartReport(name, groups.graph.parts.calls.count(name), before, after, (part_forms or {}).get(name, ""))
+            for name, (before, after) in part_costs(cut).items()
+            if groups.graph.parts is not None
+        ),
     )
 
 
@@ -177,6 +206,11 @@ def _summary(report: PruningReport) -> str:
         _line("parameters", report.before.n_params, report.after.n_params),
         _line("MACs", report.before.macs, report.after.macs),
     ]
+    lines += [
+        f"part        {part.name}: {_change('parameters', part.before.n_params, part.after.n_params)}, "
+        f"{_change('MACs', part.before.macs, part.after.macs)}{f', {part.form}' if part.form else ''}"
+        for part in report.parts
+    ]
     if report.form:
         lines.append(f"form        {report.form}")
     lines += [f"output      {_output_line(output)}" for output in report.outputs]
@@ -199,5 +233,9 @@ def _output_line(output: OutputReport) -> str:
 
 
 def _line(label: str, before: int, after: int) -> str:
+    return _change(f"{label:<11}", before, after)
+
+
+def _change(label: str, before: int, after: int) -> str:
     share = f" ({after / before:.1%} left)" if before else ""
-    return f"{label:<11} {before:,} -> {after:,}{share}"
+    return f"{label} {before:,} -> {after:,}{share}"

@@ -283,6 +283,44 @@ def test_native_attributes_of_torch_modules_follow() -> None:
     assert model[1].groups == 8
 
 
+class Literals(nn.Module):
+    """Literals of its own in each mode; in training the hidden values come out as well if `is_open`."""
+
+    def __init__(self, is_open: bool = False) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+        self.is_open = is_open
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = self.one(x)
+        if self.training:
+            h = h + torch.tensor([10.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+        hidden = self.two(h * torch.tensor([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]))
+        y = self.three(torch.relu(hidden))
+        return (y, hidden) if self.training and self.is_open else y
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_literals_of_each_mode_are_its_own(is_open: bool) -> None:
+    model, x = randomise(Literals(is_open)), torch.randn(3, 4)
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    plan = plan_from_kept(groups, {"one.weight[0]": [0, 2, 5]})
+    small = shrink_to_form(model, plan, form="traced").model
+    h = x @ model.one.weight[[0, 2, 5]].T + model.one.bias[[0, 2, 5]] + torch.tensor([10.0, 2.0, 5.0])
+    hidden = (h * torch.tensor([7.0, 5.0, 2.0])) @ model.two.weight[:, [0, 2, 5]].T + model.two.bias
+    expected = model.three(torch.relu(hidden))
+    torch.testing.assert_close(small.train()(x), (expected, hidden) if is_open else expected)
+
+
+def test_outputs_of_training_alone_keep_their_shapes() -> None:
+    x = torch.randn(1, 4)
+    assert [group.width for group in torchshear.prune(randomise(Literals()), (x,)).plan.groups] == [8, 6]
+    result = torchshear.prune(randomise(Literals(is_open=True)), (x,))
+    assert [group.width for group in result.plan.groups] == [8]
+    assert result.report.refused["two.weight[0]"] == "model output 1"
+    assert result.model.train()(x)[1].shape == (1, 6)
+
+
 def test_weights_on_meta_shrink_by_shape() -> None:
     with torch.device("meta"):
         model = Residual()

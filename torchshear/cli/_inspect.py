@@ -13,6 +13,7 @@ from rich.table import Table
 
 import torchshear
 from torchshear.cli._example import Target, load_example
+from torchshear.cli._options import Submodules
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.dependency import ChannelGroup, ChannelGroups, dense_cost
 from torchshear.inspection import (
@@ -36,11 +37,12 @@ def inspect(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write the network and its groups as one page.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every member and source line.")] = False,
+    submodule: Submodules = None,
 ) -> None:
     """Show the channel groups of a model: what can shrink, what must shrink with it, and what is fixed and why."""
     model, args, kwargs = load_example(target)
     with status("tracing and analysing") as say:
-        groups = torchshear.analyze(torchshear.trace(model, args, kwargs))
+        groups = torchshear.analyze(torchshear.trace(model, args, kwargs, submodule or None))
         number = None if group is None else find_group(groups, group)
         if html is not None:
             say("writing the page")
@@ -63,8 +65,13 @@ def _print_groups(console: Console, groups: ChannelGroups) -> None:
     console.print(_groups_table(groups))
     cost = dense_cost(groups.graph)
     console.print(f"{len(groups.prunable)} of {len(groups)} can shrink.")
-    console.print(f"{cost.n_params:,} parameters, {cost.macs:,} MACs per sample.")
+    console.print(f"{cost.n_params:,} parameters, {cost.macs:,} MACs per {_unit_of_work(groups)}.")
     _print_fixed(console, groups)
+
+
+def _unit_of_work(groups: ChannelGroups) -> str:
+    """What MACs are counted of: a sample, or the whole example where the batch is not free."""
+    return "sample" if groups.graph.batch_hint is not None else "example"
 
 
 def _groups_table(groups: ChannelGroups) -> Table:

@@ -31,11 +31,20 @@ _AXES = typer.Option(metavar="ROLE", help="Role that may shrink, as ffn or heads
 _EXCLUDE = typer.Option(metavar="PATTERN", help="Modules or parameters that keep their shapes; once or more.")
 _OUTPUT = typer.Option("--prunable-output", metavar="NAME", help="Output that may shrink; once or more. Default: none.")
 
+_SUBMODULE = typer.Option(
+    "--submodule",
+    metavar="NAME",
+    help="Module to take inside the model, for models that cannot be captured whole; once or more. Default: the model.",
+)
+
+Submodules = Annotated[list[str] | None, _SUBMODULE]
+
 _OPTIONS: Final[dict[str, Any]] = {
     "ratio": Annotated[list[str], _RATIO],
     "axes": Annotated[list[str] | None, _AXES],
     "exclude": Annotated[list[str] | None, _EXCLUDE],
     "prunable_outputs": Annotated[list[str] | None, _OUTPUT],
+    "submodules": Submodules,
 }
 
 
@@ -63,6 +72,7 @@ def takes_choice(command: Callable[..., None]) -> Callable[..., None]:
             "axes": given.pop("axes") or None,
             "exclude": given.pop("exclude") or (),
             "prunable_outputs": given.pop("prunable_outputs") or (),
+            "submodules": given.pop("submodules") or None,
         }
         command(**given, ratio=ratio, choice=choice)
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final
 import typer
 from safetensors import SafetensorError
 from safetensors.torch import save_model
+from torch import nn
 
 import torchshear
 from torchshear._files import atomic_path
@@ -49,6 +50,9 @@ def prune(
     Writes plan.json, model.safetensors, dense.onnx, pruned.onnx and report.json. The pruned model in Python:
     small = torchshear.shrink(Model(), PruningPlan.load("plan.json")), then
     safetensors.torch.load_model(small, "model.safetensors").
+
+    With --submodule, only these modules are pruned inside the model, and the ONNX files are theirs: dense-NAME.onnx and
+    pruned-NAME.onnx.
     """
     model, args, kwargs = load_example(target)
     with _output_folder(output) as draft, status("pruning and verifying") as say:
@@ -58,9 +62,11 @@ def prune(
         with atomic_path(draft / "model.safetensors") as temporary:
             save_model(result.model, str(temporary))  # tied tensors once, their other names in the metadata
         say("exporting ONNX")
+        pairs = _pairs(model, result, args, kwargs)
         files = {
-            name: torchshear.export_onnx(one, draft / f"{name}.onnx", args, kwargs)
-            for name, one in (("dense", model), ("pruned", result.model))
+            f"{kind}{suffix}": torchshear.export_onnx(one, draft / f"{kind}{suffix}.onnx", inputs, options)
+            for suffix, (dense, small, inputs, options) in pairs.items()
+            for kind, one in (("dense", dense), ("pruned", small))
         }
         document = _report_document(target, result, files)
         (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -70,13 +76,33 @@ def prune(
     error = f"error {proof.max_error:.1e} in {str(proof.dtype).removeprefix('torch.')}"
     print_lines(console, f"verified    equal to the original ({proof.reference}): {error}")
     if bench:
-        comparison = measure({name: output / f"{name}.onnx" for name in files})
-        document["latency"] = comparison.to_dict()
+        comparisons = {
+            suffix: measure({f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in ("dense", "pruned")})
+            for suffix in pairs
+        }
+        times = {suffix.removeprefix("-"): comparison.to_dict() for suffix, comparison in comparisons.items()}
+        document["latency"] = times.get("", times)
         with _output_folder(output) as draft:
             (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        print_latency(console, comparison)
+        for comparison in comparisons.values():
+            print_latency(console, comparison)
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
     print_lines(console, f"written     in {output}: {written}")
+
+
+def _pairs(
+    model: nn.Module, result: torchshear.PruneResult, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]]:
+    """Suffix of files -> what is exported: both forms of the model, or of each part, with inputs of its first call."""
+    assert result.plan.analysis is not None, "a plan that was just made has its analysis"
+    graph = result.plan.analysis.graph
+    if graph.parts is None:
+        return {"": (model, result.model, args, kwargs)}
+    first = dict(reversed(list(zip(graph.parts.calls, graph.inputs.args, strict=True))))
+    return {
+        f"-{name}": (model.get_submodule(name), result.model.get_submodule(name), *first[name])
+        for name in graph.parts.names
+    }
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._network import Dimension, Value
 from torchshear.dependency._outputs import OutputPlan
+from torchshear.dependency._part_cost import part_costs
 from torchshear.dependency._plan import GroupPlan, PruningPlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
 from torchshear.dependency._state_plan import Renumbering, StatePlan, make_state_plan
@@ -38,6 +39,7 @@ __all__ = [
     "make_plan",
     "make_state_plan",
     "operator_rule",
+    "part_costs",
     "registered_operators",
     "unregister",
 ]

@@ -43,8 +43,34 @@ def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> Chann
     if graph.training is not None:
         training = facts.for_other_graph()
         relate(graph.training, algebra, training, prunable)
+    pin(graph, algebra, facts)
     settle_balances(algebra, facts)
     return replace(form_groups(graph, algebra, facts, training), prunable_outputs=prunable)
+
+
+def with_graph(groups: ChannelGroups, graph: Graph) -> ChannelGroups:
+    """The same groups with another graph over the same parameters, such as one of a single part, in place of theirs."""
+    algebra, facts = groups.algebra.copy(), groups.facts.copy().for_other_graph()
+    for name in [name for name, entry in groups.graph.state.items() if entry.kind == "constant"]:
+        for table in (facts.state_axes, facts.blocked, facts.positions):  # the other graph has constants of its own
+            table.pop(name, None)
+    relate(graph, algebra, facts)
+    training = None
+    if graph.training is not None:
+        training = facts.for_other_graph()
+        relate(graph.training, algebra, training)
+    pin(graph, algebra, facts)
+    return replace(groups, graph=graph, algebra=algebra, facts=facts, training_facts=training)
+
+
+def pin(graph: Graph, algebra: Algebra, facts: Facts) -> None:
+    """Fix parameters and buffers of parts that the rest of the model holds or reads as well, and what follows them."""
+    for name, reason in (graph.parts.pinned if graph.parts is not None else {}).items():
+        algebra.fix(facts.state_axes.get(name, ()), reason)
+        if name in facts.blocked:
+            algebra.fix([facts.blocked[name][1]], reason)
+        if name in facts.positions:
+            algebra.fix([facts.positions[name]], reason)
 
 
 def relate(graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str] = ()) -> None:
@@ -69,6 +95,7 @@ class _Walker:
         self.graph = graph
         self.algebra = algebra
         self.facts = facts
+        self._inputs = graph.input_phrases()
 
     def visit(self, node: fx.Node) -> None:
         """Give the node's value its axes."""
@@ -86,7 +113,7 @@ class _Walker:
         if not isinstance(shape, tuple):
             return None
         return tuple(
-            self.algebra.fixed(size, f"model input {node.name!r}, dimension {dim}") for dim, size in enumerate(shape)
+            self.algebra.fixed(size, f"{self._inputs[node.name]}, dimension {dim}") for dim, size in enumerate(shape)
         )
 
     def _state(self, name: str) -> Axes:
@@ -97,18 +124,20 @@ class _Walker:
 
     def _outputs(self) -> None:
         """Fix what the model gives, but for outputs that may shrink, of which the batch alone is."""
-        for name, value in output_nodes(self.graph):
+        parts = self.graph.output_parts()
+        for number, (name, value) in enumerate(output_nodes(self.graph)):
+            what = f"output of part {parts[number]!r}" if parts else f"model output {name}"
             axes = self.facts.axes.get(value.name) if isinstance(value, fx.Node) else None
             pointer = self.facts.pointers.get(value.name) if isinstance(value, fx.Node) else None
-            self.algebra.fix([] if pointer is None else [pointer], f"positions along it are model output {name}")
+            self.algebra.fix([] if pointer is None else [pointer], f"positions along it are {what}")
             if not isinstance(axes, tuple):
                 for part in axes or ():
-                    self.algebra.fix(part, f"model output {name}")
+                    self.algebra.fix(part, what)
                 continue
             is_prunable = any(matches(pattern, name) for pattern in self.prunable_outputs)
             for dim, axis in enumerate(axes):
                 if not is_prunable or self.graph.is_free(value, dim):
-                    self.algebra.fix([axis], f"model output {name}")
+                    self.algebra.fix([axis], what)
 
     def _call(self, node: fx.Node) -> Result:
         call = Call(node, self.graph, self.algebra, self.facts)

@@ -1,6 +1,6 @@
 """A choice of kept units and what follows from it: kept positions of every axis, masks, sizes and cost."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -139,18 +139,21 @@ class Cut:
             for name, entry in graph.state.items()
             if entry.kind == "parameter"
         )
-        return Cost(n_params, _macs(graph, self.shape))
+        return Cost(n_params, graph_macs(graph, self.shape))
 
 
 def dense_cost(graph: Graph) -> Cost:
     """Parameters and multiply-accumulate operations of the network as it is."""
-    return Cost(graph.n_params(), _macs(graph, shape_of))
+    return Cost(graph.n_params(), graph_macs(graph, shape_of))
 
 
-def _macs(graph: Graph, shape: Any) -> int:
+def graph_macs(
+    graph: Graph, shape: Callable[[fx.Node], Any], counts: Callable[[fx.Node], bool] = lambda node: True
+) -> int:
+    """Multiply-accumulate operations of one sample, of the nodes that count, by the shapes that a function gives."""
     total = 0
     for node in graph:
-        if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
+        if counts(node) and node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
             operands = tensor_operands(node)
             if operands and isinstance(node.target, torch._ops.OpOverload):
                 total += node_macs(str(node.target), [shape(n) for n in operands], shape(node))

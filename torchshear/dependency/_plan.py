@@ -18,6 +18,7 @@ from torchshear.dependency._outputs import OutputPlan, output_plans, read_output
 from torchshear.dependency._plan_file import IndexReader, IndexWriter, damaged, read_document, write_document
 from torchshear.dependency._state_plan import StatePlan, are_ascending, make_state_plan, read_state, write_state
 from torchshear.errors import PlanError
+from torchshear.graph import Parts
 
 Indices = npt.NDArray[np.int64]
 
@@ -55,12 +56,13 @@ class PruningPlan:
         fingerprint: hash of the graph that the plan is for.
         model_type: qualified class name of the model.
         inputs: description of the example inputs, from which a model can be traced again; None if they are not
-            plain data.
+            plain data. Of a plan for parts of a model: `(args, kwargs)` of each captured call.
         request: what was asked for: criterion, ratio, alignment.
         refused: group name or "parameter[dimension]" -> why it does not shrink.
         versions: versions of torchshear and torch that made the plan.
         prunable_outputs: names or patterns of outputs that may shrink.
         outputs: what is kept of each of these.
+        parts: which modules of the model the plan is for, and what of them must stay whole; None for a whole model.
         analysis: the analysed network, while the plan lives in the process that made it; not saved.
     """
 
@@ -76,6 +78,7 @@ class PruningPlan:
     versions: Mapping[str, str]
     prunable_outputs: tuple[str, ...] = ()
     outputs: tuple[OutputPlan, ...] = ()
+    parts: Parts | None = None
     analysis: ChannelGroups | None = field(default=None, repr=False)
 
     def masks(self) -> dict[str, Tensor]:
@@ -188,6 +191,7 @@ def make_plan(
         versions={"torchshear": version("torchshear"), "torch": str(torch.__version__)},
         prunable_outputs=groups.prunable_outputs,
         outputs=output_plans(cut),
+        parts=graph.parts,
         analysis=groups,
     )
 
@@ -223,7 +227,12 @@ def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
 
 def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:
     return {
-        "model": {"type": plan.model_type, "fingerprint": plan.fingerprint, "inputs": plan.inputs},
+        "model": {
+            "type": plan.model_type,
+            "fingerprint": plan.fingerprint,
+            "inputs": plan.inputs,
+            **({"parts": {"calls": list(plan.parts.calls), "pinned": dict(plan.parts.pinned)}} if plan.parts else {}),
+        },
         "request": dict(plan.request),
         "versions": dict(plan.versions),
         "groups": [
@@ -270,6 +279,7 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
             versions=dict(document["versions"]),
             prunable_outputs=tuple(str(name) for name in document.get("prunable_outputs", ())),
             outputs=read_outputs(document.get("outputs", []), reader),
+            parts=_read_parts(document["model"].get("parts")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PlanError):
@@ -277,6 +287,15 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
         raise damaged(path, f"entry {error} is missing or of the wrong kind") from error
     _check_ranges(path, plan)
     return plan
+
+
+def _read_parts(entry: Any) -> Parts | None:
+    if entry is None:
+        return None
+    calls, pinned = list(entry["calls"]), dict(entry["pinned"])
+    if not calls or not all(isinstance(text, str) for text in (*calls, *pinned, *pinned.values())):
+        raise ValueError("parts")
+    return Parts(tuple(calls), pinned)
 
 
 def _check_ranges(path: Path, plan: PruningPlan) -> None:

@@ -12,6 +12,8 @@ from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
 from torchshear.graph._names import as_names, close_to, matches
 from torchshear.graph._outputs import check_outputs, output_names, output_nodes, shape_with_batch
+from torchshear.graph._parts import PartRun, Parts, whole_of
+from torchshear.graph._recording import record_parts
 
 __all__ = [
     "Cost",
@@ -19,6 +21,8 @@ __all__ = [
     "Graph",
     "Location",
     "Mode",
+    "PartRun",
+    "Parts",
     "StateTensor",
     "as_if_exporting",
     "as_names",
@@ -37,7 +41,9 @@ __all__ = [
     "output_nodes",
     "parameters_on_meta",
     "plain_outputs",
+    "record_parts",
     "shape_with_batch",
     "trace",
     "trace_inputs",
+    "whole_of",
 ]

@@ -2,7 +2,7 @@
 
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,38 +15,71 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
 from torchshear.graph._batch import free_batch, probe_batches
-from torchshear.graph._check import agrees
+from torchshear.graph._check import agrees, differs_in_training
 from torchshear.graph._contract import plain_outputs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
+from torchshear.graph._parts import PartRun, is_inside, parts_of, whole_of
+from torchshear.graph._recording import record_parts
+from torchshear.graph._suggest import advise_parts
 
 _TORCH = str(Path(torch.__file__).parent)
 _HERE = str(Path(__file__).parent)
 
 
-def trace(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Graph:
-    """Capture a model in eval mode as a graph of ATen operators.
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    submodules: Sequence[str] | None = None,
+) -> Graph:
+    """Capture a model, or some of its modules, in eval mode as a graph of ATen operators.
 
     The model may live on the meta device, whole or without its buffers (`torchshear.graph.parameters_on_meta`).
     Parameters, buffers, mode, gradients, hooks and the state of the random number generators are left as they were.
+
+    With `submodules`, for models that torch.export cannot take whole: the model is run once, the calls of the named
+    modules are recorded, and they alone are captured, with every signature that they are called with. Inputs and
+    outputs of each keep their shapes, and so do parameters of theirs that the rest of the model holds or reads as well.
 
     Args:
         model: the model; called as `model(*args, **kwargs)`.
         args: example positional arguments. If all tensors share the size of dimension 0, that size stays free
             wherever the model allows.
         kwargs: example keyword arguments.
+        submodules: qualified names of modules, none inside another, as `["backbone", "head"]`; None for the whole
+            model.
 
     Returns:
-        The captured graph.
+        The captured graph; that of parts holds the operators of all of their calls.
 
     Raises:
-        ArgumentError: `model` is not a module, or the arguments are not a tuple and a mapping.
-        CaptureError: torch.export cannot capture the model; names the module and the line.
+        ArgumentError: `model` is not a module, the arguments are not a tuple and a mapping, or a name in `submodules`
+            is unknown, is the whole model, lies in another one named, or is never called.
+        CaptureError: torch.export cannot capture the model or a part; names the part, the module and the line, and
+            modules that could be captured.
     """
-    return trace_inputs(model, ExampleInputs.of(args, kwargs))
+    inputs = ExampleInputs.of(args, kwargs)
+    if submodules is not None:
+        return trace_inputs(*record_parts(model, submodules, inputs))
+    try:
+        return trace_inputs(model, inputs)
+    except CaptureError as error:
+        _, module, _ = _origin_of(model, error.__cause__ or error)
+        advice = advise_parts(model, inputs, module, _can_export)
+        raise CaptureError(f"{error} {advice}".rstrip()) from error.__cause__
+
+
+def _can_export(module: nn.Module, inputs: ExampleInputs) -> bool:
+    try:
+        with in_mode(module, "eval"):
+            _export(module, inputs)
+    except Exception:  # whatever it is that forbids capture
+        return False
+    return True
 
 
 def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
@@ -57,16 +90,23 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
         CaptureError: torch.export cannot capture the model.
     """
     graph = capture(model, inputs, "eval")
-    read = {str(node.target) for node in graph if node.op == "get_attr"}
-    if all(name in read for name, entry in graph.state.items() if entry.tensor.ndim):
+    own = {name for name, entry in graph.state.items() if entry.tensor.ndim and is_inside(name, graph.parts)}
+    other_outputs = differs_in_training(model, inputs)
+    if not other_outputs and own <= _reads(graph):
         return graph
     try:
         training = capture(model, inputs, "train")
     except CaptureError:  # what only training reads then stays whole, which the report lists as unread
         return graph
-    also = {str(node.target) for node in training if node.op == "get_attr"} - read
-    reads_more = any(name in graph.state and graph.state[name].tensor.ndim for name in also)
-    return replace(graph, training=training) if reads_more else graph
+    if not other_outputs and not own & (_reads(training) - _reads(graph)):
+        return graph
+    state = types.MappingProxyType({**training.state, **graph.state})  # the graphs have constants of their own
+    return replace(graph, training=training, state=state)
+
+
+def _reads(graph: Graph) -> set[str]:
+    """Names of the parameters, buffers and constants that a graph reads."""
+    return {str(node.target) for node in graph if node.op == "get_attr"}
 
 
 def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
@@ -151,7 +191,9 @@ def _to_graph(
     fx_graph = clean_copy(program, aliases)
     for node in fx_graph.nodes:
         if node.op == "get_attr" and node.target not in state:
-            state[node.target] = StateTensor(node.target, "constant", program.constants[node.target].detach(), False)
+            constant = program.constants[node.target].detach()
+            node.target = _constant_name(model, str(node.target), mode)
+            state[node.target] = StateTensor(node.target, "constant", constant, False)
     return Graph(
         fx_graph=fx_graph,
         state=types.MappingProxyType(state),
@@ -159,10 +201,19 @@ def _to_graph(
         inputs=inputs,
         in_spec=pytree.tree_structure((inputs.args, inputs.kwargs)),
         out_spec=program.call_spec.out_spec,
-        model_type=f"{type(model).__module__}.{type(model).__qualname__}",
+        model_type=f"{type(whole_of(model)).__module__}.{type(whole_of(model)).__qualname__}",
         mode=mode,
         batch_hint=batch_hint,
+        parts=parts_of(model),
     )
+
+
+def _constant_name(model: nn.Module, name: str, mode: Mode) -> str:
+    """Name of a constant: the path of a tensor attribute, else torch.export's name, made another in each mode."""
+    owner: Any = whole_of(model)
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return name if mode == "eval" or isinstance(owner, torch.Tensor) else f"{name}_in_training"
 
 
 def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTensor]]:
@@ -192,19 +243,28 @@ def _unsaved(model: nn.Module) -> set[str]:
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    """Name the module and the user's line in which capture failed, and torch's first words on it."""
+    """Name the part, the module and the user's line in which capture failed, and torch's first words on it."""
+    part, module, line = _origin_of(model, error)
+    what = type(whole_of(model)).__name__
+    where = f"module {module!r}" if module else what
+    return CaptureError(
+        f"torch.export cannot capture {f'part {part!r} of {what}' if part else what}: {type(error).__name__}: "
+        f"{first_line(error)} Where: {where}{', ' + line if line else ''}. Expected a forward that runs on the example "
+        f"inputs without data-dependent Python; check args and kwargs first, then rewrite that line or prune only "
+        f"modules {'inside that part' if part else 'of the model'}: submodules=[...] names them."
+    )
+
+
+def _origin_of(model: nn.Module, error: BaseException) -> tuple[str, str, str]:
+    """Part, module and source line of the user's that an exception came from; "" for what is not known."""
     names = {id(module): name for name, module in model.named_modules()}
-    module, line = "", ""
+    part, module, line = "", "", ""
     for frame, number in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        if id(owner) in names:
+        owner, path = frame.f_locals.get("self"), frame.f_code.co_filename
+        if frame.f_code is PartRun.forward.__code__:
+            part = frame.f_locals["name"]
+        elif id(owner) in names:
             module = names[id(owner)] or type(model).__name__
-        path = frame.f_code.co_filename
         if not path.startswith((_TORCH, _HERE)) and "<" not in path:
             line = f"{path}:{number} in {frame.f_code.co_name}"
-    where = f"module {module!r}" if module else f"{type(model).__name__}"
-    return CaptureError(
-        f"torch.export cannot capture {type(model).__name__}: {type(error).__name__}: {first_line(error)} "
-        f"Where: {where}{', ' + line if line else ''}. Expected a forward that runs on the example inputs without "
-        f"data-dependent Python; check args and kwargs first, then rewrite that line or prune a sub-module."
-    )
+    return part, module, line

@@ -37,7 +37,7 @@ def agrees(graph: Graph, model: nn.Module) -> bool:
 def _agree_on(graph: Graph, model: nn.Module, inputs: ExampleInputs) -> bool:
     """Compare on some inputs. What is drawn at random, as a dropout mask is, is drawn alike."""
     torch.manual_seed(0)
-    expected = _run(model, inputs)
+    expected = run_model(model, inputs)
     torch.manual_seed(0)
     own = inputs.copy()
     state = {name: entry.tensor for name, entry in graph.state.items()}
@@ -50,13 +50,27 @@ def failure_of(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> str | Non
     """What a model raises when it is run in a mode, in a line, or None if it runs; it is left as it was."""
     with in_mode(model, mode):
         try:
-            _run(model, inputs)
+            run_model(model, inputs)
         except Exception as error:  # a forward may raise anything
             return f"{type(error).__name__}: {first_line(error)[:160]}"
     return None
 
 
-def _run(model: nn.Module, inputs: ExampleInputs) -> Any:
+def differs_in_training(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether outputs have another structure or other shapes in train mode than in eval mode, where both run."""
+    batched = inputs.with_batch(2) if inputs.batch_size() == 1 else inputs  # batch norms need two values a channel
+    found = []
+    for mode in ("eval", "train"):
+        with in_mode(model, mode):
+            try:
+                leaves, spec = pytree.tree_flatten(run_model(model, batched))
+            except Exception:  # the model's own code may not run in this mode
+                return False
+        found.append((spec, [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in leaves]))
+    return found[0] != found[1]
+
+
+def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
     """The model's outputs; buffers that it writes to are put back."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     own = inputs.copy()

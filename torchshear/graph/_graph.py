@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._parts import Parts
 
 Shape = tuple[int, ...]
 Mode = Literal["eval", "train"]
@@ -53,9 +54,12 @@ class Graph:
         batch_hint: size of the free batch dimension during capture, which divides no other size; None if the batch is
             static.
         training: the same model captured in train mode, if that reads parameters or buffers which the eval graph leaves
-            unread, as auxiliary heads are; else None.
+            unread, as auxiliary heads are, or gives other outputs, as raw maps for a loss are; else None.
         left_out: outputs that are not captured, with their types: objects that torch.export does not know, such as a
             cache of keys and values.
+        parts: where only some modules of the model were captured, which ones; the graph then holds all of their calls,
+            one after another, its inputs are `(args, kwargs)` of each call, and its outputs the results of all. None
+            where the model was captured whole.
     """
 
     fx_graph: fx.Graph
@@ -69,6 +73,7 @@ class Graph:
     batch_hint: int | None
     training: "Graph | None" = None
     left_out: tuple[str, ...] = ()
+    parts: Parts | None = None
 
     def __iter__(self) -> Iterator[fx.Node]:
         return iter(self.fx_graph.nodes)
@@ -102,6 +107,24 @@ class Graph:
         if isinstance(size, torch.SymInt):
             return True
         return self.batch_hint is not None and size > 0 and size % self.batch_hint == 0
+
+    def input_phrases(self) -> dict[str, str]:
+        """What the inputs are called in messages: name of a node -> a phrase."""
+        nodes = [node for node in self.fx_graph.nodes if node.op == "placeholder"]
+        owners = self._owners([len(pytree.tree_leaves(given)) for given in self.inputs.args])
+        return {
+            node.name: f"input of part {owners[number]!r}" if owners else f"model input {node.name!r}"
+            for number, node in enumerate(nodes)
+        }
+
+    def output_parts(self) -> list[str]:
+        """Part that gives each of the flat outputs; empty where the model was captured whole."""
+        return self._owners([spec.num_leaves for spec in self.out_spec.children()])
+
+    def _owners(self, counts: list[int]) -> list[str]:
+        """Part of each of the flat inputs or outputs, of which each call has so many."""
+        calls = self.parts.calls if self.parts is not None else ()
+        return [part for part, count in zip(calls, counts, strict=False) for _ in range(count)]
 
     def n_params(self) -> int:
         """Number of parameter elements, tied parameters counted once."""

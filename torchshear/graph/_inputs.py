@@ -1,5 +1,6 @@
 """Example inputs of a model: checked, rebatched, described as JSON and made again from the description."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,14 @@ class ExampleInputs:
         """Tensors of the same layout with `size` rows and no values, for who only reads shapes."""
         return self.map(lambda t: _unfilled(t, size) if t.ndim else t)
 
+    def signature(self) -> tuple[str, tuple[Any, ...]]:
+        """What a capture depends on: structure, shapes and dtypes, and the values of what is no tensor; hashable."""
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        return str(spec), tuple(
+            (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else (type(leaf), repr(leaf))
+            for leaf in leaves
+        )
+
     def to_json(self) -> Json | None:
         """Describe structure, shapes and dtypes; None if an argument is not plain data."""
         try:
@@ -99,8 +108,9 @@ def _describe(value: Any) -> Any:
         return value
     if type(value) in (list, tuple):
         return {type(value).__name__: [_describe(item) for item in value]}
-    if type(value) is dict and all(isinstance(key, str) for key in value):
-        return {"dict": {key: _describe(item) for key, item in value.items()}}
+    if type(value) in (dict, OrderedDict) and all(isinstance(key, str) for key in value):
+        kind = "dict" if type(value) is dict else "ordered_dict"
+        return {kind: {key: _describe(item) for key, item in value.items()}}
     raise TypeError(f"cannot describe {type(value).__name__}")
 
 
@@ -112,6 +122,8 @@ def _make(value: Any, device: torch.device | str) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{value['dtype']!r} is not a dtype")
         return torch.zeros(value["tensor"], dtype=dtype, device=device)
+    if "ordered_dict" in value:
+        return OrderedDict((key, _make(item, device)) for key, item in value["ordered_dict"].items())
     if "dict" in value:
         return {key: _make(item, device) for key, item in value["dict"].items()}
     if "tuple" in value:

@@ -67,9 +67,14 @@ def check_outputs(graph: Graph, given: object) -> tuple[str, ...]:
     """Names or patterns of outputs that may shrink, each of which must fit one.
 
     Raises:
-        ArgumentError: one fits no output; lists the outputs with their shapes.
+        ArgumentError: one fits no output; lists the outputs with their shapes. Or the graph is of parts of a model.
     """
     patterns = as_names("prunable_outputs", given)
+    if patterns and graph.parts is not None:
+        raise ArgumentError(
+            f"prunable_outputs={list(patterns)!r} with submodules; outputs of parts keep their shapes, since the rest "
+            f"of the model reads them. Leave prunable_outputs out."
+        )
     outputs = output_nodes(graph)
     for pattern in patterns:
         if not any(matches(pattern, name) for name, _ in outputs):

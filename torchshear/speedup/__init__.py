@@ -1,7 +1,8 @@
 """What makes a plan real: shrink, verify, ONNX export, latency, and alignment to hardware."""
 
+from torchshear.speedup._apply import shrink, shrink_to_form
 from torchshear.speedup._load import load_checkpoint
-from torchshear.speedup._shrink import Shrunk, shrink, shrink_to_form
+from torchshear.speedup._shrink import Shrunk
 from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
 from torchshear.speedup._traced import TracedModule
 from torchshear.speedup._verify import Verification, verify

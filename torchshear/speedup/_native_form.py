@@ -72,7 +72,7 @@ class _Making:
     def of(cls, model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> "_Making":
         graph = cut.groups.graph
         replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
-        replacements |= {id(own): sliced[name] for name, own in _own_constants(model, graph) if name in sliced}
+        replacements |= {id(own): sliced[name] for name, own in own_constants(model, graph) if name in sliced}
         return cls(model, cut, replacements, sliced, rewrite_graph(graph.fx_graph, cut.groups.facts, cut))
 
     @property
@@ -154,7 +154,7 @@ def _reason(fault: Fault, making: _Making) -> str:
     return f"{where}: {fault.message}{source}"
 
 
-def _own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
+def own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
     """Plain tensor attributes of the model's modules that the graph holds as constants."""
     found: list[tuple[str, Tensor]] = []
     for name, entry in graph.state.items():

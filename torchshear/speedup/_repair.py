@@ -68,7 +68,7 @@ class _Search:
                 better = self._mend(trial, fault)
                 if better is not None:
                     self.sizes = better
-                elif not fault.check or len(self.skipped) == _MOST_SKIPPED:
+                elif not fault.check or fault.check in self.skipped or len(self.skipped) == _MOST_SKIPPED:
                     return Repair(self.sizes, first)
                 else:  # a value that the graph does not have may be right all the same: go on behind it
                     self.skipped |= {fault.check}

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,11 +13,20 @@ from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
 from torchshear.errors import ArgumentError, CaptureError, PlanError
-from torchshear.graph import ExampleInputs, Graph, capture, is_on_meta, trace_inputs
+from torchshear.graph import (
+    ExampleInputs,
+    Graph,
+    PartRun,
+    capture,
+    is_on_meta,
+    record_parts,
+    trace_inputs,
+    whole_of,
+)
 from torchshear.speedup._native_form import native_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
-from torchshear.speedup._traced import CallSpec, StateEntry, TracedModule, signature_of
+from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, signature_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,60 +37,34 @@ class Shrunk:
         model: the smaller model.
         form: "native", a copy of the original module with smaller tensors; or "traced", the rewritten graphs.
         reason: why it has this form.
+        parts: where only parts of the model were shrunk, name of each -> its form; the model is a copy of the original
+            then, in which parts in traced form stand in place of the original modules; `form` is "traced" if any does.
     """
 
     model: nn.Module
     form: Literal["native", "traced"]
     reason: str
+    parts: Mapping[str, Literal["native", "traced"]] = field(default_factory=dict)
 
 
-def shrink(
-    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | None = None, kwargs: Mapping[str, Any] | None = None
-) -> nn.Module:
-    """Cut a model to what a plan keeps.
-
-    The result keeps names, dtypes, devices, ties, `requires_grad` and the mode of the original, which is unchanged.
-
-    Args:
-        model: the model that the plan was made for, or a fresh one of the same class and configuration.
-        plan: what to keep.
-        args: example arguments to trace with, if the plan does not describe them.
-        kwargs: example keyword arguments, likewise.
-
-    Returns:
-        A new, smaller model.
-
-    Raises:
-        PlanError: the plan is for another model.
-        CaptureError: the model cannot be traced.
-    """
-    return shrink_to_form(model, plan, args, kwargs).model
-
-
-def shrink_to_form(
-    model: nn.Module,
-    plan: PruningPlan,
-    args: tuple[Any, ...] | None = None,
-    kwargs: Mapping[str, Any] | None = None,
-    form: Literal["native", "traced"] | None = None,
+def shrink_whole(
+    model: nn.Module, groups: ChannelGroups, plan: PruningPlan, form: Literal["native", "traced"] | None
 ) -> Shrunk:
-    """As `shrink`, and say which form the result has; or insist on one form.
+    """Cut a model that was captured whole.
 
     Raises:
-        PlanError: the plan is for another model, or `form="native"` is not equal to the rewritten graph.
-        CaptureError: the model cannot be traced.
+        PlanError: the plan does not fit the groups, or `form="native"` is not equal to the rewritten graph.
     """
-    groups = analysis_of(model, plan, args, kwargs)
     cut = Cut(groups, plan.kept)
     graph = groups.graph
-    tensors = _tensors_of(model, graph)
+    tensors = tensors_of(model, graph)
     sliced = slice_state(cut, tensors)
-    native, reason = (None, "asked for") if form == "traced" else _native_form(model, cut, tensors, sliced)
+    native, reason = (None, "asked for") if form == "traced" else try_native(model, cut, tensors, sliced)
     if native is not None:
-        return Shrunk(_in_mode_of(native, model), "native", reason)
+        return Shrunk(in_mode_of(native, model), "native", reason)
     if form == "native":
         raise PlanError(f"the native form is not equal to the rewritten graph: {reason}")
-    return Shrunk(_in_mode_of(_both_modes(model, graph, cut, sliced), model), "traced", reason)
+    return Shrunk(in_mode_of(_both_modes(model, graph, cut, sliced), model), "traced", reason)
 
 
 def analysis_of(
@@ -98,11 +81,12 @@ def analysis_of(
         raise ArgumentError(
             f"plan is {type(plan).__name__}; expected a PruningPlan, from torchshear.plan or PruningPlan.load."
         )
+    model = whole_of(model)
     if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
         return plan.analysis
     _check_shapes(model, plan)
-    inputs = ExampleInputs.of(args or (), kwargs) if args is not None or kwargs is not None else _inputs_of(plan, model)
-    groups = analyze(trace_inputs(model, inputs), plan.prunable_outputs)
+    run, inputs = recorded_run(model, plan, args, kwargs)
+    groups = analyze(trace_inputs(run, inputs), plan.prunable_outputs)
     if groups.graph.fingerprint != plan.fingerprint:
         raise PlanError(
             f"the plan is for {plan.model_type} with graph {plan.fingerprint[:12]}; {type(model).__name__} has graph "
@@ -110,6 +94,23 @@ def analysis_of(
             f"plan was made; make a new plan for this model."
         )
     return groups
+
+
+def recorded_run(
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+) -> tuple[nn.Module, ExampleInputs]:
+    """What a plan is for, the model or its parts, with example inputs: the given ones if any, else those of the plan.
+
+    Raises:
+        ArgumentError: no inputs are given, and the plan does not describe its own.
+        CaptureError: the model has parts and does not run on the given inputs.
+    """
+    model = whole_of(model)
+    run = model if plan.parts is None else PartRun(model, plan.parts)
+    if args is None and kwargs is None:
+        return run, _inputs_of(plan, model)
+    given = ExampleInputs.of(args or (), kwargs)
+    return (run, given) if plan.parts is None else record_parts(model, plan.parts.names, given)
 
 
 def _inputs_of(plan: PruningPlan, model: nn.Module) -> ExampleInputs:
@@ -142,7 +143,7 @@ def _check_shapes(model: nn.Module, plan: PruningPlan) -> None:
             )
 
 
-def _tensors_of(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
     """The model's own tensors by canonical name; constants as the graph holds them."""
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {name: named.get(name, entry.tensor) for name, entry in graph.state.items()}
@@ -152,11 +153,7 @@ def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> li
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in graph.aliases.items():
         names[name].append(alias)
-    transient = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
-    }
+    transient = transient_names(model)
     return [
         StateEntry(
             tuple(names[name]) or (name,), tensor, name not in transient and graph.state[name].kind != "constant"
@@ -165,22 +162,31 @@ def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> li
     ]
 
 
+def transient_names(model: nn.Module) -> set[str]:
+    """Names of the buffers that a state dict does not hold."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+
+
 def _call_spec(model: nn.Module, graphs: Mapping[str, Graph]) -> CallSpec:
-    signature = signature_of(model)
     out_specs = {mode: graph.out_spec for mode, graph in graphs.items()}
     is_free = all(graph.batch_hint is not None for graph in graphs.values())
-    return CallSpec(graphs["eval"].in_spec, out_specs, signature, _input_shapes(graphs["eval"], is_free))
+    return CallSpec(graphs["eval"].in_spec, out_specs, signature_of(model), *input_shapes(graphs["eval"], is_free))
 
 
-def _input_shapes(graph: Graph, is_free: bool) -> tuple[tuple[int | None, ...] | None, ...]:
-    """Sizes of the flat inputs, None for a free batch and for inputs that are no tensors."""
+def input_shapes(
+    graph: Graph, is_free: bool
+) -> tuple[tuple[tuple[int | None, ...] | None, ...], tuple[tuple[int, ...] | None, ...]]:
+    """Sizes of the flat inputs, None for a free batch and for inputs that are no tensors; and the same as given."""
     leaves = pytree.tree_leaves((graph.inputs.args, graph.inputs.kwargs))
-    return tuple(
-        tuple(None if dim == 0 and is_free else size for dim, size in enumerate(leaf.shape))
-        if isinstance(leaf, Tensor)
-        else None
-        for leaf in leaves
+    given = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves)
+    free: tuple[tuple[int | None, ...] | None, ...] = tuple(
+        (None, *shape[1:]) if is_free and shape else shape for shape in given
     )
+    return free, given
 
 
 def _both_modes(model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tensor]) -> TracedModule:
@@ -189,17 +195,17 @@ def _both_modes(model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tens
     sources = {"eval": graph}
     error = ""
     try:
-        train, again, facts = _training_cut(model, graph, cut)
+        train, again, facts = training_cut(model, graph, cut)
         rewritten["train"] = rewrite_graph(train.fx_graph, facts, again)
         sources["train"] = train
         sliced = sliced | slice_state(again, {n: e.tensor for n, e in train.state.items() if n not in sliced})
         graph = replace(graph, state={**train.state, **graph.state})
     except (CaptureError, PlanError) as failure:
         error = str(failure)
-    return TracedModule(_entries(model, graph, sliced), rewritten, _call_spec(model, sources), error)
+    return TracedModule(_entries(model, graph, sliced), [TracedCall.of(rewritten, _call_spec(model, sources), error)])
 
 
-def _training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut, Facts]:
+def training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut, Facts]:
     """The model captured in train mode, with the cut in terms of its axes."""
     groups = cut.groups
     if graph.training is not None and groups.training_facts is not None:
@@ -208,10 +214,11 @@ def _training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut,
     algebra, facts = groups.algebra.copy(), groups.facts.copy()
     of_train = facts.for_other_graph()
     relate(train, algebra, of_train, groups.prunable_outputs)
-    return train, Cut(replace(groups, algebra=algebra, facts=facts), cut.kept), of_train
+    both = replace(graph, state={**train.state, **graph.state})  # the graphs have constants of their own
+    return train, Cut(replace(groups, graph=both, algebra=algebra, facts=facts), cut.kept), of_train
 
 
-def _in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
+def in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
     """Give every module of the result the mode of its original."""
     modes = {name: module.training for name, module in model.named_modules()}
     for name, module in small.named_modules():
@@ -219,7 +226,7 @@ def _in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
     return small
 
 
-def _native_form(
+def try_native(
     model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
 ) -> tuple[nn.Module | None, str]:
     """As `native_form`, which needs values to compare."""

@@ -25,12 +25,14 @@ class CallSpec:
         out_specs: mode -> tree structure of the outputs.
         signature: signature of the original model's forward.
         shapes: for each flat input the sizes that it was captured with, None where any will do; None for no tensor.
+        examples: the same with the sizes of the example inputs.
     """
 
     in_spec: pytree.TreeSpec
     out_specs: Mapping[str, pytree.TreeSpec]
     signature: inspect.Signature
     shapes: tuple[tuple[int | None, ...] | None, ...]
+    examples: tuple[tuple[int, ...] | None, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallSpec":
         """Nothing in it ever changes, so copies of a module share it."""
@@ -46,44 +48,63 @@ class StateEntry:
     is_persistent: bool
 
 
-class TracedModule(nn.Module):
-    """A model that runs captured graphs over parameters and buffers under their original names.
+@dataclass(frozen=True, slots=True, eq=False)
+class TracedCall:
+    """The graphs of a traced module for one way of calling it.
 
-    In eval mode the graph captured in eval mode runs, in train mode the other, so that dropout and batch statistics
-    behave as in the original. `state_dict`, `to`, `deepcopy` and optimizers work as on any module.
+    Attributes:
+        forwards: mode -> function of the module and the flat inputs.
+        spec: how it is called.
+        train_error: why there is no graph for train mode; "" where there is one.
     """
 
-    def __init__(
-        self, state: Sequence[StateEntry], graphs: Mapping[str, fx.Graph], call: CallSpec, train_error: str = ""
-    ) -> None:
-        super().__init__()
-        for entry in state:
-            for name in entry.names:
-                _register(self, name, entry)
-        self._forwards = {mode: _compile(graph) for mode, graph in graphs.items()}
-        self._call = call
-        self._train_error = train_error
+    forwards: Mapping[str, Forward]
+    spec: CallSpec
+    train_error: str
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph of the current mode.
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TracedCall":
+        """Nothing in it ever changes, so copies of a module share it."""
+        return self
+
+    @classmethod
+    def of(cls, graphs: Mapping[str, fx.Graph], spec: CallSpec, train_error: str = "") -> "TracedCall":
+        """Compile the graphs of the modes."""
+        return cls({mode: _compile(graph) for mode, graph in graphs.items()}, spec, train_error)
+
+    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Flat inputs of the graphs.
 
         Raises:
-            ArgumentError: the arguments have another structure than those that the model was captured with.
-            CaptureError: the model is in train mode and could not be captured in that mode.
+            ArgumentError: the arguments have another structure, or other shapes, than those of the capture.
         """
         leaves = self._flatten(args, kwargs)
         self._check_shapes(leaves)
-        mode = "train" if self.training else "eval"
-        if mode not in self._forwards:
+        return leaves
+
+    def is_as_captured(self, leaves: list[Any]) -> bool:
+        """Whether the inputs have the very sizes of the capture, its batch included."""
+        return all(
+            not isinstance(leaf, Tensor) or tuple(leaf.shape) == example
+            for leaf, example in zip(leaves, self.spec.examples, strict=True)
+        )
+
+    def run(self, module: nn.Module, leaves: list[Any]) -> Any:
+        """Run the graph of the module's mode.
+
+        Raises:
+            CaptureError: the model is in train mode and could not be captured in that mode.
+        """
+        mode = "train" if module.training else "eval"
+        if mode not in self.forwards:
             raise CaptureError(
-                f"this model has no graph for train mode: {self._train_error} Use it in eval mode, after model.eval()."
+                f"this model has no graph for train mode: {self.train_error} Use it in eval mode, after model.eval()."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled()):
-            return pytree.tree_unflatten(list(self._forwards[mode](self, *leaves)), self._call.out_specs[mode])
+            return pytree.tree_unflatten(list(self.forwards[mode](module, *leaves)), self.spec.out_specs[mode])
 
     def _check_shapes(self, leaves: list[Any]) -> None:
         """The graph holds sizes of its inputs as constants, so others would be computed wrongly."""
-        for number, (leaf, expected) in enumerate(zip(leaves, self._call.shapes, strict=True)):
+        for number, (leaf, expected) in enumerate(zip(leaves, self.spec.shapes, strict=True)):
             if isinstance(leaf, Tensor) and expected is not None:
                 fits = [a == b or b is None for a, b in zip(leaf.shape, expected, strict=False)]
                 if len(leaf.shape) != len(expected) or not all(fits):
@@ -95,27 +116,63 @@ class TracedModule(nn.Module):
 
     def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec == self._call.in_spec:
+        if spec == self.spec.in_spec:
             return list(leaves)
         try:
-            given = self._call.signature.bind(*args, **kwargs).arguments
-            n_args = len(self._call.in_spec.children()[0].children())
-            names = list(self._call.signature.parameters)
+            given = self.spec.signature.bind(*args, **kwargs).arguments
+            n_args = len(self.spec.in_spec.children()[0].children())
+            names = list(self.spec.signature.parameters)
             by_position = tuple(given[name] for name in names[:n_args])
             by_name = {name: value for name, value in given.items() if name not in names[:n_args]}
         except (TypeError, KeyError) as error:
             raise ArgumentError(f"the arguments do not fit the model: {error}.") from error
         leaves, spec = pytree.tree_flatten((by_position, by_name))
-        if spec != self._call.in_spec:
+        if spec != self.spec.in_spec:
             raise ArgumentError(
-                f"the arguments have structure {spec}; expected {self._call.in_spec}, that of the example inputs. Call "
+                f"the arguments have structure {spec}; expected {self.spec.in_spec}, that of the example inputs. Call "
                 f"the model as it was traced, or trace it as it is called."
             )
         return list(leaves)
 
+
+class TracedModule(nn.Module):
+    """A model that runs captured graphs over parameters and buffers under their original names.
+
+    In eval mode the graph captured in eval mode runs, in train mode the other, so that dropout and batch statistics
+    behave as in the original. `state_dict`, `to`, `deepcopy` and optimizers work as on any module. A part that its
+    model calls in several ways has graphs for each; those run that the arguments fit.
+    """
+
+    def __init__(self, state: Sequence[StateEntry], calls: Sequence[TracedCall]) -> None:
+        super().__init__()
+        for entry in state:
+            for name in entry.names:
+                _register(self, name, entry)
+        self._calls = tuple(calls)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph of the current mode.
+
+        Raises:
+            ArgumentError: the arguments have another structure than those that the model was captured with.
+            CaptureError: the model is in train mode and could not be captured in that mode.
+        """
+        misfits: list[ArgumentError] = []
+        fits: list[tuple[bool, TracedCall, list[Any]]] = []
+        for call in self._calls:
+            try:
+                leaves = call.leaves(args, kwargs)
+                fits.append((call.is_as_captured(leaves), call, leaves))
+            except ArgumentError as error:
+                misfits.append(error)
+        if not fits:
+            raise misfits[0]
+        _, call, leaves = max(fits, key=lambda fit: fit[0])  # a graph of these very sizes goes before a free batch
+        return call.run(self, leaves)
+
     def extra_repr(self) -> str:
         """The modes that can run."""
-        return f"modes={sorted(self._forwards)}"
+        return f"modes={sorted(self._calls[0].forwards)}"
 
 
 def _register(root: nn.Module, name: str, entry: StateEntry) -> None:
@@ -143,7 +200,7 @@ def _compile(graph: fx.Graph) -> Forward:
 
 def signature_of(model: nn.Module) -> inspect.Signature:
     """Signature of a model's forward; of a traced one, that of the original."""
-    return model._call.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
+    return model._calls[0].spec.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
 
 
 @contextmanager
@@ -157,7 +214,7 @@ def signed(model: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
 
-    forward.__signature__ = model._call.signature  # type: ignore[attr-defined]
+    forward.__signature__ = model._calls[0].spec.signature  # type: ignore[attr-defined]
     model.__dict__["forward"] = forward
     try:
         yield

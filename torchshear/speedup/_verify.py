@@ -10,13 +10,14 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, Graph, copy_model, locate, output_leaves
+from torchshear.graph import ExampleInputs, Graph, PartRun, copy_model, failure_of, locate, output_leaves, whole_of
+from torchshear.graph._parts import parts_of
 from torchshear.graph._run import graph_output, graph_values
 from torchshear.speedup._compare import random_like, relative_error, tolerance
 from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._reference import gather, masked_values, mixes
 from torchshear.speedup._rewrite import rewrite_graph
-from torchshear.speedup._shrink import analysis_of
+from torchshear.speedup._shrink import analysis_of, recorded_run
 from torchshear.speedup._state import slice_state
 
 
@@ -50,6 +51,9 @@ def verify(
 ) -> Verification:
     """Prove that a shrunk model is the masked model, on the example inputs and on random ones of their shapes.
 
+    Of a plan for parts, each call of each part is compared: those that the original makes of them in a run on the
+    example inputs, or the captured ones if none are given; then the shrunk model is run whole.
+
     Both are computed in float64 in eval mode; float32 where an operator refuses float64. Outputs that shrink are
     compared at the positions that they keep. Nothing is changed.
 
@@ -65,19 +69,50 @@ def verify(
         The reference that was used and the largest relative difference, at most 1e-9 in float64.
 
     Raises:
-        VerificationError: the outputs differ; names the first value in the graph that does.
+        VerificationError: the outputs differ; names the first value in the graph that does. Or a model with smaller
+            parts does not run whole.
     """
     example = ExampleInputs.of(args, kwargs)
+    if plan.parts is None:
+        return _verify(model, small, plan, example, seed)
+    run, recorded = recorded_run(model, plan, args or None, kwargs or None)
+    parts = parts_of(run)
+    assert parts is not None
+    result = _verify(run, PartRun(small, parts), plan, recorded, seed)
+    _check_whole(small, plan, example)
+    return result
+
+
+def _verify(model: nn.Module, small: nn.Module, plan: PruningPlan, example: ExampleInputs, seed: int) -> Verification:
     trials = [example, random_like(example, seed)]
     masked = _against_masked_module(model, small, plan, trials)
     if masked.is_equal:
         return Verification("masked", masked.error, masked.dtype, len(trials))
-    groups = analysis_of(model, plan, args, kwargs)
+    groups = analysis_of(model, plan, *((example.args, example.kwargs) if plan.parts is None else (None, None)))
     cut = Cut(groups, plan.kept)
+    if groups.graph.parts is not None:  # a graph of parts takes the calls that it was captured with, and no others
+        model, small = (PartRun(whole_of(one), groups.graph.parts) for one in (model, small))
+        trials = [groups.graph.inputs, random_like(groups.graph.inputs, seed)]
     if masked.is_sound and not mixes(cut):
-        raise VerificationError(_first_difference(model, cut, example, masked.dtype, masked.error))
+        raise VerificationError(_first_difference(model, cut, trials[0], masked.dtype, masked.error))
     _check_graph(model, groups.graph, trials)
     return _against_graph(model, small, plan, cut, trials)
+
+
+def _check_whole(small: nn.Module, plan: PruningPlan, example: ExampleInputs) -> None:
+    """See that a model runs whole with its smaller parts, where its example inputs are known.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    if not (example.args or example.kwargs) or any(tensor.is_meta for tensor in small.parameters()):
+        return
+    failure = failure_of(small, example, "eval")
+    if failure is not None:
+        raise VerificationError(
+            f"each part of {plan.model_type} equals the masked one, but the model no longer runs whole: {failure}. Its "
+            f"code outside the parts depends on what is inside them; name smaller modules as parts."
+        )
 
 
 @dataclass(frozen=True, slots=True)
