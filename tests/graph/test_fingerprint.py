@@ -21,6 +21,7 @@ class Placed(nn.Module):
         q, k, v = (part.reshape(x.shape[0], -1, 2, self.size).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
         q, k = q.to(torch.float32).to(x.dtype), k.to(x.dtype)
         place = torch.arange(x.shape[1], device=x.device)
+        k = torch.cat([torch.tensor([], device=x.device, dtype=x.dtype).reshape(*k.shape[:2], 0, k.shape[3]), k], 2)
         y = functional.scaled_dot_product_attention(q, k, v, place[:, None] >= place, scale=self.scale)
         return self.out(y.transpose(1, 2).contiguous().reshape(x.shape))
 
@@ -32,7 +33,8 @@ def graph_of(model: nn.Module, device: str) -> torchshear.graph.Graph:
 def test_the_device_makes_no_difference() -> None:
     real, meta = graph_of(Placed(), "cpu"), graph_of(Placed(), "meta")
     assert any(torch.device("meta") in node.kwargs.values() for node in meta)
-    assert len(real) != len(meta), "the layout of attention's result no longer differs; the test needs another one"
+    calls = [[str(node.target) for node in graph] for graph in (real, meta)]
+    assert calls[0] != calls[1], "torch.export captures the same calls; the test needs another network"
     assert real.fingerprint == meta.fingerprint
 
 

@@ -35,7 +35,7 @@ _INDEX_FILE: Final = re.compile(r"plan-[0-9a-f]{12}\.safetensors")
 def prune(
     target: Target,
     output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
-    criterion: Annotated[str, typer.Option(help="How channels are scored: l1, l2.")] = "l1",
+    criterion: Annotated[str, typer.Option(help="How channels are scored: l1, l2, random.")] = "l1",
     align: Annotated[
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",

@@ -86,7 +86,7 @@ class Graph:
         """SHA-256 over operators, arguments and shapes: equal for two models that are the same network.
 
         On which device they are and in which type makes no difference: devices and types are left out, and so are
-        calls that convert types and layouts, which torch.export keeps or drops by the device's kernels.
+        calls that hand their operand on in another type or layout, which torch.export keeps or drops by the device.
         """
         digest = hashlib.sha256()
         labels: dict[fx.Node, str] = {}
@@ -131,8 +131,23 @@ class Graph:
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
 
 
+# Operators that hand their operand on, with another type or layout at most.
+_HANDED_ON = frozenset(
+    {
+        "aten._to_copy",
+        "aten.alias",
+        "aten.contiguous",
+        "aten.detach",
+        "aten.detach_",
+        "aten.lift_fresh",
+        "aten.lift_fresh_copy",
+        "aten.to",
+    }
+)
+
+
 def _is_conversion(node: fx.Node) -> bool:
-    return str(node.target).startswith(("aten.contiguous.", "aten.to.", "aten._to_copy."))
+    return str(node.target).rpartition(".")[0] in _HANDED_ON
 
 
 def _written(value: Any, labels: Mapping[fx.Node, str]) -> str:

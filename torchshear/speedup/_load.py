@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from os import PathLike
 
+import torch
 from torch import Tensor, nn
 
 from torchshear._checkpoint import Checkpoint, match_names, open_checkpoint
@@ -30,7 +31,7 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
     checkpoint = open_checkpoint(source)
     tensors, slots, unsaved = _slots(model)
-    lost = sorted(name for name in unsaved if tensors[name].is_meta)
+    lost = sorted(name for name in unsaved if tensors[name].is_meta and tensors[name].numel())
     if lost:
         raise ArgumentError(
             f"buffer {lost[0]!r} is on the meta device, and a state_dict does not hold it. Make the model under "
@@ -38,12 +39,20 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
         )
     names = match_names(checkpoint, tensors.keys() - unsaved).names
     _check(model, checkpoint, {given: tensors[name] for given, name in names.items()}, tensors, unsaved)
+    for name in unsaved:
+        if tensors[name].is_meta:  # an empty one, which has no values to lose
+            _replace(slots, tensors[name], torch.empty_like(tensors[name], device="cpu"))
     for given, name in names.items():
         old, new = tensors[name], checkpoint[given].clone()  # a copy, since the file may be replaced
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, requires_grad=old.requires_grad)
-        for holder, key in slots.pop(id(old), ()):  # a tie that stands in the checkpoint twice is done already
-            holder[key] = new
+        _replace(slots, old, new)
+
+
+def _replace(slots: dict[int, list[_Slot]], old: Tensor, new: Tensor) -> None:
+    """Put a tensor into all places of another; a tie that stands in a checkpoint twice is done already."""
+    for holder, key in slots.pop(id(old), ()):
+        holder[key] = new
 
 
 def _slots(model: nn.Module) -> tuple[dict[str, Tensor], dict[int, list[_Slot]], set[str]]:
