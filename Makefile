@@ -28,9 +28,9 @@ help: ## list the targets
 	@touch $@
 
 .venv/.zoo: .venv/.installed
-	@echo "Adding torchvision and timm."
-	@$(PIP) pillow
-	@$(PIP) --no-deps torchvision==0.28.0 timm==1.0.31
+	@echo "Adding torchvision, timm, transformers and what trains their models."
+	@$(PIP) pillow transformers accelerate peft lightning
+	@$(PIP) --no-deps torchvision timm
 	@touch $@
 
 .venv/.bench: .venv/.zoo
@@ -40,7 +40,7 @@ help: ## list the targets
 
 setup: .venv/.installed ## make .venv with pinned versions
 
-zoo-setup: .venv/.zoo ## add torchvision and timm to .venv, without the torch that they would bring
+zoo-setup: .venv/.zoo ## add the libraries of the zoo to .venv, without the torch that torchvision would bring
 
 bench-setup: .venv/.bench ## add what benchmarks compare with
 
@@ -66,7 +66,7 @@ test: lint ## lint, then the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not zoo and not gpu" \
 		--cov=torchshear --cov-report=term:skip-covered --cov-fail-under=90
 
-test-zoo: zoo-setup ## named torchvision and timm architectures
+test-zoo: zoo-setup ## named architectures of torchvision, timm and transformers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo
 
 bench: bench-setup ## planning time against Torch-Pruning

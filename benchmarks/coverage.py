@@ -1,11 +1,12 @@
 """What the zoo of named architectures comes to: each captured, pruned by half, proved, trained a step and exported.
 
-    python benchmarks/coverage.py [NAME ...] [--rival] [--jobs 2] [--limit 600] [--output benchmarks/results]
+    python benchmarks/coverage.py [NAME ...] [--rival] [--jobs 2] [--limit 600] [--output FILE]
+    python benchmarks/coverage.py --page FILE ...
 
 Names are `torchvision:resnet18`, `timm:deit_tiny_patch16_224`, `transformers:bert`; without any, the whole list runs.
 Each model has a process of its own, with a time limit. With --rival, Torch-Pruning runs on each as well, set up as its
-own examples do: L1, 50 %, classifier ignored, no other hints. Results go to coverage.json, and with all of the list to
-docs/coverage.md.
+own examples do: L1, 50 %, classifier ignored, no other hints. Results are printed, and written as JSON; --page makes
+docs/coverage.md of such files.
 """
 
 import argparse
@@ -48,6 +49,73 @@ def run_apart(name: str, rival: bool, limit: int) -> dict[str, Any]:
     return found | {"wall_s": round(time.perf_counter() - start, 1)}
 
 
+def render(rows: list[dict[str, Any]], rival: dict[str, dict[str, Any]]) -> str:
+    """The table of all results as a page, with reasons below it."""
+    lines = [HEAD, *(_line(row, rival.get(row["name"])) for row in rows)]
+    done = [row for row in rows if "failure" not in row]
+    native = sum(row["form"].startswith("native") for row in done)
+    both = [row for row in rows if row["name"] in rival]
+    theirs = sum(rival[row["name"]].get("same_shapes") is True for row in both)
+    lines += ["", f"{len(done)} of {len(rows)} verified, {native} of them native."]
+    if both:
+        lines += [f"Torch-Pruning gives a model that runs with the same output shapes for {theirs} of {len(both)}."]
+    lines += ["", "## Why a model came back traced", ""]
+    lines += [f"- `{row['name']}`: {row['form'].removeprefix('traced: ')}" for row in done if "traced" in row["form"]]
+    lines += ["", "## Why more than 60 % of the parameters are left", ""]
+    lines += [f"- `{row['name']}`: {_whole(row)}" for row in done if row["params_left"] > 0.6]
+    lines += ["", "## What failed", ""]
+    lines += [f"- `{row['name']}`: {row['failure']}" for row in rows if "failure" in row]
+    lines += [f"- `{row['name']}`, ONNX: {row['onnx']}" for row in done if row["onnx"] is not True]
+    lines += [f"- `{row['name']}`, training: {row['trained']}" for row in done if row["trained"] is not True]
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """# Coverage
+
+What `torchshear.prune(model, args, kwargs, ratio=0.5)` makes of named architectures with random weights, without a
+hint. Made by `python benchmarks/coverage.py`; each model runs in a process of its own. *Between* is the share of the
+parameters that lie between axes that can shrink; *error* is the largest relative difference from the masked network, in
+float64 unless float32 stands beside it; *batches* are those that the ONNX file ran with in onnxruntime, *any length*
+where token sequences may have another length in it as well. Torch-Pruning runs as its own examples do (L1, 50 %, last
+linear layer ignored).
+
+| model | groups | between | parameters left | error | form | trains | ONNX | batches | seconds | Torch-Pruning |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def _line(row: dict[str, Any], rival: dict[str, Any] | None) -> str:
+    theirs = "" if rival is None else _theirs(rival)
+    if "failure" in row:
+        return f"| {row['name']} | failed | | | | | | | | | {theirs} |"
+    error = f"{row['max_error']:.0e}" + ("" if row["dtype"] == "torch.float64" else " (float32)")
+    batches = ", ".join(map(str, row["batches"])) if isinstance(row.get("batches"), list) else "fixed"
+    cells = (
+        row["name"],
+        row["groups"],
+        f"{row['between']:.0%}",
+        f"{row['params_left']:.0%}",
+        error,
+        row["form"].partition(":")[0],
+        "yes" if row["trained"] is True else "no",
+        "equal" if row["onnx"] is True else "no",
+        batches + (", any length" if row.get("any_length") else ""),
+        row["seconds"],
+        theirs,
+    )
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _theirs(row: dict[str, Any]) -> str:
+    if "failure" in row:
+        return row["failure"].partition(":")[0]
+    return f"{row['params_left']:.0%} left" if row["same_shapes"] else "other output shapes"
+
+
+def _whole(row: dict[str, Any]) -> str:
+    reasons = dict.fromkeys(reason.partition(":")[0] for reason in row["refused"].values())
+    return f"{row['params_left']:.0%} left, {row['between']:.0%} between; " + "; ".join(list(reasons)[:4])
+
+
 def main() -> None:
     """Run the names given, or the whole list."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,17 +123,25 @@ def main() -> None:
     parser.add_argument("--rival", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=600)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--page", type=Path, nargs="+", help="make docs/coverage.md of these JSON files and end")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
         print(MARK + json.dumps(run_one(options.names[0], options.rival)))
         return
+    if options.page:
+        found = [row for file in options.page for row in json.loads(file.read_text())]
+        rival = {row["name"]: row for row in found if row.get("rival")}
+        own = {row["name"]: row for row in found if not row.get("rival")}
+        order = [name for name in zoo.NAMES if name in own] + sorted(own.keys() - set(zoo.NAMES))
+        (ROOT / "docs" / "coverage.md").write_text(render([own[name] for name in order], rival))
+        return
     names = options.names or list(zoo.NAMES)
     rows: list[dict[str, Any]] = []
     with ThreadPoolExecutor(options.jobs) as pool:
         for row in pool.map(lambda name: run_apart(name, options.rival, options.limit), names):
-            rows.append(row)
+            rows.append(row | ({"rival": True} if options.rival else {}))
             print(json.dumps(row), flush=True)
             if options.output:
                 options.output.write_text(json.dumps(rows, indent=1) + "\n")

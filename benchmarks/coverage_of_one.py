@@ -30,6 +30,7 @@ def of_torchshear(name: str) -> dict[str, Any]:
     row |= {
         "groups": len(report.groups),
         "shrinkable": shrinkable_share(result.plan),
+        "between": between_share(result.plan),
         "params_left": round(report.after.n_params / report.before.n_params, 4),
         "macs_left": round(report.after.macs / max(report.before.macs, 1), 4),
         "max_error": result.verification.max_error,
@@ -54,11 +55,14 @@ def shrinkable_share(plan: Any) -> float:
 
 
 def between_share(plan: Any) -> float:
-    """Share of the parameters of which every dimension can shrink."""
+    """Share of the parameters that lie between axes that can shrink: in a matrix, rows and columns."""
     groups = plan.analysis
     able = {(member.name, member.dim) for group in groups if group.is_prunable for member in group.members}
-    state = {n: e.tensor for n, e in groups.graph.state.items() if e.kind == "parameter"}
-    return sum(t.numel() for n, t in state.items() if all((n, d) in able for d in range(min(t.ndim, 2))))
+    sizes = {
+        n: (e.tensor.numel(), min(e.tensor.ndim, 2)) for n, e in groups.graph.state.items() if e.kind == "parameter"
+    }
+    inside = sum(size for n, (size, rank) in sizes.items() if all((n, dim) in able for dim in range(rank)))
+    return round(inside / max(sum(size for size, _ in sizes.values()), 1), 4)
 
 
 def same_shapes(model: nn.Module, small: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -95,6 +99,7 @@ def exported(small: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return {
         "onnx": True,
         "onnx_error": file.max_error,
+        "any_length": file.dynamic_length,
         "batches": sorted(file.batches_checked) if file.dynamic_batch else f"fixed: {file.static_reason[:300]}",
     }
 
