@@ -1,12 +1,15 @@
 """The one call, from end to end, and what it says when nothing can be done."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchshear
 from tests.models import Residual, image, randomise
-from torchshear.errors import ArgumentError, WeightError
+from torchshear import api
+from torchshear.errors import ArgumentError, VerificationError, WeightError
 
 
 def test_one_call_gives_model_plan_report_and_proof() -> None:
@@ -50,6 +53,23 @@ def test_a_native_form_that_fails_the_proof_gives_way_to_the_traced_one() -> Non
     result = torchshear.prune(randomise(Faint()), (image(),))
     assert result.form == "traced"
     assert result.verification.max_error <= 1e-9
+    assert "gives other results on the smaller tensors" in str(result.report)
+
+
+def test_a_native_form_that_verify_refuses_gives_way_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+
+    def refusing_the_first(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args[1])
+        if len(asked) == 1:
+            raise VerificationError("not equal")
+        return verify(*args, **kwargs)
+
+    verify = api.verify
+    monkeypatch.setattr(api, "verify", refusing_the_first)
+    result = torchshear.prune(randomise(Residual()).eval(), (image(),))
+    assert result.form == "traced"
+    assert len(asked) == 2
     assert "not the masked model" in str(result.report)
 
 

@@ -83,7 +83,7 @@ def test_axes_may_be_given_more_than_once() -> None:
 def test_roles_are_shown() -> None:
     code, text, _ = run("inspect", "chosen_nets:net")
     assert code == 0
-    assert re.search(r"up\.weight\[0\] +│ +12 .*\n│ +│ channels │", text)
+    assert re.search(r"up\.weight\[0\] +│ +12 .*\n│ +│ channels +│", text)
     document = json.loads(run("inspect", "chosen_nets:net", "--json")[1])
     assert {group["name"]: group["role"] for group in document["groups"]} == {
         "stem.weight[0]": "residual",

@@ -6,7 +6,8 @@ import warnings
 import torch
 from torch import nn
 
-from tests.zoo.torchvision_models import load_torchvision, spread_statistics
+from tests.zoo.torchvision_models import load_torchvision
+from tests.zoo.weights import spread_weights
 
 NAMES = (
     "cait_xxs24_224",
@@ -46,6 +47,6 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, tuple[torch.Tensor, ...]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: nn.Module = timm.create_model(name, pretrained=False)
-    spread_statistics(model)
+    spread_weights(model)
     shape = model.pretrained_cfg["input_size"]
     return model.eval(), (torch.randn(1, *shape),)

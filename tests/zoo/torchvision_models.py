@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.zoo.weights import spread_weights
+
 NAMES = (
     "vgg16_bn",
     "resnet18",
@@ -81,18 +83,6 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, tuple[torch.Tensor, ...]
         if name in ("lraspp_mobilenet_v3_large",):
             options["weights_backbone"] = None
         model = load_torchvision().models.get_model(name, weights=None, **options)
-    spread_statistics(model)
+    spread_weights(model)
     size = 224
     return model.eval(), (torch.randn(1, 3, size, size),)
-
-
-def spread_statistics(model: nn.Module) -> None:
-    """Batch norms with scales, shifts and statistics that differ from channel to channel."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            if module.affine:
-                nn.init.uniform_(module.weight, 0.5, 1.5)
-                nn.init.normal_(module.bias, std=0.1)
-            if module.track_running_stats:
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.5, 1.5)

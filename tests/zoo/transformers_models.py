@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.zoo.torchvision_models import load_torchvision
+from tests.zoo.weights import spread_weights
 
 # Sizes of a transformer by the names that configurations give them; only those that a configuration has are set.
 _SIZES: dict[str, Any] = {
@@ -133,20 +134,6 @@ def _class_for(config: Any) -> Any:
             return found[0] if isinstance(found, tuple) else found
     found = transformers.AutoModel._model_mapping[type(config)]
     return found[0] if isinstance(found, tuple) else found
-
-
-def spread_weights(model: nn.Module) -> None:
-    """Random weights of a usual size everywhere, so that no wrong channel hides behind zeros and ones."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim < 2:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            elif float(parameter.std()) < 1e-3 or "weight" not in name:
-                parameter.add_(torch.randn_like(parameter) * 0.02)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_mean.normal_(std=0.1)
-                module.running_var.uniform_(0.5, 1.5)
 
 
 def example_inputs(model: Any, batch: int = 2, length: int = 11) -> dict[str, Tensor]:

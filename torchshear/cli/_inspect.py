@@ -77,15 +77,15 @@ def _unit_of_work(groups: ChannelGroups) -> str:
 def _groups_table(groups: ChannelGroups) -> Table:
     table = Table(title=f"Channel groups of {groups.graph.model_type.rpartition('.')[2]}", title_justify="left")
     table.add_column("#", justify="right")
-    table.add_column("group", overflow="fold", ratio=3)
-    table.add_column("width\nrole", justify="right")
+    table.add_column("group\nrole", overflow="fold", ratio=3)
+    table.add_column("width", justify="right")
     table.add_column("members", overflow="fold", ratio=3)
     table.add_column("constraints", ratio=2)
     table.add_column("where", overflow="fold", ratio=3)
     for number, group in enumerate(groups):
         where = _short(group.where[0]) if group.where else ""
-        width = f"{group.width}\n{group.role}"
-        table.add_row(str(number), group.name, width, _members(group), _constraints(group), where)
+        name = f"{group.name}\n{group.role}"
+        table.add_row(str(number), name, str(group.width), _members(group), _constraints(group), where)
     return table
 
 

@@ -155,6 +155,7 @@ def _export(
 ) -> OnnxFile:
     """Convert, save beside the target, check, and move into place."""
     calls = [call.resized(batch) for batch in batches] or [call.resized(None)]
+    expected = [_outputs(model, one) for one in calls]
     traced = call.resized(max(call.batch, 2)) if free != "nothing" and call.batch is not None else call
     program = _converted(model, traced, free)
     with (
@@ -162,9 +163,11 @@ def _export(
         tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder,
     ):
         draft = Path(folder) / target.name
-        proto, has_length = _save(program, draft, traced, free)
-        calls += [calls[0].shortened()] if has_length else []
-        max_error = _checked(draft, model, calls, [_outputs(model, one) for one in calls], check)
+        proto = _save(program, draft, traced, free)
+        if _has_length(proto):
+            calls.append(calls[0].shortened())
+            expected.append(_outputs(model, calls[-1]))
+        max_error = _checked(draft, model, calls, expected, check)
         size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
         weights = draft.with_name(f"{draft.name}.data")
         if weights.exists():
@@ -173,7 +176,7 @@ def _export(
         draft.replace(temporary)
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     dynamic = free != "nothing"
-    return OnnxFile(target, size_bytes, opset, max_error, batches, dynamic, dynamic_length=has_length)
+    return OnnxFile(target, size_bytes, opset, max_error, batches, dynamic, dynamic_length=_has_length(proto))
 
 
 def _outputs(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
@@ -211,24 +214,27 @@ def _converted(model: nn.Module, call: ExampleCall, free: Free) -> torch.onnx.ON
     return program
 
 
-def _save(program: torch.onnx.ONNXProgram, draft: Path, call: ExampleCall, free: Free) -> tuple[onnx.ModelProto, bool]:
-    """Write the program, and give its graph; weights over the limit of protobuf go into a file beside it.
-
-    Also says whether the length of sequences is free in it.
-    """
+def _save(program: torch.onnx.ONNXProgram, draft: Path, call: ExampleCall, free: Free) -> onnx.ModelProto:
+    """Write the program, and give its graph; weights over the limit of protobuf go into a file beside it."""
     weights = (value.const_value for value in program.model.graph.initializers.values())
     if sum(weight.nbytes for weight in weights if weight is not None) > _MAX_EMBEDDED_BYTES:
         program.save(draft, external_data=True)
         proto = onnx.load(draft, load_external_data=False)
     else:
         proto = program.model_proto
-    has_length = _name_sizes(proto, call) if free != "nothing" else False
+    if free != "nothing":
+        _name_sizes(proto, call)
     draft.write_bytes(proto.SerializeToString())
-    return proto, has_length
+    return proto
 
 
-def _name_sizes(proto: onnx.ModelProto, call: ExampleCall) -> bool:
-    """Call the free first dimension "batch" and free second ones "length"; whether any of these is free.
+def _has_length(proto: onnx.ModelProto) -> bool:
+    """Whether an input has a free length."""
+    return any(dim.dim_param == "length" for value in proto.graph.input for dim in value.type.tensor_type.shape.dim)
+
+
+def _name_sizes(proto: onnx.ModelProto, call: ExampleCall) -> None:
+    """Call the free first dimension "batch" and free second ones "length", in place.
 
     Raises:
         ExportError: an input has the batch fixed.
@@ -248,7 +254,6 @@ def _name_sizes(proto: onnx.ModelProto, call: ExampleCall) -> bool:
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
                 dim.dim_param = pattern.sub(lambda found: names[found[0]], dim.dim_param)
-    return "length" in names.values()
 
 
 def _checked(
