@@ -5,7 +5,7 @@ from torch import nn
 
 
 def spread_weights(model: nn.Module) -> None:
-    """Give vectors, and weights that begin at zero, values that differ from channel to channel; batch statistics too."""
+    """Give vectors, weights that begin at zero and batch statistics values that differ from channel to channel."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim < 2:
