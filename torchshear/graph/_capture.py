@@ -1,5 +1,6 @@
 """torch.export as the one front end: capture a model in eval or train mode and leave it exactly as it was."""
 
+import os
 import traceback
 import types
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,8 @@ from torchshear.graph._parts import PartRun, is_inside, parts_of, whole_of
 from torchshear.graph._recording import record_parts
 from torchshear.graph._suggest import advise_parts
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator, or torchvision would be taken for torch
+_HERE = f"{Path(__file__).parent}{os.sep}"
 
 
 def trace(

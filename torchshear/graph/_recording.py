@@ -1,6 +1,7 @@
 """One run of a model in which the calls of some of its modules are recorded, and what else touches their tensors."""
 
 import difflib
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
 from torchshear.graph._parts import PartRun, Parts
 
-_SOURCES_TO_SKIP = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_SOURCES_TO_SKIP = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}")
 _CAPTURED_LEAVES = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
 # What the rest of a model may ask of a tensor without depending on its sizes or values.
 _HARMLESS = frozenset({"dim", "get_device", "data_ptr", "element_size", "type", "requires_grad_"})

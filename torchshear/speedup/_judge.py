@@ -1,6 +1,7 @@
 """Judging a native form: run beside what it should compute, until the first module that goes wrong is known."""
 
 import math
+import os
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._precision import computing_in, to_float64
 
 Fingerprint = tuple[float, float]
-_INNER = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<")
+_INNER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
 _ROW = 4096  # elements that are summed with one row of weights
 _SAME = 1e-6  # relative difference of the fingerprints of equal values
 
