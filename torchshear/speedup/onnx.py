@@ -20,6 +20,7 @@ from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
 from torchshear.graph import plain_outputs
 from torchshear.graph._quiet import quiet_torch
+from torchshear.speedup._decompositions import decomposed
 from torchshear.speedup._example_call import ExampleCall
 from torchshear.speedup._session import error_reason, open_session
 from torchshear.speedup._traced import signed
@@ -203,7 +204,7 @@ def _converted(model: nn.Module, call: ExampleCall, free: Free) -> torch.onnx.ON
     try:
         with quiet_torch(), signed(model):
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
-            program = torch.onnx.export(captured, dynamo=True, verbose=False)
+            program = torch.onnx.export(decomposed(captured), dynamo=True, verbose=False)
     except Exception as error:
         raise ExportError(
             f"torch cannot turn {type(model).__name__} into ONNX: {_cause(error)} "
