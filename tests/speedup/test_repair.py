@@ -186,6 +186,14 @@ def test_casts_to_float32_inside_do_not_blunt_the_proof() -> None:
     assert result.verification.max_error < 1e-12
 
 
+def test_the_traced_form_has_a_free_batch_in_onnx_whatever_that_of_the_example(tmp_path: Any) -> None:
+    model = Sequence(Attention(24, 4)).eval()
+    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (X,))), ratio=0.5)
+    small = shrink_to_form(model, plan, form="traced").model
+    assert len(X) > 1
+    assert torchshear.export_onnx(small, tmp_path / "small.onnx", (X,)).dynamic_batch
+
+
 @pytest.mark.parametrize("form", ["native", "traced"])
 def test_both_forms_agree_on_other_lengths_or_refuse_them(form: Any) -> None:
     model = Sequence(Attention(24, 4)).eval()

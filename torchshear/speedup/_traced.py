@@ -158,16 +158,17 @@ class TracedModule(nn.Module):
             CaptureError: the model is in train mode and could not be captured in that mode.
         """
         misfits: list[ArgumentError] = []
-        fits: list[tuple[bool, TracedCall, list[Any]]] = []
+        fits: list[tuple[TracedCall, list[Any]]] = []
         for call in self._calls:
             try:
-                leaves = call.leaves(args, kwargs)
-                fits.append((call.is_as_captured(leaves), call, leaves))
+                fits.append((call, call.leaves(args, kwargs)))
             except ArgumentError as error:
                 misfits.append(error)
         if not fits:
             raise misfits[0]
-        _, call, leaves = max(fits, key=lambda fit: fit[0])  # a graph of these very sizes goes before a free batch
+        if len(fits) > 1:  # a graph of these very sizes goes before one with a free batch
+            fits.sort(key=lambda fit: not fit[0].is_as_captured(fit[1]))
+        call, leaves = fits[0]
         return call.run(self, leaves)
 
     def extra_repr(self) -> str:
