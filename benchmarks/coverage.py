@@ -62,11 +62,11 @@ def render(rows: list[dict[str, Any]], rival: dict[str, dict[str, Any]]) -> str:
     lines += ["", "## Why a model came back traced", ""]
     lines += [f"- `{row['name']}`: {row['form'].removeprefix('traced: ')}" for row in done if "traced" in row["form"]]
     lines += ["", "## Why more than 60 % of the parameters are left", ""]
-    lines += [f"- `{row['name']}`: {_whole(row)}" for row in done if row["params_left"] > 0.6]
-    lines += ["", "## What failed", ""]
-    lines += [f"- `{row['name']}`: {row['failure']}" for row in rows if "failure" in row]
-    lines += [f"- `{row['name']}`, ONNX: {row['onnx']}" for row in done if row["onnx"] is not True]
-    lines += [f"- `{row['name']}`, training: {row['trained']}" for row in done if row["trained"] is not True]
+    lines += [f"- `{row['name']}`: {_whole(row)}" for row in done if row["params_left"] > 0.6] or ["Nowhere."]
+    failed = [f"- `{row['name']}`: {row['failure']}" for row in rows if "failure" in row]
+    failed += [f"- `{row['name']}`, ONNX: {row['onnx']}" for row in done if row["onnx"] is not True]
+    failed += [f"- `{row['name']}`, training: {row['trained']}" for row in done if row["trained"] is not True]
+    lines += ["", "## What failed", "", *(failed or ["Nothing."])]
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +77,8 @@ hint. Made by `python benchmarks/coverage.py`; each model runs in a process of i
 parameters that lie between axes that can shrink; *error* is the largest relative difference from the masked network, in
 float64 unless float32 stands beside it; *batches* are those that the ONNX file ran with in onnxruntime, *any length*
 where token sequences may have another length in it as well. Torch-Pruning runs as its own examples do (L1, 50 %, last
-linear layer ignored).
+linear layer ignored); language models return their caches, as they come, to both. Detectors are pruned in parts, in
+`tests/zoo/test_detection.py`. T5, BART and Whisper return the encoder's hidden states, which fixes their width.
 
 | model | groups | between | parameters left | error | form | trains | ONNX | batches | seconds | Torch-Pruning |
 |---|---|---|---|---|---|---|---|---|---|---|"""
