@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from torchshear.speedup import shrink_to_form
+from torchshear.speedup import _repair, shrink_to_form
+from torchshear.speedup._judge import find_fault
 
 
 @dataclass
@@ -109,6 +110,20 @@ def test_sizes_are_found_whatever_their_names() -> None:
     assert "banana (2)" in result.report.form
     assert result.verification.max_error < 1e-12
     assert result.model(torch.randn(3, 9, 7)).shape == (3, 9, 3)
+
+
+def test_what_one_module_needs_is_tried_at_once_for_all_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+
+    def count(*args: Any) -> Any:
+        runs[-1] += 1
+        return find_fault(*args)
+
+    monkeypatch.setattr(_repair, "find_fault", count)
+    for depth in (2, 8):
+        runs.append(0)
+        assert pruned(Sequence(*(Attention(24, 4) for _ in range(depth))), X).form == "native"
+    assert runs[0] == runs[1]
 
 
 def test_a_shared_object_of_settings_is_copied_before_it_is_changed() -> None:

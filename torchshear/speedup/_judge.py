@@ -88,24 +88,29 @@ def _fingerprint(tensor: Tensor) -> Fingerprint:
     """Two sums that tell values apart, whatever the order in which they lie in memory."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(0.0, 1e3, -1e3)
+    flat = tensor.detach().reshape(-1).to(torch.float64)
     if not flat.numel():
         return 0.0, 0.0
+    wave, size = _sums(flat)
+    if not math.isfinite(size):  # masks of -inf, rows of NaN: worth a look at each number
+        wave, size = _sums(flat.nan_to_num(0.0, 1e3, -1e3))
+    return wave / flat.numel(), size / flat.numel()
+
+
+def _sums(flat: Tensor) -> Fingerprint:
+    """Sum with weights, and sum of magnitudes; few calls, since every value of a network passes here."""
     rows, rest = flat.numel() // _ROW, flat.numel() % _ROW
-    wave = _wave(_ROW, flat.device)
-    total = flat[-rest:] @ wave[:rest] if rest else flat.new_zeros(())
+    wave = _wave(_ROW, flat.device, math.sqrt(6))
+    total = float(flat[-rest:].dot(wave[:rest])) if rest else 0.0
     if rows:
-        total = total + (flat[: rows * _ROW].view(rows, _ROW) @ wave) @ torch.cos(_count(rows, flat.device))
-    return float(total) / flat.numel(), float(flat.abs().mean())
+        each = flat[: rows * _ROW].view(rows, _ROW).mv(wave)
+        total += float(each.dot(_wave(1 << (rows - 1).bit_length(), flat.device, math.sqrt(2))[:rows]))
+    return total, float(torch.linalg.vector_norm(flat, 1))
 
 
-def _count(length: int, device: torch.device) -> Tensor:
-    return torch.arange(1, length + 1, dtype=torch.float64, device=device) * math.sqrt(2)
-
-
-@lru_cache(maxsize=4)
-def _wave(length: int, device: torch.device) -> Tensor:
-    return torch.cos(_count(length, device) * math.sqrt(3))
+@lru_cache(maxsize=64)
+def _wave(length: int, device: torch.device, frequency: float) -> Tensor:
+    return torch.cos(torch.arange(1, length + 1, dtype=torch.float64, device=device) * frequency)
 
 
 @dataclass(slots=True)
