@@ -2,7 +2,8 @@
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -189,6 +190,34 @@ def test_attributes_and_classes_of_the_original_are_as_before() -> None:
     pruned(model, X)
     assert {name: (type(m), vars(m).keys()) for name, m in model.named_modules()} == before
     assert (model.blocks[0].banana, model.blocks[1].settings.n_heads) == (4, 4)
+
+
+class Registered:
+    """Notes the classes that are made of it, as plug-in systems do."""
+
+    classes: ClassVar[list[type]] = []
+
+    def __init_subclass__(cls) -> None:
+        Registered.classes.append(cls)
+
+
+class Kind(Enum):
+    """What a module may hold beside its sizes."""
+
+    PLAIN = 1
+
+
+def test_watching_makes_no_classes_and_changes_none() -> None:
+    class Shared(Registered):
+        def __init__(self) -> None:
+            self.width, self.n_heads = 24, 4
+
+    model = Sequence(Configured(Shared()), Configured(Shared()))  # type: ignore[arg-type]
+    for block in model.blocks:
+        block.kind, block.numbers = Kind.PLAIN, torch.arange(4)
+    assert pruned(model, X).form == "native"
+    assert Registered.classes == [Shared]
+    assert not any("__getattribute__" in vars(cls) for cls in (Shared, Configured, nn.Linear, Sequence))
 
 
 def test_casts_to_float32_inside_do_not_blunt_the_proof() -> None:

@@ -101,6 +101,8 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...], dict[st
     config = small_config(name)
     model = _class_for(config)._from_config(config)
     spread_weights(model)
+    if config.is_encoder_decoder and model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = 0  # not every configuration can hold it
     assert isinstance(model, transformers.PreTrainedModel)
     return model.eval(), (), example_inputs(model)
 

@@ -43,12 +43,13 @@ def native_form(
             f"{locate(node)}{more}: {name!r} is not given, so the operator derives it from a size that changes; no "
             f"attribute can keep it at its value"
         )
+    making = _Making.of(model, cut, tensors, sliced)
     try:
-        making = _Making.of(model, cut, tensors, sliced)
-        sizes, fault = making.find_sizes()
-        native = making.native(sizes)
+        work = making.native({})
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
         return None, f"the model cannot be copied: {type(error).__name__}: {error}"
+    sizes, fault = making.find_sizes(work)
+    native = making.native(sizes)
     if fault is not None:
         return None, _reason(fault, making)
     failure = _failure_in_training(native, model, cut.groups.graph)
@@ -83,9 +84,8 @@ class _Making:
         changes = changed_integers(self.graph.fx_graph, self.cut.groups.facts, self.cut)
         return native_copy(self.model, self.replacements, changes, sizes)
 
-    def find_sizes(self) -> tuple[Sizes, Fault | None]:
-        """Sizes with which the copy is right, and what is wrong nevertheless."""
-        work = self.native({})
+    def find_sizes(self, work: nn.Module) -> tuple[Sizes, Fault | None]:
+        """Sizes with which a copy is right, and what is wrong nevertheless."""
         for module in work.modules():
             module.training = False
         own = next((t.dtype for t in self.sliced.values() if t.is_floating_point()), torch.float32)

@@ -1,5 +1,6 @@
 """Which attributes a model reads while it runs."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,41 +10,51 @@ from torch import nn
 from torchshear.speedup._sizes import Slot, is_record
 
 Reads = set[tuple[int, str]]  # id of the object, name of the attribute
+_LOCK = threading.Lock()  # classes are watched by one search at a time
 
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[Reads]:
-    """Record what is read of the modules of a model and of the objects of settings that they hold."""
+    """Record what is read of the modules of a model and of the objects of settings that they hold.
+
+    Their classes note it for a while. Subclasses would do so as well without a change to the classes, but making one
+    is an event that some classes act on.
+    """
     reads: Reads = set()
     owners: dict[int, Any] = {}
     for module in model.modules():
         owners[id(module)] = module
         owners.update((id(value), value) for value in vars(module).values() if is_record(value))
-    changed: list[tuple[Any, type]] = []
-    try:
-        for owner in owners.values():
-            own_class = type(owner)
-            try:
-                owner.__class__ = _watching(own_class, reads)
-            except TypeError:  # a class that does not let its instances change theirs is not watched
-                reads |= {(id(owner), name) for name in vars(owner)}
-                continue
-            changed.append((owner, own_class))
-        yield reads
-    finally:
-        for owner, own_class in changed:
-            owner.__class__ = own_class
+    watched: list[tuple[type, Any]] = []
+    with _LOCK:
+        try:
+            for cls in dict.fromkeys(type(owner) for owner in owners.values()):
+                own = vars(cls).get("__getattribute__")
+                try:
+                    type.__setattr__(cls, "__getattribute__", _noting(cls, reads))
+                except TypeError:  # a class written in C is not watched: all that its instances hold may be read
+                    same = [owner for owner in owners.values() if type(owner) is cls]
+                    reads |= {(id(owner), name) for owner in same for name in vars(owner)}
+                    continue
+                watched.append((cls, own))
+            yield reads
+        finally:
+            for cls, own in reversed(watched):
+                if own is None:
+                    type.__delattr__(cls, "__getattribute__")
+                else:
+                    type.__setattr__(cls, "__getattribute__", own)
 
 
-def _watching(cls: type, reads: Reads) -> type:
-    """A class like another that notes which attributes are read."""
+def _noting(cls: type, reads: Reads) -> Any:
+    """Reading an attribute as a class does it, with a note of which."""
     read: Any = cls.__getattribute__
 
     def note(self: Any, name: str) -> Any:
         reads.add((id(self), name))
         return read(self, name)
 
-    return type(cls.__name__, (cls,), {"__getattribute__": note, "__module__": cls.__module__, "__slots__": ()})
+    return note
 
 
 def is_read(module: nn.Module, slot: Slot, reads: Reads) -> bool:

@@ -55,11 +55,9 @@ class _Search:
         self.trials = trials
         self.sizes: dict[Slot, int] = {}
         self.skipped: frozenset[str] = frozenset()
-        classes = {name: type(module) for name, module in self.modules.items()}  # recording reads changes them
-        same: dict[type[nn.Module], list[str]] = defaultdict(list)
-        for name, own_class in classes.items():
-            same[own_class].append(name)
-        self.siblings = {name: same[own_class] for name, own_class in classes.items()}
+        self.of_class: dict[type[nn.Module], list[str]] = defaultdict(list)
+        for name, module in self.modules.items():
+            self.of_class[type(module)].append(name)
 
     def run(self) -> Repair:
         """Mend fault after fault until there is none, or one that cannot be mended."""
@@ -89,7 +87,7 @@ class _Search:
             for module in fault.modules:
                 more = self._mend_in(module, trial, fault, reads)
                 if more is not None:
-                    siblings = shared_by(self.siblings[module], more, self.found)
+                    siblings = shared_by(self.of_class[type(self.modules[module])], more, self.found)
                     both = self.sizes | siblings | more
                     is_well = _is_mended(fault, self._fault(trial, both))
                     return both if is_well else self.sizes | more

@@ -6,14 +6,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
+from types import ModuleType
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from torchshear.dependency import Cut
 from torchshear.graph import Graph, enclosing_modules
 from torchshear.speedup._rewrite import changed_integers
 
+_NO_RECORDS = (nn.Module, Tensor, ModuleType, Enum)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
@@ -154,8 +157,8 @@ def _is_integer(value: Any) -> bool:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value is an object of settings, such as a configuration: not a module, a tensor, a class or a type."""
-    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, nn.Module | type)
+    """Whether a value is an object of settings, such as a configuration: no module, tensor, class or member of one."""
+    return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, _NO_RECORDS)
 
 
 def explain(sizes: Sizes) -> str:
