@@ -18,6 +18,7 @@ from torchshear.errors import ArgumentError, CaptureError, first_line
 from torchshear.graph._batch import free_batch, probe_batches
 from torchshear.graph._check import agrees, differs_in_training
 from torchshear.graph._contract import plain_outputs
+from torchshear.graph._deciding import MaskedAssignments, RefusedBranches
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
@@ -95,14 +96,25 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
     other_outputs = differs_in_training(model, inputs)
     if not other_outputs and own <= _reads(graph):
         return graph
-    try:
-        training = capture(model, inputs, "train")
-    except CaptureError:  # what only training reads then stays whole, which the report lists as unread
+    training = _training_graph(model, inputs)
+    if training is None:  # what only training reads then stays whole, which the report lists as unread
         return graph
     if not other_outputs and not own & (_reads(training) - _reads(graph)):
         return graph
     state = types.MappingProxyType({**training.state, **graph.state})  # the graphs have constants of their own
     return replace(graph, training=training, state=state)
+
+
+def _training_graph(model: nn.Module, inputs: ExampleInputs) -> Graph | None:
+    """The model captured in train mode; with branches drawn at random left out where it cannot be otherwise."""
+    try:
+        return capture(model, inputs, "train")
+    except CaptureError:
+        try:
+            with RefusedBranches():
+                return replace(capture(model, inputs, "train"), is_assumed=True)
+        except CaptureError:
+            return None
 
 
 def _reads(graph: Graph) -> set[str]:
@@ -173,7 +185,7 @@ def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
 
 def _export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
     """Run torch.export; the Python code of the graphs that it makes on its way is not needed, and not compiled."""
-    with _use_lazy_graph_module(True):
+    with _use_lazy_graph_module(True), MaskedAssignments():
         if not is_on_meta(model):
             return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
         inputs = inputs.map(lambda tensor: tensor.to("meta"))

@@ -57,6 +57,8 @@ class Graph:
             unread, as auxiliary heads are, or gives other outputs, as raw maps for a loss are; else None.
         left_out: outputs that are not captured, with their types: objects that torch.export does not know, such as a
             cache of keys and values.
+        is_assumed: whether every `if` on a value of a tensor was answered with no during capture, since torch.export
+            could not capture both branches. Such a graph says what depends on what, and is not to be run.
         parts: where only some modules of the model were captured, which ones; the graph then holds all of their calls,
             one after another, its inputs are `(args, kwargs)` of each call, and its outputs the results of all. None
             where the model was captured whole.
@@ -73,6 +75,7 @@ class Graph:
     batch_hint: int | None
     training: "Graph | None" = None
     left_out: tuple[str, ...] = ()
+    is_assumed: bool = False
     parts: Parts | None = None
 
     def __iter__(self) -> Iterator[fx.Node]:

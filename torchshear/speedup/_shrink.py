@@ -208,7 +208,7 @@ def _both_modes(model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tens
 def training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut, Facts]:
     """The model captured in train mode, with the cut in terms of its axes."""
     groups = cut.groups
-    if graph.training is not None and groups.training_facts is not None:
+    if graph.training is not None and not graph.training.is_assumed and groups.training_facts is not None:
         return graph.training, cut, groups.training_facts
     train = capture(model, graph.inputs, "train")
     algebra, facts = groups.algebra.copy(), groups.facts.copy()
