@@ -115,7 +115,7 @@ class _Making:
         try:
             trials = self._trials(torch.float64, remember=quick is not None)
             faults = [self._fault(wide, scales, trial) for trial in trials]
-            refused = any(f is not None and not f.check and f.message != (quick and quick.message) for f in faults)
+            refused = any(_is_new(fault, quick) for fault in faults)
         except (RuntimeError, TypeError, NotImplementedError):
             refused = True
         if refused:  # an operator refuses float64
@@ -215,6 +215,13 @@ class _Search:
             if ways:
                 return None
         return None
+
+
+def _is_new(fault: Fault | None, quick: Fault | None) -> bool:
+    """Whether a model stops running in float64 where it went on, or where another module stopped, in its own dtype."""
+    if fault is None or fault.check:
+        return False
+    return quick is None or (fault.modules, fault.progress) != (quick.modules, quick.progress)
 
 
 def _description(found: _Found) -> str:
