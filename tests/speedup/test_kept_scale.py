@@ -360,3 +360,28 @@ def test_outputs_of_modules_are_found_call_by_call() -> None:
 
     outputs = module_outputs(torchshear.trace(Twice(), (torch.randn(2, 4),)))
     assert list(outputs.values()) == ["inner", "inner"]
+
+
+def test_different_positions_of_one_output_get_a_hook_each() -> None:
+    model = made(Fused)
+    before = model.blocks[0].qkv(torch.ones(WIDTH))
+    one, two = Part("blocks.0.qkv", -1, 72, (0, 1)), Part("blocks.0.qkv", -1, 72, (1, 2))
+    assert one.meets(two)
+    with scaled(model, {one: 0.5, two: 0.25}):
+        after = model.blocks[0].qkv(torch.ones(WIDTH))
+    torch.testing.assert_close(after / before, torch.tensor([0.5, 0.125, 0.25] + [1.0] * 69))
+
+
+def test_parts_of_a_model_keep_their_scale_too() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = made(Fused)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.net(x)
+            return y if y.sum() > 1e9 else y + 1
+
+    result = torchshear.prune(Outer().eval(), (X,), ratio=0.5, submodules=["net"])
+    assert result.form == "native", result.report.form
+    assert set(kept_scales(result.model)) == {"net.blocks.0.qkv", "net.blocks.1.qkv"}

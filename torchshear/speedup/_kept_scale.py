@@ -7,6 +7,7 @@ larger one. Scores are linear in queries and in keys, so a factor on either make
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Any
 
 import torch
@@ -100,21 +101,28 @@ class Part:
 Scales = Mapping[Part, float]
 
 
-def keep_scale(module: nn.Module, part: Part, factor: float) -> Callable[[], None]:
+def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None]:
     """Have a module multiply part of what it gives; a hook that does so already gets the product of both factors.
+
+    Args:
+        model: the model that has the module.
+        part: what is multiplied.
+        factor: the number.
 
     Returns:
         A function that undoes it.
     """
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    module = model.get_submodule(part.module)
+    numbers = (p for owner in (module, model) for p in owner.parameters() if p.is_floating_point())
+    like = next(numbers, torch.empty(0))
     mask = part.mask(like)
     for hook in module._forward_hooks.values():
         if isinstance(hook, KeptScale) and _is_same(None if hook.share is None else getattr(module, hook.share), mask):
             return _multiplied(hook, factor)
     if mask is None:
         return KeptScale(factor).register(module).remove
-    taken = sum(isinstance(hook, KeptScale) for hook in module._forward_hooks.values())
-    name = f"kept_scale_{taken}" if taken else "kept_scale"
+    names = chain(["kept_scale"], (f"kept_scale_{number}" for number in count(1)))
+    name = next(name for name in names if not hasattr(module, name))
     module.register_buffer(name, mask, persistent=False)
     handle = KeptScale(factor, name).register(module)
 
@@ -146,7 +154,7 @@ def scaled(model: nn.Module, scales: Scales) -> Iterator[None]:
     """Have parts of a model multiplied for a while."""
     with ExitStack() as stack:
         for part, factor in scales.items():
-            stack.callback(keep_scale(model.get_submodule(part.module), part, factor))
+            stack.callback(keep_scale(model, part, factor))
         yield
 
 

@@ -52,7 +52,7 @@ def native_copy(
     for slot, value in sizes.items():
         assign(named[slot.module], slot, value)
     for part, factor in scales.items():
-        keep_scale(duplicate.get_submodule(part.module), part, factor)
+        keep_scale(duplicate, part, factor)
     return duplicate
 
 

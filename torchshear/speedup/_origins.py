@@ -52,6 +52,7 @@ class _Tracking:
         operands = {operand for some in pairs.values() for both in some for operand in both}
         self.ends = {operand.name: {end.name for end in self._ends(operand)} for operand in operands}
         self.replaced = frozenset().union(*self.ends.values())
+        self.generator = torch.Generator().manual_seed(0)
         self.leaves: dict[str, Tensor] = {}
         self.values: dict[str, Any] = {}
 
@@ -60,7 +61,6 @@ class _Tracking:
         found: dict[Pair, Sides] = {}
         left = len(self.pairs)
         with torch.enable_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
             for node, value in run(dtype, self._replace):
                 if node.name in self.ends:
                     self.values[node.name] = value
@@ -90,9 +90,13 @@ class _Tracking:
         if node.name not in self.replaced or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         if node.name not in self.modules:
-            return value + _NOISE * torch.rand_like(value)
-        leaf = self.leaves[node.name] = torch.randn_like(value).requires_grad_()
+            return value + _NOISE * self._random(value).abs()
+        leaf = self.leaves[node.name] = self._random(value).requires_grad_()
         return leaf.clone()
+
+    def _random(self, like: Tensor) -> Tensor:
+        """Random numbers of a shape, which do not touch the state of any device's generator."""
+        return torch.randn(like.shape, generator=self.generator).to(like.device, like.dtype)
 
     def _sides(self, left: fx.Node, right: fx.Node) -> Sides:
         (total, of_left), (other, of_right) = self._gradients(left.name), self._gradients(right.name)
@@ -101,7 +105,7 @@ class _Tracking:
     def _gradients(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
         """A random sum over an operand, and its gradient for each output that has one."""
         operand, leaves = self.values[name], {end: self.leaves[end] for end in self.ends[name] & self.leaves.keys()}
-        total = (operand * torch.randn_like(operand)).sum()
+        total = (operand * self._random(operand)).sum()
         if not total.requires_grad:
             return total, {}
         found = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
