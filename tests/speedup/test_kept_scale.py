@@ -68,6 +68,13 @@ class Positioned(Attention):
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=q @ self.table.T)
 
 
+class PositionedByTensor(Positioned):
+    """The same with a scale that the code derives."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + q @ self.table.T).softmax(-1) @ v
+
+
 class Core(nn.Module):
     """The product in a module of its own."""
 
@@ -186,6 +193,7 @@ def kept_scales(model: nn.Module) -> dict[str, KeptScale]:
         (ByAttribute, "q"),
         (ByTensor, "q"),
         (Positioned, "k"),
+        (PositionedByTensor, "k"),
         (Biased, "k"),
         (Fused, "qkv"),
         (HeadsFirst, "qkv"),

@@ -119,10 +119,10 @@ def _placements(products: Sequence[Product], origins: Mapping[Pair, Sides]) -> I
     seen: list[Scales] = []
     implied = [p for p in products if p.is_implied]
     attention = [p for p in products if p.is_attention]
-    for needing in (implied, attention):
+    for needing, others in ((implied, products), (attention, [p for p in products if not p.is_attention])):
         must = [_Traced(p.factor, origins[p.operands]) for p in needing]
-        rest = [_Traced(p.factor, origins[p.operands]) for p in products if p not in needing]
-        for scales in _exact(must, rest if needing is implied else []):
+        rest = [_Traced(p.factor, origins[p.operands]) for p in others if p not in needing]
+        for scales in _exact(must, rest):
             if scales and scales not in seen:
                 seen.append(scales)
                 yield scales
