@@ -2,11 +2,13 @@
 
 import os
 import re
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # with the separator, or torchvision would be taken for torch
@@ -46,8 +48,37 @@ def _operator_name(node: fx.Node) -> str:
 
 def enclosing_modules(node: fx.Node) -> tuple[str, ...]:
     """Names of the modules in whose forward a node was called, outermost first."""
+    return tuple(path for _, path in _calls_around(node))
+
+
+def _calls_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """Calls of modules in which a node was called, outermost first: a key for each call, and the module's name."""
     stack = node.meta.get("nn_module_stack") or {}
-    return tuple(path for path, _ in stack.values() if not path.startswith("_empty_nn_module"))
+    return tuple((key, path) for key, (path, _) in stack.items() if not path.startswith("_empty_nn_module"))
+
+
+def module_outputs(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
+    """Nodes whose value is the one tensor that a call of a module hands out, with the module's name.
+
+    Where modules hand on what a module inside them gives, the outermost is named; never the model itself.
+    """
+    leaving: dict[tuple[tuple[str, str], ...], list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        around = _calls_around(node)
+        shared = min((_n_shared(around, _calls_around(user)) for user in node.users), default=len(around))
+        for depth in range(shared + 1, len(around) + 1):  # it leaves these
+            leaving[around[:depth]].append(node)
+    found: dict[fx.Node, str] = {}
+    for calls, given in sorted(leaving.items(), key=lambda item: len(item[0])):
+        if len(given) == 1 and isinstance(given[0].meta.get("val"), Tensor) and calls[-1][1]:
+            found.setdefault(given[0], calls[-1][1])
+    return found
+
+
+def _n_shared(one: tuple[tuple[str, str], ...], other: tuple[tuple[str, str], ...]) -> int:
+    """How many calls two nodes have around them in common."""
+    pairs = zip(one, other, strict=False)
+    return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
 def _module_name(node: fx.Node) -> str:

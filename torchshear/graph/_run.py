@@ -8,9 +8,17 @@ from torch import Tensor, fx
 
 Load = Callable[[str], Tensor]
 Apply = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+Replace = Callable[[fx.Node, Any], Any]
 
 
-def interpret(graph: fx.Graph, leaves: list[Any], load: Load, apply: Apply) -> Iterator[tuple[fx.Node, Any]]:
+def _as_it_is(node: fx.Node, value: Any) -> Any:
+    """Replace nothing."""
+    return value
+
+
+def interpret(
+    graph: fx.Graph, leaves: list[Any], load: Load, apply: Apply, replace: Replace = _as_it_is
+) -> Iterator[tuple[fx.Node, Any]]:
     """Run a graph and give each node with its value; values are dropped after their last use.
 
     Args:
@@ -18,6 +26,7 @@ def interpret(graph: fx.Graph, leaves: list[Any], load: Load, apply: Apply) -> I
         leaves: flat inputs.
         load: gives the tensor of a parameter or buffer by its canonical name.
         apply: gives the value of a call, from the node and its arguments as values.
+        replace: gives another value in place of a node's.
     """
     last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
     values: dict[fx.Node, Any] = {}
@@ -32,19 +41,23 @@ def interpret(graph: fx.Graph, leaves: list[Any], load: Load, apply: Apply) -> I
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = apply(node, args, kwargs)
+        values[node] = replace(node, values[node])
         yield node, values[node]
         for operand in node.all_input_nodes:
             if last_use[operand] is node:
                 values.pop(operand, None)
 
 
-def graph_values(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Iterator[tuple[fx.Node, Any]]:
+def graph_values(
+    graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any], replace: Replace = _as_it_is
+) -> Iterator[tuple[fx.Node, Any]]:
     """Run a graph as it is, and give each node with its value. The tensors of `state` are not written to.
 
     Args:
         graph: nodes in execution order.
         state: canonical name -> tensor.
         leaves: flat inputs.
+        replace: gives another value in place of a node's.
     """
     shared = {str(node.target) for node in graph.nodes if node.op == "get_attr" and _is_only_read(node)}
 
@@ -55,7 +68,7 @@ def graph_values(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]
     def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    yield from interpret(graph, leaves, load, apply)
+    yield from interpret(graph, leaves, load, apply, replace)
 
 
 def graph_output(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Any:

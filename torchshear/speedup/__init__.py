@@ -1,6 +1,7 @@
 """What makes a plan real: shrink, verify, ONNX export, latency, and alignment to hardware."""
 
 from torchshear.speedup._apply import shrink, shrink_to_form
+from torchshear.speedup._kept_scale import KeptScale
 from torchshear.speedup._load import load_checkpoint
 from torchshear.speedup._shrink import Shrunk
 from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
@@ -11,6 +12,7 @@ from torchshear.speedup.latency import LatencyComparison, LatencyResult, compare
 from torchshear.speedup.onnx import OnnxFile, export_onnx
 
 __all__ = [
+    "KeptScale",
     "LatencyComparison",
     "LatencyResult",
     "OnnxFile",

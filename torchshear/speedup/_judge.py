@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import first_line
 from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
 from torchshear.speedup._compare import relative_error, tolerance
+from torchshear.speedup._kept_scale import KeptScale
 from torchshear.speedup._precision import computing_in, to_float64
 
 Fingerprint = tuple[float, float]
@@ -36,6 +37,7 @@ class Trial:
         seen: shape -> fingerprints of all values of that shape; None if only the outputs are to be compared.
         dtype: dtype to compute in.
         exporting: whether the code is to believe that it is being exported.
+        factors: numbers that values may be multiplied with inside, where a factor keeps the scale of attention.
     """
 
     inputs: ExampleInputs
@@ -43,6 +45,7 @@ class Trial:
     seen: Mapping[tuple[int, ...], Sequence[Fingerprint]] | None
     dtype: torch.dtype
     exporting: bool = False
+    factors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,8 @@ class _Watch:
         wave, size = _fingerprint(tensor)
         limit = _SAME * (size + 1e-12)
         known = self.trial.seen.get(tuple(tensor.shape), ())
-        return any(abs(a - wave) <= limit and abs(b - size) <= limit for a, b in known)
+        factors = (1.0, *self.trial.factors)
+        return any(abs(a * c - wave) <= limit and abs(b * c - size) <= limit for a, b in known for c in factors)
 
 
 class _StopError(BaseException):
@@ -207,7 +211,9 @@ def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
     try:
         for name, module in model.named_modules():
             handles.append(module.register_forward_pre_hook(lambda _, given, name=name: watch.enter(name, given)))
-            handles.append(module.register_forward_hook(lambda _, __, out, name=name: watch.leave(name, out)))
+            is_kept = any(isinstance(hook, KeptScale) for hook in module._forward_hooks.values())
+            leave: Any = lambda _, __, out, name=name: watch.leave(name, out)  # noqa: E731
+            handles.append(module.register_forward_hook(leave, prepend=is_kept))  # what it gives without the factor
         yield
     finally:
         for handle in handles:

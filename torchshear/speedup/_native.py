@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from torchshear.graph import copy_model, locate
+from torchshear.speedup._kept_scale import Scales, keep_scale
 from torchshear.speedup._rewrite import Change
 from torchshear.speedup._sizes import Sizes, assign
 
@@ -25,7 +26,7 @@ _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ..
 
 
 def native_copy(
-    model: nn.Module, replacements: Mapping[int, Tensor], changes: Sequence[Change], sizes: Sizes
+    model: nn.Module, replacements: Mapping[int, Tensor], changes: Sequence[Change], sizes: Sizes, scales: Scales
 ) -> nn.Module:
     """Copy a model with its tensors replaced, and with the integers that torch.nn's modules keep of their sizes.
 
@@ -35,6 +36,7 @@ def native_copy(
             holds the other, so that ties stay ties.
         changes: integers in the graph that the cut changed.
         sizes: integers elsewhere in the modules to be changed as well.
+        scales: parts of what modules give that are to be multiplied.
     """
     duplicate = copy_model(model, dict(replacements))
     by_module = _changes_by_module(changes)
@@ -49,6 +51,8 @@ def native_copy(
     named = dict(duplicate.named_modules())
     for slot, value in sizes.items():
         assign(named[slot.module], slot, value)
+    for part, factor in scales.items():
+        keep_scale(duplicate, part, factor)
     return duplicate
 
 

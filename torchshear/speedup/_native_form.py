@@ -1,21 +1,28 @@
 """Whether the user's own module, with smaller tensors and other sizes, is what the rewritten graph is."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from torchshear.dependency import Cut
 from torchshear.graph import ExampleInputs, Graph, as_if_exporting, copy_model, failure_of, locate
 from torchshear.graph._run import graph_values
 from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
+from torchshear.speedup._kept_scale import Scales, explain_scales, scaled
 from torchshear.speedup._native import native_copy
-from torchshear.speedup._repair import repair
+from torchshear.speedup._precision import to_float64
+from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
-from torchshear.speedup._sizes import Sizes, choices, explain
+from torchshear.speedup._scales import Scaling
+from torchshear.speedup._sizes import Choice, Sizes, choices, explain
+
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
 def native_form(
@@ -35,28 +42,37 @@ def native_form(
     Returns:
         The copy, or None; and why.
     """
-    unsaid = implied_arguments(cut.groups.graph.fx_graph, cut.groups.facts, cut)
-    if unsaid:
-        node, name = unsaid[0]
-        more = f" and {len(unsaid) - 1} more" if len(unsaid) > 1 else ""
-        return None, (
-            f"{locate(node)}{more}: {name!r} is not given, so the operator derives it from a size that changes; no "
-            f"attribute can keep it at its value"
-        )
     making = _Making.of(model, cut, tensors, sliced)
+    unsaid = implied_arguments(cut.groups.graph.fx_graph, cut.groups.facts, cut)
+    scaling = Scaling(cut, [node for node, _ in unsaid], making.run, (torch.float64, making.own_dtype))
+    scales = next(iter(scaling.of_implied()), None) if unsaid else {}
+    if scales is None:
+        return None, _unsaid_reason(unsaid)
     try:
-        work = making.native({})
+        work = making.native()
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
         return None, f"the model cannot be copied: {type(error).__name__}: {error}"
-    sizes, fault = making.find_sizes(work)
-    native = making.native(sizes)
-    if fault is not None:
-        return None, _reason(fault, making)
+    found = making.find(work, scaling, scales)
+    native = making.native(found.repair.sizes, found.scales)
+    if found.repair.fault is not None:
+        return None, _reason(found.repair.fault, making)
     failure = _failure_in_training(native, model, cut.groups.graph)
     if failure is not None:
         return None, failure
-    changed = f", with other values of {explain(sizes)}" if sizes else ""
-    return native, f"its own module with smaller tensors{changed}; equal to the rewritten graph on all inputs tried"
+    return native, f"{_description(found)}; equal to the rewritten graph on all inputs tried"
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What makes a copy right, and what is wrong nevertheless.
+
+    Attributes:
+        repair: sizes in attributes, and a fault if there is one left.
+        scales: factors on outputs of modules.
+    """
+
+    repair: Repair
+    scales: Scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +83,7 @@ class _Making:
     cut: Cut
     replacements: dict[int, Tensor]
     sliced: Mapping[str, Tensor]
-    rewritten: torch.fx.Graph
+    rewritten: fx.Graph
 
     @classmethod
     def of(cls, model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> "_Making":
@@ -80,32 +96,48 @@ class _Making:
     def graph(self) -> Graph:
         return self.cut.groups.graph
 
-    def native(self, sizes: Sizes) -> nn.Module:
-        changes = changed_integers(self.graph.fx_graph, self.cut.groups.facts, self.cut)
-        return native_copy(self.model, self.replacements, changes, sizes)
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """Dtype of the model's numbers."""
+        return next((t.dtype for t in self.sliced.values() if t.is_floating_point()), torch.float32)
 
-    def find_sizes(self, work: nn.Module) -> tuple[Sizes, Fault | None]:
-        """Sizes with which a copy is right, and what is wrong nevertheless."""
+    def native(self, sizes: Sizes = _NOTHING, scales: Scales = _NOTHING) -> nn.Module:
+        changes = changed_integers(self.graph.fx_graph, self.cut.groups.facts, self.cut)
+        return native_copy(self.model, self.replacements, changes, sizes, scales)
+
+    def find(self, work: nn.Module, scaling: Scaling, scales: Scales) -> _Found:
+        """Sizes and factors with which a copy is right, and what is wrong nevertheless."""
         for module in work.modules():
             module.training = False
-        own = next((t.dtype for t in self.sliced.values() if t.is_floating_point()), torch.float32)
-        quick = find_fault(work, run_trial(self._inputs, own, self._values(own), remember=False))
+        own = self.own_dtype
+        quick = self._fault(work, scales, run_trial(self._inputs, own, self._values(own), remember=False))
         wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
             trials = self._trials(torch.float64, remember=quick is not None)
-            faults = [find_fault(wide, trial) for trial in trials]
-            refused = any(f is not None and not f.check and f.message != (quick and quick.message) for f in faults)
+            faults = [self._fault(wide, scales, trial) for trial in trials]
+            refused = any(_is_new(fault, quick) for fault in faults)
         except (RuntimeError, TypeError, NotImplementedError):
             refused = True
         if refused:  # an operator refuses float64
             wide, trials = work, self._trials(own, remember=quick is not None)
-            faults = [find_fault(wide, trial) for trial in trials]
+            faults = [self._fault(wide, scales, trial) for trial in trials]
         if not any(faults):
-            return {}, None
+            return _Found(Repair({}, None, len(trials)), scales)
         if quick is None:
             trials = self._trials(trials[0].dtype, remember=True)
-        found = repair(wide, choices(self.model, self.graph, self.cut), self._possible(trials))
-        return found.sizes, found.fault
+        search = _Search(wide, choices(self.model, self.graph, self.cut), self._possible(trials), scaling)
+        return search.run(scales)
+
+    @staticmethod
+    def _fault(model: nn.Module, scales: Scales, trial: Trial) -> Fault | None:
+        with scaled(model, scales):
+            return find_fault(model, replace(trial, factors=tuple(set(scales.values()))))
+
+    def run(self, dtype: torch.dtype, change: Callable[[fx.Node, Any], Any]) -> Iterator[tuple[fx.Node, Any]]:
+        """Nodes of the rewritten graph with their values on the example, some of which are replaced."""
+        inputs = to_float64(self._inputs) if dtype is torch.float64 else self._inputs.copy()
+        leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+        return graph_values(self.rewritten, self._state(dtype), leaves, change)
 
     @property
     def _inputs(self) -> ExampleInputs:
@@ -131,17 +163,83 @@ class _Making:
 
     def _values(self, dtype: torch.dtype) -> Callable[[list[Any]], Iterator[Any]]:
         """A function that gives the values of all nodes of the rewritten graph on flat inputs."""
-        state = {
+        state = self._state(dtype)
+        return lambda leaves: (value for _, value in graph_values(self.rewritten, state, leaves))
+
+    def _state(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {
             name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
             for name, tensor in self.sliced.items()
         }
-        return lambda leaves: (value for _, value in graph_values(self.rewritten, state, leaves))
 
     def _possible(self, trials: list[Trial]) -> list[Trial]:
         """Trials without those that the original does not run on either."""
         with as_if_exporting():
             refused = failure_of(self.model, self.graph.inputs, "eval") is not None
         return [trial for trial in trials if not (trial.exporting and refused)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """A search for sizes, and for factors where sizes are not enough."""
+
+    wide: nn.Module
+    choices: Mapping[str, Sequence[Choice]]
+    trials: Sequence[Trial]
+    scaling: Scaling
+
+    def run(self, scales: Scales) -> _Found:
+        """Mend with sizes, and with factors as long as one gets the run further."""
+        found: _Found | None = self._try(scales, _NOTHING)
+        while found is not None:
+            best = found
+            found = self._better(best) if best.repair.fault is not None else None
+        return best
+
+    def _try(self, scales: Scales, known: Sizes) -> _Found:
+        trials = [replace(trial, factors=tuple(set(scales.values()))) for trial in self.trials]
+        with scaled(self.wide, scales):
+            return _Found(repair(self.wide, self.choices, trials, known), scales)
+
+    def _better(self, found: _Found) -> _Found | None:
+        """The innermost module that goes wrong, and all of its class, with factors in other places."""
+        modules = dict(self.wide.named_modules())
+        for name in found.repair.fault.modules if found.repair.fault is not None else ():
+            twins = [other for other, module in modules.items() if type(module) is type(modules[name])]
+            ways = self.scaling.of_modules(twins)
+            kept = {p: c for p, c in found.scales.items() if not any(f"{p.module}.".startswith(f"{n}.") for n in twins)}
+            for scales in ways:
+                trial = self._try({**kept, **scales}, found.repair.sizes)
+                if trial.repair.is_further_than(found.repair):
+                    return trial
+            if ways:
+                return None
+        return None
+
+
+def _is_new(fault: Fault | None, quick: Fault | None) -> bool:
+    """Whether a model stops running in float64 where it went on, or where another module stopped, in its own dtype."""
+    if fault is None or fault.check:
+        return False
+    return quick is None or (fault.modules, fault.progress) != (quick.modules, quick.progress)
+
+
+def _description(found: _Found) -> str:
+    """What the native form is, beside a copy."""
+    sizes, scales = found.repair.sizes, found.scales
+    changed = f", with other values of {explain(sizes)}" if sizes else ""
+    kept = f", with the scale of attention kept by a factor on the output of {explain_scales(scales)}" if scales else ""
+    return f"its own module with smaller tensors{changed}{kept}"
+
+
+def _unsaid_reason(unsaid: Sequence[tuple[fx.Node, str]]) -> str:
+    """Say which calls derive an argument that no attribute holds."""
+    node, name = unsaid[0]
+    more = f" and {len(unsaid) - 1} more" if len(unsaid) > 1 else ""
+    return (
+        f"{locate(node)}{more}: {name!r} is not given, so the operator derives it from a size that changes; neither an "
+        f"attribute nor a factor on the output of a module inside can keep it at its value"
+    )
 
 
 def _reason(fault: Fault, making: _Making) -> str:

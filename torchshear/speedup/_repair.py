@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
+from types import MappingProxyType
 
 from torch import nn
 
@@ -28,32 +29,52 @@ class Repair:
     Attributes:
         sizes: slots with the values that make the model right.
         fault: what is wrong nevertheless, or None if nothing is.
+        n_right: number of trials before that with the fault.
     """
 
     sizes: dict[Slot, int]
     fault: Fault | None
+    n_right: int
+
+    def is_further_than(self, other: "Repair") -> bool:
+        """Whether the fault, if any, comes later than another."""
+        if self.fault is None or other.fault is None:
+            return other.fault is not None
+        return (self.n_right, self.fault.progress) > (other.n_right, other.fault.progress)
 
 
-def repair(model: nn.Module, found: Mapping[str, Sequence[Choice]], trials: Sequence[Trial]) -> Repair:
+def repair(
+    model: nn.Module,
+    found: Mapping[str, Sequence[Choice]],
+    trials: Sequence[Trial],
+    known: Mapping[Slot, int] = MappingProxyType({}),
+) -> Repair:
     """Find sizes with which a model gives what the rewritten graph gives.
 
     Args:
         model: a copy with smaller parameters in the dtype of the trials; as it was afterwards.
         found: module -> slots that may hold sizes, from `choices`.
         trials: what the model should give.
+        known: sizes to begin with.
     """
-    return _Search(model, found, trials).run()
+    return _Search(model, found, trials, known).run()
 
 
 class _Search:
     """State of one search."""
 
-    def __init__(self, model: nn.Module, found: Mapping[str, Sequence[Choice]], trials: Sequence[Trial]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        found: Mapping[str, Sequence[Choice]],
+        trials: Sequence[Trial],
+        known: Mapping[Slot, int],
+    ) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
         self.found = found
         self.trials = trials
-        self.sizes: dict[Slot, int] = {}
+        self.sizes = dict(known)
         self.skipped: frozenset[str] = frozenset()
         self.of_class: dict[type[nn.Module], list[str]] = defaultdict(list)
         for name, module in self.modules.items():
@@ -61,7 +82,7 @@ class _Search:
 
     def run(self) -> Repair:
         """Mend fault after fault until there is none, or one that cannot be mended."""
-        for trial in self.trials:
+        for number, trial in enumerate(self.trials):
             fault = self._fault(trial, self.sizes)
             first = fault
             while fault is not None:
@@ -69,12 +90,12 @@ class _Search:
                 if better is not None:
                     self.sizes = better
                 elif not fault.check or fault.check in self.skipped or len(self.skipped) == _MOST_SKIPPED:
-                    return Repair(self.sizes, first)
+                    return Repair(self.sizes, first, number)
                 else:  # a value that the graph does not have may be right all the same: go on behind it
                     self.skipped |= {fault.check}
                 fault = self._fault(trial, self.sizes)
                 first = fault if better is not None else first
-        return Repair(self.sizes, None)
+        return Repair(self.sizes, None, len(self.trials))
 
     def _fault(self, trial: Trial, sizes: Mapping[Slot, int]) -> Fault | None:
         with assigned(self.modules, sizes):

@@ -1,0 +1,168 @@
+"""Keeping the scale of attention in a model whose own code derives it from a size that shrank.
+
+Such code divides scores by the square root of the smaller head dimension, where the original divides by that of the
+larger one. Scores are linear in queries and in keys, so a factor on either makes up for it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain, count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class KeptScale:
+    """A forward hook that multiplies what a module gives, or some positions of it, by a number.
+
+    `shrink` registers it on the projection (or the norm) that queries or keys come from, where the code of attention
+    derives its scale from a size that shrank. It is copied, pickled, exported and compiled with the module, follows it
+    to any device and dtype, and adds no entry to its `state_dict`.
+
+    Attributes:
+        factor: the number.
+        share: name of a buffer of the module, not saved in its `state_dict`, that is 1 where the output is multiplied
+            and 0 elsewhere; None if all of the output is.
+    """
+
+    def __init__(self, factor: float, share: str | None = None) -> None:
+        """Make a hook; `keep_scale` registers it.
+
+        Args:
+            factor: the number.
+            share: name of the buffer that says where, if not everywhere.
+        """
+        self.factor = factor
+        self.share = share
+        self._key = -1
+
+    def register(self, module: nn.Module) -> RemovableHandle:
+        """Have a module multiply what it gives."""
+        handle = module.register_forward_hook(self)
+        self._key = handle.id
+        return handle
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """Multiply an output."""
+        if self.share is None:
+            return output * self.factor
+        share: Tensor = getattr(module, self.share)
+        if share.dtype != output.dtype:  # under autocast
+            share = share.to(output.dtype)
+        return output * (1 + share * (self.factor - 1))
+
+    def __repr__(self) -> str:
+        """Say what is multiplied."""
+        where = "" if self.share is None else f", share={self.share!r}"
+        return f"{type(self).__name__}({self.factor!r}{where})"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Come back from a file, with a key that later hooks of this process do not take, as torch does for handles."""
+        vars(self).update(state)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self._key + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part of what a module gives.
+
+    Attributes:
+        module: qualified name of the module.
+        dim: the dimension that is divided, counted from the last.
+        size: its number of positions.
+        positions: positions that belong to the part; None for the whole output.
+    """
+
+    module: str
+    dim: int = -1
+    size: int = 0
+    positions: tuple[int, ...] | None = None
+
+    def meets(self, other: "Part") -> bool:
+        """Whether two parts have a position in common, or may have."""
+        if self.module != other.module:
+            return False
+        if self.positions is None or other.positions is None or self.dim != other.dim:
+            return True
+        return not set(self.positions).isdisjoint(other.positions)
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """1 at the positions and 0 elsewhere, of a shape that broadcasts; None for the whole output."""
+        if self.positions is None:
+            return None
+        mask = torch.zeros(self.size, dtype=like.dtype, device=like.device)
+        mask[list(self.positions)] = 1
+        return mask.reshape(self.size, *[1] * (-self.dim - 1))
+
+
+Scales = Mapping[Part, float]
+
+
+def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None]:
+    """Have a module multiply part of what it gives; a hook that does so already gets the product of both factors.
+
+    Args:
+        model: the model that has the module.
+        part: what is multiplied.
+        factor: the number.
+
+    Returns:
+        A function that undoes it.
+    """
+    module = model.get_submodule(part.module)
+    numbers = (p for owner in (module, model) for p in owner.parameters() if p.is_floating_point())
+    like = next(numbers, torch.empty(0))
+    mask = part.mask(like)
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, KeptScale) and _is_same(None if hook.share is None else getattr(module, hook.share), mask):
+            return _multiplied(hook, factor)
+    if mask is None:
+        return KeptScale(factor).register(module).remove
+    names = chain(["kept_scale"], (f"kept_scale_{number}" for number in count(1)))
+    name = next(name for name in names if not hasattr(module, name))
+    module.register_buffer(name, mask, persistent=False)
+    handle = KeptScale(factor, name).register(module)
+
+    def undo() -> None:
+        handle.remove()
+        delattr(module, name)
+
+    return undo
+
+
+def _multiplied(hook: KeptScale, factor: float) -> Callable[[], None]:
+    before = hook.factor
+    hook.factor = before * factor
+
+    def undo() -> None:
+        hook.factor = before
+
+    return undo
+
+
+def _is_same(known: Tensor | None, mask: Tensor | None) -> bool:
+    if known is None or mask is None:
+        return known is mask
+    return torch.equal(known, mask)
+
+
+@contextmanager
+def scaled(model: nn.Module, scales: Scales) -> Iterator[None]:
+    """Have parts of a model multiplied for a while."""
+    with ExitStack() as stack:
+        for part, factor in scales.items():
+            stack.callback(keep_scale(model, part, factor))
+        yield
+
+
+def explain_scales(scales: Scales) -> str:
+    """Say where factors were put, outputs of one name together."""
+    counts: dict[str, int] = {}
+    for module in dict.fromkeys(part.module for part in scales):
+        words = [word for word in module.split(".") if not word.isdigit()]
+        name = ".".join(words[-2:])
+        counts[name] = counts.get(name, 0) + 1
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
