@@ -113,6 +113,22 @@ def test_sizes_are_found_whatever_their_names() -> None:
     assert result.model(torch.randn(3, 9, 7)).shape == (3, 9, 3)
 
 
+class Narrow(Attention):
+    """Code of the model's own that does not run in float64, though the graph does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("expected float32")
+        return super().forward(x)
+
+
+def test_sizes_are_found_in_a_model_that_refuses_float64_after_the_first_of_them() -> None:
+    result = pruned(Sequence(Attention(24, 4), Narrow(24, 4)), X)
+    assert result.form == "native"
+    assert [(block.banana, block.cherry) for block in result.model.blocks] == [(2, 3), (2, 3)]
+    assert result.verification.dtype == torch.float32
+
+
 def test_what_one_module_needs_is_tried_at_once_for_all_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
 

@@ -13,6 +13,7 @@ from torchshear.graph._run import graph_values
 from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
 from torchshear.speedup._native import native_copy
+from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._repair import repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._sizes import Sizes, choices, explain
@@ -94,7 +95,8 @@ class _Making:
         try:
             trials = self._trials(torch.float64, remember=quick is not None)
             faults = [find_fault(wide, trial) for trial in trials]
-            refused = any(f is not None and not f.check and f.message != (quick and quick.message) for f in faults)
+            raised = any(f is not None and not f.check and f.message != (quick and quick.message) for f in faults)
+            refused = raised or (any(faults) and self._refuses_float64())
         except (RuntimeError, TypeError, NotImplementedError):
             refused = True
         if refused:  # an operator refuses float64
@@ -106,6 +108,12 @@ class _Making:
             trials = self._trials(trials[0].dtype, remember=True)
         found = repair(wide, choices(self.model, self.graph, self.cut), self._possible(trials))
         return found.sizes, found.fault
+
+    def _refuses_float64(self) -> bool:
+        """Whether the original does not run in float64 either: some fast kernels take narrower types alone."""
+        wide = copy_model(self.model, {}).to(torch.float64)
+        with computing_in(torch.float64):
+            return failure_of(wide, to_float64(self._inputs), "eval") is not None
 
     @property
     def _inputs(self) -> ExampleInputs:
