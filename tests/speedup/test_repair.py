@@ -113,6 +113,26 @@ def test_sizes_are_found_whatever_their_names() -> None:
     assert result.model(torch.randn(3, 9, 7)).shape == (3, 9, 3)
 
 
+class Faint(nn.Module):
+    """Attention that is all but even: heads of a wrong size change little of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cherry = 6
+        self.all = nn.Linear(24, 72)
+        self.out = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.view(*x.shape[:2], -1, self.cherry).transpose(1, 2) for t in self.all(x).chunk(3, -1))
+        return self.out(functional.scaled_dot_product_attention(q, k, v, scale=1e-8).transpose(1, 2).flatten(2))
+
+
+def test_sizes_are_found_where_wrong_ones_change_little() -> None:
+    result = pruned(Sequence(Faint(), Faint()), X)
+    assert result.form == "native"
+    assert [block.cherry for block in result.model.blocks] == [3, 3]
+
+
 class Narrow(Attention):
     """Code of the model's own that does not run in float64, though the graph does."""
 

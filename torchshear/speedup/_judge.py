@@ -23,7 +23,8 @@ from torchshear.speedup._precision import computing_in, to_float64
 Fingerprint = tuple[float, float]
 _INNER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
 _ROW = 4096  # elements that are summed with one row of weights
-_SAME = 1e-6  # relative difference of the fingerprints of equal values
+_SAME = {torch.float64: 1e-11}  # relative difference of the fingerprints of equal values
+_SAME_IN_NARROWER = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,7 +149,7 @@ class _Watch:
         if self.trial.seen is None:
             return True
         wave, size = _fingerprint(tensor)
-        limit = _SAME * (size + 1e-12)
+        limit = _SAME.get(self.trial.dtype, _SAME_IN_NARROWER) * (size + 1e-12)
         known = self.trial.seen.get(tuple(tensor.shape), ())
         return any(abs(a - wave) <= limit and abs(b - size) <= limit for a, b in known)
 
