@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchshear.dependency import Algebra
+from torchshear.dependency import Algebra, Axis
 from torchshear.dependency._units import PAD, UnitStore
 
 
@@ -108,6 +108,24 @@ def test_factors_that_do_not_line_up_are_fixed_with_the_reason() -> None:
     algebra.equate(left, right, "2 x 3 against 3 x 2")
     rows = algebra.store.resolve(left.units)
     assert np.array_equal(np.sort(rows, 1), np.sort(algebra.store.resolve(right.units), 1))
+
+
+def test_a_unit_that_would_make_several_others_one_is_fixed() -> None:
+    algebra = Algebra()
+    axis, copies = algebra.fresh(4), algebra.virtual(2)
+    algebra.equate(algebra.take(axis, np.repeat(np.arange(4), 2)), algebra.merge((axis, copies)), "times its copies")
+    assert len(atoms_of(algebra.store, axis.units)) == 4
+    assert algebra.is_fixed(copies)
+    assert algebra.store.reason(int(copies.units[0, 0])) == "times its copies"
+
+
+def test_a_unit_that_stands_with_one_other_becomes_it() -> None:
+    algebra = Algebra()
+    axis, other = algebra.fresh(3), algebra.fresh(3)
+    both = Axis(np.concatenate([axis.units, other.units], 1))
+    algebra.equate(axis, both, "tied")
+    assert np.array_equal(algebra.store.resolve(axis.units), algebra.store.resolve(other.units))
+    assert not algebra.is_fixed(axis)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -113,6 +113,43 @@ def test_sizes_are_found_whatever_their_names() -> None:
     assert result.model(torch.randn(3, 9, 7)).shape == (3, 9, 3)
 
 
+class Faint(nn.Module):
+    """Attention that is all but even: heads of a wrong size change little of what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cherry = 6
+        self.all = nn.Linear(24, 72)
+        self.out = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.view(*x.shape[:2], -1, self.cherry).transpose(1, 2) for t in self.all(x).chunk(3, -1))
+        return self.out(functional.scaled_dot_product_attention(q, k, v, scale=1e-8).transpose(1, 2).flatten(2))
+
+
+def test_sizes_are_found_where_wrong_ones_change_little() -> None:
+    result = pruned(Sequence(Faint(), Faint()), X)
+    assert result.form == "native"
+    assert [block.cherry for block in result.model.blocks] == [3, 3]
+
+
+class Narrow(Attention):
+    """Code of the model's own that does not run in float64, though the graph does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("expected float32")
+        return super().forward(x)
+
+
+def test_sizes_are_found_in_a_model_that_refuses_float64_after_the_first_of_them() -> None:
+    result = pruned(Sequence(Sliced(), Narrow(24, 4)), X)
+    assert result.form == "native"
+    assert result.model.blocks[0].sizes == (5, 3)
+    assert (result.model.blocks[1].banana, result.model.blocks[1].cherry) == (2, 3)
+    assert result.verification.dtype == torch.float32
+
+
 def test_what_one_module_needs_is_tried_at_once_for_all_of_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
 

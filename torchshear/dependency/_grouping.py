@@ -8,8 +8,9 @@ import numpy as np
 
 from torchshear.dependency._axis import Algebra, Axis
 from torchshear.dependency._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
-from torchshear.dependency._call import Because, Facts
+from torchshear.dependency._call import Facts
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
+from torchshear.dependency._minimums import fix_unclear_minimums, least_units
 from torchshear.dependency._roles import with_roles
 from torchshear.dependency._units import PAD, Ids
 from torchshear.graph import Graph, locate
@@ -49,10 +50,10 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
         dimensions = _dimensions(graph, algebra, facts)
         group_of, n_groups = _assign(algebra, dimensions, facts)
         labels = _block_labels(algebra, facts, group_of)
-        if labels is not None and not _fix_unclear_minimums(algebra, facts, group_of):
+        if labels is not None and not fix_unclear_minimums(algebra, facts, group_of):
             break
     members = _members(facts, dimensions, group_of)
-    joint, least = _joint_groups(algebra, facts, group_of), _least(algebra, facts, group_of)
+    joint, least = _joint_groups(algebra, facts, group_of), least_units(algebra, facts, group_of)
     mixed = _mixed_groups(algebra, facts, group_of)
     users = _first_users(graph)
     groups: list[ChannelGroup] = []
@@ -158,30 +159,6 @@ def _joint_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, in
         if balance.is_joint and rows.shape[1] and is_plain(rows):
             found[int(group_of[rows.max()])] = balance.n_blocks
     return found
-
-
-def _fix_unclear_minimums(algebra: Algebra, facts: Facts, group_of: Ids) -> bool:
-    """Fix axes with a minimum that selection inside one group cannot keep; gives whether there were any."""
-    done = False
-    for minimum in facts.minimums:
-        rows = algebra.store.resolve(minimum.axis.units)
-        groups = np.unique(group_of[rows[rows != PAD]])
-        if rows.shape[1] and not (is_plain(rows) and len(groups) == 1 and groups[0] >= 0):
-            algebra.fix([minimum.axis], Because(f"at least {minimum.count} positions of it must stay", minimum.node))
-            done = True
-    return done
-
-
-def _least(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
-    """Units that must stay in each of a group's dimensions of equal width, where that is more than one."""
-    least: dict[int, int] = {}
-    for minimum in facts.minimums:
-        rows = algebra.store.resolve(minimum.axis.units)
-        if rows.shape[1]:
-            n_fixed = int((rows == PAD).sum())
-            group = int(group_of[rows.max()])
-            least[group] = max(least.get(group, 1), minimum.count - n_fixed)
-    return least
 
 
 def _hash(values: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":

@@ -205,9 +205,9 @@ class UnitStore:
             if single.any():
                 self.union(a[single].max(1), b[single].max(1))
             elif (n_a == 1).any():
-                self._compose(a, b, n_a == 1)
+                self._compose(a, b, n_a == 1, reason)
             elif (n_b == 1).any():
-                self._compose(b, a, n_b == 1)
+                self._compose(b, a, n_b == 1, reason)
             else:
                 self._match_columns(a, b, reason)
 
@@ -233,21 +233,32 @@ class UnitStore:
                 done = True
         return done
 
-    def _compose(self, single: Ids, sets: Ids, where: npt.NDArray[np.bool_]) -> None:
+    def _compose(self, single: Ids, sets: Ids, where: npt.NDArray[np.bool_], reason: Reason) -> None:
         """Replace atoms by sets of atoms, the first set of each; the caller comes back for the others."""
         atoms, first = np.unique(single[where].max(1), return_index=True)
         rows = sets[where][first]
         inside = (rows == atoms[:, None]).any(1)
-        for atom, row in zip(atoms[inside], rows[inside], strict=True):
-            # x = x and y holds only if y is cut no more often than x: sound is to make them one.
-            others = row[row != PAD]
-            self.union(np.full(len(others), atom), others)
+        if inside.any():
+            self._absorb(atoms[inside], rows[inside], reason)
         atoms, rows = atoms[~inside], rows[~inside]
         # Substituting several atoms at once is safe only while none of them stands in a set of this very batch.
         safe = ~np.isin(atoms, rows)
         if not safe.any():
             safe[:1] = True
         self._substitute(atoms[safe], rows[safe])
+
+    def _absorb(self, atoms: Ids, rows: Ids, reason: Reason) -> None:
+        """Where x = x and y, y is cut no more often than x: sound is to make them one.
+
+        Unless y stands with several x, which would all become one; then y is fixed. Such are the copies of a repeated
+        axis where the axis itself is meant.
+        """
+        others = np.where(rows == atoms[:, None], PAD, rows)
+        known, counts = np.unique(others[others != PAD], return_counts=True)
+        shared = known[counts > 1]
+        self.fix(shared[:, None], reason)
+        for atom, row in zip(atoms, np.where(np.isin(others, shared), PAD, others), strict=True):
+            self.union(np.full(len(row), atom), np.where(row == PAD, atom, row))
 
     def _substitute(self, atoms: Ids, rows: Ids) -> None:
         start, stop = self._n_sets, self._n_sets + len(atoms)
@@ -269,19 +280,21 @@ class UnitStore:
         labels_a = [_pattern(a[:, j]) for j in range(a.shape[1])]
         labels_b = [_pattern(b[:, j]) for j in range(b.shape[1])]
         matched = False
-        free_b = list(range(b.shape[1]))
+        free_a, free_b = [], list(range(b.shape[1]))
         for i, label in enumerate(labels_a):
             twin = next((j for j in free_b if np.array_equal(labels_b[j], label)), None)
-            if twin is not None:
-                free_b.remove(twin)
-                if not np.array_equal(a[:, i], b[:, twin]):
-                    self.union(a[:, i], b[:, twin])
-                    matched = True
-        if matched or self._refine(a, b, labels_a, labels_b) or self._refine(b, a, labels_b, labels_a):
+            if twin is None:
+                free_a.append(i)
+                continue
+            free_b.remove(twin)
+            if not np.array_equal(a[:, i], b[:, twin]):
+                self.union(a[:, i], b[:, twin])
+                matched = True
+        if matched or self._refine(a, b, labels_a, labels_b, reason) or self._refine(b, a, labels_b, labels_a, reason):
             return
-        self.fix(np.concatenate([a, b], 1), reason)
+        self.fix(np.concatenate([a[:, free_a], b[:, free_b]], 1), reason)  # the other columns are both sides' own
 
-    def _refine(self, a: Ids, b: Ids, labels_a: list[Ids], labels_b: list[Ids]) -> bool:
+    def _refine(self, a: Ids, b: Ids, labels_a: list[Ids], labels_b: list[Ids], reason: Reason) -> bool:
         """Where one column of `a` varies exactly as several of `b` do together, make its units composite of theirs."""
         for i, label in enumerate(labels_a):
             if any(np.array_equal(label, other) for other in labels_b):
@@ -289,7 +302,7 @@ class UnitStore:
             inside = [j for j, other in enumerate(labels_b) if _determines(label, other)]
             if len(inside) > 1 and np.array_equal(_pattern_of_rows(b[:, inside]), label):
                 _, first = np.unique(label, return_index=True)
-                self._compose(a[first][:, [i]], b[first][:, inside], np.ones(len(first), bool))
+                self._compose(a[first][:, [i]], b[first][:, inside], np.ones(len(first), bool), reason)
                 return True
         return False
 

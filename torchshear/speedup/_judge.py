@@ -24,7 +24,8 @@ from torchshear.speedup._precision import computing_in, to_float64
 Fingerprint = tuple[float, float]
 _INNER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
 _ROW = 4096  # elements that are summed with one row of weights
-_SAME = 1e-6  # relative difference of the fingerprints of equal values
+_SAME = {torch.float64: 1e-11}  # relative difference of the fingerprints of equal values
+_SAME_IN_NARROWER = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,7 +152,7 @@ class _Watch:
         if self.trial.seen is None:
             return True
         wave, size = _fingerprint(tensor)
-        limit = _SAME * (size + 1e-12)
+        limit = _SAME.get(self.trial.dtype, _SAME_IN_NARROWER) * (size + 1e-12)
         known = self.trial.seen.get(tuple(tensor.shape), ())
         factors = (1.0, *self.trial.factors)
         return any(abs(a * c - wave) <= limit and abs(b * c - size) <= limit for a, b in known for c in factors)

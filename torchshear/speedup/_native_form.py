@@ -1,6 +1,7 @@
 """Whether the user's own module, with smaller tensors and other sizes, is what the rewritten graph is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +17,7 @@ from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
 from torchshear.speedup._kept_scale import Scales, explain_scales, scaled
 from torchshear.speedup._native import native_copy
-from torchshear.speedup._precision import to_float64
+from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._scales import Scaling
@@ -110,22 +111,26 @@ class _Making:
         for module in work.modules():
             module.training = False
         own = self.own_dtype
-        quick = self._fault(work, scales, run_trial(self._inputs, own, self._values(own), remember=False))
+        is_right = self._fault(work, scales, run_trial(self._inputs, own, self._values(own), remember=False)) is None
         wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
-            trials = self._trials(torch.float64, remember=quick is not None)
-            faults = [self._fault(wide, scales, trial) for trial in trials]
-            refused = any(_is_new(fault, quick) for fault in faults)
-        except (RuntimeError, TypeError, NotImplementedError):
-            refused = True
-        if refused:  # an operator refuses float64
-            wide, trials = work, self._trials(own, remember=quick is not None)
-            faults = [self._fault(wide, scales, trial) for trial in trials]
-        if not any(faults):
+            trials = self._trials(torch.float64, remember=not is_right)
+        except (RuntimeError, TypeError, NotImplementedError):  # an operator of the graph refuses float64
+            trials = []
+        if trials:
+            found = self._find_in(wide, trials, scaling, scales)
+            fault = found.repair.fault
+            if fault is None or fault.check or not self._refuses_float64():
+                return found
+        return self._find_in(work, self._trials(own, remember=not is_right), scaling, scales)
+
+    def _find_in(self, work: nn.Module, trials: list[Trial], scaling: Scaling, scales: Scales) -> _Found:
+        """As `find`, by trials in the dtype of a copy."""
+        if not any(self._fault(work, scales, trial) for trial in trials):
             return _Found(Repair({}, None, len(trials)), scales)
-        if quick is None:
+        if trials[0].seen is None:
             trials = self._trials(trials[0].dtype, remember=True)
-        search = _Search(wide, choices(self.model, self.graph, self.cut), self._possible(trials), scaling)
+        search = _Search(work, choices(self.model, self.graph, self.cut), self._possible(trials), scaling)
         return search.run(scales)
 
     @staticmethod
@@ -138,6 +143,17 @@ class _Making:
         inputs = to_float64(self._inputs) if dtype is torch.float64 else self._inputs.copy()
         leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
         return graph_values(self.rewritten, self._state(dtype), leaves, change)
+
+    def _refuses_float64(self) -> bool:
+        """Whether the original does not run in float64 either: some fast kernels take narrower types alone."""
+        wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(self._inputs)
+        for branch in (nullcontext, as_if_exporting):
+            with branch():
+                if failure_of(self.model, self._inputs, "eval") is None:
+                    with computing_in(torch.float64):
+                        if failure_of(wide, inputs, "eval") is not None:
+                            return True
+        return False
 
     @property
     def _inputs(self) -> ExampleInputs:
@@ -215,13 +231,6 @@ class _Search:
             if ways:
                 return None
         return None
-
-
-def _is_new(fault: Fault | None, quick: Fault | None) -> bool:
-    """Whether a model stops running in float64 where it went on, or where another module stopped, in its own dtype."""
-    if fault is None or fault.check:
-        return False
-    return quick is None or (fault.modules, fault.progress) != (quick.modules, quick.progress)
 
 
 def _description(found: _Found) -> str:

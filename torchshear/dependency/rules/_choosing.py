@@ -163,7 +163,7 @@ def _along(call: Call, axis: Axis, rule: Callable[[Call], Result]) -> Result:
 
 
 @operator_rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
-def _grouped_product(call: Call) -> Axes:
+def grouped_product(call: Call) -> Axes:
     """Runs of rows, each times the matrix of its own group: (rows, k) and (groups, k, n) give (rows, n).
 
     Where the runs end is told by a vector with one offset a group.
@@ -172,7 +172,7 @@ def _grouped_product(call: Call) -> Axes:
     x, weight, ends = call.axes(name), call.axes(other), call.axes("offs")
     if len(x) != 2 or len(weight) != 3 or call.is_tensor("bias"):
         raise ValueError("rows and one matrix a group are expected")
-    call.tie(weight[0], ends[0])
+    call.mix(call.tie(weight[0], ends[0]))  # each run begins where the one before ends
     call.tie(weight[1], x[1])
     call.contract((call.arg(name), call.arg(other)), (weight[1],), (x[:1], weight[2:]), weight[:1])
     return (x[0], weight[2])
