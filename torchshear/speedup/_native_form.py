@@ -8,7 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.dependency import Cut
-from torchshear.graph import ExampleInputs, Graph, as_if_exporting, copy_model, failure_of, locate
+from torchshear.graph import (
+    Cache,
+    ExampleInputs,
+    Graph,
+    as_if_exporting,
+    caches_of,
+    copy_model,
+    failure_of,
+    forget,
+    locate,
+)
 from torchshear.graph._run import graph_values
 from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
@@ -68,13 +78,15 @@ class _Making:
     replacements: dict[int, Tensor]
     sliced: Mapping[str, Tensor]
     rewritten: torch.fx.Graph
+    caches: tuple[Cache, ...]
 
     @classmethod
     def of(cls, model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> "_Making":
         graph = cut.groups.graph
         replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
         replacements |= {id(own): sliced[name] for name, own in own_constants(model, graph) if name in sliced}
-        return cls(model, cut, replacements, sliced, rewrite_graph(graph.fx_graph, cut.groups.facts, cut))
+        rewritten = rewrite_graph(graph.fx_graph, cut.groups.facts, cut)
+        return cls(model, cut, replacements, sliced, rewritten, caches_of(model, graph.inputs))
 
     @property
     def graph(self) -> Graph:
@@ -82,7 +94,9 @@ class _Making:
 
     def native(self, sizes: Sizes) -> nn.Module:
         changes = changed_integers(self.graph.fx_graph, self.cut.groups.facts, self.cut)
-        return native_copy(self.model, self.replacements, changes, sizes)
+        native = native_copy(self.model, self.replacements, changes, sizes)
+        forget(native, self.caches)
+        return native
 
     def find_sizes(self, work: nn.Module) -> tuple[Sizes, Fault | None]:
         """Sizes with which a copy is right, and what is wrong nevertheless."""
@@ -90,6 +104,7 @@ class _Making:
             module.training = False
         own = next((t.dtype for t in self.sliced.values() if t.is_floating_point()), torch.float32)
         quick = find_fault(work, run_trial(self._inputs, own, self._values(own), remember=False))
+        forget(work, self.caches)
         wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
             trials = self._trials(torch.float64, remember=quick is not None)
