@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from tests.zoo.torchvision_models import load_torchvision
 from tests.zoo.transformers_configs import RULES, small_config
 from tests.zoo.transformers_inputs import example_inputs
-from tests.zoo.weights import spread_weights
+from tests.zoo.weights import raise_gains, settle_statistics, spread_weights
+from torchshear.graph import output_leaves
 
 # Tasks in the order in which they are looked for: the models whose outputs leave the residual stream free.
 _TASKS = (
@@ -98,13 +99,26 @@ def _attempt(name: str, rule: str) -> tuple[nn.Module, dict[str, Tensor]]:
         raise ValueError(f"{n_params} parameters are more than {_MOST_PARAMS}")
     model = kind._from_config(config)
     spread_weights(model)
+    raise_gains(model)
     generation = getattr(model, "generation_config", None)
     if generation is not None and config.is_encoder_decoder and generation.decoder_start_token_id is None:
         generation.decoder_start_token_id = 0  # not every configuration can hold it
     inputs = example_inputs(model.eval())
+    settle_statistics(model, inputs)
     with torch.no_grad():
-        model(**inputs)
+        _check_samples_differ(output_leaves(model(**inputs)))
     return model, inputs
+
+
+def _check_samples_differ(outputs: list[Any]) -> None:
+    """Two samples must not give one result, or no proof on such a model would mean anything.
+
+    Raises:
+        ValueError: they do.
+    """
+    rows = [out for out in outputs if isinstance(out, Tensor) and out.is_floating_point() and out.ndim > 1]
+    if not any(float((out[0] - out[1]).abs().max()) > 1e-3 * float(out.abs().max()) for out in rows):
+        raise ValueError("the outputs do not depend on the inputs")
 
 
 def _class_for(config: Any) -> Any:
