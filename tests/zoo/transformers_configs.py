@@ -60,6 +60,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 8},
     "canine": {"num_hash_buckets": 256},
     "codegen": {"rotary_dim": 8},
+    "bamba": {"attn_layer_indices": [1]},
+    "conditional_detr": _RESNET,
     "cvt": {"depth": [1, 2, 3]},
     "deberta-v2": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 8,
                    "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
@@ -92,6 +94,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "splinter": {"question_token_id": 90},
     "swin": {"embed_dim": 32, "depths": [2, 2], "num_heads": [4, 8], "window_size": 4, "patch_size": 2,
              "image_size": 32},
+    "table-transformer": _RESNET,
     "time_series_transformer": {"prediction_length": 6, "context_length": 12, "num_time_features": 3},
     "timesformer": _VIDEO,
     "videomae": _VIDEO,
@@ -133,7 +136,13 @@ def _shallow(plain: Any) -> dict[str, Any]:
     return sizes | _of_parts(plain, _shallow)
 
 
-RULES = {"small": _small, "shallow": _shallow}
+def _deeper(plain: Any) -> dict[str, Any]:
+    """All sizes small but for depth, for families in which only every third or fourth layer is attention."""
+    sizes = _small(plain)
+    return sizes | {key: 4 for key in _LAYERS if sizes.get(key) == _SIZES[key]}
+
+
+RULES = {"small": _small, "deeper": _deeper, "shallow": _shallow}
 
 
 def _of_parts(plain: Any, rule: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
