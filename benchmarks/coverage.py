@@ -3,10 +3,10 @@
     python benchmarks/coverage.py [NAME ...] [--rival] [--jobs 2] [--limit 600] [--output FILE]
     python benchmarks/coverage.py --page FILE ...
 
-Names are `torchvision:resnet18`, `timm:deit_tiny_patch16_224`, `transformers:bert`; without any, the whole list runs.
-Each model has a process of its own, with a time limit. With --rival, Torch-Pruning runs on each as well, set up as its
-own examples do: L1, 50 %, classifier ignored, no other hints. Results are printed, and written as JSON; --page makes
-docs/coverage.md of such files.
+Names are `torchvision:resnet18`, `timm:deit_tiny_patch16_224`, `transformers:bert`, the last with any model type of
+Hugging Face; without any, the whole list runs. Each model has a process of its own, with a time limit. With --rival,
+Torch-Pruning runs on each as well, set up as its own examples do: L1, 50 %, classifier ignored, no other hints. Results
+are printed, and written as JSON; --page makes docs/coverage.md of such files.
 """
 
 import argparse

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import torchshear
@@ -78,3 +79,29 @@ def test_an_orthogonal_weight_is_fixed() -> None:
     groups = torchshear.analyze(torchshear.trace(nn.Sequential(*body), (torch.randn(4, 27),)))
     assert not groups.prunable
     assert any("decomposed or inverted as a whole" in fixed.reason for fixed in groups.fixed)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution whose kernels have mean 0 and variance 1, over their inputs as well, as in BiT and NFNet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of `out_channels`."""
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        weight = functional.batch_norm(rows, None, None, training=True, momentum=0.0, eps=1e-6)
+        return functional.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_kernels_that_are_standardised_are_so_over_the_inputs_that_stay() -> None:
+    model = nn.Sequential(Standardised(3, 16, 3), nn.ReLU(), Standardised(16, 12, 3), nn.ReLU(), nn.Conv2d(12, 5, 1))
+    randomise(model.double(), seed=8)
+    result = torchshear.prune(model.eval(), (X,), ratio=0.5)
+    assert result.verification.reference == "kept positions"
+    first, second = (torch.from_numpy(result.plan.kept[f"{layer}.weight[0]"]) for layer in (0, 2))
+    sliced = nn.Sequential(
+        Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 1)
+    ).double()
+    with torch.no_grad():
+        for layer, rows, columns in ((0, first, torch.arange(3)), (2, second, first), (4, torch.arange(5), second)):
+            sliced[layer].weight.copy_(model[layer].weight[rows][:, columns])
+            sliced[layer].bias.copy_(model[layer].bias[rows])
+        assert_outputs_equal(result.model(X), sliced(X), 1e-12)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from torchshear import export_onnx
-from torchshear.speedup._decompositions import _grouped_product, _histogram
+from torchshear.speedup._decompositions import _grouped_product, _histogram, _padding
 
 
 class Windows(nn.Module):
@@ -41,6 +41,18 @@ def test_counts_in_bins(tmp_path: Path) -> None:
             return x + torch.histc(x, 4, 0, 3)
 
     assert export_onnx(Counting(), tmp_path / "model.onnx", torch.rand(2, 4) * 3).max_error < 1e-6
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_maximum_over_constants_at_the_border(tmp_path: Path, value: float) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ConstantPad2d((1, 0, 2, 1), value), nn.MaxPool2d(3, 2)).eval()
+    with torch.no_grad():
+        model[0].bias.sub_(5)  # all values are negative, so that the border is the largest
+    file = export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 8, 8))
+    assert file.dynamic_batch
+    assert file.max_error < 1e-5
+    padded = functional.pad(torch.ones(1, 2, 3), (1, 2, 0, 1), value=value)
+    torch.testing.assert_close(_padding(torch.ones(1, 2, 3), [1, 2, 0, 1], value=value), padded)
 
 
 def test_runs_of_rows_times_the_matrix_of_their_group() -> None:

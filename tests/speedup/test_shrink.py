@@ -239,6 +239,27 @@ def test_keywords_and_defaults_call_the_traced_form_as_the_original() -> None:
         small(x, x)
 
 
+def test_keywords_may_come_in_any_order() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor, scale: Tensor | None = None, **rest: Tensor) -> Tensor:
+            h = torch.cat(self.one(x).split([5, 3], 1)[::-1], 1)
+            out: Tensor = self.two(h * scale) + rest["shift"]
+            return out
+
+    model, x = randomise(Named()).eval(), torch.randn(2, 3)
+    scale, shift = torch.randn(2, 1), torch.randn(2, 1)
+    groups = torchshear.analyze(torchshear.trace(model, (), {"shift": shift, "scale": scale, "x": x}))
+    small = torchshear.shrink(model, torchshear.plan(groups))
+    assert isinstance(small, TracedModule)
+    expected = small(shift=shift, scale=scale, x=x)
+    torch.testing.assert_close(small(x=x, scale=scale, shift=shift), expected)
+    torch.testing.assert_close(small(x, scale, shift=shift), expected)
+
+
 def test_a_model_without_train_graph_says_so() -> None:
     class EvalOnly(Chunked):
         def forward(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 import torchshear
 from tests.zoo import transformers_models
-from tests.zoo.transformers_models import NAMES, build, is_installed
+from tests.zoo.transformers_models import NAMES, UnknownFamilyError, build, is_installed
 
 pytestmark = [
     pytest.mark.zoo,
@@ -184,3 +184,16 @@ def test_every_family_of_the_list_is_there() -> None:
     assert len(NAMES) == 20
     assert set(GENERATING) <= set(NAMES)
     assert transformers_models.example_inputs
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "mobilevit", "clip", "timesformer", "musicgen_decoder", "levit"])
+def test_other_families_are_built_small(name: str) -> None:
+    model, _, kwargs = build(name)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2e6
+    assert not model.training
+    model(**kwargs)
+
+
+def test_a_family_that_the_builder_does_not_know_is_named() -> None:
+    with pytest.raises(UnknownFamilyError, match="the builder does not know the family 'idefics'"):
+        build("idefics")

@@ -1,5 +1,6 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
+from torchshear.graph._caches import Cache, caches_of, forget
 from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
 from torchshear.graph._contract import output_leaves, plain_outputs
@@ -16,6 +17,7 @@ from torchshear.graph._parts import PartRun, Parts, whole_of
 from torchshear.graph._recording import record_parts
 
 __all__ = [
+    "Cache",
     "Cost",
     "ExampleInputs",
     "Graph",
@@ -26,12 +28,14 @@ __all__ = [
     "StateTensor",
     "as_if_exporting",
     "as_names",
+    "caches_of",
     "capture",
     "check_outputs",
     "close_to",
     "copy_model",
     "enclosing_modules",
     "failure_of",
+    "forget",
     "is_on_meta",
     "locate",
     "matches",

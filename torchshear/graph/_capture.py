@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
 from torchshear.graph._batch import free_batch, probe_batches
+from torchshear.graph._caches import caches_of, forget
 from torchshear.graph._check import agrees, differs_in_training
 from torchshear.graph._contract import plain_outputs
 from torchshear.graph._deciding import MaskedAssignments, RefusedBranches
@@ -130,7 +131,9 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
         CaptureError: torch.export cannot capture the model.
     """
     _check_model(model)
+    caches = caches_of(model, inputs)
     with in_mode(model, mode), plain_outputs(model) as dropped:
+        forget(model, caches)
         graph = _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
     if dropped and not any(node.all_input_nodes for node in graph if node.op == "output"):
         raise CaptureError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 
@@ -14,9 +14,22 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     table: dict[Any, Callable[..., Any]] = {}
     for node in program.graph.nodes:
         rule = _RULES.get(str(node.target))
-        if rule is not None and (rule is not _attention or node.args[0].meta["val"].ndim != 4):
+        if rule is not None and _IS_NEEDED.get(rule, _always)(node):
             table[node.target] = rule
     return program.run_decompositions(table) if table else program
+
+
+def _always(_: fx.Node) -> bool:
+    return True
+
+
+def _is_not_of_four_dimensions(attention: fx.Node) -> bool:
+    return bool(attention.args[0].meta["val"].ndim != 4)  # type: ignore[union-attr]
+
+
+def _is_pooled(padding: fx.Node) -> bool:
+    """Whether a maximum is taken over what is padded."""
+    return any(str(user.target).startswith("aten.max_pool") for user in padding.users)
 
 
 def _attention(
@@ -51,6 +64,20 @@ def _grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return result
 
 
+def _padding(x: Tensor, pad: list[int], mode: str = "constant", value: float | None = None) -> Any:
+    """Constants beside the values: onnxruntime takes zeros before a maximum for the pool's own padding of -inf."""
+    if mode != "constant" or any(count < 0 for count in pad):
+        return NotImplemented
+    for number in range(len(pad) // 2):
+        dim = x.ndim - 1 - number
+        sides = [list(x.shape), list(x.shape)]
+        for side, count in zip(sides, pad[2 * number :], strict=False):
+            side[dim] = count
+        before, after = (x.new_full(side, value or 0.0) for side in sides)
+        x = torch.cat([before, x, after], dim)
+    return x
+
+
 def _histogram(values: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
     """Counts in equal bins between two given ends, the last bin with its upper end."""
     if min == max:
@@ -62,8 +89,20 @@ def _histogram(values: Tensor, bins: int = 100, min: float = 0, max: float = 0) 
     return ((bin_of[:, None] == numbers) & is_inside[:, None]).to(values.dtype).sum(0)
 
 
+def _constant_padding(x: Tensor, pad: list[int], value: float = 0.0) -> Any:
+    return _padding(x, pad, "constant", value)
+
+
 _RULES: dict[str, Callable[..., Any]] = {
     "aten.scaled_dot_product_attention.default": _attention,
     "aten.histc.default": _histogram,
+    "aten.pad.default": _padding,
+    "aten.constant_pad_nd.default": _constant_padding,
     "transformers.grouped_mm_fallback.default": _grouped_product,
+}
+# Rules that are not for all calls of their operator; a program without any that they are for is left as it is.
+_IS_NEEDED: dict[Callable[..., Any], Callable[[fx.Node], bool]] = {
+    _attention: _is_not_of_four_dimensions,
+    _padding: _is_pooled,
+    _constant_padding: _is_pooled,
 }

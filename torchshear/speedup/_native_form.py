@@ -11,7 +11,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import Cut
-from torchshear.graph import ExampleInputs, Graph, as_if_exporting, copy_model, failure_of, locate
+from torchshear.graph import (
+    Cache,
+    ExampleInputs,
+    Graph,
+    as_if_exporting,
+    caches_of,
+    copy_model,
+    failure_of,
+    forget,
+    locate,
+)
 from torchshear.graph._run import graph_values
 from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
@@ -85,13 +95,15 @@ class _Making:
     replacements: dict[int, Tensor]
     sliced: Mapping[str, Tensor]
     rewritten: fx.Graph
+    caches: tuple[Cache, ...]
 
     @classmethod
     def of(cls, model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> "_Making":
         graph = cut.groups.graph
         replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
         replacements |= {id(own): sliced[name] for name, own in own_constants(model, graph) if name in sliced}
-        return cls(model, cut, replacements, sliced, rewrite_graph(graph.fx_graph, cut.groups.facts, cut))
+        rewritten = rewrite_graph(graph.fx_graph, cut.groups.facts, cut)
+        return cls(model, cut, replacements, sliced, rewritten, caches_of(model, graph.inputs))
 
     @property
     def graph(self) -> Graph:
@@ -104,7 +116,9 @@ class _Making:
 
     def native(self, sizes: Sizes = _NOTHING, scales: Scales = _NOTHING) -> nn.Module:
         changes = changed_integers(self.graph.fx_graph, self.cut.groups.facts, self.cut)
-        return native_copy(self.model, self.replacements, changes, sizes, scales)
+        native = native_copy(self.model, self.replacements, changes, sizes, scales)
+        forget(native, self.caches)
+        return native
 
     def find(self, work: nn.Module, scaling: Scaling, scales: Scales) -> _Found:
         """Sizes and factors with which a copy is right, and what is wrong nevertheless."""
@@ -112,6 +126,7 @@ class _Making:
             module.training = False
         own = self.own_dtype
         is_right = self._fault(work, scales, run_trial(self._inputs, own, self._values(own), remember=False)) is None
+        forget(work, self.caches)
         wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
             trials = self._trials(torch.float64, remember=not is_right)

@@ -119,11 +119,7 @@ class TracedCall:
         if spec == self.spec.in_spec:
             return list(leaves)
         try:
-            given = self.spec.signature.bind(*args, **kwargs).arguments
-            n_args = len(self.spec.in_spec.children()[0].children())
-            names = list(self.spec.signature.parameters)
-            by_position = tuple(given[name] for name in names[:n_args])
-            by_name = {name: value for name, value in given.items() if name not in names[:n_args]}
+            by_position, by_name = self._in_order(args, kwargs)
         except (TypeError, KeyError) as error:
             raise ArgumentError(f"the arguments do not fit the model: {error}.") from error
         leaves, spec = pytree.tree_flatten((by_position, by_name))
@@ -133,6 +129,18 @@ class TracedCall:
                 f"the model as it was traced, or trace it as it is called."
             )
         return list(leaves)
+
+    def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with those by position and by name, and the names in the order, of the example inputs."""
+        given = dict(self.spec.signature.bind(*args, **kwargs).arguments)
+        for parameter in self.spec.signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        positions, names = self.spec.in_spec.children()
+        taken = list(self.spec.signature.parameters)[: positions.num_children]
+        by_position = tuple(given.pop(name) for name in taken)
+        by_name = {name: given.pop(name) for name in names.context if name in given}
+        return by_position, by_name | given
 
 
 class TracedModule(nn.Module):

@@ -10,7 +10,18 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, Graph, PartRun, copy_model, failure_of, locate, output_leaves, whole_of
+from torchshear.graph import (
+    ExampleInputs,
+    Graph,
+    PartRun,
+    caches_of,
+    copy_model,
+    failure_of,
+    forget,
+    locate,
+    output_leaves,
+    whole_of,
+)
 from torchshear.graph._parts import parts_of
 from torchshear.graph._run import graph_output, graph_values
 from torchshear.speedup._compare import random_like, relative_error, tolerance
@@ -137,7 +148,7 @@ def _against_masked_module(
     result = _Comparison(float("inf"), 0.0, torch.float64, False)
     for dtype in dict.fromkeys((torch.float64, own)):
         try:
-            reference, candidate = _masked_copy(model, plan, dtype), _eval_copy(small, dtype)
+            reference, candidate = _masked_copy(model, plan, trials[0], dtype), _eval_copy(small, trials[0], dtype)
             error, limit, finite = 0.0, 0.0, True
             for trial in trials:
                 inputs = to_float64(trial) if dtype is torch.float64 else trial
@@ -170,7 +181,7 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
     own = _own_dtype(model)
     state = {name: entry.tensor.detach() for name, entry in graph.state.items()}
     state |= {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name in state}
-    reference = _eval_copy(model, own)
+    reference = _eval_copy(model, trials[0], own)
     for trial in trials:
         with torch.no_grad(), computing_in(own):
             output = graph_output(graph.fx_graph, state, _leaves(trial.copy()))
@@ -183,8 +194,8 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
             )
 
 
-def _masked_copy(model: nn.Module, plan: PruningPlan, dtype: torch.dtype) -> nn.Module:
-    masked = _eval_copy(model, dtype)
+def _masked_copy(model: nn.Module, plan: PruningPlan, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
+    masked = _eval_copy(model, example, dtype)
     tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for name, mask in plan.masks().items():
@@ -193,8 +204,10 @@ def _masked_copy(model: nn.Module, plan: PruningPlan, dtype: torch.dtype) -> nn.
     return masked
 
 
-def _eval_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _eval_copy(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
+    """A copy in eval mode, without what its modules keep of parameters that may be about to change."""
     twin = copy_model(model)
+    forget(twin, caches_of(model, example))
     for module in twin.modules():
         module.training = False
     return twin.to(dtype) if dtype is torch.float64 else twin
@@ -230,7 +243,7 @@ def _against_graph(
         except (IndexError, RuntimeError):  # an axis that holds the batch as well may need the captured one
             inputs = _at_capture(cut, inputs)
             expected = _kept_outputs(plan, _masked_outputs(model, cut, inputs, dtype))
-        actual = _outputs(_eval_copy(small, dtype), inputs, dtype)
+        actual = _outputs(_eval_copy(small, trial, dtype), inputs, dtype)
         error = relative_error(expected, actual)
         if error > tolerance(actual):
             raise VerificationError(_first_difference(model, cut, inputs, dtype, error))
@@ -247,7 +260,7 @@ def _at_capture(cut: Cut, inputs: ExampleInputs) -> ExampleInputs:
 def _widest(small: nn.Module, trials: list[ExampleInputs]) -> torch.dtype:
     """float64 if the shrunk model runs in it, else the model's own dtype."""
     try:
-        _outputs(_eval_copy(small, torch.float64), to_float64(trials[0]), torch.float64)
+        _outputs(_eval_copy(small, trials[0], torch.float64), to_float64(trials[0]), torch.float64)
     except (RuntimeError, TypeError, NotImplementedError):
         return _own_dtype(small)
     return torch.float64

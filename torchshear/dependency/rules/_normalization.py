@@ -17,9 +17,13 @@ def _tie_parameters(call: Call, axes: Axes, *names: str) -> None:
 
 @operator_rule("aten.batch_norm", "aten.instance_norm")
 def _per_channel(call: Call) -> Axes:
-    """Each channel has its own statistics: nothing is mixed."""
+    """Each channel has its own statistics. Those of the input itself mix its other axes, as those of a kernel do."""
     x = call.axes("input")
     _tie_parameters(call, x[1:2], "weight", "bias", "running_mean", "running_var")
+    if call.arg("training"):
+        call.mix(x[0])
+    if call.arg("training") or call.arg("use_input_stats"):
+        call.mix(*x[2:])
     return x
 
 
