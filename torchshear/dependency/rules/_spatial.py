@@ -12,9 +12,28 @@ def _over_last(call: Call, n_space: int, shape: tuple[int, ...] | None = None) -
     return (*x[:-n_space], *(call.fixed(size, "space") for size in (shape or call.out_shape)[-n_space:]))
 
 
+@operator_rule("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d")
+@operator_rule("aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d")
+def _windows(call: Call) -> Axes:
+    """Windows move over the last axes; one along which each of them is a single position passes."""
+    x = call.axes("self")
+    n_space = next(n for n in (1, 2, 3) if f"pool{n}d" in str(call.node.target))
+    kernel, stride, padding = (_each(call.arg(name), n_space) for name in ("kernel_size", "stride", "padding"))
+    result = list(x)
+    for i, window in enumerate(zip(kernel, stride or kernel, padding, strict=True), len(x) - n_space):
+        if window != (1, 1, 0):
+            call.fix([x[i]], "space")
+            result[i] = call.fixed(call.out_shape[i], "space")
+    return tuple(result)
+
+
+def _each(given: int | list[int], n_space: int) -> list[int]:
+    """A number for each axis of space, of which one may stand for all; none where none is given."""
+    numbers = [given] if isinstance(given, int) else list(given)
+    return numbers * n_space if len(numbers) == 1 else numbers
+
+
 @operator_rule(
-    "aten.avg_pool1d",
-    "aten.max_pool1d",
     "aten.adaptive_avg_pool1d",
     "aten.upsample_nearest1d",
     "aten.upsample_linear1d",
@@ -24,8 +43,6 @@ def _one_dimension(call: Call) -> Axes:
 
 
 @operator_rule(
-    "aten.avg_pool2d",
-    "aten.max_pool2d",
     "aten.adaptive_avg_pool2d",
     "aten.upsample_nearest2d",
     "aten.upsample_bilinear2d",
@@ -39,8 +56,6 @@ def _two_dimensions(call: Call) -> Axes:
 
 
 @operator_rule(
-    "aten.avg_pool3d",
-    "aten.max_pool3d",
     "aten.adaptive_avg_pool3d",
     "aten.upsample_nearest3d",
     "aten.upsample_trilinear3d",
