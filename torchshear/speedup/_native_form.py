@@ -1,5 +1,6 @@
 """Whether the user's own module, with smaller tensors and other sizes, is what the rewritten graph is."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,9 +21,10 @@ from torchshear.speedup._precision import to_float64
 from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._scales import Scaling
-from torchshear.speedup._sizes import Choice, Sizes, choices, explain
+from torchshear.speedup._sizes import Choice, Sizes, assigned, choices, explain
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
+_NUMBER = re.compile(r"\b\d+")
 
 
 def native_form(
@@ -109,8 +111,8 @@ class _Making:
         """Sizes and factors with which a copy is right, and what is wrong nevertheless."""
         for module in work.modules():
             module.training = False
-        own = self.own_dtype
-        quick = self._fault(work, scales, run_trial(self._inputs, own, self._values(own), remember=False))
+        own, plain = self.own_dtype, run_trial(self._inputs, self.own_dtype, self._values(self.own_dtype), False)
+        quick = self._fault(work, scales, plain)
         wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
             trials = self._trials(torch.float64, remember=quick is not None)
@@ -125,12 +127,18 @@ class _Making:
             return _Found(Repair({}, None, len(trials)), scales)
         if quick is None:
             trials = self._trials(trials[0].dtype, remember=True)
-        search = _Search(wide, choices(self.model, self.graph, self.cut), self._possible(trials), scaling)
-        return search.run(scales)
+        found = self._search(wide, trials, scaling, scales)
+        if wide is not work and _is_new(found.repair.fault, self._fault(work, found.scales, plain, found.repair.sizes)):
+            found = self._search(work, self._trials(own, remember=True), scaling, scales)  # one that comes later does
+        return found
+
+    def _search(self, model: nn.Module, trials: list[Trial], scaling: Scaling, scales: Scales) -> _Found:
+        found = choices(self.model, self.graph, self.cut)
+        return _Search(model, found, self._possible(trials), scaling).run(scales)
 
     @staticmethod
-    def _fault(model: nn.Module, scales: Scales, trial: Trial) -> Fault | None:
-        with scaled(model, scales):
+    def _fault(model: nn.Module, scales: Scales, trial: Trial, sizes: Sizes = _NOTHING) -> Fault | None:
+        with scaled(model, scales), assigned(dict(model.named_modules()), sizes):
             return find_fault(model, replace(trial, factors=tuple(set(scales.values()))))
 
     def run(self, dtype: torch.dtype, change: Callable[[fx.Node, Any], Any]) -> Iterator[tuple[fx.Node, Any]]:
@@ -217,11 +225,11 @@ class _Search:
         return None
 
 
-def _is_new(fault: Fault | None, quick: Fault | None) -> bool:
-    """Whether a model stops running in float64 where it went on, or where another module stopped, in its own dtype."""
+def _is_new(fault: Fault | None, own: Fault | None) -> bool:
+    """Whether a model stops in float64 for a reason for which it does not in its own dtype, whatever the sizes are."""
     if fault is None or fault.check:
         return False
-    return quick is None or (fault.modules, fault.progress) != (quick.modules, quick.progress)
+    return own is None or _NUMBER.sub("", fault.message) != _NUMBER.sub("", own.message)
 
 
 def _description(found: _Found) -> str:
