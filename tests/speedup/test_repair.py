@@ -267,6 +267,27 @@ def test_casts_to_float32_inside_do_not_blunt_the_proof() -> None:
     assert result.verification.max_error < 1e-12
 
 
+class Narrow(nn.Module):
+    """Refuses float64, and keeps a size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 24
+        self.up, self.down = nn.Linear(24, 48), nn.Linear(24, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("expected Float, got Double")
+        one, two = self.up(x).split(self.size, -1)
+        return self.down(one * two)
+
+
+def test_a_module_that_refuses_float64_is_mended_though_it_comes_after_one_that_is_wrong() -> None:
+    result = pruned(Sequence(Attention(24, 4), Narrow()), X)
+    assert result.form == "native", result.report.form
+    assert (result.model.blocks[0].cherry, result.model.blocks[1].size) == (3, 12)
+
+
 def test_the_traced_form_has_a_free_batch_in_onnx_whatever_that_of_the_example(tmp_path: Any) -> None:
     model = Sequence(Attention(24, 4)).eval()
     plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (X,))), ratio=0.5)
