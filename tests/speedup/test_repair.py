@@ -145,6 +145,27 @@ def test_a_tuple_of_sizes_is_changed_where_it_has_to_be() -> None:
     assert result.model.blocks[0].sizes == (5, 3)
 
 
+class Folded(nn.Module):
+    """The number of heads stands nowhere but beside the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width = 4, 6
+        self.all, self.out = nn.Conv1d(24, 72, 1), nn.Conv1d(24, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.all(x.mT).reshape(batch * self.heads, 3 * self.width, length).split(self.width, 1)
+        y = (q.mT @ k * 0.4).softmax(-1) @ v.mT
+        return self.out(y.mT.reshape(batch, -1, length)).mT
+
+
+def test_a_size_that_stands_nowhere_but_beside_the_batch_is_found() -> None:
+    result = pruned(Sequence(Folded()), X)
+    assert result.form == "native"
+    assert (result.model.blocks[0].heads, result.model.blocks[0].width) == (2, 3)
+
+
 class Computed(Attention):
     """Its scale follows the size that it finds: no attribute can make it right."""
 

@@ -131,12 +131,14 @@ def _changed_sizes(graph: Graph, cut: Cut) -> tuple[dict[str, dict[int, set[int]
 
 
 def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:
+    """Sizes of what a call touches, before and after; of what is folded into the batch also a single sample's share."""
     found: set[tuple[int, int]] = set()
     for value in (node, *node.all_input_nodes):
         axes = cut.groups.facts.axes.get(value.name)
         for part in axes if isinstance(axes, list) else [axes or ()]:
             found |= {(axis.size, int(cut.keep(axis).sum())) for axis in part if cut.changes(axis)}
-    return found
+    batch = graph.batch_hint or 1
+    return found | {(old // batch, new // batch) for old, new in found if old % batch == 0 and new % batch == 0}
 
 
 def _integers(name: str, module: nn.Module) -> Iterator[tuple[Slot, int]]:
