@@ -17,8 +17,10 @@ def _tie_parameters(call: Call, axes: Axes, *names: str) -> None:
 
 @operator_rule("aten.batch_norm", "aten.instance_norm")
 def _per_channel(call: Call) -> Axes:
-    """Each channel has its own statistics: nothing is mixed."""
+    """Each channel has its own statistics; where they are those of the input, they mix what else it has."""
     x = call.axes("input")
+    if call.arg("training") or call.arg("use_input_stats"):
+        call.mix(*x[:1], *x[2:])
     _tie_parameters(call, x[1:2], "weight", "bias", "running_mean", "running_var")
     return x
 
