@@ -166,6 +166,33 @@ def test_a_size_that_stands_nowhere_but_beside_the_batch_is_found() -> None:
     assert (result.model.blocks[0].heads, result.model.blocks[0].width) == (2, 3)
 
 
+class Borrowing(nn.Module):
+    """Calls modules that the model holds under a name of its own."""
+
+    def __init__(self, attention: nn.Module, position: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.position = attention, position
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x) + self.position(x.mT).mT
+
+
+def test_modules_with_several_names_are_mended_under_any_of_them() -> None:
+    class Lending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.position = Attention(24, 4), nn.Conv1d(24, 24, 3, padding=1, groups=24)
+            self.body = Sequence(*(Borrowing(self.attention, self.position) for _ in range(2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    result = pruned(Lending(), X)
+    assert result.form == "native"
+    assert (result.model.attention.banana, result.model.position.groups) == (2, 12)
+    assert result.model.attention is result.model.body.blocks[1].attention
+
+
 class Computed(Attention):
     """Its scale follows the size that it finds: no attribute can make it right."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # with the separator, or torchvision would be taken for torch
@@ -48,6 +48,15 @@ def enclosing_modules(node: fx.Node) -> tuple[str, ...]:
     """Names of the modules in whose forward a node was called, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple(path for path, _ in stack.values() if not path.startswith("_empty_nn_module"))
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every module -> the first one, which is the one that `named_modules` gives.
+
+    A module that others share is called by the name of whoever calls it.
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def _module_name(node: fx.Node) -> str:
