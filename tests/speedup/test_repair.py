@@ -127,6 +127,18 @@ def test_what_one_module_needs_is_tried_at_once_for_all_of_its_class(monkeypatch
     assert runs[0] == runs[1]
 
 
+def test_what_was_right_before_is_not_looked_at_in_every_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted: list[int] = []
+
+    def note(model: nn.Module, trial: Any, skipped: Any, known: int) -> Any:
+        trusted.append(known)
+        return find_fault(model, trial, skipped, known)
+
+    monkeypatch.setattr(_repair, "find_fault", note)
+    assert pruned(Sequence(*(nn.Linear(24, 24) for _ in range(4)), Attention(24, 4)), X).form == "native"
+    assert sum(known > 8 for known in trusted) > 2  # tries at the last module, behind four that are right
+
+
 def test_a_shared_object_of_settings_is_copied_before_it_is_changed() -> None:
     settings = Settings()
     model = Sequence(Configured(settings), Configured(settings))
