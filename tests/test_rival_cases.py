@@ -54,7 +54,12 @@ WIDTHS: dict[int, dict[str, list[int]]] = {
     26: {"frozen_branch": [16, 24], "frozen_backbone": [16, 16, 32]},
     27: {"detached_gate": [24], "no_grad_part": [16, 24]},
     28: {"tied_embedding": [24, 40], "tied_transpose": [30], "tied_convolutions": [16]},
-    29: {"weight_norm": [16, 24], "spectral_norm": [16, 24], "linalg_householder_product": []},
+    29: {
+        "weight_norm": [16, 24],
+        "standardized_weights": [16, 24],
+        "spectral_norm": [16, 24],
+        "linalg_householder_product": [],
+    },
     30: {"grouped_narrowing": [8]},  # four blocks of two inputs; the one output of each block stays
     31: {"depthwise_multiplier": [2, 16, 20]},  # the multiplier is a factor of its own
     32: {"grouped_transposed": [16, 24]},

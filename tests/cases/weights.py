@@ -165,6 +165,25 @@ def tied_convolutions():
     ), (image(), noise(2, 3, 16, 16, seed=1))
 
 
+class StandardizedConv2d(nn.Conv2d):
+    """Weights less their mean and over their deviation, both by the statistics of a batch norm, as NF-ResNet does."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.ones(self.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, weight=self.gain, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+@case(29, "standardised weights: statistics of a kernel run over its input channels", expect="mixed")
+def standardized_weights():
+    layers = [StandardizedConv2d(a, b, 3) for a, b in ((3, 16), (16, 24), (24, 5))]
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), (image(),)
+
+
 @case(29, "weight_norm: the norm of a kernel runs over its input channels", expect="mixed")
 def weight_norm():
     layers = [parametrizations.weight_norm(conv(a, b)) for a, b in ((3, 16), (16, 24), (24, 5))]

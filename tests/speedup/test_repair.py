@@ -164,6 +164,18 @@ def test_what_one_module_needs_is_tried_at_once_for_all_of_its_class(monkeypatch
     assert runs[0] == runs[1]
 
 
+def test_what_was_right_before_is_not_looked_at_in_every_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted: list[int] = []
+
+    def note(model: nn.Module, trial: Any, skipped: Any, known: int) -> Any:
+        trusted.append(known)
+        return find_fault(model, trial, skipped, known)
+
+    monkeypatch.setattr(_repair, "find_fault", note)
+    assert pruned(Sequence(*(nn.Linear(24, 24) for _ in range(4)), Attention(24, 4)), X).form == "native"
+    assert sum(known > 8 for known in trusted) > 2  # tries at the last module, behind four that are right
+
+
 def test_a_shared_object_of_settings_is_copied_before_it_is_changed() -> None:
     settings = Settings()
     model = Sequence(Configured(settings), Configured(settings))
@@ -180,6 +192,54 @@ def test_a_tuple_of_sizes_is_changed_where_it_has_to_be() -> None:
     result = pruned(Sequence(Sliced()), X)
     assert result.form == "native"
     assert result.model.blocks[0].sizes == (5, 3)
+
+
+class Folded(nn.Module):
+    """The number of heads stands nowhere but beside the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width = 4, 6
+        self.all, self.out = nn.Conv1d(24, 72, 1), nn.Conv1d(24, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.all(x.mT).reshape(batch * self.heads, 3 * self.width, length).split(self.width, 1)
+        y = (q.mT @ k * 0.4).softmax(-1) @ v.mT
+        return self.out(y.mT.reshape(batch, -1, length)).mT
+
+
+def test_a_size_that_stands_nowhere_but_beside_the_batch_is_found() -> None:
+    result = pruned(Sequence(Folded()), X)
+    assert result.form == "native"
+    assert (result.model.blocks[0].heads, result.model.blocks[0].width) == (2, 3)
+
+
+class Borrowing(nn.Module):
+    """Calls modules that the model holds under a name of its own."""
+
+    def __init__(self, attention: nn.Module, position: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.position = attention, position
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x) + self.position(x.mT).mT
+
+
+def test_modules_with_several_names_are_mended_under_any_of_them() -> None:
+    class Lending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.position = Attention(24, 4), nn.Conv1d(24, 24, 3, padding=1, groups=24)
+            self.body = Sequence(*(Borrowing(self.attention, self.position) for _ in range(2)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    result = pruned(Lending(), X)
+    assert result.form == "native"
+    assert (result.model.attention.banana, result.model.position.groups) == (2, 12)
+    assert result.model.attention is result.model.body.blocks[1].attention
 
 
 class Computed(Attention):
@@ -267,7 +327,7 @@ def test_casts_to_float32_inside_do_not_blunt_the_proof() -> None:
     assert result.verification.max_error < 1e-12
 
 
-class Narrow(nn.Module):
+class Refusing(nn.Module):
     """Refuses float64, and keeps a size."""
 
     def __init__(self) -> None:
@@ -283,7 +343,7 @@ class Narrow(nn.Module):
 
 
 def test_a_module_that_refuses_float64_is_mended_though_it_comes_after_one_that_is_wrong() -> None:
-    result = pruned(Sequence(Attention(24, 4), Narrow()), X)
+    result = pruned(Sequence(Attention(24, 4), Refusing()), X)
     assert result.form == "native", result.report.form
     assert (result.model.blocks[0].cherry, result.model.blocks[1].size) == (3, 12)
 

@@ -8,7 +8,7 @@ from torchshear.graph._copy import copy_model
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._location import Location, enclosing_modules, locate, module_outputs
+from torchshear.graph._location import Location, enclosing_modules, first_names, locate, module_outputs
 from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
 from torchshear.graph._names import as_names, close_to, matches
@@ -35,6 +35,7 @@ __all__ = [
     "copy_model",
     "enclosing_modules",
     "failure_of",
+    "first_names",
     "forget",
     "is_on_meta",
     "locate",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
 _TORCH = str(Path(torch.__file__).parent) + os.sep  # with the separator, or torchvision would be taken for torch
@@ -79,6 +79,15 @@ def _n_shared(one: tuple[tuple[str, str], ...], other: tuple[tuple[str, str], ..
     """How many calls two nodes have around them in common."""
     pairs = zip(one, other, strict=False)
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every module -> the first one, which is the one that `named_modules` gives.
+
+    A module that others share is called by the name of whoever calls it.
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
 
 
 def _module_name(node: fx.Node) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.graph import as_names, close_to, matches
+from torchshear.pruners._factors import lesser_factors
 
 Ratio = float | Mapping[str, float]
 
@@ -34,7 +35,8 @@ def choose_targets(
     Args:
         groups: the analysed network.
         ratio: a fraction for every group, or a mapping; of the keys that fit a group counts, in this order, its name, a
-            pattern of names, its role, a role that stands for narrower ones, and "*". What no key fits stays whole.
+            pattern of names, its role, a role that stands for narrower ones, and "*". What no key fits stays whole, and
+            so does a factor of channels of which another shrinks, unless a key is its name.
         axes: roles that may shrink; None for all.
         exclude: patterns of names; a group with a member that one of them fits stays whole. Names of groups, too.
 
@@ -56,6 +58,10 @@ def choose_targets(
             targets[group.name] = Target(None, reason)
         else:
             targets[group.name] = Target(float(ratio)) if asked is None else asked.of(group)  # type: ignore[arg-type]
+    shrinking = {group.name for group in groups.prunable if targets[group.name].ratio}
+    for name, greater in lesser_factors(groups, shrinking).items():
+        if asked is None or not asked.names(name):
+            targets[name] = Target(None, f"a factor of channels that shrink with {greater!r}")
     if asked is not None:
         asked.check_all_used(targets)
     _check_something_left(groups, targets, axes, exclude)
@@ -175,6 +181,10 @@ class _Asked:
             self._deciding[group.name] = key
             return Target(float(self._ratios[key]))
         return Target(None, "no key of ratio fits it")
+
+    def names(self, group: str) -> bool:
+        """Whether a key is the name of this very group."""
+        return group in self._ratios
 
     def _fitting(self, group: ChannelGroup) -> Iterable[str]:
         """Keys that fit a group, the most telling first."""

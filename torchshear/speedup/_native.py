@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from torchshear.graph import copy_model, locate
+from torchshear.graph import copy_model, first_names, locate
 from torchshear.speedup._kept_scale import Scales, keep_scale
 from torchshear.speedup._rewrite import Change
 from torchshear.speedup._sizes import Sizes, assign
@@ -39,7 +39,7 @@ def native_copy(
         scales: parts of what modules give that are to be multiplied.
     """
     duplicate = copy_model(model, dict(replacements))
-    by_module = _changes_by_module(changes)
+    by_module = _changes_by_module(changes, first_names(duplicate))
     modes = [(module, module.training) for module in duplicate.modules()]
     for module, _ in modes:
         module.training = False  # reading a parametrised weight computes it, and in train mode changes its buffers
@@ -56,11 +56,12 @@ def native_copy(
     return duplicate
 
 
-def _changes_by_module(changes: Sequence[Change]) -> dict[str, dict[int, int]]:
+def _changes_by_module(changes: Sequence[Change], first: Mapping[str, str]) -> dict[str, dict[int, int]]:
     """Module name -> old value -> new value, for values that changed in one way only."""
     seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for change in changes:
-        seen[locate(change.node).module][change.old].add(change.new)
+        module = locate(change.node).module
+        seen[first.get(module, module)][change.old].add(change.new)
     return {module: {old: new.pop() for old, new in values.items() if len(new) == 1} for module, values in seen.items()}
 
 

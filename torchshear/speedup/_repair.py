@@ -97,9 +97,13 @@ class _Search:
                 first = fault if better is not None else first
         return Repair(self.sizes, None, len(self.trials))
 
-    def _fault(self, trial: Trial, sizes: Mapping[Slot, int]) -> Fault | None:
+    def _fault(self, trial: Trial, sizes: Mapping[Slot, int], trusted: int = 0) -> Fault | None:
         with assigned(self.modules, sizes):
-            return find_fault(self.model, trial, self.skipped)
+            return find_fault(self.model, trial, self.skipped, trusted)
+
+    def _mends(self, trial: Trial, fault: Fault, sizes: Mapping[Slot, int]) -> bool:
+        """Whether the run gets further with these sizes: first without a second look at what was right before."""
+        return all(_is_mended(fault, self._fault(trial, sizes, trusted)) for trusted in (fault.progress, 0))
 
     def _mend(self, trial: Trial, fault: Fault) -> dict[Slot, int] | None:
         """All sizes with those added that let the run get further, or None."""
@@ -127,7 +131,7 @@ class _Search:
                 if more in tried or self.sizes | more == self.sizes:
                     continue
                 tried.append(more)
-                if _is_mended(fault, self._fault(trial, self.sizes | more)):
+                if self._mends(trial, fault, self.sizes | more):
                     return more
                 if len(tried) == _MOST_TRIED:
                     break

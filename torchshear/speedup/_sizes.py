@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from torchshear.dependency import Cut
-from torchshear.graph import Graph, enclosing_modules
+from torchshear.graph import Graph, enclosing_modules, first_names
 from torchshear.speedup._rewrite import changed_integers
 
 _NO_RECORDS = (nn.Module, Tensor, ModuleType, Enum)
@@ -97,7 +97,7 @@ def choices(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[Choice]]
         graph: the captured model.
         cut: the units that go.
     """
-    sizes, words = _changed_sizes(graph, cut)
+    sizes, words = _changed_sizes(graph, cut, first_names(model))
     found: dict[str, list[Choice]] = {}
     for name, module in model.named_modules():
         changes = sizes.get(name, {})
@@ -111,7 +111,9 @@ def choices(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[Choice]]
     return found
 
 
-def _changed_sizes(graph: Graph, cut: Cut) -> tuple[dict[str, dict[int, set[int]]], dict[str, set[str]]]:
+def _changed_sizes(
+    graph: Graph, cut: Cut, first: Mapping[str, str]
+) -> tuple[dict[str, dict[int, set[int]]], dict[str, set[str]]]:
     """Module -> size before -> sizes after, and module -> names on the lines of source that made its calls."""
     pairs: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     words: dict[str, set[str]] = defaultdict(set)
@@ -123,7 +125,7 @@ def _changed_sizes(graph: Graph, cut: Cut) -> tuple[dict[str, dict[int, set[int]
             continue
         here = _sizes_at(node, graph, cut) | changed[node]
         named = set(_WORD.findall(node.meta.get("stack_trace") or ""))
-        for module in enclosing_modules(node):
+        for module in dict.fromkeys(first.get(name, name) for name in enclosing_modules(node)):
             words[module] |= named
             for old, new in here:
                 pairs[module][old].add(new)
@@ -131,12 +133,14 @@ def _changed_sizes(graph: Graph, cut: Cut) -> tuple[dict[str, dict[int, set[int]
 
 
 def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:
+    """Sizes of what a call touches, before and after; of what is folded into the batch also a single sample's share."""
     found: set[tuple[int, int]] = set()
     for value in (node, *node.all_input_nodes):
         axes = cut.groups.facts.axes.get(value.name)
         for part in axes if isinstance(axes, list) else [axes or ()]:
             found |= {(axis.size, int(cut.keep(axis).sum())) for axis in part if cut.changes(axis)}
-    return found
+    batch = graph.batch_hint or 1
+    return found | {(old // batch, new // batch) for old, new in found if old % batch == 0 and new % batch == 0}
 
 
 def _integers(name: str, module: nn.Module) -> Iterator[tuple[Slot, int]]:

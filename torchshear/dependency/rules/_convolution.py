@@ -61,15 +61,23 @@ def _time_first(call: Call) -> Axes:
 
 
 def _finish(call: Call, x: Axes, channel: int, out: Axis, kind: Kind) -> Axes:
-    """Tie the bias, fix kernel and space, and put the result together."""
+    """Tie the bias, fix the kernel and the space that it slides over, and put the result together."""
     call.contract((call.arg("input"), call.arg("weight")), (x[channel],), ((), (out,)), kind=kind)
     if call.is_tensor("bias"):
         call.tie(out, call.axes("bias")[0])
         call.role("bias", bias=0)
     call.fix(call.axes("weight")[2:], "size of a kernel")
-    call.fix(x[channel + 1 :], "space that a kernel slides over")
-    space = tuple(call.fixed(size, "space") for size in call.out_shape[channel + 1 :])
-    return (*x[:channel], out, *space)
+    return (*x[:channel], out, *(_space(call, axis, i) for i, axis in enumerate(x[channel + 1 :])))
+
+
+def _space(call: Call, axis: Axis, i: int) -> Axis:
+    """Spatial axis i of the result: that of the input where the kernel looks at one place at a time."""
+    kernel, strides = call.shape("weight")[2 + i], set(call.arg("stride"))
+    size = call.out_shape[len(call.out_shape) - len(call.shape("weight")) + 2 + i]
+    if call.arg("output_padding") is None and kernel == 1 and strides == {1} and size == axis.size:
+        return axis
+    call.fix([axis], "space that a kernel slides over")
+    return call.fixed(size, "space")
 
 
 def _depthwise(call: Call, channels: Axis, out: Axis, groups: int) -> None:

@@ -1,0 +1,55 @@
+"""Channels and a multiplier of theirs: what was asked is taken from the channels, once."""
+
+import torch
+from torch import Tensor, nn
+
+import torchshear
+
+X = torch.randn(2, 3, 8, 8)
+
+
+class Multiplied(nn.Module):
+    """Two depthwise convolutions, each with twice as many outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.one, self.two = nn.Conv2d(16, 32, 3, groups=16), nn.Conv2d(32, 64, 3, groups=32)
+        self.last = nn.Conv2d(64, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.two(self.one(self.stem(x).relu()).relu()).relu())
+
+
+class Shuffled(nn.Module):
+    """Channels that are shuffled between their making and their use: groups and channels of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2))
+
+
+def widths(model: nn.Module) -> list[int]:
+    return [len(parameter) for parameter in model.parameters() if parameter.ndim == 4]
+
+
+def test_a_multiplier_stays_whole_where_what_it_multiplies_shrinks() -> None:
+    result = torchshear.prune(Multiplied().eval(), (X,), ratio=0.5)
+    assert widths(result.model) == [8, 16, 32, 5]
+    notes = [group.note for group in result.report.groups]
+    assert notes == ["", *["stays whole: a factor of channels that shrink with 'stem.weight[0]'"] * 2]
+
+
+def test_a_multiplier_shrinks_where_it_is_named_or_alone() -> None:
+    named = torchshear.prune(Multiplied().eval(), (X,), ratio={"one.weight[0]": 0.5, "*": 0.5})
+    assert widths(named.model) == [8, 8, 16, 5]
+    alone = torchshear.prune(Multiplied().eval(), (X,), ratio=0.5, exclude="stem")
+    assert widths(alone.model) == [16, 16, 32, 5]
+
+
+def test_two_factors_that_stand_nowhere_alone_both_shrink() -> None:
+    result = torchshear.prune(Shuffled().eval(), (X,), ratio=0.5)
+    assert {group.width: len(group.kept) for group in result.plan.groups} == {4: 2, 6: 3}
