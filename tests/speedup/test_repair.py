@@ -133,6 +133,31 @@ def test_sizes_are_found_where_wrong_ones_change_little() -> None:
     assert [block.cherry for block in result.model.blocks] == [3, 3]
 
 
+class Dead(Attention):
+    """Ends in a layer that is all zeros, as some are before training: whatever is wrong before it does not show."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__(width, count)
+        self.gain = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (t.view(batch, length, -1, self.cherry).transpose(1, 2) for t in self.all(x).chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2) * self.factor).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).flatten(2)) * self.gain
+
+
+def test_what_the_weights_hide_is_found_with_other_weights() -> None:
+    model = Sequence(Dead(24, 4)).eval()
+    with torch.no_grad():
+        model.blocks[0].all.weight.zero_()  # so that no module inside gives anything that tells sizes apart
+        model.blocks[0].all.bias.zero_()
+    small = torchshear.shrink(model, torchshear.plan(torchshear.analyze(torchshear.trace(model, (X,))), ratio=0.5))
+    assert small.blocks[0].cherry == 3
+    assert small.blocks[0].gain.eq(0).all()
+    assert small.blocks[0].all.weight.eq(0).all()
+
+
 class Narrow(Attention):
     """Code of the model's own that does not run in float64, though the graph does."""
 
@@ -324,6 +349,16 @@ def test_casts_to_float32_inside_do_not_blunt_the_proof() -> None:
 
     result = pruned(Sequence(Casting(24, 4)), X)
     assert result.verification.dtype == torch.float64
+    assert result.verification.max_error < 1e-12
+
+
+def test_numbers_made_inside_do_not_blunt_the_proof() -> None:
+    class Rooting(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x / torch.sqrt(torch.tensor(3, dtype=torch.float32)))
+
+    result = pruned(Sequence(Rooting(24, 4)), X)
+    assert result.form == "native", result.report.form
     assert result.verification.max_error < 1e-12
 
 

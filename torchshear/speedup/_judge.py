@@ -20,6 +20,7 @@ from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._kept_scale import KeptScale
 from torchshear.speedup._precision import computing_in, to_float64
+from torchshear.speedup._redrawn import Redrawn
 
 Fingerprint = tuple[float, float]
 _INNER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
@@ -39,6 +40,7 @@ class Trial:
         dtype: dtype to compute in.
         exporting: whether the code is to believe that it is being exported.
         factors: numbers that values may be multiplied with inside, where a factor keeps the scale of attention.
+        redrawn: weights to compute with in place of the model's own, or None.
     """
 
     inputs: ExampleInputs
@@ -47,6 +49,7 @@ class Trial:
     dtype: torch.dtype
     exporting: bool = False
     factors: tuple[float, ...] = ()
+    redrawn: Redrawn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,7 @@ def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozens
     """
     watch = _Watch(trial, skipped, trusted)
     try:
-        with _hooked(model, watch), _conditions(trial):
+        with _hooked(model, watch), _conditions(model, trial):
             given = trial.inputs.copy()
             actual = output_leaves(model(*given.args, **given.kwargs))
     except _StopError as stop:
@@ -192,10 +195,11 @@ def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozens
 
 
 @contextmanager
-def _conditions(trial: Trial) -> Iterator[None]:
-    """Dtype, branches and random numbers of a trial."""
+def _conditions(model: nn.Module, trial: Trial) -> Iterator[None]:
+    """Weights, dtype, branches and random numbers of a trial."""
     exporting = as_if_exporting() if trial.exporting else nullcontext()
-    with torch.no_grad(), computing_in(trial.dtype), torch.random.fork_rng(devices=[]), exporting:
+    weights = trial.redrawn.given_to(model) if trial.redrawn is not None else nullcontext()
+    with weights, torch.no_grad(), computing_in(trial.dtype), torch.random.fork_rng(devices=[]), exporting:
         yield
 
 

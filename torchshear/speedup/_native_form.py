@@ -28,6 +28,7 @@ from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
 from torchshear.speedup._kept_scale import Scales, explain_scales, scaled
 from torchshear.speedup._native import native_copy
 from torchshear.speedup._precision import computing_in, to_float64
+from torchshear.speedup._redrawn import Redrawn, redraw
 from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._scales import Scaling
@@ -125,7 +126,8 @@ class _Making:
         for module in work.modules():
             module.training = False
         own = self.own_dtype
-        is_right = self._fault(work, scales, run_trial(self._inputs, own, self._values(own), remember=False)) is None
+        example = run_trial(self._inputs, own, self._values(self._state(own)), remember=False)
+        is_right = self._fault(work, scales, example) is None
         forget(work, self.caches)
         wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
@@ -172,29 +174,35 @@ class _Making:
 
     @property
     def _inputs(self) -> ExampleInputs:
-        """The example; at most two samples of it where the batch is free."""
+        """The example; at most four samples of it where the batch is free, which the graph is known to run on."""
         graph = self.graph
         batch = graph.inputs.batch_size()
-        return graph.inputs.with_batch(2) if graph.batch_hint is not None and batch and batch > 2 else graph.inputs
+        return graph.inputs.with_batch(4) if graph.batch_hint is not None and batch and batch > 4 else graph.inputs
 
     def _trials(self, dtype: torch.dtype, remember: bool) -> list[Trial]:
         """The example, also as if it were exported, and random inputs, with one sample more where the batch is free.
 
-        One input is not enough: an activation may be saturated throughout, a size may fit one batch by accident.
+        One input is not enough: an activation may be saturated throughout, a size may fit one batch by accident. Nor
+        are the weights that the model has; the random inputs meet others.
         """
-        inputs, values = self._inputs, self._values(dtype)
+        inputs, state = self._inputs, self._state(dtype)
         batch = inputs.batch_size()
         more = inputs.with_batch(batch + 1) if self.graph.batch_hint is not None and batch else inputs
-        example = run_trial(inputs, dtype, values, remember)
-        return [
-            example,
-            replace(example, exporting=True),
-            run_trial(random_like(more, seed=1), dtype, values, remember),
-        ]
+        example = run_trial(inputs, dtype, self._values(state), remember)
+        return [example, replace(example, exporting=True), self._redrawn(random_like(more, seed=1), state, remember)]
 
-    def _values(self, dtype: torch.dtype) -> Callable[[list[Any]], Iterator[Any]]:
+    def _redrawn(self, inputs: ExampleInputs, state: dict[str, Tensor], remember: bool) -> Trial:
+        """A trial with other weights; with the model's own where the network does not compute numbers with others."""
+        dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+        kinds = self.graph.state
+        weights = redraw({n: t for n, t in state.items() if kinds[n].kind == "parameter"}, seed=1)
+        trial = run_trial(inputs, dtype, self._values({**state, **weights}), remember)
+        if all(bool(out.isfinite().all()) for out in trial.outputs if isinstance(out, Tensor)):
+            return replace(trial, redrawn=Redrawn(weights, self.caches))
+        return run_trial(inputs, dtype, self._values(state), remember)
+
+    def _values(self, state: Mapping[str, Tensor]) -> Callable[[list[Any]], Iterator[Any]]:
         """A function that gives the values of all nodes of the rewritten graph on flat inputs."""
-        state = self._state(dtype)
         return lambda leaves: (value for _, value in graph_values(self.rewritten, state, leaves))
 
     def _state(self, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -18,13 +18,16 @@ _WIDER = {
 
 
 class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every operator that is asked for a narrow floating dtype gets the wide one."""
+    """Every operator that is asked for a narrow floating dtype gets the wide one, and so does every new constant."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         wide = {name: _WIDER.get(v, v) if isinstance(v, torch.dtype) else v for name, v in (kwargs or {}).items()}
-        return func(*(_WIDER.get(v, v) if isinstance(v, torch.dtype) else v for v in args), **wide)
+        result = func(*(_WIDER.get(v, v) if isinstance(v, torch.dtype) else v for v in args), **wide)
+        if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor(number, dtype=...) gives
+            return result.to(_WIDER.get(result.dtype, result.dtype))
+        return result
 
 
 @contextmanager
