@@ -158,6 +158,28 @@ def test_what_the_weights_hide_is_found_with_other_weights() -> None:
     assert small.blocks[0].all.weight.eq(0).all()
 
 
+class Remembering(Attention):
+    """Computes something from its weights once, and keeps it."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__(width, count)
+        self.gain = nn.Parameter(torch.ones(width))
+        self.known: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x) * self.gain.exp()
+        if "gain" not in self.known:
+            self.known["gain"] = self.gain.exp()
+        return super().forward(x) * self.known["gain"]
+
+
+def test_what_a_model_keeps_of_its_weights_is_made_again_for_other_weights() -> None:
+    result = pruned(Sequence(Remembering(24, 4)), X)
+    assert result.form == "native", result.report.form
+    assert not result.model.blocks[0].known
+
+
 class Narrow(Attention):
     """Code of the model's own that does not run in float64, though the graph does."""
 

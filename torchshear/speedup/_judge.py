@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
 from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
+from torchshear.graph._mode import in_mode
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._kept_scale import KeptScale
 from torchshear.speedup._precision import computing_in, to_float64
@@ -196,10 +197,10 @@ def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozens
 
 @contextmanager
 def _conditions(model: nn.Module, trial: Trial) -> Iterator[None]:
-    """Weights, dtype, branches and random numbers of a trial."""
+    """Weights, dtype, branches and random numbers of a trial; what the model keeps of a run is forgotten behind it."""
     exporting = as_if_exporting() if trial.exporting else nullcontext()
     weights = trial.redrawn.given_to(model) if trial.redrawn is not None else nullcontext()
-    with weights, torch.no_grad(), computing_in(trial.dtype), torch.random.fork_rng(devices=[]), exporting:
+    with weights, torch.no_grad(), computing_in(trial.dtype), in_mode(model, "eval"), exporting:
         yield
 
 
