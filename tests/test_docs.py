@@ -17,6 +17,7 @@ PAGES = (
     "docs/inspect.md",
     "docs/choosing.md",
     "docs/large-models.md",
+    "docs/criteria.md",
 )
 
 

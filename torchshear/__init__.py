@@ -4,6 +4,7 @@ from torchshear.api import PruneResult, plan, prune
 from torchshear.dependency import PruningPlan, analyze
 from torchshear.errors import TorchshearError
 from torchshear.graph import trace
+from torchshear.pruners import collect
 from torchshear.speedup import compare_latency, export_onnx, load_checkpoint, shrink, shrink_checkpoint, verify
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "PruningPlan",
     "TorchshearError",
     "analyze",
+    "collect",
     "compare_latency",
     "export_onnx",
     "load_checkpoint",

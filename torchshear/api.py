@@ -11,6 +11,7 @@ from torchshear.dependency.alignment import Alignment
 from torchshear.errors import VerificationError
 from torchshear.graph import trace
 from torchshear.pruners import Criterion, Ratio, WeightSource, plan_uniform
+from torchshear.pruners.statistics import Statistics
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Shrunk, Verification, resolve_alignment, shrink_to_form, verify
 
@@ -51,7 +52,7 @@ class Choice(TypedDict, total=False):
     submodules: Sequence[str] | None
 
 
-def plan(
+def plan(  # noqa: PLR0913 - independent choices, given by name
     groups: ChannelGroups,
     criterion: str | Criterion = "l1",
     ratio: Ratio = 0.5,
@@ -60,12 +61,14 @@ def plan(
     axes: str | Collection[str] | None = None,
     exclude: str | Collection[str] = (),
     weights: WeightSource = None,
+    statistics: Statistics | None = None,
 ) -> PruningPlan:
     """Decide what to remove: a share of every channel group that may shrink, lowest scores first.
 
     Args:
         groups: the analysed network, from `torchshear.analyze`.
-        criterion: name of a criterion ("l1", "l2", "random") or a function like one.
+        criterion: name of a criterion ("l1", "l2", "fpgm", "bn_scale", "random", or one that looks at data) or a
+            function like one. A group of which it has nothing to say stays whole, and the plan says why.
         ratio: fraction of the units of each group to remove, in [0, 1); or a mapping from what it is for: the name of
             a group, a pattern of module or parameter names ("layer3", "*.mlp.*"), a role ("ffn"), or "*" for all
             others. Where several keys fit a group, the first kind in this order counts. A pattern fits a group if it
@@ -80,6 +83,9 @@ def plan(
         weights: what criteria look at, for a model on the meta device: the folder of a checkpoint in safetensors, of
             which one tensor is read at a time; or a mapping from parameter names to tensors, likewise. None: the
             tensors of the model that was traced.
+        statistics: what was seen of the model on data, from `torchshear.collect`; needed by criteria of activations
+            ("apoz", "mean_activation", "activation_variance", "wanda") and of gradients ("taylor", "taylor_bn",
+            "group_fisher", "snip", "snip_momentum", "gradient").
 
     Returns:
         The plan. Nothing is changed. It says of every group that stays whole why.
@@ -88,10 +94,12 @@ def plan(
         ArgumentError: unknown criterion or profile; ratio outside [0, 1), or too small to remove anything; a role, key
             or pattern that is unknown, fits nothing or decides nothing; two patterns that ask different ratios of one
             group.
+        ArgumentError: statistics are missing, without what the criterion needs, or of another network.
         WeightError: the weights are NaN, infinite, on the meta device, or not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
-    return plan_uniform(groups, criterion, ratio, resolve_alignment(align), min_width, axes, exclude, weights)
+    alignment = resolve_alignment(align)
+    return plan_uniform(groups, criterion, ratio, alignment, min_width, axes, exclude, weights, statistics)
 
 
 def prune(

@@ -7,6 +7,7 @@ __all__ = [
     "ArgumentError",
     "CaptureError",
     "CheckpointError",
+    "DataError",
     "ExportError",
     "LatencyError",
     "OutputError",
@@ -40,6 +41,10 @@ class PlanError(TorchshearError, ValueError):
 
 class CheckpointError(TorchshearError, ValueError):
     """A checkpoint is missing, damaged, or of another model; or a folder holds something else than expected."""
+
+
+class DataError(TorchshearError, ValueError):
+    """Data or a loss does not fit: a loader that is too short, a batch of another structure, a loss that is NaN."""
 
 
 class VerificationError(TorchshearError):

@@ -59,7 +59,7 @@ def graph_values(
         leaves: flat inputs.
         replace: gives another value in place of a node's.
     """
-    shared = {str(node.target) for node in graph.nodes if node.op == "get_attr" and _is_only_read(node)}
+    shared = {str(node.target) for node in graph.nodes if node.op == "get_attr" and is_only_read(node)}
 
     def load(name: str) -> Tensor:
         tensor = state[name].detach()
@@ -79,7 +79,7 @@ def graph_output(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]
     return value
 
 
-def _is_only_read(node: fx.Node) -> bool:
+def is_only_read(node: fx.Node) -> bool:
     """Whether no call writes to a tensor or gives a view of it. Statistics of batch norms, of rank 1, do not say so."""
     for user in node.users:
         if not isinstance(user.target, torch._ops.OpOverload):

@@ -6,22 +6,27 @@ from torchshear.pruners._targets import Ratio, Target, choose_targets
 from torchshear.pruners._weight_source import WeightSource
 from torchshear.pruners.criteria import (
     Criterion,
+    UnscorableError,
     criterion,
     find_criterion,
     random_criterion,
     registered_criteria,
     unit_sums,
 )
+from torchshear.pruners.statistics import Statistics, collect
 
 __all__ = [
     "Criterion",
     "Ratio",
+    "Statistics",
     "Target",
+    "UnscorableError",
     "WeightSource",
     "Width",
     "choose_targets",
     "choose_units",
     "choose_width",
+    "collect",
     "criterion",
     "find_criterion",
     "plan_from_kept",

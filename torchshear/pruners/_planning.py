@@ -13,12 +13,13 @@ from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners._selection import Width, choose_units, choose_width
 from torchshear.pruners._targets import Ratio, Target, choose_targets
 from torchshear.pruners._weight_source import WeightSource, weights_to_score
-from torchshear.pruners.criteria import Criterion, find_criterion
+from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion
+from torchshear.pruners.statistics import Statistics
 
 Indices = npt.NDArray[np.int64]
 
 
-def plan_uniform(
+def plan_uniform(  # noqa: PLR0913 - as torchshear.plan
     groups: ChannelGroups,
     criterion: str | Criterion = "l1",
     ratio: Ratio = 0.5,
@@ -27,6 +28,7 @@ def plan_uniform(
     axes: str | Collection[str] | None = None,
     exclude: str | Collection[str] = (),
     weights: WeightSource = None,
+    statistics: Statistics | None = None,
 ) -> PruningPlan:
     """Remove a share of every group that may shrink, the units with the lowest scores first.
 
@@ -39,9 +41,11 @@ def plan_uniform(
         axes: roles that may shrink; None for all.
         exclude: patterns of names; groups with a member that fits one stay whole.
         weights: what criteria look at; see `torchshear.plan`. None: the tensors of the model that was traced.
+        statistics: what criteria that look at data need, from `torchshear.collect`.
 
     Raises:
-        ArgumentError: unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit; min_width
+        ArgumentError: statistics are missing or of another network; the criterion has nothing to say of any group;
+            unknown criterion; ratio outside [0, 1), or so small that no group can lose a unit; min_width
             below 1; a role, key or pattern that fits nothing.
         WeightError: weights cannot be scored, or are not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
@@ -54,12 +58,20 @@ def plan_uniform(
     chosen = tuple(group for group in groups.prunable if targets[group.name].ratio)
     if chosen and all(widths[group.name].kept == group.width for group in groups):
         raise ArgumentError(_nothing_moves(chosen, ratio, alignment, min_width))
+    _check_statistics(groups, statistics)
     tensors = weights_to_score(groups, weights)
-    kept = {
-        group.name: _kept(group, score, tensors, widths[group.name])
-        for group in groups
-        if widths[group.name].kept < group.width
-    }
+    kept: dict[str, Indices] = {}
+    unscored: dict[str, str] = {}
+    for group in groups:
+        if widths[group.name].kept < group.width:
+            try:
+                kept[group.name] = _kept(group, score, tensors, widths[group.name], statistics)
+            except UnscorableError as error:
+                unscored[group.name] = f"stays whole: {error}"
+    if unscored and not kept:
+        raise ArgumentError(
+            f"the criterion cannot score any of {len(unscored)} groups: {next(iter(unscored.values()))}."
+        )
     request = {
         "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
         "ratio": dict(ratio) if isinstance(ratio, Mapping) else ratio,
@@ -68,7 +80,7 @@ def plan_uniform(
     }
     request |= {} if axes is None else {"axes": [axes] if isinstance(axes, str) else list(axes)}
     request |= {"exclude": [exclude] if isinstance(exclude, str) else list(exclude)} if exclude else {}
-    notes = {name: width.note for name, width in widths.items() if width.note}
+    notes = {name: width.note for name, width in widths.items() if width.note} | unscored
     ratios = {name: target.ratio for name, target in targets.items() if target.ratio is not None}
     return make_plan(Cut(groups, kept), kept, request, notes, ratios)
 
@@ -102,8 +114,24 @@ def _as_indices(name: str, indices: Any) -> Indices:
     return np.sort(array.astype(np.int64))
 
 
-def _kept(group: ChannelGroup, score: Criterion, weights: Mapping[str, Tensor], width: Width) -> Indices:
-    scores = np.asarray(score(group, weights, {}).detach().cpu().numpy(), np.float64)
+def _check_statistics(groups: ChannelGroups, statistics: Statistics | None) -> None:
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise ArgumentError(f"statistics is {type(statistics).__name__}; expected what torchshear.collect gives.")
+    if statistics is not None and statistics.fingerprint != groups.graph.fingerprint:
+        raise ArgumentError(
+            f"the statistics are of a network with graph {statistics.fingerprint[:12]}, the groups of one with "
+            f"{groups.graph.fingerprint[:12]}. Collect them with the network that is planned."
+        )
+
+
+def _kept(
+    group: ChannelGroup,
+    score: Criterion,
+    weights: Mapping[str, Tensor],
+    width: Width,
+    statistics: Statistics | None,
+) -> Indices:
+    scores = np.asarray(score(group, weights, statistics).detach().cpu().numpy(), np.float64)
     if scores.shape != (group.width,) or not np.isfinite(scores).all():
         raise ArgumentError(
             f"the criterion gave scores of shape {scores.shape} for group {group.name!r}; expected {group.width} "

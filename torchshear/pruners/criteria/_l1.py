@@ -1,17 +1,17 @@
 """L1 norm of what is deleted."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.criteria._weights import unit_sums
+from torchshear.pruners.statistics import Statistics
 
 
 @criterion("l1")
-def l1_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Mapping[str, Any]) -> Tensor:
+def l1_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit of a group by the L1 norm of its own weights, summed over the group.
 
     s_c = sum over members m of ||W_m[c]||_1

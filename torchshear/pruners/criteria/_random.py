@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
 from torchshear.pruners.criteria._registry import Criterion, criterion
+from torchshear.pruners.statistics import Statistics
 
 
 def random_criterion(seed: int = 0) -> Criterion:
@@ -32,7 +32,7 @@ def random_criterion(seed: int = 0) -> Criterion:
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ArgumentError(f"seed={seed!r}; expected an integer.")
 
-    def random_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Mapping[str, Any]) -> Tensor:
+    def random_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
         digest = hashlib.sha256(f"{seed}|{group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return torch.rand(group.width, generator=generator, dtype=torch.float64)

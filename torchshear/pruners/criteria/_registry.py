@@ -2,14 +2,19 @@
 
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.errors import ArgumentError
+from torchshear.errors import ArgumentError, TorchshearError
+from torchshear.pruners.statistics import Statistics
 
-Criterion = Callable[[ChannelGroup, Mapping[str, Tensor], Mapping[str, Any]], Tensor]
+Criterion = Callable[[ChannelGroup, Mapping[str, Tensor], Statistics | None], Tensor]
+
+
+class UnscorableError(TorchshearError):
+    """A criterion has nothing to say of a group, which stays whole then; the message says why."""
+
 
 _CRITERIA: dict[str, Criterion] = {}
 

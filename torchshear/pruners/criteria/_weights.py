@@ -46,10 +46,10 @@ def unit_sums(
 
 def _lines(member: Member, weights: Mapping[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
     """The sum at each position of a member; its weight is let go before another is read."""
-    weight = _readable(member, weights[member.name])
+    weight = readable(member, weights[member.name])
     lines = _per_position(member, weight, lambda piece: value(_as_float(piece)))
     if not bool(torch.isfinite(lines).all()):
-        raise _not_finite(member, weight)
+        raise not_finite(member, weight)
     return lines
 
 
@@ -71,7 +71,12 @@ def scored_members(
     yield from chosen or known
 
 
-def _readable(member: Member, weight: Tensor) -> Tensor:
+def readable(member: Member, weight: Tensor) -> Tensor:
+    """A weight without its gradient.
+
+    Raises:
+        WeightError: it has no values.
+    """
     if weight.is_meta:
         raise WeightError(
             f"{member.name!r} is on the meta device and has no values to score; load the weights, or make the plan "
@@ -84,7 +89,8 @@ def _as_float(weight: Tensor) -> Tensor:
     return weight if weight.dtype in (torch.float32, torch.float64) else weight.to(torch.float32)
 
 
-def _not_finite(member: Member, weight: Tensor) -> WeightError:
+def not_finite(member: Member, weight: Tensor) -> WeightError:
+    """The error for a weight whose scores are NaN or infinite."""
     bad = int((~torch.isfinite(weight)).sum())
     what = f"{bad} values that are NaN or infinite" if bad else "values so large that their sum overflows"
     return WeightError(

@@ -1,0 +1,155 @@
+"""Criteria that look at data, norms or distances: oracles, naive loops, permutation, and what they cannot score."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from tests.models import randomise
+from tests.pruners.test_statistics import Net, analysed, batches, collected, gradients
+from torchshear.dependency import ChannelGroups
+from torchshear.errors import ArgumentError
+from torchshear.pruners import Statistics, UnscorableError, find_criterion, registered_criteria
+
+GRADIENTS = ("taylor", "taylor_bn", "group_fisher", "snip", "snip_momentum", "gradient")
+ALL = tuple(name for name in registered_criteria() if name != "random")
+
+
+def scores(name: str, groups: ChannelGroups, group: str, statistics: Statistics | None = None) -> Tensor:
+    weights = {n: e.tensor for n, e in groups.graph.state.items() if e.kind == "parameter"}
+    return find_criterion(name)(groups[group], weights, statistics)
+
+
+def linear(weight: list[list[float]], bias: bool = False) -> nn.Sequential:
+    """Two linear layers with an activation between, the first of which has the given weight."""
+    first = nn.Linear(len(weight[0]), len(weight), bias=bias)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor(weight))
+    return nn.Sequential(first, nn.ReLU(), nn.Linear(len(weight), 1)).eval()
+
+
+def groups_of(model: nn.Module, width: int) -> ChannelGroups:
+    return torchshear.analyze(torchshear.trace(model, (torch.zeros(2, width),)))
+
+
+def test_fpgm_is_the_sum_of_distances() -> None:
+    groups = groups_of(linear([[0, 0], [3, 4], [6, 8]]), 2)
+    assert scores("fpgm", groups, "0.weight[0]").tolist() == [15, 10, 15]
+    plan = torchshear.plan(groups, criterion="fpgm", ratio=0.34)
+    assert plan.kept["0.weight[0]"].tolist() == [0, 2]
+
+
+def test_apoz_counts_zeros_behind_the_activation() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.ReLU(), nn.Conv2d(2, 1, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2)[:, :, None, None])
+    image = torch.tensor([[[[0.0, 0.0], [0.0, 1.0]], [[1.0, 2.0], [0.0, 3.0]]]])
+    groups = torchshear.analyze(torchshear.trace(model, (image,)))
+    statistics = torchshear.collect(groups, [image], None, 1)
+    assert scores("apoz", groups, "0.weight[0]", statistics).tolist() == [0.25, 0.75]
+    assert scores("mean_activation", groups, "0.weight[0]", statistics).tolist() == [0.25, 1.5]
+    variances = [torch.tensor(v).var(correction=0).item() for v in ([0.0, 0, 0, 1], [1.0, 2, 0, 3])]
+    np.testing.assert_allclose(scores("activation_variance", groups, "0.weight[0]", statistics), variances, rtol=1e-6)
+
+
+def test_taylor_adds_squares_of_single_weights() -> None:
+    model = linear([[1.0, 2.0], [1.0, 2.0]])
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[1.0, 0.0]]))
+    groups = groups_of(model, 2)
+    data = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]  # gradients of row 0 are the inputs themselves
+    statistics = torchshear.collect(groups, data, lambda out, _: out.sum(), 2)
+    assert scores("taylor", groups, "0.weight[0]", statistics).tolist() == [5, 0]
+    both = torchshear.collect(groups, [torch.tensor([[1.0, 0.5]])], lambda out, _: out.sum(), 1)
+    assert scores("taylor", groups, "0.weight[0]", both).tolist() == [2, 0]
+
+
+def test_bn_scale_adds_the_norms_of_a_group() -> None:
+    net = randomise(Net()).eval()
+    groups = analysed(net)
+    np.testing.assert_allclose(scores("bn_scale", groups, "stem.weight[0]"), net.norm.weight.detach().abs())
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with pytest.raises(UnscorableError, match="no norm"):
+        scores("bn_scale", analysed(plain), "0.weight[0]")
+    with pytest.raises(ArgumentError, match="cannot score any of 1 groups"):
+        torchshear.plan(analysed(plain), criterion="bn_scale")
+
+
+def test_a_group_that_cannot_be_scored_stays_whole_and_says_why() -> None:
+    groups, statistics = collected(randomise(Net(functional.gelu)).eval())
+    with pytest.raises(ArgumentError, match="use 'mean_activation'"):
+        torchshear.plan(groups, criterion="apoz", statistics=statistics)
+
+    class Half(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = functional.relu(self.up_norm(self.up(functional.gelu(self.norm(self.stem(x))))))
+            return self.head(functional.gelu(self.down(y)).mean((2, 3)))
+
+    groups, statistics = collected(randomise(Half()).eval())
+    plan = torchshear.plan(groups, criterion="apoz", statistics=statistics)
+    assert {g.name for g in plan.groups if len(g.kept) < g.width} == {"up.weight[0]"}
+    assert any("exact zeros" in g.note for g in plan.groups)
+
+
+def test_group_fisher_and_taylor_bn_are_what_their_formulas_say() -> None:
+    net = randomise(Net()).eval()
+    groups, statistics = collected(net)
+    expected = sum(((net.up_norm.weight * g["up_norm.weight"] + net.up_norm.bias * g["up_norm.bias"]) ** 2
+                    for g in gradients(net)), torch.zeros(12))  # fmt: skip
+    found = scores("taylor_bn", groups, "up.weight[0]", statistics)
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-4)
+    assert torch.equal(
+        scores("group_fisher", groups, "up.weight[0]", statistics), statistics.gates["up.weight[0]"].squares
+    )
+
+
+def test_wanda_multiplies_each_weight_by_the_size_of_its_input() -> None:
+    net = randomise(Net()).eval()
+    groups, statistics = collected(net, loss_fn=None)
+    with torch.no_grad():
+        seen = torch.cat([functional.relu(net.norm(net.stem(x))) for x, _ in batches()])
+    sizes = seen.square().mean((0, 2, 3)).sqrt()
+    each = torch.stack([sizes[:4]] * 6 + [sizes[4:]] * 6)  # two groups of four inputs, six outputs each
+    expected = (net.up.weight.detach().abs() * each[:, :, None, None]).sum((1, 2, 3))
+    np.testing.assert_allclose(scores("wanda", groups, "up.weight[0]", statistics), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_permuting_channels_permutes_scores(name: str) -> None:
+    net, order = randomise(Net()).eval(), torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    other = Net().eval()
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    for key in ("stem.weight", "stem.bias", "down.weight", "down.bias", *(k for k in state if k.startswith("norm."))):
+        state[key] = state[key][order] if state[key].ndim else state[key]
+    net.up.groups = other.up.groups = 1
+    for one in (net, other):
+        one.up = nn.Conv2d(8, 12, 3, padding=1)
+    net.up.weight.data.normal_(generator=torch.Generator().manual_seed(2))
+    state = {**state, "up.weight": net.up.weight.data[:, order], "up.bias": net.up.bias.data}
+    state["head.weight"] = state["head.weight"][:, order]
+    other.load_state_dict(state)
+    before, after = (scores(name, *_with_statistics(one)) for one in (net, other))
+    np.testing.assert_allclose(after, before[order], rtol=2e-4, atol=1e-9)
+
+
+def _with_statistics(net: nn.Module) -> tuple[ChannelGroups, str, Statistics]:
+    groups, statistics = collected(net)
+    return groups, "stem.weight[0]", statistics
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_model_pruned_by_any_criterion_is_proved_equal(name: str) -> None:
+    net = randomise(Net()).eval()
+    groups, statistics = collected(net)
+    plan = torchshear.plan(groups, criterion=name, ratio=0.5, statistics=statistics)
+    small = torchshear.shrink(net, plan)
+    assert torchshear.verify(net, small, plan, (batches()[0][0],)).max_error < 1e-9
+    assert small.stem.out_channels == 4
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradient_criteria_say_what_they_need(name: str) -> None:
+    with pytest.raises(ArgumentError, match="loss_fn"):
+        torchshear.plan(analysed(randomise(Net()).eval()), criterion=name)

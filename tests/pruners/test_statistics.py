@@ -1,0 +1,243 @@
+"""Statistics: what is summed, against naive loops over the model itself; and data that does not fit."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from tests.models import Residual, image, randomise
+from torchshear.dependency import ChannelGroups
+from torchshear.errors import ArgumentError, DataError, WeightError
+from torchshear.pruners.statistics import Statistics, find_taps
+
+
+class Net(nn.Module):
+    """Convolution, norm, activation, residual sum, classifier."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = functional.relu) -> None:
+        super().__init__()
+        self.act = act
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12)
+        self.down = nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        y = self.act(self.up_norm(self.up(x)))
+        x = self.act(x + self.down(y))
+        return self.head(x.mean((2, 3)))
+
+
+def batches(count: int = 3, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 6, 6, generator=generator), torch.randint(0, 5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def analysed(model: nn.Module) -> ChannelGroups:
+    return torchshear.analyze(torchshear.trace(model, (torch.zeros(2, 3, 6, 6),)))
+
+
+def collected(model: nn.Module, **options: Any) -> tuple[ChannelGroups, Statistics]:
+    groups = analysed(model)
+    loss = options.pop("loss_fn", functional.cross_entropy)
+    return groups, torchshear.collect(groups, batches(), loss, batches=3, **options)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return randomise(Net()).eval()
+
+
+def test_activations_are_those_behind_the_activation(net: nn.Module) -> None:
+    seen: list[Tensor] = []
+
+    def remember(x: Tensor) -> Tensor:
+        seen.append(functional.relu(x).detach())
+        return functional.relu(x)
+
+    _, statistics = collected(net, loss_fn=None)
+    assert not statistics.weights
+    assert not statistics.gates
+    net.act = remember  # type: ignore[assignment]
+    with torch.no_grad():
+        for x, _ in batches():
+            net(x)
+    values = torch.stack([torch.cat(seen[i::3]).double() for i in (1,)])[0]
+    (tap,) = statistics.taps["up.weight[0]"]
+    sums = statistics.values[tap.node, tap.dim]
+    assert sums.count == values.numel() // 12
+    torch.testing.assert_close(sums.zeros, (values == 0).double().sum((0, 2, 3)))
+    torch.testing.assert_close(sums.total, values.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.squares, values.square().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.magnitude, values.abs().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_residual_stream_is_seen_behind_the_sum(net: nn.Module) -> None:
+    taps = find_taps(analysed(net))["stem.weight[0]"]
+    assert len(taps.made) == 2
+    assert len(taps.activated) == 2
+    assert all(tap.has_zeros for tap in taps.activated)
+
+
+def gradients(net: nn.Module) -> Iterator[dict[str, Tensor]]:
+    for x, target in batches():
+        loss = functional.cross_entropy(net(x), target)
+        found = torch.autograd.grad(loss, list(net.parameters()))
+        yield dict(zip((name for name, _ in net.named_parameters()), found, strict=True))
+
+
+def test_gradients_are_those_of_each_batch(net: nn.Module) -> None:
+    _, statistics = collected(net)
+    named = {name: p.detach() for name, p in net.named_parameters()}
+    taylor = {name: torch.zeros_like(p) for name, p in named.items()}
+    momentum = {name: torch.zeros_like(p) for name, p in named.items()}
+    for found in gradients(net):
+        for name, gradient in found.items():
+            taylor[name] += (named[name] * gradient) ** 2
+            momentum[name] = 0.9 * momentum[name] + (named[name] * gradient).abs()
+    for name in named:
+        torch.testing.assert_close(statistics.weights[name].taylor, taylor[name])
+        torch.testing.assert_close(statistics.weights[name].momentum, momentum[name])
+    rows = sum(
+        ((named["norm.weight"] * g["norm.weight"] + named["norm.bias"] * g["norm.bias"]) ** 2 for g in gradients(net)),
+        torch.zeros(8),
+    )
+    torch.testing.assert_close(statistics.rows["norm.weight"].squares, rows.double(), rtol=1e-5, atol=1e-9)
+
+
+def test_a_gate_stands_behind_every_layer_of_a_group_for_every_sample(net: nn.Module) -> None:
+    _, statistics = collected(net)
+    squares, each = torch.zeros(8, dtype=torch.float64), []
+    for x, target in batches():
+        gate = torch.ones(len(x), 8, requires_grad=True)
+        wide = gate[:, :, None, None]
+        y = functional.relu(net.norm(net.stem(x) * wide))
+        z = functional.relu(net.up_norm(net.up(y)))
+        out = net.head(functional.relu(y + net.down(z) * wide).mean((2, 3)))
+        (found,) = torch.autograd.grad(functional.cross_entropy(out, target), [gate])
+        squares += found.double().square().sum(0)
+        each.append(found.sum(0))
+    torch.testing.assert_close(statistics.gates["stem.weight[0]"].squares, squares, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(statistics.gates["stem.weight[0]"].batches, torch.stack(each, 1), rtol=1e-4, atol=1e-7)
+
+
+def test_nothing_of_the_model_changes(net: nn.Module) -> None:
+    net.train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = torch.get_rng_state()
+    collected(net)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, t: (x, t),
+        lambda x, t: [x, t],
+        lambda x, t: ((x,), t),
+    ],
+)
+def test_batches_come_in_the_forms_that_loaders_give(net: nn.Module, form: Any) -> None:
+    groups = analysed(net)
+    one = torchshear.collect(groups, [form(*b) for b in batches()], functional.cross_entropy, batches=3)
+    assert one.loss == collected(net)[1].loss
+    assert one.n_samples == 12
+
+
+def test_keyword_batches_of_a_dictionary() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = randomise(Net())
+
+        def forward(self, *, image: Tensor) -> Tensor:
+            return self.net(image)
+
+    graph = torchshear.trace(Keywords().eval(), (), {"image": torch.zeros(2, 3, 6, 6)})
+    loader = [{"image": x, "label": t} for x, t in batches()]
+    statistics = torchshear.collect(graph, loader, lambda out, batch: functional.cross_entropy(out, batch["label"]), 3)
+    assert statistics.n_batches == 3
+
+
+def test_half_precision_is_summed_in_float32(net: nn.Module) -> None:
+    groups = torchshear.analyze(torchshear.trace(net.to(torch.bfloat16), (torch.zeros(2, 3, 6, 6).bfloat16(),)))
+    statistics = torchshear.collect(groups, batches(), lambda out, t: functional.cross_entropy(out.float(), t), 3)
+    assert statistics.weights["stem.weight"].taylor.dtype == torch.float32
+    assert "float32" in statistics.notes[0]
+
+
+def _nan_loss(output: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(output, target) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("loader", "loss_fn", "count", "words"),
+    [
+        ([], None, 3, "gave no batch"),
+        (batches(2), None, 3, "ended after 2 of 3 batches"),
+        ([torch.zeros(2, 4, 6, 6)], None, 1, r"\(2, 4, 6, 6\)"),
+        ([{"x": 1}], None, 1, "is a dictionary with x"),
+        ([(1, 2, 3)], None, 1, "tuple"),
+        (batches(1), lambda out, t: out, 1, "expected a scalar"),
+        (batches(1), lambda out, t: 1.0, 1, "loss of batch 0 is float"),
+        (batches(1), lambda out, t: out.detach().sum(), 1, "does not depend"),
+        (batches(1), _nan_loss, 1, "loss of batch 0 is nan"),
+        (batches(1), lambda out, t: (out * 0).sum().sqrt(), 1, "NaN or infinite at"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(net: nn.Module, loader: Any, loss_fn: Any, count: int, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        torchshear.collect(analysed(net), loader, loss_fn, count)
+
+
+def test_a_loss_that_does_not_reach_a_group_is_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.a, self.b = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.stem(x)
+            return self.a(x), self.b(x)
+
+    with pytest.raises(DataError, match=r"reaches group 'a.0.weight\[0\]'"):
+        torchshear.collect(analysed(Two().eval()), batches(1), lambda out, t: out[1].sum(), 1)
+
+
+def test_arguments_are_checked(net: nn.Module) -> None:
+    groups = analysed(net)
+    with pytest.raises(ArgumentError, match="batches=0"):
+        torchshear.collect(groups, batches(), None, 0)
+    with pytest.raises(ArgumentError, match="loss_fn is str"):
+        torchshear.collect(groups, batches(), "mse", 1)  # type: ignore[arg-type]
+    other = torchshear.collect(
+        torchshear.trace(randomise(Residual()).eval(), (image(),)), [(image(),)], None, batches=1
+    )
+    with pytest.raises(ArgumentError, match="statistics are of a network"):
+        torchshear.plan(groups, criterion="apoz", statistics=other)
+    with pytest.raises(ArgumentError, match="no statistics were given"):
+        torchshear.plan(groups, criterion="taylor")
+    with pytest.raises(ArgumentError, match="without a loss"):
+        torchshear.plan(groups, criterion="taylor", statistics=torchshear.collect(groups, batches(), None, 3))
+    with pytest.raises(WeightError, match="meta device"):
+        torchshear.collect(analysed(Net().to("meta").eval()), batches(), None, 1)
+
+
+def test_an_endless_loader_is_stopped(net: nn.Module) -> None:
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from batches()
+
+    assert torchshear.collect(analysed(net), endless(), None, 5).n_batches == 5

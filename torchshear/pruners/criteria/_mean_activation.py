@@ -1,0 +1,37 @@
+"""Mean size of activations."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from torchshear.dependency import ChannelGroup
+from torchshear.pruners.criteria._data import means_of_values, with_statistics
+from torchshear.pruners.criteria._registry import criterion
+from torchshear.pruners.statistics import Statistics
+
+
+@criterion("mean_activation")
+def mean_activation_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+    """Score each unit by the mean size of its activation.
+
+    s_c = mean over all samples and places of |a_c|
+
+    where a is the result of the first activation behind each layer of the group, or of the layer where there is none;
+    all such places of a group together.
+
+    Args:
+        group: the coupled dimensions; C = group.width units.
+        weights: not used.
+        statistics: collected with or without a loss.
+
+    Returns:
+        Scores of shape (C,), float64; the lowest are pruned first.
+
+    Raises:
+        ArgumentError: there are no statistics.
+        UnscorableError: no value of the network shows the units of the group.
+
+    Reference: Molchanov et al., ICLR 2017, arXiv:1611.06440, section 2.2.
+    """
+    known = with_statistics(statistics, "mean_activation", needs_loss=False)
+    return means_of_values(group, known, "mean_activation", lambda sums: sums.magnitude)

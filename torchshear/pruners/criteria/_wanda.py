@@ -1,0 +1,78 @@
+"""Weights times the size of what they read."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from torchshear.dependency import ChannelGroup
+from torchshear.pruners.criteria._data import with_statistics
+from torchshear.pruners.criteria._registry import UnscorableError, criterion
+from torchshear.pruners.criteria._weights import readable, unit_sums
+from torchshear.pruners.statistics import Statistics
+
+_LAYERS = frozenset({"out"})
+
+
+@criterion("wanda")
+def wanda_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+    """Score each unit by its weights, each times the size of the input that it multiplies.
+
+    s_c = sum over layers of the group, over inputs i, of |W[c, i]| sqrt(mean of x_i^2)
+
+    the mean over all samples and places. Layers whose inputs were not seen count with inputs of size 1.
+
+    Args:
+        group: the coupled dimensions; C = group.width units.
+        weights: parameter name -> tensor.
+        statistics: collected with or without a loss.
+
+    Returns:
+        Scores of shape (C,), float64; the lowest are pruned first.
+
+    Raises:
+        ArgumentError: there are no statistics.
+        UnscorableError: no layer makes the units of the group.
+        WeightError: a weight is missing, without values, or not finite.
+
+    Reference: Sun et al., ICLR 2024, arXiv:2306.11695, for single weights; here summed over units.
+    """
+    known = with_statistics(statistics, "wanda", needs_loss=False)
+    if not any(member.roles & _LAYERS for member in group.members):
+        raise UnscorableError("wanda: its units are made by no layer that multiplies inputs")
+    return unit_sums(group, _Weighted(group, weights, known), lambda weight: weight, _LAYERS)
+
+
+class _Weighted(Mapping[str, Tensor]):
+    """Sizes of weights times those of their inputs, computed when asked for."""
+
+    def __init__(self, group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> None:
+        self.members = {m.name: m for m in group.members if m.name in weights and m.roles & _LAYERS}
+        self.weights = weights
+        self.statistics = statistics
+        self.layers = {layer.weight: layer for layer in statistics.layers if layer.dim is not None}
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.members)
+
+    def __getitem__(self, name: str) -> Tensor:
+        member = self.members[name]
+        weight = readable(member, self.weights[name]).abs().to(torch.float32)
+        layer = self.layers.get(name)
+        sums = self.statistics.values.get((layer.source, layer.dim)) if layer and layer.dim is not None else None
+        if sums is None or weight.ndim < 2:
+            return weight
+        sizes = (sums.squares / sums.count).sqrt().to(weight.device, torch.float32)
+        inputs = 1 - member.dim  # a layer's weight has outputs and inputs in its first two dimensions
+        shape = [1] * weight.ndim
+        if len(sizes) == weight.shape[inputs]:
+            shape[inputs] = len(sizes)
+            return weight * sizes.reshape(shape)
+        if inputs == 1 and len(sizes) % weight.shape[1] == 0:  # groups of inputs, each read by as many outputs
+            n_groups = len(sizes) // weight.shape[1]
+            each = sizes.reshape(n_groups, -1).repeat_interleave(weight.shape[0] // n_groups, 0)
+            return weight * each.reshape(*weight.shape[:2], *shape[2:])
+        return weight

@@ -1,0 +1,103 @@
+"""What was seen of a network while data ran through it: sums over batches, from which criteria make scores."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from torchshear.pruners.statistics._taps import Layer, Tap
+
+MOMENTUM = 0.9  # weight of what was seen before, in the criterion |W g| with momentum
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ValueSums:
+    """Sums over one dimension of a value; P = its number of positions. All float64, on the CPU.
+
+    Attributes:
+        count: numbers seen at each position.
+        zeros: how many of them were exactly zero, shape (P,).
+        total: their sum, shape (P,).
+        magnitude: sum of their absolute values, shape (P,).
+        squares: sum of their squares, shape (P,).
+    """
+
+    count: int
+    zeros: Tensor
+    total: Tensor
+    magnitude: Tensor
+    squares: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightSums:
+    """Sums over batches b for each number w of a parameter, g_b being the gradient of the loss of the batch.
+
+    Attributes:
+        taylor: sum of (w g_b)^2; shape of the parameter, float32, on its device.
+        saliency: sum of |w g_b|.
+        momentum: S of the last batch, where S <- 0.9 S + |w g_b|.
+        gradient: sum of |g_b|.
+    """
+
+    taylor: Tensor
+    saliency: Tensor
+    momentum: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSums:
+    """Sums over batches b for each row c of a layer, of r_b = sum of w g_b over the row's weights and its bias.
+
+    Attributes:
+        squares: sum of r_b^2, shape (rows,), float64, on the CPU.
+        magnitude: sum of |r_b|.
+    """
+
+    squares: Tensor
+    magnitude: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GateSums:
+    """Gradients of the loss by a gate on each unit of a group, which multiplies what every layer of the group makes.
+
+    Attributes:
+        squares: sum over samples of the squared gradient, shape (C,), float64, on the CPU.
+        batches: gradient of each batch, shape (C, n_batches), float32.
+    """
+
+    squares: Tensor
+    batches: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Statistics:
+    """What `torchshear.collect` saw.
+
+    Attributes:
+        fingerprint: hash of the graph that was run.
+        n_batches: number of batches, over all processes.
+        n_samples: number of samples, over all processes.
+        values: (node, dimension) -> sums of the value of that node.
+        weights: canonical name of a parameter -> its sums; empty if no loss was given.
+        rows: canonical name of a weight -> sums of its rows; empty if no loss was given.
+        gates: name of a group -> sums of its gates; empty if no loss was given.
+        taps: name of a group -> where its units show: behind its activations, or behind its layers if it has none.
+        layers: calls that read a weight.
+        loss: mean loss over batches, or None.
+        notes: what is to be known of how it was collected.
+    """
+
+    fingerprint: str
+    n_batches: int
+    n_samples: int
+    values: Mapping[tuple[str, int], ValueSums]
+    weights: Mapping[str, WeightSums]
+    rows: Mapping[str, RowSums]
+    gates: Mapping[str, GateSums]
+    taps: Mapping[str, tuple[Tap, ...]]
+    layers: tuple[Layer, ...]
+    loss: float | None = None
+    notes: tuple[str, ...] = ()
