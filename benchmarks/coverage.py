@@ -76,7 +76,8 @@ What `torchshear.prune(model, args, kwargs, ratio=0.5)` makes of named architect
 hint. Made by `python benchmarks/coverage.py`; each model runs in a process of its own. *Between* is the share of the
 parameters that lie between axes that can shrink; *error* is the largest relative difference from the masked network, in
 float64 unless float32 stands beside it; *batches* are those that the ONNX file ran with in onnxruntime, *any length*
-where token sequences may have another length in it as well. Torch-Pruning runs as its own examples do (L1, 50 %, last
+where token sequences may have another length in it as well; *seconds* are those of all of it, proof, training step and
+ONNX included, two models at a time on two busy cores. Torch-Pruning runs as its own examples do (L1, 50 %, last
 linear layer ignored); language models return their caches, as they come, to both. Detectors are pruned in parts, in
 `tests/zoo/test_detection.py`. T5, BART and Whisper return the encoder's hidden states, which fixes their width.
 

@@ -98,7 +98,8 @@ class Timer:
 CHECKS = Timer()
 AGAIN = Timer(CHECKS)
 CHECKS.watch(torchshear.graph._capture, "agrees")
-CHECKS.watch(torchshear.speedup._native_form._Making, "find_sizes")
+CHECKS.watch(torchshear.speedup._native_form._Making, "find")
+CHECKS.watch(torchshear.speedup._scales.Scaling, "of_implied")
 CHECKS.watch(torchshear.speedup._native_form, "_failure_in_training")
 AGAIN.watch(torchshear.speedup._shrink, "capture")
 
