@@ -321,6 +321,16 @@ class Literals(nn.Module):
         return (y, hidden) if self.training and self.is_open else y
 
 
+def test_norms_without_tensors_know_their_channels() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.InstanceNorm2d(8), nn.BatchNorm2d(8, affine=False, track_running_stats=False),
+        nn.Conv2d(8, 2, 1),
+    ).eval()  # fmt: skip
+    result = torchshear.prune(model, (torch.randn(2, 3, 4, 4),), ratio=0.5)
+    assert result.form == "native"
+    assert [result.model[1].num_features, result.model[2].num_features] == [4, 4]
+
+
 @pytest.mark.parametrize("is_open", [False, True])
 def test_literals_of_each_mode_are_its_own(is_open: bool) -> None:
     model, x = randomise(Literals(is_open)), torch.randn(3, 4)

@@ -79,17 +79,25 @@ def _update_torch_module(module: nn.Module, changes: Mapping[int, int]) -> None:
         module.flatten_parameters()  # one block of memory again, which cuDNN wants; does nothing on a CPU
     elif isinstance(module, nn.modules.conv._ConvNd):
         _update_convolution(module, changes)
-    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase):
+        _update_norm(module, changes)
+    elif isinstance(module, nn.ChannelShuffle):
+        module.groups = changes.get(module.groups, module.groups)
+    elif isinstance(module, nn.Unflatten) and isinstance(module.unflattened_size, tuple):
+        module.unflattened_size = tuple(changes.get(s, s) for s in module.unflattened_size)
+
+
+def _update_norm(module: nn.Module, changes: Mapping[int, int]) -> None:
+    """Sizes of a norm; where it has no tensor that tells them, they are those of its input."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         old = module.normalized_shape
         module.normalized_shape = (
             tuple(module.weight.shape) if module.weight is not None else tuple(changes.get(size, size) for size in old)
         )
     elif isinstance(module, nn.GroupNorm):
         module.num_groups = changes.get(module.num_groups, module.num_groups)
-    elif isinstance(module, nn.ChannelShuffle):
-        module.groups = changes.get(module.groups, module.groups)
-    elif isinstance(module, nn.Unflatten) and isinstance(module.unflattened_size, tuple):
-        module.unflattened_size = tuple(changes.get(s, s) for s in module.unflattened_size)
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is None and module.running_mean is None:
+        module.num_features = changes.get(module.num_features, module.num_features)
 
 
 def _update_convolution(module: nn.modules.conv._ConvNd, changes: Mapping[int, int]) -> None:

@@ -10,8 +10,10 @@ from torch import fx
 
 from torchshear.dependency import Axis, Cut
 from torchshear.dependency._call import UNCHANGED, Edit, Facts, Scaled, bind_arguments
+from torchshear.dependency._registry import operator_name
 
 Target = Any
+_CHANNEL_NORMS = frozenset({"aten.batch_norm.default", "aten.instance_norm.default"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ def _operator(name: str) -> Target:
 
 
 def changed_integers(graph: fx.Graph, facts: Facts, cut: Cut) -> list[Change]:
-    """All integer arguments that the cut changes, with the calls that they belong to."""
+    """All integer arguments that the cut changes, and channels of norms, with the calls that they belong to."""
     changes: list[Change] = []
     for node in graph.nodes:
         for edit in facts.edits.get(node.name, []) if _is_touched(node, facts, cut) else []:
@@ -148,7 +150,16 @@ def changed_integers(graph: fx.Graph, facts: Facts, cut: Cut) -> list[Change]:
                 old, new = new.old, new.new
             if isinstance(old, int) and isinstance(new, int) and old != new:
                 changes.append(Change(node, old, new))
+        changes += _changed_channels(node, facts, cut)
     return changes
+
+
+def _changed_channels(node: fx.Node, facts: Facts, cut: Cut) -> list[Change]:
+    """Channels of a norm by its input's statistics, a number that modules keep though no argument tells it."""
+    axes = facts.axes.get(node.name)
+    if operator_name(node) not in _CHANNEL_NORMS or not isinstance(axes, tuple) or not cut.changes(axes[1]):
+        return []
+    return [Change(node, axes[1].size, int(cut.keep(axes[1]).sum()))]
 
 
 def implied_arguments(graph: fx.Graph, facts: Facts, cut: Cut) -> list[tuple[fx.Node, str]]:
