@@ -12,6 +12,7 @@ from torchshear.dependency._plan import GroupPlan, PruningPlan, make_plan
 from torchshear.dependency._registry import operator_rule, registered_operators, unregister
 from torchshear.dependency._state_plan import Renumbering, StatePlan, make_state_plan
 from torchshear.dependency._uses import FAMILIES, ROLES
+from torchshear.dependency._width_cost import WidthCost
 
 __all__ = [
     "FAMILIES",
@@ -34,6 +35,7 @@ __all__ = [
     "Result",
     "StatePlan",
     "Value",
+    "WidthCost",
     "analyze",
     "dense_cost",
     "make_plan",
