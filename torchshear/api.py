@@ -10,10 +10,14 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import VerificationError
 from torchshear.graph import trace
-from torchshear.pruners import Criterion, Ratio, WeightSource, plan_uniform
+from torchshear.pruners import Criterion, Ratio, Request, WeightSource, plan_units
 from torchshear.pruners.statistics import Statistics
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Shrunk, Verification, resolve_alignment, shrink_to_form, verify
+
+_PLAN_ARGUMENTS = "groups, criterion, ratio, align, min_width, axes, exclude, weights, statistics"
+_PRUNE_ARGUMENTS = "model, args, kwargs, criterion, ratio, align, min_width"
+_OF_THE_MODEL = frozenset({"prunable_outputs", "submodules"})  # of `Choice`, what is not for the plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,8 +40,39 @@ class PruneResult:
     form: str
 
 
-class Choice(TypedDict, total=False):
-    """What may shrink, as keywords of `prune`.
+class Selection(TypedDict, total=False):
+    """How much goes where, as keywords of `plan` and `prune`.
+
+    Attributes:
+        scope: which units are ranked against one another. "local": those of a group, each of which loses its own ratio.
+            "global": those of all groups, or of all that one key of `ratio` decides; scores that cannot be compared
+            between groups are divided by their mean over the group. "isomorphic": those of groups with the same
+            operators around them (arXiv:2407.04616).
+        target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
+            in (0, 1], or a number. The result is at most that, and as near as widths allow. Within a local scope all
+            groups lose the same share, or shares in proportion to a mapping of ratios.
+        target_params: parameters that may be left, likewise. With both, both hold.
+        min_ratio: share that each group loses in any case, in [0, 1), or a mapping as for `ratio`.
+        max_ratio: the largest share that a group may lose, likewise. Left away, 0.98 where groups are ranked together,
+            and no limit else.
+        combine: how scores of a group's members become one: "sum", the criterion's own formula over the whole group; or
+            the "mean", "max", "normalized" (mean of each member's scores over their mean) or "geometric" mean of the
+            scores of each layer, norm or table by itself.
+        normalize: whether scores are divided by their mean over the group before groups are ranked together: "mean" or
+            "none"; "auto" does where the criterion's scores mean nothing outside of their group.
+    """
+
+    scope: str
+    target_macs: float | None
+    target_params: float | None
+    min_ratio: Ratio
+    max_ratio: Ratio | None
+    combine: str
+    normalize: str
+
+
+class Choice(Selection, total=False):
+    """What may shrink, and how much goes where, as keywords of `prune`.
 
     Attributes:
         axes: roles that may shrink, see `torchshear.plan`.
@@ -55,13 +90,14 @@ class Choice(TypedDict, total=False):
 def plan(  # noqa: PLR0913 - independent choices, given by name
     groups: ChannelGroups,
     criterion: str | Criterion = "l1",
-    ratio: Ratio = 0.5,
+    ratio: Ratio | None = None,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
     axes: str | Collection[str] | None = None,
     exclude: str | Collection[str] = (),
     weights: WeightSource = None,
     statistics: Statistics | None = None,
+    **selection: Unpack[Selection],
 ) -> PruningPlan:
     """Decide what to remove: a share of every channel group that may shrink, lowest scores first.
 
@@ -69,10 +105,10 @@ def plan(  # noqa: PLR0913 - independent choices, given by name
         groups: the analysed network, from `torchshear.analyze`.
         criterion: name of a criterion ("l1", "l2", "fpgm", "bn_scale", "random", or one that looks at data) or a
             function like one. A group of which it has nothing to say stays whole, and the plan says why.
-        ratio: fraction of the units of each group to remove, in [0, 1); or a mapping from what it is for: the name of
-            a group, a pattern of module or parameter names ("layer3", "*.mlp.*"), a role ("ffn"), or "*" for all
-            others. Where several keys fit a group, the first kind in this order counts. A pattern fits a group if it
-            fits a layer that makes its units. Groups that no key fits stay whole.
+        ratio: fraction of the units of each group to remove, in [0, 1), left away 0.5; or a mapping from what it is
+            for: the name of a group, a pattern of module or parameter names ("layer3", "*.mlp.*"), a role ("ffn"), or
+            "*" for all others. Where several keys fit a group, the first kind in this order counts. A pattern fits a
+            group if it fits a layer that makes its units. Groups that no key fits stay whole.
         align: kept widths are rounded to the nearest multiple of an integer, or to what a profile ("cpu-avx2",
             "cuda-fp16", ...) or this machine ("auto") runs well. None: any width.
         min_width: the fewest units to keep in a group.
@@ -86,6 +122,8 @@ def plan(  # noqa: PLR0913 - independent choices, given by name
         statistics: what was seen of the model on data, from `torchshear.collect`; needed by criteria of activations
             ("apoz", "mean_activation", "activation_variance", "wanda") and of gradients ("taylor", "taylor_bn",
             "group_fisher", "snip", "snip_momentum", "gradient").
+        **selection: how much goes where, see `Selection`: `scope`, `target_macs`, `target_params`, `min_ratio`,
+            `max_ratio`, `combine`, `normalize`.
 
     Returns:
         The plan. Nothing is changed. It says of every group that stays whole why.
@@ -95,11 +133,23 @@ def plan(  # noqa: PLR0913 - independent choices, given by name
             or pattern that is unknown, fits nothing or decides nothing; two patterns that ask different ratios of one
             group.
         ArgumentError: statistics are missing, without what the criterion needs, or of another network.
+        PlanError: the target or the ratio cannot be reached under the limits; says what the best possible is, before
+            anything is scored.
         WeightError: the weights are NaN, infinite, on the meta device, or not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
     alignment = resolve_alignment(align)
-    return plan_uniform(groups, criterion, ratio, alignment, min_width, axes, exclude, weights, statistics)
+    _check_keywords("plan", selection, Selection, _PLAN_ARGUMENTS)
+    request = Request(
+        criterion=criterion,
+        ratio=ratio,
+        alignment=alignment,
+        min_width=min_width,
+        axes=axes,
+        exclude=exclude,
+        **selection,
+    )
+    return plan_units(groups, request, weights, statistics)
 
 
 def prune(
@@ -107,7 +157,7 @@ def prune(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     criterion: str | Criterion = "l1",
-    ratio: Ratio = 0.5,
+    ratio: Ratio | None = None,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
     **choice: Unpack[Choice],
@@ -124,7 +174,8 @@ def prune(
         min_width: the fewest units to keep in a group.
         **choice: what may shrink: `axes` and `exclude` as for `torchshear.plan`, `prunable_outputs` as for
             `torchshear.analyze`. Without them every group may, and every output keeps its shape. `submodules` as for
-            `torchshear.trace`, as `["backbone"]`: only these modules, inside the whole model.
+            `torchshear.trace`, as `["backbone"]`: only these modules, inside the whole model. And how much goes where:
+            `scope`, `target_macs`, `target_params` and the other words of `torchshear.plan`.
 
     Returns:
         The pruned model with its plan and report. A model in which nothing can shrink comes back as a copy, and the
@@ -136,22 +187,23 @@ def prune(
         WeightError: the weights cannot be scored.
         VerificationError: the shrunk model is not equal to the masked one; nothing is returned then.
     """
-    _check_choice(choice)
+    _check_keywords("prune", choice, Choice, _PRUNE_ARGUMENTS)
+    asked: dict[str, Any] = {name: value for name, value in choice.items() if name not in _OF_THE_MODEL}
     alignment = resolve_alignment(align)
+    request = Request(criterion=criterion, ratio=ratio, alignment=alignment, min_width=min_width, **asked)
     groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
-    made = plan_uniform(groups, criterion, ratio, alignment, min_width, choice.get("axes"), choice.get("exclude", ()))
+    made = plan_units(groups, request)
     shrunk, verification = _shrink_and_verify(model, made, args, kwargs)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
     return PruneResult(shrunk.model, made, report, verification, shrunk.form)
 
 
-def _check_choice(choice: Mapping[str, object]) -> None:
+def _check_keywords(function: str, given: Mapping[str, object], known: type, own: str) -> None:
     """Keywords that do not exist would do nothing in silence."""
-    for name in choice:
-        if name not in Choice.__annotations__:
+    for name in given:
+        if name not in known.__annotations__:
             raise TypeError(
-                f"prune() has no argument {name!r}; expected model, args, kwargs, criterion, ratio, align, min_width, "
-                f"{', '.join(Choice.__annotations__)}."
+                f"{function}() has no argument {name!r}; expected {own}, {', '.join(known.__annotations__)}."
             )
 
 

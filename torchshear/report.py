@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -89,6 +89,8 @@ class PruningReport:
         refused: group or "parameter[dimension]" -> why it cannot shrink.
         form: "native" or "traced", and why, once the model is shrunk; else "".
         outputs: the outputs that were allowed to shrink; all others keep their shapes.
+        target: what was asked to be left at most, "target_macs" and "target_params", as a number; empty if a ratio was
+            asked for.
         parts: the parts that were pruned inside the model, if it was not pruned whole; parameters in `before` and
             `after` are then those of the whole model, MACs those of the parts.
     """
@@ -102,6 +104,7 @@ class PruningReport:
     form: str = ""
     outputs: tuple[OutputReport, ...] = ()
     parts: tuple[PartReport, ...] = ()
+    target: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -125,10 +128,11 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
     cut = Cut(groups, plan.kept)
     rows = tuple(_row(group, plan_of) for group, plan_of in zip(groups, plan.groups, strict=True))
     requested, achieved = _ratios(groups, plan)
+    before = dense_cost(groups.graph)
     return PruningReport(
         requested_ratio=requested,
         achieved_ratio=achieved,
-        before=dense_cost(groups.graph),
+        before=before,
         after=cut.cost(),
         groups=rows,
         refused=dict(plan.refused),
@@ -139,7 +143,15 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
             for name, (before, after) in part_costs(cut).items()
             if groups.graph.parts is not None
         ),
+        target=_targets(plan, before),
     )
+
+
+def _targets(plan: PruningPlan, dense: Cost) -> dict[str, int]:
+    """What was to be left at most, as numbers."""
+    whole = {"target_macs": dense.macs, "target_params": dense.n_params}
+    asked = {name: plan.request[name] for name in whole if plan.request.get(name) is not None}
+    return {name: int(share * whole[name]) if share <= 1 else int(share) for name, share in asked.items()}
 
 
 def _ratios(groups: ChannelGroups, plan: PruningPlan) -> tuple[float | None, float]:
@@ -201,10 +213,11 @@ def render_report(report: PruningReport, width: int = 120) -> str:
 
 def _summary(report: PruningReport) -> str:
     asked = "given units" if report.requested_ratio is None else f"{report.requested_ratio:.1%} requested"
+    asked = "by a target" if report.target else asked
     lines = [
         f"channels    {report.achieved_ratio:.1%} removed ({asked})",
-        _line("parameters", report.before.n_params, report.after.n_params),
-        _line("MACs", report.before.macs, report.after.macs),
+        _line("parameters", report.before.n_params, report.after.n_params, report.target.get("target_params")),
+        _line("MACs", report.before.macs, report.after.macs, report.target.get("target_macs")),
     ]
     lines += [
         f"part        {part.name}: {_change('parameters', part.before.n_params, part.after.n_params)}, "
@@ -232,8 +245,9 @@ def _output_line(output: OutputReport) -> str:
     return f"{output.name} {before} unchanged{': ' if output.note else ''}{output.note}"
 
 
-def _line(label: str, before: int, after: int) -> str:
-    return _change(f"{label:<11}", before, after)
+def _line(label: str, before: int, after: int, asked: int | None) -> str:
+    target = "" if asked is None else f", at most {asked:,} requested ({asked / before:.1%})"
+    return _change(f"{label:<11}", before, after) + target
 
 
 def _change(label: str, before: int, after: int) -> str:

@@ -1,8 +1,11 @@
 """What goes: criteria that score units, and the selection of those that stay."""
 
-from torchshear.pruners._planning import plan_from_kept, plan_uniform
-from torchshear.pruners._selection import Width, choose_units, choose_width
-from torchshear.pruners._targets import Ratio, Target, choose_targets
+from torchshear.pruners._keys import Ratio
+from torchshear.pruners._planning import plan_from_kept, plan_units
+from torchshear.pruners._pools import isomorphism_classes
+from torchshear.pruners._request import Request
+from torchshear.pruners._selection import Limits, Width, choose_units, choose_width
+from torchshear.pruners._targets import Target, choose_targets
 from torchshear.pruners._weight_source import WeightSource
 from torchshear.pruners.criteria import (
     Criterion,
@@ -17,7 +20,9 @@ from torchshear.pruners.statistics import Statistics, collect
 
 __all__ = [
     "Criterion",
+    "Limits",
     "Ratio",
+    "Request",
     "Statistics",
     "Target",
     "UnscorableError",
@@ -29,8 +34,9 @@ __all__ = [
     "collect",
     "criterion",
     "find_criterion",
+    "isomorphism_classes",
     "plan_from_kept",
-    "plan_uniform",
+    "plan_units",
     "random_criterion",
     "registered_criteria",
     "unit_sums",

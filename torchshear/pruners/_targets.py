@@ -1,17 +1,13 @@
 """Which groups may shrink, and by how much: a ratio for all or by group, pattern and role; chosen roles; exclusions."""
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
+from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.graph import as_names, close_to, matches
 from torchshear.pruners._factors import lesser_factors
-
-Ratio = float | Mapping[str, float]
-
-_MAKERS = frozenset({"out", "embedding"})
+from torchshear.pruners._keys import Keyed, Ratio, check_ratio, known_names, names_of, narrower, roles_here
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +17,12 @@ class Target:
     Attributes:
         ratio: fraction of the units to remove, in [0, 1); None if the group is to stay whole.
         reason: why it stays whole, else "".
+        key: what it was asked under, of a mapping; else "".
     """
 
     ratio: float | None
     reason: str = ""
+    key: str = ""
 
 
 def choose_targets(
@@ -48,33 +46,28 @@ def choose_targets(
             two patterns ask different ratios of one group; nothing that can shrink is left.
     """
     kept = _Kept(groups, _as_roles(groups, axes), as_names("exclude", exclude))
-    asked = _Asked(groups, ratio) if isinstance(ratio, Mapping) else None
+    asked = Keyed(groups, "ratio", ratio) if isinstance(ratio, Mapping) else None
     if asked is None:
         check_ratio("ratio", ratio)
     targets: dict[str, Target] = {}
     for group in groups:
         reason = kept.reason(group)
-        if reason:
-            targets[group.name] = Target(None, reason)
-        else:
-            targets[group.name] = Target(float(ratio)) if asked is None else asked.of(group)  # type: ignore[arg-type]
+        targets[group.name] = Target(None, reason) if reason else _asked_of(group, ratio, asked)
     shrinking = {group.name for group in groups.prunable if targets[group.name].ratio}
     for name, greater in lesser_factors(groups, shrinking).items():
         if asked is None or not asked.names(name):
             targets[name] = Target(None, f"a factor of channels that shrink with {greater!r}")
     if asked is not None:
-        asked.check_all_used(targets)
+        asked.check_all_used({name: target.reason for name, target in targets.items() if target.reason})
     _check_something_left(groups, targets, axes, exclude)
     return targets
 
 
-def check_ratio(what: str, ratio: object) -> None:
-    """Raise ArgumentError unless a ratio is a number in [0, 1)."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-        raise ArgumentError(
-            f"{what}={ratio!r}; expected a number in [0, 1), the fraction of channels to remove, or a mapping to such "
-            f"numbers from roles, name patterns or groups."
-        )
+def _asked_of(group: ChannelGroup, ratio: Ratio, asked: Keyed | None) -> Target:
+    if asked is None:
+        return Target(float(ratio))  # type: ignore[arg-type]
+    key, share = asked.key_of(group), asked.of(group)
+    return Target(share, key=key) if key is not None else Target(None, "no key of ratio fits it")
 
 
 def _as_roles(groups: ChannelGroups, axes: str | Collection[str] | None) -> tuple[frozenset[str], tuple[str, ...]]:
@@ -86,36 +79,10 @@ def _as_roles(groups: ChannelGroups, axes: str | Collection[str] | None) -> tupl
         raise ArgumentError(f"axes={axes!r} names no role, so nothing could shrink; leave it away to prune all.")
     for name in names:
         if name not in ROLES:
-            raise ArgumentError(f"axes: {name!r} is no role; {_roles_here(groups)}{close_to(name, ROLES)}")
-        if not any(group.role in _narrower(name) for group in groups):
-            raise ArgumentError(f"axes: no group has the role {name!r}; {_roles_here(groups)}")
-    return frozenset(role for name in names for role in _narrower(name)), names
-
-
-def _narrower(role: str) -> tuple[str, ...]:
-    return FAMILIES.get(role, (role,))
-
-
-def _roles_here(groups: ChannelGroups) -> str:
-    """The roles in this model with the number of their groups, and the others that there are."""
-    counts = Counter(group.role for group in groups)
-    here = ", ".join(f"{role} ({counts[role]})" for role in ROLES if counts[role]) or "none"
-    return f"roles of this model's groups are {here}; other roles are {', '.join(r for r in ROLES if not counts[r])}."
-
-
-def _names_of(groups: ChannelGroups) -> dict[str, tuple[str, ...]]:
-    """Canonical name of each parameter, buffer and constant -> all of its names."""
-    names = {name: [name] for name in groups.graph.state}
-    for alias, name in groups.graph.aliases.items():
-        if alias != name and name in names:
-            names[name].append(alias)
-    return {name: tuple(found) for name, found in names.items()}
-
-
-def _known_names(groups: ChannelGroups) -> list[str]:
-    """Names of parameters and of the modules that hold them."""
-    names = [name for found in _names_of(groups).values() for name in found]
-    return [".".join(name.split(".")[:i]) for name in names for i in range(1, name.count(".") + 2)]
+            raise ArgumentError(f"axes: {name!r} is no role; {roles_here(groups)}{close_to(name, ROLES)}")
+        if not any(group.role in narrower(name) for group in groups):
+            raise ArgumentError(f"axes: no group has the role {name!r}; {roles_here(groups)}")
+    return frozenset(role for name in names for role in narrower(name)), names
 
 
 class _Kept:
@@ -130,7 +97,7 @@ class _Kept:
                 continue
             found = {
                 name: alias
-                for name, aliases in _names_of(groups).items()
+                for name, aliases in names_of(groups).items()
                 for alias in aliases
                 if matches(pattern, alias)
             }
@@ -156,92 +123,7 @@ class _Kept:
 
 
 def _close(groups: ChannelGroups, word: str) -> str:
-    return close_to(word, [*_known_names(groups), *(group.name for group in groups)])
-
-
-class _Asked:
-    """Ratios by group, pattern and role."""
-
-    def __init__(self, groups: ChannelGroups, ratios: Mapping[str, float]) -> None:
-        self._groups = groups
-        self._ratios = dict(ratios)
-        if not self._ratios:
-            raise ArgumentError("ratio is an empty mapping; expected ratios by role, name pattern or group.")
-        as_names("keys of ratio", self._ratios)
-        for key, ratio in self._ratios.items():
-            check_ratio(f"ratio[{key!r}]", ratio)
-        names = {group.name for group in groups}
-        self._patterns = [key for key in self._ratios if key not in names and key not in ROLES and key != "*"]
-        self._aliases = _names_of(groups)
-        self._deciding: dict[str, str] = {}
-
-    def of(self, group: ChannelGroup) -> Target:
-        """What the most telling key asks of a group."""
-        for key in self._fitting(group):
-            self._deciding[group.name] = key
-            return Target(float(self._ratios[key]))
-        return Target(None, "no key of ratio fits it")
-
-    def names(self, group: str) -> bool:
-        """Whether a key is the name of this very group."""
-        return group in self._ratios
-
-    def _fitting(self, group: ChannelGroup) -> Iterable[str]:
-        """Keys that fit a group, the most telling first."""
-        if group.name in self._ratios:
-            yield group.name
-        yield from self._one_pattern(group)
-        if group.role in self._ratios:
-            yield group.role
-        yield from (name for name, roles in FAMILIES.items() if group.role in roles[1:] and name in self._ratios)
-        if "*" in self._ratios:
-            yield "*"
-
-    def _one_pattern(self, group: ChannelGroup) -> list[str]:
-        fitting = self._patterns_of(group)
-        if len({self._ratios[key] for key in fitting}) > 1:
-            asked = " and ".join(f"{key!r} asks {self._ratios[key]}" for key in fitting)
-            raise ArgumentError(
-                f"ratio: group {group.name!r} (role {group.role}) is made by layers of several patterns: {asked}. Give "
-                f"it a ratio under its own name, or write patterns that do not overlap in it."
-            )
-        return fitting[:1]
-
-    def _patterns_of(self, group: ChannelGroup) -> list[str]:
-        """Patterns that fit a layer which makes the group's units; layers that only read them do not count."""
-        makers = [member for member in group.members if member.roles & _MAKERS]
-        makers = makers or [member for member in group.members if member.roles != {"in"}] or list(group.members)
-        names = {alias for member in makers for alias in self._aliases.get(member.name, (member.name,))}
-        return [key for key in self._patterns if any(matches(key, name) for name in names)]
-
-    def check_all_used(self, targets: Mapping[str, Target]) -> None:
-        """Raise ArgumentError for a key that decides nothing."""
-        can_shrink = {group.name for group in self._groups.prunable}
-        used = {key for name, key in self._deciding.items() if name in can_shrink}
-        for key in self._ratios:
-            if key not in used and key != "*":
-                raise ArgumentError(f"ratio: the key {key!r} decides nothing: {self._why_unused(key, targets)}")
-
-    def _why_unused(self, key: str, targets: Mapping[str, Target]) -> str:
-        meant = [group for group in self._groups if self._fits(key, group)]
-        for group in meant:
-            if targets[group.name].reason:
-                return f"group {group.name!r} stays whole, {targets[group.name].reason}."
-            if not group.is_prunable:
-                return f"group {group.name!r} cannot shrink: {group.reason}."
-            return f"for group {group.name!r} the key {self._deciding[group.name]!r} comes first."
-        if key in ROLES:
-            return f"no group has that role; {_roles_here(self._groups)}"
-        for fixed in self._groups.fixed:
-            if any(matches(key, alias) for alias in self._aliases.get(fixed.name, (fixed.name,))):
-                return f"what it names makes no channel group; {fixed.name}[{fixed.dim}] is fixed: {fixed.reason}."
-        if any(matches(key, alias) for aliases in self._aliases.values() for alias in aliases):
-            return "what it names makes no channel group."
-        close = close_to(key, [*ROLES, *_known_names(self._groups), *(group.name for group in self._groups)])
-        return f"it is no channel group and no role, and fits no parameter or module.{close}"
-
-    def _fits(self, key: str, group: ChannelGroup) -> bool:
-        return key == group.name or group.role in _narrower(key) or key in self._patterns_of(group)
+    return close_to(word, [*known_names(groups), *(group.name for group in groups)])
 
 
 def _check_something_left(groups: ChannelGroups, targets: Mapping[str, Target], axes: object, exclude: object) -> None:
@@ -251,4 +133,4 @@ def _check_something_left(groups: ChannelGroups, targets: Mapping[str, Target], 
     asked = ", ".join(f"{name}={given!r}" for name, given in (("axes", axes), ("exclude", exclude)) if given)
     stuck = next((group for group in groups if targets[group.name].ratio is not None), None)
     why = f" Group {stuck.name!r} cannot: {stuck.reason}." if stuck is not None else ""
-    raise ArgumentError(f"{asked} leaves nothing that can shrink.{why} {_roles_here(groups)}")
+    raise ArgumentError(f"{asked} leaves nothing that can shrink.{why} {roles_here(groups)}")

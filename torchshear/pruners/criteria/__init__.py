@@ -22,6 +22,7 @@ from torchshear.pruners.criteria._registry import (
     UnscorableError,
     criterion,
     find_criterion,
+    is_comparable,
     registered_criteria,
 )
 from torchshear.pruners.criteria._weights import unit_sums
@@ -31,6 +32,7 @@ __all__ = [
     "UnscorableError",
     "criterion",
     "find_criterion",
+    "is_comparable",
     "random_criterion",
     "registered_criteria",
     "unit_sums",

@@ -10,7 +10,7 @@ from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("apoz")
+@criterion("apoz", comparable=True)
 def apoz_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by how often it is not zero behind its activation.
 

@@ -12,7 +12,7 @@ from torchshear.pruners.statistics import Statistics
 _NORM = frozenset({"norm"})
 
 
-@criterion("bn_scale")
+@criterion("bn_scale", comparable=True)
 def bn_scale_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by the scales of its norms.
 

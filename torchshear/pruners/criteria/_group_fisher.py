@@ -10,7 +10,7 @@ from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("group_fisher")
+@criterion("group_fisher", comparable=True)
 def group_fisher_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by the squared gradient of the loss by a gate that all layers of the group share.
 

@@ -17,13 +17,16 @@ class UnscorableError(TorchshearError):
 
 
 _CRITERIA: dict[str, Criterion] = {}
+_COMPARABLE: set[Criterion] = set()
 
 
-def criterion(name: str) -> Callable[[Criterion], Criterion]:
+def criterion(name: str, comparable: bool = False) -> Callable[[Criterion], Criterion]:
     """Register a criterion: a function `(group, weights, statistics) -> scores`, bigger = keep.
 
     Args:
         name: the word that users choose it by.
+        comparable: whether scores of units of different groups mean the same, as an estimate of the loss does. Those of
+            other criteria are divided by their mean over the group where groups are ranked together.
 
     Raises:
         ArgumentError: the name is taken.
@@ -33,6 +36,8 @@ def criterion(name: str) -> Callable[[Criterion], Criterion]:
         if name in _CRITERIA:
             raise ArgumentError(f"criterion {name!r} is registered already, as {_CRITERIA[name].__name__}.")
         _CRITERIA[name] = function
+        if comparable:
+            _COMPARABLE.add(function)
         return function
 
     return add
@@ -51,6 +56,11 @@ def find_criterion(name: str | Criterion) -> Criterion:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(f"criterion={name!r}; expected one of {', '.join(sorted(_CRITERIA))}.{hint}")
     return _CRITERIA[name]
+
+
+def is_comparable(function: Criterion) -> bool:
+    """Whether scores of a criterion can be compared between groups as they are."""
+    return function in _COMPARABLE
 
 
 def registered_criteria() -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("snip")
+@criterion("snip", comparable=True)
 def snip_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by connection sensitivity.
 

@@ -10,7 +10,7 @@ from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("taylor")
+@criterion("taylor", comparable=True)
 def taylor_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by what the loss would change if each of its weights were zeroed alone.
 

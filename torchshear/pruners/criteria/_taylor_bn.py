@@ -12,7 +12,7 @@ from torchshear.pruners.statistics import Statistics
 _NORM = frozenset({"norm"})
 
 
-@criterion("taylor_bn")
+@criterion("taylor_bn", comparable=True)
 def taylor_bn_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by what the loss would change if the outputs of its norms were zeroed.
 

@@ -1,0 +1,251 @@
+"""Scopes, limits and budgets: what is ranked together, and how exactly targets are met."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.models import Attention, Grouped, Residual, image, randomise
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, dense_cost
+from torchshear.errors import ArgumentError, PlanError
+from torchshear.pruners import isomorphism_classes, plan_from_kept
+from torchshear.report import make_report
+
+
+class Blocks(nn.Module):
+    """A stem, two equal residual blocks of which one is wider inside, a plain convolution, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.narrow = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 16, 3, padding=1))
+        self.wide = nn.Sequential(nn.Conv2d(16, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 16, 3, padding=1))
+        self.last = nn.Conv2d(16, 32, 1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (batch, 5)."""
+        x = self.stem(x)
+        x = x + self.narrow(x)
+        x = x + self.wide(x)
+        return self.head(torch.sigmoid(self.last(x)).mean((2, 3)))
+
+
+def groups_of(model: nn.Module, x: Tensor | None = None) -> ChannelGroups:
+    return torchshear.analyze(torchshear.trace(model, (image() if x is None else x,)))
+
+
+@pytest.fixture(scope="module")
+def blocks() -> ChannelGroups:
+    return groups_of(randomise(Blocks()))
+
+
+def test_slim_ranks_scales_of_all_norms_together() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)
+    )
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([0.1, 0.5, 0.9]))
+        model[3].weight.copy_(torch.tensor([0.2, 0.3, -0.8]))
+    plan = torchshear.plan(groups_of(model), "bn_scale", 0.5, scope="global")
+    assert [kept.tolist() for kept in plan.kept.values()] == [[1, 2], [2]]
+
+
+def test_no_group_vanishes_where_all_are_ranked_together() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64), nn.Conv2d(64, 2, 1)
+    )
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(0.001, 0.002, 64))
+    plan = torchshear.plan(groups_of(model), "bn_scale", 0.5, scope="global")
+    assert [len(kept) for kept in plan.kept.values()] == [2, 62], "98 % of the first, the rest of the second"
+
+
+def test_global_scope_is_a_sort_of_all_scores(blocks: ChannelGroups) -> None:
+    plan = torchshear.plan(blocks, "l2", 0.37, scope="global", max_ratio=0.9)
+    weights = {name: entry.tensor.detach() for name, entry in blocks.graph.state.items()}
+    pool = []
+    for number, group in enumerate(blocks.prunable):
+        own = [weights[m.name].movedim(m.dim, 0).flatten(1) for m in group.members if m.roles & {"out"}]
+        scores = torch.cat(own, 1).double().norm(dim=1)
+        ranked = sorted(range(group.width), key=lambda c, s=scores: (float(s[c]), -c))
+        most = int(group.width * 0.9 + 1e-9)
+        pool += [(float(scores[c] / scores.mean()), number, rank, c) for rank, c in enumerate(ranked) if rank < most]
+    total = sum(group.width for group in blocks.prunable)
+    gone = sorted(pool)[: int(total * 0.37 + 1e-9)]
+    for number, group in enumerate(blocks.prunable):
+        left = set(range(group.width)) - {c for _, of, _, c in gone if of == number}
+        assert plan.kept[group.name].tolist() == sorted(left)
+
+
+def test_isomorphic_scope_ranks_only_equal_structures_together(blocks: ChannelGroups) -> None:
+    classes = isomorphism_classes(blocks)
+    narrow, wide = "narrow.0.weight[0]", "wide.0.weight[0]"
+    assert classes[narrow] == classes[wide]
+    assert len(set(classes.values())) == len(classes) - 1
+    plan = torchshear.plan(blocks, "l1", 0.5, scope="isomorphic")
+    widths = {name: len(kept) for name, kept in plan.kept.items()}
+    assert widths[narrow] + widths[wide] == 32
+    assert widths["stem.weight[0]"] == 8
+    assert widths["last.weight[0]"] == 16
+
+
+@pytest.mark.parametrize("scope", ["local", "global", "isomorphic"])
+@pytest.mark.parametrize(
+    "target", [{"target_macs": 0.4}, {"target_params": 0.7}, {"target_macs": 0.6, "target_params": 0.3}]
+)
+@pytest.mark.parametrize("align", [None, 4])
+def test_a_budget_is_met_as_nearly_as_widths_allow(
+    blocks: ChannelGroups, scope: str, target: dict[str, float], align: int | None
+) -> None:
+    plan = torchshear.plan(blocks, "l1", align=align, scope=scope, **target)  # type: ignore[arg-type]
+    dense, left = dense_cost(blocks.graph), Cut(blocks, plan.kept).cost()
+    bounds = {"macs": target.get("target_macs", 9), "n_params": target.get("target_params", 9)}
+
+    def holds(cost: object) -> bool:
+        return all(getattr(cost, name) <= share * getattr(dense, name) for name, share in bounds.items())
+
+    assert holds(left)
+    for group in blocks.prunable:
+        kept = plan.kept[group.name]
+        if len(kept) == group.width:
+            continue
+        wider = np.union1d(kept, np.setdiff1d(np.arange(group.width), kept)[: align or 1])
+        more = Cut(blocks, plan_from_kept(blocks, plan.kept | {group.name: wider}).kept).cost()
+        assert not holds(more), f"{group.name} could be wider"
+
+
+def test_budgets_are_absolute_above_one_and_reported(blocks: ChannelGroups) -> None:
+    dense = dense_cost(blocks.graph)
+    plan = torchshear.plan(blocks, target_macs=dense.macs // 2, scope="global")
+    assert plan == torchshear.plan(blocks, target_macs=0.5, scope="global")
+    report = make_report(plan)
+    assert report.target == {"target_macs": dense.macs // 2}
+    assert report.requested_ratio is None
+    assert f"at most {dense.macs // 2:,} requested (50.0%)" in str(report)
+    assert plan.request["target_macs"] == dense.macs // 2
+    assert "ratio" not in plan.request
+
+
+def test_a_mapping_beside_a_target_says_how_fast_groups_shrink(blocks: ChannelGroups) -> None:
+    plan = torchshear.plan(blocks, ratio={"wide.0": 0.8, "narrow.0": 0.4}, target_macs=0.6)
+    gone = {group.name: 1 - len(group.kept) / group.width for group in plan.groups}
+    assert gone["stem.weight[0]"] == gone["last.weight[0]"] == 0
+    assert gone["wide.0.weight[0]"] == pytest.approx(2 * gone["narrow.0.weight[0]"], abs=1.5 / 24)
+
+
+def test_each_key_of_a_mapping_is_a_pool_of_its_own(blocks: ChannelGroups) -> None:
+    plan = torchshear.plan(blocks, ratio={"[nw]*.0": 0.5, "stem.weight[0]": 0.25}, scope="global")
+    widths = {name: len(kept) for name, kept in plan.kept.items()}
+    assert widths["narrow.0.weight[0]"] + widths["wide.0.weight[0]"] == 32
+    assert widths["stem.weight[0]"] == 12
+    assert widths["last.weight[0]"] == 32
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_limits_hold(blocks: ChannelGroups, scope: str) -> None:
+    limits = {"min_ratio": {"wide.0": 0.6}, "max_ratio": {"*": 0.4, "wide.0": 0.7}}
+    plan = torchshear.plan(blocks, ratio=0.45, scope=scope, **limits)  # type: ignore[arg-type]
+    gone = {group.name: 1 - len(group.kept) / group.width for group in plan.groups}
+    assert 0.6 <= gone.pop("wide.0.weight[0]") <= 0.7
+    assert max(gone.values()) <= 0.4
+
+
+def test_balanced_blocks_and_minimum_width_hold_in_pools() -> None:
+    groups = groups_of(randomise(Grouped()))
+    plan = torchshear.plan(groups, target_macs=0.35, scope="global", min_width=6)
+    for group in groups.prunable:
+        kept = plan.kept[group.name]
+        assert len(kept) >= 6
+        if group.balance is not None:
+            assert len(set(np.bincount(group.balance[kept]).tolist())) == 1
+
+
+def test_pooled_plans_shrink_to_the_masked_network() -> None:
+    for model, x in ((randomise(Blocks()).eval(), image()), (Attention().eval(), torch.randn(2, 5, 24))):
+        for scope in ("global", "isomorphic"):
+            result = torchshear.prune(model, (x,), scope=scope, target_macs=0.5)
+            assert result.verification.max_error < 1e-9
+            assert result.report.after.macs <= 0.5 * result.report.before.macs
+
+
+class Counting:
+    """A criterion that notes that it was asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], statistics: object) -> Tensor:
+        self.asked += 1
+        return torch.arange(group.width, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            {"target_macs": 1e-4},
+            r"target_macs: at most .* and the best possible is [\d,]+ \(0\.0\d+\), under min_width=1",
+        ),
+        ({"target_params": 0.2, "max_ratio": 0.1}, r"target_params: .*max_ratio=0.1"),
+        ({"target_macs": 0.3, "exclude": "wide"}, "and 2 groups that stay whole"),
+        ({"ratio": 0.99, "scope": "global"}, r"at most \d+ can go \(9\d\.\d%\)"),
+        ({"ratio": 0.2, "scope": "global", "min_ratio": 0.5}, "min_ratio takes 56 of them"),
+        ({"ratio": 0.2, "min_ratio": 0.9, "align": 64}, "min_ratio=0.9 of group .* cannot be met"),
+    ],
+)
+def test_what_cannot_be_reached_is_said_before_anything_is_scored(
+    blocks: ChannelGroups, asked: dict[str, object], message: str
+) -> None:
+    criterion = Counting()
+    with pytest.raises(PlanError, match=message):
+        torchshear.plan(blocks, criterion, **asked)  # type: ignore[arg-type]
+    assert criterion.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"scope": "globe"}, r"scope='globe'; expected one of local, global, isomorphic.*Close to it: global"),
+        ({"combine": "median"}, "combine='median'; expected one of sum, mean, max, normalized, geometric"),
+        ({"normalize": "l2"}, "normalize='l2'"),
+        ({"target_macs": 0}, "target_macs=0; expected what may be left"),
+        ({"target_params": "half"}, "target_params='half'"),
+        ({"target_macs": 1.0}, "target_macs=1.0: the dense model keeps within it already"),
+        ({"target_macs": 0.5, "ratio": 0.3}, "both say how much is to go"),
+        ({"max_ratio": 1.5}, "max_ratio=1.5"),
+        ({"min_ratio": {"nose": 0.1}}, "min_ratio: the key 'nose' decides nothing"),
+        ({"min_ratio": 0.5, "max_ratio": 0.2}, "contradict each other"),
+        ({"ratio": 0.001, "scope": "global"}, "removes nothing"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused(blocks: ChannelGroups, asked: dict[str, object], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        torchshear.plan(blocks, **asked)  # type: ignore[arg-type]
+
+
+def test_unknown_keywords_are_refused(blocks: ChannelGroups) -> None:
+    with pytest.raises(TypeError, match=r"plan\(\) has no argument 'sparsity'; expected groups, criterion, .*scope"):
+        torchshear.plan(blocks, sparsity=0.5)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("combine", ["mean", "max", "normalized", "geometric"])
+def test_members_are_combined_as_asked(combine: str) -> None:
+    model = randomise(Residual())
+    groups = groups_of(model)
+    rows = torch.stack(
+        [getattr(model, name).weight.detach().double().flatten(1).abs().sum(1) for name in ("stem", "two")]
+        + [model.norm.weight.detach().double().abs()]
+    )
+    expected = {
+        "mean": rows.mean(0),
+        "max": rows.max(0).values,
+        "normalized": (rows / rows.mean(1, keepdim=True)).mean(0),
+        "geometric": rows.log().mean(0).exp(),
+    }[combine]
+    plan = torchshear.plan(groups, "l1", 0.5, combine=combine)
+    stem = plan.kept["stem.weight[0]"]
+    assert sorted(stem.tolist()) == sorted(torch.argsort(expected, descending=True)[:4].tolist())

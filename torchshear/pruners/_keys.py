@@ -1,0 +1,152 @@
+"""Values given by role, pattern of names, or group: which one counts for a group."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
+from torchshear.errors import ArgumentError
+from torchshear.graph import as_names, close_to, matches
+
+Ratio = float | Mapping[str, float]
+
+_MAKERS = frozenset({"out", "embedding"})
+
+
+def check_ratio(what: str, ratio: object) -> None:
+    """Raise ArgumentError unless a ratio is a number in [0, 1)."""
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+        raise ArgumentError(
+            f"{what}={ratio!r}; expected a number in [0, 1), the fraction of channels to remove, or a mapping to such "
+            f"numbers from roles, name patterns or groups."
+        )
+
+
+def narrower(role: str) -> tuple[str, ...]:
+    """A role and the narrower ones that it stands for."""
+    return FAMILIES.get(role, (role,))
+
+
+def roles_here(groups: ChannelGroups) -> str:
+    """The roles in this model with the number of their groups, and the others that there are."""
+    counts = Counter(group.role for group in groups)
+    here = ", ".join(f"{role} ({counts[role]})" for role in ROLES if counts[role]) or "none"
+    return f"roles of this model's groups are {here}; other roles are {', '.join(r for r in ROLES if not counts[r])}."
+
+
+def names_of(groups: ChannelGroups) -> dict[str, tuple[str, ...]]:
+    """Canonical name of each parameter, buffer and constant -> all of its names."""
+    names = {name: [name] for name in groups.graph.state}
+    for alias, name in groups.graph.aliases.items():
+        if alias != name and name in names:
+            names[name].append(alias)
+    return {name: tuple(found) for name, found in names.items()}
+
+
+def known_names(groups: ChannelGroups) -> list[str]:
+    """Names of parameters and of the modules that hold them."""
+    names = [name for found in names_of(groups).values() for name in found]
+    return [".".join(name.split(".")[:i]) for name in names for i in range(1, name.count(".") + 2)]
+
+
+class Keyed:
+    """Shares by group, pattern and role.
+
+    Args:
+        groups: the analysed network.
+        what: name of the argument that they were given as.
+        ratios: key -> share.
+
+    Raises:
+        ArgumentError: there is none, or one is outside [0, 1).
+    """
+
+    def __init__(self, groups: ChannelGroups, what: str, ratios: Mapping[str, float]) -> None:
+        self._groups = groups
+        self._what = what
+        self._ratios = dict(ratios)
+        if not self._ratios:
+            raise ArgumentError(f"{what} is an empty mapping; expected ratios by role, name pattern or group.")
+        as_names(f"keys of {what}", self._ratios)
+        for key, ratio in self._ratios.items():
+            check_ratio(f"{what}[{key!r}]", ratio)
+        names = {group.name for group in groups}
+        self._patterns = [key for key in self._ratios if key not in names and key not in ROLES and key != "*"]
+        self._aliases = names_of(groups)
+        self._deciding: dict[str, str] = {}
+
+    def of(self, group: ChannelGroup) -> float | None:
+        """What the most telling key says of a group, or None if no key fits it."""
+        key = self.key_of(group)
+        return None if key is None else float(self._ratios[key])
+
+    def key_of(self, group: ChannelGroup) -> str | None:
+        """The most telling key that fits a group, or None."""
+        for key in self._fitting(group):
+            self._deciding[group.name] = key
+            return key
+        return None
+
+    def names(self, group: str) -> bool:
+        """Whether a key is the name of this very group."""
+        return group in self._ratios
+
+    def _fitting(self, group: ChannelGroup) -> Iterable[str]:
+        """Keys that fit a group, the most telling first."""
+        if group.name in self._ratios:
+            yield group.name
+        yield from self._one_pattern(group)
+        if group.role in self._ratios:
+            yield group.role
+        yield from (name for name, roles in FAMILIES.items() if group.role in roles[1:] and name in self._ratios)
+        if "*" in self._ratios:
+            yield "*"
+
+    def _one_pattern(self, group: ChannelGroup) -> list[str]:
+        fitting = self._patterns_of(group)
+        if len({self._ratios[key] for key in fitting}) > 1:
+            asked = " and ".join(f"{key!r} asks {self._ratios[key]}" for key in fitting)
+            raise ArgumentError(
+                f"{self._what}: group {group.name!r} (role {group.role}) is made by layers of several patterns: "
+                f"{asked}. Give it a ratio under its own name, or write patterns that do not overlap in it."
+            )
+        return fitting[:1]
+
+    def _patterns_of(self, group: ChannelGroup) -> list[str]:
+        """Patterns that fit a layer which makes the group's units; layers that only read them do not count."""
+        makers = [member for member in group.members if member.roles & _MAKERS]
+        makers = makers or [member for member in group.members if member.roles != {"in"}] or list(group.members)
+        names = {alias for member in makers for alias in self._aliases.get(member.name, (member.name,))}
+        return [key for key in self._patterns if any(matches(key, name) for name in names)]
+
+    def check_all_used(self, stuck: Mapping[str, str]) -> None:
+        """Raise ArgumentError for a key that decides nothing.
+
+        Args:
+            stuck: name of a group that stays whole for another reason -> the reason.
+        """
+        can_shrink = {group.name for group in self._groups.prunable}
+        used = {key for name, key in self._deciding.items() if name in can_shrink}
+        for key in self._ratios:
+            if key not in used and key != "*":
+                raise ArgumentError(f"{self._what}: the key {key!r} decides nothing: {self._why_unused(key, stuck)}")
+
+    def _why_unused(self, key: str, stuck: Mapping[str, str]) -> str:
+        meant = [group for group in self._groups if self._fits(key, group)]
+        for group in meant:
+            if group.name in stuck:
+                return f"group {group.name!r} stays whole, {stuck[group.name]}."
+            if not group.is_prunable:
+                return f"group {group.name!r} cannot shrink: {group.reason}."
+            return f"for group {group.name!r} the key {self._deciding[group.name]!r} comes first."
+        if key in ROLES:
+            return f"no group has that role; {roles_here(self._groups)}"
+        for fixed in self._groups.fixed:
+            if any(matches(key, alias) for alias in self._aliases.get(fixed.name, (fixed.name,))):
+                return f"what it names makes no channel group; {fixed.name}[{fixed.dim}] is fixed: {fixed.reason}."
+        if any(matches(key, alias) for aliases in self._aliases.values() for alias in aliases):
+            return "what it names makes no channel group."
+        close = close_to(key, [*ROLES, *known_names(self._groups), *(group.name for group in self._groups)])
+        return f"it is no channel group and no role, and fits no parameter or module.{close}"
+
+    def _fits(self, key: str, group: ChannelGroup) -> bool:
+        return key == group.name or group.role in narrower(key) or key in self._patterns_of(group)

@@ -1,0 +1,160 @@
+"""Pools: which groups are ranked against one another, and in which order their units go.
+
+A group narrows in steps from one width that it may have to the next. A pool puts the steps of its groups into one
+order, the least worth first; how far each pool goes is decided elsewhere, by a share of its units or by a budget.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import networkx as nx
+import numpy as np
+import numpy.typing as npt
+
+from torchshear.dependency import ChannelGroup, ChannelGroups, Value
+
+Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_ROUNDS = 3  # of neighbourhoods that tell graphs apart
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ladder:
+    """The widths that one group may have.
+
+    Attributes:
+        group: the group.
+        widths: from its own width down to the narrowest, shape (n_steps + 1,).
+        order: its units in the order in which they go, shape (C,); None where that is not known yet.
+        scores: scores of the units, shape (C,); None likewise.
+        n_forced: how many steps are taken whatever the scores.
+        pool: what it is ranked with: groups of the same pool.
+        speed: relative share that is to go, where groups differ in it.
+    """
+
+    group: ChannelGroup
+    widths: Indices
+    order: Indices | None = None
+    scores: Floats | None = None
+    n_forced: int = 0
+    pool: str = ""
+    speed: float = 1.0
+
+    @property
+    def most(self) -> int:
+        """The most units that can go."""
+        return int(self.widths[0] - self.widths[-1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Steps:
+    """Steps of several ladders, in the order in which they are taken.
+
+    Attributes:
+        ladder: number of the ladder of each step.
+        size: units that go with it.
+        is_forced: whether it is taken in any case.
+        key: by which pools go side by side: share of the pool that is gone after it.
+        pool: the pool of each step.
+    """
+
+    ladder: Indices
+    size: Indices
+    is_forced: npt.NDArray[np.bool_]
+    key: Floats
+    pool: npt.NDArray[np.str_]
+
+
+def rank(ladders: Sequence[Ladder], normalize: bool) -> Steps:
+    """Put the steps of ladders into the order in which they are taken.
+
+    Forced steps come first. Within a pool, steps go by the mean score of their units, the lowest first; among equal
+    ones those of the earlier group first. A ladder without scores goes by the share of its units that is gone.
+
+    Args:
+        ladders: one of each group that may shrink.
+        normalize: whether scores are divided by their mean over the group first.
+    """
+    ladder = np.concatenate([np.full(len(one.widths) - 1, i) for i, one in enumerate(ladders)]).astype(np.int64)
+    size = np.concatenate([-np.diff(one.widths) for one in ladders]).astype(np.int64)
+    number = np.concatenate([np.arange(len(one.widths) - 1) for one in ladders])
+    is_forced = np.concatenate([np.arange(len(one.widths) - 1) < one.n_forced for one in ladders])
+    worth = np.concatenate([_worth(one, normalize) for one in ladders])
+    pool = np.array([ladders[i].pool for i in ladder])
+    order = np.lexsort((number, ladder, worth, ~is_forced))
+    key = np.zeros(len(order))
+    for name in np.unique(pool):
+        here = order[pool[order] == name]
+        members = [one for one in ladders if one.pool == name]
+        key[here] = np.cumsum(size[here]) / sum(one.group.width for one in members) / members[0].speed
+    order = order[np.lexsort((key[order], ~is_forced[order]))]
+    return Steps(ladder[order], size[order], is_forced[order], key[order], pool[order])
+
+
+def _worth(ladder: Ladder, normalize: bool) -> Floats:
+    """Mean score of the units of each step, never falling from one step to the next."""
+    gone = ladder.widths[0] - ladder.widths
+    if ladder.scores is None or ladder.order is None:
+        return np.asarray(gone[1:] / ladder.group.width, np.float64)
+    if len(gone) == 1:
+        return np.zeros(0)
+    scores = ladder.scores[ladder.order]
+    mean = float(np.abs(scores).mean())
+    scores = scores / mean if normalize and mean else scores
+    sums = np.add.reduceat(scores[: gone[-1]], gone[:-1])
+    return np.asarray(np.maximum.accumulate(sums / np.diff(gone)), np.float64)
+
+
+def take_share(steps: Steps, room: Mapping[str, int], n_ladders: int) -> Indices:
+    """Take steps of each pool as long as they fit into the number of units that are to go.
+
+    A step that does not fit ends its ladder; smaller ones behind it may still fit.
+
+    Args:
+        steps: the steps in order.
+        room: pool -> units that are to go.
+        n_ladders: number of ladders.
+
+    Returns:
+        How many steps of each ladder are taken, shape (n_ladders,).
+    """
+    left = dict(room)
+    taken, is_open = np.zeros(n_ladders, np.int64), np.ones(n_ladders, bool)
+    for ladder, size, pool in zip(steps.ladder.tolist(), steps.size.tolist(), steps.pool.tolist(), strict=True):
+        if not is_open[ladder]:
+            continue
+        if size <= left[pool]:
+            left[pool] -= size
+            taken[ladder] += 1
+        else:
+            is_open[ladder] = False
+    return taken
+
+
+def isomorphism_classes(groups: ChannelGroups) -> dict[str, str]:
+    """Name of a group -> its class: groups whose operators and parameters form the same graph, sizes aside.
+
+    The graph of a group holds every value along which its units run, labelled by operator or, for a parameter, by the
+    roles of its dimensions. Graphs are compared by Weisfeiler-Lehman hashes.
+
+    Reference: Fang et al., ECCV 2024, arXiv:2407.04616, which ranks isomorphic sub-structures together.
+    """
+    values = groups.describe()
+    by_name = {value.name: value for value in values}
+    along: dict[int, list[Value]] = {}
+    for value in values:
+        for number in value.groups:
+            along.setdefault(number, []).append(value)
+    return {group.name: _hash(group, along.get(number, []), by_name) for number, group in enumerate(groups)}
+
+
+def _hash(group: ChannelGroup, values: Sequence[Value], by_name: Mapping[str, Value]) -> str:
+    roles = {(member.name, member.dim): ",".join(sorted(member.roles)) for member in group.members}
+    graph: nx.Graph[str] = nx.Graph()
+    for value in values:
+        of = [role for (name, _), role in sorted(roles.items()) if name == value.state]
+        graph.add_node(value.name, label=f"{value.operator or value.kind}:{';'.join(of)}")
+    for value in values:
+        graph.add_edges_from((operand, value.name) for operand in value.operands if operand in graph)
+    return f"{group.role}:{nx.weisfeiler_lehman_graph_hash(graph, node_attr='label', iterations=_ROUNDS)}"

@@ -1,0 +1,115 @@
+"""Scores of a group by a criterion: checked, and with its members put together as asked."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from torchshear.dependency import ChannelGroup
+from torchshear.errors import ArgumentError
+from torchshear.pruners.criteria import Criterion, UnscorableError
+from torchshear.pruners.criteria._weights import OWN_ROLES
+from torchshear.pruners.statistics import Statistics
+
+Floats = npt.NDArray[np.float64]
+
+
+def _mean(scores: Floats) -> Floats:
+    return np.asarray(np.nanmean(scores, 0), np.float64)
+
+
+def _max(scores: Floats) -> Floats:
+    return np.asarray(np.nanmax(scores, 0), np.float64)
+
+
+def _normalized(scores: Floats) -> Floats:
+    means = np.nanmean(scores, 1, keepdims=True)
+    return _mean(scores / np.where(means == 0, 1.0, means))
+
+
+def _geometric(scores: Floats) -> Floats:
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.exp(np.nanmean(np.log(scores), 0)), np.float64)
+
+
+COMBINE: Final[Mapping[str, Callable[[Floats], Floats] | None]] = {
+    "sum": None,
+    "mean": _mean,
+    "max": _max,
+    "normalized": _normalized,
+    "geometric": _geometric,
+}
+"""How scores of a group's members, shape (members, C) with NaN where one lacks a unit, become one; None: the criterion
+puts them together itself, by its own formula."""
+
+
+def group_scores(
+    group: ChannelGroup,
+    criterion: Criterion,
+    weights: Mapping[str, Tensor],
+    statistics: Statistics | None,
+    combine: str = "sum",
+) -> Floats:
+    """Score the units of a group.
+
+    Args:
+        group: the group; C = group.width units.
+        criterion: the function that scores.
+        weights: canonical name of a parameter -> tensor.
+        statistics: what was seen on data, or None.
+        combine: one of `COMBINE`. "sum" is the criterion on the whole group; any other applies it to each dimension
+            that belongs to the units themselves (rows of layers, norm scales, embedding columns), and puts these
+            together: their mean, their maximum, the mean of each divided by its own mean over the units, or the
+            geometric mean.
+
+    Returns:
+        Scores of shape (C,), float64; bigger = keep.
+
+    Raises:
+        ArgumentError: the criterion gave something else than C finite numbers, or, for the geometric mean, less than 0.
+        UnscorableError: the criterion has nothing to say of the group.
+    """
+    together = COMBINE[combine]
+    if together is None:
+        return _checked(group, criterion(group, weights, statistics))
+    rows = list(_by_member(group, criterion, weights, statistics))
+    scores = np.stack(rows)
+    if combine == "geometric" and (scores < 0).any():
+        raise ArgumentError(
+            f"combine='geometric': the criterion gave scores below 0 for group {group.name!r}; use 'mean' instead."
+        )
+    return together(scores)
+
+
+def _by_member(
+    group: ChannelGroup, criterion: Criterion, weights: Mapping[str, Tensor], statistics: Statistics | None
+) -> Iterator[Floats]:
+    """Scores by one member after another; NaN for units of which it has nothing."""
+    known = [member for member in group.members if member.name in weights]
+    own = [member for member in known if member.roles & OWN_ROLES] or known
+    nothing: UnscorableError | None = None
+    n_scored = 0
+    for member in own:
+        try:
+            scores = _checked(group, criterion(replace(group, members=(member,)), weights, statistics))
+        except UnscorableError as error:
+            nothing = error
+            continue
+        n_scored += 1
+        covered = np.bincount(member.units, minlength=group.width) > 0
+        yield np.where(covered, scores, np.nan)
+    if not n_scored:
+        raise nothing or UnscorableError("no weight of the group was given")
+
+
+def _checked(group: ChannelGroup, given: Tensor) -> Floats:
+    scores = np.asarray(given.detach().cpu().numpy(), np.float64)
+    if scores.shape != (group.width,) or not np.isfinite(scores).all():
+        raise ArgumentError(
+            f"the criterion gave scores of shape {scores.shape} for group {group.name!r}; expected {group.width} "
+            f"finite numbers, one a unit."
+        )
+    return scores
