@@ -6,6 +6,8 @@ from torchshear.pruners._pools import isomorphism_classes
 from torchshear.pruners._request import Request
 from torchshear.pruners._selection import Limits, Width, choose_units, choose_width
 from torchshear.pruners._targets import Target, choose_targets
+from torchshear.pruners._unipruning import plan_unipruning
+from torchshear.pruners._unipruning_mask import plan_from_unipruning_mask, write_unipruning_mask
 from torchshear.pruners._weight_source import WeightSource
 from torchshear.pruners.criteria import (
     Criterion,
@@ -36,8 +38,11 @@ __all__ = [
     "find_criterion",
     "isomorphism_classes",
     "plan_from_kept",
+    "plan_from_unipruning_mask",
+    "plan_unipruning",
     "plan_units",
     "random_criterion",
     "registered_criteria",
     "unit_sums",
+    "write_unipruning_mask",
 ]

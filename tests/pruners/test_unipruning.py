@@ -1,0 +1,178 @@
+"""UniPruning's selection against a plain rendering of its definition, its limits, and its mask file."""
+
+import json
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.models import Grouped, image, randomise
+from torchshear.dependency import ChannelGroups
+from torchshear.errors import ArgumentError, PlanError
+from torchshear.pruners import plan_from_unipruning_mask, plan_unipruning, write_unipruning_mask
+
+STEP = 4
+
+
+class Stages(nn.Module):
+    """Two stages with batch norms, the second residual, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 20, 3, bias=False)
+        self.norm_one = nn.BatchNorm2d(20)
+        self.two = nn.Conv2d(20, 24, 3, padding=1)
+        self.norm_two = nn.BatchNorm2d(24)
+        self.three = nn.Conv2d(24, 24, 3, padding=1)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (batch, 5)."""
+        x = torch.relu(self.norm_one(self.one(x)))
+        x = torch.relu(self.norm_two(self.two(x)))
+        x = x + self.three(x)
+        return self.head(x.mean((2, 3)))
+
+
+def groups_of(model: nn.Module) -> ChannelGroups:
+    return torchshear.analyze(torchshear.trace(model, (image(),)))
+
+
+@pytest.fixture(scope="module")
+def stages() -> tuple[nn.Module, ChannelGroups]:
+    model = randomise(Stages())
+    return model, groups_of(model)
+
+
+def n_params(one: int, two: int) -> int:
+    return 27 * one + 2 * one + 9 * one * two + 3 * two + 9 * two * two + two + 5 * two + 5
+
+
+def reference(model: nn.Module, share: float, use_gamma: bool, floor: int) -> dict[str, list[int]]:
+    """The definition with plain lists: layers "one"; and "two" and "three", which are coupled."""
+
+    def norms(layer: nn.Module, norm: nn.Module | None) -> list[float]:
+        rows = layer.weight.detach().double().flatten(1).norm(dim=1)
+        return (rows * norm.weight.detach().double().abs() if norm is not None and use_gamma else rows).tolist()
+
+    importance = {
+        "one": [norms(model.one, model.norm_one)],
+        "two": [norms(model.two, model.norm_two), norms(model.three, None)],
+    }
+    left = {"one": set(range(20)), "two": set(range(24))}
+    while n_params(len(left["one"]), len(left["two"])) > share * n_params(20, 24):
+        best, where, gone = -1.0, "", []
+        for name, layers in importance.items():
+            if len(left[name]) - STEP < max(floor, STEP):
+                continue
+            for layer in layers:
+                order = sorted(left[name], key=lambda c, m=layer: m[c])
+                ratio = median(layer[c] for c in order[-STEP:]) / (median(layer[c] for c in order[:STEP]) + 1e-5)
+                if ratio > best:
+                    best, where, gone = ratio, name, order[:STEP]
+        left[where] -= set(gone)
+    return {f"{name}.weight[0]": sorted(units) for name, units in left.items()}
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("use_gamma", [True, False])
+@pytest.mark.parametrize("floor", [1, 8])
+def test_selection_is_the_definition(
+    stages: tuple[nn.Module, ChannelGroups], share: float, use_gamma: bool, floor: int
+) -> None:
+    model, groups = stages
+    plan = plan_unipruning(groups, share, STEP, floor, use_gamma)
+    expected = reference(model, share, use_gamma, floor)
+    assert {name: kept.tolist() for name, kept in plan.kept.items()} == expected
+    assert plan.request["target_params"] == share
+
+
+def test_a_run_that_weighs_nothing_goes_first() -> None:
+    model = randomise(Stages())
+    with torch.no_grad():
+        model.one.weight[3:7] = 0
+    plan = plan_unipruning(groups_of(model), 0.99, STEP, 1)
+    assert sorted(set(range(20)) - set(plan.kept["one.weight[0]"].tolist())) == [3, 4, 5, 6]
+
+
+def test_widths_that_are_no_multiple_lose_the_rest_first() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 22, 1), nn.ReLU(), nn.Conv2d(22, 5, 1))
+    plan = plan_unipruning(groups_of(randomise(model)), 0.95, 8, 8)
+    assert [len(kept) for kept in plan.kept.values()] == [16]
+
+
+def test_balanced_blocks_lose_equally_many() -> None:
+    model = randomise(Grouped())
+    plan = plan_unipruning(groups_of(model), 0.7, 6, 6)
+    assert all(len(kept) in (6, 12) for kept in plan.kept.values())
+    assert torchshear.shrink(model.eval(), plan)(image()).shape == model(image()).shape
+
+
+def test_a_target_out_of_reach_ends_with_the_best_that_is(stages: tuple[nn.Module, ChannelGroups]) -> None:
+    _, groups = stages
+    best = n_params(8, 8) / n_params(20, 24)
+    with pytest.raises(
+        PlanError, match=rf"target_params=0.05 cannot be reached with run=4 and min_width=8: .*{best:.4f}"
+    ):
+        plan_unipruning(groups, 0.05, STEP, 8)
+    plan = plan_unipruning(groups, best + 1e-6, STEP, 8)
+    assert sorted(len(kept) for kept in plan.kept.values()) == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"target_params": 1.0}, "target_params=1.0: the dense model has"),
+        ({"target_params": -0.5}, "target_params=-0.5; expected what may be left"),
+        ({"target_params": 0.5, "run": 0}, "run=0; expected a whole number"),
+        ({"target_params": 0.5, "min_width": 0}, "min_width=0; expected an integer"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    stages: tuple[nn.Module, ChannelGroups], asked: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        plan_unipruning(stages[1], **asked)  # type: ignore[arg-type]
+
+
+def test_masks_are_written_and_read(stages: tuple[nn.Module, ChannelGroups], tmp_path: Path) -> None:
+    _, groups = stages
+    plan = plan_unipruning(groups, 0.5, STEP, 8)
+    write_unipruning_mask(plan, tmp_path / "mask.json")
+    document = json.loads((tmp_path / "mask.json").read_text())
+    about = document.pop("torchshear")
+    assert about["fingerprint"] == plan.fingerprint
+    assert about["shapes"]["two"] == [24, 20, 3, 3]
+    assert document["two"] == document["three"] == sorted(set(range(24)) - set(plan.kept["two.weight[0]"].tolist()))
+    assert plan_from_unipruning_mask(groups, tmp_path / "mask.json") == plan
+    (tmp_path / "theirs.json").write_text(json.dumps({"three": document["three"][::-1], "one": document["one"]}))
+    assert plan_from_unipruning_mask(groups, tmp_path / "theirs.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot read the mask"),
+        ("[]", "holds list; expected an object"),
+        ('{"won": [1]}', r"'won' is no layer whose channels can go.*Close to it: .*one"),
+        ('{"one": [20]}', "different whole numbers below 20"),
+        ('{"one": [1, 1]}', "different whole numbers below 20"),
+        ('{"one": "all"}', "different whole numbers below 20"),
+        ('{"two": [1], "three": [2]}', "'two' and 'three' are coupled and must lose the same channels"),
+        ('{"torchshear": {"fingerprint": "abc"}, "one": [1]}', "is a mask of another network"),
+    ],
+)
+def test_damaged_masks_are_refused(
+    stages: tuple[nn.Module, ChannelGroups], tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "mask.json").write_text(text)
+    with pytest.raises(PlanError, match=message):
+        plan_from_unipruning_mask(stages[1], tmp_path / "mask.json")
+
+
+def test_a_missing_mask_is_said(stages: tuple[nn.Module, ChannelGroups], tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"cannot read the mask .*none\.json"):
+        plan_from_unipruning_mask(stages[1], tmp_path / "none.json")
