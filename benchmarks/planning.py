@@ -98,6 +98,7 @@ class Timer:
 CHECKS = Timer()
 AGAIN = Timer(CHECKS)
 CHECKS.watch(torchshear.graph._capture, "agrees")
+CHECKS.watch(torchshear.graph._capture, "differs_in_training")
 CHECKS.watch(torchshear.speedup._native_form._Making, "find")
 CHECKS.watch(torchshear.speedup._scales.Scaling, "of_implied")
 CHECKS.watch(torchshear.speedup._native_form, "_failure_in_training")

@@ -1,5 +1,6 @@
 """What goes: criteria that score units, and the selection of those that stay."""
 
+from torchshear.pruners._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
 from torchshear.pruners._keys import Ratio
 from torchshear.pruners._planning import plan_from_kept, plan_units
 from torchshear.pruners._pools import isomorphism_classes
@@ -22,6 +23,8 @@ from torchshear.pruners.statistics import Statistics, collect
 
 __all__ = [
     "Criterion",
+    "DependencyAwarePlan",
+    "LayerMask",
     "Limits",
     "Ratio",
     "Request",
@@ -37,6 +40,7 @@ __all__ = [
     "criterion",
     "find_criterion",
     "isomorphism_classes",
+    "plan_dependency_aware",
     "plan_from_kept",
     "plan_from_unipruning_mask",
     "plan_unipruning",
