@@ -115,3 +115,16 @@ def test_shares_are_read() -> None:
     assert parse_ratio(["layer[3]=0.5", "a=b=1e-1"]) == {"layer[3]": 0.5, "a=b": 0.1}
     with pytest.raises(ArgumentError, match="no number"):
         parse_ratio(["half"])
+
+
+def test_scopes_targets_and_limits_reach_the_plan() -> None:
+    document = pruned("--scope", "global", "--target-macs", "0.5", "--max-ratio", "residual=0.3", "--max-ratio", "*=0.9")
+    assert document["request"]["scope"] == "global"
+    assert document["request"]["max_ratio"] == {"residual": 0.3, "*": 0.9}
+    assert "ratio" not in document["request"]
+    report = document["report"]
+    assert report["after"]["macs"] <= report["target"]["target_macs"] == report["before"]["macs"] // 2
+    assert widths(document)["stem"] >= 6
+    code, _, errors = run("prune", "chosen_nets:net", "--output", "out", "--target-params", "0.001")
+    assert code == 1
+    assert "the best possible is" in " ".join(errors.split())

@@ -10,12 +10,13 @@ import typer
 
 from torchshear.api import Choice
 from torchshear.errors import ArgumentError
+from torchshear.pruners import SCOPES
 
 
-def _check_ratio(given: list[str]) -> list[str]:
+def _check_ratio(given: list[str] | None) -> list[str] | None:
     """Refuse what cannot be read as the command line refuses any such value."""
     try:
-        parse_ratio(given)
+        parse_ratio(given or [])
     except ArgumentError as error:
         raise typer.BadParameter(str(error)) from error
     return given
@@ -25,10 +26,19 @@ _RATIO = typer.Option(
     metavar="[KEY=]SHARE",
     callback=_check_ratio,
     help="Share of each group's channels to remove, in [0, 1); or KEY=SHARE, once or more, where KEY is a role, a "
-    "pattern of module or parameter names, a group, or * for all others.",
+    "pattern of module or parameter names, a group, or * for all others. Default: 0.5, or what a target asks.",
 )
 _AXES = typer.Option(metavar="ROLE", help="Role that may shrink, as ffn or heads; once or more. Default: all.")
 _EXCLUDE = typer.Option(metavar="PATTERN", help="Modules or parameters that keep their shapes; once or more.")
+_SCOPE = typer.Option(
+    help=f"Which units are ranked against one another: {'; '.join(f'{word}: {what}' for word, what in SCOPES.items())}."
+)
+_MACS = typer.Option(
+    metavar="AMOUNT", help="MACs that may be left, in place of a ratio: a share of the dense model's, or a number."
+)
+_PARAMS = typer.Option(metavar="AMOUNT", help="Parameters that may be left, in place of a ratio; likewise.")
+_LEAST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Share that each group loses in any case.")
+_MOST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Largest share that a group may lose.")
 _OUTPUT = typer.Option("--prunable-output", metavar="NAME", help="Output that may shrink; once or more. Default: none.")
 
 _SUBMODULE = typer.Option(
@@ -40,7 +50,12 @@ _SUBMODULE = typer.Option(
 Submodules = Annotated[list[str] | None, _SUBMODULE]
 
 _OPTIONS: Final[dict[str, Any]] = {
-    "ratio": Annotated[list[str], _RATIO],
+    "ratio": Annotated[list[str] | None, _RATIO],
+    "scope": Annotated[str, _SCOPE],
+    "target_macs": Annotated[float | None, _MACS],
+    "target_params": Annotated[float | None, _PARAMS],
+    "min_ratio": Annotated[list[str] | None, _LEAST],
+    "max_ratio": Annotated[list[str] | None, _MOST],
     "axes": Annotated[list[str] | None, _AXES],
     "exclude": Annotated[list[str] | None, _EXCLUDE],
     "prunable_outputs": Annotated[list[str] | None, _OUTPUT],
@@ -52,14 +67,14 @@ def takes_choice(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that choose what may shrink.
 
     Args:
-        command: a function with the keyword arguments `ratio`, a number or a mapping, and `choice`, a `Choice`.
+        command: a function with the keyword arguments `ratio`, a number, a mapping or None, and `choice`, a `Choice`.
 
     Returns:
         A function with the options in place of these two.
     """
     own = inspect.signature(command)
     kept = [parameter for name, parameter in own.parameters.items() if name not in ("ratio", "choice")]
-    defaults = dict.fromkeys(_OPTIONS) | {"ratio": ["0.5"]}
+    defaults = dict.fromkeys(_OPTIONS) | {"scope": "local"}
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
         for name, annotation in _OPTIONS.items()
@@ -67,8 +82,13 @@ def takes_choice(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        ratio = parse_ratio(given.pop("ratio"))
+        ratio = parse_ratio(given.pop("ratio") or [])
         choice: Choice = {
+            "scope": given.pop("scope"),
+            "target_macs": given.pop("target_macs"),
+            "target_params": given.pop("target_params"),
+            "min_ratio": parse_ratio(given.pop("min_ratio") or []) or 0.0,
+            "max_ratio": parse_ratio(given.pop("max_ratio") or []),
             "axes": given.pop("axes") or None,
             "exclude": given.pop("exclude") or (),
             "prunable_outputs": given.pop("prunable_outputs") or (),
@@ -81,12 +101,14 @@ def takes_choice(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def parse_ratio(given: list[str]) -> float | dict[str, float]:
-    """Turn values of the option into a number, or into a mapping if they have keys.
+def parse_ratio(given: list[str]) -> float | dict[str, float] | None:
+    """Turn values of the option into a number, or into a mapping if they have keys; None if there are none.
 
     Raises:
         ArgumentError: a share is no number, a key is given twice, or shares with and without keys are mixed.
     """
+    if not given:
+        return None
     if len(given) == 1 and "=" not in given[0]:
         return _number(given[0])
     ratios: dict[str, float] = {}

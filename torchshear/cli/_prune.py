@@ -42,7 +42,7 @@ def prune(
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
     *,
-    ratio: float | dict[str, float],
+    ratio: float | dict[str, float] | None,
     choice: Choice,
 ) -> None:
     """Prune a model, prove it equal to the masked one, write it with its plan and as ONNX, and measure it.

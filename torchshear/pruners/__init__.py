@@ -4,7 +4,7 @@ from torchshear.pruners._dependency_aware import DependencyAwarePlan, LayerMask,
 from torchshear.pruners._keys import Ratio
 from torchshear.pruners._planning import plan_from_kept, plan_units
 from torchshear.pruners._pools import isomorphism_classes
-from torchshear.pruners._request import Request
+from torchshear.pruners._request import SCOPES, Request
 from torchshear.pruners._selection import Limits, Width, choose_units, choose_width
 from torchshear.pruners._targets import Target, choose_targets
 from torchshear.pruners._unipruning import plan_unipruning
@@ -22,6 +22,7 @@ from torchshear.pruners.criteria import (
 from torchshear.pruners.statistics import Statistics, collect
 
 __all__ = [
+    "SCOPES",
     "Criterion",
     "DependencyAwarePlan",
     "LayerMask",
