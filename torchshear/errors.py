@@ -10,6 +10,7 @@ __all__ = [
     "DataError",
     "ExportError",
     "LatencyError",
+    "MaskError",
     "OutputError",
     "PlanError",
     "TorchshearError",
@@ -37,6 +38,10 @@ class WeightError(TorchshearError, ValueError):
 
 class PlanError(TorchshearError, ValueError):
     """A plan does not fit the model, is damaged, or no plan can meet the request."""
+
+
+class MaskError(TorchshearError, ValueError):
+    """Masks do not fit the model, cannot be laid on it or taken off it, or their file is damaged."""
 
 
 class CheckpointError(TorchshearError, ValueError):

@@ -1,0 +1,138 @@
+"""Masks as a value: what is kept of each weight, layer by layer how that came about, and a file of both."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from torchshear._files import atomic_path
+from torchshear.errors import MaskError, first_line
+
+_FORMAT = "torchshear.masks"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What was masked in one layer, or of the heads of one attention layer.
+
+    Attributes:
+        name: name of the layer; of heads, of their channel group.
+        kind: "linear", "transposed linear", "projection", "convolution", "transposed convolution", "embedding", or
+            "heads".
+        shape: shape of the weight, empty for heads.
+        pattern: the pattern that units are of.
+        n_units: number of units that could be masked: weights, blocks, groups of M, channels or heads.
+        n_masked: number of units that are masked; of an N:M pattern, in which N of M are.
+        requested: fraction of the weights that was to go.
+        achieved: fraction of the weights that is masked.
+        note: why the layer was skipped or lost another share than asked, or "".
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str
+    n_units: int
+    n_masked: int
+    requested: float
+    achieved: float
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    """Masks of a model's parameters.
+
+    Attributes:
+        tensors: name of a parameter -> bool tensor of its shape on the CPU, True = kept; not to be written to.
+        layers: what was done to each layer that was considered, in the order of the model.
+        pattern: the pattern of the units, "" if the masks were read off a model.
+    """
+
+    tensors: Mapping[str, Tensor]
+    layers: tuple[LayerReport, ...] = ()
+    pattern: str = ""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], layers: tuple[LayerReport, ...] = (), pattern: str = "") -> "Masks":
+        """Check and wrap masks.
+
+        Raises:
+            MaskError: a mask is no bool tensor.
+        """
+        for name, mask in tensors.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                what = f"of type {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+                raise MaskError(f"the mask of {name!r} is {what}; expected a tensor of torch.bool, True = kept.")
+        return cls(MappingProxyType(dict(tensors)), layers, pattern)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the masked tensors' elements that is masked; 0 if there are none."""
+        total = sum(mask.numel() for mask in self.tensors.values())
+        return sum(int((~mask).sum()) for mask in self.tensors.values()) / total if total else 0.0
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write masks and report into one safetensors file.
+
+        Raises:
+            OutputError: the folder is missing or not writable, or the disk is full; what was there is unchanged.
+        """
+        document = {"pattern": self.pattern, "layers": [asdict(layer) for layer in self.layers]}
+        header = {"format": _FORMAT, "version": str(_VERSION), "document": json.dumps(document)}
+        with atomic_path(path) as temporary:
+            save_file({name: mask.contiguous() for name, mask in self.tensors.items()}, str(temporary), header)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Masks":
+        """Read masks. No code in the file is run. Whether they fit a model is checked when they are laid on it.
+
+        Raises:
+            MaskError: the file is missing, damaged, of a newer version, or holds something else.
+        """
+        try:
+            with safe_open(str(path), "pt") as file:
+                header = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise _unreadable(path, first_line(error)) from error
+        if header.get("format") != _FORMAT:
+            raise _unreadable(path, f"its format is {header.get('format')!r}, not {_FORMAT!r}")
+        if header.get("version") != str(_VERSION):
+            raise _unreadable(path, f"its version is {header.get('version')!r}, and {_VERSION} is known")
+        try:
+            document = json.loads(header["document"])
+            return cls.of(tensors, tuple(_layer(entry) for entry in document["layers"]), str(document["pattern"]))
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, MaskError):
+                raise _unreadable(path, str(error)) from error
+            raise _unreadable(path, f"its report is damaged ({first_line(error)})") from error
+
+
+def _layer(entry: Any) -> LayerReport:
+    return LayerReport(
+        name=str(entry["name"]),
+        kind=str(entry["kind"]),
+        shape=tuple(int(size) for size in entry["shape"]),
+        pattern=str(entry["pattern"]),
+        n_units=int(entry["n_units"]),
+        n_masked=int(entry["n_masked"]),
+        requested=float(entry["requested"]),
+        achieved=float(entry["achieved"]),
+        note=str(entry["note"]),
+    )
+
+
+def _unreadable(path: str | PathLike[str], why: str) -> MaskError:
+    return MaskError(
+        f"cannot read masks from {str(Path(path))!r}: {why}. Expected a file that Masks.save wrote; write it again."
+    )

@@ -1,0 +1,190 @@
+"""From masks to a plan: units whose removal gives the same function as their masks are removed physically."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, make_plan
+from torchshear.errors import ArgumentError, MaskError
+from torchshear.graph import Graph, close_to, output_leaves
+from torchshear.graph._run import graph_output
+from torchshear.pruners.masks._masks import Masks
+from torchshear.pruners.masks._members import by_position, mask_of_units, unit_values
+
+Bools = npt.NDArray[np.bool_]
+State = Mapping[str, Tensor]
+
+_READS: Final = frozenset({"in"})
+_N_PROBES: Final = 2  # random inputs, beside the example
+_TOLERANCE: Final = 1e-9  # of the largest output; what is proved is the sum of exact zeros
+
+
+def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> PruningPlan:
+    """Plan the removal of units that masks have ended, so that the shrunk model computes what the masked one does.
+
+    A unit can go in two cases. Nothing reads it: all weights of all layers that read it are zero, and there is such a
+    layer. Or it is nothing: all parameters of its own (rows, biases, scales and shifts of norms) are zero. Groups that
+    a norm, a softmax or a mean runs over stay whole, since fewer channels are another function there. Both cases are
+    then tried: on the example and on random inputs, outputs must stay the same when all parameters of the units that
+    go are zeroed, and when those that nobody reads are drawn anew. A group that fails, as one that is also summed over
+    or whose zeros become something else (a sigmoid), stays whole and says so.
+
+    Balanced blocks lose equally many units, and every minimum is kept; what is left over are zeros as before.
+
+    Args:
+        groups: the analysed network, traced from the model after `make_permanent`.
+        masks: masks of its parameters, if they are not permanent yet; shrink the model only once they are.
+
+    Returns:
+        The plan, for `torchshear.shrink`; it cuts nothing where no unit can go.
+
+    Raises:
+        ArgumentError: `groups` is no analysed network.
+        MaskError: a mask is of no parameter, or has another shape; masks lie on the traced model; the model is on the
+            meta device.
+    """
+    if not isinstance(groups, ChannelGroups):
+        raise ArgumentError(f"groups is {type(groups).__name__}; expected torchshear.analyze(torchshear.trace(...)).")
+    state = _masked_state(groups.graph, masks)
+    ended = {group.name: _ended(groups, group, state) for group in groups.prunable if not group.is_mixed}
+    unread = {name: found[0] for name, found in ended.items()}
+    goes = {name: _balanced(groups[name], found[0] | found[1]) for name, found in ended.items()}
+    goes = {name: units for name, units in goes.items() if units.any()}
+    notes: dict[str, str] = {}
+    if goes and not _is_same(groups, state, goes, unread):
+        failing = [name for name in goes if not _is_same(groups, state, {name: goes[name]}, unread)]
+        notes = dict.fromkeys(failing or goes, "stays whole: its masked units still change the outputs")
+        goes = {name: units for name, units in goes.items() if name not in notes}
+        if goes and not _is_same(groups, state, goes, unread):
+            notes |= dict.fromkeys(goes, "stays whole: together with others its masked units change the outputs")
+            goes = {}
+    for name, found in ended.items():
+        n_left = int((found[0] | found[1]).sum()) - int(goes[name].sum()) if name in goes else 0
+        if n_left:
+            notes[name] = f"{n_left} masked units stay: blocks keep equally many, and a least number stays"
+    kept = {name: np.flatnonzero(~units) for name, units in goes.items()}
+    request = {"kept": "masks", "pattern": masks.pattern if masks is not None else ""}
+    return make_plan(Cut(groups, kept), kept, request, notes)
+
+
+def _masked_state(graph: Graph, masks: Masks | None) -> dict[str, Tensor]:
+    """The network's tensors with zeros where they are masked.
+
+    Raises:
+        MaskError: the masks do not fit, or there are no values.
+    """
+    state = {name: entry.tensor.detach() for name, entry in graph.state.items()}
+    on_model = next((name for name in state if ".parametrizations." in f".{name}" and name.endswith(".mask")), None)
+    if on_model is not None:
+        raise MaskError(
+            f"masks lie on the model that was traced ({on_model!r}); make them permanent and trace it again: "
+            f"torchshear.pruners.masks.make_permanent(model)."
+        )
+    if any(tensor.is_meta for tensor in state.values()):
+        raise MaskError("the model is on the meta device and has no weights in which to look for zeros; load them.")
+    for given, mask in masks.tensors.items() if masks is not None else ():
+        name = graph.aliases.get(given, given)
+        if name not in state or tuple(mask.shape) != tuple(state[name].shape):
+            what = (
+                f"shape {tuple(mask.shape)}, not {tuple(state[name].shape)}" if name in state else "no such parameter"
+            )
+            raise MaskError(f"the mask of {given!r} is for another model: {what}.{close_to(given, graph.aliases)}")
+        state[name] = torch.where(mask.to(state[name].device), state[name], 0)
+    return state
+
+
+def _ended(groups: ChannelGroups, group: ChannelGroup, state: State) -> tuple[Bools, Bools]:
+    """Units that no layer reads, and units all of whose own parameters are zero."""
+    parameters = [member for member in group.members if groups.graph.state[member.name].kind == "parameter"]
+    readers = [member for member in parameters if member.roles & _READS]
+    own = [member for member in parameters if not member.roles & _READS]
+    return _all_zero(readers, state, group.width), _all_zero(own, state, group.width)
+
+
+def _all_zero(members: list[Member], state: State, width: int) -> Bools:
+    """Units of which every weight of all members is zero; none if there is no member."""
+    zero = np.full(width, bool(members))
+    for member in members:
+        lines = (by_position(member, state[member.name]) != 0).any(1).double().cpu()
+        zero &= unit_values(member, lines, width, "sum").numpy() == 0
+    return zero
+
+
+def _balanced(group: ChannelGroup, ended: Bools) -> Bools:
+    """The most units that can go of those that have ended: equally many in each block, the later ones first."""
+    labels = np.zeros(group.width, np.int64) if group.balance is None else group.balance
+    counts = np.bincount(labels[ended], minlength=group.n_blocks)
+    n_cut = min(int(counts.min()), group.max_cut // group.n_blocks)
+    goes = np.zeros(group.width, bool)
+    for block in range(group.n_blocks if n_cut else 0):
+        goes[np.flatnonzero(ended & (labels == block))[-n_cut:]] = True
+    return goes
+
+
+def _is_same(groups: ChannelGroups, state: State, goes: Mapping[str, Bools], unread: Mapping[str, Bools]) -> bool:
+    """Whether outputs stay when units are zeroed, and when those that nobody reads are drawn anew."""
+    graph = groups.graph
+    if graph.is_assumed:
+        return False
+    zeroed, drawn = dict(state), dict(state)
+    generator = torch.Generator().manual_seed(0)
+    for name, units in goes.items():
+        for member in groups[name].members:
+            if graph.state[member.name].kind != "parameter":
+                continue
+            zeroed[member.name] = _with(zeroed[member.name], member, units, None)
+            if not member.roles & _READS:
+                drawn[member.name] = _with(drawn[member.name], member, units & unread[name], generator)
+    for leaves in _inputs(graph):
+        expected = _outputs(graph, state, leaves)
+        if not all(_are_equal(expected, _outputs(graph, other, leaves)) for other in (zeroed, drawn)):
+            return False
+    return True
+
+
+def _with(tensor: Tensor, member: Member, units: Bools, generator: torch.Generator | None) -> Tensor:
+    """A weight with zeros, or with random numbers, at some units."""
+    stays = mask_of_units(member, tuple(tensor.shape), torch.from_numpy(~units)).to(tensor.device)
+    if generator is None:
+        return torch.where(stays, tensor, 0)
+    values = torch.randn(tensor.shape, generator=generator).to(tensor)
+    return torch.where(stays, tensor, values)
+
+
+def _inputs(graph: Graph) -> Iterable[list[Any]]:
+    """Flat inputs: the example, and random ones of its shapes; integers are the given ones in another order."""
+    generator = torch.Generator().manual_seed(1)
+
+    def redrawn(value: Tensor) -> Tensor:
+        if value.is_floating_point():
+            return torch.randn(value.shape, generator=generator).to(value)
+        return value.flatten()[torch.randperm(value.numel(), generator=generator)].reshape(value.shape)
+
+    for number in range(1 + _N_PROBES):
+        inputs = graph.inputs.map(redrawn) if number else graph.inputs.copy()
+        yield pytree.tree_leaves((inputs.args, inputs.kwargs))
+
+
+def _outputs(graph: Graph, state: State, leaves: list[Any]) -> list[Any]:
+    devices = [tensor.device for tensor in state.values() if tensor.is_cuda]
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(0)  # what is drawn at random inside the model is drawn alike
+        copied = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return output_leaves(graph_output(graph.fx_graph, state, copied))
+
+
+def _are_equal(left: list[Any], right: list[Any]) -> bool:
+    """Whether outputs are the same, NaN where the others are NaN."""
+    for one, other in zip(left, right, strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            scale = float(one.abs().nan_to_num(0, 0).max()) if one.numel() else 0.0
+            if not torch.allclose(one, other, rtol=0, atol=_TOLERANCE * scale, equal_nan=True):
+                return False
+        elif isinstance(one, Tensor) and not torch.equal(one, other):
+            return False
+    return True
