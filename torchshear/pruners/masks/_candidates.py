@@ -66,9 +66,10 @@ def layer_candidate(
     report = LayerReport(layer.name, layer.form.kind, shape, pattern.text, 0, 0, 0.0, 0.0)
     view = layer.view(torch.empty(shape, device="meta"))
     grid = (view.shape[0], view.shape[1], view.shape[2], view.shape[3])
-    problem = layer.problem or pattern.misfit(grid)
+    problem = layer.problem
     if not problem and layer.form.kind == "embedding" and pattern.text != "1x1":
         problem = "a table of embeddings takes pattern '1x1' only"
+    problem = problem or pattern.misfit(grid)
     if not problem and not layer.tensor.numel():
         problem = "it holds no weights"
     if problem:

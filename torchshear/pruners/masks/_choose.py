@@ -142,19 +142,17 @@ def _layer_candidates(
 ) -> tuple[list[Candidate | LayerReport], list[float]]:
     pattern, known = parse_pattern(text), find_layers(model)
     ratios = _ratios(names, ratio, known, [name for name, one in known.items() if one.form.kind != "embedding"])
-    chosen: dict[int, tuple[Layer, float]] = {}
+    chosen: dict[int, tuple[str, float]] = {}
     for name, own in ratios.items():
-        layer, other = chosen.setdefault(id(known[name]), (known[name], own))
+        first, other = chosen.setdefault(id(known[name]), (name, own))
         if other != own:
-            raise ArgumentError(
-                f"{name!r} and {layer.name!r} share one weight and are given two ratios, {own} and {other}."
-            )
+            raise ArgumentError(f"{first!r} and {name!r} share one weight and are given two ratios, {other} and {own}.")
         if own > pattern.largest + 1e-9:
             raise ArgumentError(
                 f"ratio={own} with pattern {text!r}, which masks {pattern.largest:.4g} of the weights at most; ask for "
                 f"no more."
             )
-    masked = [layer for layer, _ in chosen.values()]
+    masked: list[Layer] = [known[name] for name, _ in chosen.values()]
     for layer in masked:
         layer.require_values()
     _check_previous(previous, {layer.weight: tuple(layer.tensor.shape) for layer in masked})

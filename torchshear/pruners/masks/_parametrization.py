@@ -160,8 +160,9 @@ def _lay(places: list[_Place], mask: Tensor, existing: Existing) -> None:
     shared = Mask(mask)
     for place in places:
         order = tuple(place.module._parameters)
+        _own_class(place.module)
         parametrize.register_parametrization(place.module, place.attribute, shared)
-        _chains(place.module)[place.attribute].order_before = order  # type: ignore[assignment] - any value can be set
+        vars(_chains(place.module)[place.attribute])["order_before"] = order
 
 
 def make_permanent(model: nn.Module) -> None:
@@ -194,11 +195,23 @@ def _take_off(model: nn.Module, is_permanent: bool) -> None:
     places = _masked_places(model)
     orders = {id(place.module): _order(place.module) for place in places}
     for place in places:
+        _own_class(place.module)
         parametrize.remove_parametrizations(place.module, place.attribute, leave_parametrized=is_permanent)
     for place in places:
         held = place.module._parameters
         for name in [*orders[id(place.module)], *(name for name in held if name not in orders[id(place.module)])]:
             held[name] = held.pop(name)
+
+
+def _own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class that no other has.
+
+    Torch keeps the properties of parametrized tensors in a class made for the module, which a deep copy shares: to
+    change them for one would break the other.
+    """
+    if parametrize.is_parametrized(module):
+        shared = type(module)
+        module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
 
 
 def _order(module: nn.Module) -> tuple[str, ...]:

@@ -109,7 +109,8 @@ def to_semi_structured(model: nn.Module, masks: Masks) -> SemiStructured:
     copied = copy_model(model)
     for name in chosen:
         module = copied.get_submodule(name)
-        module.weight = nn.Parameter(_packed(name, module.weight.detach()), requires_grad=False)  # type: ignore[arg-type, union-attr, operator]
+        assert isinstance(module, nn.Linear), "no other is chosen"
+        module.weight = nn.Parameter(_packed(name, module.weight.detach()), requires_grad=False)
     return SemiStructured(copied, tuple(chosen), MappingProxyType(skipped))
 
 
@@ -126,6 +127,8 @@ def _sorted_out(model: nn.Module, masks: Masks, backend: Backend) -> tuple[list[
         if name not in layers:
             continue
         problem = _problem(layers[name], mask, backend)
+        if not problem and type(model.get_submodule(layers[name].name)).forward is not nn.Linear.forward:
+            problem = "its class has a forward of its own"
         if problem:
             skipped[layers[name].name] = problem
         else:

@@ -1,0 +1,75 @@
+"""Masks on disk: read back as they were; anything else in the file is an error."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tests.models import randomise
+from torchshear.errors import MaskError, OutputError
+from torchshear.pruners import masks as m
+
+
+def some() -> m.Masks:
+    return m.choose_masks(randomise(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 8))), "4x1", 0.5)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    masks = some()
+    masks.save(tmp_path / "masks.safetensors")
+    back = m.Masks.load(tmp_path / "masks.safetensors")
+    assert back.pattern == "4x1"
+    assert back.layers == masks.layers
+    assert back.tensors.keys() == masks.tensors.keys()
+    assert all(torch.equal(back.tensors[name], mask) for name, mask in masks.tensors.items())
+    assert back.sparsity == masks.sparsity == 0.5
+    assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
+
+
+def test_names_are_checked_when_they_are_laid_on(tmp_path: Path) -> None:
+    some().save(tmp_path / "masks.safetensors")
+    other = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
+    with pytest.raises(MaskError, match="the masks name '1.weight', which is no parameter of this model"):
+        m.apply(other, m.Masks.load(tmp_path / "masks.safetensors"))
+
+
+def test_nothing_is_written_where_it_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot write"):
+        some().save(tmp_path / "missing" / "masks.safetensors")
+
+
+DOCUMENT = json.dumps({"pattern": "1x1", "layers": []})
+
+
+@pytest.mark.parametrize(
+    ("header", "mask", "message"),
+    [
+        ({"format": "pt"}, True, "its format is 'pt', not 'torchshear.masks'"),
+        ({"format": "torchshear.masks", "version": "2"}, True, "its version is '2', and 1 is known"),
+        ({"format": "torchshear.masks", "version": "1"}, True, "its report is damaged"),
+        ({"format": "torchshear.masks", "version": "1", "document": "{"}, True, "its report is damaged"),
+        ({"format": "torchshear.masks", "version": "1", "document": "[1]"}, True, "its report is damaged"),
+        ({"format": "torchshear.masks", "version": "1", "document": '{"layers": [{}]}'}, True, "its report is damaged"),
+        ({"format": "torchshear.masks", "version": "1", "document": DOCUMENT}, False, "the mask of 'a' is of type"),
+    ],
+)
+def test_damage(tmp_path: Path, header: dict[str, str], mask: bool, message: str) -> None:
+    save_file({"a": torch.ones(2, dtype=torch.bool if mask else torch.float32)}, tmp_path / "a.safetensors", header)
+    with pytest.raises(MaskError, match=f"cannot read masks from .*a.safetensors': .*{message}"):
+        m.Masks.load(tmp_path / "a.safetensors")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(MaskError, match="cannot read masks from"):
+        m.Masks.load(tmp_path / "missing.safetensors")
+    (tmp_path / "text.safetensors").write_text("not a tensor")
+    with pytest.raises(MaskError, match="cannot read masks from"):
+        m.Masks.load(tmp_path / "text.safetensors")
+
+
+def test_masks_are_bool_tensors() -> None:
+    with pytest.raises(MaskError, match="the mask of 'a' is a list; expected a tensor of torch.bool"):
+        m.Masks.of({"a": [True]})
