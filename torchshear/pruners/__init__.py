@@ -1,5 +1,6 @@
 """What goes: criteria that score units, and the selection of those that stay."""
 
+from torchshear.pruners import masks
 from torchshear.pruners._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
 from torchshear.pruners._keys import Ratio
 from torchshear.pruners._planning import plan_from_kept, plan_units
@@ -41,6 +42,7 @@ __all__ = [
     "criterion",
     "find_criterion",
     "isomorphism_classes",
+    "masks",
     "plan_dependency_aware",
     "plan_from_kept",
     "plan_from_unipruning_mask",

@@ -85,8 +85,6 @@ def head_candidate(
     of their scores. The mean is that of Neural Compressor, where queries, keys and values have equally many weights.
     """
     report = LayerReport(group.name, HEADS, (), HEADS, group.width, 0, 0.0, 0.0)
-    if group.width < 2:
-        return replace(report, note="skipped: there is one head only")
     members = _members(groups, group)
     scored = [member for member in members if member.roles & _SCORED]
     if not scored:
@@ -100,7 +98,7 @@ def head_candidate(
         found = unit_values(member, per_line, group.width, reduce)
         total = torch.maximum(total, found) if reduce == "max" else total + found
         n_values = torch.full((member.size,), float(lines.shape[1]), dtype=torch.float64)
-        count += unit_values(member, n_values, group.width, "sum")
+        count += unit_values(member, n_values, group.width)
     is_gone = torch.stack([_gone(member, before[member.name], group.width) for member in scored]).all(0)
     heads = (total / count if reduce == "mean" else total).masked_fill(is_gone, -torch.inf)
     shapes = {member.name: groups.graph.state[member.name].shape for member in members}
@@ -114,7 +112,7 @@ def _before(layer: Layer, previous: Masks | None) -> Tensor:
 
 def _gone(member: Member, before: Tensor, width: int) -> Tensor:
     left = by_position(member, before).any(1).double()
-    return unit_values(member, left, width, "sum") == 0
+    return unit_values(member, left, width) == 0
 
 
 def _build(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -58,7 +58,7 @@ class Masks:
         pattern: the pattern of the units, "" if the masks were read off a model.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor] = field(repr=False)
     layers: tuple[LayerReport, ...] = ()
     pattern: str = ""
 

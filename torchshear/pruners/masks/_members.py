@@ -37,14 +37,19 @@ def mask_of_units(member: Member, shape: tuple[int, ...], kept: Tensor) -> Tenso
     return StatePlan(shape, {member.dim: np.flatnonzero(line)}, blocks).mask()
 
 
-def unit_values(member: Member, lines: Tensor, width: int, reduce: str) -> Tensor:
-    """Sum or maximum of a member's values for each unit, from one value a position; shape (width,)."""
-    units, positions = torch.from_numpy(member.units), torch.from_numpy(member.positions)
-    start = torch.zeros(width, dtype=lines.dtype)
-    if reduce == "max":
-        start = torch.full((width,), -torch.inf, dtype=lines.dtype)
-    return (
-        start.index_reduce_(0, units, lines[positions], "amax")
-        if reduce == "max"
-        else start.index_add_(0, units, lines[positions])
-    )
+def unit_values(member: Member, lines: Tensor, width: int, reduce: str = "sum") -> Tensor:
+    """Sum or maximum of a member's values for each unit, from one value a position.
+
+    Args:
+        member: the dimension.
+        lines: shape (member.size,), on the CPU.
+        width: number of units of the group.
+        reduce: "sum" or "max".
+
+    Returns:
+        Shape (width,), float64; of a unit that has no position 0, or -inf as the maximum.
+    """
+    found = np.full(width, -np.inf if reduce == "max" else 0.0)
+    combine = np.maximum if reduce == "max" else np.add
+    combine.at(found, member.units, lines.numpy()[member.positions])
+    return torch.from_numpy(found)

@@ -51,21 +51,22 @@ def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> Prunin
     if not isinstance(groups, ChannelGroups):
         raise ArgumentError(f"groups is {type(groups).__name__}; expected torchshear.analyze(torchshear.trace(...)).")
     state = _masked_state(groups.graph, masks)
-    ended = {group.name: _ended(groups, group, state) for group in groups.prunable if not group.is_mixed}
+    ended = {group.name: _ended(groups, group, state) for group in groups.prunable}
     unread = {name: found[0] for name, found in ended.items()}
     goes = {name: _balanced(groups[name], found[0] | found[1]) for name, found in ended.items()}
     goes = {name: units for name, units in goes.items() if units.any()}
-    notes: dict[str, str] = {}
+    notes = {name: "stays whole: a norm, softmax or mean runs over it" for name in goes if groups[name].is_mixed}
+    goes = {name: units for name, units in goes.items() if name not in notes}
     if goes and not _is_same(groups, state, goes, unread):
         failing = [name for name in goes if not _is_same(groups, state, {name: goes[name]}, unread)]
-        notes = dict.fromkeys(failing or goes, "stays whole: its masked units still change the outputs")
+        notes |= dict.fromkeys(failing or goes, "stays whole: its masked units still change the outputs")
         goes = {name: units for name, units in goes.items() if name not in notes}
         if goes and not _is_same(groups, state, goes, unread):
             notes |= dict.fromkeys(goes, "stays whole: together with others its masked units change the outputs")
             goes = {}
     for name, found in ended.items():
         n_left = int((found[0] | found[1]).sum()) - int(goes[name].sum()) if name in goes else 0
-        if n_left:
+        if n_left and name not in notes:
             notes[name] = f"{n_left} masked units stay: blocks keep equally many, and a least number stays"
     kept = {name: np.flatnonzero(~units) for name, units in goes.items()}
     request = {"kept": "masks", "pattern": masks.pattern if masks is not None else ""}
@@ -99,10 +100,10 @@ def _masked_state(graph: Graph, masks: Masks | None) -> dict[str, Tensor]:
 
 
 def _ended(groups: ChannelGroups, group: ChannelGroup, state: State) -> tuple[Bools, Bools]:
-    """Units that no layer reads, and units all of whose own parameters are zero."""
-    parameters = [member for member in group.members if groups.graph.state[member.name].kind == "parameter"]
-    readers = [member for member in parameters if member.roles & _READS]
-    own = [member for member in parameters if not member.roles & _READS]
+    """Units that no layer reads, and units all of whose own parameters are zero. Buffers may be read with as well."""
+    is_parameter = {name: entry.kind == "parameter" for name, entry in groups.graph.state.items()}
+    readers = [member for member in group.members if member.roles & _READS]
+    own = [member for member in group.members if not member.roles & _READS and is_parameter[member.name]]
     return _all_zero(readers, state, group.width), _all_zero(own, state, group.width)
 
 
@@ -111,7 +112,7 @@ def _all_zero(members: list[Member], state: State, width: int) -> Bools:
     zero = np.full(width, bool(members))
     for member in members:
         lines = (by_position(member, state[member.name]) != 0).any(1).double().cpu()
-        zero &= unit_values(member, lines, width, "sum").numpy() == 0
+        zero &= unit_values(member, lines, width).numpy() == 0
     return zero
 
 

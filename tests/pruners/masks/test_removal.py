@@ -1,0 +1,264 @@
+"""Units that masks have ended are removed, and the shrunk model computes what the masked one did; no others are."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.models import Attention, Grouped, Residual, Tied, image, randomise
+from tests.oracle import assert_outputs_equal, fresh_inputs
+from tests.pruners.masks.networks import FeedForward, Separate, TwoReaders
+from torchshear.errors import ArgumentError, MaskError
+from torchshear.pruners import masks as m
+from torchshear.pruners.masks._removal import _is_same
+
+TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def analysed(net: nn.Module, x: Tensor) -> object:
+    return torchshear.analyze(torchshear.trace(net, (x,)))
+
+
+def ready(net: nn.Module) -> nn.Module:
+    return randomise(net.double().eval())
+
+
+def removed(net: nn.Module, x: Tensor, masks: m.Masks) -> tuple[dict[str, int], nn.Module]:
+    """Lay masks on, remove what has ended, compare; gives how many units went of each group."""
+    dense = copy.deepcopy(net)
+    m.apply(net, masks)
+    inputs = [x, fresh_inputs(x, 11)]
+    expected = [net(one) for one in inputs]
+    m.make_permanent(net)
+    plan = m.plan_from_masks(analysed(net, x))
+    assert plan == m.plan_from_masks(analysed(dense, x), masks), "the same, whether masks are permanent yet or not"
+    small = torchshear.shrink(net, plan)
+    with torch.no_grad():
+        for one, output in zip(inputs, expected, strict=True):
+            assert_outputs_equal(small(one), output.detach(), 1e-9)
+    return {group.name: group.width - len(group.kept) for group in plan.groups}, small
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, str, dict[str, int]]] = {
+    "residual_columns": (Residual, image().double(), "channelx1", {"stem.weight[0]": 3, "one.weight[0]": 8}),
+    "residual_rows": (Residual, image().double(), "1xchannel", {"stem.weight[0]": 0, "one.weight[0]": 8}),
+    "grouped_columns": (Grouped, image().double(), "channelx1", {"one.weight[0]": 3, "two.weight[0]": 3}),
+    "grouped_rows": (Grouped, image().double(), "1xchannel", {"one.weight[0]": 6, "two.weight[0]": 3}),
+    "feed_forward_columns": (FeedForward, TOKENS, "channelx1", {"up.weight[0]": 12}),
+    "feed_forward_rows": (FeedForward, TOKENS, "1xchannel", {"up.weight[0]": 12}),
+    "gated_columns": (lambda: FeedForward(True), TOKENS, "channelx1", {"up.weight[0]": 12}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_masked_equals_shrunk(name: str) -> None:
+    make, x, pattern, expected = CASES[name]
+    net = ready(make())
+    found, small = removed(net, x, m.choose_masks(net, pattern, 0.5))
+    assert {group: count for group, count in found.items() if group in expected} == expected
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Attention(16, 4), Separate, lambda: Separate(4, 2)], ids=["fused", "separate", "shared"]
+)
+def test_heads(make: Callable[[], nn.Module]) -> None:
+    net = ready(make())
+    masks = m.choose_masks(net, "heads", 0.5, groups=analysed(net, TOKENS))
+    found, small = removed(net, TOKENS, masks)
+    (report,) = masks.layers
+    assert found[report.name] == report.n_masked == report.n_units // 2
+    proj = "proj" if isinstance(net, Attention) else "out"
+    assert small.get_submodule(proj).weight.shape[1] == net.get_submodule(proj).weight.shape[1] // 2
+
+
+def test_the_width_of_a_head_stays_where_queries_and_keys_read_it() -> None:
+    net = ready(Attention(16, 4))
+    with torch.no_grad():
+        net.proj.weight.view(16, 4, 4)[:, :, 1] = 0
+    found = m.plan_from_masks(analysed(net, TOKENS))
+    assert found.n_cut == 0
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+@pytest.mark.parametrize("other", ["sum", "largest", "product"])
+def test_units_that_something_else_reads_stay(other: str, is_alive: bool) -> None:
+    net = ready(TwoReaders(other))
+    with torch.no_grad():
+        net.down.weight[:, :6] = 0
+        if not is_alive:
+            net.up.bias[:6] = -1e6  # no example shows these units, yet other inputs would
+    assert m.plan_from_masks(analysed(net, torch.randn(3, 6).double())).n_cut == 0
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_units_that_a_buffer_reads_stay(is_alive: bool) -> None:
+    class WithBuffer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 5)
+            self.register_buffer("fixed", torch.ones(5, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.relu(self.up(x))
+            return self.down(hidden) + torch.nn.functional.linear(hidden, self.fixed)
+
+    net = ready(WithBuffer())
+    with torch.no_grad():
+        net.down.weight[:, :6] = 0
+        if not is_alive:
+            net.up.bias[:6] = -1e6
+    x = torch.randn(3, 6).double()
+    assert m.plan_from_masks(analysed(net, x)).n_cut == 0
+    net.fixed[:, :6] = 0
+    plan = m.plan_from_masks(analysed(net, x))
+    assert plan.n_cut == 6
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+
+
+def test_the_trial_finds_readers_of_units_that_are_silent_on_every_example() -> None:
+    net = ready(TwoReaders("sum"))
+    with torch.no_grad():
+        net.down.weight[:, :6] = 0
+        net.up.bias[:6] = -1e6
+    groups = analysed(net, torch.randn(3, 6).double())
+    state = {name: entry.tensor for name, entry in groups.graph.state.items()}
+    goes = {"up.weight[0]": np.arange(12) < 6}
+    assert not _is_same(groups, state, goes, goes)
+    assert _is_same(groups, state, goes, {"up.weight[0]": np.zeros(12, bool)}), "no claim that nobody reads them"
+
+
+def test_a_group_that_fails_does_not_hold_back_others() -> None:
+    net = ready(nn.Sequential(nn.Linear(6, 8), nn.Sigmoid(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)))
+    x = torch.randn(3, 6).double()
+    with torch.no_grad():
+        net[0].weight[4:] = 0
+        net[0].bias[4:] = 0
+        net[4].weight[:, 3:] = 0
+    expected = net(x)
+    plan = m.plan_from_masks(analysed(net, x))
+    assert {group.name: len(group.kept) for group in plan.groups} == {"0.weight[0]": 8, "2.weight[0]": 3}
+    assert plan.groups[0].note == "stays whole: its masked units still change the outputs"
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), expected, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("activation", "n_cut"), [(nn.GELU(), 4), (nn.ReLU(), 4), (nn.Sigmoid(), 0), (nn.Softplus(), 0)]
+)
+def test_rows_of_zeros_go_only_if_they_stay_zero(activation: nn.Module, n_cut: int) -> None:
+    net = ready(nn.Sequential(nn.Linear(6, 8), activation, nn.Linear(8, 3)))
+    with torch.no_grad():
+        net[0].weight[4:] = 0
+        net[0].bias[4:] = 0
+    assert m.plan_from_masks(analysed(net, torch.randn(3, 6).double())).n_cut == n_cut
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_rows_of_zeros_before_a_norm(has_bias: bool) -> None:
+    net = ready(nn.Sequential(nn.Conv2d(3, 8, 1, bias=has_bias), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    with torch.no_grad():
+        net[0].weight[4:] = 0
+        if has_bias:
+            net[0].bias[4:] = 0
+    x = image().double()
+    assert m.plan_from_masks(analysed(net, x)).n_cut == 0, "the norm shifts zeros"
+    with torch.no_grad():
+        net[1].weight[4:] = 0
+    assert m.plan_from_masks(analysed(net, x)).n_cut == 0
+    with torch.no_grad():
+        net[1].bias[4:] = 0
+    plan = m.plan_from_masks(analysed(net, x))
+    assert plan.kept["0.weight[0]"].tolist() == [0, 1, 2, 3]
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+    plain = ready(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 1)))
+    with torch.no_grad():
+        plain[0].weight[4:] = 0
+        plain[0].bias[4:] = 0
+    assert m.plan_from_masks(analysed(plain, x)).n_cut == 0, "the norm takes its mean from zeros"
+
+
+def test_a_stream_with_a_norm_stays_whole() -> None:
+    net = ready(nn.Sequential(nn.Linear(6, 16), FeedForward(), nn.Linear(16, 3)))
+    with torch.no_grad():
+        net[1].up.weight[:, :8] = 0
+        net[2].weight[:, :8] = 0
+    plan = m.plan_from_masks(analysed(net, torch.randn(2, 4, 6).double()))
+    assert plan.n_cut == 0
+    assert plan.groups[0].note == "stays whole: a norm, softmax or mean runs over it"
+
+
+def test_one_unit_is_left_of_a_group_that_ended_whole() -> None:
+    net = ready(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+    nn.init.zeros_(net[2].weight)
+    x = torch.randn(3, 6).double()
+    plan = m.plan_from_masks(analysed(net, x))
+    assert plan.kept["0.weight[0]"].tolist() == [0]
+    assert plan.groups[0].note == "1 masked units stay: blocks keep equally many, and a least number stays"
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+
+
+def test_blocks_keep_equally_many() -> None:
+    net = ready(Grouped())
+    with torch.no_grad():
+        net.two.weight[:4, 0] = 0  # inputs 0 and 1 of the first group of four, 1 of the second, 3 of the third
+        net.two.weight[:4, 1] = 0
+        net.two.weight[4:8, 1] = 0
+        net.two.weight[8:, 3] = 0
+    x = image().double()
+    plan = m.plan_from_masks(analysed(net, x))
+    assert plan.kept["one.weight[0]"].tolist() == [0, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+
+
+def test_recurrent_units() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(5, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0])
+
+    net = ready(Recurrent())
+    x = torch.randn(2, 4, 5).double()
+    with torch.no_grad():
+        net.head.weight[:, 5:] = 0
+    assert m.plan_from_masks(analysed(net, x)).n_cut == 0, "the next step reads them"
+    with torch.no_grad():
+        net.rnn.weight_hh_l0[:, 5:] = 0
+    plan = m.plan_from_masks(analysed(net, x))
+    assert plan.n_cut == 3
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+
+
+def test_tied_weights() -> None:
+    net = ready(Tied())
+    tokens = torch.arange(11)[None]
+    found, _ = removed(net, tokens, m.choose_masks(net, "channelx1", 0.5, layers=["back"]))
+    assert found["hidden.weight[0]"] == 16
+
+
+def test_partial_masks_remove_nothing() -> None:
+    net = ready(Residual())
+    found, _ = removed(net, image().double(), m.choose_masks(net, "2:4", 0.5))
+    assert not any(found.values())
+
+
+def test_bad_arguments() -> None:
+    net = ready(Residual())
+    with pytest.raises(ArgumentError, match="groups is Residual; expected torchshear.analyze"):
+        m.plan_from_masks(net)
+    groups = analysed(net, image().double())
+    with pytest.raises(MaskError, match="mask of 'stem.wight' is for another model: no such.*Close to it: stem.weight"):
+        m.plan_from_masks(groups, m.Masks.of({"stem.wight": torch.ones(1).bool()}))
+    with pytest.raises(MaskError, match=r"another model: shape \(1,\), not \(8, 3, 3, 3\)"):
+        m.plan_from_masks(groups, m.Masks.of({"stem.weight": torch.ones(1).bool()}))
+    m.apply(net, m.choose_masks(net))
+    with pytest.raises(MaskError, match="masks lie on the model that was traced"):
+        m.plan_from_masks(analysed(net, image().double()))
+    with pytest.raises(MaskError, match="on the meta device and has no weights"):
+        m.plan_from_masks(analysed(Residual().to("meta").eval(), image().to("meta")))
