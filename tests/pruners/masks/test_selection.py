@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from torchshear.pruners.masks._selection import count_of, keep_highest, lowest_first
+from torchshear.pruners.masks._selection import count_of, keep_highest, lowest, lowest_first
 
 N = 192  # units of each of three layers; the first has the lowest scores, the last the highest
 TOY = [torch.arange(N) + 1000.0 * layer for layer in range(3)]
@@ -112,6 +112,13 @@ def test_of_equal_scores_the_later_goes_first() -> None:
     assert lowest_first(torch.tensor([1.0, 0.0, 1.0, 0.0])).tolist() == [3, 1, 2, 0]
     kept = keep_highest([torch.ones(3), torch.ones(3)], 4, 4, [0, 0], [3, 3])
     assert [one.tolist() for one in kept] == [[True, True, False], [False, False, False]]
+
+
+@given(st.lists(st.one_of(st.integers(0, 3), st.just(float("-inf"))), min_size=1, max_size=12), st.integers(-1, 13))
+def test_lowest_is_the_head_of_the_order(values: list[float], count: int) -> None:
+    scores = torch.tensor(values, dtype=torch.float32)
+    expected = sorted(lowest_first(scores)[: max(count, 0)].tolist())
+    assert lowest(scores, count).nonzero().flatten().tolist() == expected
 
 
 @pytest.mark.parametrize(("n", "ratio", "count"), [(10, 0.35, 3), (10, 0.3, 3), (100, 0.29, 29), (384, 0.8, 307)])

@@ -21,7 +21,7 @@ class Candidate:
 
     Attributes:
         report: what is known before units are chosen.
-        scores: score of each unit, one dimension, float64 on the CPU; -inf for units that are masked already.
+        scores: score of each unit, one dimension, on the CPU; -inf for units that are masked already.
         largest: fraction of the weights that goes with all units.
         build: masks from the units that are kept.
     """
@@ -76,7 +76,7 @@ def layer_candidate(
         return replace(report, note=f"skipped: {problem}")
     scores = layer.view(scorer(layer))
     before = _before(layer, previous, scores)
-    units = pattern.unit_scores(scores.masked_fill(~before, 0.0), reduce).double()
+    units = pattern.unit_scores(scores.masked_fill(~before, 0.0), reduce)
     units = units.masked_fill(pattern.gone(before), -torch.inf).cpu()
     order = scores.masked_fill(~before, -torch.inf)
 

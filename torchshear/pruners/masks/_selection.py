@@ -51,16 +51,27 @@ def keep_highest(
         For each layer a bool tensor, True = kept; fewer than `now` units go only if the limits forbid more.
     """
     pool = torch.cat(list(scores))
-    order = lowest_first(pool)
-    rank = torch.cat([ranks(one) for one in scores])
-    sizes = torch.tensor([len(one) for one in scores], device=pool.device)
-    at_least, at_most = (
-        torch.tensor(list(limit), device=pool.device).repeat_interleave(sizes) for limit in (least, most)
-    )
-    may_go = (rank < at_most)[order]
-    is_beyond = (rank >= at_least)[order] & may_go
-    may_go &= ~is_beyond | (is_beyond.cumsum(0) <= max(0, final - sum(least)))
-    goes = order[may_go][:now]
-    kept = torch.ones(len(pool), dtype=torch.bool, device=pool.device)
-    kept[goes] = False
-    return list(torch.split(kept, sizes.tolist()))
+    may_go = torch.cat([lowest(one, limit) for one, limit in zip(scores, most, strict=True)])
+    is_due = torch.cat([lowest(one, limit) for one, limit in zip(scores, least, strict=True)]) & may_go
+    may_go = is_due | _lowest_of(pool, may_go & ~is_due, final - sum(least))
+    kept = ~_lowest_of(pool, may_go, now)
+    return list(torch.split(kept, [len(one) for one in scores]))
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """Mark the `count` lowest entries of a tensor of one dimension, of equal ones the later; without sorting them."""
+    if count <= 0:
+        return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if count >= len(scores):
+        return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    threshold = scores.kthvalue(count).values
+    chosen = scores < threshold
+    ties = (scores == threshold).nonzero().flatten()
+    chosen[ties[len(ties) - count + int(chosen.sum()) :]] = True
+    return chosen
+
+
+def _lowest_of(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """As `lowest`, of the entries that are marked only."""
+    chosen = lowest(scores.masked_fill(~among, torch.inf), min(count, int(among.sum())))
+    return chosen & among
