@@ -121,6 +121,19 @@ def test_networks_without_heads() -> None:
         m.choose_masks(net, "heads", groups=analysed(net, image()))
 
 
+def test_layers_that_multiply_in_their_own_way() -> None:
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T + self.bias
+
+    net, plain = Separate(4, 4), randomise(Separate(4, 4))
+    net.q, net.out = Own(16, 24), Own(24, 16)
+    net.load_state_dict(plain.state_dict())
+    masks, expected = (m.choose_masks(one, "heads", 0.5, groups=analysed(one)) for one in (net, plain))
+    assert masks.tensors.keys() == expected.tensors.keys()
+    assert all(torch.equal(mask, expected.tensors[name]) for name, mask in masks.tensors.items())
+
+
 def test_heads_that_no_projection_holds() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

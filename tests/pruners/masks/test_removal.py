@@ -12,6 +12,7 @@ import torchshear
 from tests.models import Attention, Grouped, Residual, Tied, image, randomise
 from tests.oracle import assert_outputs_equal, fresh_inputs
 from tests.pruners.masks.networks import FeedForward, Separate, TwoReaders
+from tests.strategies import RandomNetwork, example_input, random_description
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
 from torchshear.pruners.masks._removal import _is_same
@@ -262,3 +263,22 @@ def test_bad_arguments() -> None:
         m.plan_from_masks(analysed(net, image().double()))
     with pytest.raises(MaskError, match="on the meta device and has no weights"):
         m.plan_from_masks(analysed(Residual().to("meta").eval(), image().to("meta")))
+
+
+@pytest.mark.parametrize("pattern", ["channelx1", "1xchannel"])
+def test_random_networks(pattern: str) -> None:
+    n_cut = []
+    for seed in range(6):
+        description = random_description(100 * len(pattern) + seed)
+        net, x = RandomNetwork(description), example_input(description)
+        m.apply(net, m.choose_masks(net, pattern, 0.5))
+        inputs = [x, fresh_inputs(x, 5), 3 * fresh_inputs(x, 6)]
+        with torch.no_grad():
+            expected = [net(one) for one in inputs]
+            m.make_permanent(net)
+            plan = m.plan_from_masks(analysed(net, x))
+            small = torchshear.shrink(net, plan)
+            for one, output in zip(inputs, expected, strict=True):
+                assert_outputs_equal(small(one), output, 1e-9)
+        n_cut.append(plan.n_cut)
+    assert sum(n > 0 for n in n_cut) >= 3, n_cut

@@ -17,7 +17,6 @@ from torchshear.pruners.masks._members import by_position, mask_of_units, unit_v
 from torchshear.pruners.masks._patterns import HEADS, Reduce
 from torchshear.pruners.masks._scores import Scorer
 
-_SCORED: Final = frozenset({"out", "in"})
 _MASKED: Final = frozenset({"out", "in", "bias"})
 _BY_DEFAULT: Final = frozenset({"heads", "kv_heads"})
 
@@ -49,26 +48,27 @@ def is_default(group: ChannelGroup) -> bool:
 
 
 def weights_of_heads(model: nn.Module, groups: ChannelGroups, chosen: list[ChannelGroup]) -> dict[str, Layer]:
-    """The weights of heads by canonical name, as layers to be scored.
+    """The weights and biases in which heads lie by canonical name, as layers to be scored.
+
+    These are the parameters of which the analysis knows that they make or read heads, and those of registered layers,
+    which may use their weights in ways of their own.
 
     Raises:
-        MaskError: a parameter of the groups is not one of the model.
+        MaskError: a parameter of the groups has another shape in the model.
     """
-    known = {layer.weight: layer for layer in find_layers(model).values()}
+    layers = {id(layer): layer for layer in find_layers(model).values()}.values()
+    known = {layer.weight: layer for layer in layers}
+    of_layers = known.keys() | {layer.bias for layer in layers}
     found: dict[str, Layer] = {}
-    for member in (member for group in chosen for member in _members(groups, group)):
-        name = member.name
-        layer = known.get(name) or Layer(name, name, None, LayerWeight(bias=None), groups.graph.state[name].tensor)
-        if tuple(layer.tensor.shape) != groups.graph.state[name].shape:
+    for member in (member for group in chosen for member in group.members):
+        name, entry = member.name, groups.graph.state[member.name]
+        if entry.kind != "parameter" or not (member.roles & _MASKED or name in of_layers):
+            continue
+        layer = known.get(name) or Layer(name, name, None, LayerWeight(bias=None), entry.tensor)
+        if tuple(layer.tensor.shape) != entry.shape:
             raise MaskError(f"{name!r} has another shape in the model than in its channel groups; analyse this model.")
         found[name] = layer
     return found
-
-
-def _members(groups: ChannelGroups, group: ChannelGroup) -> list[Member]:
-    """Dimensions of weights and biases in which heads lie."""
-    is_parameter = {name: entry.kind == "parameter" for name, entry in groups.graph.state.items()}
-    return [member for member in group.members if member.roles & _MASKED and is_parameter[member.name]]
 
 
 def head_candidate(
@@ -85,8 +85,8 @@ def head_candidate(
     of their scores. The mean is that of Neural Compressor, where queries, keys and values have equally many weights.
     """
     report = LayerReport(group.name, HEADS, (), HEADS, group.width, 0, 0.0, 0.0)
-    members = _members(groups, group)
-    scored = [member for member in members if member.roles & _SCORED]
+    members = [member for member in group.members if member.name in weights]
+    scored = [member for member in members if weights[member.name].tensor.ndim > 1]  # biases are masked only
     if not scored:
         return replace(report, note="skipped: no projection holds its heads")
     before = {member.name: _before(weights[member.name], previous) for member in members}
