@@ -2,6 +2,7 @@
 
 import copy
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -105,20 +106,23 @@ def test_a_copy_does_not_follow_what_becomes_of_the_original() -> None:
     assert type(second).__name__ == "ParametrizedLinear"
 
 
-def test_permanent_and_removed_models_are_what_they_were_before() -> None:
-    for take_off in (m.make_permanent, m.remove):
-        net, masks = masked()
-        parameters = {id(parameter) for parameter in net.parameters()}
+@pytest.mark.parametrize("pattern", ["1x1", "1xchannel"])
+@pytest.mark.parametrize("take_off", [m.make_permanent, m.remove])
+def test_permanent_and_removed_models_are_what_they_were_before(take_off: Callable, pattern: str) -> None:
+    net = network()
+    masks = m.choose_masks(net, pattern, 0.5)
+    parameters = {id(parameter) for parameter in net.parameters()}
+    m.apply(net, masks)
+    take_off(net)
+    expected = by_hand(network(), masks) if take_off is m.make_permanent else network()
+    assert not any(parametrize.is_parametrized(module) for module in net.modules())
+    assert {id(parameter) for parameter in net.parameters()} == parameters, "optimizers know them still"
+    assert list(net.state_dict()) == list(expected.state_dict()), "the order too, which optimizers save by"
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in net.state_dict().items())
+    graphs = [torchshear.trace(one, (image(),)) for one in (net, expected)]
+    assert graphs[0].fingerprint == graphs[1].fingerprint
+    with pytest.raises(MaskError, match="no masks lie on this model"):
         take_off(net)
-        expected = by_hand(network(), masks) if take_off is m.make_permanent else network()
-        assert not any(parametrize.is_parametrized(module) for module in net.modules())
-        assert {id(parameter) for parameter in net.parameters()} == parameters, "optimizers know them still"
-        assert list(net.state_dict()) == list(expected.state_dict()), "the order too, which optimizers save by"
-        assert all(torch.equal(value, expected.state_dict()[name]) for name, value in net.state_dict().items())
-        graphs = [torchshear.trace(one, (image(),)) for one in (net, expected)]
-        assert graphs[0].fingerprint == graphs[1].fingerprint
-        with pytest.raises(MaskError, match="no masks lie on this model"):
-            take_off(net)
 
 
 @pytest.mark.parametrize("existing", ["multiply", "replace"])

@@ -8,7 +8,7 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from tests.models import randomise
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
-from torchshear.pruners.masks._semi_structured import MULTIPLES, _sorted_out, is_two_of_four, shape_problem
+from torchshear.pruners.masks._semi_structured import MULTIPLES, _packed, _sorted_out, is_two_of_four, shape_problem
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -111,12 +111,10 @@ def test_converted_layers_compute_the_same(dtype: torch.dtype) -> None:
     assert type(net[0].weight) is nn.Parameter, "the model is as it was"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not HAS_CUDA, reason="needs CUDA")
-def test_a_model_on_the_cpu_is_refused() -> None:
-    net, masks = network()
+def test_a_weight_on_the_cpu_is_refused() -> None:
+    net, _ = network()
     with pytest.raises(MaskError, match="layer '0' is on cpu; move the model to CUDA first"):
-        m.to_semi_structured(net, masks)
+        _packed("0", net[0].weight)
 
 
 def test_report() -> None:
