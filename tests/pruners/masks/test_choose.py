@@ -399,5 +399,9 @@ def test_bad_models() -> None:
     nn.init.constant_(broken[1].weight, float("nan"))
     with pytest.raises(WeightError, match=r"'1.weight' holds values that are NaN"):
         m.choose_masks(broken)
-    with pytest.raises(MaskError, match=r"previous mask of '0.weight' has shape \(2, 2\)"):
+    with pytest.raises(MaskError, match=r"one of shape \(2, 2\) for '0.weight', which has shape \(8, 8\)"):
         m.choose_masks(NET, previous=m.Masks.of({"0.weight": torch.ones(2, 2, dtype=torch.bool)}))
+    with pytest.raises(MaskError, match="for '0.wight', which is no parameter of this model: .* Close to it: 0.weight"):
+        m.choose_masks(NET, previous=m.Masks.of({"0.wight": torch.ones(2, 2, dtype=torch.bool)}))
+    with pytest.raises(ArgumentError, match="previous is dict; expected the Masks of an earlier choice"):
+        m.choose_masks(NET, previous={})

@@ -13,6 +13,7 @@ from torchshear.pruners.masks._candidates import Candidate, layer_candidate
 from torchshear.pruners.masks._heads import head_candidate, head_groups, is_default, weights_of_heads
 from torchshear.pruners.masks._layers import Layer, find_layers
 from torchshear.pruners.masks._masks import LayerReport, Masks
+from torchshear.pruners.masks._parametrization import parameter_shapes
 from torchshear.pruners.masks._patterns import HEADS, Reduce, parse_pattern
 from torchshear.pruners.masks._scores import Score, find_scorer
 from torchshear.pruners.masks._selection import count_of, keep_highest
@@ -155,7 +156,7 @@ def _layer_candidates(
     masked: list[Layer] = [known[name] for name, _ in chosen.values()]
     for layer in masked:
         layer.require_values()
-    _check_previous(previous, {layer.weight: tuple(layer.tensor.shape) for layer in masked})
+    _check_previous(previous, model)
     scorer = find_scorer(score, masked)
     found = [layer_candidate(layer, pattern, scorer, reduce, previous) for layer in masked]
     return found, [own for _, own in chosen.values()]
@@ -175,7 +176,7 @@ def _head_candidates(
     ratios = _ratios(names, ratio, known, [name for name, group in known.items() if is_default(group)])
     chosen: list[ChannelGroup] = [known[name] for name in ratios]
     weights = weights_of_heads(model, groups, chosen)
-    _check_previous(previous, {name: tuple(layer.tensor.shape) for name, layer in weights.items()})
+    _check_previous(previous, model)
     scorer = find_scorer(score, list(weights.values()))
     found = [head_candidate(groups, group, weights, scorer, reduce, previous) for group in chosen]
     return found, list(ratios.values())
@@ -204,12 +205,24 @@ def _ratios(names: Layers, ratio: float, known: Collection[str], default: list[s
     return {name: float(given[name]) for name in known if name in given}
 
 
-def _check_previous(previous: Masks | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    for name, mask in previous.tensors.items() if previous is not None else ():
-        if name in shapes and tuple(mask.shape) != shapes[name]:
+def _check_previous(previous: object, model: nn.Module) -> None:
+    """Refuse masks of another model.
+
+    Raises:
+        ArgumentError: they are no masks.
+        MaskError: a name or shape is not that of a parameter.
+    """
+    if previous is None:
+        return
+    if not isinstance(previous, Masks):
+        raise ArgumentError(f"previous is {type(previous).__name__}; expected the Masks of an earlier choice, or None.")
+    shapes = parameter_shapes(model)
+    for name, mask in previous.tensors.items():
+        if shapes.get(name) != tuple(mask.shape):
+            what = f"which has shape {shapes[name]}" if name in shapes else "which is no parameter of this model"
             raise MaskError(
-                f"the previous mask of {name!r} has shape {tuple(mask.shape)}, the weight {shapes[name]}: it is of "
-                f"another model."
+                f"the previous masks hold one of shape {tuple(mask.shape)} for {name!r}, {what}: they are of another "
+                f"model.{close_to(name, shapes) if name not in shapes else ''}"
             )
 
 

@@ -83,6 +83,11 @@ def _places(model: nn.Module) -> Iterator[_Place]:
                 yield _Place(f"{prefix}.{attribute}" if prefix else attribute, module, attribute, parameter)
 
 
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters under each of their names, whether masks lie on them or not."""
+    return {place.name: tuple(place.parameter.shape) for place in _places(model) if place.parameter is not None}
+
+
 def apply(model: nn.Module, masks: Masks, existing: Existing = "multiply") -> None:
     """Lay masks on a model, as parametrizations of its weights. The model is changed in place.
 
