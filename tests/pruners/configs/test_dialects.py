@@ -18,7 +18,7 @@ def test_first_words_of_nni() -> None:
     entry = one([{"op_types": ["Conv2d"], "sparsity": 0.5}])
     assert entry.dialect == "nni"
     assert (entry.label, entry.where, entry.ratio) == ("config_list[0]", Where(types=("Conv2d",)), 0.5)
-    assert (entry.scope, entry.pattern, entry.criterion, entry.excludes) == ("local", "out_channel", None, False)
+    assert (entry.scope, entry.pattern, entry.criterion, entry.excludes) == ("local", "default", None, False)
 
 
 def test_second_words_of_nni() -> None:
@@ -58,7 +58,7 @@ def test_third_words_of_nni() -> None:
 @pytest.mark.parametrize(
     ("granularity", "pattern"),
     [
-        ("default", "out_channel"),
+        ("default", "default"),
         ("out_channel", "out_channel"),
         ("in_channel", "in_channel"),
         ([1, -1], "out_channel"),

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+CHANNEL_PATTERNS = frozenset({"out_channel", "in_channel", "heads"})
+DEFAULT_PATTERN = "default"
+
 Dialect = Literal["nni", "nni v3", "neural_compressor"]
 
 
@@ -51,7 +54,7 @@ class Entry:
         max_ratio: in a pool, the greatest fraction that a layer loses.
         criterion: name of the criterion, None where the pruner says it.
         pattern: what a unit is: "out_channel", "in_channel", "heads", or of single weights "1x1", "NxM" (N outputs by
-            M inputs) and "N:M" (N of M consecutive inputs go).
+            M inputs) and "N:M" (N of M consecutive inputs go); "default" where the pruner says it.
         reduce: how scores inside a block become one: "mean", "sum" or "max".
         notes: what was read in another way than written, or has no effect.
     """
@@ -65,7 +68,7 @@ class Entry:
     min_ratio: float = 0.0
     max_ratio: float = 1.0
     criterion: str | None = None
-    pattern: str = "out_channel"
+    pattern: str = DEFAULT_PATTERN
     reduce: str = "mean"
     notes: tuple[str, ...] = ()
 
@@ -85,6 +88,3 @@ class Entry:
             (e.ratio, e.pool, e.min_ratio, e.max_ratio, e.criterion, e.pattern, e.reduce) for e in (self, other)
         )
         return own == others
-
-
-CHANNEL_PATTERNS = frozenset({"out_channel", "in_channel", "heads"})

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from torchshear.errors import ArgumentError
-from torchshear.pruners.configs._entry import Entry, Where
+from torchshear.pruners.configs._entry import DEFAULT_PATTERN, Entry, Where
 from torchshear.pruners.configs._words import (
     Reader,
     closed_fraction,
@@ -40,7 +40,7 @@ def _granularity(place: str, value: Any) -> str:
     )
 
 
-_GRANULARITIES: Final = {"default": "out_channel", "out_channel": "out_channel", "in_channel": "in_channel"}
+_GRANULARITIES: Final = {"default": DEFAULT_PATTERN, "out_channel": "out_channel", "in_channel": "in_channel"}
 _BLOCKS: Final = {(1, -1): "out_channel", (-1, 1): "in_channel"}
 
 
@@ -172,7 +172,7 @@ def _entry(label: str, keys: dict[str, Any], version: str) -> Entry:
         pool=pool,
         min_ratio=least,
         max_ratio=most,
-        pattern=keys.get("granularity", "out_channel"),
+        pattern=keys.get("granularity", DEFAULT_PATTERN),
         notes=("coupled layers are found in the graph, not by dependency_group_id",)
         if "dependency_group_id" in keys
         else (),

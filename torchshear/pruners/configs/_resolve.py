@@ -8,7 +8,7 @@ from torch import nn
 
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError
-from torchshear.pruners.configs._entry import Entry
+from torchshear.pruners.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.pruners.configs._layers import Layer, LayerGroups, list_layers
 from torchshear.pruners.configs._resolved import ConfigRow, GroupTarget, ResolvedConfig
 from torchshear.pruners.configs._select import assign, select
@@ -17,7 +17,11 @@ _EXACT = 1e-12
 
 
 def resolve(
-    model: nn.Module, entries: Sequence[Entry], groups: ChannelGroups | None = None, criterion: str | None = None
+    model: nn.Module,
+    entries: Sequence[Entry],
+    groups: ChannelGroups | None = None,
+    criterion: str | None = None,
+    pattern: str = "out_channel",
 ) -> ResolvedConfig:
     """Say what a config list asks of each layer and of each channel group of a model.
 
@@ -36,6 +40,7 @@ def resolve(
         groups: the analysed model; needed where units are channels or heads, and by configs of Neural Compressor, whose
             layers that make an output of the model are left whole.
         criterion: name of the criterion of entries that name none.
+        pattern: what a unit is in entries that do not say.
 
     Returns:
         The resolved config; `str()` of it is a table.
@@ -52,7 +57,7 @@ def resolve(
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     selections = [select(entry, layers, modules) for entry in entries]
     owners = assign(entries, selections)
-    entries = [replace(e, criterion=e.criterion or criterion) for e in entries]
+    entries = [_filled(entry, criterion, pattern) for entry in entries]
     by_label = {entry.label: entry for entry in entries}
     owners = {layer: by_label[entry.label] for layer, entry in owners.items()}
     _check_groups_given(owners, groups)
@@ -69,6 +74,12 @@ def resolve(
     if not resolved.ratios and not resolved.weight_ratios:
         raise ArgumentError(_nothing(resolved))
     return resolved
+
+
+def _filled(entry: Entry, criterion: str | None, pattern: str) -> Entry:
+    """An entry with what the pruner says where it does not."""
+    own = pattern if entry.pattern == DEFAULT_PATTERN else entry.pattern
+    return replace(entry, criterion=entry.criterion or criterion, pattern=own)
 
 
 def _check_groups_given(owners: Mapping[str, Entry], groups: ChannelGroups | None) -> None:
@@ -190,7 +201,8 @@ def _row(
         )
     row = replace(row, entry=entry.label, criterion=entry.criterion or "", pattern=entry.pattern, ratio=entry.ratio)
     if not entry.removes_channels:
-        return replace(row, removed=0.0, masked=entry.ratio, parameter=_weight(layer))
+        reason = "single weights become zeros, and nothing gets smaller"
+        return replace(row, removed=0.0, masked=entry.ratio, parameter=_weight(layer), reason=reason)
     own = claims.groups_of.get(layer.name, ())
     if not own:
         assert claims.found is not None, "channels were asked for, and the groups are there"
