@@ -132,6 +132,7 @@ WRONG = [
     ([{**CONV, "sparsity": 1.0}], r"config_list\[0\]: sparsity=1\.0; expected a number in \[0, 1\)"),
     ([{**CONV, "sparsity": -0.1}], r"sparsity=-0\.1; expected"),
     ([{**CONV, "sparsity": float("nan")}], r"sparsity=nan; expected"),
+    ([{**CONV, "sparsity": 10**400}], r"sparsity=1000.*\.\.\.; expected"),
     ([{**CONV, "sparsity": True}], r"sparsity=True; expected"),
     ([{**CONV, "sparsity": "0.5"}], r"sparsity='0\.5'.*A number in quotes is a text"),
     ([{**CONV, "sparsity": None}], r"sparsity=None"),

@@ -149,6 +149,7 @@ UNMATCHED = [
     ({"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names": ["con"]}, "the excluded name 'con'"),
     ({"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_types": ["Linea"]}, "the excluded type 'Linea'"),
     ({"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names_re": ["x.*"]}, "the excluded pattern 'x"),
+    ({"op_names": ["fcc"], "exclude": True}, r"the name 'fcc' fits no layer of the model\. Close to it: fc"),
     ({"op_types": ["Conv2d"], "sparsity": 0.0}, "nothing that the config asks for can be removed"),
 ]
 
@@ -220,6 +221,59 @@ def test_single_weights_need_no_groups() -> None:
         resolve(Heads(), parse_config([{"op_types": ["Conv2d"], "sparsity": 0.5}]))
     with pytest.raises(ArgumentError, match="leave the layers whole that make the outputs"):
         resolve(Heads(), parse_config([{"pattern": "1x1"}]))
+
+
+def test_layers_that_masks_do_not_know_are_skipped() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.LSTM(3, 4)
+            self.head = parametrizations.weight_norm(nn.Linear(4, 2))
+            self.other = nn.Linear(4, 2)
+
+    found = resolve(Recurrent(), parse_config([{"op_types": ["default"], "sparsity": 0.5}]), pattern="1x1")
+    assert found.weight_ratios == {"other.weight": 0.5}
+    assert row_of(found, "steps").reason == "how a LSTM keeps its weights is not known to masks"
+    assert "its weight is computed" in row_of(found, "head").reason
+    tied = resolve(Tied(), parse_config([{"op_names": ["head"], "sparsity": 0.5}]), pattern="1x1")
+    assert tied.weight_ratios == {"head.weight": 0.5}
+
+
+def test_an_excluded_norm_follows_where_convolutions_are_asked_for() -> None:
+    config = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_types": ["BatchNorm2d"], "exclude": True}]
+    assert resolved(Heads(), config).ratios.keys() == {"conv.weight[0]", "conv2.weight[0]"}
+    two = [{"op_names": ["norm"], "sparsity": 0.5}, {"op_types": ["Conv2d"], "exclude": True}]
+    assert resolved(Heads(), two).ratios.keys() == {"conv.weight[0]"}
+
+
+def test_a_pattern_that_is_a_name_is_that_name() -> None:
+    model = nn.Module()
+    model.add_module("inner", nn.ModuleDict({"c": nn.Linear(2, 2)}))
+    model.add_module("innerXc", nn.Linear(2, 2))
+    entries = parse_config([{"op_names_re": ["inner.c"], "sparse_ratio": 0.5, "granularity": [1, 1]}])
+    assert resolve(model, entries).weight_ratios.keys() == {"inner.c.weight"}
+
+
+def test_kv_heads_take_the_ratio_of_all_projections() -> None:
+    class Grouped4(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(16, n, bias=False) for n in (32, 16, 16))
+            self.o = nn.Linear(32, 16, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            q = self.q(x).reshape(b, n, 8, 4).transpose(1, 2)
+            k, v = (p(x).reshape(b, n, 4, 4).transpose(1, 2).repeat_interleave(2, 1) for p in (self.k, self.v))
+            return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, 32))
+
+    config = [{"op_names": ["q", "k", "v"], "sparsity": 0.5}]
+    groups = analysed(Grouped4(), torch.randn(2, 5, 16))
+    found = resolve(Grouped4(), parse_config(config), groups, "l1")
+    assert [groups[name].role for name in found.ratios] == ["kv_heads"]
+    plan = torchshear.plan(groups, "l1", found.ratios)
+    assert plan.state["q.weight"].new_shape == (16, 16)
+    assert plan.state["k.weight"].new_shape == (8, 16)
 
 
 def test_layers_that_make_outputs_are_left_whole() -> None:

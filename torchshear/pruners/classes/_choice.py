@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
+from torch import nn
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, make_plan
 from torchshear.dependency.alignment import Alignment
@@ -16,7 +16,8 @@ from torchshear.errors import ArgumentError
 from torchshear.pruners._planning import plan_units
 from torchshear.pruners._request import Request
 from torchshear.pruners.configs import Entry, ResolvedConfig
-from torchshear.pruners.masks import LayerReport, Masks, choose_masks
+from torchshear.pruners.configs._layers import maskable_weights
+from torchshear.pruners.masks import Masks, choose_masks
 from torchshear.pruners.masks._layers import find_layers
 from torchshear.pruners.masks._scores import Score
 from torchshear.pruners.statistics import Statistics, WeightSums
@@ -75,7 +76,7 @@ def plan_config(
     return make_plan(Cut(groups, kept), kept, request, notes, resolved.ratios)
 
 
-def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statistics | None) -> Masks | None:
+def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statistics | None) -> list[Masks]:
     """Choose masks for what a config asks of single weights, entry by entry.
 
     Args:
@@ -84,31 +85,19 @@ def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statist
         statistics: what criteria that look at data need.
 
     Returns:
-        The masks, or None if no single weights are asked for.
+        Masks of each entry that asks for any.
 
     Raises:
-        ArgumentError: a criterion scores no single weights, or a layer is of a type that masks do not know.
+        ArgumentError: a criterion scores no single weights.
         MaskError: a pattern fits none of its layers.
     """
-    known = {layer.weight: name for name, layer in reversed(find_layers(model).items())}
+    known = maskable_weights(model)
     entries = {entry.label: entry for entry in resolved.entries}
     asked: dict[str, dict[str, float]] = defaultdict(dict)
     for row in resolved.rows:
         if row.parameter and row.masked > 0:
-            if row.parameter not in known:
-                raise ArgumentError(
-                    f"{row.entry} asks for masks of {row.parameter!r}, of a {row.type_name}, and how that keeps its "
-                    f"weight is not known; say so with torchshear.pruners.masks.layer_type, or select other layers."
-                )
-            asked[row.entry][known[row.parameter]] = row.masked
-    tensors: dict[str, Tensor] = {}
-    reports: tuple[LayerReport, ...] = ()
-    for label, ratios in asked.items():
-        masks = _choose(model, entries[label], ratios, statistics)
-        tensors |= masks.tensors
-        reports += masks.layers
-    patterns = ", ".join(dict.fromkeys(entries[label].pattern for label in asked))
-    return Masks.of(tensors, reports, patterns) if asked else None
+            asked[row.entry][known[row.parameter].layer] = row.masked
+    return [_choose(model, entries[label], ratios, statistics) for label, ratios in asked.items()]
 
 
 def _choose(model: nn.Module, entry: Entry, ratios: dict[str, float], statistics: Statistics | None) -> Masks:

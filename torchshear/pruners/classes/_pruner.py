@@ -1,12 +1,13 @@
 """What all pruner classes do: read a config list, mask a copy of the model, shrink it, and write files."""
 
+import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from torchshear._files import atomic_path
@@ -214,10 +215,7 @@ class Pruner:
             self.masks.save(mask_path)
         state = {name: tensor.detach() for name, tensor in self._dense().state_dict().items()}
         with atomic_path(model_path) as temporary:
-            if temporary.suffix == ".safetensors":
-                save_file({name: tensor.contiguous().clone() for name, tensor in state.items()}, str(temporary))
-            else:
-                torch.save(state, temporary)
+            temporary.write_bytes(_as_safetensors(state) if temporary.suffix == ".safetensors" else _as_torch(state))
 
     def _dense(self) -> nn.Module:
         """A copy of the model with the weights that the masked copy has now, zeros where they are masked."""
@@ -233,15 +231,14 @@ class Pruner:
         if self._masks is not None:
             return
         statistics = self._statistics()
-        single = mask_weights(self._model, self._resolved, statistics)
-        parts = [single] if single is not None else []
+        parts = mask_weights(self._model, self._resolved, statistics)
         plan = None
         if self._resolved.ratios:
             assert self._groups is not None, "channels were asked for, and the groups are there"
             plan = plan_config(self._groups, self._resolved, self._widths, statistics)
             parts.append(self._channel_masks(plan))
         elif self._groups is not None:
-            plan = plan_from_masks(self._groups, single)
+            plan = plan_from_masks(self._groups, _joined(parts))
         self._plan, self._masks = plan, _joined(parts)
 
     def _channel_masks(self, plan: PruningPlan) -> Masks:
@@ -252,6 +249,17 @@ class Pruner:
         if self._data is None or self._groups is None:
             return None
         return collect(self._groups, self._data, self._loss_fn, self._batches, progress=False)
+
+
+def _as_safetensors(state: Mapping[str, Tensor]) -> bytes:
+    """The content of a file; tied tensors are written under each of their names."""
+    return save({name: tensor.contiguous().clone() for name, tensor in state.items()})
+
+
+def _as_torch(state: Mapping[str, Tensor]) -> bytes:
+    content = io.BytesIO()
+    torch.save(dict(state), content)
+    return content.getvalue()
 
 
 def _pooled(entry: Entry) -> Entry:
@@ -271,4 +279,4 @@ def _joined(parts: Sequence[Masks]) -> Masks:
         for name, mask in masks.tensors.items():
             tensors[name] = tensors[name] & mask if name in tensors else mask
     layers = tuple(layer for masks in parts for layer in masks.layers)
-    return Masks.of(tensors, layers, ", ".join(masks.pattern for masks in parts if masks.pattern))
+    return Masks.of(tensors, layers, ", ".join(dict.fromkeys(masks.pattern for masks in parts if masks.pattern)))

@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchshear.dependency import FAMILIES, ChannelGroup, ChannelGroups, Member
+from torchshear.pruners.masks._layers import find_layers
 
 _TABLES: Final = frozenset({"Embedding", "EmbeddingBag"})
 _MAKING: Final = frozenset({"out", "depthwise", "embedding", "norm", "raw"})
 _HEADS: Final = frozenset(FAMILIES["heads"])
 # Where rows are products, as of heads and their width, the first of these takes the ratio.
-_WITHIN: Final = ("kv_heads", "heads", "q_heads", "experts")
+_WITHIN: Final = ("kv_heads", "heads", "q_heads")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,28 @@ def _is_weight(module: nn.Module, key: str) -> bool:
     return "weight" in key and getattr(module, key).ndim > 1
 
 
+@dataclass(frozen=True, slots=True)
+class Maskable:
+    """A weight of which single numbers can be masked.
+
+    Attributes:
+        layer: what masks call its layer.
+        problem: why it cannot be masked, or "".
+    """
+
+    layer: str
+    problem: str
+
+
+def maskable_weights(model: nn.Module) -> dict[str, Maskable]:
+    """Weights of the layers that masks know, under all of their names."""
+    weights: dict[str, Maskable] = {}
+    for name, layer in find_layers(model).items():
+        weight = layer.weight if layer.name == name else f"{name}.{layer.form.attribute}"
+        weights[weight] = Maskable(name, layer.problem)
+    return weights
+
+
 class LayerGroups:
     """Which channel groups each layer makes, and which it reads."""
 
@@ -116,7 +139,8 @@ class LayerGroups:
     def of(self, layer: str, pattern: str) -> tuple[tuple[ChannelGroup, Member], ...]:
         """The groups of the units that a pattern means of a layer, with one dimension in which they lie.
 
-        Of rows that are products of several groups, as of heads and their width, one group takes it all.
+        Of rows that are products of several groups, as of heads and their width, one group takes it all. Of experts in
+        one weight their inner width does, and not their number.
 
         Args:
             layer: name of the layer.
@@ -129,7 +153,8 @@ class LayerGroups:
         for members in dimensions.values():
             for group, member in _without_factors(members):
                 found.setdefault(group.name, (group, member))
-        return tuple(found.values())
+        inside = {name: one for name, one in found.items() if one[0].role != "experts"}
+        return tuple((inside or found).values())
 
     def _candidates(self, layer: str, pattern: str) -> Iterable[tuple[ChannelGroup, Member]]:
         roles = frozenset({"in"}) if pattern == "in_channel" else _MAKING

@@ -9,7 +9,7 @@ from torch import nn
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError
 from torchshear.pruners.configs._entry import DEFAULT_PATTERN, Entry
-from torchshear.pruners.configs._layers import Layer, LayerGroups, list_layers
+from torchshear.pruners.configs._layers import Layer, LayerGroups, Maskable, list_layers, maskable_weights
 from torchshear.pruners.configs._resolved import ConfigRow, GroupTarget, ResolvedConfig
 from torchshear.pruners.configs._select import assign, select
 
@@ -63,7 +63,7 @@ def resolve(
     _check_groups_given(owners, groups)
     found = LayerGroups(groups, layers) if groups is not None else None
     owners, skipped = _without_outputs(owners, found)
-    claims = _Claims(layers, owners, found)
+    claims = _Claims(layers, owners, found, maskable_weights(model))
     targets = {target.group: target for target in claims.targets()}
     rows = tuple(
         _row(layer, owners.get(layer.name), skipped, claims, targets)
@@ -116,10 +116,17 @@ def _without_outputs(
 
 
 class _Claims:
-    """What the layers of entries ask of channel groups."""
+    """What the layers of entries ask of channel groups, and which weights can be masked."""
 
-    def __init__(self, layers: Sequence[Layer], owners: Mapping[str, Entry], found: LayerGroups | None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        owners: Mapping[str, Entry],
+        found: LayerGroups | None,
+        maskable: Mapping[str, Maskable],
+    ) -> None:
         self.found = found
+        self.maskable = maskable
         self.owners = owners
         self.groups_of: dict[str, tuple[tuple[ChannelGroup, Member], ...]] = {}
         self._groups: dict[str, ChannelGroup] = {}
@@ -162,9 +169,13 @@ class _Claims:
         return GroupTarget(group.name, entry.ratio, entry)
 
     def _excluded(self, group: ChannelGroup) -> str:
-        for layer in self._makers["out_channel"].get(group.name, ()):
+        """Which layer that makes the group is excluded, or ""; norms matter only where norms are what is asked for."""
+        makers = self._makers["out_channel"].get(group.name, {})
+        norms = {layer for layer, member in makers.items() if "norm" in member.roles}
+        only_norms = norms.issuperset(self._asked[group.name])
+        for layer in makers:
             entry = self.owners.get(layer)
-            if entry is not None and entry.excludes:
+            if entry is not None and entry.excludes and (layer in norms) == only_norms:
                 return f"it is coupled with {layer!r}, which {entry.label} excludes"
         return ""
 
@@ -201,8 +212,7 @@ def _row(
         )
     row = replace(row, entry=entry.label, criterion=entry.criterion or "", pattern=entry.pattern, ratio=entry.ratio)
     if not entry.removes_channels:
-        reason = "single weights become zeros, and nothing gets smaller"
-        return replace(row, removed=0.0, masked=entry.ratio, parameter=_weight(layer), reason=reason)
+        return _masked_row(replace(row, removed=0.0), layer, claims.maskable)
     own = claims.groups_of.get(layer.name, ())
     if not own:
         assert claims.found is not None, "channels were asked for, and the groups are there"
@@ -217,10 +227,16 @@ def _row(
     return replace(row, groups=names, removed=removed, reason=reason)
 
 
-def _weight(layer: Layer) -> str:
-    """The parameter that patterns of single weights mean."""
-    weights = [name for name in layer.parameters if name.rpartition(".")[2] == "weight"]
-    return (weights or list(layer.parameters))[0]
+def _masked_row(row: ConfigRow, layer: Layer, maskable: Mapping[str, Maskable]) -> ConfigRow:
+    """A row of a layer of which single weights are masked."""
+    computed = f"{layer.name}.weight"  # no parameter of the layer where a parametrization makes it
+    found = next((name for name in (*layer.parameters, computed) if name in maskable), None)
+    if found is None:
+        return replace(row, reason=f"how a {layer.type_name} keeps its weights is not known to masks")
+    if maskable[found].problem:
+        return replace(row, reason=maskable[found].problem)
+    reason = "single weights become zeros, and nothing gets smaller"
+    return replace(row, masked=row.ratio or 0.0, parameter=found, reason=reason)
 
 
 def _nothing(resolved: ResolvedConfig) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -31,6 +32,7 @@ def select(entry: Entry, layers: Sequence[Layer], modules: Iterable[str]) -> dic
     Raises:
         ArgumentError: a word fits no layer, or all words together fit none.
     """
+    entry = _with_exact_names(entry, layers)
     _check_words(entry, layers, tuple(modules))
     where = entry.where
     selected: dict[str, int] = {}
@@ -49,11 +51,26 @@ def select(entry: Entry, layers: Sequence[Layer], modules: Iterable[str]) -> dic
     return selected
 
 
+def _with_exact_names(entry: Entry, layers: Sequence[Layer]) -> Entry:
+    """The entry with patterns that are the name of a layer as names; the dots in them stand for nothing else then."""
+    known = {name for layer in layers for name in layer.names}
+    where = entry.where
+    return replace(
+        entry,
+        where=replace(
+            where,
+            names=(*where.names, *(word for word in where.patterns if word in known)),
+            patterns=tuple(word for word in where.patterns if word not in known),
+            not_names=(*where.not_names, *(word for word in where.not_patterns if word in known)),
+            not_patterns=tuple(word for word in where.not_patterns if word not in known),
+        ),
+    )
+
+
 def _naming(entry: Entry) -> tuple[tuple[_Fits, tuple[str, ...], int], ...]:
     where = entry.where
     return (
         (_fits_name, where.names, 3),
-        (_fits_name, where.patterns, 3),
         (_fits_part, where.partials, 2),
         (_fits_pattern, where.patterns, 2),
     )
@@ -78,7 +95,7 @@ def _fits_part(word: str, layer: Layer) -> bool:
 
 def _fits_pattern(word: str, layer: Layer) -> bool:
     """Whether a whole name fits a regular expression."""
-    return any(name == word or re.fullmatch(word, name) is not None for name in layer.names)
+    return any(re.fullmatch(word, name) is not None for name in layer.names)
 
 
 def _fits_type(entry: Entry) -> _Fits:

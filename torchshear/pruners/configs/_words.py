@@ -1,6 +1,5 @@
 """Reading the values of a config: each has a kind, and an error says which key of which entry is wrong and how."""
 
-import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -57,7 +56,7 @@ def kept_fraction(place: str, value: Any) -> float:
 
 def _number(place: str, value: Any, fits: Callable[[float], bool], expected: str) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not fits(value):
+    if not is_number or not fits(value):
         hint = " A number in quotes is a text." if isinstance(value, str) else ""
         raise ArgumentError(f"{place}={_shown(value)}; expected {expected}.{hint}")
     return float(value)
