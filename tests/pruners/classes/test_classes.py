@@ -167,6 +167,18 @@ def test_a_pool_keeps_to_its_layers_and_bounds() -> None:
     assert {name: len(kept) for name, kept in result.plan.kept.items()} == {"stem.weight[0]": 8, "one.weight[0]": 24}
 
 
+def test_a_bound_holds_where_one_layer_would_lose_nearly_all() -> None:
+    model = double(Residual(16))
+    with torch.no_grad():
+        model.one.weight *= 1e-6
+    config = [{"op_types": ["Conv2d"], "total_sparsity": 0.5, "max_sparsity_per_layer": 0.6}]
+    result = torchshear.pruners.TaylorFOWeightPruner(
+        model, config, args=(image().double(),), data=[(x.double(), y) for x, y in batches()],
+        loss_fn=functional.cross_entropy, batches=3,
+    ).shrink()  # fmt: skip
+    assert {name: len(kept) for name, kept in result.plan.kept.items()} == {"stem.weight[0]": 11, "one.weight[0]": 13}
+
+
 def test_level_masks_the_least_weights_without_a_trace() -> None:
     model = Plain()
     pruner = torchshear.pruners.LevelPruner(model, [{"op_types": ["default"], "sparsity": 0.35}])
