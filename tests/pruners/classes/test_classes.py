@@ -157,6 +157,48 @@ def test_slim_ranks_all_norms_together() -> None:
     assert "50.0% of all its layers together, each layer 0.0% to 99.0%" in pruner.table
 
 
+def test_what_coupled_layers_do_not_share_is_masked() -> None:
+    model, args = double(Residual(50)), (image().double(),)
+    config = [{"op_names": ["stem"], "sparsity": 0.3}, {"op_names": ["two"], "sparsity": 0.2}]
+    pruner = torchshear.pruners.L1FilterPruner(model, config, args=args, dependency_aware=True)
+    masked, result = pruner.compress(), pruner.shrink()
+    assert result.model.stem.out_channels == 40
+    assert {row.layer: (row.common, row.extra) for row in pruner.layer_masks if row.ratio} == {
+        "stem": (10, 5),
+        "two": (10, 0),
+    }
+    sums = [model.get_submodule(name).weight.detach().abs().sum((1, 2, 3)) for name in ("stem", "two")]
+    common = set((sums[0] + sums[1]).argsort()[:10].tolist())
+    extra = [c for c in sums[0].argsort().tolist() if c not in common][:5]
+    gone = (masked.stem.weight == 0).flatten(1).all(1)
+    assert set(gone.nonzero().flatten().tolist()) == common | set(extra)
+    assert set(range(50)) - set(result.plan.kept["stem.weight[0]"].tolist()) == common
+    assert outputs_agree(masked, result.model, *args)
+
+
+def test_depthwise_layers_follow_in_the_dependency_aware_mode() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    config = [{"op_names": ["0"], "sparsity": 0.5}]
+    pruner = torchshear.pruners.L1FilterPruner(double(model), config, args=(image().double(),), dependency_aware=True)
+    result = pruner.shrink()
+    assert result.model[0].out_channels == result.model[1].out_channels == 4
+    assert outputs_agree(pruner.compress(), result.model, image().double())
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "args", "message"),
+    [
+        ("SlimPruner", {"op_types": ["BatchNorm2d"], "sparsity": 0.5}, (image(),), "it has a pool"),
+        ("L1FilterPruner", {"op_names": ["qkv"], "sparsity": 0.4}, (torch.randn(2, 5, 24),), "products of groups"),
+    ],
+)
+def test_where_the_dependency_aware_mode_says_no(name, entry, args, message) -> None:
+    model = Attention().eval() if "op_names" in entry else Residual().eval()
+    pruner = getattr(torchshear.pruners, name)(model, [entry], args=args, dependency_aware=True)
+    with pytest.raises(ArgumentError, match=message):
+        pruner.compress()
+
+
 def test_a_pool_keeps_to_its_layers_and_bounds() -> None:
     model = double(Residual(16))
     config = [
@@ -268,6 +310,11 @@ def test_two_pruners_are_independent(tmp_path: Path) -> None:
         ("ConfigPruner", {"args": (image(),)}, r"config_list\[0\] says no criterion, and ConfigPruner has none"),
         ("L1FilterPruner", {"args": (image(),), "dependency_aware": 1}, "dependency_aware=1; expected True or False"),
         ("L1FilterPruner", {"args": (image(),), "align": 0}, "block"),
+        (
+            "L1FilterPruner",
+            {"args": (image(),), "align": 8, "dependency_aware": True},
+            "leave align and min_width away",
+        ),
     ],
 )
 def test_what_is_refused(name: str, given, message: str) -> None:

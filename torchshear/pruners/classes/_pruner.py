@@ -15,7 +15,9 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.graph import copy_model, trace
+from torchshear.pruners._dependency_aware import LayerMask
 from torchshear.pruners.classes._choice import ON_ACTIVATIONS, ON_GRADIENTS, Widths, mask_weights, plan_config
+from torchshear.pruners.classes._coupled import plan_coupled
 from torchshear.pruners.classes._stages import Pruned, provided_stages
 from torchshear.pruners.configs import Entry, ResolvedConfig, load_config, parse_config, resolve
 from torchshear.pruners.masks import Masks, apply, plan_from_masks
@@ -38,9 +40,9 @@ class Pruner:
         config_list: entries in the words of NNI or Neural Compressor, or the path of a YAML or JSON file of them.
         args: example positional arguments, for the model to be traced. Without any only single weights can be masked.
         kwargs: example keyword arguments.
-        dependency_aware: NNI's word. Coupled layers always lose the same channels here, chosen by the sum of their
-            scores, as many as all of them are asked to lose; what a layer is asked beyond that is in `resolved`. Both
-            True and False mean this.
+        dependency_aware: coupled layers always lose the same channels for good, chosen by the sum of their scores, as
+            many as all of them are asked to lose. With True, what a layer is asked beyond that is masked in it alone,
+            as NNI does; it brings no speed. With False it stays, and `resolved` says how much it is.
         data: batches for criteria that look at activations or gradients, see `torchshear.collect`.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
         batches: how many batches to run.
@@ -84,6 +86,11 @@ class Pruner:
         self._args = (args,) if isinstance(args, Tensor) else tuple(args)
         self._kwargs = dict(kwargs or {})
         self._data, self._loss_fn, self._batches = data, loss_fn, batches
+        self._dependency_aware = dependency_aware
+        if dependency_aware and (align != 1 or min_width != 1):
+            raise ArgumentError(
+                "dependency_aware=True takes the widths that ratios give; leave align and min_width away."
+            )
         self._widths = Widths(Alignment(align, 1, f"multiples of {align}" if align != 1 else "none"), min_width)
         entries = self._entries(config_list)
         self._check_data(entries)
@@ -93,6 +100,7 @@ class Pruner:
         self._resolved = resolve(model, entries, self._groups, self.criterion, self.pattern)
         self._plan: PruningPlan | None = None
         self._masks: Masks | None = None
+        self._layer_masks: tuple[LayerMask, ...] = ()
         self._masked: nn.Module | None = None
 
     def _entries(self, config_list: ConfigList) -> tuple[Entry, ...]:
@@ -153,6 +161,12 @@ class Pruner:
         self._choose()
         assert self._masks is not None, "a config that asks for nothing is refused"
         return self._masks
+
+    @property
+    def layer_masks(self) -> tuple[LayerMask, ...]:
+        """With `dependency_aware`: what goes of each layer in common, what is only masked, and what that costs."""
+        self._choose()
+        return self._layer_masks
 
     def compress(self) -> nn.Module:
         """Mask a copy of the model.
@@ -235,15 +249,21 @@ class Pruner:
         plan = None
         if self._resolved.ratios:
             assert self._groups is not None, "channels were asked for, and the groups are there"
-            plan = plan_config(self._groups, self._resolved, self._widths, statistics)
-            parts.append(self._channel_masks(plan))
+            if self._dependency_aware:
+                coupled = plan_coupled(self._groups, self._resolved, statistics)
+                plan, channels, self._layer_masks = coupled.plan, coupled.masks, coupled.layers
+            else:
+                plan = plan_config(self._groups, self._resolved, self._widths, statistics)
+                channels = plan.masks()
+            parts.append(self._of_parameters(channels))
         elif self._groups is not None:
             plan = plan_from_masks(self._groups, _joined(parts))
         self._plan, self._masks = plan, _joined(parts)
 
-    def _channel_masks(self, plan: PruningPlan) -> Masks:
+    def _of_parameters(self, masks: Mapping[str, Tensor]) -> Masks:
+        """Masks of parameters, without those of buffers, under all names of tied ones."""
         names = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
-        return Masks.of({name: mask for name, mask in plan.masks().items() if name in names})
+        return Masks.of({name: mask for name, mask in masks.items() if name in names})
 
     def _statistics(self) -> Statistics | None:
         if self._data is None or self._groups is None:
