@@ -19,6 +19,8 @@ PAGES = (
     "docs/large-models.md",
     "docs/criteria.md",
     "docs/masks.md",
+    "docs/config-lists.md",
+    "docs/migration.md",
 )
 
 

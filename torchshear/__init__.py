@@ -1,5 +1,6 @@
 """Structured pruning that ends in a smaller, provably equal and measurably faster model."""
 
+from torchshear import _stages as _stages  # provides pruner classes with shrink, verify and export_onnx
 from torchshear.api import PruneResult, plan, prune
 from torchshear.dependency import PruningPlan, analyze
 from torchshear.errors import TorchshearError

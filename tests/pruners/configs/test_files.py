@@ -1,0 +1,60 @@
+"""Config files in YAML and JSON."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from torchshear.errors import ArgumentError
+from torchshear.pruners.configs import load_config, parse_config
+
+LIST = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"exclude": True, "op_names": ["fc"]}]
+YAML = """
+- op_types: [Conv2d]
+  sparsity: 0.5
+- exclude: true
+  op_names: [fc]
+"""
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.yaml", YAML), ("a.YML", YAML), ("a.json", json.dumps(LIST))])
+def test_yaml_and_json_read_the_same(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    assert load_config(tmp_path / name) == LIST
+    assert parse_config(load_config(str(tmp_path / name))) == parse_config(LIST)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "- sparsity: 0.5\n  op_types: [a]\n  sparsity: 0.4\n", "'sparsity' stands twice.* in line 3"),
+        ("a.json", '[{"sparsity": 0.5, "sparsity": 0.4}]', "'sparsity' stands twice"),
+        ("a.yaml", "a: [1", "not well-formed YAML.* in line"),
+        ("a.json", '[{"a": 1,}]', "not well-formed JSON: .* in line 1"),
+        ("a.json", '[{"sparsity": NaN}]', "NaN is no number"),
+        ("a.yaml", "", "is empty"),
+        ("a.json", "  ", "is empty"),
+        ("a.yaml", "- 1: a\n", "a key in line 1 is no text"),
+        ("a.yaml", "a: &b {x: 1}\nc: {<<: *b}\n", "a key in line 2 is no text"),
+        ("a.yaml", "a: &b [*b]\n", "what starts in line 1 holds itself"),
+        ("a.yaml", "a: !!python/object/apply:os.system ['true']\n", "not well-formed YAML: could not determine"),
+        ("a.yaml", "a: 1\n---\nb: 2\n", "not well-formed YAML"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.toml", "a = 1", "ends in '.toml'; expected one of .yaml, .yml, .json"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ArgumentError, match=message):
+        load_config(tmp_path / name)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="cannot read config file .*No such file"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ArgumentError, match="is not text in UTF-8"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_bytes(b" " * ((1 << 24) + 1))
+    with pytest.raises(ArgumentError, match="16777217 bytes"):
+        load_config(tmp_path / "a.yaml")

@@ -1,0 +1,153 @@
+"""From a resolved config to a plan of channels and to masks of single weights."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from torchshear.dependency import ChannelGroups, Cut, PruningPlan, make_plan
+from torchshear.dependency.alignment import Alignment
+from torchshear.errors import ArgumentError
+from torchshear.pruners._planning import plan_units
+from torchshear.pruners._request import Request
+from torchshear.pruners.configs import Entry, ResolvedConfig
+from torchshear.pruners.configs._layers import maskable_weights
+from torchshear.pruners.masks import Masks, choose_masks
+from torchshear.pruners.masks._layers import find_layers
+from torchshear.pruners.masks._scores import Score
+from torchshear.pruners.statistics import Statistics, WeightSums
+
+Indices = npt.NDArray[np.int64]
+
+ON_ACTIVATIONS: Final = frozenset({"apoz", "mean_activation", "activation_variance", "wanda"})
+ON_GRADIENTS: Final = frozenset({"taylor", "taylor_bn", "group_fisher", "snip", "snip_momentum", "gradient"})
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Which widths are allowed.
+
+    Attributes:
+        alignment: what kept widths are a multiple of.
+        min_width: the fewest units to keep in a group.
+    """
+
+    alignment: Alignment
+    min_width: int = 1
+
+
+def plan_config(
+    groups: ChannelGroups, resolved: ResolvedConfig, widths: Widths, statistics: Statistics | None
+) -> PruningPlan:
+    """Plan what a config asks of channel groups, pool by pool.
+
+    Args:
+        groups: the analysed network.
+        resolved: the config, with channels to remove.
+        widths: which widths are allowed.
+        statistics: what criteria that look at data need.
+
+    Raises:
+        ArgumentError: as `torchshear.plan`.
+        WeightError: weights cannot be scored.
+    """
+    pools: dict[tuple[str | None, str | None, float, float], dict[str, float]] = defaultdict(dict)
+    for name, ratio in resolved.ratios.items():
+        entry = resolved.targets[name].entry
+        pools[entry.criterion, entry.pool, entry.min_ratio, entry.max_ratio][name] = ratio
+    kept: dict[str, Indices] = {}
+    notes = {name: target.reason for name, target in resolved.targets.items() if target.reason}
+    for key, ratios in pools.items():
+        plan = plan_units(groups, _request(groups, key, ratios, widths), statistics=statistics)
+        kept |= {group.name: group.kept for group in plan.groups if group.name in ratios}
+        notes |= {group.name: group.note for group in plan.groups if group.name in ratios and group.note}
+    request = {
+        "criterion": ", ".join(sorted({key[0] or "" for key in pools})),
+        "ratio": resolved.ratios,
+        "alignment": widths.alignment.name,
+        "min_width": widths.min_width,
+        "config": resolved.to_dict(),
+    }
+    return make_plan(Cut(groups, kept), kept, request, notes, resolved.ratios)
+
+
+def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statistics | None) -> list[Masks]:
+    """Choose masks for what a config asks of single weights, entry by entry.
+
+    Args:
+        model: the model; not changed.
+        resolved: the config.
+        statistics: what criteria that look at data need.
+
+    Returns:
+        Masks of each entry that asks for any.
+
+    Raises:
+        ArgumentError: a criterion scores no single weights.
+        MaskError: a pattern fits none of its layers.
+    """
+    known = maskable_weights(model)
+    entries = {entry.label: entry for entry in resolved.entries}
+    asked: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in resolved.rows:
+        if row.parameter and row.masked > 0:
+            asked[row.entry][known[row.parameter].layer] = row.masked
+    return [_choose(model, entries[label], ratios, statistics) for label, ratios in asked.items()]
+
+
+def _choose(model: nn.Module, entry: Entry, ratios: dict[str, float], statistics: Statistics | None) -> Masks:
+    bounds: dict[str, Any] = {"min_ratio": entry.min_ratio, "max_ratio": min(entry.max_ratio, _MOST)}
+    return choose_masks(
+        model,
+        entry.pattern,
+        layers=ratios,
+        scope=entry.scope,
+        score=_score(entry, model, list(ratios), statistics),
+        reduce=entry.reduce,  # type: ignore[arg-type]
+        **bounds,
+    )
+
+
+_MOST: Final = 1 - 1e-9  # shares of a layer are below 1; its last unit may go where no bound was set
+_SUMS: Final[Mapping[str, str]] = MappingProxyType(
+    {"snip": "saliency", "snip_momentum": "momentum", "gradient": "gradient", "taylor": "taylor"}
+)
+
+
+def _score(entry: Entry, model: nn.Module, layers: list[str], statistics: Statistics | None) -> Score:
+    """What single weights are ranked by."""
+    if entry.criterion == "l1":
+        return "magnitude"
+    if entry.criterion == "l2":
+        return lambda _, weight: weight.square()
+    summed = _SUMS.get(entry.criterion or "")
+    if summed is None:
+        raise ArgumentError(
+            f"{entry.label}: criterion {entry.criterion!r} scores channels and no single weights, which the pattern "
+            f"{entry.pattern!r} asks for; expected one of l1, l2, {', '.join(_SUMS)}, or a pattern of channels."
+        )
+    assert statistics is not None, "checked when the pruner was made"
+    known = find_layers(model)
+    sums: Mapping[str, WeightSums] = statistics.weights
+    missing = [name for name in layers if known[name].weight not in sums]
+    if missing:
+        raise ArgumentError(f"{entry.label}: no gradients were seen of layer {missing[0]!r}; leave it out.")
+    return {name: getattr(sums[known[name].weight], summed) for name in layers}
+
+
+def _request(
+    groups: ChannelGroups, key: tuple[str | None, str | None, float, float], ratios: dict[str, float], widths: Widths
+) -> Request:
+    """What is asked of groups that are ranked alike; all others stay whole."""
+    criterion, pool, least, most = key
+    limits: dict[str, Any] = {"alignment": widths.alignment, "min_width": widths.min_width}
+    if pool is None:
+        return Request(criterion=criterion or "l1", ratio=ratios, **limits)
+    others = tuple(group.name for group in groups if group.name not in ratios)
+    limits |= {"min_ratio": least, "max_ratio": min(most, _MOST), "exclude": others}
+    return Request(criterion=criterion or "l1", ratio=next(iter(ratios.values())), scope="global", **limits)

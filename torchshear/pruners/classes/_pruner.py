@@ -1,0 +1,302 @@
+"""What all pruner classes do: read a config list, mask a copy of the model, shrink it, and write files."""
+
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from torchshear._files import atomic_path
+from torchshear.dependency import ChannelGroups, PruningPlan, analyze
+from torchshear.dependency.alignment import Alignment
+from torchshear.errors import ArgumentError
+from torchshear.graph import copy_model, trace
+from torchshear.pruners._dependency_aware import LayerMask
+from torchshear.pruners.classes._choice import ON_ACTIVATIONS, ON_GRADIENTS, Widths, mask_weights, plan_config
+from torchshear.pruners.classes._coupled import plan_coupled
+from torchshear.pruners.classes._stages import Pruned, provided_stages
+from torchshear.pruners.configs import Entry, ResolvedConfig, load_config, parse_config, resolve
+from torchshear.pruners.masks import Masks, apply, plan_from_masks
+from torchshear.pruners.statistics import Statistics, collect
+
+ConfigList = Sequence[Mapping[str, Any]] | Mapping[str, Any] | str | os.PathLike[str]
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Pruner:
+    """Prunes a model as a config list says; the classes of this package are made from it and only name a criterion.
+
+    Nothing is changed of the model that is given. `compress` gives a copy of it on which masks lie, to be looked at or
+    trained on; `shrink` makes that copy smaller for real. Channels are masked in every layer that they run through, so
+    the masked copy computes what the shrunk model computes (where a norm runs over cut channels, what the network on
+    fewer channels computes, which is another function than the masked one).
+
+    Args:
+        model: the model.
+        config_list: entries in the words of NNI or Neural Compressor, or the path of a YAML or JSON file of them.
+        args: example positional arguments, for the model to be traced. Without any only single weights can be masked.
+        kwargs: example keyword arguments.
+        dependency_aware: coupled layers always lose the same channels for good, chosen by the sum of their scores, as
+            many as all of them are asked to lose. With True, what a layer is asked beyond that is masked in it alone,
+            as NNI does; it brings no speed. With False it stays, and `resolved` says how much it is.
+        data: batches for criteria that look at activations or gradients, see `torchshear.collect`.
+        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
+        batches: how many batches to run.
+        align: what kept widths are a multiple of.
+        min_width: the fewest channels to keep in a group.
+
+    Attributes:
+        criterion: the criterion of all entries; None where the config names it.
+        pattern: what a unit is, where the config does not say.
+        is_global: whether layers of entries without a pool are ranked together.
+
+    Raises:
+        ArgumentError: the config is wrong or does not fit the model, see `torchshear.pruners.resolve`; data or a loss
+            is missing; the config names a criterion and the class another.
+        CaptureError: the model cannot be traced.
+    """
+
+    criterion: ClassVar[str | None] = None
+    pattern: ClassVar[str] = "out_channel"
+    is_global: ClassVar[bool] = False
+
+    def __init__(  # noqa: PLR0913 - keywords, each a choice of its own
+        self,
+        model: nn.Module,
+        config_list: ConfigList,
+        args: tuple[Any, ...] | Tensor = (),
+        kwargs: Mapping[str, Any] | None = None,
+        dependency_aware: bool = False,
+        *,
+        data: Iterable[Any] | None = None,
+        loss_fn: Loss | None = None,
+        batches: int = 32,
+        align: int = 1,
+        min_width: int = 1,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+        if not isinstance(dependency_aware, bool):
+            raise ArgumentError(f"dependency_aware={dependency_aware!r}; expected True or False.")
+        self._model = model
+        self._args = (args,) if isinstance(args, Tensor) else tuple(args)
+        self._kwargs = dict(kwargs or {})
+        self._data, self._loss_fn, self._batches = data, loss_fn, batches
+        self._dependency_aware = dependency_aware
+        if dependency_aware and (align != 1 or min_width != 1):
+            raise ArgumentError(
+                "dependency_aware=True takes the widths that ratios give; leave align and min_width away."
+            )
+        self._widths = Widths(Alignment(align, 1, f"multiples of {align}" if align != 1 else "none"), min_width)
+        entries = self._entries(config_list)
+        self._check_data(entries)
+        self._groups: ChannelGroups | None = None
+        if self._args or self._kwargs:
+            self._groups = analyze(trace(model, self._args, self._kwargs))
+        self._resolved = resolve(model, entries, self._groups, self.criterion, self.pattern)
+        self._plan: PruningPlan | None = None
+        self._masks: Masks | None = None
+        self._layer_masks: tuple[LayerMask, ...] = ()
+        self._masked: nn.Module | None = None
+
+    def _entries(self, config_list: ConfigList) -> tuple[Entry, ...]:
+        config = load_config(config_list) if isinstance(config_list, str | os.PathLike) else config_list
+        entries = parse_config(config)
+        for entry in entries:
+            if entry.criterion is not None and self.criterion is not None:
+                raise ArgumentError(
+                    f"{entry.label} says a criterion of its own ({entry.criterion}), as entries of Neural Compressor "
+                    f"always do, and {type(self).__name__} goes by {self.criterion}. Use ConfigPruner."
+                )
+            if entry.criterion is None and self.criterion is None and not entry.excludes:
+                raise ArgumentError(
+                    f"{entry.label} says no criterion, and {type(self).__name__} has none of its own. Use a class that "
+                    f"has, as L1FilterPruner."
+                )
+        return tuple(_pooled(entry) for entry in entries) if self.is_global else entries
+
+    def _check_data(self, entries: Iterable[Entry]) -> None:
+        criteria = {entry.criterion or self.criterion for entry in entries if not entry.excludes}
+        on_gradients = sorted(name for name in criteria if name in ON_GRADIENTS)
+        on_data = on_gradients or sorted(name for name in criteria if name in ON_ACTIVATIONS)
+        if on_data and self._data is None:
+            raise ArgumentError(f"the criterion {on_data[0]!r} looks at data; give batches of it as data=.")
+        if on_gradients and self._loss_fn is None:
+            raise ArgumentError(f"the criterion {on_gradients[0]!r} looks at gradients; give a loss as loss_fn=.")
+        if on_data and not (self._args or self._kwargs):
+            raise ArgumentError(f"the criterion {on_data[0]!r} needs the traced model; give example inputs as args=.")
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """What the config asks of each layer and of each channel group; `str()` of it is a table."""
+        return self._resolved
+
+    @property
+    def table(self) -> str:
+        """The resolved config as a table."""
+        return str(self._resolved)
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What is kept of each channel group; chosen by the first call of `compress`.
+
+        Raises:
+            ArgumentError: there are no example inputs, so that channel groups are not known.
+        """
+        self._choose()
+        if self._plan is None:
+            raise ArgumentError(
+                f"{type(self).__name__} was made without example inputs, and what goes with a channel is not known "
+                f"without them; give args=."
+            )
+        return self._plan
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of all parameters, of channels and of single weights."""
+        self._choose()
+        assert self._masks is not None, "a config that asks for nothing is refused"
+        return self._masks
+
+    @property
+    def layer_masks(self) -> tuple[LayerMask, ...]:
+        """With `dependency_aware`: what goes of each layer in common, what is only masked, and what that costs."""
+        self._choose()
+        return self._layer_masks
+
+    def compress(self) -> nn.Module:
+        """Mask a copy of the model.
+
+        Units are chosen in the first call, by the weights that the model has then; later calls give the same object.
+
+        Returns:
+            The copy. Its masks are parametrizations, so it can be trained, and `shrink` takes the weights that it has.
+
+        Raises:
+            ArgumentError: nothing can go at these ratios, or a criterion has nothing to say of any layer.
+            DataError: data or loss does not fit.
+            WeightError: weights are NaN, infinite, or on the meta device.
+            MaskError: a mask cannot be laid on the model.
+        """
+        if self._masked is None:
+            masked = copy_model(self._model)
+            apply(masked, self.masks)
+            self._masked = masked
+        return self._masked
+
+    def shrink(self) -> Pruned:
+        """Make the masked copy smaller for real, and prove the result.
+
+        Channels that the config asks for go, with all weights that read them. Of masks of single weights goes what they
+        leave without effect; other zeros stay zeros.
+
+        Returns:
+            As `torchshear.prune`: the model, the plan, a report, and how closely it agrees with the masked copy.
+
+        Raises:
+            ArgumentError: there are no example inputs.
+            VerificationError: the shrunk model is not equal to the masked one; nothing is returned then.
+        """
+        plan = self.plan
+        return provided_stages().finish(self._dense(), plan, self._args, self._kwargs)
+
+    def export_model(
+        self,
+        model_path: str | os.PathLike[str],
+        mask_path: str | os.PathLike[str] | None = None,
+        onnx_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        """Write weights, masks and the shrunk model.
+
+        Args:
+            model_path: for the `state_dict` of the whole model with zeros where it is masked: of safetensors if the
+                name ends so, else as `torch.save` writes plain tensors, for `torch.load(..., weights_only=True)`.
+            mask_path: for the masks, in safetensors; `torchshear.pruners.masks.Masks.load` reads them.
+            onnx_path: for the shrunk model as ONNX, run in onnxruntime and compared.
+
+        Raises:
+            ArgumentError: there are no example inputs for ONNX.
+            ExportError: the model cannot be written as ONNX, or the file computes something else.
+            OutputError: a file cannot be written; what was there before is unchanged.
+        """
+        if onnx_path is not None:
+            provided_stages().export_onnx(self.shrink().model, onnx_path, self._args, self._kwargs)
+        if mask_path is not None:
+            self.masks.save(mask_path)
+        state = {name: tensor.detach() for name, tensor in self._dense().state_dict().items()}
+        with atomic_path(model_path) as temporary:
+            temporary.write_bytes(_as_safetensors(state) if temporary.suffix == ".safetensors" else _as_torch(state))
+
+    def _dense(self) -> nn.Module:
+        """A copy of the model with the weights that the masked copy has now, zeros where they are masked."""
+        masked, dense = self.compress(), copy_model(self._model)
+        with torch.no_grad():
+            for name, tensor in (*dense.named_parameters(), *dense.named_buffers()):
+                path, _, attribute = name.rpartition(".")
+                tensor.copy_(getattr(masked.get_submodule(path), attribute))
+        return dense
+
+    def _choose(self) -> None:
+        """Choose units and weights, once."""
+        if self._masks is not None:
+            return
+        statistics = self._statistics()
+        parts = mask_weights(self._model, self._resolved, statistics)
+        plan = None
+        if self._resolved.ratios:
+            assert self._groups is not None, "channels were asked for, and the groups are there"
+            if self._dependency_aware:
+                coupled = plan_coupled(self._groups, self._resolved, statistics)
+                plan, channels, self._layer_masks = coupled.plan, coupled.masks, coupled.layers
+            else:
+                plan = plan_config(self._groups, self._resolved, self._widths, statistics)
+                channels = plan.masks()
+            parts.append(self._of_parameters(channels))
+        elif self._groups is not None:
+            plan = plan_from_masks(self._groups, _joined(parts))
+        self._plan, self._masks = plan, _joined(parts)
+
+    def _of_parameters(self, masks: Mapping[str, Tensor]) -> Masks:
+        """Masks of parameters, without those of buffers, under all names of tied ones."""
+        names = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        return Masks.of({name: mask for name, mask in masks.items() if name in names})
+
+    def _statistics(self) -> Statistics | None:
+        if self._data is None or self._groups is None:
+            return None
+        return collect(self._groups, self._data, self._loss_fn, self._batches, progress=False)
+
+
+def _as_safetensors(state: Mapping[str, Tensor]) -> bytes:
+    """The content of a file; tied tensors are written under each of their names."""
+    return save({name: tensor.contiguous().clone() for name, tensor in state.items()})
+
+
+def _as_torch(state: Mapping[str, Tensor]) -> bytes:
+    content = io.BytesIO()
+    torch.save(dict(state), content)
+    return content.getvalue()
+
+
+def _pooled(entry: Entry) -> Entry:
+    """An entry whose layers are ranked together with those of all entries that ask the same ratio."""
+    if entry.excludes or entry.pool is not None:
+        return entry
+    return replace(entry, pool=f"{entry.ratio:g} of all", max_ratio=_MOST_OF_A_LAYER)
+
+
+_MOST_OF_A_LAYER = 0.99  # as NNI does, so that no layer vanishes
+
+
+def _joined(parts: Sequence[Masks]) -> Masks:
+    """Several masks as one; a weight that two of them mask keeps what both keep."""
+    tensors: dict[str, Tensor] = {}
+    for masks in parts:
+        for name, mask in masks.tensors.items():
+            tensors[name] = tensors[name] & mask if name in tensors else mask
+    layers = tuple(layer for masks in parts for layer in masks.layers)
+    return Masks.of(tensors, layers, ", ".join(dict.fromkeys(masks.pattern for masks in parts if masks.pattern)))
