@@ -10,8 +10,8 @@ from tests.models import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
+from torchshear.pruners._roles import OWN_ROLES
 from torchshear.pruners.criteria import _registry, unit_sums
-from torchshear.pruners.criteria._weights import OWN_ROLES
 
 MODELS = {
     "residual": (Residual, lambda: image()),
