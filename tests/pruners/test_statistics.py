@@ -18,11 +18,11 @@ from torchshear.pruners.statistics import Statistics, find_taps
 class Net(nn.Module):
     """Convolution, norm, activation, residual sum, classifier."""
 
-    def __init__(self, act: Callable[[Tensor], Tensor] = functional.relu) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor] = functional.relu, groups: int = 2) -> None:
         super().__init__()
         self.act = act
         self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12)
+        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=groups), nn.BatchNorm2d(12)
         self.down = nn.Conv2d(12, 8, 1)
         self.head = nn.Linear(8, 5)
 

@@ -75,10 +75,10 @@ def _nothing() -> Tensor:
 
 
 def pieces_of(value: Tensor, along: int) -> Sequence[Tensor]:
-    """A value cut along a dimension, if it has it and its processor has a cache that is worth it."""
-    if value.device.type != "cpu" or along >= value.ndim:
+    """A value cut along a dimension, if it is larger than a piece and its processor has a cache that is worth it."""
+    if value.numel() <= _PIECE or value.device.type != "cpu" or along >= value.ndim:
         return (value,)
-    return torch.split(value, max(1, _PIECE * value.shape[along] // max(1, value.numel())), along)
+    return value.chunk(-(-value.numel() // _PIECE), along)
 
 
 def sum_but(value: Tensor, dims: Collection[int]) -> Tensor:
@@ -136,7 +136,7 @@ class WeightAccumulator:
         if "saliency" in sums:
             sums["saliency"].add_(product)
         if "momentum" in sums:
-            sums["momentum"].mul_(MOMENTUM).add_(product)
+            torch.add(product, sums["momentum"], alpha=MOMENTUM, out=sums["momentum"])
         if "gradient" in sums:
             sums["gradient"].add_(gradient.abs())
 
