@@ -176,6 +176,21 @@ class Turned(nn.Module):
         return self.head(torch.tanh(z).reshape(*x.shape[:2], 7).mean(1))
 
 
+def test_inputs_without_a_common_batch_have_gates() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.one(x)).sum(0) * torch.tanh(self.two(y)).sum(0))
+
+    data = (torch.randn(5, 3), torch.randn(3, 4))
+    groups = torchshear.analyze(torchshear.trace(randomise(Pair()).eval(), data))
+    statistics = torchshear.collect(groups, [data], lambda output, _: output.sum(), 1)
+    assert all(bool((sums.squares > 0).all()) for sums in statistics.gates.values())
+
+
 @pytest.mark.parametrize("size", [4, 8])
 def test_gates_find_the_samples_in_any_dimension(size: int) -> None:
     net = randomise(Turned()).eval()

@@ -101,10 +101,21 @@ class Gates:
 def _gate(group: str, tap: Tap, graph: Graph, node: fx.Node, device: torch.device) -> _Gate:
     is_all = np.array_equal(tap.positions, np.arange(shape_of(node)[tap.dim]))
     positions = None if is_all else torch.from_numpy(tap.positions).to(device)
-    return _Gate(group, tap.dim, sample_dim(graph, node, tap.dim), positions, torch.from_numpy(tap.units).to(device))
+    return _Gate(group, tap.dim, _sample_dim(graph, node, tap.dim), positions, torch.from_numpy(tap.units).to(device))
 
 
-def sample_dim(graph: Graph, node: fx.Node, other: int) -> int | None:
+def sample_input(graph: Graph) -> tuple[int, int] | None:
+    """Which of the flat inputs has the samples along dimension 0, and how many in the capture.
+
+    It is the first whose size there is free, or else the first that has dimensions.
+    """
+    nodes = [node for node in graph if node.op == "placeholder"]
+    batched = [number for number, node in enumerate(nodes) if shape_of(node)]
+    free = [number for number in batched if graph.is_free(nodes[number], 0)]
+    return next(((number, shape_of(nodes[number])[0]) for number in free or batched), None)
+
+
+def _sample_dim(graph: Graph, node: fx.Node, other: int) -> int | None:
     """The dimension of a value along which samples stand: the batch itself, or dimension 0 if it is a multiple of it.
 
     Where the batch of the graph is fixed, a dimension is the batch if it is dimension 0 and of the right size.
@@ -114,8 +125,8 @@ def sample_dim(graph: Graph, node: fx.Node, other: int) -> int | None:
         node: gives the value.
         other: a dimension that it is not.
     """
-    shape = shape_of(node)
-    batch = graph.batch_hint or graph.inputs.batch_size() or 1
+    shape, source = shape_of(node), sample_input(graph)
+    batch = source[1] if source is not None else 1
     if graph.batch_hint is not None:
         exact = [dim for dim, size in enumerate(shape) if size == batch and dim != other]
         if exact:

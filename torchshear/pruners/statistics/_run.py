@@ -10,11 +10,9 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
-from torchshear.graph import Graph
-from torchshear.graph._graph import shape_of
 from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import OWN_ROLES
-from torchshear.pruners.statistics._gates import Gates
+from torchshear.pruners.statistics._gates import Gates, sample_input
 from torchshear.pruners.statistics._statistics import (
     SUMS_OF_GRADIENTS,
     SUMS_OF_VALUES,
@@ -51,7 +49,7 @@ class Run:
         self.watched: dict[str, list[ValueAccumulator]] = {}
         for (node, _), accumulator in self.values.items():
             self.watched.setdefault(node, []).append(accumulator)
-        self._sample_input = _sample_input(self.graph)
+        self._source = sample_input(self.graph)
         self._read_state()
         self.gates = self._gates(taps)
         self.rows = self._row_sums()
@@ -105,7 +103,7 @@ class Run:
 
     def batch(self, leaves: list[Any], target: Any) -> None:
         """Run one batch forward, and backward where there is a loss."""
-        size = len(leaves[self._sample_input]) if self._sample_input is not None else 1
+        size = len(leaves[self._source[0]]) if self._source is not None else 1
         with torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
             held: dict[str, Tensor] = {}
             self.gates.start(size)
@@ -212,11 +210,3 @@ class Run:
         }
         if halves:
             yield f"the model computes in {', '.join(sorted(halves))}; sums are float32"
-
-
-def _sample_input(graph: Graph) -> int | None:
-    """Which of the flat inputs has the samples along dimension 0: the first whose size there is free, or the first."""
-    nodes = [node for node in graph if node.op == "placeholder"]
-    batched = [number for number, node in enumerate(nodes) if shape_of(node)]
-    free = [number for number in batched if graph.is_free(nodes[number], 0)]
-    return next(iter(free or batched), None)
