@@ -10,8 +10,9 @@ from tests.models import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
-from torchshear.pruners.criteria import _registry, unit_sums
-from torchshear.pruners.criteria._weights import OWN_ROLES
+from torchshear.pruners._roles import OWN_ROLES
+from torchshear.pruners.criteria import _fpgm, _registry, needs_of, unit_sums
+from torchshear.pruners.statistics import ALL_SUMS
 
 MODELS = {
     "residual": (Residual, lambda: image()),
@@ -98,6 +99,7 @@ OF_WEIGHTS = [
     "fpgm",
     "l1",
     "l2",
+    "lamp",
 ]  # the others look at data, or at some groups only: tests/pruners/test_data_criteria.py
 
 
@@ -198,3 +200,61 @@ def test_random_scores_need_no_weights_and_follow_seed_and_name() -> None:
     assert not torch.equal(scores[0], scores[1][: len(scores[0])])
     with pytest.raises(ArgumentError, match="seed=1.5; expected an integer"):
         random_criterion(1.5)  # type: ignore[arg-type]
+
+
+def test_lamp_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(1, 5, bias=False), nn.ReLU(), nn.Linear(5, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[2.0], [0.0], [1.0], [-2.0], [3.0]]))
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 1),)))
+    # squares 4, 0, 1, 4, 9 go in the order 0, 1, the later 4, the earlier 4, 9
+    found = find_criterion("lamp")(groups[0], weights_of(groups), None)
+    np.testing.assert_allclose(found, [4 / 13, 0, 1 / 18, 4 / 17, 1], rtol=1e-12)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights_of(groups).items()}
+    assert find_criterion("lamp")(groups[0], zeros, None).tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lamp_is_the_share_of_what_outlives_a_unit(name: str) -> None:
+    groups = analysed(name)
+    for group in groups:
+        sizes = naive_norms(groups, group, 2)
+        expected = [size / sizes[sizes >= size].sum() for size in sizes]
+        np.testing.assert_allclose(find_criterion("lamp")(group, weights_of(groups), None), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize("spread", [1.0, 1e-4])
+def test_fpgm_keeps_small_distances(
+    monkeypatch: pytest.MonkeyPatch, precision: str, offset: float, spread: float
+) -> None:
+    monkeypatch.setattr(_fpgm, "_ROWS", 16)
+    monkeypatch.setattr(_fpgm, "_PIECE", 64)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    generator = torch.Generator().manual_seed(3)
+    filters = offset + torch.randn(53, 40, generator=generator)
+    filters[20:30] = filters[3] + spread * torch.randn(10, 40, generator=generator)  # a cluster, in several blocks
+    filters[40] = filters[41]
+    filters[44:48] = 0
+    wide = filters.double()
+    pairs = torch.tensor([[float((a - b).norm()) for b in wide] for a in wide], dtype=torch.float64)
+    torch.testing.assert_close(_fpgm._distances(filters), pairs.sum(1), rtol=1e-6, atol=0)
+    rows = torch.tensor([3, *range(20, 30), 40, 41])
+    cluster = filters[rows]
+    expected = pairs[rows][:, rows].sum(1)
+    torch.testing.assert_close(_fpgm._distances(cluster), expected, rtol=1e-5, atol=0)
+
+
+def test_needs_are_declared_at_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_registry, "_CRITERIA", dict(_registry._CRITERIA))
+    monkeypatch.setattr(_registry, "_NEEDS", dict(_registry._NEEDS))
+    criterion("mine")(lambda group, weights, statistics: torch.zeros(group.width))
+    assert needs_of("mine") == ALL_SUMS
+    assert needs_of(lambda group, weights, statistics: torch.zeros(1)) == ALL_SUMS
+    assert needs_of("l1") == frozenset()
+    assert needs_of(find_criterion("apoz")) == {"zeros"}
+    with pytest.raises(
+        ArgumentError, match=r"needs=\['zeroes'\] of criterion 'typo'; expected some of gates, gradient"
+    ):
+        criterion("typo", needs=("zeroes",))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from tests.pruners.test_statistics import Net, analysed, batches, collected, gra
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, registered_criteria
+from torchshear.pruners.criteria import needs_of
 
 GRADIENTS = ("taylor", "taylor_bn", "group_fisher", "snip", "snip_momentum", "gradient")
 ALL = tuple(name for name in registered_criteria() if name != "random")
@@ -118,17 +119,14 @@ def test_wanda_multiplies_each_weight_by_the_size_of_its_input() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_permuting_channels_permutes_scores(name: str) -> None:
-    net, order = randomise(Net()).eval(), torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    other = Net().eval()
+    net, other = randomise(Net(groups=1)).eval(), Net(groups=1).eval()
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     state = {key: value.clone() for key, value in net.state_dict().items()}
-    for key in ("stem.weight", "stem.bias", "down.weight", "down.bias", *(k for k in state if k.startswith("norm."))):
-        state[key] = state[key][order] if state[key].ndim else state[key]
-    net.up.groups = other.up.groups = 1
-    for one in (net, other):
-        one.up = nn.Conv2d(8, 12, 3, padding=1)
-    net.up.weight.data.normal_(generator=torch.Generator().manual_seed(2))
-    state = {**state, "up.weight": net.up.weight.data[:, order], "up.bias": net.up.bias.data}
-    state["head.weight"] = state["head.weight"][:, order]
+    for key in state:  # the residual stream: made by "stem" and "down", read by "up" and "head"
+        if key.startswith(("stem.", "down.", "norm.")) and state[key].ndim:
+            state[key] = state[key][order]
+    for key in ("up.weight", "head.weight"):
+        state[key] = state[key][:, order]
     other.load_state_dict(state)
     before, after = (scores(name, *_with_statistics(one)) for one in (net, other))
     np.testing.assert_allclose(after, before[order], rtol=2e-4, atol=1e-9)
@@ -153,3 +151,25 @@ def test_a_model_pruned_by_any_criterion_is_proved_equal(name: str) -> None:
 def test_gradient_criteria_say_what_they_need(name: str) -> None:
     with pytest.raises(ArgumentError, match="loss_fn"):
         torchshear.plan(analysed(randomise(Net()).eval()), criterion=name)
+
+
+def test_statistics_for_other_criteria_are_refused_with_what_is_missing() -> None:
+    groups, statistics = collected(randomise(Net()).eval(), criteria="apoz")
+    with pytest.raises(ArgumentError, match="for other criteria, without magnitude"):
+        torchshear.plan(groups, criterion="mean_activation", statistics=statistics)
+    with pytest.raises(ArgumentError, match="without a loss, or for criteria that need none"):
+        torchshear.plan(groups, criterion="taylor", statistics=statistics)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_collected_for_a_criterion_alone_gives_its_scores(name: str) -> None:
+    net = randomise(Net()).eval()
+    groups, everything = collected(net)
+    if name in ("l1", "l2", "fpgm", "bn_scale", "lamp"):
+        with pytest.raises(ArgumentError, match=f"criteria='{name}' look at no data"):
+            collected(net, criteria=name)
+        return
+    _, alone = collected(net, criteria=name)
+    assert alone.sums == needs_of(name) < everything.sums
+    for group in groups.prunable:
+        torch.testing.assert_close(*(scores(name, groups, group.name, one) for one in (alone, everything)))

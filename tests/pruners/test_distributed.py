@@ -1,5 +1,7 @@
 """Two processes that collect together sum what one process would on the data of both; none waits for one that ended."""
 
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +14,65 @@ from torch.nn import functional
 import torchshear
 from tests.models import randomise
 from tests.pruners.test_statistics import Net, analysed, batches
+from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
 from torchshear.pruners import Statistics
 
 
 def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        data = batches(4)[2 * rank : 2 * rank + counts[rank]]
-        groups = analysed(randomise(Net()).eval())
+    data = batches(4)[2 * rank : 2 * rank + counts[rank]]
+
+    def run(groups: ChannelGroups) -> dict[str, Any]:
         found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2)
         plan = torchshear.plan(groups, criterion="taylor", statistics=found)
-        torch.save(
-            {"numbers": _numbers(found), "kept": {k: v.tolist() for k, v in plan.kept.items()}}, _file(folder, rank)
-        )
-    except DataError as error:
-        torch.save({"error": str(error)}, _file(folder, rank))
+        return {"numbers": _numbers(found), "kept": {k: v.tolist() for k, v in plan.kept.items()}}
+
+    _saved(rank, folder, run)
+
+
+def _saved(rank: int, folder: str, run: Callable[[ChannelGroups], dict[str, Any]]) -> None:
+    """Save what a function gives, or its error, in a group of two processes."""
+    limit = timedelta(seconds=60)  # of waiting for the other process
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
+    try:
+        torch.save(run(analysed(randomise(Net()).eval())), _file(folder, rank))
+    except Exception as error:
+        torch.save({"error": f"{type(error).__name__}: {error}"}, _file(folder, rank))
     finally:
         dist.destroy_process_group()
+
+
+def _broken_loader() -> Iterator[Any]:
+    yield batches(1)[0]
+    raise OSError("disk gone")
+
+
+def _broken_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    raise KeyError("no such class")
+
+
+FAILURES: dict[str, dict[str, Any]] = {
+    "loader": {"loader": _broken_loader()},
+    "loss": {"loss_fn": _broken_loss},
+    "argument": {"batches": 0},
+    "criteria": {"criteria": "apoz"},
+}
+
+
+def _fail(rank: int, folder: str, others: tuple[str, ...]) -> None:
+    """Collect once for each failure, which the second process meets."""
+
+    def run(groups: ChannelGroups) -> dict[str, Any]:
+        errors: dict[str, Any] = {}
+        for how in others:
+            options = {"loader": batches(2), "loss_fn": functional.cross_entropy, "batches": 2}
+            try:
+                torchshear.collect(groups, **(options | (FAILURES[how] if rank else {})))
+            except Exception as error:
+                errors[how] = f"{type(error).__name__}: {error}"
+        return errors
+
+    _saved(rank, folder, run)
 
 
 def _file(folder: str, rank: int) -> str:
@@ -47,8 +90,8 @@ def _numbers(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def _both(folder: Path, counts: tuple[int, int]) -> list[dict[str, Any]]:
-    mp.spawn(_collect, (str(folder), counts), nprocs=2)
+def _both(folder: Path, argument: Any, function: Callable[..., None] = _collect) -> list[dict[str, Any]]:
+    mp.spawn(function, (str(folder), argument), nprocs=2)
     return [torch.load(_file(str(folder), rank), weights_only=True) for rank in (0, 1)]
 
 
@@ -62,8 +105,21 @@ def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> N
 
 def test_every_process_says_that_one_has_too_little_data(tmp_path: Path) -> None:
     errors = [found["error"] for found in _both(tmp_path, (2, 1))]
-    assert errors == ["process 1 could not collect: " + errors[1], errors[1]]
+    own = errors[1].removeprefix("DataError: ")
+    assert errors == [f"DataError: process 1 could not collect: {own}", f"DataError: {own}"]
     assert "ended after 1 of 2 batches" in errors[1]
+
+
+def test_whatever_stops_one_process_stops_both(tmp_path: Path) -> None:
+    first, second = _both(tmp_path, tuple(FAILURES), _fail)
+    assert second["loader"] == "OSError: disk gone"
+    assert first["loader"] == "DataError: process 1 could not collect: OSError: disk gone"
+    assert second["loss"] == "KeyError: 'no such class'"
+    assert first["loss"] == "DataError: process 1 could not collect: KeyError: 'no such class'"
+    assert second["argument"].startswith("ArgumentError: batches=0")
+    assert first["argument"].startswith("DataError: process 1 could not collect: batches=0")
+    assert first["criteria"] == second["criteria"]
+    assert first["criteria"].startswith("DataError: processes collect for different networks or criteria")
 
 
 def test_one_process_needs_no_group() -> None:

@@ -1,6 +1,7 @@
 """Statistics: what is summed, against naive loops over the model itself; and data that does not fit."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -12,17 +13,17 @@ import torchshear
 from tests.models import Residual, image, randomise
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, DataError, WeightError
-from torchshear.pruners.statistics import Statistics, find_taps
+from torchshear.pruners.statistics import ALL_SUMS, SUMS_OF_GRADIENTS, Statistics, find_taps
 
 
 class Net(nn.Module):
     """Convolution, norm, activation, residual sum, classifier."""
 
-    def __init__(self, act: Callable[[Tensor], Tensor] = functional.relu) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor] = functional.relu, groups: int = 2) -> None:
         super().__init__()
         self.act = act
         self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12)
+        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=groups), nn.BatchNorm2d(12)
         self.down = nn.Conv2d(12, 8, 1)
         self.head = nn.Linear(8, 5)
 
@@ -127,6 +128,112 @@ def test_a_gate_stands_behind_every_layer_of_a_group_for_every_sample(net: nn.Mo
         each.append(found.sum(0))
     torch.testing.assert_close(statistics.gates["stem.weight[0]"].squares, squares, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(statistics.gates["stem.weight[0]"].batches, torch.stack(each, 1), rtol=1e-4, atol=1e-7)
+
+
+class InPlace(nn.Module):
+    """Layers whose results are overwritten, at once and by a view of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 7, 1), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, gates: tuple[Tensor, ...] | None = None) -> Tensor:
+        y = self.one(x)
+        y = y if gates is None else y * gates[0][:, :, None, None]
+        y = functional.silu(y, inplace=True)
+        z = functional.dropout(self.two(y), 0.5, self.training)
+        z = z if gates is None else z * gates[1][:, :, None, None]
+        wide = z.flatten(2)
+        wide.mul_(2)
+        return self.head(torch.tanh(z).mean((2, 3)))
+
+
+def test_gates_on_results_that_are_overwritten() -> None:
+    net = randomise(InPlace()).eval()
+    _, statistics = collected(net, criteria="group_fisher")
+    squares = [torch.zeros(6, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)]
+    for x, target in batches():
+        gates = (torch.ones(len(x), 6, requires_grad=True), torch.ones(len(x), 7, requires_grad=True))
+        found = torch.autograd.grad(functional.cross_entropy(net(x, gates), target), gates)
+        squares = [sums + gradient.double().square().sum(0) for sums, gradient in zip(squares, found, strict=True)]
+    for name, expected in zip(("one.weight[0]", "two.weight[0]"), squares, strict=True):
+        torch.testing.assert_close(statistics.gates[name].squares, expected, rtol=1e-5, atol=1e-10)
+
+
+class Turned(nn.Module):
+    """Linear layers that read sequences with the batch behind the time, and with both in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(6, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, gates: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        y = self.one(x.transpose(0, 1))  # (time, batch, width)
+        y = y if gates is None else y * gates[0]
+        y = torch.tanh(y).transpose(0, 1)
+        z = self.two(y.reshape(-1, 6))
+        z = z if gates is None else z * gates[1].repeat_interleave(x.shape[1], 0)
+        return self.head(torch.tanh(z).reshape(*x.shape[:2], 7).mean(1))
+
+
+def test_inputs_without_a_common_batch_have_gates() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.one(x)).sum(0) * torch.tanh(self.two(y)).sum(0))
+
+    data = (torch.randn(5, 3), torch.randn(3, 4))
+    groups = torchshear.analyze(torchshear.trace(randomise(Pair()).eval(), data))
+    statistics = torchshear.collect(groups, [data], lambda output, _: output.sum(), 1)
+    assert all(bool((sums.squares > 0).all()) for sums in statistics.gates.values())
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_gates_find_the_samples_in_any_dimension(size: int) -> None:
+    net = randomise(Turned()).eval()
+    groups = torchshear.analyze(torchshear.trace(net, (torch.zeros(2, 8, 3),)))
+    x = torch.randn(size, 8, 3, generator=torch.Generator().manual_seed(5))
+    target = torch.arange(size) % 5
+    statistics = torchshear.collect(groups, [(x, target)], functional.cross_entropy, 1)
+    gates = (torch.ones(size, 6, requires_grad=True), torch.ones(size, 7, requires_grad=True))
+    found = torch.autograd.grad(functional.cross_entropy(net(x, gates), target), gates)
+    for name, gradient in zip(("one.weight[0]", "two.weight[0]"), found, strict=True):
+        squares = gradient.double().square().sum(0)
+        torch.testing.assert_close(statistics.gates[name].squares, squares, rtol=1e-5, atol=1e-10)
+
+
+def test_sums_are_the_same_in_any_pieces(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, whole = collected(net)
+    monkeypatch.setattr("torchshear.pruners.statistics._sums._PIECE", 7)
+    pieces = torchshear.collect(groups, batches(), functional.cross_entropy, 3)
+    for key, sums in whole.values.items():
+        for word in ("zeros", "total", "magnitude", "squares"):
+            torch.testing.assert_close(getattr(pieces.values[key], word), getattr(sums, word), rtol=1e-5, atol=1e-6)
+    for kind in ("weights", "rows", "gates"):
+        for name, one in getattr(whole, kind).items():
+            for field in fields(one):
+                other = getattr(getattr(pieces, kind)[name], field.name)
+                torch.testing.assert_close(other, getattr(one, field.name), rtol=1e-4, atol=1e-9)
+
+
+def test_only_what_is_asked_for_is_summed(net: nn.Module) -> None:
+    _, apoz = collected(net, criteria="apoz")
+    assert apoz.sums == {"zeros"}
+    assert apoz.loss is None
+    assert not apoz.weights
+    assert not apoz.gates
+    assert all(len(sums.zeros) and not len(sums.squares) for sums in apoz.values.values())
+    _, two = collected(net, criteria=["taylor", "wanda"])
+    assert two.sums == {"taylor", "inputs"}
+    assert all(not len(sums.gradient) for sums in two.weights.values())
+    assert all(len(sums.squares) and not len(sums.total) for sums in two.values.values())
+    with pytest.raises(ArgumentError, match="criterion 'snip' looks at gradients; give a loss_fn"):
+        collected(net, loss_fn=None, criteria=["apoz", "snip"])
+    _, mine = collected(net, loss_fn=None, criteria=lambda group, weights, statistics: torch.zeros(1))
+    assert mine.sums == ALL_SUMS - SUMS_OF_GRADIENTS
 
 
 def test_nothing_of_the_model_changes(net: nn.Module) -> None:

@@ -1,5 +1,6 @@
 """Interpret a captured graph node by node."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -88,3 +89,26 @@ def is_only_read(node: fx.Node) -> bool:
         if any(given.get(a.name) is node and a.alias_info for a in user.target._schema.arguments):
             return False
     return True
+
+
+# Operators that hand their operand on where they do nothing, of which their schemas do not tell.
+_HANDED_ON = frozenset({"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"})
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether a call writes to the memory of a value, itself or by a view of it; or whoever reads the outputs may.
+
+    That batch norms write to their statistics in train mode is not seen.
+    """
+    for user in node.users:
+        if user.target is operator.getitem or str(user.target).rpartition(".")[0] in _HANDED_ON:
+            if is_written(user):
+                return True
+        elif isinstance(user.target, torch._ops.OpOverload):
+            given = dict(zip((a.name for a in user.target._schema.arguments), user.args, strict=False)) | user.kwargs
+            infos = [a.alias_info for a in user.target._schema.arguments if given.get(a.name) is node]
+            if any(i is not None and (i.is_write or is_written(user)) for i in infos):
+                return True
+        else:
+            return True
+    return False

@@ -1,6 +1,7 @@
 """What goes: criteria that score units, and the selection of those that stay."""
 
 from torchshear.pruners import masks
+from torchshear.pruners._collecting import collect
 from torchshear.pruners._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
 from torchshear.pruners._keys import Ratio
 from torchshear.pruners._planning import plan_from_kept, plan_units
@@ -45,7 +46,7 @@ from torchshear.pruners.criteria import (
     registered_criteria,
     unit_sums,
 )
-from torchshear.pruners.statistics import Statistics, collect
+from torchshear.pruners.statistics import Statistics
 
 __all__ = [
     "SCOPES",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
+from torchshear.pruners._roles import OWN_ROLES
 from torchshear.pruners.criteria import Criterion, UnscorableError
-from torchshear.pruners.criteria._weights import OWN_ROLES
 from torchshear.pruners.statistics import Statistics
 
 Floats = npt.NDArray[np.float64]

@@ -5,29 +5,21 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import means_of_values, with_statistics
+from torchshear.pruners.criteria._data import means_of_values
 from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("activation_variance")
+@criterion("activation_variance", needs=("total", "squares"))
 def activation_variance_scores(
     group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None
 ) -> Tensor:
-    """Score each unit by the variance of its activation.
+    """Score each unit by the variance of its activation; shape (C,).
 
     s_c = mean of a_c^2 - (mean of a_c)^2, over all samples and places
 
     where a is the result of the first activation behind each layer of the group, or of the layer where there is none.
     A unit that always gives the same number is best replaced by a bias.
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: not used.
-        statistics: collected with or without a loss.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
 
     Raises:
         ArgumentError: there are no statistics.
@@ -35,8 +27,6 @@ def activation_variance_scores(
 
     Reference: Polyak and Wolf, IEEE Access 2015, doi:10.1109/ACCESS.2015.2494536.
     """
-    known = with_statistics(statistics, "activation_variance", needs_loss=False)
-    mean = means_of_values(group, known, "activation_variance", lambda sums: sums.total)
-    return (means_of_values(group, known, "activation_variance", lambda sums: sums.squares) - mean.square()).clamp_min(
-        0
-    )
+    mean = means_of_values(group, statistics, "activation_variance", lambda sums: sums.total)
+    squares = means_of_values(group, statistics, "activation_variance", lambda sums: sums.squares)
+    return (squares - mean.square()).clamp_min(0)

@@ -5,29 +5,20 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
+from torchshear.pruners._roles import NORM_ROLES
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import unit_sums
 from torchshear.pruners.statistics import Statistics
 
-_NORM = frozenset({"norm"})
 
-
-@criterion("bn_scale", comparable=True)
+@criterion("bn_scale", needs=(), comparable=True)
 def bn_scale_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit by the scales of its norms.
+    """Score each unit by the scales of its norms; shape (C,).
 
     s_c = sum over norms of the group of |gamma_c|
 
     which says something if the scales were pressed towards zero while the model was trained. A group without norms
     stays whole.
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: parameter name -> tensor.
-        statistics: not used.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
 
     Raises:
         UnscorableError: the group has no norm with a scale.
@@ -35,6 +26,6 @@ def bn_scale_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statisti
 
     Reference: Liu et al., ICCV 2017, arXiv:1708.06519 (network slimming).
     """
-    if not any(member.roles & _NORM for member in group.members):
+    if not any(member.roles & NORM_ROLES for member in group.members):
         raise UnscorableError("bn_scale: no norm with a scale among its layers")
-    return unit_sums(group, weights, lambda weight: weight.abs(), _NORM)
+    return unit_sums(group, weights, lambda weight: weight.abs(), NORM_ROLES)

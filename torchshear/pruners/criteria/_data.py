@@ -1,4 +1,4 @@
-"""What criteria that look at data share: statistics that are there, and units' shares of them."""
+"""What criteria that look at data share: statistics that hold what they need, and units' shares of them."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,45 +7,54 @@ from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
-from torchshear.pruners.criteria._registry import UnscorableError
-from torchshear.pruners.criteria._weights import OWN_ROLES, unit_sums
-from torchshear.pruners.statistics import Statistics, ValueSums, WeightSums
+from torchshear.pruners._roles import OWN_ROLES
+from torchshear.pruners.criteria._registry import UnscorableError, needs_of
+from torchshear.pruners.criteria._weights import unit_sums
+from torchshear.pruners.statistics import SUMS_OF_GRADIENTS, Statistics, ValueSums, WeightSums
 
 
-def with_statistics(statistics: Statistics | None, criterion: str, needs_loss: bool) -> Statistics:
-    """The statistics, if they are there and hold what a criterion needs.
+def with_needs(statistics: Statistics | None, criterion: str) -> Statistics:
+    """The statistics, if they hold every sum that a criterion declared at its registration.
 
     Raises:
-        ArgumentError: there are none, or they were collected without a loss that the criterion needs.
+        ArgumentError: there are none, or they were collected without a loss, or for other criteria.
     """
-    loss = ", loss_fn" if needs_loss else ""
-    if statistics is None or (needs_loss and not statistics.weights):
-        what = "no statistics were given" if statistics is None else "they were collected without a loss"
-        raise ArgumentError(
-            f"criterion={criterion!r} looks at {'gradients' if needs_loss else 'activations'}, and {what}. Give "
-            f"statistics=torchshear.collect(graph, loader{loss})."
-        )
-    return statistics
+    needs = needs_of(criterion)
+    loss = bool(needs & SUMS_OF_GRADIENTS)
+    if statistics is not None and needs <= statistics.sums:
+        return statistics
+    if statistics is None:
+        what = "no statistics were given"
+    elif loss and not statistics.sums & SUMS_OF_GRADIENTS:
+        what = "they were collected without a loss, or for criteria that need none"
+    else:
+        what = f"they were collected for other criteria, without {', '.join(sorted(needs - statistics.sums))}"
+    raise ArgumentError(
+        f"criterion={criterion!r} looks at {'gradients' if loss else 'activations'}, and {what}. Give "
+        f"statistics=torchshear.collect(graph, loader{', loss_fn' if loss else ''})."
+    )
 
 
 def sums_of_weights(
-    group: ChannelGroup, statistics: Statistics, criterion: str, pick: Callable[[WeightSums], Tensor]
+    group: ChannelGroup, statistics: Statistics | None, criterion: str, pick: Callable[[WeightSums], Tensor]
 ) -> Tensor:
     """Sum something known of every number of a parameter over all that a unit's removal deletes; shape (C,)."""
-    known = {m.name: pick(statistics.weights[m.name]) for m in group.members if m.name in statistics.weights}
+    seen = with_needs(statistics, criterion)
+    known = {m.name: pick(seen.weights[m.name]) for m in group.members if m.name in seen.weights}
     if not known:
         raise UnscorableError(f"{criterion}: no weight of the group is read in eval mode, where gradients were taken")
     return unit_sums(group, known, lambda sums: sums)
 
 
 def means_of_values(
-    group: ChannelGroup, statistics: Statistics, criterion: str, pick: Callable[[ValueSums], Tensor]
+    group: ChannelGroup, statistics: Statistics | None, criterion: str, pick: Callable[[ValueSums], Tensor]
 ) -> Tensor:
     """Mean over all numbers seen of each unit, behind the activations or else the layers; shape (C,), float64."""
+    seen = with_needs(statistics, criterion)
     total = torch.zeros(group.width, dtype=torch.float64)
     count = torch.zeros(group.width, dtype=torch.float64)
-    for tap in statistics.taps.get(group.name, ()):
-        sums = statistics.values[tap.node, tap.dim]
+    for tap in seen.taps.get(group.name, ()):
+        sums = seen.values[tap.node, tap.dim]
         units, positions = torch.from_numpy(tap.units), torch.from_numpy(tap.positions)
         total.index_add_(0, units, pick(sums)[positions])
         count.index_add_(0, units, torch.full((len(units),), float(sums.count), dtype=torch.float64))
@@ -54,9 +63,7 @@ def means_of_values(
     return total / count
 
 
-def row_sums(
-    group: ChannelGroup, statistics: Statistics, values: Mapping[str, Tensor], roles: frozenset[str]
-) -> Tensor:
+def row_sums(group: ChannelGroup, values: Mapping[str, Tensor], roles: frozenset[str]) -> Tensor:
     """Sum something known of the rows of layers over the members with a role; shape (C,), float64."""
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in group.members:

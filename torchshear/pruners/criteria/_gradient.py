@@ -5,29 +5,20 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import sums_of_weights, with_statistics
+from torchshear.pruners.criteria._data import sums_of_weights
 from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("gradient")
+@criterion("gradient", needs=("gradient",))
 def gradient_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit by size of gradients.
+    """Score each unit by the size of the gradients of its weights; shape (C,).
 
     s_c = sum over batches b, over all weights w that the unit's removal deletes, of |dL_b/dw|
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: not used.
-        statistics: collected with a loss.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
 
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
 
     Reference: Intel Neural Compressor 2.6, criterion "gradient", there of the last batch alone.
     """
-    known = with_statistics(statistics, "gradient", needs_loss=True)
-    return sums_of_weights(group, known, "gradient", lambda sums: sums.gradient)
+    return sums_of_weights(group, statistics, "gradient", lambda sums: sums.gradient)

@@ -5,27 +5,19 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import with_statistics
+from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("group_fisher", comparable=True)
+@criterion("group_fisher", needs=("gates",), comparable=True)
 def group_fisher_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit by the squared gradient of the loss by a gate that all layers of the group share.
+    """Score each unit by the squared gradient of the loss by a gate that all layers of the group share; shape (C,).
 
     s_c = sum over samples n of (sum over coupled layers l of dL/dm_lc(n))^2
 
-    where m_lc multiplies what layer l gives of unit c for sample n; coupled layers are added inside the square. The
-    batch must be dimension 0 of what the layers give; where it is not, a batch counts as one sample.
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: not used.
-        statistics: collected with a loss.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
+    where m_lc multiplies what layer l gives of unit c for sample n; coupled layers are added inside the square. Where
+    no dimension of what a layer gives is the batch, what it adds for a whole batch counts as one sample.
 
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
@@ -33,7 +25,7 @@ def group_fisher_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stat
 
     Reference: Liu et al., ICML 2021, arXiv:2108.00708, eq. 6, without its division by memory.
     """
-    known = with_statistics(statistics, "group_fisher", needs_loss=True)
-    if group.name not in known.gates:
+    seen = with_needs(statistics, "group_fisher")
+    if group.name not in seen.gates:
         raise UnscorableError("group_fisher: its units are made by no layer that a gate could stand behind")
-    return known.gates[group.name].squares
+    return seen.gates[group.name].squares

@@ -10,22 +10,14 @@ from torchshear.pruners.criteria._weights import unit_sums
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("l1")
+@criterion("l1", needs=())
 def l1_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit of a group by the L1 norm of its own weights, summed over the group.
+    """Score each unit of a group by the L1 norm of its own weights, summed over the group; shape (C,).
 
     s_c = sum over members m of ||W_m[c]||_1
 
     Members are output rows of convolutions and linear layers, depthwise kernels, norm scales, embedding columns and
     raw parameters; input columns of the layers that read the unit, biases and running statistics are not counted.
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: parameter name -> tensor.
-        statistics: not used.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
 
     Raises:
         WeightError: a weight is missing, without values, or not finite.

@@ -10,21 +10,13 @@ from torchshear.pruners.criteria._weights import unit_sums
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("l2")
+@criterion("l2", needs=())
 def l2_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit of a group by the L2 norm of its own weights over the group.
+    """Score each unit of a group by the L2 norm of its own weights over the group; shape (C,).
 
     s_c = sqrt(sum over members m of ||W_m[c]||_2^2)
 
     Members are the same as for the L1 criterion: what the unit owns, not what reads it.
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: parameter name -> tensor.
-        statistics: not used.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
 
     Raises:
         WeightError: a weight is missing, without values, or not finite.

@@ -5,27 +5,19 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import means_of_values, with_statistics
+from torchshear.pruners.criteria._data import means_of_values
 from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("mean_activation")
+@criterion("mean_activation", needs=("magnitude",))
 def mean_activation_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit by the mean size of its activation.
+    """Score each unit by the mean size of its activation; shape (C,).
 
     s_c = mean over all samples and places of |a_c|
 
     where a is the result of the first activation behind each layer of the group, or of the layer where there is none;
     all such places of a group together.
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: not used.
-        statistics: collected with or without a loss.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
 
     Raises:
         ArgumentError: there are no statistics.
@@ -33,5 +25,4 @@ def mean_activation_scores(group: ChannelGroup, weights: Mapping[str, Tensor], s
 
     Reference: Molchanov et al., ICLR 2017, arXiv:1611.06440, section 2.2.
     """
-    known = with_statistics(statistics, "mean_activation", needs_loss=False)
-    return means_of_values(group, known, "mean_activation", lambda sums: sums.magnitude)
+    return means_of_values(group, statistics, "mean_activation", lambda sums: sums.magnitude)

@@ -41,4 +41,4 @@ def random_criterion(seed: int = 0) -> Criterion:
     return random_scores
 
 
-criterion("random")(random_criterion(0))
+criterion("random", needs=())(random_criterion(0))

@@ -1,4 +1,4 @@
-"""The registry of criteria."""
+"""The registry of criteria: what each is called, and which sums over data it needs."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError, TorchshearError
-from torchshear.pruners.statistics import Statistics
+from torchshear.pruners.statistics import ALL_SUMS, Statistics, Sum
 
 Criterion = Callable[[ChannelGroup, Mapping[str, Tensor], Statistics | None], Tensor]
 
@@ -17,25 +17,44 @@ class UnscorableError(TorchshearError):
 
 
 _CRITERIA: dict[str, Criterion] = {}
+_NEEDS: dict[str, frozenset[Sum]] = {}
 _COMPARABLE: set[Criterion] = set()
 
 
-def criterion(name: str, comparable: bool = False) -> Callable[[Criterion], Criterion]:
-    """Register a criterion: a function `(group, weights, statistics) -> scores`, bigger = keep.
+def criterion(
+    name: str, needs: tuple[Sum, ...] | None = None, comparable: bool = False
+) -> Callable[[Criterion], Criterion]:
+    """Register a criterion: a function `(group, weights, statistics) -> scores`.
+
+    The contract that every criterion keeps, of which its own docstring says only the formula, what it needs and what
+    it cannot score:
+
+    - `group`: the coupled dimensions; C = group.width units.
+    - `weights`: parameter name -> tensor, at least of the group's members.
+    - `statistics`: what `torchshear.collect` saw, or None.
+    - It returns scores of shape (C,), finite, float64 in those given here; the lowest are pruned first.
+    - It raises `UnscorableError` where it has nothing to say of a group, which then stays whole; `WeightError` where a
+      weight is missing, without values or not finite; `ArgumentError` where statistics are missing or lack a sum.
 
     Args:
         name: the word that users choose it by.
+        needs: names of the sums that it reads from `statistics`, see `torchshear.pruners.statistics.Sum`; empty if it
+            reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything.
         comparable: whether scores of units of different groups mean the same, as an estimate of the loss does. Those of
             other criteria are divided by their mean over the group where groups are ranked together.
 
     Raises:
-        ArgumentError: the name is taken.
+        ArgumentError: the name is taken, or a sum is unknown.
     """
+    unknown = sorted(set(needs or ()) - ALL_SUMS)
+    if unknown:
+        raise ArgumentError(f"needs={unknown} of criterion {name!r}; expected some of {', '.join(sorted(ALL_SUMS))}.")
 
     def add(function: Criterion) -> Criterion:
         if name in _CRITERIA:
             raise ArgumentError(f"criterion {name!r} is registered already, as {_CRITERIA[name].__name__}.")
         _CRITERIA[name] = function
+        _NEEDS[name] = ALL_SUMS if needs is None else frozenset(needs)
         if comparable:
             _COMPARABLE.add(function)
         return function
@@ -56,6 +75,16 @@ def find_criterion(name: str | Criterion) -> Criterion:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(f"criterion={name!r}; expected one of {', '.join(sorted(_CRITERIA))}.{hint}")
     return _CRITERIA[name]
+
+
+def needs_of(name: str | Criterion) -> frozenset[Sum]:
+    """The sums that a criterion reads: those named at its registration, or all if none were.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    function = find_criterion(name)
+    return next((_NEEDS[known] for known, one in _CRITERIA.items() if one is function), ALL_SUMS)
 
 
 def is_comparable(function: Criterion) -> bool:

@@ -5,32 +5,23 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import sums_of_weights, with_statistics
+from torchshear.pruners.criteria._data import sums_of_weights
 from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.statistics import Statistics
 
 
-@criterion("taylor", comparable=True)
+@criterion("taylor", needs=("taylor",), comparable=True)
 def taylor_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit by what the loss would change if each of its weights were zeroed alone.
+    """Score each unit by what the loss would change if each of its weights were zeroed alone; shape (C,).
 
     s_c = sum over batches b, over all weights w that the unit's removal deletes, of (w dL_b/dw)^2
 
     the form that adds the squared contributions of single weights, not the square of their sum. L_b is the loss of a
     batch as `loss_fn` gives it, the model in eval mode.
 
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: not used.
-        statistics: collected with a loss.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
-
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
 
     Reference: Molchanov et al., CVPR 2019, arXiv:1906.10771, eq. 8; here summed over the group.
     """
-    known = with_statistics(statistics, "taylor", needs_loss=True)
-    return sums_of_weights(group, known, "taylor", lambda sums: sums.taylor)
+    return sums_of_weights(group, statistics, "taylor", lambda sums: sums.taylor)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import with_statistics
+from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import readable, unit_sums
 from torchshear.pruners.statistics import Statistics
@@ -14,21 +14,13 @@ from torchshear.pruners.statistics import Statistics
 _LAYERS = frozenset({"out"})
 
 
-@criterion("wanda")
+@criterion("wanda", needs=("inputs",))
 def wanda_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
-    """Score each unit by its weights, each times the size of the input that it multiplies.
+    """Score each unit by its weights, each times the size of the input that it multiplies; shape (C,).
 
     s_c = sum over layers of the group, over inputs i, of |W[c, i]| sqrt(mean of x_i^2)
 
     the mean over all samples and places. Layers whose inputs were not seen count with inputs of size 1.
-
-    Args:
-        group: the coupled dimensions; C = group.width units.
-        weights: parameter name -> tensor.
-        statistics: collected with or without a loss.
-
-    Returns:
-        Scores of shape (C,), float64; the lowest are pruned first.
 
     Raises:
         ArgumentError: there are no statistics.
@@ -37,10 +29,10 @@ def wanda_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics:
 
     Reference: Sun et al., ICLR 2024, arXiv:2306.11695, for single weights; here summed over units.
     """
-    known = with_statistics(statistics, "wanda", needs_loss=False)
+    seen = with_needs(statistics, "wanda")
     if not any(member.roles & _LAYERS for member in group.members):
         raise UnscorableError("wanda: its units are made by no layer that multiplies inputs")
-    return unit_sums(group, _Weighted(group, weights, known), lambda weight: weight, _LAYERS)
+    return unit_sums(group, _Weighted(group, weights, seen), lambda weight: weight, _LAYERS)
 
 
 class _Weighted(Mapping[str, Tensor]):

@@ -7,10 +7,7 @@ from torch import Tensor
 
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.errors import WeightError
-
-# What a unit's removal deletes and that is a weight of the unit itself. Input columns ("in") belong to the layers that
-# read the unit and biases ("bias") are offsets; either is counted only on request. Running statistics never are.
-OWN_ROLES = frozenset({"out", "depthwise", "norm", "embedding", "raw"})
+from torchshear.pruners._roles import OWN_ROLES
 
 _PIECE = 1 << 19  # elements that are worked on at a time: a few MB, which stay in the cache
 

@@ -1,19 +1,37 @@
 """Data run through a model, and what it shows of each unit: activations, gradients, gates."""
 
-from torchshear.pruners.statistics._collect import collect
-from torchshear.pruners.statistics._statistics import GateSums, RowSums, Statistics, ValueSums, WeightSums
+from torchshear.pruners.statistics._batches import batches_of
+from torchshear.pruners.statistics._distributed import agree, all_reduced
+from torchshear.pruners.statistics._run import Loss, Run
+from torchshear.pruners.statistics._statistics import (
+    ALL_SUMS,
+    SUMS_OF_GRADIENTS,
+    GateSums,
+    RowSums,
+    Statistics,
+    Sum,
+    ValueSums,
+    WeightSums,
+)
 from torchshear.pruners.statistics._taps import GroupTaps, Layer, Tap, find_layers, find_taps
 
 __all__ = [
+    "ALL_SUMS",
+    "SUMS_OF_GRADIENTS",
     "GateSums",
     "GroupTaps",
     "Layer",
+    "Loss",
     "RowSums",
+    "Run",
     "Statistics",
+    "Sum",
     "Tap",
     "ValueSums",
     "WeightSums",
-    "collect",
+    "agree",
+    "all_reduced",
+    "batches_of",
     "find_layers",
     "find_taps",
 ]

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchshear.errors import DataError
+from torchshear.errors import DataError, TorchshearError
+from torchshear.pruners.statistics._run import Run
 from torchshear.pruners.statistics._statistics import GateSums, Statistics, ValueSums
 
 _T = TypeVar("_T")
@@ -19,29 +20,41 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def agree_on_length(n_batches: int, error: DataError | None) -> None:
-    """Raise on every process if any failed or they ran different numbers of batches.
+def agree(run: Run | None, error: Exception | None) -> None:
+    """Raise on every process if any failed, or they did not do the same.
 
     Processes talk to one another here only, after their data, so that none waits for another that has ended.
 
+    Args:
+        run: what this process did; None if it failed before its first batch.
+        error: what stopped it, or None.
+
     Raises:
-        DataError: a process failed; or the numbers differ.
+        Exception: `error`, where there is one.
+        DataError: another process failed; they have different networks or criteria, or numbers of batches.
     """
+    if error is not None and not is_distributed():
+        raise error
     if not is_distributed():
-        if error is not None:
-            raise error
         return
+    did = None if run is None else (run.graph.fingerprint, tuple(sorted(run.sums)), run.n_batches)
+    failure = str(error) if error is None or isinstance(error, TorchshearError) else f"{type(error).__name__}: {error}"
     said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, (n_batches, None if error is None else str(error)))
+    dist.all_gather_object(said, (did, failure if error else None))
     if error is not None:
         raise error
     failed = [(rank, message) for rank, (_, message) in enumerate(said) if message is not None]
     if failed:
         raise DataError(f"process {failed[0][0]} could not collect: {failed[0][1]}")
-    counts = [count for count, _ in said]
+    networks, sums, counts = zip(*(did for did, _ in said), strict=True)
+    if len(set(networks)) > 1 or len(set(sums)) > 1:
+        raise DataError(
+            "processes collect for different networks or criteria; expected the same on each. Seed them alike, and "
+            "give all the same arguments."
+        )
     if len(set(counts)) > 1:
         raise DataError(
-            f"processes ran {counts} batches; expected equally many on each. Give loaders of one length, as a "
+            f"processes ran {list(counts)} batches; expected equally many on each. Give loaders of one length, as a "
             f"DistributedSampler does."
         )
 
@@ -78,7 +91,9 @@ def _each(sums: _T, change: Callable[[Any], Any]) -> _T:
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    """The sum over all processes, on the device where the tensor was."""
+    """The sum over all processes, on the device where the tensor was; as it is if it is empty on each."""
+    if not tensor.numel():
+        return tensor
     moved = tensor.clone().to(_device())
     dist.all_reduce(moved)
     return moved.to(tensor.device)

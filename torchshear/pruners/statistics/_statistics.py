@@ -2,17 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
 from torchshear.pruners.statistics._taps import Layer, Tap
 
+Sum = Literal[
+    "zeros", "total", "magnitude", "squares",  # of activations: attributes of ValueSums
+    "inputs",  # squares of what layers read
+    "taylor", "saliency", "momentum", "gradient",  # of gradients: attributes of WeightSums
+    "rows",  # RowSums
+    "gates",  # GateSums
+]  # fmt: skip
+SUMS_OF_VALUES: frozenset[Sum] = frozenset({"zeros", "total", "magnitude", "squares"})
+SUMS_OF_WEIGHTS: frozenset[Sum] = frozenset({"taylor", "saliency", "momentum", "gradient"})
+SUMS_OF_GRADIENTS: frozenset[Sum] = SUMS_OF_WEIGHTS | {"rows", "gates"}  # those that need a loss
+ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum))
 MOMENTUM = 0.9  # weight of what was seen before, in the criterion |W g| with momentum
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValueSums:
     """Sums over one dimension of a value; P = its number of positions. All float64, on the CPU.
+
+    What was not asked for has shape (0,): `zeros` of groups without an activation that gives exact zeros, and all but
+    `squares` of values that no group shows in and that layers only read.
 
     Attributes:
         count: numbers seen at each position.
@@ -32,6 +47,8 @@ class ValueSums:
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightSums:
     """Sums over batches b for each number w of a parameter, g_b being the gradient of the loss of the batch.
+
+    What was not asked for has shape (0,).
 
     Attributes:
         taylor: sum of (w g_b)^2; shape of the parameter, float32, on its device.
@@ -81,12 +98,13 @@ class Statistics:
         n_batches: number of batches, over all processes.
         n_samples: number of samples, over all processes.
         values: (node, dimension) -> sums of the value of that node.
-        weights: canonical name of a parameter -> its sums; empty if no loss was given.
-        rows: canonical name of a weight -> sums of its rows; empty if no loss was given.
-        gates: name of a group -> sums of its gates; empty if no loss was given.
+        weights: canonical name of a parameter -> its sums; empty if none was asked for or no loss was given.
+        rows: canonical name of a weight -> sums of its rows; likewise.
+        gates: name of a group -> sums of its gates; likewise.
         taps: name of a group -> where its units show: behind its activations, or behind its layers if it has none.
         layers: calls that read a weight.
-        loss: mean loss over batches, or None.
+        sums: what was summed.
+        loss: mean loss over batches; None if no gradients were taken.
         notes: what is to be known of how it was collected.
     """
 
@@ -99,5 +117,6 @@ class Statistics:
     gates: Mapping[str, GateSums]
     taps: Mapping[str, tuple[Tap, ...]]
     layers: tuple[Layer, ...]
+    sums: frozenset[Sum] = ALL_SUMS
     loss: float | None = None
     notes: tuple[str, ...] = ()

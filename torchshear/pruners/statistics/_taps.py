@@ -1,5 +1,6 @@
 """Where in a graph the units of a group can be seen: values that its layers make, behind activations, and read."""
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +13,7 @@ from torchshear.dependency._registry import operator_name
 from torchshear.dependency._units import Ids
 from torchshear.graph import Graph
 from torchshear.graph._graph import shape_of
-
-OWN = frozenset({"out", "depthwise", "norm", "embedding", "raw"})  # roles of dimensions that belong to the unit itself
-MAKING = frozenset({"out", "depthwise", "embedding"})  # roles of the dimensions of a weight that make a group's units
+from torchshear.pruners._roles import MAKING_ROLES
 
 # Activations by operator, and whether their results are exactly zero over a range of inputs.
 _HAS_ZEROS = {
@@ -25,6 +24,7 @@ _HAS_ZEROS = {
     **dict.fromkeys(("prelu", "_prelu_kernel", "rrelu", "log_sigmoid", "logit", "softsign"), False),
 }
 _CLAMPS = frozenset({"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"})
+_NONNEGATIVE = frozenset({"relu", "relu_", "relu6", "relu6_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_"})
 _CHANNEL_OF_INPUT = {  # dimension of the first operand that a layer sums over
     **dict.fromkeys(("linear", "addmm", "matmul", "mm", "bmm"), -1),
     **{f"conv{kind}{rank}d": 1 for kind in ("", "_transpose") for rank in (1, 2, 3)},
@@ -42,6 +42,7 @@ class Tap:
         units: for each of `positions`, the unit of the group.
         operator: what the value comes from, as in "aten.relu.default".
         has_zeros: whether that operator is an activation whose results are exactly zero over a range of inputs.
+        is_nonnegative: whether its results are never below zero.
     """
 
     node: str
@@ -50,6 +51,7 @@ class Tap:
     units: Ids
     operator: str
     has_zeros: bool = False
+    is_nonnegative: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,7 +59,7 @@ class GroupTaps:
     """Where a group can be seen.
 
     Attributes:
-        made: results of the layers that make its units; to be multiplied by a gate.
+        made: results of the layers that make its units; where gates stand.
         activated: results of the first activations behind them.
     """
 
@@ -74,7 +76,7 @@ class Layer:
         weight: canonical name of its weight.
         bias: canonical name of its bias, or "".
         source: name of the node that it reads.
-        dim: dimension of what it reads that it sums over; None for a norm, a depthwise or another layer.
+        dim: dimension of what it reads that it sums over, from 0; None for a norm, a depthwise or another layer.
     """
 
     node: str
@@ -90,7 +92,7 @@ def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
     taps: dict[str, GroupTaps] = {}
     for number, group in enumerate(groups):
         if group.is_prunable:
-            makers = list(dict.fromkeys(node for m in group.members for node in _makers(groups.graph, m, places)))
+            makers = list(dict.fromkeys(node for member in group.members for node in places.makers(member)))
             made = [tap for node in makers for tap in places.of(node, number)]
             activated = dict.fromkeys(n for node in makers for n in _activations(node, number, places, set(makers)))
             seen = [tap for node in activated for tap in places.of(node, number)]
@@ -107,9 +109,11 @@ def find_layers(graph: Graph) -> Iterator[Layer]:
         if not held or not computed:
             continue
         names = [str(n.target) for n in held]
-        short = operator_name(node).split(".")[1] if "." in operator_name(node) else ""
         bias = next((n for n in names[1:] if graph.state[n].tensor.ndim == 1), "")
-        yield Layer(node.name, names[0], bias, computed[0].name, _CHANNEL_OF_INPUT.get(short))
+        dim = _CHANNEL_OF_INPUT.get(_short(node))
+        if dim is not None and dim < 0:
+            dim += len(shape_of(computed[0]))
+        yield Layer(node.name, names[0], bias, computed[0].name, dim)
 
 
 def _is_state(node: fx.Node) -> bool:
@@ -131,6 +135,9 @@ class _Places:
         for node in groups.graph:
             if node.op == "placeholder" or any(n in self.computed for n in node.all_input_nodes):
                 self.computed.add(node)
+        self._nodes_of: dict[str, list[fx.Node]] = {}
+        for node in filter(_is_state, groups.graph):
+            self._nodes_of.setdefault(str(node.target), []).append(node)
         self._along: dict[int, tuple[object, Mapping[int, tuple[Ids, Ids]]]] = {}
 
     def of(self, node: fx.Node, group: int) -> list[Tap]:
@@ -141,8 +148,19 @@ class _Places:
             for dim, axis in enumerate(axes):
                 at = self._units_along(axis.units).get(group)
                 if at is not None:
-                    found.append(Tap(node.name, dim, *at, operator_name(node), _gives_zeros(node)))
+                    zeros, nonnegative = _gives_zeros(node), _is_nonnegative(node)
+                    found.append(Tap(node.name, dim, *at, operator_name(node), zeros, nonnegative))
         return found
+
+    def makers(self, member: Member) -> Iterator[fx.Node]:
+        """Calls that make units of a group from a weight: the first ones that anything computed enters, too."""
+        waiting = list(self._nodes_of.get(member.name, ())) if member.roles & MAKING_ROLES else []
+        while waiting:
+            for user in waiting.pop().users:
+                if user in self.computed:
+                    yield user
+                else:
+                    waiting.append(user)
 
     def _units_along(self, units: Ids) -> Mapping[int, tuple[Ids, Ids]]:
         known = self._along.get(id(units))
@@ -157,20 +175,6 @@ class _Places:
             }
             known = self._along[id(units)] = (units, by_group)
         return known[1]
-
-
-def _makers(graph: Graph, member: Member, places: _Places) -> Iterator[fx.Node]:
-    """Calls that make units of a group from a weight: the first ones that anything computed enters, too."""
-    if not member.roles & MAKING:
-        return
-    waiting = [node for node in graph if _is_state(node) and str(node.target) == member.name]
-    while waiting:
-        node = waiting.pop()
-        for user in node.users:
-            if user in places.computed:
-                yield user
-            else:
-                waiting.append(user)
 
 
 def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[fx.Node]:
@@ -200,7 +204,13 @@ def _is_activation(node: fx.Node) -> bool:
 
 
 def _gives_zeros(node: fx.Node) -> bool:
-    if _short(node) in _CLAMPS:
-        low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
-        return isinstance(low, int | float) and low == 0
-    return _HAS_ZEROS.get(_short(node), False)
+    return _lower_bound(node) == 0 if _short(node) in _CLAMPS else _HAS_ZEROS.get(_short(node), False)
+
+
+def _is_nonnegative(node: fx.Node) -> bool:
+    return _lower_bound(node) >= 0 if _short(node) in _CLAMPS else _short(node) in _NONNEGATIVE
+
+
+def _lower_bound(clamp: fx.Node) -> float:
+    low = clamp.args[1] if len(clamp.args) > 1 else clamp.kwargs.get("min", clamp.kwargs.get("min_val"))
+    return low if isinstance(low, int | float) else -math.inf

@@ -1,0 +1,110 @@
+"""Data run through a model, for the criteria that look at it."""
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from torchshear.dependency import ChannelGroups, analyze
+from torchshear.errors import ArgumentError, WeightError
+from torchshear.graph import Graph
+from torchshear.pruners.criteria import Criterion, needs_of
+from torchshear.pruners.statistics import (
+    ALL_SUMS,
+    SUMS_OF_GRADIENTS,
+    Loss,
+    Run,
+    Statistics,
+    Sum,
+    agree,
+    all_reduced,
+    batches_of,
+)
+
+
+def collect(
+    network: Graph | ChannelGroups,
+    loader: Iterable[Any],
+    loss_fn: Loss | None = None,
+    batches: int = 32,
+    progress: bool = True,
+    criteria: str | Criterion | Collection[str | Criterion] | None = None,
+) -> Statistics:
+    """Run data through a model in eval mode, and sum up what criteria that look at data need.
+
+    Nothing of the model changes: its weights stay as they are, and batch norms use their running statistics. Without a
+    loss only forward passes are made, which is enough for criteria of activations. With one, gradients are taken as
+    well; one batch is one backward pass, and the loss should be a mean over its samples. What is summed is summed in
+    float32 at least, also for a model in half precision. Under `torch.distributed` every process gives its own data;
+    sums are over all of them, so that all make the same plan; what stops one stops all.
+
+    Args:
+        network: the captured model or its channel groups.
+        loader: gives batches: a tensor, a tuple of the positional arguments with or without a target behind them, a
+            pair (inputs, target), or a dictionary with the keyword arguments. An endless one is stopped.
+        loss_fn: called as `loss_fn(output, target)`, where the target of a batch without one is the batch itself;
+            gives a scalar tensor. None: no gradients.
+        batches: how many batches to run.
+        progress: whether to draw a bar where the error stream is a terminal.
+        criteria: the criterion or criteria that the statistics are for: only what they need is summed, and gradients
+            are taken only if one needs them. None: whatever the loss allows.
+
+    Returns:
+        The sums, for `torchshear.plan(..., statistics=...)`.
+
+    Raises:
+        ArgumentError: `batches` is not a positive integer; the loss is not callable; a criterion is unknown or needs a
+            loss that is not given, or none of them looks at data.
+        DataError: the loader is empty, too short, or gives batches of another structure or size; the loss is not a
+            scalar, or NaN or infinite, or so are gradients; no gradient reaches a group; another process failed, has
+            another network or criteria, or another number of batches.
+        WeightError: the model is on the meta device.
+    """
+    run: Run | None = None
+    error: Exception | None = None
+    try:
+        _check(loss_fn, batches)
+        groups = network if isinstance(network, ChannelGroups) else analyze(network)
+        _check_weights(groups.graph)
+        run = Run(groups, loss_fn, _sums(criteria, loss_fn))
+        found = batches_of(loader, batches, groups.graph)
+        console = Console(stderr=True)
+        if progress and console.is_terminal:
+            found = iter(track(found, "collecting", batches, console=console, transient=True))
+        for leaves, target in found:
+            run.batch(leaves, target)
+    except Exception as failure:  # the other processes wait for this one to say so
+        error = failure
+    agree(run, error)
+    assert run is not None
+    return all_reduced(run.result())
+
+
+def _check(loss_fn: Loss | None, batches: int) -> None:
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
+    if loss_fn is not None and not callable(loss_fn):
+        raise ArgumentError(f"loss_fn is {type(loss_fn).__name__}; expected a function of output and target, or None.")
+
+
+def _check_weights(graph: Graph) -> None:
+    if any(entry.tensor.is_meta for entry in graph.state.values()):
+        raise WeightError("the model is on the meta device and cannot be run; load its weights to collect statistics.")
+
+
+def _sums(criteria: str | Criterion | Collection[str | Criterion] | None, loss_fn: Loss | None) -> frozenset[Sum]:
+    """What to sum. Criteria that do not say what they need get what the loss allows."""
+    allowed = ALL_SUMS if loss_fn is not None else ALL_SUMS - SUMS_OF_GRADIENTS
+    if criteria is None:
+        return allowed
+    named = [criteria] if isinstance(criteria, str) or callable(criteria) else list(criteria)
+    wanted: frozenset[Sum] = frozenset()
+    for name in named:
+        needs = needs_of(name)
+        if needs != ALL_SUMS and not needs <= allowed:
+            raise ArgumentError(f"criterion {name!r} looks at gradients; give a loss_fn to take them of.")
+        wanted |= needs & allowed
+    if not wanted:
+        raise ArgumentError(f"criteria={criteria!r} look at no data, so that there is nothing to collect for them.")
+    return wanted

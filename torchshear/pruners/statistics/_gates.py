@@ -1,0 +1,145 @@
+"""Gradients of the loss by gates, which multiply what the layers of a group make; without multiplying anything."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from torchshear.dependency import ChannelGroups
+from torchshear.graph import Graph
+from torchshear.graph._graph import shape_of
+from torchshear.graph._run import is_written
+from torchshear.pruners.statistics._statistics import GateSums
+from torchshear.pruners.statistics._sums import GateAccumulator, pieces_of, sum_but
+from torchshear.pruners.statistics._taps import GroupTaps, Tap
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Gate:
+    """A gate on one value.
+
+    Attributes:
+        group: name of the group.
+        dim: dimension of the value that it stands on.
+        sample_dim: dimension of the value that the samples stand on; None if there is none.
+        positions: positions along `dim`; None for all, in order.
+        units: for each of them, the unit of the group.
+    """
+
+    group: str
+    dim: int
+    sample_dim: int | None
+    positions: Tensor | None
+    units: Tensor
+
+
+class Gates:
+    """All gates of a network.
+
+    The derivative by a gate that multiplies a value v by 1 is the sum of v dL/dv over what the gate multiplies, so that
+    a hook on the gradient of the value gives it.
+    """
+
+    def __init__(self, groups: ChannelGroups, taps: Mapping[str, GroupTaps], device: torch.device) -> None:
+        nodes = {node.name: node for node in groups.graph}
+        self._gates: dict[str, list[_Gate]] = {}
+        for name, one in taps.items():
+            for tap in one.made:
+                self._gates.setdefault(tap.node, []).append(_gate(name, tap, groups.graph, nodes[tap.node], device))
+        self._written = {name for name in self._gates if is_written(nodes[name])}
+        self._sums = {name: GateAccumulator(groups[name].width) for name, one in taps.items() if one.made}
+        self._widths = {name: groups[name].width for name in self._sums}
+        self._device = device
+        self._found: dict[str, Tensor] = {}
+        self.leaves: list[Tensor] = []  # values that no parameter reaches, by which to differentiate as well
+
+    def start(self, n_samples: int) -> None:
+        """Begin a batch."""
+        self.leaves = []
+        self._found = {name: torch.zeros(n_samples, width, device=self._device) for name, width in self._widths.items()}
+
+    def watch(self, node: fx.Node, value: Tensor) -> Tensor:
+        """Have the gradient of a value counted in when it is known; gives the value to go on with."""
+        gates = self._gates.get(node.name)
+        if gates is None:
+            return value
+        if not value.requires_grad:
+            value = value.detach().requires_grad_()
+            self.leaves.append(value)
+        seen, version = value.detach(), value._version
+
+        def count(gradient: Tensor) -> None:
+            assert seen._version == version, f"{node.name} was written to"
+            for gate in gates:
+                self._add(gate, seen, gradient)
+
+        value.register_hook(count)  # type: ignore[no-untyped-call]
+        return value.clone() if node.name in self._written else value
+
+    def _add(self, gate: _Gate, value: Tensor, gradient: Tensor) -> None:
+        total = self._found[gate.group]
+        lines = _lines(value, gradient, gate.dim, gate.sample_dim)
+        if gate.sample_dim is None:  # of no sample: what it adds to the loss of the batch counts once
+            total = total[:1]
+        elif len(lines) != len(total):  # several places of a sample, one after another
+            lines = lines.reshape(len(total), -1, lines.shape[1]).sum(1)
+        total.index_add_(1, gate.units, lines if gate.positions is None else lines[:, gate.positions])
+
+    def finish(self) -> None:
+        """Count the gradients of the batch in."""
+        for name, gradient in self._found.items():
+            self._sums[name].add(gradient)
+        self._found = {}
+
+    def result(self) -> dict[str, GateSums]:
+        """What was summed, by group."""
+        return {name: sums.result() for name, sums in self._sums.items()}
+
+
+def _gate(group: str, tap: Tap, graph: Graph, node: fx.Node, device: torch.device) -> _Gate:
+    is_all = np.array_equal(tap.positions, np.arange(shape_of(node)[tap.dim]))
+    positions = None if is_all else torch.from_numpy(tap.positions).to(device)
+    return _Gate(group, tap.dim, _sample_dim(graph, node, tap.dim), positions, torch.from_numpy(tap.units).to(device))
+
+
+def sample_input(graph: Graph) -> tuple[int, int] | None:
+    """Which of the flat inputs has the samples along dimension 0, and how many in the capture.
+
+    It is the first whose size there is free, or else the first that has dimensions.
+    """
+    nodes = [node for node in graph if node.op == "placeholder"]
+    batched = [number for number, node in enumerate(nodes) if shape_of(node)]
+    free = [number for number in batched if graph.is_free(nodes[number], 0)]
+    return next(((number, shape_of(nodes[number])[0]) for number in free or batched), None)
+
+
+def _sample_dim(graph: Graph, node: fx.Node, other: int) -> int | None:
+    """The dimension of a value along which samples stand: the batch itself, or dimension 0 if it is a multiple of it.
+
+    Where the batch of the graph is fixed, a dimension is the batch if it is dimension 0 and of the right size.
+
+    Args:
+        graph: the captured model.
+        node: gives the value.
+        other: a dimension that it is not.
+    """
+    shape, source = shape_of(node), sample_input(graph)
+    batch = source[1] if source is not None else 1
+    if graph.batch_hint is not None:
+        exact = [dim for dim, size in enumerate(shape) if size == batch and dim != other]
+        if exact:
+            return exact[0]
+    return 0 if other != 0 and shape and shape[0] >= batch and shape[0] % batch == 0 else None
+
+
+def _lines(value: Tensor, gradient: Tensor, dim: int, samples: int | None) -> Tensor:
+    """Sum of value times gradient for each sample and position of a dimension; shape (samples, positions)."""
+    kept = [dim] if samples is None else [dim, samples]
+    pieces = zip(pieces_of(value, 0), pieces_of(gradient, 0), strict=True)
+    parts = [sum_but(v.to(torch.float32) * g.to(torch.float32), kept) for v, g in pieces]
+    lines = torch.cat(parts) if 0 in kept else torch.stack(parts).sum(0)
+    if samples is None:
+        return lines[None]
+    return lines if samples < dim else lines.T

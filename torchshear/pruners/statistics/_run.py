@@ -1,0 +1,212 @@
+"""What one call of `collect` sums up: a run over batches."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchshear.dependency import ChannelGroups
+from torchshear.errors import DataError
+from torchshear.graph._run import interpret, is_written
+from torchshear.pruners._roles import OWN_ROLES
+from torchshear.pruners.statistics._gates import Gates, sample_input
+from torchshear.pruners.statistics._statistics import (
+    SUMS_OF_GRADIENTS,
+    SUMS_OF_VALUES,
+    SUMS_OF_WEIGHTS,
+    Statistics,
+    Sum,
+)
+from torchshear.pruners.statistics._sums import RowAccumulator, ValueAccumulator, WeightAccumulator
+from torchshear.pruners.statistics._taps import GroupTaps, find_layers, find_taps
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+class Run:
+    """Data going through a captured model, and what is summed of it.
+
+    Args:
+        groups: the channel groups of the model.
+        loss_fn: gives a scalar from output and target; None if `sums` needs no gradients.
+        sums: what to sum.
+    """
+
+    def __init__(self, groups: ChannelGroups, loss_fn: Loss | None, sums: frozenset[Sum]) -> None:
+        self.groups = groups
+        self.graph = groups.graph
+        self.sums = sums
+        self.loss_fn = loss_fn if sums & SUMS_OF_GRADIENTS else None
+        self.n_batches = self.n_samples = 0
+        self.total_loss = 0.0
+        taps = find_taps(groups)
+        self.shown = {name: one.activated or one.made for name, one in taps.items()}
+        self.layers = tuple(find_layers(self.graph))
+        self.values = self._value_sums()
+        self.watched: dict[str, list[ValueAccumulator]] = {}
+        for (node, _), accumulator in self.values.items():
+            self.watched.setdefault(node, []).append(accumulator)
+        self._source = sample_input(self.graph)
+        self._read_state()
+        self.gates = self._gates(taps)
+        self.rows = self._row_sums()
+        row_dims = {name: dim for name, (dim, _, _) in self.rows.items()}
+        row_dims = {bias: 0 for _, bias, _ in self.rows.values() if bias} | row_dims
+        self.weights = {
+            name: WeightAccumulator(self.graph.state[name].tensor, sums, row_dims.get(name)) for name in self.parameters
+        }
+
+    def _value_sums(self) -> dict[tuple[str, int], ValueAccumulator]:
+        """(node, dimension) -> the sums of values in which groups show, and of those that layers read."""
+        wanted: dict[tuple[str, int], set[Sum]] = {}
+        nonnegative: set[tuple[str, int]] = set()
+        for taps in self.shown.values():
+            left_out: set[Sum] = set() if any(tap.has_zeros for tap in taps) else {"zeros"}
+            for tap in taps:
+                wanted.setdefault((tap.node, tap.dim), set()).update(self.sums & SUMS_OF_VALUES - left_out)
+                nonnegative |= {(tap.node, tap.dim)} if tap.is_nonnegative else set()
+        for layer in self.layers if "inputs" in self.sums else ():
+            if layer.dim is not None:
+                wanted.setdefault((layer.source, layer.dim), set()).add("squares")
+        return {key: ValueAccumulator(key[1], sums, key in nonnegative) for key, sums in wanted.items() if sums}
+
+    def _read_state(self) -> None:
+        """Find the tensors of the model that calls read: those to differentiate by, and those that stay as they are."""
+        written: dict[str, bool] = {}
+        for node in self.graph:
+            if node.op == "get_attr":
+                written[str(node.target)] = written.get(str(node.target), False) or is_written(node)
+        self.shared = {name for name, one in written.items() if not one}
+        state = self.graph.state
+        read = [name for name in state if name in written and state[name].kind == "parameter"] if self.loss_fn else []
+        self.parameters = tuple(name for name in read if state[name].tensor.is_floating_point())
+
+    def _gates(self, taps: dict[str, GroupTaps]) -> Gates:
+        device = next((t.device for t in self.graph.inputs.tensors()), torch.device("cpu"))
+        return Gates(self.groups, taps if "gates" in self.sums and self.loss_fn else {}, device)
+
+    def _row_sums(self) -> dict[str, tuple[int, str, RowAccumulator]]:
+        """Weight -> (dimension of its rows, its bias, sums), for weights whose rows make units of a group."""
+        bias_of = {layer.weight: layer.bias for layer in self.layers}
+        found: dict[str, tuple[int, str, RowAccumulator]] = {}
+        for group in self.groups.prunable if "rows" in self.sums else ():
+            for member in group.members:
+                if member.name in self.parameters and member.roles & OWN_ROLES:
+                    length = self.graph.state[member.name].shape[member.dim]
+                    bias = bias_of.get(member.name, "")
+                    fits = bias in self.parameters and self.graph.state[bias].shape == (length,)
+                    found[member.name] = (member.dim, bias if fits else "", RowAccumulator(length))
+        return found
+
+    def batch(self, leaves: list[Any], target: Any) -> None:
+        """Run one batch forward, and backward where there is a loss."""
+        size = len(leaves[self._source[0]]) if self._source is not None else 1
+        with torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
+            held: dict[str, Tensor] = {}
+            self.gates.start(size)
+            output: Any = None
+            for node, value in interpret(
+                self.graph.fx_graph,
+                leaves,
+                lambda name: self._load(name, held),
+                lambda n, args, kwargs: n.target(*args, **kwargs),  # type: ignore[operator]
+                self.gates.watch,
+            ):
+                output = value
+                for accumulator in self.watched.get(node.name, ()) if isinstance(value, Tensor) else ():
+                    accumulator.add(value)
+            if self.loss_fn is not None:
+                result = pytree.tree_unflatten(pytree.tree_leaves(output), self.graph.out_spec)
+                self._backward(self._loss(result, target), held)
+        self.n_batches += 1
+        self.n_samples += size
+
+    def _load(self, name: str, held: dict[str, Tensor]) -> Tensor:
+        if name in held:
+            return held[name]
+        tensor = self.graph.state[name].tensor.detach()
+        tensor = tensor if name in self.shared else tensor.clone()
+        if name in self.parameters:
+            held[name] = tensor.requires_grad_()
+        return tensor
+
+    def _loss(self, output: Any, target: Any) -> Tensor:
+        assert self.loss_fn is not None
+        loss = self.loss_fn(output, target)
+        where = f"of batch {self.n_batches}"
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise DataError(f"the loss {where} is {what}; expected a scalar tensor. Take the mean over the samples.")
+        if not loss.requires_grad:
+            raise DataError(f"the loss {where} does not depend on the model's outputs by differentiable operations.")
+        if not math.isfinite(float(loss.detach())):
+            raise DataError(f"the loss {where} is {float(loss.detach())}; expected a finite number. Check the data.")
+        self.total_loss += float(loss.detach())
+        return loss.reshape(())
+
+    def _backward(self, loss: Tensor, held: dict[str, Tensor]) -> None:
+        inputs = [*held.values(), *self.gates.leaves]
+        gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, allow_unused=True)
+        found = dict(zip(held, gradients, strict=False))
+        self._check_reach(found)
+        products: dict[str, Tensor | None] = {}
+        bad: set[str] = set()
+        with torch.no_grad():
+            for name, accumulator in self.weights.items():
+                gradient = found.pop(name, None)
+                if gradient is None:
+                    accumulator.skip()
+                else:
+                    products[name], is_finite = accumulator.add(gradient)
+                    bad |= set() if is_finite else {name}
+            self._check_finite(bad)
+            for name, (_, bias, rows) in self.rows.items():
+                product = products.get(name)
+                if product is not None:
+                    rows.add(product, products.get(bias))
+            self.gates.finish()
+
+    def _check_reach(self, gradients: dict[str, Tensor | None]) -> None:
+        for group in self.groups.prunable:
+            own = [m.name for m in group.members if m.name in gradients]
+            if own and all(gradients[name] is None for name in own):
+                raise DataError(
+                    f"no gradient of the loss reaches group {group.name!r} ({', '.join(own[:3])}); expected a loss "
+                    f"that depends on all outputs, or exclude the group from pruning."
+                )
+
+    def _check_finite(self, bad: set[str]) -> None:
+        for group in self.groups.prunable if bad else ():
+            own = bad.intersection(member.name for member in group.members)
+            if own:
+                raise DataError(
+                    f"gradients of batch {self.n_batches} are NaN or infinite at {min(own)!r}, of group "
+                    f"{group.name!r}. Scale the loss, or leave out the samples that make them so."
+                )
+
+    def result(self) -> Statistics:
+        """All sums, frozen."""
+        return Statistics(
+            fingerprint=self.graph.fingerprint,
+            n_batches=self.n_batches,
+            n_samples=self.n_samples,
+            values={key: sums.result() for key, sums in self.values.items() if sums.count},
+            weights={name: one.result() for name, one in self.weights.items()} if self.sums & SUMS_OF_WEIGHTS else {},
+            rows={name: sums.result() for name, (_, _, sums) in self.rows.items()},
+            gates=self.gates.result(),
+            taps=self.shown,
+            layers=self.layers,
+            sums=self.sums,
+            loss=self.total_loss / self.n_batches if self.loss_fn and self.n_batches else None,
+            notes=tuple(self._notes()),
+        )
+
+    def _notes(self) -> Iterator[str]:
+        halves = {
+            str(e.tensor.dtype) for e in self.graph.state.values() if e.tensor.dtype in (torch.float16, torch.bfloat16)
+        }
+        if halves:
+            yield f"the model computes in {', '.join(sorted(halves))}; sums are float32"
