@@ -10,12 +10,13 @@ from rich.progress import track
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from torchshear._distributed import agree_on_length
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, DataError, WeightError
 from torchshear.graph import Graph
 from torchshear.graph._run import interpret, is_only_read
 from torchshear.pruners.statistics._batches import batches_of
-from torchshear.pruners.statistics._distributed import agree_on_length, all_reduced
+from torchshear.pruners.statistics._distributed import all_reduced
 from torchshear.pruners.statistics._statistics import Statistics
 from torchshear.pruners.statistics._sums import GateAccumulator, RowAccumulator, ValueAccumulator, WeightAccumulator
 from torchshear.pruners.statistics._taps import OWN, Tap, find_layers, find_taps
@@ -70,7 +71,7 @@ def collect(
             run.batch(leaves, target)
     except DataError as failure:  # the other processes wait for this one to say so
         error = failure
-    agree_on_length(run.n_batches, error)
+    agree_on_length(run.n_batches, error, "collect")
     return all_reduced(run.result())
 
 
