@@ -42,7 +42,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
     Everything but batch norms runs in eval mode: no dropout, no gradients, and no random number is drawn. Frozen norms,
     whose momentum is 0 and which count no batches, stay as they are, and so do batch norms that no call reaches. It
     works on any model: pruned or not, in native or traced form. Under `torch.distributed` every process gives its own
-    data and normalises by its own batches, also where a `SyncBatchNorm` would ask the others; the averages are over all.
+    data and normalises by its own batches, also where a `SyncBatchNorm` would ask the others; averages are over all.
 
     Args:
         model: any model with batch norms; it is left as it is.
