@@ -75,9 +75,9 @@ def fold_constants(
             f"constants of removed channels cannot be followed through the graph: {error}. Shrink with fold_bias=False."
         ) from error
     exact = slice_state(cut, {name: network.state[name] + added for name, added in places.changes.items()})
-    error = _proved(small, plan, network, places, exact, trials, dtype)
+    worst = _proved(small, plan, network, places, exact, trials, dtype)
     _put(shrunk.model, exact)
-    return replace(shrunk, fold=Fold(tuple(places.folded), tuple(places.skipped), error, dtype))
+    return replace(shrunk, fold=Fold(tuple(places.folded), tuple(places.skipped), worst, dtype))
 
 
 def _proved(

@@ -1,6 +1,7 @@
 """Where constants of cut channels can go: the biases of the layers that read them, found by running the graph."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ class _Search:
         self.tolerance = max((_SAME.get(dtype, _SAME_IN_NARROWER) for dtype in dtypes), default=1e-11)
         self.noise = torch.Generator().manual_seed(0)
 
-    def decide(self, node: fx.Node, looks: "list[Look]") -> list[Any]:
+    def decide(self, node: fx.Node, looks: Sequence[Look]) -> list[Any]:
         """The values of a call, behind a barrier if it reads cut channels and they cannot be folded."""
         network = self.network
         if not network.is_touched(node):
@@ -120,10 +121,10 @@ class _Search:
             return [one.copy_(value) for one, value in zip(through, values, strict=True)]
         return values
 
-    def _all(self, node: fx.Node, looks: "list[Look]", barrier: Barrier) -> list[Any]:
+    def _all(self, node: fx.Node, looks: Sequence[Look], barrier: Barrier) -> list[Any]:
         return [self.network.call(node, self.network.behind(barrier, look)) for look in looks]
 
-    def _shut(self, node: fx.Node, looks: "list[Look]", masked: list[Any]) -> list[Any]:
+    def _shut(self, node: fx.Node, looks: Sequence[Look], masked: list[Any]) -> list[Any]:
         """Hide the cut channels: in what comes from the inputs if that is enough, else in parameters too."""
         barrier = Barrier("inputs")
         values = self._all(node, looks, barrier)
@@ -132,11 +133,12 @@ class _Search:
         self.places.barriers[node.name] = barrier
         return values
 
-    def _folded(self, node: fx.Node, looks: "list[Look]", through: list[Any]) -> list[Any] | None:
+    def _folded(self, node: fx.Node, looks: Sequence[Look], through: list[Any]) -> list[Any] | None:
         """Note what constants add to a layer; its values then, or None if it cannot be."""
         read = self._read(node)
         if isinstance(read, str):
-            return self._skip(node, self._n_moved(node, looks), read)
+            self._skip(node, self._n_moved(node, looks), read)
+            return None
         constant, moved = self._constants(read, looks)
         hidden = read.gone & ~constant
         n_loose = int((hidden & moved).sum())
@@ -148,17 +150,18 @@ class _Search:
         barrier = Barrier("some", read.operand.name, read.dim, hidden)
         none = self._all(node, looks, Barrier("some", read.operand.name, read.dim, read.gone))
         some = self._all(node, looks, barrier) if hidden.any() else through
-        added = self._same_everywhere(node, read.channel, some, none)
-        target = self._target(node)
+        added, target = self._same_everywhere(node, read.channel, some, none), self._target(node)
         if added is None:
-            return self._skip(node, n_fixed, "what they add is not the same at every position: padding with zeros")
-        if isinstance(target, str):
-            return self._skip(node, n_fixed, target)
-        self.places.changes[target.name] = target.sign * added
-        self.places.folded.append(FoldedConstants(_layer(node), target.name, n_fixed))
-        if hidden.any():
-            self.places.barriers[node.name] = barrier
-        return some
+            self._skip(node, n_fixed, "what they add is not the same at every position: zeros of a padding cut it off")
+        elif isinstance(target, str):
+            self._skip(node, n_fixed, target)
+        else:
+            self.places.changes[target.name] = target.sign * added
+            self.places.folded.append(FoldedConstants(_layer(node), target.name, n_fixed))
+            if hidden.any():
+                self.places.barriers[node.name] = barrier
+            return some
+        return None
 
     def _skip(self, node: fx.Node, n_channels: int, reason: str) -> None:
         self.places.skipped.append(SkippedConstants(_layer(node), n_channels, reason))
@@ -179,7 +182,7 @@ class _Search:
         rank = 0 if "conv" not in str(node.target) else weight.meta["val"].ndim - 2
         return _Read(operand, dim, mask, node.meta["val"].ndim - 1 - rank)
 
-    def _constants(self, read: _Read, looks: "list[Look]") -> tuple[Bools, Bools]:
+    def _constants(self, read: _Read, looks: Sequence[Look]) -> tuple[Bools, Bools]:
         """Masks of the cut channels that are constant in all runs, and of those that are not zero."""
         rows = [look(read.operand).movedim(read.dim, 0).flatten(1) for look in looks]
         lines = torch.cat(rows, 1)
@@ -189,7 +192,7 @@ class _Search:
         moved = (size > 0).cpu().numpy()
         return read.gone & is_constant, read.gone & moved
 
-    def _n_moved(self, node: fx.Node, looks: "list[Look]") -> int:
+    def _n_moved(self, node: fx.Node, looks: Sequence[Look]) -> int:
         """Number of cut channels that are not zero in any operand from the inputs."""
         counts = [0]
         for operand in node.all_input_nodes:
@@ -249,7 +252,12 @@ class _Search:
 def _operands(node: fx.Node) -> list[fx.Node]:
     """Operands of a node, each as often as it is given."""
     found: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+
+    def collect(operand: fx.Node) -> fx.Node:
+        found.append(operand)
+        return operand
+
+    fx.map_arg((node.args, node.kwargs), collect)
     return found
 
 

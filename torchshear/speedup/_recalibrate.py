@@ -149,9 +149,9 @@ class _Statistics(TorchFunctionMode):
             prefix = f"{path}." if path else ""
             var = buffers.get(f"{prefix}running_var")
             if last == "running_mean" and var is not None:
-                zeros = [torch.zeros(mean.shape, dtype=torch.float64) for _ in range(2)]
+                zeros = torch.zeros(mean.shape, dtype=torch.float64)
                 counter = buffers.get(f"{prefix}num_batches_tracked")
-                norms[id(mean)] = _Sums(name.removesuffix(".running_mean"), mean, var, counter, *zeros)
+                norms[id(mean)] = _Sums(path or "(the model)", mean, var, counter, zeros, zeros.clone())
         return cls(norms)
 
     def __torch_function__(
