@@ -18,6 +18,7 @@ PAGES = (
     "docs/choosing.md",
     "docs/large-models.md",
     "docs/criteria.md",
+    "docs/after-the-cut.md",
 )
 
 

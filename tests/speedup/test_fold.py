@@ -112,7 +112,9 @@ def test_two_layers_by_hand(form: str) -> None:
     plan = plan_from_kept(groups, {"0.weight[0]": [0, 3, 5]})
     shrunk = shrink_to_form(model, plan, form=form, fold_bias=True)
     small = dict(shrunk.model.named_parameters())
-    torch.testing.assert_close(small["2.bias"], model[2].bias + 2.0 * model[2].weight[:, 2])  # relu(-1) and (-0.5) are 0
+    torch.testing.assert_close(
+        small["2.bias"], model[2].bias + 2.0 * model[2].weight[:, 2]
+    )  # relu(-1) and (-0.5) are 0
     assert torch.equal(small["0.bias"], model[0].bias[[0, 3, 5]])
     assert [(one.layer, one.into, one.n_channels) for one in shrunk.fold.folded] == [("2", "2.bias", 1)]
     assert shrunk.fold.skipped == ()
