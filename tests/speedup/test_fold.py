@@ -1,4 +1,4 @@
-"""Constants of removed channels in the biases of their readers: against modules with the same constants, and by hand."""
+"""Constants of removed channels in the biases of their readers: against modules with those constants, and by hand."""
 
 import copy
 
@@ -112,9 +112,8 @@ def test_two_layers_by_hand(form: str) -> None:
     plan = plan_from_kept(groups, {"0.weight[0]": [0, 3, 5]})
     shrunk = shrink_to_form(model, plan, form=form, fold_bias=True)
     small = dict(shrunk.model.named_parameters())
-    torch.testing.assert_close(
-        small["2.bias"], model[2].bias + 2.0 * model[2].weight[:, 2]
-    )  # relu(-1) and (-0.5) are 0
+    # Of the removed -1.0, 2.0 and -0.5, ReLU leaves the second alone.
+    torch.testing.assert_close(small["2.bias"], model[2].bias + 2.0 * model[2].weight[:, 2])
     assert torch.equal(small["0.bias"], model[0].bias[[0, 3, 5]])
     assert [(one.layer, one.into, one.n_channels) for one in shrunk.fold.folded] == [("2", "2.bias", 1)]
     assert shrunk.fold.skipped == ()
@@ -130,7 +129,7 @@ def test_everything_folds_where_padding_permits(form: str) -> None:
     assert {one.layer for one in shrunk.fold.folded} == {"wide", "grouped", "down", "short", "head"}
     assert shrunk.fold.skipped == ()
     assert shrunk.fold.max_error <= 1e-9
-    assert dict((one.layer, one.into) for one in shrunk.fold.folded)["short"] == "short_norm.running_mean"
+    assert {one.layer: one.into for one in shrunk.fold.folded}["short"] == "short_norm.running_mean"
     wide, y = copy.deepcopy(model).double(), x.double()  # whose values are not rounded to float32
     again = planned(wide, y)
     exact = shrink_to_form(wide, again, form=form, fold_bias=True).model
