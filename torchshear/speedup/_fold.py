@@ -70,7 +70,7 @@ def fold_constants(
     try:
         with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
             places = find_places(network, [leaves_of(trial.copy()) for trial in trials[:2]])
-    except (RuntimeError, IndexError) as error:
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise VerificationError(
             f"constants of removed channels cannot be followed through the graph: {error}. Shrink with fold_bias=False."
         ) from error

@@ -40,6 +40,7 @@ _LAYERS = {
 # Relative differences that equal values may have, by dtype.
 _SAME = {torch.float64: 1e-11, torch.float32: 1e-5}
 _SAME_IN_NARROWER = 1e-2
+_UNEVEN = "what they add is not the same at every position, as where padding with zeros cuts it off"
 
 
 @dataclass(slots=True)
@@ -152,7 +153,7 @@ class _Search:
         some = self._all(node, looks, barrier) if hidden.any() else through
         added, target = self._same_everywhere(node, read.channel, some, none), self._target(node)
         if added is None:
-            self._skip(node, n_fixed, "what they add is not the same at every position: zeros of a padding cut it off")
+            self._skip(node, n_fixed, _UNEVEN)
         elif isinstance(target, str):
             self._skip(node, n_fixed, target)
         else:
@@ -175,6 +176,8 @@ class _Search:
         operand, weight = arguments[layer.input], arguments[layer.weight]
         if weight in self.network.from_inputs:
             return "the weight is computed from the input"
+        if arguments.get("beta", 1) != 1:
+            return "its bias is multiplied by a number"
         gone = self.network.gone(operand)
         if len(gone) != 1:
             return "its input shrinks in several dimensions, or not in one of its own"
