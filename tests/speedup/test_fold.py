@@ -234,6 +234,26 @@ def test_shifts_of_layer_norms_fold_also_on_equal_tokens() -> None:
     torch.testing.assert_close(dict(shrunk.model.named_parameters())["head.bias"], expected)
 
 
+class GatedTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up = nn.Embedding(11, 6), nn.Linear(6, 8)
+        self.gate, self.head = nn.Linear(6, 1), nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        return self.head(torch.relu(self.up(x)) * self.gate(x).sigmoid())
+
+
+def test_equal_tokens_make_nothing_constant() -> None:
+    model, ids = randomise(GatedTokens()).double(), torch.ones(2, 4, dtype=torch.long)
+    groups = torchshear.analyze(torchshear.trace(model, (ids,)))
+    plan = plan_from_kept(groups, {"up.weight[0]": [0, 1, 2]})
+    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    assert shrunk.fold.folded == ()
+    assert "not constant" in reasons(shrunk)["head"]
+
+
 class SharedBias(nn.Module):
     def __init__(self) -> None:
         super().__init__()
