@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 BATCH = 64
+NORM_LEARNING_RATE = 2e-2
 
 
 class ResidualBlock(nn.Module):
@@ -82,8 +83,12 @@ def fit(
     learning_rate: float,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
+    scale_penalty: float = 0.0,
 ) -> None:
     """Train with AdamW and one cycle of the learning rate, each batch shifted by at most one pixel.
+
+    With a penalty on the scales of batch norms, as in network slimming (Liu et al., arXiv:1708.06519), many of them
+    come to zero. Norms then learn faster than the rest, and without weight decay.
 
     Args:
         model: changed in place; left in evaluation mode.
@@ -92,11 +97,17 @@ def fit(
         learning_rate: highest value in the cycle.
         seed: of the order and the shifts.
         progress: called with (epochs done, mean loss of the epoch).
+        scale_penalty: the loss grows by so much for each unit of a scale.
     """
     generator = torch.Generator().manual_seed(seed)
     n_batches = len(data.train_labels) // BATCH
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=n_epochs * n_batches)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)] if scale_penalty else []
+    of_norms = {parameter for norm in norms for parameter in norm.parameters()}
+    groups = [{"params": [p for p in model.parameters() if p not in of_norms]}]
+    groups += [{"params": list(of_norms), "weight_decay": 0.0}] if norms else []
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, weight_decay=0.01)
+    highest = [learning_rate, NORM_LEARNING_RATE][: len(groups)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=n_epochs * n_batches)
     model.train()
     for epoch in range(n_epochs):
         order = torch.randperm(len(data.train_labels), generator=generator)
@@ -105,6 +116,7 @@ def fit(
             shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
             scores = model(_shifted(data.train_images[chosen], shift))
             loss = functional.cross_entropy(scores, data.train_labels[chosen])
+            loss = loss + scale_penalty * sum(norm.weight.abs().sum() for norm in norms)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

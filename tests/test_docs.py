@@ -21,6 +21,7 @@ PAGES = (
     "docs/masks.md",
     "docs/config-lists.md",
     "docs/migration.md",
+    "docs/after-the-cut.md",
 )
 
 

@@ -68,3 +68,19 @@ def test_demo_report_agrees_with_the_files(demo: tuple[Path, str]) -> None:
         assert document["onnx"][name]["size_bytes"] == (demo[0] / f"{name}.onnx").stat().st_size
         assert len(document["latency"]["results"][name]["times_ms"]) == 10
         assert 0 < document["accuracy"][name] <= 1
+
+
+@pytest.mark.zoo
+def test_each_step_after_the_cut_helps() -> None:
+    command = [sys.executable, str(EXAMPLES / "after_the_cut.py"), "--seeds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in done.stdout.splitlines() if line.count("│") > 4
+    ]
+    accuracy = {row[0]: float(row[1].removesuffix("%")) for row in rows}
+    loss = {row[0]: float(row[3]) for row in rows}
+    assert list(accuracy) == ["dense", "pruned", "+ fold_bias", "+ recalibrate", "+ both"]
+    assert loss["+ fold_bias"] < loss["pruned"]
+    assert loss["+ both"] < loss["+ recalibrate"] < loss["pruned"]
+    assert accuracy["+ both"] > accuracy["+ recalibrate"] > accuracy["pruned"]

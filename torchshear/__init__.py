@@ -6,7 +6,15 @@ from torchshear.dependency import PruningPlan, analyze
 from torchshear.errors import TorchshearError
 from torchshear.graph import trace
 from torchshear.pruners import collect
-from torchshear.speedup import compare_latency, export_onnx, load_checkpoint, shrink, shrink_checkpoint, verify
+from torchshear.speedup import (
+    compare_latency,
+    export_onnx,
+    load_checkpoint,
+    recalibrate,
+    shrink,
+    shrink_checkpoint,
+    verify,
+)
 
 __all__ = [
     "PruneResult",
@@ -19,6 +27,7 @@ __all__ = [
     "load_checkpoint",
     "plan",
     "prune",
+    "recalibrate",
     "shrink",
     "shrink_checkpoint",
     "trace",

@@ -13,10 +13,10 @@ from torchshear.graph import trace
 from torchshear.pruners import Criterion, Ratio, Request, WeightSource, plan_units
 from torchshear.pruners.statistics import Statistics
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Shrunk, Verification, resolve_alignment, shrink_to_form, verify
+from torchshear.speedup import Fold, Shrunk, Verification, fold_constants, resolve_alignment, shrink_to_form, verify
 
 _PLAN_ARGUMENTS = "groups, criterion, ratio, align, min_width, axes, exclude, weights, statistics"
-_PRUNE_ARGUMENTS = "model, args, kwargs, criterion, ratio, align, min_width"
+_PRUNE_ARGUMENTS = "model, args, kwargs, criterion, ratio, align, min_width, fold_bias"
 _OF_THE_MODEL = frozenset({"prunable_outputs", "submodules"})  # of `Choice`, what is not for the plan
 
 
@@ -31,6 +31,8 @@ class PruneResult:
         verification: how closely the pruned model agrees with the masked one.
         form: "native", a copy of the original module; or "traced", the rewritten graphs. Where parts were pruned,
             "traced" if any of them is; `report.parts` has the form of each.
+        fold: where the constants of removed channels went; None without `fold_bias`. The verification is of the model
+            before that, and `fold.max_error` of the model after it.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class PruneResult:
     report: PruningReport
     verification: Verification
     form: str
+    fold: Fold | None = None
 
 
 class Selection(TypedDict, total=False):
@@ -160,6 +163,7 @@ def prune(
     ratio: Ratio | None = None,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
+    fold_bias: bool = False,
     **choice: Unpack[Choice],
 ) -> PruneResult:
     """Prune a model in one call: trace, analyze, plan, shrink, verify.
@@ -172,6 +176,7 @@ def prune(
         ratio: fraction of the units of each channel group to remove, in [0, 1), or a mapping; see `torchshear.plan`.
         align: see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
+        fold_bias: whether removed channels count for their constants rather than for zeros, see `torchshear.shrink`.
         **choice: what may shrink: `axes` and `exclude` as for `torchshear.plan`, `prunable_outputs` as for
             `torchshear.analyze`. Without them every group may, and every output keeps its shape. `submodules` as for
             `torchshear.trace`, as `["backbone"]`: only these modules, inside the whole model. And how much goes where:
@@ -185,7 +190,8 @@ def prune(
         ArgumentError: an argument is outside what is accepted.
         CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
-        VerificationError: the shrunk model is not equal to the masked one; nothing is returned then.
+        VerificationError: the shrunk model is not equal to the masked one, or with folded constants not to the original
+            with those constants; nothing is returned then.
     """
     _check_keywords("prune", choice, Choice, _PRUNE_ARGUMENTS)
     asked: dict[str, Any] = {name: value for name, value in choice.items() if name not in _OF_THE_MODEL}
@@ -194,8 +200,10 @@ def prune(
     groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
     made = plan_units(groups, request)
     shrunk, verification = _shrink_and_verify(model, made, args, kwargs)
+    if fold_bias:
+        shrunk = fold_constants(model, shrunk, made)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-    return PruneResult(shrunk.model, made, report, verification, shrunk.form)
+    return PruneResult(shrunk.model, made, report, verification, shrunk.form, shrunk.fold)
 
 
 def _check_keywords(function: str, given: Mapping[str, object], known: type, own: str) -> None:

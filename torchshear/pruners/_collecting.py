@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph
@@ -17,7 +18,6 @@ from torchshear.pruners.statistics import (
     Run,
     Statistics,
     Sum,
-    agree,
     all_reduced,
     batches_of,
 )
@@ -76,7 +76,8 @@ def collect(
             run.batch(leaves, target)
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure
-    agree(run, error)
+    setting = None if run is None else (run.graph.fingerprint, tuple(sorted(run.sums)))
+    agree("collect", setting, 0 if run is None else run.n_batches, error)
     assert run is not None
     return all_reduced(run.result())
 

@@ -1,8 +1,11 @@
-"""What makes a plan real: shrink, verify, ONNX export, latency, and alignment to hardware."""
+"""What makes a plan real: shrink, fold, recalibrate, verify, ONNX export, latency, and alignment to hardware."""
 
 from torchshear.speedup._apply import shrink, shrink_to_form
+from torchshear.speedup._fold import fold_constants
+from torchshear.speedup._fold_record import Fold, FoldedConstants, SkippedConstants
 from torchshear.speedup._kept_scale import KeptScale
 from torchshear.speedup._load import load_checkpoint
+from torchshear.speedup._recalibrate import recalibrate
 from torchshear.speedup._shrink import Shrunk
 from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
 from torchshear.speedup._traced import TracedModule
@@ -12,19 +15,24 @@ from torchshear.speedup.latency import LatencyComparison, LatencyResult, compare
 from torchshear.speedup.onnx import OnnxFile, export_onnx
 
 __all__ = [
+    "Fold",
+    "FoldedConstants",
     "KeptScale",
     "LatencyComparison",
     "LatencyResult",
     "OnnxFile",
     "Shrunk",
     "ShrunkCheckpoint",
+    "SkippedConstants",
     "TracedModule",
     "Verification",
     "compare_latency",
     "detect_profile",
     "export_onnx",
+    "fold_constants",
     "load_checkpoint",
     "profiles",
+    "recalibrate",
     "resolve_alignment",
     "shrink",
     "shrink_checkpoint",

@@ -35,15 +35,15 @@ def masked_values(
     facts = cut.groups.facts
 
     def call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if _is_mixed(node, cut):
-            return _on_kept_positions(node, cut, args, kwargs)
+        if is_mixed(node, cut):
+            return on_kept_positions(node, cut, args, kwargs)
         value = node.target(*args, **kwargs)  # type: ignore[operator]
-        return _map_axes(lambda tensor, axes: _zero_cut(tensor, axes, cut), value, facts.axes.get(node.name))
+        return map_axes(lambda tensor, axes: zero_cut(tensor, axes, cut), value, facts.axes.get(node.name))
 
     def load(name: str) -> Tensor:
         tensor = state[name].clone()
         axes = facts.state_axes.get(name)
-        return tensor if axes is None or name in facts.blocked else _zero_cut(tensor, axes, cut)
+        return tensor if axes is None or name in facts.blocked else zero_cut(tensor, axes, cut)
 
     yield from interpret(graph.fx_graph, leaves, load, call)
 
@@ -53,11 +53,11 @@ def mixes(cut: Cut) -> bool:
     return any(cut.changes(axis) for axes in cut.groups.facts.mixed.values() for axis in axes)
 
 
-def _is_mixed(node: fx.Node, cut: Cut) -> bool:
+def is_mixed(node: fx.Node, cut: Cut) -> bool:
     return any(cut.changes(axis) for axis in cut.groups.facts.mixed.get(node.name, []))
 
 
-def _on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run one operator on the kept positions of all of its operands, and put the result back among zeros."""
     facts = cut.groups.facts
     call = rewritten_call(node, facts, cut)
@@ -67,11 +67,11 @@ def _on_kept_positions(node: fx.Node, cut: Cut, args: tuple[Any, ...], kwargs: d
 
     def gathered(operand: fx.Node) -> Any:
         axes = facts.axes.get(operand.name)
-        return _map_axes(lambda tensor, own: gather(tensor, own, cut), full[operand], axes)
+        return map_axes(lambda tensor, own: gather(tensor, own, cut), full[operand], axes)
 
     new_args, new_kwargs = fx.map_arg((call.args, call.kwargs), gathered)
     value = call.target(*new_args, **new_kwargs)
-    return _map_axes(lambda tensor, own: _scatter(tensor, own, cut), value, facts.axes.get(node.name))
+    return map_axes(lambda tensor, own: _scatter(tensor, own, cut), value, facts.axes.get(node.name))
 
 
 def _nodes_in(arguments: Any) -> list[fx.Node]:
@@ -93,19 +93,19 @@ def _values_of(nodes: Any, values: Any) -> list[Any]:
     return []
 
 
-def _map_axes(function: Callable[[Tensor, Axes], Any], value: Any, axes: Any) -> Any:
+def map_axes(function: Callable[[Tensor, Axes], Any], value: Any, axes: Any) -> Any:
     if isinstance(value, list | tuple) and isinstance(axes, list):
-        return [_map_axes(function, item, own) for item, own in zip(value, axes, strict=False)]
+        return [map_axes(function, item, own) for item, own in zip(value, axes, strict=False)]
     if isinstance(value, Tensor) and isinstance(axes, tuple):
         return function(value, axes)
     return value
 
 
-def _zero_cut(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
+def zero_cut(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
     """Set cut positions to zero: in place, so that values seen through views agree, unless copies share memory."""
     changed = [dim for dim, axis in enumerate(axes) if cut.changes(axis)]
     if any(axes[dim].rows for dim in changed):
-        rows = [_zero_cut(row, own, cut) for row, own in zip(tensor, _by_row(axes), strict=True)]
+        rows = [zero_cut(row, own, cut) for row, own in zip(tensor, _by_row(axes), strict=True)]
         return torch.stack(rows)
     if changed and any(stride == 0 for stride in tensor.stride()):
         tensor = tensor.clone(memory_format=torch.contiguous_format)

@@ -23,6 +23,7 @@ from torchshear.graph import (
     trace_inputs,
     whole_of,
 )
+from torchshear.speedup._fold_record import Fold
 from torchshear.speedup._native_form import native_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
@@ -39,12 +40,14 @@ class Shrunk:
         reason: why it has this form.
         parts: where only parts of the model were shrunk, name of each -> its form; the model is a copy of the original
             then, in which parts in traced form stand in place of the original modules; `form` is "traced" if any does.
+        fold: what became of the constants of removed channels; None where they are zero, as without `fold_bias`.
     """
 
     model: nn.Module
     form: Literal["native", "traced"]
     reason: str
     parts: Mapping[str, Literal["native", "traced"]] = field(default_factory=dict)
+    fold: Fold | None = None
 
 
 def shrink_whole(

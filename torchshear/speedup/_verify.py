@@ -144,16 +144,16 @@ def _against_masked_module(
     model: nn.Module, small: nn.Module, plan: PruningPlan, trials: list[ExampleInputs]
 ) -> _Comparison:
     """Compare with the user's own module, parameters zeroed; in float64, or in its own dtype if that does not run."""
-    own = _own_dtype(small)
+    own = own_dtype(small)
     result = _Comparison(float("inf"), 0.0, torch.float64, False)
     for dtype in dict.fromkeys((torch.float64, own)):
         try:
-            reference, candidate = _masked_copy(model, plan, trials[0], dtype), _eval_copy(small, trials[0], dtype)
+            reference, candidate = _masked_copy(model, plan, trials[0], dtype), eval_copy(small, trials[0], dtype)
             error, limit, finite = 0.0, 0.0, True
             for trial in trials:
                 inputs = to_float64(trial) if dtype is torch.float64 else trial
-                expected = _kept_outputs(plan, _outputs(reference, inputs, dtype))
-                actual = _outputs(candidate, inputs, dtype)
+                expected = kept_outputs(plan, outputs_of(reference, inputs, dtype))
+                actual = outputs_of(candidate, inputs, dtype)
                 finite = finite and _is_finite(expected)
                 error, limit = max(error, relative_error(expected, actual)), tolerance(expected)
             result = _Comparison(error, limit, dtype, finite)
@@ -168,7 +168,7 @@ def _is_finite(outputs: list[Any]) -> bool:
     return not any(isinstance(v, Tensor) and v.is_floating_point() and bool(v.isnan().any()) for v in outputs)
 
 
-def _own_dtype(model: nn.Module) -> torch.dtype:
+def own_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -178,14 +178,14 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
     Raises:
         VerificationError: it does not.
     """
-    own = _own_dtype(model)
+    own = own_dtype(model)
     state = {name: entry.tensor.detach() for name, entry in graph.state.items()}
     state |= {name: t.detach() for name, t in [*model.named_parameters(), *model.named_buffers()] if name in state}
-    reference = _eval_copy(model, trials[0], own)
+    reference = eval_copy(model, trials[0], own)
     for trial in trials:
         with torch.no_grad(), computing_in(own):
-            output = graph_output(graph.fx_graph, state, _leaves(trial.copy()))
-        expected = _outputs(reference, trial, own)
+            output = graph_output(graph.fx_graph, state, leaves_of(trial.copy()))
+        expected = outputs_of(reference, trial, own)
         error = relative_error(expected, output_leaves(output))
         if error > tolerance(expected):
             raise VerificationError(
@@ -195,7 +195,7 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
 
 
 def _masked_copy(model: nn.Module, plan: PruningPlan, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
-    masked = _eval_copy(model, example, dtype)
+    masked = eval_copy(model, example, dtype)
     tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
     with torch.no_grad():
         for name, mask in plan.masks().items():
@@ -204,7 +204,7 @@ def _masked_copy(model: nn.Module, plan: PruningPlan, example: ExampleInputs, dt
     return masked
 
 
-def _eval_copy(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
+def eval_copy(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
     """A copy in eval mode, without what its modules keep of parameters that may be about to change."""
     twin = copy_model(model)
     forget(twin, caches_of(model, example))
@@ -213,13 +213,13 @@ def _eval_copy(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> 
     return twin.to(dtype) if dtype is torch.float64 else twin
 
 
-def _outputs(model: nn.Module, inputs: ExampleInputs, dtype: torch.dtype) -> list[Any]:
+def outputs_of(model: nn.Module, inputs: ExampleInputs, dtype: torch.dtype) -> list[Any]:
     inputs = inputs.copy()
     with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
         return output_leaves(model(*inputs.args, **inputs.kwargs))
 
 
-def _kept_outputs(plan: PruningPlan, leaves: list[Any]) -> list[Any]:
+def kept_outputs(plan: PruningPlan, leaves: list[Any]) -> list[Any]:
     """Outputs of the original, those that shrink at their kept positions."""
     leaves = list(leaves)
     for output in plan.outputs:
@@ -234,16 +234,16 @@ def _against_graph(
     model: nn.Module, small: nn.Module, plan: PruningPlan, cut: Cut, trials: list[ExampleInputs]
 ) -> Verification:
     """Compare with the masked network computed node by node on kept positions."""
-    dtype = _widest(small, trials)
+    dtype = widest(small, trials)
     errors = []
     for trial in trials:
         inputs = to_float64(trial) if dtype is torch.float64 else trial
         try:
-            expected = _kept_outputs(plan, _masked_outputs(model, cut, inputs, dtype))
+            expected = kept_outputs(plan, _masked_outputs(model, cut, inputs, dtype))
         except (IndexError, RuntimeError):  # an axis that holds the batch as well may need the captured one
             inputs = _at_capture(cut, inputs)
-            expected = _kept_outputs(plan, _masked_outputs(model, cut, inputs, dtype))
-        actual = _outputs(_eval_copy(small, trial, dtype), inputs, dtype)
+            expected = kept_outputs(plan, _masked_outputs(model, cut, inputs, dtype))
+        actual = outputs_of(eval_copy(small, trial, dtype), inputs, dtype)
         error = relative_error(expected, actual)
         if error > tolerance(actual):
             raise VerificationError(_first_difference(model, cut, inputs, dtype, error))
@@ -257,32 +257,32 @@ def _at_capture(cut: Cut, inputs: ExampleInputs) -> ExampleInputs:
     return inputs if hint is None else inputs.with_batch(hint)
 
 
-def _widest(small: nn.Module, trials: list[ExampleInputs]) -> torch.dtype:
+def widest(small: nn.Module, trials: list[ExampleInputs]) -> torch.dtype:
     """float64 if the shrunk model runs in it, else the model's own dtype."""
     try:
-        _outputs(_eval_copy(small, trials[0], torch.float64), to_float64(trials[0]), torch.float64)
+        outputs_of(eval_copy(small, trials[0], torch.float64), to_float64(trials[0]), torch.float64)
     except (RuntimeError, TypeError, NotImplementedError):
-        return _own_dtype(small)
+        return own_dtype(small)
     return torch.float64
 
 
-def _state(model: nn.Module, groups: ChannelGroups, dtype: torch.dtype) -> dict[str, Tensor]:
+def state_in(model: nn.Module, groups: ChannelGroups, dtype: torch.dtype) -> dict[str, Tensor]:
     """The original tensors by canonical name, floating ones in `dtype`."""
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     state = {name: named.get(name, entry.tensor).detach() for name, entry in groups.graph.state.items()}
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
-def _leaves(inputs: ExampleInputs) -> list[Any]:
+def leaves_of(inputs: ExampleInputs) -> list[Any]:
     return pytree.tree_leaves((inputs.args, inputs.kwargs))
 
 
 def _masked_outputs(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: torch.dtype) -> list[Any]:
     graph = cut.groups.graph
-    state = _state(model, cut.groups, dtype)
+    state = state_in(model, cut.groups, dtype)
     output: Any = None
     with torch.no_grad(), computing_in(dtype):
-        for _, value in masked_values(graph, cut, state, _leaves(inputs)):
+        for _, value in masked_values(graph, cut, state, leaves_of(inputs)):
             output = value
     return output_leaves(output)
 
@@ -291,14 +291,14 @@ def _first_difference(model: nn.Module, cut: Cut, inputs: ExampleInputs, dtype: 
     """Run the masked and the rewritten graph side by side and name the first value that is not the same."""
     groups = cut.groups
     inputs = _at_capture(cut, to_float64(inputs) if dtype is torch.float64 else inputs)
-    state = _state(model, groups, dtype)
+    state = state_in(model, groups, dtype)
     small_state = slice_state(cut, state)
     rewritten = rewrite_graph(groups.graph.fx_graph, groups.facts, cut)
     with torch.no_grad(), computing_in(dtype):
-        left = masked_values(groups.graph, cut, state, _leaves(inputs))
+        left = masked_values(groups.graph, cut, state, leaves_of(inputs))
         right = {
             node.name: (node, value)
-            for node, value in _until_failure(graph_values(rewritten, small_state, _leaves(inputs)))
+            for node, value in _until_failure(graph_values(rewritten, small_state, leaves_of(inputs)))
         }
         for node, value in left:
             axes = groups.facts.axes.get(node.name)

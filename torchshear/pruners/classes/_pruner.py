@@ -15,13 +15,14 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.graph import copy_model, trace
+from torchshear.pruners._collecting import collect
 from torchshear.pruners._dependency_aware import LayerMask
 from torchshear.pruners.classes._choice import ON_ACTIVATIONS, ON_GRADIENTS, Widths, mask_weights, plan_config
 from torchshear.pruners.classes._coupled import plan_coupled
 from torchshear.pruners.classes._stages import Pruned, provided_stages
 from torchshear.pruners.configs import Entry, ResolvedConfig, load_config, parse_config, resolve
 from torchshear.pruners.masks import Masks, apply, plan_from_masks
-from torchshear.pruners.statistics import Statistics, collect
+from torchshear.pruners.statistics import Statistics
 
 ConfigList = Sequence[Mapping[str, Any]] | Mapping[str, Any] | str | os.PathLike[str]
 Loss = Callable[[Any, Any], Tensor]

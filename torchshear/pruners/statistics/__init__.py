@@ -1,7 +1,7 @@
 """Data run through a model, and what it shows of each unit: activations, gradients, gates."""
 
 from torchshear.pruners.statistics._batches import batches_of
-from torchshear.pruners.statistics._distributed import agree, all_reduced
+from torchshear.pruners.statistics._distributed import all_reduced
 from torchshear.pruners.statistics._run import Loss, Run
 from torchshear.pruners.statistics._statistics import (
     ALL_SUMS,
@@ -29,7 +29,6 @@ __all__ = [
     "Tap",
     "ValueSums",
     "WeightSums",
-    "agree",
     "all_reduced",
     "batches_of",
     "find_layers",

@@ -1,0 +1,135 @@
+"""Constants of removed channels, folded into the biases of the layers that read them, and proved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from torchshear.dependency import Cut, PruningPlan
+from torchshear.errors import VerificationError, WeightError
+from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, whole_of
+from torchshear.speedup._compare import random_like, relative_error, tolerance
+from torchshear.speedup._constants import Barrier, ConstantNetwork, Look
+from torchshear.speedup._fold_places import Places, find_places
+from torchshear.speedup._fold_record import Fold
+from torchshear.speedup._precision import computing_in, to_float64
+from torchshear.speedup._shrink import Shrunk, analysis_of
+from torchshear.speedup._state import slice_state
+from torchshear.speedup._verify import eval_copy, kept_outputs, leaves_of, outputs_of, state_in, widest
+
+
+def fold_constants(
+    model: nn.Module,
+    shrunk: Shrunk,
+    plan: PruningPlan,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Shrunk:
+    """Fold the constants of removed channels into a shrunk model, and prove the result.
+
+    A removed channel c is taken for the constant k_c that it holds when everything that multiplies is zero on it and
+    everything that adds stays: k = act(beta) behind a norm with shift beta, act(b) behind a layer with bias b alone,
+    sums of those where branches meet. A layer with weight W that reads it gets
+
+        b_j <- b_j + sum_c sum_taps W[j, c, tap] k_c
+
+    or, where it has no bias but a batch norm right behind it, that norm's running mean gets less by the same. It is
+    done where the sum is the same for every sample and position, which is found by running the captured graph. It is
+    not where padding with zeros cuts the sum off at borders, where a channel is no constant (behind a softmax, a gate
+    that looks at data), or where there is nothing to fold into: no parameter is added.
+
+    Args:
+        model: the original model.
+        shrunk: what the plan made of it; the model in it is changed, if the result is proved.
+        plan: the plan between them.
+        args: example arguments to trace with, if the plan does not describe them.
+        kwargs: example keyword arguments, likewise.
+
+    Returns:
+        The same with `fold`, which says what was folded and what was not.
+
+    Raises:
+        VerificationError: the folded model is not the original with constants on the removed channels.
+        WeightError: the model is on the meta device.
+
+    Reference: Ye et al., ICLR 2018, arXiv:1802.00124, section 3, there for channels whose scale is zero.
+    """
+    groups = analysis_of(model, plan, args, kwargs)
+    if is_on_meta(model):
+        raise WeightError("the model is on the meta device: without values there are no constants to fold.")
+    graph, cut, small = groups.graph, Cut(groups, plan.kept), shrunk.model
+    if graph.parts is not None:
+        model, small = (PartRun(whole_of(one), graph.parts) for one in (model, small))
+    trials = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
+    dtype = widest(small, trials)
+    if dtype is torch.float64:
+        trials = [to_float64(trial) for trial in trials]
+    network = ConstantNetwork(graph, cut, state_in(model, groups, dtype))
+    try:
+        with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
+            places = find_places(network, [leaves_of(trial.copy()) for trial in trials[:2]])
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise VerificationError(
+            f"constants of removed channels cannot be followed through the graph: {error}. Shrink with fold_bias=False."
+        ) from error
+    exact = slice_state(cut, {name: network.state[name] + added for name, added in places.changes.items()})
+    worst = _proved(small, plan, network, places, exact, trials, dtype)
+    _put(shrunk.model, exact)
+    return replace(shrunk, fold=Fold(tuple(places.folded), tuple(places.skipped), worst, dtype))
+
+
+def _proved(
+    small: nn.Module,
+    plan: PruningPlan,
+    network: ConstantNetwork,
+    places: Places,
+    exact: Mapping[str, Tensor],
+    trials: Sequence[ExampleInputs],
+    dtype: torch.dtype,
+) -> float:
+    """Largest difference of the folded model from the network with constants.
+
+    The folded values are taken before they are rounded to the dtype of the model.
+
+    Raises:
+        VerificationError: it is too large.
+    """
+    candidate = eval_copy(small, trials[0], dtype)
+    _put(whole_of(candidate), exact)
+    worst = 0.0
+    for trial in trials:
+        with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
+            (value,) = network.walk([leaves_of(trial.copy())], _as_found(network, places.barriers))
+        expected = kept_outputs(plan, output_leaves(value))
+        actual = outputs_of(candidate, trial, dtype)
+        error = relative_error(expected, actual)
+        if error > tolerance(actual):
+            raise VerificationError(
+                f"with the constants of removed channels folded into {', '.join(sorted(exact)) or 'nothing'}, the "
+                f"shrunk model differs by {error:.2g} relative from the original with those constants; expected at "
+                f"most {tolerance(actual):.0e}. Shrink with fold_bias=False."
+            )
+        worst = max(worst, error)
+    return worst
+
+
+def _as_found(network: ConstantNetwork, barriers: Mapping[str, Barrier]) -> Any:
+    """Values of a call, behind the barrier that a search put before it."""
+
+    def decide(node: fx.Node, looks: Sequence[Look]) -> list[Any]:
+        return [network.call(node, network.behind(barriers.get(node.name), look)) for look in looks]
+
+    return decide
+
+
+def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Write values into the tensors of a model, in their own dtype."""
+    named: dict[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    with torch.no_grad():
+        for name, value in values.items():
+            named[name].copy_(value)

@@ -1,0 +1,53 @@
+"""What is told of a fold: where constants of removed channels went, and where they did not."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedConstants:
+    """Constants that went into one layer.
+
+    Attributes:
+        layer: name of the module that reads the channels.
+        into: name of the tensor that changed: its bias, or the running mean of the batch norm behind it.
+        n_channels: number of removed channels with a constant other than zero.
+    """
+
+    layer: str
+    into: str
+    n_channels: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedConstants:
+    """Removed channels that one reader sees as zeros, as without folding.
+
+    Attributes:
+        layer: name of the module that reads the channels.
+        n_channels: their number, those that are zero anyway left out.
+        reason: why they are not folded.
+    """
+
+    layer: str
+    n_channels: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """What became of the constants of removed channels.
+
+    Attributes:
+        folded: layers whose bias, or whose batch norm's running mean, holds them now.
+        skipped: readers that see zeros in their place, with reasons.
+        max_error: largest difference of any output from the original network with constants on the removed channels,
+            relative to the output's largest absolute value.
+        dtype: dtype in which both were computed.
+    """
+
+    folded: tuple[FoldedConstants, ...]
+    skipped: tuple[SkippedConstants, ...]
+    max_error: float
+    dtype: torch.dtype

@@ -1,0 +1,214 @@
+"""Running statistics of batch norms, estimated anew on data."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from torchshear._distributed import agree, is_distributed, summed
+from torchshear.errors import ArgumentError, DataError, WeightError, first_line
+from torchshear.graph import copy_model
+from torchshear.graph._mode import in_mode
+from torchshear.speedup._batches import arguments_of
+from torchshear.speedup._traced import signature_of
+
+# Functions that normalise by running statistics -> names of their positional arguments.
+_OPERATOR = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+_BATCH_NORMS: Mapping[Any, tuple[str, ...]] = {
+    functional.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
+    torch.batch_norm: _OPERATOR,
+    torch.ops.aten.batch_norm.default: _OPERATOR,
+}
+
+
+def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, progress: bool = True) -> nn.Module:
+    """Estimate the running statistics of all batch norms anew, as a model with other weights or widths needs it.
+
+    After a cut every layer sees other inputs than its batch norm remembers. Without any training, each batch norm gets
+
+        mean = 1/B sum_b mean_b,    var = 1/B sum_b var_b
+
+    over B batches, where `mean_b` and the unbiased `var_b` are those of its input in batch b, and its output in that
+    batch is normalised by the batch's own statistics: what torch's batch norms do in train mode with `momentum=None`
+    from fresh statistics. The variance is this mean rather than that of all batches pooled, because training goes on
+    from it in the same way; batches should be as large as in training.
+
+    Everything but batch norms runs in eval mode: no dropout, no gradients, and no random number is drawn. Frozen norms,
+    whose momentum is 0 and which count no batches, stay as they are, and so do batch norms that no call reaches. It
+    works on any model: pruned or not, in native or traced form. Under `torch.distributed` every process gives its own
+    data and normalises by its own batches, also where a `SyncBatchNorm` would ask the others; averages are over all.
+
+    Args:
+        model: any model with batch norms; it is left as it is.
+        loader: gives batches: a tensor, a tuple of the positional arguments that forward needs with or without a target
+            behind them, a pair (arguments, target), or a dictionary with keyword arguments. An endless one is stopped.
+        batches: how many batches to run.
+        progress: whether to draw a bar where the error stream is a terminal.
+
+    Returns:
+        A copy with other values in the buffers of its batch norms: `running_mean`, `running_var`, and
+        `num_batches_tracked`, the number of batches that they hold. All else is as in the original: weights, modes,
+        momentum, hooks (which run along with the data).
+
+    Raises:
+        ArgumentError: `batches` is not a positive integer; or the model has no batch norm with running statistics, or
+            runs none.
+        DataError: the loader is empty or too short, a batch does not fit the model, statistics are NaN or infinite, or
+            processes have different numbers of batches.
+        WeightError: the model is on the meta device.
+
+    Reference: Ioffe and Szegedy, ICML 2015, arXiv:1502.03167 (statistics of the population by averaging over batches);
+    for pruned networks Li et al., ECCV 2020, arXiv:2007.02491.
+    """
+    _check(model, batches)
+    copy = copy_model(model)
+    statistics = _Statistics.of(copy)
+    n_run, error = 0, None
+    try:
+        device = next((t.device for t in (*copy.parameters(), *copy.buffers())), torch.device("cpu"))
+        found = arguments_of(loader, batches, signature_of(copy), device)
+        console = Console(stderr=True)
+        for args, kwargs in (
+            track(found, "recalibrating", batches, console=console, transient=True)
+            if progress and console.is_terminal
+            else found
+        ):
+            _run(copy, args, kwargs, n_run, statistics)
+            n_run += 1
+    except Exception as failure:  # the other processes wait for this one to say so
+        error = failure
+    agree("recalibrate", None, n_run, error)
+    statistics.write()
+    return copy
+
+
+def _check(model: nn.Module, batches: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
+    if not any(name.rpartition(".")[2] == "running_mean" for name, _ in model.named_buffers()):
+        raise ArgumentError(
+            f"{type(model).__name__} has no batch norm with running statistics: there is nothing to recalibrate."
+        )
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise WeightError("the model is on the meta device and cannot be run; load its weights to recalibrate it.")
+
+
+def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int, into: "_Statistics") -> None:
+    """Run one batch.
+
+    Raises:
+        DataError: the model does not run on it.
+    """
+    try:
+        with torch.no_grad(), in_mode(model, "eval"), into:
+            model(*args, **kwargs)
+    except DataError as error:
+        raise DataError(f"batch {number}: {error}") from error
+    except Exception as error:  # the model's own code may fail in any way on data that does not fit
+        raise DataError(
+            f"{type(model).__name__} does not run on batch {number}: {type(error).__name__}: {first_line(error)}. "
+            f"Expected a loader of what its forward takes."
+        ) from error
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Statistics of one batch norm: its buffers, and sums over its calls in float64."""
+
+    name: str
+    mean: Tensor
+    var: Tensor
+    counter: Tensor | None
+    sum_mean: Tensor
+    sum_var: Tensor
+    n_calls: int = 0
+
+
+class _Statistics(TorchFunctionMode):
+    """While it is entered, batch norms normalise by the statistics of their batch, which it sums up."""
+
+    def __init__(self, norms: Mapping[int, _Sums]) -> None:
+        super().__init__()
+        self.norms = norms
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "_Statistics":
+        """For the buffers of a model, told by the names that torch's batch norms give them."""
+        buffers = dict(model.named_buffers())
+        norms: dict[int, _Sums] = {}
+        for name, mean in buffers.items():
+            path, _, last = name.rpartition(".")
+            prefix = f"{path}." if path else ""
+            var = buffers.get(f"{prefix}running_var")
+            if last == "running_mean" and var is not None:
+                zeros = torch.zeros(mean.shape, dtype=torch.float64)
+                counter = buffers.get(f"{prefix}num_batches_tracked")
+                norms[id(mean)] = _Sums(path or "(the model)", mean, var, counter, zeros, zeros.clone())
+        return cls(norms)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Have batch norms with running statistics go by those of the batch; let all other functions be."""
+        kwargs = kwargs or {}
+        if func in _BATCH_NORMS:
+            given = dict(zip(_BATCH_NORMS[func], args, strict=False)) | kwargs
+            sums = self.norms.get(id(given.get("running_mean")))
+            is_frozen = sums is not None and sums.counter is None and given.get("momentum") == 0
+            if sums is not None and not given.get("training") and not is_frozen:
+                return _by_batch(sums, given)
+        return func(*args, **kwargs)
+
+    def write(self) -> None:
+        """Put the averages into the buffers, over the calls of all processes.
+
+        Raises:
+            ArgumentError: no batch norm was called.
+        """
+        counts = torch.tensor([sums.n_calls for sums in self.norms.values()])
+        together = is_distributed()
+        counts = summed(counts) if together else counts
+        if not counts.any():
+            raise ArgumentError(
+                "the model runs none of its batch norms by torch.nn.functional.batch_norm: there is nothing to "
+                "recalibrate."
+            )
+        with torch.no_grad():
+            for sums, count in zip(self.norms.values(), counts.tolist(), strict=True):
+                mean, var = (summed(t) if together else t for t in (sums.sum_mean, sums.sum_var))
+                if count:
+                    sums.mean.copy_(mean / count)
+                    sums.var.copy_(var / count)
+                if count and sums.counter is not None:
+                    sums.counter.fill_(count)
+
+
+def _by_batch(sums: _Sums, given: Mapping[str, Any]) -> Tensor:
+    """Normalise by the statistics of the batch, and add them up.
+
+    Raises:
+        DataError: they are of one value, or not finite.
+    """
+    x, eps = given["input"], given.get("eps", 1e-5)
+    if x.numel() < 2 * x.shape[1]:
+        raise DataError(
+            f"batch norm {sums.name!r} gets {tuple(x.shape)}, less than two values a channel, which have no variance. "
+            f"Give larger batches."
+        )
+    mean, var = torch.zeros_like(sums.mean), torch.zeros_like(sums.var)
+    is_cudnn = torch.backends.cudnn.enabled
+    value = torch.batch_norm(x, given.get("weight"), given.get("bias"), mean, var, True, 1.0, eps, is_cudnn)
+    if not (mean.isfinite().all() and var.isfinite().all()):
+        raise DataError(f"the input of batch norm {sums.name!r} has NaN or infinite statistics. Look at the data.")
+    sums.sum_mean += mean.to(sums.sum_mean)
+    sums.sum_var += var.to(sums.sum_var)
+    sums.n_calls += 1
+    return value
