@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -200,13 +200,22 @@ def _run(rank: int, folder: str) -> None:
         recalibrate(model, own[: 2 - rank], 2)
     except DataError as error:
         results.append(str(error))
+    try:
+        recalibrate(model, own if rank else _broken(), 2)
+    except (DataError, OSError) as error:
+        results.append(str(error))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
+def _broken() -> Iterator[Tensor]:
+    yield pictures()[0].double()
+    raise OSError("the disk is gone")
+
+
 def test_two_processes_average_over_the_data_of_both_and_fail_together(tmp_path: Path) -> None:
     mp.spawn(_run, (str(tmp_path),), nprocs=2)
-    (one, first), (two, second) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (one, first, gone), (two, second, told) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.manual_seed(0)
     expected = by_torch(randomise(Norms()).double(), [batch.double() for batch in pictures()])
     for name, value in expected.items():
@@ -214,3 +223,5 @@ def test_two_processes_average_over_the_data_of_both_and_fail_together(tmp_path:
         assert torch.equal(one[name], two[name])
     assert "process 1 could not recalibrate: the loader ended after 1 of 2" in first
     assert "the loader ended after 1 of 2" in second
+    assert gone == "the disk is gone"
+    assert told == "process 0 could not recalibrate: OSError: the disk is gone"

@@ -69,7 +69,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
     _check(model, batches)
     copy = copy_model(model)
     statistics = _Statistics.of(copy)
-    n_run, error = 0, None
+    n_run = 0
+    error: Exception | None = None
     try:
         device = next((t.device for t in (*copy.parameters(), *copy.buffers())), torch.device("cpu"))
         found = arguments_of(loader, batches, signature_of(copy), device)
