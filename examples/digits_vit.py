@@ -1,5 +1,6 @@
 """A small vision transformer for the digits, as they are written today: fused qkv, pre-norm, mean over tokens."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -27,10 +28,10 @@ class Block(nn.Module):
 class DigitsViT(nn.Module):
     """Sixteen patches of 2x2 pixels, blocks of attention, and a linear classifier of the mean token."""
 
-    def __init__(self, width: int = 96, n_heads: int = 6, n_blocks: int = 4) -> None:
+    def __init__(self, width: int = 64, n_heads: int = 4, n_blocks: int = 3) -> None:
         super().__init__()
         self.patches = nn.Conv2d(1, width, 2, stride=2)
-        self.places = nn.Parameter(0.02 * nn.init.normal_(nn.Parameter(Tensor(1, 16, width))).detach())
+        self.places = nn.Parameter(0.02 * torch.randn(1, 16, width))
         self.blocks = nn.Sequential(*(Block(width, n_heads) for _ in range(n_blocks)))
         self.norm = nn.LayerNorm(width)
         self.classifier = nn.Linear(width, 10)
