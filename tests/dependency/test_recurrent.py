@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from torch import Tensor, nn
 
 import torchshear
@@ -224,7 +225,10 @@ def test_shrunk_layer_exports(kind: type[nn.Module], tmp_path: Any) -> None:
     layer = kind(WIDTH, HIDDEN, batch_first=True, bidirectional=True)
     model = _network(layer, _last_of_each_direction, head=nn.Linear(2 * HIDDEN, 5)).float()
     result = torchshear.prune(model, (INPUT.float(),), ratio=0.5)
-    torchshear.export_onnx(result.model, tmp_path / "small.onnx", (INPUT.float(),))
+    file = torchshear.export_onnx(result.model, tmp_path / "small.onnx", (INPUT.float(),))
+    session = InferenceSession(file.path)
+    (given,) = session.run(None, {session.get_inputs()[0].name: INPUT[:1].float().numpy()})
+    torch.testing.assert_close(torch.from_numpy(given), result.model(INPUT[:1].float()))
 
 
 def test_cost_counts_every_step() -> None:

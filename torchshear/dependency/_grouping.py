@@ -235,10 +235,6 @@ def _group(
     _, where, _ = _counted(atoms)
     ordered = atoms[np.sort(where)]
     by_atom = np.argsort(ordered)
-    name = f"{first.name}[{first.dim}]"
-    names[name] += 1
-    if names[name] > 1:
-        name += f"#{names[name]}"
     block = labels.get(index)
     units: dict[int, Ids] = {}  # by the identity of the atoms that they number
 
@@ -261,7 +257,7 @@ def _group(
     )
     where_used = tuple(dict.fromkeys(users[member.name] for member in made if member.name in users))
     return ChannelGroup(
-        name=name,
+        name=_numbered_name(f"{first.name}[{first.dim}]", names),
         width=len(ordered),
         members=made,
         balance=None if block is None else np.array([block[int(atom)] for atom in ordered], np.int64),
@@ -270,6 +266,12 @@ def _group(
         where=where_used[:4],
         n_peers=joint.get(index, 1),
     )
+
+
+def _numbered_name(name: str, names: dict[str, int]) -> str:
+    """A name that no group has yet; counts how often it was asked for."""
+    names[name] += 1
+    return name if names[name] == 1 else f"{name}#{names[name]}"
 
 
 def _first_users(graph: Graph) -> dict[str, str]:
