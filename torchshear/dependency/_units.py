@@ -212,14 +212,17 @@ class UnitStore:
                 self._match_columns(a, b, reason)
 
     def _union_if_plain(self, left: Ids, right: Ids) -> bool:
-        """The usual case, two columns of units that can be cut, without the general machinery."""
+        """The usual cases, two columns of units that can be cut or are fixed, without the general machinery."""
         if left.shape[1] != 1 or right.shape[1] != 1:
             return False
         a, b = self.find(left[:, 0]), self.find(right[:, 0])
-        differ = a != b
-        a, b = a[differ], b[differ]
-        both = np.concatenate([a, b])
-        if ((self._reason[both] >= 0) | (self._composite[both] >= 0)).any():
+        is_fixed = self._reason[a] >= 0
+        is_other_fixed = self._reason[b] >= 0
+        open_pairs = (a != b) & ~(is_fixed & is_other_fixed)
+        if not open_pairs.any():
+            return True
+        a, b = a[open_pairs], b[open_pairs]
+        if (is_fixed | is_other_fixed)[open_pairs].any() or (self._composite[np.concatenate([a, b])] >= 0).any():
             return False
         self.union(a, b)
         return True
