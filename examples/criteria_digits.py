@@ -3,7 +3,7 @@
 python examples/criteria_digits.py [--models cnn vit] [--seeds 0 1 2 3 4] [--left 0.75 0.5 0.25] [--fast]
 
 For each seed a network is trained, cut to a share of its MACs by each criterion, and scored: right after the cut, with
-batch norms estimated anew, and after one epoch. Results are written seed by seed; what is there is not done again.
+batch norms estimated anew, and after one epoch. Results are written as they come; what is there is not done again.
 """
 
 import argparse
@@ -105,11 +105,12 @@ def main() -> None:
             known = json.loads(file.read_text("utf-8")) if file.exists() else []
             done = {(row["left"], row["method"]) for row in known}
             started = time.perf_counter()
-            found = study(name, (FAST if options.fast else KINDS)[name], seed, Wanted(tuple(options.left), done))
-            rows = known + [asdict(row) for row in found]
-            draft = file.with_suffix(".part")
-            draft.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-            draft.replace(file)
+            kind = (FAST if options.fast else KINDS)[name]
+            for row in study(name, kind, seed, Wanted(tuple(options.left), done)):
+                known.append(asdict(row))
+                draft = file.with_suffix(".part")
+                draft.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+                draft.replace(file)
             console.print(f"{name}, seed {seed}: {time.perf_counter() - started:.0f} s")
     rows = [row for file in sorted(options.output.glob("*-*.json")) for row in json.loads(file.read_text("utf-8"))]
     for name in options.models:
@@ -258,7 +259,7 @@ def rival(model: nn.Module, importance: Callable[[], object], data: Digits, left
 def cut_by_rival(model: nn.Module, importance: object, data: Digits, ratio: float) -> nn.Module:
     """One step of Torch-Pruning at a ratio, on a copy."""
     small = copy.deepcopy(model)
-    for images, labels in batches(data):
+    for images, labels in batches(data) if isinstance(importance, tp.importance.TaylorImportance) else ():
         functional.cross_entropy(small(images), labels).backward()
     blocks = [block for block in small.modules() if hasattr(block, "qkv")]
     pruner = tp.pruner.BasePruner(
