@@ -1,23 +1,35 @@
 """The public functions that join the stages: plan with an alignment profile, and prune in one call."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from torch import nn
 
+from torchshear._asking import ask
+from torchshear._words import Choice, Selection, check_keywords
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import VerificationError
 from torchshear.graph import trace
-from torchshear.pruners import Criterion, Ratio, Request, WeightSource, plan_units
+from torchshear.pruners import Criterion, Ratio, Request, ResolvedConfig, WeightSource, plan_units
 from torchshear.pruners.statistics import Statistics
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Fold, Shrunk, Verification, fold_constants, resolve_alignment, shrink_to_form, verify
+from torchshear.speedup import (
+    Fold,
+    Shrunk,
+    Verification,
+    fold_constants,
+    recalibrate,
+    resolve_alignment,
+    shrink_to_form,
+    verify,
+)
+
+__all__ = ["Choice", "PruneResult", "Selection", "plan", "prune"]
 
 _PLAN_ARGUMENTS = "groups, criterion, ratio, align, min_width, axes, exclude, weights, statistics"
 _PRUNE_ARGUMENTS = "model, args, kwargs, criterion, ratio, align, min_width, fold_bias"
-_OF_THE_MODEL = frozenset({"prunable_outputs", "submodules"})  # of `Choice`, what is not for the plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +45,8 @@ class PruneResult:
             "traced" if any of them is; `report.parts` has the form of each.
         fold: where the constants of removed channels went; None without `fold_bias`. The verification is of the model
             before that, and `fold.max_error` of the model after it.
+        config: what the config asks of each layer; None without one. `str()` of it is a table.
+        is_recalibrated: whether batch norms got new statistics, after all that was proved.
     """
 
     model: nn.Module
@@ -41,53 +55,8 @@ class PruneResult:
     verification: Verification
     form: str
     fold: Fold | None = None
-
-
-class Selection(TypedDict, total=False):
-    """How much goes where, as keywords of `plan` and `prune`.
-
-    Attributes:
-        scope: which units are ranked against one another. "local": those of a group, each of which loses its own ratio.
-            "global": those of all groups, or of all that one key of `ratio` decides; scores that cannot be compared
-            between groups are divided by their mean over the group. "isomorphic": those of groups with the same
-            operators around them (arXiv:2407.04616).
-        target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
-            in (0, 1], or a number. The result is at most that, and as near as widths allow. Within a local scope all
-            groups lose the same share, or shares in proportion to a mapping of ratios.
-        target_params: parameters that may be left, likewise. With both, both hold.
-        min_ratio: share that each group loses in any case, in [0, 1), or a mapping as for `ratio`.
-        max_ratio: the largest share that a group may lose, likewise. Left away, 0.98 where groups are ranked together,
-            and no limit else.
-        combine: how scores of a group's members become one: "sum", the criterion's own formula over the whole group; or
-            the "mean", "max", "normalized" (mean of each member's scores over their mean) or "geometric" mean of the
-            scores of each layer, norm or table by itself.
-        normalize: whether scores are divided by their mean over the group before groups are ranked together: "mean" or
-            "none"; "auto" does where the criterion's scores mean nothing outside of their group.
-    """
-
-    scope: str
-    target_macs: float | None
-    target_params: float | None
-    min_ratio: Ratio
-    max_ratio: Ratio | None
-    combine: str
-    normalize: str
-
-
-class Choice(Selection, total=False):
-    """What may shrink, and how much goes where, as keywords of `prune`.
-
-    Attributes:
-        axes: roles that may shrink, see `torchshear.plan`.
-        exclude: what stays whole, see `torchshear.plan`.
-        prunable_outputs: names of outputs that may shrink, see `torchshear.analyze`; all others keep their shapes.
-        submodules: names of modules to prune inside a model that cannot be captured whole, see `torchshear.trace`.
-    """
-
-    axes: str | Collection[str] | None
-    exclude: str | Collection[str]
-    prunable_outputs: str | Collection[str]
-    submodules: Sequence[str] | None
+    config: ResolvedConfig | None = None
+    is_recalibrated: bool = False
 
 
 def plan(  # noqa: PLR0913 - independent choices, given by name
@@ -142,7 +111,7 @@ def plan(  # noqa: PLR0913 - independent choices, given by name
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
     alignment = resolve_alignment(align)
-    _check_keywords("plan", selection, Selection, _PLAN_ARGUMENTS)
+    check_keywords("plan", selection, Selection, _PLAN_ARGUMENTS)
     request = Request(
         criterion=criterion,
         ratio=ratio,
@@ -159,7 +128,7 @@ def prune(
     model: nn.Module,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
-    criterion: str | Criterion = "l1",
+    criterion: str | Criterion | None = None,
     ratio: Ratio | None = None,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
@@ -172,7 +141,8 @@ def prune(
         model: the model; it is left as it is.
         args: example positional arguments.
         kwargs: example keyword arguments.
-        criterion: name of a criterion or a function like one.
+        criterion: name of a criterion or a function like one; None: "l1", or what a config says. One that looks at data
+            needs `data`, and of this only what it looks at is summed.
         ratio: fraction of the units of each channel group to remove, in [0, 1), or a mapping; see `torchshear.plan`.
         align: see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
@@ -180,39 +150,36 @@ def prune(
         **choice: what may shrink: `axes` and `exclude` as for `torchshear.plan`, `prunable_outputs` as for
             `torchshear.analyze`. Without them every group may, and every output keeps its shape. `submodules` as for
             `torchshear.trace`, as `["backbone"]`: only these modules, inside the whole model. And how much goes where:
-            `scope`, `target_macs`, `target_params` and the other words of `torchshear.plan`.
+            `scope`, `target_macs`, `target_params` and the other words of `torchshear.plan`; or in place of all these
+            and of the ratio `config`, a config list or the path of one. `data`, `loss_fn` and `batches` as for
+            `torchshear.collect`; `recalibrate=True` gives batch norms new statistics of the same data in the end.
 
     Returns:
         The pruned model with its plan and report. A model in which nothing can shrink comes back as a copy, and the
         report says why.
 
     Raises:
-        ArgumentError: an argument is outside what is accepted.
+        ArgumentError: an argument is outside what is accepted, or contradicts another; the criterion needs data or a
+            loss that is not given, or nothing looks at the data that is.
+        DataError: the data or the loss does not fit the model.
         CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
         VerificationError: the shrunk model is not equal to the masked one, or with folded constants not to the original
             with those constants; nothing is returned then.
     """
-    _check_keywords("prune", choice, Choice, _PRUNE_ARGUMENTS)
-    asked: dict[str, Any] = {name: value for name, value in choice.items() if name not in _OF_THE_MODEL}
-    alignment = resolve_alignment(align)
-    request = Request(criterion=criterion, ratio=ratio, alignment=alignment, min_width=min_width, **asked)
+    check_keywords("prune", choice, Choice, _PRUNE_ARGUMENTS)
+    asked = ask(criterion, ratio, resolve_alignment(align), min_width, choice)
     groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
-    made = plan_units(groups, request)
+    made, resolved = asked.plan(model, groups)
     shrunk, verification = _shrink_and_verify(model, made, args, kwargs)
     if fold_bias:
         shrunk = fold_constants(model, shrunk, made)
+    small = shrunk.model
+    if asked.recalibrates:
+        assert asked.data.loader is not None, "checked before the model was traced"
+        small = recalibrate(small, asked.data.loader, asked.data.batches, progress=False)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-    return PruneResult(shrunk.model, made, report, verification, shrunk.form, shrunk.fold)
-
-
-def _check_keywords(function: str, given: Mapping[str, object], known: type, own: str) -> None:
-    """Keywords that do not exist would do nothing in silence."""
-    for name in given:
-        if name not in known.__annotations__:
-            raise TypeError(
-                f"{function}() has no argument {name!r}; expected {own}, {', '.join(known.__annotations__)}."
-            )
+    return PruneResult(small, made, report, verification, shrunk.form, shrunk.fold, resolved, asked.recalibrates)
 
 
 def _shrink_and_verify(

@@ -1,4 +1,4 @@
-"""Import a user's factory and call it: gives a model with its example inputs."""
+"""Import what a user names: a factory of a model with its example inputs, or any other object."""
 
 import difflib
 import importlib
@@ -15,11 +15,17 @@ from torch import nn
 from torchshear.errors import ArgumentError
 
 _EXPECTED: Final = "a function without arguments that returns (model, args) or (model, args, kwargs)"
+_EVALUATED: Final = (
+    "a function without arguments that returns (model, args, evaluate) or (model, args, kwargs, evaluate), where "
+    "evaluate(model) gives a number, the higher the better"
+)
 
 Target = Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:FACTORY", help=f"Names {_EXPECTED}.")]
+EvaluatedTarget = Annotated[str, typer.Argument(metavar="PACKAGE.MODULE:FACTORY", help=f"Names {_EVALUATED}.")]
+Example = tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
 
 
-def load_example(target: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
+def load_example(target: str) -> Example:
     """Import a factory, with the current folder importable, and call it: gives model, args and kwargs.
 
     Args:
@@ -28,39 +34,84 @@ def load_example(target: str) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, 
     Raises:
         ArgumentError: there is no such factory, it fails, or it returns something else than it should.
     """
-    factory = _find_factory(target)
-    try:
-        made = factory()
-    except Exception as error:  # a factory can raise anything
-        raise ArgumentError(f"{target} fails: {_failure(error)} Expected {_EXPECTED}.") from error
-    if not isinstance(made, tuple) or len(made) not in (2, 3):
-        kinds = f"({', '.join(type(item).__name__ for item in made)})" if isinstance(made, tuple) else _kind(made)
-        raise ArgumentError(f"{target} returned {kinds}. Expected {_EXPECTED}.")
+    made = _made(target, _EXPECTED, (2, 3))
     model, args, kwargs = (*made, {}) if len(made) == 2 else made
+    return _checked(target, _EXPECTED, model, args, kwargs)
+
+
+def load_evaluated(target: str) -> tuple[Example, Callable[[nn.Module], float]]:
+    """Import a factory that gives an evaluation function, too, and call it: gives the example, and that function.
+
+    Args:
+        target: "package.module:factory"; the part after the colon may have dots.
+
+    Raises:
+        ArgumentError: there is no such factory, it fails, or it returns something else than it should.
+    """
+    *made, evaluate = _made(target, _EVALUATED, (3, 4))
+    if not callable(evaluate) or isinstance(evaluate, nn.Module):
+        raise ArgumentError(f"{target} returned {kind_of(evaluate)} as its evaluate, the last. Expected {_EVALUATED}.")
+    model, args, kwargs = (*made, {}) if len(made) == 2 else made
+    return _checked(target, _EVALUATED, model, args, kwargs), evaluate
+
+
+def _made(target: str, expected: str, lengths: tuple[int, int]) -> tuple[Any, ...]:
+    """What a factory returns, if it is a tuple of one of some lengths."""
+    factory = find_object(target, "factory", expected)
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise ArgumentError(f"{target} is {kind_of(factory)}. Expected {expected}.")
+    made = call(target, factory, expected)
+    if not isinstance(made, tuple) or len(made) not in lengths:
+        kinds = f"({', '.join(type(item).__name__ for item in made)})" if isinstance(made, tuple) else kind_of(made)
+        raise ArgumentError(f"{target} returned {kinds}. Expected {expected}.")
+    return made
+
+
+def _checked(target: str, expected: str, model: Any, args: Any, kwargs: Any) -> Example:
     for name, value, kind in (("model", model, nn.Module), ("args", args, tuple), ("kwargs", kwargs, Mapping)):
         if not isinstance(value, kind):
             hint = " Write (x,) for a single argument x." if name == "args" else ""
-            raise ArgumentError(f"{target} returned {_kind(value)} as its {name}. Expected {_EXPECTED}.{hint}")
+            raise ArgumentError(f"{target} returned {kind_of(value)} as its {name}. Expected {expected}.{hint}")
     return model, args, kwargs
 
 
-def _find_factory(target: str) -> Callable[[], Any]:
+def call(target: str, function: Callable[[], Any], expected: str) -> Any:
+    """Call what a user named.
+
+    Raises:
+        ArgumentError: it fails.
+    """
+    try:
+        return function()
+    except Exception as error:  # it can raise anything
+        raise ArgumentError(f"{target} fails: {failure_of(error)} Expected {expected}.") from error
+
+
+def find_object(target: str, kind: str, expected: str) -> Any:
+    """Import what a user names as "package.module:name", with the current folder importable.
+
+    Args:
+        target: the name; the part after the colon may have dots.
+        kind: what it is, in a word.
+        expected: what is expected there, for messages.
+
+    Raises:
+        ArgumentError: the name cannot be read, importing the module fails, or it has nothing of that name.
+    """
     module_name, _, path = target.partition(":")
     if not (path and all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")])):
-        raise ArgumentError(f"cannot read {target!r}. Expected package.module:factory, as in nets.small:make.")
-    found: Any = _imported(module_name)
+        raise ArgumentError(f"cannot read {target!r}. Expected package.module:{kind}, as in nets.small:make.")
+    found: Any = _imported(module_name, kind)
     for part in path.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, [name for name in dir(found) if not name.startswith("_")], n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ArgumentError(f"{target}: {module_name!r} has no {part!r}.{hint} Expected {_EXPECTED}.")
+            raise ArgumentError(f"{target}: {module_name!r} has no {part!r}.{hint} Expected {expected}.")
         found = getattr(found, part)
-    if isinstance(found, nn.Module) or not callable(found):
-        raise ArgumentError(f"{target} is {_kind(found)}. Expected {_EXPECTED}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
-def _imported(name: str) -> object:
+def _imported(name: str, kind: str) -> object:
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -70,16 +121,17 @@ def _imported(name: str) -> object:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
             raise ArgumentError(
                 f"no module {error.name!r} in {folder} or among the installed packages. "
-                f"Expected package.module:factory; run in the folder that holds the package."
+                f"Expected package.module:{kind}; run in the folder that holds the package."
             ) from error
-        raise ArgumentError(f"importing {name!r} fails: {_failure(error)}") from error
+        raise ArgumentError(f"importing {name!r} fails: {failure_of(error)}") from error
 
 
-def _failure(error: Exception) -> str:
+def failure_of(error: Exception) -> str:
     """Exception and innermost line of the source, for a message."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} (at {Path(frame.filename).name}:{frame.lineno})."
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What an object is, for a message."""
     return f"an object of type {type(value).__name__}"

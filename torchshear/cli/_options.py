@@ -3,14 +3,16 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
-from torchshear.api import Choice
+from torchshear.cli._data import LOSS_NAMES, NamedLoader, load_loss
 from torchshear.errors import ArgumentError
-from torchshear.pruners import SCOPES
+from torchshear.pruners import SCOPES, registered_criteria
 
 
 def _check_ratio(given: list[str] | None) -> list[str] | None:
@@ -30,8 +32,10 @@ _RATIO = typer.Option(
 )
 _AXES = typer.Option(metavar="ROLE", help="Role that may shrink, as ffn or heads; once or more. Default: all.")
 _EXCLUDE = typer.Option(metavar="PATTERN", help="Modules or parameters that keep their shapes; once or more.")
+_WORDS = "; ".join(f"{word}: {what}" for word, what in SCOPES.items())
 _SCOPE = typer.Option(
-    help=f"Which units are ranked against one another: {'; '.join(f'{word}: {what}' for word, what in SCOPES.items())}."
+    help=f"Which units are ranked against one another. {_WORDS}. Default: {next(iter(SCOPES))}.",
+    metavar="WORD",
 )
 _MACS = typer.Option(
     metavar="AMOUNT", help="MACs that may be left, in place of a ratio: a share of the dense model's, or a number."
@@ -40,6 +44,23 @@ _PARAMS = typer.Option(metavar="AMOUNT", help="Parameters that may be left, in p
 _LEAST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Share that each group loses in any case.")
 _MOST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Largest share that a group may lose.")
 _OUTPUT = typer.Option("--prunable-output", metavar="NAME", help="Output that may shrink; once or more. Default: none.")
+_CONFIG = typer.Option(
+    metavar="FILE",
+    help="Config list of NNI or Neural Compressor, in YAML or JSON, in place of shares, targets and what may shrink.",
+)
+_DATA = typer.Option(
+    metavar="PACKAGE.MODULE:LOADER",
+    help="Iterable of batches, or a function without arguments that returns one: for criteria that look at data, and "
+    "for new statistics.",
+)
+_LOSS = typer.Option(
+    "--loss",
+    metavar="NAME",
+    help=f"Loss for criteria that look at gradients: {LOSS_NAMES} (what the model itself gives), or "
+    f"package.module:function of output and target.",
+)
+_BATCHES = typer.Option(metavar="N", help="How many batches to run. Default: 32.")
+_RECALIBRATE = typer.Option("--recalibrate", help="Give batch norms new statistics of the data after the cut.")
 
 _SUBMODULE = typer.Option(
     "--submodule",
@@ -48,53 +69,71 @@ _SUBMODULE = typer.Option(
 )
 
 Submodules = Annotated[list[str] | None, _SUBMODULE]
+CRITERIA: Final = ", ".join(registered_criteria())
 
-_OPTIONS: Final[dict[str, Any]] = {
-    "ratio": Annotated[list[str] | None, _RATIO],
-    "scope": Annotated[str, _SCOPE],
-    "target_macs": Annotated[float | None, _MACS],
-    "target_params": Annotated[float | None, _PARAMS],
-    "min_ratio": Annotated[list[str] | None, _LEAST],
-    "max_ratio": Annotated[list[str] | None, _MOST],
-    "axes": Annotated[list[str] | None, _AXES],
-    "exclude": Annotated[list[str] | None, _EXCLUDE],
-    "prunable_outputs": Annotated[list[str] | None, _OUTPUT],
-    "submodules": Submodules,
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """An option of the command line, and what its value turns into as a keyword of `torchshear.prune`."""
+
+    annotation: Any
+    read: Callable[[Any], Any]
+
+
+_OPTIONS: Final[Mapping[str, _Option]] = {
+    "ratio": _Option(Annotated[list[str] | None, _RATIO], lambda given: parse_ratio(given)),
+    "scope": _Option(Annotated[str | None, _SCOPE], str),
+    "target_macs": _Option(Annotated[float | None, _MACS], float),
+    "target_params": _Option(Annotated[float | None, _PARAMS], float),
+    "min_ratio": _Option(Annotated[list[str] | None, _LEAST], lambda given: parse_ratio(given)),
+    "max_ratio": _Option(Annotated[list[str] | None, _MOST], lambda given: parse_ratio(given)),
+    "axes": _Option(Annotated[list[str] | None, _AXES], list),
+    "exclude": _Option(Annotated[list[str] | None, _EXCLUDE], list),
+    "prunable_outputs": _Option(Annotated[list[str] | None, _OUTPUT], list),
+    "submodules": _Option(Submodules, list),
+    "config": _Option(Annotated[Path | None, _CONFIG], Path),
+    "data": _Option(Annotated[str | None, _DATA], NamedLoader),
+    "loss_fn": _Option(Annotated[str | None, _LOSS], load_loss),
+    "batches": _Option(Annotated[int | None, _BATCHES], int),
+    "recalibrate": _Option(Annotated[bool, _RECALIBRATE], bool),
 }
+EVERY: Final = tuple(_OPTIONS)
 
 
-def takes_choice(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that choose what may shrink.
+def takes_choice(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options that choose what may shrink, how much goes where, and by which data.
 
     Args:
-        command: a function with the keyword arguments `ratio`, a number, a mapping or None, and `choice`, a `Choice`.
+        names: which options, of `EVERY`.
 
     Returns:
-        A function with the options in place of these two.
+        A decorator for a function with the keyword argument `choice`, a dictionary. It gives a function with the
+        options in its place, of which `choice` holds those that were given, as keywords of `torchshear.prune`.
     """
+    return functools.partial(_with_options, names)
+
+
+def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Callable[..., None]:
     own = inspect.signature(command)
-    kept = [parameter for name, parameter in own.parameters.items() if name not in ("ratio", "choice")]
-    defaults = dict.fromkeys(_OPTIONS) | {"scope": "local"}
+    kept = [parameter for name, parameter in own.parameters.items() if name != "choice"]
     added = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=annotation)
-        for name, annotation in _OPTIONS.items()
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False if name == "recalibrate" else None,
+            annotation=_OPTIONS[name].annotation,
+        )
+        for name in names
     ]
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        ratio = parse_ratio(given.pop("ratio") or [])
-        choice: Choice = {
-            "scope": given.pop("scope"),
-            "target_macs": given.pop("target_macs"),
-            "target_params": given.pop("target_params"),
-            "min_ratio": parse_ratio(given.pop("min_ratio") or []) or 0.0,
-            "max_ratio": parse_ratio(given.pop("max_ratio") or []),
-            "axes": given.pop("axes") or None,
-            "exclude": given.pop("exclude") or (),
-            "prunable_outputs": given.pop("prunable_outputs") or (),
-            "submodules": given.pop("submodules") or None,
+        asked = {name: given.pop(name) for name in names}
+        said = {
+            name: value for name, value in asked.items() if value is not None and value is not False and value != []
         }
-        command(**given, ratio=ratio, choice=choice)
+        choice = {name: _OPTIONS[name].read(value) for name, value in said.items()}
+        command(**given, choice=choice)
 
     with_options.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}

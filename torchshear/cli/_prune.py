@@ -19,31 +19,36 @@ from torch import nn
 
 import torchshear
 from torchshear._files import atomic_path
-from torchshear.api import Choice
 from torchshear.cli._bench import measure, print_latency
 from torchshear.cli._example import Target, load_example
-from torchshear.cli._options import parse_align, takes_choice
+from torchshear.cli._options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.errors import OutputError
+from torchshear.pruners.configs import render_config
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile
 
 _INDEX_FILE: Final = re.compile(r"plan-[0-9a-f]{12}\.safetensors")
 
 
-@takes_choice
+@takes_choice(*EVERY)
 def prune(
     target: Target,
     output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
-    criterion: Annotated[str, typer.Option(help="How channels are scored: l1, l2, random.")] = "l1",
+    criterion: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help=f"How channels are scored: {CRITERIA}. Default: l1, or what a config says."),
+    ] = None,
     align: Annotated[
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
+    fold_bias: Annotated[
+        bool, typer.Option("--fold-bias", help="Fold what removed channels hold without input into biases.")
+    ] = False,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
     *,
-    ratio: float | dict[str, float] | None,
-    choice: Choice,
+    choice: dict[str, Any],
 ) -> None:
     """Prune a model, prove it equal to the masked one, write it with its plan and as ONNX, and measure it.
 
@@ -55,8 +60,13 @@ def prune(
     pruned-NAME.onnx.
     """
     model, args, kwargs = load_example(target)
+    ratio = choice.pop("ratio", None)
     with _output_folder(output) as draft, status("pruning and verifying") as say:
-        result = torchshear.prune(model, args, kwargs, criterion, ratio, parse_align(align), min_width, **choice)
+        if "data" in choice:
+            choice["data"].say = say
+        result = torchshear.prune(
+            model, args, kwargs, criterion, ratio, parse_align(align), min_width, fold_bias, **choice
+        )
         say("writing the plan and the weights")
         result.plan.save(draft / "plan.json")
         with atomic_path(draft / "model.safetensors") as temporary:
@@ -71,10 +81,14 @@ def prune(
         document = _report_document(target, result, files)
         (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     console = stdout_console()
+    if result.config is not None:
+        print_lines(console, render_config(result.config, console.width))
     print_lines(console, render_report(result.report, console.width))
     proof = result.verification
     error = f"error {proof.max_error:.1e} in {str(proof.dtype).removeprefix('torch.')}"
     print_lines(console, f"verified    equal to the original ({proof.reference}): {error}")
+    for line in _steps_after(result):
+        print_lines(console, line)
     if bench:
         comparisons = {
             suffix: measure({f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in ("dense", "pruned")})
@@ -88,6 +102,18 @@ def prune(
             print_latency(console, comparison)
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
     print_lines(console, f"written     in {output}: {written}")
+
+
+def _steps_after(result: torchshear.PruneResult) -> Iterator[str]:
+    """What was done after the proof."""
+    if result.fold is not None:
+        n_folded, n_skipped = (
+            sum(o.n_channels for o in places) for places in (result.fold.folded, result.fold.skipped)
+        )
+        error = f"error {result.fold.max_error:.1e} in {str(result.fold.dtype).removeprefix('torch.')}"
+        yield f"folded      constants of {n_folded} channels, {n_skipped} left at zero: {error}"
+    if result.is_recalibrated:
+        yield "statistics  of batch norms estimated anew on the data, after the proof"
 
 
 def _pairs(
@@ -154,6 +180,8 @@ def _report_document(target: str, result: torchshear.PruneResult, files: Mapping
         "request": dict(result.plan.request),
         "report": result.report.to_dict(),
         "verification": asdict(result.verification) | {"dtype": str(result.verification.dtype)},
+        "fold": None if result.fold is None else asdict(result.fold) | {"dtype": str(result.fold.dtype)},
+        "is_recalibrated": result.is_recalibrated,
         "onnx": {name: asdict(file) | {"path": file.path.name} for name, file in files.items()},
         "latency": None,
     }

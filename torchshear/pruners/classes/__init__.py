@@ -1,5 +1,6 @@
 """Pruners as classes, under the names that users of NNI know."""
 
+from torchshear.pruners.classes._choice import Widths, plan_config
 from torchshear.pruners.classes._named import (
     ActivationAPoZRankFilterPruner,
     ActivationAPoZRankPruner,
@@ -16,7 +17,7 @@ from torchshear.pruners.classes._named import (
     TaylorFOWeightFilterPruner,
     TaylorFOWeightPruner,
 )
-from torchshear.pruners.classes._pruner import Pruner
+from torchshear.pruners.classes._pruner import ConfigList, Pruner
 from torchshear.pruners.classes._stages import Pruned, Stages, provide_stages
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "ActivationAPoZRankPruner",
     "ActivationMeanRankFilterPruner",
     "ActivationMeanRankPruner",
+    "ConfigList",
     "ConfigPruner",
     "FPGMPruner",
     "L1FilterPruner",
@@ -37,5 +39,7 @@ __all__ = [
     "Stages",
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",
+    "Widths",
+    "plan_config",
     "provide_stages",
 ]

@@ -1,0 +1,207 @@
+"""What a call of `prune` asks, checked before the model is traced: a request or a config, and the data for both."""
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Final
+
+from torch import nn
+
+from torchshear._words import Selection, Sight
+from torchshear.dependency import ChannelGroups, PruningPlan
+from torchshear.dependency.alignment import Alignment
+from torchshear.errors import ArgumentError
+from torchshear.pruners import (
+    Criterion,
+    Ratio,
+    Request,
+    ResolvedConfig,
+    collect,
+    load_config,
+    parse_config,
+    plan_units,
+    resolve,
+)
+from torchshear.pruners.classes import ConfigList, Widths, plan_config
+from torchshear.pruners.configs import DEFAULT_PATTERN, Entry
+from torchshear.pruners.criteria import needs_of
+from torchshear.pruners.statistics import ALL_SUMS, SUMS_OF_GRADIENTS, Loss, Statistics
+
+BATCHES: Final = 32
+_OF_THE_REQUEST: Final = (*Selection.__annotations__, "axes", "exclude")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Data:
+    """Batches to look at.
+
+    Attributes:
+        loader: gives batches, once or more often; None without data.
+        loss_fn: the loss, or None.
+        batches: how many to run.
+    """
+
+    loader: Iterable[Any] | None
+    loss_fn: Loss | None
+    batches: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Asked:
+    """What is asked of a pruning.
+
+    Attributes:
+        request: what is asked of the plan; of a config, its criterion and widths alone.
+        entries: those of a config; empty without one.
+        data: what is looked at.
+        recalibrates: whether batch norms get new statistics after the cut.
+    """
+
+    request: Request
+    entries: tuple[Entry, ...]
+    data: Data
+    recalibrates: bool
+
+    @property
+    def criteria(self) -> list[str | Criterion]:
+        """What units are scored by."""
+        if not self.entries:
+            return [self.request.criterion]
+        named = [entry.criterion or self.request.criterion for entry in self.entries if not entry.excludes]
+        return list(dict.fromkeys(named))
+
+    def plan(self, model: nn.Module, groups: ChannelGroups) -> tuple[PruningPlan, ResolvedConfig | None]:
+        """Look at the data, and plan; for a config, also what it asks of each layer."""
+        resolved = None
+        if self.entries:
+            assert isinstance(self.request.criterion, str), "checked with the config"
+            resolved = resolve(model, self.entries, groups, self.request.criterion)
+        statistics = self._statistics(groups)
+        if resolved is None:
+            return plan_units(groups, self.request, statistics=statistics), None
+        widths = Widths(self.request.alignment, self.request.min_width)
+        return plan_config(groups, resolved, widths, statistics), resolved
+
+    def _statistics(self, groups: ChannelGroups) -> Statistics | None:
+        looking = [criterion for criterion in self.criteria if needs_of(criterion)]
+        if self.data.loader is None or not looking:
+            return None
+        loader, loss_fn, batches = self.data.loader, self.data.loss_fn, self.data.batches
+        return collect(groups, loader, loss_fn, batches, progress=False, criteria=looking)
+
+
+def ask(
+    criterion: str | Criterion | None,
+    ratio: Ratio | None,
+    alignment: Alignment,
+    min_width: int,
+    choice: Mapping[str, Any],
+) -> Asked:
+    """Check what is asked, and put it together.
+
+    Args:
+        criterion: what units are scored by; None: "l1", or what a config says.
+        ratio: fraction to remove, or None.
+        alignment: what kept widths are.
+        min_width: the fewest units to keep in a group.
+        choice: the other words, see `Choice`.
+
+    Raises:
+        ArgumentError: a word is outside what it may be, two contradict each other, or data is missing or looked at by
+            nothing.
+    """
+    widths: dict[str, Any] = {"criterion": criterion or "l1", "alignment": alignment, "min_width": min_width}
+    entries: tuple[Entry, ...] = ()
+    words = {name: choice[name] for name in _OF_THE_REQUEST if name in choice}
+    if choice.get("config") is not None:
+        _check_alone({"ratio": ratio} | words)
+        entries = _read_entries(choice["config"], criterion)
+        request = Request(**widths)
+    else:
+        request = Request(ratio=ratio, **widths, **words)
+    asked = Asked(request, entries, read_data(choice), choice.get("recalibrate", False))
+    check_data(asked.criteria, asked.data, asked.recalibrates)
+    return asked
+
+
+def read_data(choice: Mapping[str, Any]) -> Data:
+    """The data that is given; of an iterator, which runs out, the batches are taken now.
+
+    Raises:
+        ArgumentError: there are words on data without data; or it gives no batches, or not a whole number of them.
+    """
+    loader, batches = choice.get("data"), choice.get("batches", BATCHES)
+    if loader is None:
+        idle = [word for word in Sight.__annotations__ if choice.get(word) not in (None, False)]
+        if idle:
+            raise ArgumentError(f"{idle[0]}= is given without data; give batches of it as data=, or leave it away.")
+        return Data(None, None, BATCHES)
+    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
+        raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
+    if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
+        raise ArgumentError(f"data is {type(loader).__name__}; expected something that gives batches, as a DataLoader.")
+    if iter(loader) is loader:
+        loader = list(islice(loader, batches))
+    return Data(loader, choice.get("loss_fn"), batches)
+
+
+def check_data(criteria: Collection[str | Criterion], data: Data, recalibrates: bool = False) -> None:
+    """Raise ArgumentError where data or a loss is missing, or data is given that nothing looks at."""
+    if data.loader is not None and not recalibrates and not any(needs_of(criterion) for criterion in criteria):
+        names = ", ".join(str(name) for name in criteria)
+        raise ArgumentError(f"data is given, and the criterion {names} looks at none. Leave data= away.")
+    for criterion in criteria:
+        missing = missing_data(criterion, data)
+        if missing:
+            raise ArgumentError(f"the criterion {criterion!r} {missing}")
+
+
+def missing_data(criterion: str | Criterion, data: Data) -> str:
+    """What a criterion needs and is not given, with advice, or "".
+
+    Functions, and criteria that do not say what they need, are taken to do with what is given: they raise themselves.
+
+    Raises:
+        ArgumentError: there is no criterion of that name.
+    """
+    needs = needs_of(criterion)
+    if needs == ALL_SUMS:
+        return ""
+    on_gradients = bool(needs & SUMS_OF_GRADIENTS)
+    if needs and data.loader is None:
+        loss = ", and a loss as loss_fn=" if on_gradients else ""
+        return f"looks at {'gradients' if on_gradients else 'activations'}; give batches of data as data={loss}."
+    if on_gradients and data.loss_fn is None:
+        return "looks at gradients; give a loss as loss_fn=."
+    return ""
+
+
+def _check_alone(words: Mapping[str, Any]) -> None:
+    """Raise ArgumentError for words that say what a config says."""
+    for word, value in words.items():
+        if value is not None and value not in ((), []):
+            raise ArgumentError(
+                f"config= says which layers lose how much, and {word}={value!r} says something else of that. Give one "
+                f"of them; beside a config there may be criterion, align and min_width."
+            )
+
+
+def _read_entries(config: ConfigList, criterion: str | Criterion | None) -> tuple[Entry, ...]:
+    """The entries of a config, of channels or heads alone; all that is left open is the criterion."""
+    if criterion is not None and not isinstance(criterion, str):
+        raise ArgumentError("config= goes with the name of a criterion, and a function is given; register it first.")
+    entries = parse_config(load_config(config) if isinstance(config, str | os.PathLike) else config)
+    for entry in entries:
+        if entry.criterion is not None and criterion is not None and not entry.excludes:
+            raise ArgumentError(
+                f"{entry.label} says a criterion of its own ({entry.criterion}), as those of Neural Compressor always "
+                f"do, and criterion={criterion!r} says another. Leave criterion= away."
+            )
+        if not (entry.excludes or entry.removes_channels or entry.pattern == DEFAULT_PATTERN):
+            raise ArgumentError(
+                f"{entry.label} sets single weights to zero (pattern {entry.pattern!r}), which makes nothing smaller, "
+                f"and prune only removes. Use torchshear.pruners.ConfigPruner or LevelPruner, or "
+                f"torchshear.pruners.masks.choose_masks."
+            )
+    return entries
