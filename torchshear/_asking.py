@@ -146,15 +146,20 @@ def read_data(choice: Mapping[str, Any]) -> Data:
     return Data(loader, choice.get("loss_fn"), batches)
 
 
-def check_data(criteria: Collection[str | Criterion], data: Data, recalibrates: bool = False) -> None:
+def check_data(criteria: Collection[str | Criterion], data: Data, recalibrates: bool) -> None:
     """Raise ArgumentError where data or a loss is missing, or data is given that nothing looks at."""
-    if data.loader is not None and not recalibrates and not any(needs_of(criterion) for criterion in criteria):
-        names = ", ".join(str(name) for name in criteria)
-        raise ArgumentError(f"data is given, and the criterion {names} looks at none. Leave data= away.")
     for criterion in criteria:
         missing = missing_data(criterion, data)
         if missing:
             raise ArgumentError(f"the criterion {criterion!r} {missing}")
+    check_looked_at(criteria, data, recalibrates)
+
+
+def check_looked_at(criteria: Collection[str | Criterion], data: Data, recalibrates: bool) -> None:
+    """Raise ArgumentError for data that nothing looks at."""
+    if data.loader is not None and not recalibrates and not any(needs_of(criterion) for criterion in criteria):
+        names = ", ".join(str(name) for name in criteria)
+        raise ArgumentError(f"data is given, and no criterion looks at it ({names}). Leave data= away.")
 
 
 def missing_data(criterion: str | Criterion, data: Data) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from torchshear.api import PruneResult, _shrink_and_verify
+from torchshear.api import PruneResult, shrink_and_verify
 from torchshear.dependency import PruningPlan
 from torchshear.pruners.classes import Stages, provide_stages
 from torchshear.report import make_report
@@ -14,7 +14,7 @@ from torchshear.speedup import export_onnx
 
 def finish(model: nn.Module, plan: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> PruneResult:
     """Shrink a model by a plan, prove the result and report on it."""
-    shrunk, verification = _shrink_and_verify(model, plan, args, kwargs)
+    shrunk, verification = shrink_and_verify(model, plan, args, kwargs)
     report = make_report(plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
     return PruneResult(shrunk.model, plan, report, verification, shrunk.form)
 

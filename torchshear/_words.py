@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from torchshear.dependency.alignment import Alignment
 from torchshear.pruners import Ratio
 from torchshear.pruners.classes import ConfigList
 from torchshear.pruners.statistics import Loss
@@ -86,6 +87,24 @@ class Choice(Selection, Subject, Sight, total=False):
     """
 
     config: ConfigList | None
+
+
+class Comparing(Shares, Subject, Sight, total=False):
+    """Keywords of `torchshear.comparison.compare`.
+
+    Attributes:
+        target_macs: what may be left of the multiply-accumulate operations, as in `Selection`; one or several.
+        target_params: what may be left of the parameters, likewise.
+        ratio: share of each group's units to remove, one or several.
+        align: see `torchshear.plan`.
+        min_width: the fewest units to keep in a group.
+    """
+
+    target_macs: float | Sequence[float] | None
+    target_params: float | Sequence[float] | None
+    ratio: float | Sequence[float] | None
+    align: int | str | Alignment | None
+    min_width: int
 
 
 def check_keywords(function: str, given: Mapping[str, object], known: type, own: str) -> None:

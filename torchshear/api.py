@@ -171,7 +171,7 @@ def prune(
     asked = ask(criterion, ratio, resolve_alignment(align), min_width, choice)
     groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
     made, resolved = asked.plan(model, groups)
-    shrunk, verification = _shrink_and_verify(model, made, args, kwargs)
+    shrunk, verification = shrink_and_verify(model, made, args, kwargs)
     if fold_bias:
         shrunk = fold_constants(model, shrunk, made)
     small = shrunk.model
@@ -182,7 +182,7 @@ def prune(
     return PruneResult(small, made, report, verification, shrunk.form, shrunk.fold, resolved, asked.recalibrates)
 
 
-def _shrink_and_verify(
+def shrink_and_verify(
     model: nn.Module, made: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
 ) -> tuple[Shrunk, Verification]:
     """Shrink, and prove the result; a native form that turns out not to be the masked model gives way to the traced."""

@@ -1,4 +1,4 @@
-"""The command line: inspect a model's channel groups, prune it, shrink its checkpoint, compare ONNX files for speed."""
+"""The command line: inspect channel groups, prune, compare criteria, shrink checkpoints, compare files for speed."""
 
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from torchshear.cli._bench import bench
+from torchshear.cli._compare import compare
 from torchshear.cli._example import load_example
 from torchshear.cli._inspect import inspect
 from torchshear.cli._prune import prune
@@ -48,6 +49,7 @@ def _root(
 
 app.command()(inspect)
 app.command()(prune)
+app.command()(compare)
 app.command()(shrink)
 app.command()(bench)
 

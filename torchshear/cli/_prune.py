@@ -1,19 +1,13 @@
 """`torchshear prune`: prune a model into a folder, prove it, export it and measure it."""
 
 import json
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from errno import EISDIR
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
-from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
@@ -21,14 +15,12 @@ import torchshear
 from torchshear._files import atomic_path
 from torchshear.cli._bench import measure, print_latency
 from torchshear.cli._example import Target, load_example
+from torchshear.cli._folder import output_folder
 from torchshear.cli._options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
-from torchshear.errors import OutputError
 from torchshear.pruners.configs import render_config
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile
-
-_INDEX_FILE: Final = re.compile(r"plan-[0-9a-f]{12}\.safetensors")
 
 
 @takes_choice(*EVERY)
@@ -61,7 +53,7 @@ def prune(
     """
     model, args, kwargs = load_example(target)
     ratio = choice.pop("ratio", None)
-    with _output_folder(output) as draft, status("pruning and verifying") as say:
+    with output_folder(output) as draft, status("pruning and verifying") as say:
         if "data" in choice:
             choice["data"].say = say
         result = torchshear.prune(
@@ -96,7 +88,7 @@ def prune(
         }
         times = {suffix.removeprefix("-"): comparison.to_dict() for suffix, comparison in comparisons.items()}
         document["latency"] = times.get("", times)
-        with _output_folder(output) as draft:
+        with output_folder(output) as draft:
             (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         for comparison in comparisons.values():
             print_latency(console, comparison)
@@ -129,47 +121,6 @@ def _pairs(
         f"-{name}": (model.get_submodule(name), result.model.get_submodule(name), *first[name])
         for name in graph.parts.names
     }
-
-
-@contextmanager
-def _output_folder(output: Path) -> Iterator[Path]:
-    """Give a draft folder whose files move into `output` if the block succeeds; else nothing is left behind.
-
-    Raises:
-        OutputError: the folder cannot be made or written, or the disk is full.
-    """
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
-    draft = None
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=output))
-        yield draft
-        _publish(draft, output)
-    except (OSError, SafetensorError) as error:
-        cause = error.__cause__ or error
-        raise OutputError(
-            f"cannot write into {str(output)!r}: {getattr(cause, 'strerror', None) or cause}. Expected a folder that "
-            f"can be made or written, with space on its disk; what was there before is unchanged."
-        ) from error
-    finally:
-        if draft is not None:
-            shutil.rmtree(draft, ignore_errors=True)
-        for folder in missing:
-            with suppress(OSError):  # it holds something, so it stays
-                folder.rmdir()
-
-
-def _publish(draft: Path, output: Path) -> None:
-    """Move the files of a draft to their place, all or none."""
-    made = sorted(file.name for file in draft.iterdir())
-    for name in made:
-        if (output / name).is_dir():
-            raise IsADirectoryError(EISDIR, f"{name} is a folder there")
-    for name in made:
-        (draft / name).replace(output / name)
-    for file in output.iterdir():  # the index file of an earlier plan belongs to nothing now
-        if "plan.json" in made and _INDEX_FILE.fullmatch(file.name) and file.name not in made:
-            file.unlink()
 
 
 def _report_document(target: str, result: torchshear.PruneResult, files: Mapping[str, OnnxFile]) -> dict[str, Any]:

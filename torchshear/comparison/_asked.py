@@ -1,0 +1,104 @@
+"""What a comparison is asked: which criteria and controls, at which budgets."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from torchshear._asking import Data, missing_data
+from torchshear._words import Shares
+from torchshear.dependency import ChannelGroup
+from torchshear.errors import ArgumentError
+from torchshear.pruners import Criterion, Request, random_criterion, registered_criteria
+from torchshear.pruners.statistics import Statistics
+from torchshear.speedup import resolve_alignment
+
+_CONTROLS: Final = ("uniform", "random")
+_BUDGETS: Final = ("target_macs", "target_params", "ratio")
+_OF_THE_REQUEST: Final = (*Shares.__annotations__, "axes", "exclude", "min_width")
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A criterion or control: its name, the functions it stands for, and what it lacks, or ""."""
+
+    name: str
+    criteria: tuple[str | Criterion, ...]
+    is_control: bool = False
+    lacks: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """One number of one word that says how much may be left."""
+
+    word: str
+    value: float
+
+    @property
+    def text(self) -> str:
+        """The budget in words."""
+        if self.word == "ratio":
+            return f"ratio {self.value:g}"
+        of = "MACs" if self.word == "target_macs" else "parameters"
+        return f"at most {100 * self.value:.4g}% of the {of}" if self.value <= 1 else f"at most {self.value:,.0f} {of}"
+
+
+def _first_units(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+    """Scores that keep the first units of a group, shape (C,), positive."""
+    return torch.arange(group.width, 0, -1, dtype=torch.float64)
+
+
+def random_criteria(seeds: Sequence[int]) -> tuple[Criterion, ...]:
+    found = tuple(random_criterion(seed) for seed in seeds)
+    if not found or len(set(seeds)) < len(seeds):
+        raise ArgumentError(f"seeds={list(seeds)}; expected one or more integers, each once.")
+    return found
+
+
+def contenders_of(
+    criteria: Sequence[str | Criterion] | None, random: tuple[Criterion, ...], data: Data
+) -> tuple[list[Contender], dict[str, str]]:
+    """What is compared, controls first, and what of all criteria is not, with what it lacks."""
+    controls = [Contender("uniform", (_first_units,), True), Contender("random", random, True)]
+    if isinstance(criteria, str) or callable(criteria):
+        raise ArgumentError(f"criteria={criteria!r}; expected several, as in [{criteria!r}].")
+    names = dict.fromkeys(registered_criteria() if criteria is None else criteria)
+    chosen = [name for name in names if name not in _CONTROLS]
+    lacks = {name: missing_data(name, data) for name in chosen}
+    left_out = {str(name): why for name, why in lacks.items() if why} if criteria is None else {}
+    found = [Contender(_name(one), (one,), lacks=lacks[one]) for one in chosen if str(one) not in left_out]
+    named = [one.name for one in found]
+    for name in named:
+        if named.count(name) > 1:
+            raise ArgumentError(f"criteria: two have the name {name!r}; give functions different __name__s.")
+    return [*controls, *found], left_out
+
+
+def _name(criterion: str | Criterion) -> str:
+    return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
+
+
+def budgets_of(words: Mapping[str, Any]) -> list[Budget]:
+    given = {word: words[word] for word in _BUDGETS if words.get(word) is not None} or {"target_macs": 0.5}
+    if len(given) > 1:
+        raise ArgumentError(f"{' and '.join(f'{word}={given[word]}' for word in given)}: expected one kind of budget.")
+    ((word, value),) = given.items()
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    is_number = [isinstance(one, Real) and not isinstance(one, bool) for one in values]
+    if not values or not all(is_number) or len(set(values)) < len(values):
+        raise ArgumentError(f"{word}={value!r}; expected a number, or several different ones.")
+    return [Budget(word, one) for one in values]
+
+
+def request_of(one: Contender, criterion: str | Criterion, budget: Budget, words: Mapping[str, Any]) -> Request:
+    """What a contender is asked; groups of the uniform control lose the same share, whatever the scope."""
+    asked: dict[str, Any] = {budget.word: budget.value}
+    asked |= {word: words[word] for word in _OF_THE_REQUEST if word in words}
+    if one.name == "uniform":
+        asked |= {"scope": "local", "combine": "sum"}
+    alignment = resolve_alignment(words.get("align"))
+    return Request(criterion=criterion, alignment=alignment, **asked)

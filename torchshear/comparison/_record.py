@@ -1,0 +1,177 @@
+"""What a comparison of criteria found: plain data, a table and a picture of it."""
+
+import io
+import math
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from torchshear.comparison._picture import draw_panels
+from torchshear.comparison._row import Row
+
+_NONE = "-"
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Criteria side by side.
+
+    Attributes:
+        model: name of the model's class.
+        before: score of the dense model.
+        budgets: what was to be left, in words, in the order asked.
+        rows: a row for each criterion and control at each budget.
+        seeds: seeds of the random control.
+        n_batches: batches that statistics were collected on; 0 without data.
+        seconds_collecting: time that this took, once for all criteria.
+        left_out: criterion that was not compared -> what it lacks.
+    """
+
+    model: str
+    before: float
+    budgets: tuple[str, ...]
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    n_batches: int = 0
+    seconds_collecting: float = 0.0
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    def ranked(self, budget: str) -> tuple[Row, ...]:
+        """The rows of a budget, best score first, those without a score last."""
+        rows = [row for row in self.rows if row.budget == budget]
+        return tuple(sorted(rows, key=lambda row: (row.score is None, -(row.score or 0.0))))
+
+    def row(self, criterion: str, budget: str) -> Row:
+        """The row of a criterion or control.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for row in self.rows:
+            if (row.criterion, row.budget) == (criterion, budget):
+                return row
+        raise KeyError(f"no row of {criterion!r} at {budget!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as plain data for JSON."""
+        return asdict(self)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw it: a panel for each budget, a line for each criterion, best first.
+
+        Marks are scores after the cut, and after new statistics where there are any; whiskers go over the seeds of
+        random channels, as does the band behind all criteria. A dashed line is the dense model.
+
+        Args:
+            path: the file to write, of the kind that its name ends in: .png, .svg or .pdf.
+
+        Raises:
+            ArgumentError: matplotlib is not installed, or the name ends otherwise.
+            OutputError: the file cannot be written; what was there before is unchanged.
+        """
+        title = f"{self.model}: score by criterion, higher is better"
+        draw_panels(title, self.before, {budget: self.ranked(budget) for budget in self.budgets}, path)
+
+    def __str__(self) -> str:
+        """A table for people."""
+        return render_comparison(self)
+
+
+def render_comparison(comparison: Comparison, width: int = 120) -> str:
+    """A comparison as text: a table for each budget, and below it what is to be known of its rows.
+
+    Args:
+        comparison: the comparison.
+        width: columns of the terminal.
+    """
+    console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False)
+    for budget in comparison.budgets:
+        console.print(_table(comparison, budget))
+        for line in _notes(comparison, budget):
+            _print(console, line)
+        console.print()
+    for line in _summary(comparison):
+        _print(console, line)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+
+
+def _print(console: Console, line: str) -> None:
+    for part in textwrap.wrap(line, console.width, subsequent_indent="  ", break_on_hyphens=False):
+        console.print(part)
+
+
+def _table(comparison: Comparison, budget: str) -> Table:
+    rows = comparison.ranked(budget)
+    is_recalibrated = any(row.recalibrated for row in rows)
+    table = Table(title=f"{comparison.model}, {budget}", title_justify="left")
+    table.add_column("criterion", no_wrap=True)
+    for heading in ("MACs", "params", "after cut", *(["recalibrated"] if is_recalibrated else []), "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    digits = _digits(comparison.before)
+    dense = [f"{comparison.before:.{digits}f}"] * (1 + is_recalibrated)
+    table.add_row("(before)", "100.0%", "100.0%", dense[0], *dense[1:], "", end_section=True)
+    for row in rows:
+        scores = [row.scores, row.recalibrated] if is_recalibrated else [row.scores]
+        table.add_row(
+            f"control: {row.criterion}" if row.is_control else row.criterion,
+            _NONE if row.macs_share is None else f"{row.macs_share:.1%}",
+            _NONE if row.params_share is None else f"{row.params_share:.1%}",
+            *(_score(one, digits) for one in scores),
+            _NONE if row.seconds is None else f"{row.seconds:.2f}",
+        )
+    return table
+
+
+def _digits(score: float) -> int:
+    """Decimals that show three digits of a score."""
+    size = math.floor(math.log10(abs(score))) if score else 0
+    return min(6, max(0, 2 - size))
+
+
+def _score(scores: tuple[float, ...], digits: int) -> str:
+    if not scores:
+        return _NONE
+    spread = f" ±{stdev(scores):.{digits}f}" if len(scores) > 1 else ""
+    return f"{fmean(scores):.{digits}f}{spread}"
+
+
+def _notes(comparison: Comparison, budget: str) -> Iterator[str]:
+    rows = comparison.ranked(budget)
+    digits = _digits(comparison.before)
+    for row in rows:
+        if row.reason:
+            yield f"{row.criterion}: {row.reason}"
+        elif row.note:
+            yield f"{row.criterion}: {row.note}"
+        if len(row.final) > 1:
+            seeds = ", ".join(map(str, comparison.seeds))
+            low, high = (f"{value:.{digits}f}" for value in (min(row.final), max(row.final)))
+            step = "recalibrated scores" if row.recalibrated else "scores"
+            yield f"{row.criterion}: mean and standard deviation over seeds {seeds}; {step} from {low} to {high}"
+    random = next((row.score for row in rows if row.criterion == "random"), None)
+    worse = [row.criterion for row in rows if None not in (random, row.score) and not row.is_control]
+    worse = [name for name in worse if (comparison.row(name, budget).score or 0.0) <= (random or 0.0)]
+    if worse:
+        yield f"no better than random channels: {', '.join(worse)}"
+
+
+def _summary(comparison: Comparison) -> Iterator[str]:
+    yield (
+        "Higher scores are better. Controls: random keeps channels drawn from a seed, uniform the first channels of "
+        "each group, all groups narrower by the same share."
+    )
+    if comparison.n_batches:
+        yield (
+            f"Statistics of {comparison.n_batches} batches were collected once for all criteria, in "
+            f"{comparison.seconds_collecting:.2f} s, which the times of rows leave out."
+        )
+    for reason in dict.fromkeys(comparison.left_out.values()):
+        names = [name for name, why in comparison.left_out.items() if why == reason]
+        yield f"Not compared: {', '.join(names)}: {reason}"

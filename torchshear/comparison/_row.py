@@ -1,0 +1,45 @@
+"""What a comparison found of one criterion."""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One criterion at one budget.
+
+    Attributes:
+        criterion: name of the criterion, or of the control: "random" or "uniform".
+        budget: what was to be left, in words.
+        is_control: whether it is a control.
+        before: score of the dense model.
+        scores: scores after the cut; one, or for random channels one a seed. Empty where there is a reason.
+        recalibrated: the same after batch norms got new statistics; empty without that.
+        macs_share: MACs left, as a share of the dense model's; the mean over seeds. None where there is a reason.
+        params_share: parameters left, likewise.
+        seconds: time to score, plan, cut and prove, without that of collecting statistics; the mean over seeds.
+        note: what is to be known of it, or "".
+        reason: why there are no scores, or "".
+    """
+
+    criterion: str
+    budget: str
+    is_control: bool
+    before: float
+    scores: tuple[float, ...] = ()
+    recalibrated: tuple[float, ...] = ()
+    macs_share: float | None = None
+    params_share: float | None = None
+    seconds: float | None = None
+    note: str = ""
+    reason: str = ""
+
+    @property
+    def final(self) -> tuple[float, ...]:
+        """Scores after the last step: the cut, or new statistics."""
+        return self.recalibrated or self.scores
+
+    @property
+    def score(self) -> float | None:
+        """Mean of the scores after the last step."""
+        return fmean(self.final) if self.final else None

@@ -1,0 +1,129 @@
+"""Pruning one model by one criterion after another, and scoring what comes out."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from torchshear._asking import Data
+from torchshear.api import shrink_and_verify
+from torchshear.comparison._asked import Budget, Contender
+from torchshear.comparison._row import Row
+from torchshear.dependency import ChannelGroups, PruningPlan
+from torchshear.errors import ArgumentError, TorchshearError, first_line
+from torchshear.graph import copy_model
+from torchshear.pruners import Request, plan_units
+from torchshear.pruners.statistics import Statistics
+from torchshear.report import make_report
+from torchshear.speedup import recalibrate
+
+Evaluate = Callable[[nn.Module], float]
+_WHOLE: Final = "stays whole: "
+
+
+@dataclass(slots=True)
+class Trial:
+    """One model, what was seen of it, and how it is scored."""
+
+    model: nn.Module
+    evaluate: Evaluate
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] | None
+    groups: ChannelGroups
+    statistics: Statistics | None
+    new_statistics: Data | None
+    before: float = math.nan
+    whole: dict[Budget, set[str]] = field(default_factory=dict)
+    first_error: TorchshearError | None = None
+
+    def score_dense(self) -> None:
+        """Score a copy of the dense model."""
+        self.before = self._score("the dense model", copy_model(self.model))
+        if not math.isfinite(self.before):
+            raise ArgumentError(f"evaluate gave {self.before} for the dense model; expected a finite number.")
+
+    def row(self, one: Contender, budget: Budget, asked: Sequence[Request]) -> Row:
+        """Prune by a contender, once for each of its criteria, and score what comes out."""
+        row = Row(one.name, budget.text, one.is_control, self.before)
+        if one.lacks:
+            return _without(row, one.lacks)
+        start = time.perf_counter()
+        try:
+            plans = [plan_units(self.groups, request, statistics=self.statistics) for request in asked]
+            models = [shrink_and_verify(self.model, plan, self.args, self.kwargs)[0].model for plan in plans]
+        except TorchshearError as error:
+            self.first_error = self.first_error or error
+            return _without(row, first_line(error))
+        seconds = (time.perf_counter() - start) / len(asked)
+        return self._scored(row, budget, plans, models, seconds)
+
+    def _scored(
+        self, row: Row, budget: Budget, plans: Sequence[PruningPlan], models: Sequence[nn.Module], seconds: float
+    ) -> Row:
+        what = f"the model pruned by {row.criterion}, {budget.text}"
+        recalibrated: list[float] = []
+        if self.new_statistics is not None and self.new_statistics.loader is not None:
+            loader, batches = self.new_statistics.loader, self.new_statistics.batches
+            anew = [recalibrate(model, loader, batches, progress=False) for model in models]
+            recalibrated = [self._score(f"{what}, recalibrated", model) for model in anew]
+        scores = [self._score(what, model) for model in models]
+        bad = [score for score in (*scores, *recalibrated) if not math.isfinite(score)]
+        if bad:
+            return _without(row, f"evaluate gave {bad[0]} after the cut")
+        reports = [make_report(plan) for plan in plans]
+        return Row(
+            row.criterion,
+            row.budget,
+            row.is_control,
+            self.before,
+            scores=tuple(scores),
+            recalibrated=tuple(recalibrated),
+            macs_share=_mean_share([(r.after.macs, r.before.macs) for r in reports]),
+            params_share=_mean_share([(r.after.n_params, r.before.n_params) for r in reports]),
+            seconds=seconds,
+            note=self._unscored(budget, plans[0]),
+        )
+
+    def _unscored(self, budget: Budget, plan: PruningPlan) -> str:
+        """Which groups stay whole under this criterion and not under the first control, which scores all."""
+        notes = {group.name: group.note for group in plan.groups if group.note.startswith(_WHOLE)}
+        known = self.whole.setdefault(budget, set(notes))
+        unscored = [note.removeprefix(_WHOLE) for name, note in notes.items() if name not in known]
+        return f"{len(unscored)} of {len(plan.groups)} groups stay whole: {unscored[0]}" if unscored else ""
+
+    def _score(self, what: str, model: nn.Module) -> float:
+        """What `evaluate` says of a model.
+
+        Raises:
+            ArgumentError: it fails, or gives no number.
+        """
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                found: Any = self.evaluate(model)
+        except Exception as error:  # code of the user
+            raise ArgumentError(
+                f"evaluate fails on {what}: {type(error).__name__}: {first_line(error)}. Expected a function of a "
+                f"model that gives a number, the higher the better."
+            ) from error
+        if isinstance(found, Tensor) and found.numel() == 1:
+            found = found.item()
+        if isinstance(found, bool) or not isinstance(found, Real):
+            raise ArgumentError(
+                f"evaluate gave {found!r:.60} of type {type(found).__name__} for {what}; expected a number, the higher "
+                f"the better."
+            )
+        return float(found)
+
+
+def _without(row: Row, reason: str) -> Row:
+    return Row(row.criterion, row.budget, row.is_control, row.before, reason=reason)
+
+
+def _mean_share(pairs: Sequence[tuple[int, int]]) -> float:
+    return sum(after / before if before else 1.0 for after, before in pairs) / len(pairs)
