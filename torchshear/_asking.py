@@ -175,10 +175,10 @@ def missing_data(criterion: str | Criterion, data: Data) -> str:
         return ""
     on_gradients = bool(needs & SUMS_OF_GRADIENTS)
     if needs and data.loader is None:
-        loss = ", and a loss as loss_fn=" if on_gradients else ""
-        return f"looks at {'gradients' if on_gradients else 'activations'}; give batches of data as data={loss}."
+        loss = ", and a loss as loss_fn= (--loss)" if on_gradients else ""
+        return f"looks at {'gradients' if on_gradients else 'activations'}; give batches as data= (--data){loss}."
     if on_gradients and data.loss_fn is None:
-        return "looks at gradients; give a loss as loss_fn=."
+        return "looks at gradients; give a loss as loss_fn= (--loss)."
     return ""
 
 

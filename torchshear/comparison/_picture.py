@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, Final
 
 from torchshear._files import atomic_path
-from torchshear.comparison._row import Row
+from torchshear.comparison._row import Row, of_other_size
 from torchshear.errors import ArgumentError
 
 _CUT: Final = "#9db4cc"
@@ -81,16 +81,19 @@ def _draw(panel: Any, budget: str, before: float, rows: Sequence[Row]) -> None:
     if random:
         panel.axvspan(min(random), max(random), color=_CONTROL, alpha=0.15, lw=0, label="range of random")
     panel.axvline(before, color=_INK, lw=1, ls="--", label="before the cut")
+    small: dict[str, Any] = {"va": "center", "fontsize": 7, "color": _FAINT}
     for place, row in enumerate(rows):
         if row.reason:
-            where = {"xy": (0.02, place), "xycoords": ("axes fraction", "data")}
-            panel.annotate("not scored", va="center", fontsize=7, color=_FAINT, **where)
+            panel.annotate("not scored", (0.02, place), xycoords=("axes fraction", "data"), **small)
         elif row.recalibrated:
             panel.plot([fmean(row.scores), fmean(row.recalibrated)], [place] * 2, color=_LINK, lw=1.5, zorder=1)
     is_recalibrated = any(row.recalibrated for row in rows)
     _marks(panel, [row.scores for row in rows], rows, _CUT if is_recalibrated else _FINAL, "after the cut")
     if is_recalibrated:
         _marks(panel, [row.recalibrated for row in rows], rows, _FINAL, "recalibrated")
+    for row in of_other_size(rows):
+        text, mark = f"{row.macs_share:.0%} of the MACs", (row.score, rows.index(row))
+        panel.annotate(text, mark, (-6, 0), textcoords="offset points", ha="right", **small)
     panel.set_title(budget, fontsize=9, color=_INK)
     panel.tick_params(axis="y", length=0)
     panel.tick_params(labelsize=8)

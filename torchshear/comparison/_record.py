@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchshear.comparison._picture import draw_panels
-from torchshear.comparison._row import Row
+from torchshear.comparison._row import Row, of_other_size
 
 _NONE = "-"
 
@@ -114,8 +114,8 @@ def _table(comparison: Comparison, budget: str) -> Table:
     table.add_column("criterion", no_wrap=True)
     for heading in ("MACs", "params", "after cut", *(["recalibrated"] if is_recalibrated else []), "s"):
         table.add_column(heading, justify="right", no_wrap=True)
-    digits = _digits(comparison.before)
-    dense = [f"{comparison.before:.{digits}f}"] * (1 + is_recalibrated)
+    digits = _digits(comparison)
+    dense = [_number(comparison.before, digits)] * (1 + is_recalibrated)
     table.add_row("(before)", "100.0%", "100.0%", dense[0], *dense[1:], "", end_section=True)
     for row in rows:
         scores = [row.scores, row.recalibrated] if is_recalibrated else [row.scores]
@@ -129,22 +129,27 @@ def _table(comparison: Comparison, budget: str) -> Table:
     return table
 
 
-def _digits(score: float) -> int:
-    """Decimals that show three digits of a score."""
-    size = math.floor(math.log10(abs(score))) if score else 0
-    return min(6, max(0, 2 - size))
+def _digits(comparison: Comparison) -> int:
+    """Decimals that show three digits of what scores differ by."""
+    scores = [comparison.before, *(score for row in comparison.rows for score in (*row.scores, *row.recalibrated))]
+    size = max(scores) - min(scores) or abs(scores[0])
+    return min(8, max(0, 2 - math.floor(math.log10(size)))) if size else 0
+
+
+def _number(score: float, digits: int) -> str:
+    return f"{round(score, digits) + 0.0:.{digits}f}"  # no minus before a zero
 
 
 def _score(scores: tuple[float, ...], digits: int) -> str:
     if not scores:
         return _NONE
-    spread = f" ±{stdev(scores):.{digits}f}" if len(scores) > 1 else ""
-    return f"{fmean(scores):.{digits}f}{spread}"
+    spread = f" ±{_number(stdev(scores), digits)}" if len(scores) > 1 else ""
+    return f"{_number(fmean(scores), digits)}{spread}"
 
 
 def _notes(comparison: Comparison, budget: str) -> Iterator[str]:
     rows = comparison.ranked(budget)
-    digits = _digits(comparison.before)
+    digits = _digits(comparison)
     for row in rows:
         if row.reason:
             yield f"{row.criterion}: {row.reason}"
@@ -152,12 +157,15 @@ def _notes(comparison: Comparison, budget: str) -> Iterator[str]:
             yield f"{row.criterion}: {row.note}"
         if len(row.final) > 1:
             seeds = ", ".join(map(str, comparison.seeds))
-            low, high = (f"{value:.{digits}f}" for value in (min(row.final), max(row.final)))
+            low, high = (_number(value, digits) for value in (min(row.final), max(row.final)))
             step = "recalibrated scores" if row.recalibrated else "scores"
             yield f"{row.criterion}: mean and standard deviation over seeds {seeds}; {step} from {low} to {high}"
     random = next((row.score for row in rows if row.criterion == "random"), None)
     worse = [row.criterion for row in rows if None not in (random, row.score) and not row.is_control]
     worse = [name for name in worse if (comparison.row(name, budget).score or 0.0) <= (random or 0.0)]
+    other = [row.criterion for row in of_other_size(rows)]
+    if other:
+        yield f"not of the same size as the uniform network, and so not comparable with it: {', '.join(other)}"
     if worse:
         yield f"no better than random channels: {', '.join(worse)}"
 

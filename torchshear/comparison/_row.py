@@ -1,7 +1,11 @@
 """What a comparison found of one criterion."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Final
+
+_SAME: Final = 0.05  # shares of MACs that differ by less are the same to whoever compares scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,16 @@ class Row:
     def score(self) -> float | None:
         """Mean of the scores after the last step."""
         return fmean(self.final) if self.final else None
+
+
+def of_other_size(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows that keep another share of the MACs than the uniform control, where a ratio and no target was asked for."""
+    uniform = next((row.macs_share for row in rows if row.criterion == "uniform"), None)
+    return tuple(
+        row
+        for row in rows
+        if uniform is not None
+        and row.macs_share is not None
+        and row.budget.startswith("ratio")
+        and abs(row.macs_share - uniform) > _SAME
+    )

@@ -86,7 +86,7 @@ class Trial:
             macs_share=_mean_share([(r.after.macs, r.before.macs) for r in reports]),
             params_share=_mean_share([(r.after.n_params, r.before.n_params) for r in reports]),
             seconds=seconds,
-            note=self._unscored(budget, plans[0]),
+            note=self._unscored(budget, plans[0]).replace(f": {row.criterion}: ", ": "),
         )
 
     def _unscored(self, budget: Budget, plan: PruningPlan) -> str:

@@ -117,6 +117,16 @@ class ResolvedConfig:
         return render_config(self)
 
 
+_WIDE = 110  # columns from which each word has a column of its own
+
+
+def _beside(words: tuple[str, ...], together: str | None) -> list[str]:
+    """Words one by one, or two by two as one text each."""
+    if together is None:
+        return list(words)
+    return [together.join(pair) for pair in zip(words[::2], words[1::2], strict=True)]
+
+
 def render_config(resolved: ResolvedConfig, width: int = 140) -> str:
     """A resolved config as text.
 
@@ -124,27 +134,19 @@ def render_config(resolved: ResolvedConfig, width: int = 140) -> str:
         resolved: the config.
         width: columns of the terminal.
     """
+    together = "\n" if width < _WIDE else None
     table = Table(title="Config", title_justify="left")
-    for heading in ("layer", "type", "group", "entry", "criterion", "unit"):
-        table.add_column(heading, overflow="fold")
+    for headings in _beside(("layer", "type", "group", "entry", "criterion", "unit"), together):
+        table.add_column(headings, overflow="fold")
     for heading in ("asked", "removed"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("why less", overflow="fold")
     for row in resolved.rows:
         asked = "" if row.ratio is None else f"{row.ratio:.1%}"
         removed = "" if row.removed is None else f"{row.removed:.1%}"
         groups = "\n".join(row.groups) or row.parameter
-        table.add_row(
-            row.layer or "(model)",
-            row.type_name,
-            groups,
-            row.entry,
-            row.criterion,
-            row.pattern,
-            asked,
-            removed,
-            row.reason,
-        )
+        said = (row.layer or "(model)", row.type_name, groups, row.entry, row.criterion, row.pattern)
+        table.add_row(*_beside(said, together), asked, removed, row.reason)
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False)
     console.print(table)
     for entry in resolved.entries:

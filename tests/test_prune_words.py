@@ -1,0 +1,189 @@
+"""Data, losses and configs as words of `prune`: the same as stage by stage, and errors before anything is traced."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from torchshear import _asking, api
+from torchshear.errors import ArgumentError, DataError
+from torchshear.pruners import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.two, self.three = nn.Conv2d(8, 12, 3), nn.Linear(12, 10)
+        self.out = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.two(self.norm(self.one(x)).relu()).relu().mean((2, 3))
+        return self.out(self.three(y).relu())
+
+
+X = (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),)
+
+
+@pytest.fixture
+def model() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def batches(n: int = 3) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(4, 3, 6, 6, generator=generator), torch.randint(0, 4, (4,), generator=generator)) for _ in range(n)
+    ]
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(s, t) for (a, s), (b, t) in pairs)
+
+
+def kept(plan: torchshear.PruningPlan) -> dict[str, list[int]]:
+    return {name: units.tolist() for name, units in plan.kept.items()}
+
+
+@pytest.mark.parametrize("criterion", ["apoz", "taylor"])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_data_gives_the_plan_of_the_stages(model: Net, criterion: str, kind: Any) -> None:
+    groups = torchshear.analyze(torchshear.trace(model, X))
+    statistics = torchshear.collect(groups, batches(), functional.cross_entropy, 3)
+    expected = torchshear.plan(groups, criterion, 0.5, statistics=statistics)
+    words = {"loss_fn": functional.cross_entropy} if criterion == "taylor" else {}
+    result = torchshear.prune(model, X, None, criterion, 0.5, data=kind(batches()), batches=3, **words)
+    assert kept(result.plan) == kept(expected)
+    assert kept(result.plan) != kept(torchshear.prune(model, X, ratio=0.5).plan)
+
+
+def test_only_what_the_criterion_looks_at_is_collected(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    collect = _asking.collect
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(collect(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(_asking, "collect", spy)
+    torchshear.prune(model, X, criterion="apoz", data=batches(), loss_fn=functional.cross_entropy, batches=3)
+    assert [statistics.sums for statistics in seen] == [{"zeros"}]
+    assert (seen[0].n_batches, seen[0].weights) == (3, {})
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_new_statistics_of_the_same_data(model: Net, kind: Any) -> None:
+    plain = torchshear.prune(model, X, criterion="apoz", data=batches(), batches=3)
+    result = torchshear.prune(model, X, criterion="apoz", data=kind(batches()), batches=3, recalibrate=True)
+    assert (plain.is_recalibrated, result.is_recalibrated) == (False, True)
+    assert not same(result.model, plain.model)
+    assert same(result.model, torchshear.recalibrate(plain.model, batches(), 3))
+    by_weights = torchshear.prune(model, X, data=batches(), batches=3, recalibrate=True)  # l1 looks at no data itself
+    assert same(by_weights.model, torchshear.recalibrate(torchshear.prune(model, X).model, batches(), 3))
+
+
+CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_names": ["three"], "sparsity": 0.3}]
+
+
+def test_a_config_gives_the_plan_of_the_pruner_class(model: Net, tmp_path: Path) -> None:
+    expected = L1FilterPruner(model, CONFIG, args=X).plan
+    result = torchshear.prune(model, X, config=CONFIG)
+    assert kept(result.plan) == kept(expected)
+    assert [len(group.kept) for group in result.plan.groups] == [4, 6, 7]
+    assert result.config is not None
+    assert result.config.ratios == {"one.weight[0]": 0.5, "two.weight[0]": 0.5, "three.weight[0]": 0.3}
+    assert torchshear.prune(model, X).config is None
+    (tmp_path / "config.yaml").write_text("- op_types: [Conv2d]\n  sparsity: 0.5\n- {op_names: [three], sparsity: 0.3}")
+    assert kept(torchshear.prune(model, X, config=tmp_path / "config.yaml").plan) == kept(expected)
+
+
+def test_a_config_with_a_criterion_of_data(model: Net) -> None:
+    words: dict[str, Any] = {"data": batches(), "loss_fn": functional.cross_entropy, "batches": 3}
+    expected = TaylorFOWeightFilterPruner(model, CONFIG, args=X, **words).plan
+    result = torchshear.prune(model, X, criterion="taylor", config=CONFIG, align=4, **words)
+    assert [len(group.kept) for group in result.plan.groups] == [4, 8, 8]
+    unaligned = torchshear.prune(model, X, criterion="taylor", config=CONFIG, **words)
+    assert kept(unaligned.plan) == kept(expected)
+
+
+def test_a_config_that_names_its_criterion(model: Net) -> None:
+    config = [{"op_names": ["two"], "pattern": "1xchannel", "target_sparsity": 0.5, "pruning_scope": "local"}]
+    words: dict[str, Any] = {"data": batches(), "loss_fn": functional.cross_entropy, "batches": 3}
+    result = torchshear.prune(model, X, config=config, **words)
+    expected = ConfigPruner(model, config, args=X, **words).plan
+    assert kept(result.plan) == kept(expected)
+    assert result.plan.request["criterion"] == "snip_momentum"
+    with pytest.raises(ArgumentError, match=r"a criterion of its own \(snip_momentum\).*criterion='l2'.*Leave"):
+        torchshear.prune(model, X, criterion="l2", config=config, **words)
+    with pytest.raises(ArgumentError, match=r"'snip_momentum' looks at gradients; give batches as data="):
+        torchshear.prune(model, X, config=config)
+
+
+def test_a_config_for_a_part() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.part(x)
+            return y if y.sum() > 0 else -y
+
+    torch.manual_seed(0)
+    config = [{"op_names": ["part.two"], "sparsity": 0.5}]
+    result = torchshear.prune(Picky().eval(), X, config=config, submodules=["part"])
+    assert (result.model.part.two.out_channels, result.model.part.one.out_channels) == (6, 8)
+
+
+FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruning_type": "magnitude"}]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"criterion": "apoz"}, r"criterion 'apoz' looks at activations; give batches as data= \(--data\)\."),
+        ({"criterion": "taylor"}, r"'taylor' looks at gradients; give batches as data= .*loss as loss_fn="),
+        ({"criterion": "taylor", "data": [1]}, r"'taylor' looks at gradients; give a loss as loss_fn="),
+        ({"criterion": "tailor", "data": [1]}, r"criterion='tailor'; .*Did you mean 'taylor'"),
+        ({"data": [1]}, r"data is given, and no criterion looks at it \(l1\)\. Leave data= away"),
+        ({"loss_fn": functional.cross_entropy}, r"loss_fn= is given without data; give batches of it as data="),
+        ({"batches": 4}, r"batches= is given without data"),
+        ({"recalibrate": True}, r"recalibrate= is given without data"),
+        ({"criterion": "apoz", "data": 3}, r"data is int; expected something that gives batches"),
+        ({"criterion": "apoz", "data": "folder"}, r"data is str; expected"),
+        ({"criterion": "apoz", "data": [1], "batches": 0}, r"batches=0; expected a positive integer"),
+        ({"config": CONFIG, "ratio": 0.5}, r"config= says which layers lose how much, and ratio=0.5 says something"),
+        ({"config": CONFIG, "scope": "global"}, r"and scope='global' says something else"),
+        ({"config": CONFIG, "target_macs": 0.5}, r"and target_macs=0.5 says something else"),
+        ({"config": CONFIG, "exclude": ["one"]}, r"and exclude=\['one'\] says something else"),
+        ({"config": CONFIG, "criterion": lambda *_: None}, r"config= goes with the name of a criterion"),
+        ({"config": CONFIG, "criterion": "apoz"}, r"criterion 'apoz' looks at activations; give batches"),
+        ({"config": FINE}, r"sets single weights to zero \(pattern '4x1'\).*ConfigPruner.*choose_masks"),
+        ({"config": [{"op_types": ["Conv2d"], "sparcity": 0.5}]}, r"config_list\[0\].*sparcity"),
+        ({"config": "no.yaml"}, r"cannot read config file 'no.yaml'"),
+        ({"config": {"target_sparsity": 0.5, "pruning_step": 16}}, r"read_unipruning_config"),
+    ],
+)
+def test_contradictions_and_what_is_missing_are_told_before_tracing(
+    model: Net, words: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "trace", None)  # a call of it would be another error
+    with pytest.raises(ArgumentError, match=message):
+        torchshear.prune(model, X, **words)
+
+
+def test_empty_words_beside_a_config_say_nothing(model: Net) -> None:
+    torchshear.prune(model, X, config=CONFIG, exclude=(), axes=None, target_macs=None)
+
+
+def test_data_that_does_not_fit(model: Net) -> None:
+    with pytest.raises(DataError, match="the loader ended after 3 of 32 batches"):
+        torchshear.prune(model, X, criterion="apoz", data=batches())
+    with pytest.raises(TypeError, match=r"prune\(\) has no argument 'losses'; expected .* data, loss_fn"):
+        torchshear.prune(model, X, losses=1)  # type: ignore[call-arg]
