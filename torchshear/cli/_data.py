@@ -72,6 +72,16 @@ def _by_targets(name: str, function: Loss) -> Loss:
     return loss
 
 
+def _mse(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of tensors of one shape; torch would broadcast others, and only warn."""
+    if output.shape != target.shape:
+        raise DataError(
+            f"loss 'mse': the output has shape {tuple(output.shape)}, the target {tuple(target.shape)}; expected one "
+            f"shape. Reshape the targets that the loader gives."
+        )
+    return functional.mse_loss(output, target)
+
+
 def _own_loss(output: Any, target: Any) -> Tensor:
     """What the model itself gives as its loss."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
@@ -89,7 +99,7 @@ def _own_loss(output: Any, target: Any) -> Tensor:
 
 _LOSSES: Final[Mapping[str, Loss]] = {
     "cross_entropy": _by_targets("cross_entropy", functional.cross_entropy),
-    "mse": _by_targets("mse", functional.mse_loss),
+    "mse": _by_targets("mse", _mse),
     "output": _own_loss,
 }
 LOSS_NAMES: Final = ", ".join(_LOSSES)
