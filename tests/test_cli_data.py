@@ -243,7 +243,7 @@ def test_each_pass_starts_anew_without_making_the_data_twice() -> None:
     streamed.say = said.append
     assert [len(list(streamed)) for _ in range(2)] == [3, 3]
     assert len(module.calls) == 3
-    assert said[:3] == ["batch 0 of data_nets:stream", "batch 1 of data_nets:stream", "batch 2 of data_nets:stream"]
+    assert said[:3] == [f"data_nets:stream: batch {number}" for number in (1, 2, 3)]
 
 
 def test_constants_and_new_statistics() -> None:

@@ -1,7 +1,7 @@
 """What a call of `prune` asks, checked before the model is traced: a request or a config, and the data for both."""
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final
@@ -141,7 +141,7 @@ def read_data(choice: Mapping[str, Any]) -> Data:
         raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
     if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
         raise ArgumentError(f"data is {type(loader).__name__}; expected something that gives batches, as a DataLoader.")
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         loader = list(islice(loader, batches))
     return Data(loader, choice.get("loss_fn"), batches)
 

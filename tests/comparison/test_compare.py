@@ -165,6 +165,40 @@ def test_scores_are_given_in_eval_mode_from_one_random_state_on_copies(model: Ne
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_all_see_the_same_batches(model: Net) -> None:
+    passes: list[int] = []
+
+    class Loader:
+        """Gives other batches in each pass, as one that shuffles."""
+
+        def __iter__(self) -> Any:
+            passes.append(1)
+            return iter([(x + len(passes) - 1, y) for x, y in batches()])
+
+    words: dict[str, Any] = {"criteria": ["l1", "apoz"], "seeds": (0,), "recalibrate": True, "batches": 3}
+    found = compare(model, evaluate, X, data=Loader(), **words)
+    assert len(passes) == 1
+    listed = compare(model, evaluate, X, data=batches(), **words)
+    assert [row.recalibrated for row in found.rows] == [row.recalibrated for row in listed.rows]
+
+
+def test_parts_of_a_model_are_compared() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.part(x)
+            return y if y.sum() > 0 else -y
+
+    torch.manual_seed(0)
+    model = Picky().eval()
+    found = compare(model, evaluate, X, criteria=["l1"], ratio=0.5, submodules=["part"], seeds=(0,))
+    single = torchshear.prune(model, X, ratio=0.5, submodules=["part"])
+    assert found.row("l1", "ratio 0.5").scores == (evaluate(single.model),)
+
+
 def test_a_function_may_be_compared(model: Net) -> None:
     def last_units(group: Any, weights: Any, statistics: Any) -> Tensor:
         return torch.arange(group.width, dtype=torch.float64)
@@ -277,6 +311,22 @@ def test_the_table_ranks_by_the_last_score(width: int) -> None:
     assert "random: mean and standard deviation over seeds 0, 1; recalibrated scores from 0.600 to 0.720" in text
     assert "no better than random channels: activation_variance" in text
     assert "apoz: no activation" in text
+
+
+def test_long_numbers_fit_narrow_terminals() -> None:
+    rows = (
+        Row("uniform", "b", True, -0.69, (-0.69163,), (-0.69164,), 0.5, 0.5, 0.1),
+        Row("random", "b", True, -0.69, (-0.69111, -0.69222), (-0.69001, -0.69002), 0.5, 0.5, 0.1),
+        Row("activation_variance", "b", False, -0.69, (-0.69163,), (-0.69165,), 0.5, 0.5, 0.1),
+        Row(
+            "a_function_with_a_name_that_is_longer_than_others", "b", False, -0.69, (-0.69163,), (-0.7,), 0.5, 0.5, 0.1
+        ),
+    )
+    for width in (80, 120):
+        text = render_comparison(made(*rows, before=-0.69), width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        assert "±0.0008" in text
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ class NamedLoader:
             found = iter(made)
             if found is not made:
                 self._made = made  # it can be run through again
-            for number, batch in enumerate(found):
-                self.say(f"batch {number} of {self.name}")
+            for number, batch in enumerate(found, 1):
+                self.say(f"{self.name}: batch {number}")
                 yield batch
         except Exception as error:  # code of the user
             raise DataError(f"{self.name} fails: {failure_of(error)} Expected {_EXPECTED}.") from error

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from typing import Any, Final, Unpack
 
 from torch import nn
@@ -49,7 +51,7 @@ def compare(
         **words: the budgets, one of `target_macs` (left away, 0.5), `target_params` and `ratio`, each a number or
             several; `scope`, `min_ratio`, `max_ratio`, `combine`, `normalize`, `align`, `min_width`, `axes`, `exclude`
             as for `torchshear.plan`; `prunable_outputs`, `submodules`, `data`, `loss_fn`, `batches` and `recalibrate`
-            as for `torchshear.prune`.
+            as for `torchshear.prune`. The batches are taken from `data` once, and held.
 
     Returns:
         A row for each criterion at each budget; `str()` of it is a table. A criterion that cannot score the model, or
@@ -71,6 +73,8 @@ def compare(
     runs = [
         (one, b, [request_of(one, c, b, words) for c in one.criteria]) for b in budgets_of(words) for one in contenders
     ]
+    if data.loader is not None:  # once, so that all see the same batches whatever the loader does
+        data = replace(data, loader=list(islice(data.loader, data.batches)))
     say("tracing and analysing")
     groups = analyze(trace(model, args, kwargs, words.get("submodules")), words.get("prunable_outputs", ()))
     say("collecting statistics")

@@ -16,6 +16,7 @@ from torchshear.comparison._picture import draw_panels
 from torchshear.comparison._row import Row, of_other_size
 
 _NONE = "-"
+_SHORT, _WIDE = 12, 96  # characters of a cell, columns of a terminal: two longer cells fit wider ones only
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def render_comparison(comparison: Comparison, width: int = 120) -> str:
     """
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False)
     for budget in comparison.budgets:
-        console.print(_table(comparison, budget))
+        console.print(_table(comparison, budget, width))
         for line in _notes(comparison, budget):
             _print(console, line)
         console.print()
@@ -107,14 +108,16 @@ def _print(console: Console, line: str) -> None:
         console.print(part)
 
 
-def _table(comparison: Comparison, budget: str) -> Table:
+def _table(comparison: Comparison, budget: str, width: int) -> Table:
     rows = comparison.ranked(budget)
     is_recalibrated = any(row.recalibrated for row in rows)
     table = Table(title=f"{comparison.model}, {budget}", title_justify="left")
-    table.add_column("criterion", no_wrap=True)
+    table.add_column("criterion", overflow="fold")
     for heading in ("MACs", "params", "after cut", *(["recalibrated"] if is_recalibrated else []), "s"):
         table.add_column(heading, justify="right", no_wrap=True)
     digits = _digits(comparison)
+    longest = max(len(_score(scores, digits, " ")) for row in rows for scores in (row.scores, row.recalibrated))
+    gap = "\n" if is_recalibrated and longest > _SHORT and width < _WIDE else " "
     dense = [_number(comparison.before, digits)] * (1 + is_recalibrated)
     table.add_row("(before)", "100.0%", "100.0%", dense[0], *dense[1:], "", end_section=True)
     for row in rows:
@@ -123,7 +126,7 @@ def _table(comparison: Comparison, budget: str) -> Table:
             f"control: {row.criterion}" if row.is_control else row.criterion,
             _NONE if row.macs_share is None else f"{row.macs_share:.1%}",
             _NONE if row.params_share is None else f"{row.params_share:.1%}",
-            *(_score(one, digits) for one in scores),
+            *(_score(one, digits, gap) for one in scores),
             _NONE if row.seconds is None else f"{row.seconds:.2f}",
         )
     return table
@@ -140,10 +143,10 @@ def _number(score: float, digits: int) -> str:
     return f"{round(score, digits) + 0.0:.{digits}f}"  # no minus before a zero
 
 
-def _score(scores: tuple[float, ...], digits: int) -> str:
+def _score(scores: tuple[float, ...], digits: int, gap: str) -> str:
     if not scores:
         return _NONE
-    spread = f" ±{_number(stdev(scores), digits)}" if len(scores) > 1 else ""
+    spread = f"{gap}±{_number(stdev(scores), digits)}" if len(scores) > 1 else ""
     return f"{_number(fmean(scores), digits)}{spread}"
 
 
