@@ -56,6 +56,8 @@ def compare(  # noqa: PLR0913 - options, given by name
     budgets = {"target_macs": target_macs, "target_params": target_params, "ratio": ratio}
     words = choice | {word: values for word, values in budgets.items() if values} | {"align": parse_align(align)}
     with status("comparing") as say:
+        if "data" in choice:
+            choice["data"].say = say
         found = compare_criteria(
             model, evaluate, args, kwargs, criteria or None, seeds or (0, 1, 2), progress=say, **words
         )

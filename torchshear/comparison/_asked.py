@@ -53,16 +53,24 @@ def _first_units(group: ChannelGroup, weights: Mapping[str, Tensor], statistics:
 
 
 def random_criteria(seeds: Sequence[int]) -> tuple[Criterion, ...]:
-    found = tuple(random_criterion(seed) for seed in seeds)
-    if not found or len(set(seeds)) < len(seeds):
-        raise ArgumentError(f"seeds={list(seeds)}; expected one or more integers, each once.")
-    return found
+    """The random control's criteria, one a seed.
+
+    Raises:
+        ArgumentError: there are none, or one is no integer or stands twice.
+    """
+    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) < len(seeds):
+        raise ArgumentError(f"seeds={seeds!r}; expected one or more integers, each once.")
+    return tuple(random_criterion(seed) for seed in seeds)
 
 
 def contenders_of(
     criteria: Sequence[str | Criterion] | None, random: tuple[Criterion, ...], data: Data
 ) -> tuple[list[Contender], dict[str, str]]:
-    """What is compared, controls first, and what of all criteria is not, with what it lacks."""
+    """What is compared, controls first, and what of all criteria is not, with what it lacks.
+
+    Raises:
+        ArgumentError: a criterion is unknown, or two have one name.
+    """
     controls = [Contender("uniform", (_first_units,), True), Contender("random", random, True)]
     if isinstance(criteria, str) or callable(criteria):
         raise ArgumentError(f"criteria={criteria!r}; expected several, as in [{criteria!r}].")
@@ -83,19 +91,29 @@ def _name(criterion: str | Criterion) -> str:
 
 
 def budgets_of(words: Mapping[str, Any]) -> list[Budget]:
+    """The budgets that words ask for; half of the MACs if they ask for none.
+
+    Raises:
+        ArgumentError: words of two kinds are given, or something else than different numbers.
+    """
     given = {word: words[word] for word in _BUDGETS if words.get(word) is not None} or {"target_macs": 0.5}
     if len(given) > 1:
         raise ArgumentError(f"{' and '.join(f'{word}={given[word]}' for word in given)}: expected one kind of budget.")
     ((word, value),) = given.items()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     is_number = [isinstance(one, Real) and not isinstance(one, bool) for one in values]
-    if not values or not all(is_number) or len(set(values)) < len(values):
+    budgets = [Budget(word, one) for one in values] if all(is_number) else []
+    if not budgets or len({budget.text for budget in budgets}) < len(budgets):
         raise ArgumentError(f"{word}={value!r}; expected a number, or several different ones.")
-    return [Budget(word, one) for one in values]
+    return budgets
 
 
 def request_of(one: Contender, criterion: str | Criterion, budget: Budget, words: Mapping[str, Any]) -> Request:
-    """What a contender is asked; groups of the uniform control lose the same share, whatever the scope."""
+    """What a contender is asked; groups of the uniform control lose the same share, whatever the scope.
+
+    Raises:
+        ArgumentError: a word is outside what it may be.
+    """
     asked: dict[str, Any] = {budget.word: budget.value}
     asked |= {word: words[word] for word in _OF_THE_REQUEST if word in words}
     if one.name == "uniform":
