@@ -246,6 +246,7 @@ def test_each_pass_starts_anew_without_making_the_data_twice() -> None:
     assert said[:3] == [f"data_nets:stream: batch {number}" for number in (1, 2, 3)]
 
 
+@pytest.mark.usefixtures("no_onnx")
 def test_constants_and_new_statistics() -> None:
     options = ("--criterion", "apoz", "--data", "data_nets:stream", "--batches", "3", "--fold-bias", "--recalibrate")
     document, text = prune(*options)
