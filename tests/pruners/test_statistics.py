@@ -232,6 +232,8 @@ def test_only_what_is_asked_for_is_summed(net: nn.Module) -> None:
     assert all(len(sums.squares) and not len(sums.total) for sums in two.values.values())
     with pytest.raises(ArgumentError, match="criterion 'snip' looks at gradients; give a loss_fn"):
         collected(net, loss_fn=None, criteria=["apoz", "snip"])
+    with pytest.raises(ArgumentError, match="criteria=3; expected names of criteria"):
+        collected(net, criteria=3)
     _, mine = collected(net, loss_fn=None, criteria=lambda group, weights, statistics: torch.zeros(1))
     assert mine.sums == ALL_SUMS - SUMS_OF_GRADIENTS
 
