@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.models import randomise
+import torchshear
+from tests.models import Tied, randomise
 from torchshear.errors import MaskError, OutputError
 from torchshear.pruners import masks as m
 
@@ -27,6 +28,16 @@ def test_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(back.tensors[name], mask) for name, mask in masks.tensors.items())
     assert back.sparsity == masks.sparsity == 0.5
     assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
+
+
+def test_masks_of_tied_parameters_are_written_under_each_name(tmp_path: Path) -> None:
+    plan = torchshear.prune(randomise(Tied()).eval(), (torch.zeros(2, 3, dtype=torch.long),)).plan
+    masks = m.Masks.of(plan.masks())
+    assert len({mask.data_ptr() for mask in masks.tensors.values()}) < len(masks.tensors)
+    masks.save(tmp_path / "masks.safetensors")
+    back = m.Masks.load(tmp_path / "masks.safetensors")
+    assert back.tensors.keys() == masks.tensors.keys()
+    assert all(torch.equal(back.tensors[name], mask) for name, mask in masks.tensors.items())
 
 
 def test_names_are_checked_when_they_are_laid_on(tmp_path: Path) -> None:

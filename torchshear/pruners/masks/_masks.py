@@ -90,7 +90,9 @@ class Masks:
         document = {"pattern": self.pattern, "layers": [asdict(layer) for layer in self.layers]}
         header = {"format": _FORMAT, "version": str(_VERSION), "document": json.dumps(document)}
         with atomic_path(path) as temporary:
-            save_file({name: mask.contiguous() for name, mask in self.tensors.items()}, str(temporary), header)
+            # copies, since tied parameters have one tensor under several names, which a file cannot hold
+            tensors = {name: mask.clone(memory_format=torch.contiguous_format) for name, mask in self.tensors.items()}
+            save_file(tensors, str(temporary), header)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Masks":
