@@ -182,7 +182,9 @@ def test_a_function_is_a_criterion_and_bad_scores_are_refused() -> None:
     groups = analysed("residual")
     first = torchshear.plan(groups, criterion=lambda group, weights, statistics: -torch.arange(group.width))
     assert first.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(ArgumentError, match=r"scores of shape \(1,\) for group 'stem.weight.0.'; expected a tensor of 8 finite"):
+    with pytest.raises(
+        ArgumentError, match=r"scores of shape \(1,\) for group 'stem.weight.0.'; expected a tensor of 8 finite"
+    ):
         torchshear.plan(groups, criterion=lambda group, weights, statistics: torch.zeros(1))
 
 
