@@ -294,6 +294,7 @@ def _nan_loss(output: Tensor, target: Tensor) -> Tensor:
     ("loader", "loss_fn", "count", "words"),
     [
         ([], None, 3, "gave no batch"),
+        (None, None, 3, "the loader is NoneType"),
         (batches(2), None, 3, "ended after 2 of 3 batches"),
         ([torch.zeros(2, 4, 6, 6)], None, 1, r"\(2, 4, 6, 6\)"),
         ([{"x": 1}], None, 1, "is a dictionary with x"),
