@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchshear._files import atomic_path
-from torchshear.errors import MaskError, first_line
+from torchshear.errors import ArgumentError, MaskError, first_line
 
 _FORMAT = "torchshear.masks"
 _VERSION = 1
@@ -99,8 +99,11 @@ class Masks:
         """Read masks. No code in the file is run. Whether they fit a model is checked when they are laid on it.
 
         Raises:
+            ArgumentError: `path` is no path.
             MaskError: the file is missing, damaged, of a newer version, or holds something else.
         """
+        if not isinstance(path, str | PathLike):
+            raise ArgumentError(f"the path of masks is {type(path).__name__}; expected a text or a path.")
         try:
             with safe_open(str(path), "pt") as file:
                 header = file.metadata() or {}
