@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 import torchshear
 from tests.models import Grouped, Residual, image, randomise
@@ -190,6 +192,48 @@ def test_two_plans_compose_into_one(model: Residual, plan: PruningPlan) -> None:
     assert [len(kept) for kept in both.kept.values()] == [2, 4]
     with pytest.raises(PlanError, match="which the first leaves"):
         both.then(plan)
+
+
+class SharedHeads(nn.Module):
+    """Attention of which two query heads share each of three heads of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs = nn.Linear(6, 24)
+        self.q, self.k, self.v = nn.Linear(24, 6 * 4), nn.Linear(24, 3 * 4), nn.Linear(24, 3 * 4)
+        self.o = nn.Linear(6 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of shape (batch, tokens, 5)."""
+        x = self.inputs(x)
+        q, k, v = (part(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return self.o(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("role", ["kv_heads", "q_heads", "qk_dim", "v_dim"])
+def test_plans_compose_where_groups_change_their_names(role: str) -> None:
+    model, x = randomise(SharedHeads()).eval(), torch.randn(2, 3, 6)
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    first = plan_from_kept(groups, {g.name: np.arange(1, g.width) for g in groups if g.role == role})
+    small = torchshear.shrink(model, first)
+    left = torchshear.analyze(torchshear.trace(small, (x,)))
+    for cut in left.prunable:
+        second = plan_from_kept(left, {cut.name: np.arange(1, cut.width)})
+        twice, at_once = torchshear.shrink(small, second), torchshear.shrink(model, first.then(second))
+        assert_equal_states(twice, at_once)
+
+
+def test_a_second_plan_from_a_file_composes(model: Residual, plan: PruningPlan, tmp_path: Path) -> None:
+    small = torchshear.shrink(model, plan)
+    second = torchshear.plan(torchshear.analyze(torchshear.trace(small, (image(),))), ratio=0.5)
+    second.save(tmp_path / "second.json")
+    assert plan.then(PruningPlan.load(tmp_path / "second.json")) == plan.then(second)
+
+
+def assert_equal_states(left: nn.Module, right: nn.Module) -> None:
+    state = right.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in left.state_dict().items())
 
 
 def test_composition_refuses_a_plan_of_another_model(plan: PruningPlan) -> None:

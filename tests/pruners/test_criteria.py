@@ -1,9 +1,12 @@
 """Criteria: every registered one against a naive loop, under permutation, and on bad weights."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import torchshear
 from tests.models import Attention, Grouped, Residual, Tied, image, randomise
@@ -12,7 +15,7 @@ from torchshear.errors import ArgumentError, WeightError
 from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
 from torchshear.pruners._roles import OWN_ROLES
 from torchshear.pruners.criteria import _fpgm, _registry, needs_of, unit_sums
-from torchshear.pruners.statistics import ALL_SUMS
+from torchshear.pruners.statistics import ALL_SUMS, Statistics
 
 MODELS = {
     "residual": (Residual, lambda: image()),
@@ -179,8 +182,38 @@ def test_a_function_is_a_criterion_and_bad_scores_are_refused() -> None:
     groups = analysed("residual")
     first = torchshear.plan(groups, criterion=lambda group, weights, statistics: -torch.arange(group.width))
     assert first.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(ArgumentError, match=r"scores of shape \(1,\) for group 'stem.weight.0.'; expected 8 finite"):
+    with pytest.raises(
+        ArgumentError, match=r"scores of shape \(1,\) for group 'stem.weight.0.'; expected a tensor of 8 finite"
+    ):
         torchshear.plan(groups, criterion=lambda group, weights, statistics: torch.zeros(1))
+
+
+@pytest.mark.parametrize("combine", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
+def test_scores_of_any_real_type_count(dtype: torch.dtype, combine: str) -> None:
+    def first_half(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+        return (torch.arange(group.width) < group.width // 2).to(dtype)
+
+    plan = torchshear.plan(analysed("residual"), criterion=first_half, combine=combine)
+    assert plan.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda n: None, "gave NoneType"),
+        (lambda n: [1.0] * n, "gave list"),
+        (lambda n: np.ones(n), "gave ndarray"),
+        (lambda n: torch.ones(n, device="meta"), "on meta"),
+        (lambda n: torch.ones(n) + 1j, "torch.complex64 numbers"),
+        (lambda n: torch.ones(n).to_sparse(), "torch.sparse_coo"),
+        (lambda n: torch.full((n,), torch.nan), "NaN or infinite"),
+    ],
+)
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_what_is_no_scores_is_refused(made: Callable[[int], Any], said: str, scope: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{said}.*for group 'stem.weight.0.'.*expected a tensor of 8 finite"):
+        torchshear.plan(analysed("residual"), criterion=lambda group, w, s: made(group.width), scope=scope)
 
 
 def test_random_scores_need_no_weights_and_follow_seed_and_name() -> None:

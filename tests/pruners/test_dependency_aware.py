@@ -91,6 +91,35 @@ def test_the_extra_part_can_be_dropped() -> None:
     assert {row.layer: row.note for row in plan.layers}["one"] == "8 were asked for"
 
 
+def test_layers_of_a_recurrent_call_are_counted_by_their_own_units() -> None:
+    model = nn.LSTM(3, 8, num_layers=2, batch_first=True)
+    groups = torchshear.analyze(torchshear.trace(Last(model), (torch.randn(2, 4, 3),)))
+    plan = plan_dependency_aware(groups, {"cells.weight_ih_l0": 0.5, "cells.weight_hh_l1": 0.25})
+    row = {one.layer: one for one in plan.layers}["cells.weight_ih_l0"]
+    assert (row.width, row.common, row.extra, row.note) == (8, 0, 4, "")
+    assert row.params == 4 * 4 * 3
+    assert (~plan.masks["cells.weight_ih_l0"]).sum() == row.params
+
+
+class Last(nn.Module):
+    """The last value of recurrent cells, and a classifier."""
+
+    def __init__(self, cells: nn.Module) -> None:
+        super().__init__()
+        self.cells = cells
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("ratios", [None, [], 0.5, {3: 0.5}])
+def test_ratios_that_are_no_mapping_of_names_are_refused(ratios: object) -> None:
+    groups = torchshear.analyze(torchshear.trace(Last(nn.LSTM(3, 8, batch_first=True)), (torch.randn(2, 4, 3),)))
+    with pytest.raises(ArgumentError, match="ratios.*expected"):
+        plan_dependency_aware(groups, ratios)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("ratios", "asked", "message"),
     [

@@ -227,6 +227,28 @@ def test_words_that_mean_nothing_are_refused(blocks: ChannelGroups, asked: dict[
         torchshear.plan(blocks, **asked)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("scope", ["global", "isomorphic"])
+def test_where_nothing_is_to_go_all_stays(blocks: ChannelGroups, scope: str) -> None:
+    fixed = groups_of(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+    for groups, ratio in ((blocks, 0.0), (blocks, {"*": 0.0}), (fixed, 0.5)):
+        plan = torchshear.plan(groups, ratio=ratio, scope=scope)
+        assert plan.n_cut == 0
+        assert str(make_report(plan))
+
+
+@pytest.mark.parametrize("word", ["scope", "combine", "normalize", "criterion"])
+@pytest.mark.parametrize("given", [["l1", "global"], {}, {"sum"}])
+def test_lists_in_place_of_a_word_are_refused(blocks: ChannelGroups, word: str, given: object) -> None:
+    with pytest.raises(ArgumentError, match=f"{word}=.*expected one of"):
+        torchshear.plan(blocks, **{word: given})  # type: ignore[arg-type]
+
+
+def test_a_target_of_any_size_is_compared(blocks: ChannelGroups) -> None:
+    for target in (10**400, float("inf")):
+        with pytest.raises(ArgumentError, match="the dense model keeps within it already"):
+            torchshear.plan(blocks, target_params=target)
+
+
 def test_unknown_keywords_are_refused(blocks: ChannelGroups) -> None:
     with pytest.raises(TypeError, match=r"plan\(\) has no argument 'sparsity'; expected groups, criterion, .*scope"):
         torchshear.plan(blocks, sparsity=0.5)  # type: ignore[call-arg]

@@ -232,6 +232,8 @@ def test_only_what_is_asked_for_is_summed(net: nn.Module) -> None:
     assert all(len(sums.squares) and not len(sums.total) for sums in two.values.values())
     with pytest.raises(ArgumentError, match="criterion 'snip' looks at gradients; give a loss_fn"):
         collected(net, loss_fn=None, criteria=["apoz", "snip"])
+    with pytest.raises(ArgumentError, match="criteria=3; expected names of criteria"):
+        collected(net, criteria=3)
     _, mine = collected(net, loss_fn=None, criteria=lambda group, weights, statistics: torch.zeros(1))
     assert mine.sums == ALL_SUMS - SUMS_OF_GRADIENTS
 
@@ -292,6 +294,7 @@ def _nan_loss(output: Tensor, target: Tensor) -> Tensor:
     ("loader", "loss_fn", "count", "words"),
     [
         ([], None, 3, "gave no batch"),
+        (None, None, 3, "the loader is NoneType"),
         (batches(2), None, 3, "ended after 2 of 3 batches"),
         ([torch.zeros(2, 4, 6, 6)], None, 1, r"\(2, 4, 6, 6\)"),
         ([{"x": 1}], None, 1, "is a dictionary with x"),

@@ -152,10 +152,67 @@ def test_masks_are_written_and_read(stages: tuple[nn.Module, ChannelGroups], tmp
     assert plan_from_unipruning_mask(groups, tmp_path / "theirs.json") == plan
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer in both directions, whose weights have units of their own in one group."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 6)
+        self.cells = nn.LSTM(6, 8, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(self.table(x))[0])
+
+
+class Projections(nn.Module):
+    """Attention that keeps three projections in one module, whose rows are products of heads and their widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 16)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True, kdim=6, vdim=6)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attention(self.first(x), x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "x", "names"),
+    [
+        (Recurrent(), torch.zeros(2, 3, dtype=torch.long), {"cells.weight_ih_l0", "cells.weight_hh_l0_reverse"}),
+        (Projections(), torch.randn(2, 5, 6), {"attention.q_proj_weight", "attention.v_proj_weight"}),
+    ],
+)
+def test_masks_of_modules_with_several_weights(model: nn.Module, x: Tensor, names: set[str], tmp_path: Path) -> None:
+    groups = torchshear.analyze(torchshear.trace(randomise(model).eval(), (x,)))
+    plan = torchshear.plan(groups, ratio=0.5, exclude="table" if isinstance(model, Recurrent) else ())
+    write_unipruning_mask(plan, tmp_path / "mask.json")
+    assert names < json.loads((tmp_path / "mask.json").read_text()).keys()
+    assert plan_from_unipruning_mask(groups, tmp_path / "mask.json") == plan
+
+
+def test_what_no_layer_makes_is_not_left_out_of_a_mask(tmp_path: Path) -> None:
+    groups = torchshear.analyze(torchshear.trace(Recurrent(), (torch.zeros(2, 3, dtype=torch.long),)))
+    with pytest.raises(ArgumentError, match="group 'table.weight.1.' loses 3 units, and no layer makes them"):
+        write_unipruning_mask(torchshear.plan(groups, ratio=0.5), tmp_path / "mask.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_norm_without_scale_has_no_gamma() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 1))
+    groups = torchshear.analyze(torchshear.trace(randomise(plain).eval(), (torch.randn(2, 3, 4, 4),)))
+    plans = [plan_unipruning(groups, 0.6, 2, 2, use_gamma=use_gamma) for use_gamma in (True, False)]
+    assert plans[0] == plans[1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("{", "cannot read the mask"),
+        ("[" * 100_000, "cannot read the mask"),
+        ('{"one": [1], "one": [2]}', "a name stands twice in it"),
         ("[]", "holds list; expected an object"),
         ('{"won": [1]}', r"'won' is no layer whose channels can go.*Close to it: .*one"),
         ('{"one": [20]}', "different whole numbers below 20"),
@@ -176,3 +233,5 @@ def test_damaged_masks_are_refused(
 def test_a_missing_mask_is_said(stages: tuple[nn.Module, ChannelGroups], tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"cannot read the mask .*none\.json"):
         plan_from_unipruning_mask(stages[1], tmp_path / "none.json")
+    with pytest.raises(ArgumentError, match="the path of a mask is NoneType"):
+        plan_from_unipruning_mask(stages[1], None)  # type: ignore[arg-type]

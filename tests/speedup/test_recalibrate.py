@@ -180,6 +180,14 @@ def test_arguments_that_do_not_fit() -> None:
         recalibrate(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)), [torch.ones(2, 2)], 1)
     with pytest.raises(ArgumentError, match="batches=0; expected a positive integer"):
         recalibrate(Norms(), pictures(), 0)
+    with pytest.warns(DeprecationWarning, match="is deprecated"):
+        scripted = nn.Sequential(torch.jit.trace(nn.BatchNorm2d(3).eval(), torch.zeros(2, 3, 4, 4)))
+    with pytest.raises(ArgumentError, match="TorchScript, in which batch norms cannot be seen"):
+        recalibrate(scripted, [torch.zeros(2, 3, 4, 4)], batches=1)
+    with pytest.raises(WeightError, match="lazy layers"):
+        recalibrate(nn.LazyBatchNorm2d(), [torch.zeros(2, 3, 4, 4)], batches=1)
+    with pytest.raises(DataError, match="the loader is int; expected something that gives batches"):
+        recalibrate(nn.BatchNorm2d(3), 3, batches=1)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="model is dict"):
         recalibrate({}, pictures(), 1)
     with pytest.raises(WeightError, match="meta device"):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchshear.dependency._composition import composed_units
 from torchshear.dependency._cut import Cut
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._outputs import OutputPlan, output_plans, read_outputs, write_outputs
@@ -206,21 +207,15 @@ def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
     """Both plans in one; see `PruningPlan.then`."""
     if first.analysis is None:
         raise PlanError("the first plan was loaded from a file; compose plans in the process that made the first.")
-    after = second.kept
-    unknown = after.keys() - first.kept.keys()
-    if unknown:
-        raise PlanError(
-            f"group {sorted(unknown)[0]!r} of the second plan is not in the first: it is for another model."
-        )
-    kept: dict[str, Indices] = {}
-    for group in first.groups:
-        left = after.get(group.name, np.arange(len(group.kept)))
-        if left.size and left.max() >= len(group.kept):
-            raise PlanError(
-                f"the second plan keeps unit {int(left.max())} of group {group.name!r}, of which the first leaves "
-                f"{len(group.kept)}: it is not a plan for the pruned model."
-            )
-        kept[group.name] = group.kept[left]
+    state = {first.aliases.get(name, name): entry for name, entry in second.state.items()}
+    shapes = {name: entry.shape for name, entry in state.items() if entry.is_saved}
+    shapes |= {first.aliases.get(name, name): shape for name, shape in second.whole.items()}
+    left = {name: entry.new_shape for name, entry in first.state.items()} | dict(first.whole)
+    for name, shape in shapes.items():
+        if left.get(name) != shape:
+            what = f"of which the first leaves {left[name]}" if name in left else "which is not in the first"
+            raise PlanError(f"the second plan has {name!r} of shape {shape}, {what}: it is for another model.")
+    kept = composed_units(first.analysis, first.kept, state)
     request = {"first": dict(first.request), "second": dict(second.request)}
     return make_plan(Cut(first.analysis, kept), kept, request, {})
 

@@ -53,7 +53,7 @@ class Budget:
 
 
 def _absolute(target: float | None, dense: int) -> float | None:
-    return None if target is None else target * dense if target <= 1 else float(target)
+    return None if target is None else target * dense if target <= 1 else target
 
 
 class Solver:

@@ -88,6 +88,8 @@ class Choosing:
         ladders = self._ladders()
         budget, dense = self._budget()
         self._check_reachable(ladders, budget, dense)
+        if not ladders:
+            return Chosen({}, self._whole(), self._asked())
         scores = self._scores([one.group for one in ladders])
         ladders = [self._scored(one, scores[one.group.name]) for one in ladders if one.group.name in scores]
         if self.unscored:
@@ -99,9 +101,12 @@ class Choosing:
             taken = self._within(budget, ladders, steps)
         if not taken.any():
             raise ArgumentError(_nothing_moves(tuple(one.group for one in ladders), self.request, self.limits))
+        return Chosen(_left(ladders, taken), self._whole() | self.unscored, {} if budget else self._asked())
+
+    def _whole(self) -> dict[str, str]:
+        """Why groups stay whole whatever the scores."""
         notes = {name: f"stays whole: {target.reason}" for name, target in self.targets.items() if target.reason}
-        notes |= {group.name: group.reason for group in self.groups if group.reason}
-        return Chosen(_left(ladders, taken), notes | self.unscored, {} if budget else self._asked())
+        return notes | {group.name: group.reason for group in self.groups if group.reason}
 
     def _ladders(self) -> list[Ladder]:
         """One for each group that may shrink, from its own width down."""

@@ -99,7 +99,9 @@ def _sums(criteria: str | Criterion | Collection[str | Criterion] | None, loss_f
     allowed = ALL_SUMS if loss_fn is not None else ALL_SUMS - SUMS_OF_GRADIENTS
     if criteria is None:
         return allowed
-    named = [criteria] if isinstance(criteria, str) or callable(criteria) else list(criteria)
+    named = [criteria] if isinstance(criteria, str) or callable(criteria) else criteria
+    if not isinstance(named, Collection):
+        raise ArgumentError(f"criteria={criteria!r}; expected names of criteria or functions, or None for all.")
     wanted: frozenset[Sum] = frozenset()
     for name in named:
         needs = needs_of(name)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, make_plan
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_to, node_macs
+from torchshear.graph import as_names, close_to, node_macs
 from torchshear.graph._graph import tensor_operands
-from torchshear.pruners._keys import check_ratio
+from torchshear.pruners._keys import check_ratio, layer_of
 from torchshear.pruners._scoring import group_scores
 from torchshear.pruners._selection import n_removed
 from torchshear.pruners._weight_source import WeightSource, weights_to_score
@@ -213,21 +213,34 @@ class _Set:
 
     def note(self, member: Member) -> str:
         """Why a layer loses other than was asked."""
-        ratio = self.ratios[member.name]
-        n_blocks = self.group.n_blocks
+        ratio, lost = self.ratios[member.name], self.lost(member)
         if ratio is None:
             return (
                 "nothing was asked of it"
                 if self.least is None
                 else "nothing was asked of it, so nothing goes in common"
             )
-        asked, gone = (
-            n_removed(self.group.width, ratio),
-            self.group.width - len(self.kept) + len(self.extra[member.name]),
-        )
+        asked, gone, n_blocks = n_removed(lost.width, ratio), lost.common + lost.extra, lost.n_blocks
         if asked != gone and asked // n_blocks * n_blocks == gone and n_blocks > 1:
             return f"{asked} rounded down to equal numbers in {n_blocks} filter groups"
         return f"{asked} were asked for" if asked != gone else ""
+
+    def lost(self, member: Member) -> "_Lost":
+        """How many units of one layer go; layers of a recurrent call have units of their own in the group."""
+        own = np.unique(member.units)
+        blocks = 1 if self.group.balance is None else len(np.unique(self.group.balance[own]))
+        kept, extra = np.isin(own, self.kept).sum(), np.isin(own, self.extra[member.name]).sum()
+        return _Lost(len(own), len(own) - int(kept), int(extra), blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """How many of a layer's units go in common and beyond that, and how many filter groups they are in."""
+
+    width: int
+    common: int
+    extra: int
+    n_blocks: int
 
 
 def _layers(group: ChannelGroup) -> tuple[Member, ...]:
@@ -237,7 +250,10 @@ def _layers(group: ChannelGroup) -> tuple[Member, ...]:
 def _by_weight(groups: ChannelGroups, ratios: Mapping[str, float]) -> dict[str, float]:
     """Name of a weight -> the ratio asked of its layer."""
     weights = {member.name for group in groups.prunable for member in _layers(group)}
-    names = {name.removesuffix("weight").removesuffix("."): name for name in weights} | {name: name for name in weights}
+    names = {layer_of(name): name for name in weights} | {name: name for name in weights}
+    if not isinstance(ratios, Mapping):
+        raise ArgumentError(f"ratios is {type(ratios).__name__}; expected a mapping from layers to fractions.")
+    as_names("keys of ratios", ratios)
     found: dict[str, float] = {}
     for name, ratio in ratios.items():
         check_ratio(f"ratios[{name!r}]", ratio)
@@ -273,16 +289,16 @@ def _macs_by_weight(groups: ChannelGroups, cut: Cut) -> dict[str, int]:
 
 
 def _row(one: _Set, member: Member, cut: Cut, macs: int) -> LayerMask:
-    n_extra = len(one.extra[member.name])
-    share = n_extra / len(one.kept)
+    lost = one.lost(member)
+    share = lost.extra / (lost.width - lost.common)
     n_params = int(np.prod(cut.state_shape(member.name), dtype=np.int64))
     return LayerMask(
-        layer=member.name.removesuffix("weight").removesuffix("."),
+        layer=layer_of(member.name),
         group=one.group.name,
-        width=one.group.width,
+        width=lost.width,
         ratio=one.ratios[member.name],
-        common=one.group.width - len(one.kept),
-        extra=n_extra,
+        common=lost.common,
+        extra=lost.extra,
         params=round(share * n_params),
         macs=round(share * macs),
         note=one.note(member),

@@ -48,6 +48,12 @@ def known_names(groups: ChannelGroups) -> list[str]:
     return [".".join(name.split(".")[:i]) for name in names for i in range(1, name.count(".") + 2)]
 
 
+def layer_of(weight: str) -> str:
+    """What a layer is called by: its module, or the parameter where a module keeps several, as `in_proj_weight`."""
+    module, _, attribute = weight.rpartition(".")
+    return module if attribute == "weight" else weight
+
+
 class Keyed:
     """Shares by group, pattern and role.
 

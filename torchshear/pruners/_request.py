@@ -48,7 +48,7 @@ class Request:
         """Refuse what means nothing; what only a network can tell is refused when a plan is made."""
         for name, words in (("scope", SCOPES), ("combine", COMBINE), ("normalize", NORMALIZE)):
             word = getattr(self, name)
-            if word not in words:
+            if not isinstance(word, str) or word not in words:
                 raise ArgumentError(f"{name}={word!r}; expected one of {', '.join(words)}.{close_to(str(word), words)}")
         if isinstance(self.min_width, bool) or not isinstance(self.min_width, int) or self.min_width < 1:
             raise ArgumentError(
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 
 def _check_target(name: str, target: object) -> None:
     is_number = isinstance(target, int | float) and not isinstance(target, bool)
-    if target is not None and not (is_number and float(target) > 0):  # type: ignore[arg-type]
+    if target is not None and not (is_number and target > 0):  # type: ignore[operator]
         raise ArgumentError(
             f"{name}={target!r}; expected what may be left: a share of the dense model in (0, 1], or a number above 1."
         )

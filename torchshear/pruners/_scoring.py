@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
@@ -106,10 +107,18 @@ def _by_member(
 
 
 def _checked(group: ChannelGroup, given: Tensor) -> Floats:
-    scores = np.asarray(given.detach().cpu().numpy(), np.float64)
-    if scores.shape != (group.width,) or not np.isfinite(scores).all():
+    expected = f"expected a tensor of {group.width} finite numbers, one a unit."
+    if not isinstance(given, Tensor):
+        raise ArgumentError(f"the criterion gave {type(given).__name__} for group {group.name!r}; {expected}")
+    if given.is_meta or given.is_complex() or given.layout is not torch.strided:
         raise ArgumentError(
-            f"the criterion gave scores of shape {scores.shape} for group {group.name!r}; expected {group.width} "
-            f"finite numbers, one a unit."
+            f"the criterion gave {given.dtype} numbers on {given.device}, in the layout {given.layout}, for group "
+            f"{group.name!r}; {expected}"
+        )
+    scores = np.asarray(given.detach().to("cpu", torch.float64).numpy())
+    if scores.shape != (group.width,) or not np.isfinite(scores).all():
+        what = "" if np.isfinite(scores).all() else ", NaN or infinite ones among them,"
+        raise ArgumentError(
+            f"the criterion gave scores of shape {scores.shape}{what} for group {group.name!r}; {expected}"
         )
     return scores

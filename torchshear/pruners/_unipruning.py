@@ -155,7 +155,10 @@ def _scales(groups: ChannelGroups) -> dict[str, str]:
     return {
         layers[norm.source].weight: norm.weight
         for norm in layers.values()
-        if norm.node in norms and norm.source in layers and readers[norm.source] == 1
+        if norm.node in norms
+        and norm.source in layers
+        and readers[norm.source] == 1
+        and graph.state[norm.weight].kind == "parameter"  # a norm without scale has running statistics alone
     }
 
 

@@ -32,7 +32,11 @@ def arguments_of(
         DataError: the loader is empty or gives fewer batches, or a batch cannot be told apart into arguments.
     """
     done = 0
-    for number, batch in enumerate(loader):
+    try:
+        given_batches = enumerate(loader)
+    except TypeError as error:
+        raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
+    for number, batch in given_batches:
         if number == count:
             return
         given: Arguments = pytree.tree_map_only(Tensor, lambda t: t.to(device), _split(batch, signature, number))

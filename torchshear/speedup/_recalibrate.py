@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchshear._distributed import agree, is_distributed, summed
@@ -57,11 +58,11 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
         momentum, hooks (which run along with the data).
 
     Raises:
-        ArgumentError: `batches` is not a positive integer; or the model has no batch norm with running statistics, or
-            runs none.
+        ArgumentError: `batches` is not a positive integer; or the model has no batch norm with running statistics,
+            runs none, or holds compiled TorchScript.
         DataError: the loader is empty or too short, a batch does not fit the model, statistics are NaN or infinite, or
             processes have different numbers of batches.
-        WeightError: the model is on the meta device.
+        WeightError: the model is on the meta device, or has lazy layers that were never run.
 
     Reference: Ioffe and Szegedy, ICML 2015, arXiv:1502.03167 (statistics of the population by averaging over batches);
     for pruned networks Li et al., ECCV 2020, arXiv:2007.02491.
@@ -94,6 +95,13 @@ def _check(model: nn.Module, batches: int) -> None:
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
         raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ArgumentError(
+            f"{type(model).__name__} holds compiled TorchScript, in which batch norms cannot be seen; recalibrate the "
+            f"module that was scripted, and script the result."
+        )
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise WeightError("the model has lazy layers, which have no shapes before it is run; run it once.")
     if not any(name.rpartition(".")[2] == "running_mean" for name, _ in model.named_buffers()):
         raise ArgumentError(
             f"{type(model).__name__} has no batch norm with running statistics: there is nothing to recalibrate."

@@ -340,3 +340,9 @@ def test_all_criteria_that_look_at_data_are_known() -> None:
                     torchshear.plan(groups, name, statistics=statistics)
             else:
                 torchshear.plan(groups, name, statistics=statistics)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [(3, None), (None, None), ((), [1])])
+def test_example_inputs_of_another_kind_are_refused(args: object, kwargs: object) -> None:
+    with pytest.raises(ArgumentError, match="expected a tuple of example inputs, and a mapping"):
+        torchshear.pruners.L1FilterPruner(Plain(), HALF, args, kwargs)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import numpy as np
 import pytest
 
 from torchshear.errors import ArgumentError
@@ -152,6 +153,8 @@ WRONG = [
     ([{**CONV, "sparse_ratio": 0.5, "min_sparse_ratio": 0.3}], r"min_sparse_ratio bounds shares of a global_group_id"),
     ([{**CONV, "sparse_threshold": 0.5}], r"sparse_threshold=0\.5: thresholds belong to movement pruning"),
     ([{**CONV, "sparse_ratio": 0.5, "granularity": "per_chanel"}], r"granularity='per_chanel'; expected"),
+    ([{**CONV, "sparse_ratio": 0.5, "granularity": [1, [2]]}], r"granularity=\[1, \[2\]\]; expected"),
+    ([{**CONV, "sparsity": 16**5000}], r"sparsity=a number of thousands of digits; expected"),
     ([{**CONV, "sparse_ratio": 0.5, "op_names_re": ["("]}], r"'\(' is no regular expression"),
     ([{**CONV, "sparse_ratio": 0.5, "target_names": ["in_"]}], r"target_names=\['in_'\]; expected weight"),
     (
@@ -171,6 +174,7 @@ WRONG = [
     ([{"pattern": "0x1"}], r"pattern='0x1'"),
     ([{"pruning_type": "snip_momentum_progressive"}], r"follows a schedule"),
     ([{"pruning_type": "sparse_gpt"}], r"pruning_type='sparse_gpt' needs"),
+    ([{"parameters": {"reg_coeff": np.zeros(2)}, "pattern": "4x1"}], r"parameters=.*regularisers act"),
     ([{"pruning_type": "magnitud"}], r"Close to it: magnitude"),
     ([{"start_step": 1, "end_step": 5}], r"pruning_configs\[0\]: start_step=1 and end_step=5 ask for a schedule"),
     ([{"start_step": 5, "end_step": 1}], r"start_step=5 is behind end_step=1"),

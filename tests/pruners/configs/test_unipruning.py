@@ -1,5 +1,6 @@
 """The configuration of UniPruning, whose target says what is kept."""
 
+import numpy as np
 import pytest
 
 from torchshear.errors import ArgumentError
@@ -47,6 +48,7 @@ def test_defaults_and_the_clearer_word() -> None:
         ({"target_sparsity": 0.5, "input_size": [1, -3]}, "input_size=-3"),
         ({"target_sparsity": 0.5, "input_size": 3}, "the shape of an example input"),
         ({"target_sparsity": 0.5, "prune_flag": 2}, "expected 0 or 1"),
+        ({"target_sparsity": 0.5, "prune_flag": np.array([0, 1])}, "expected 0 or 1"),
         ([("target_sparsity", 0.5)], "expected a UniPruning config"),
     ],
 )

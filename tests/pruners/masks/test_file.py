@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.models import randomise
-from torchshear.errors import MaskError, OutputError
+import torchshear
+from tests.models import Tied, randomise
+from torchshear.errors import ArgumentError, MaskError, OutputError, WeightError
 from torchshear.pruners import masks as m
 
 
@@ -29,11 +30,43 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["masks.safetensors"]
 
 
+def test_masks_of_tied_parameters_are_written_under_each_name(tmp_path: Path) -> None:
+    plan = torchshear.prune(randomise(Tied()).eval(), (torch.zeros(2, 3, dtype=torch.long),)).plan
+    masks = m.Masks.of(plan.masks())
+    assert len({mask.data_ptr() for mask in masks.tensors.values()}) < len(masks.tensors)
+    masks.save(tmp_path / "masks.safetensors")
+    back = m.Masks.load(tmp_path / "masks.safetensors")
+    assert back.tensors.keys() == masks.tensors.keys()
+    assert all(torch.equal(back.tensors[name], mask) for name, mask in masks.tensors.items())
+
+
 def test_names_are_checked_when_they_are_laid_on(tmp_path: Path) -> None:
     some().save(tmp_path / "masks.safetensors")
     other = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
     with pytest.raises(MaskError, match="the masks name '1.weight', which is no parameter of this model"):
         m.apply(other, m.Masks.load(tmp_path / "masks.safetensors"))
+
+
+@pytest.mark.parametrize("given", [{}, 3, {"0.weight": torch.ones(6, 8, dtype=torch.bool)}])
+def test_what_are_no_masks_is_refused(given: object) -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    groups = torchshear.analyze(torchshear.trace(model, (torch.zeros(2, 8),)))
+    for refused in (lambda: m.apply(model, given), lambda: m.plan_from_masks(groups, given)):  # type: ignore[arg-type]
+        with pytest.raises(ArgumentError, match="masks is .*; expected Masks"):
+            refused()
+    for take in (m.make_permanent, m.remove, m.applied_masks):
+        with pytest.raises(ArgumentError, match="; expected a torch.nn.Module"):
+            take(given)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="the path of masks is"):
+        m.Masks.load(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "made", [lambda w: w.to("meta"), lambda w: w.to_sparse(), lambda w: w + 1j], ids=["meta", "sparse", "complex"]
+)
+def test_scores_that_are_no_plain_numbers_are_refused(made) -> None:
+    with pytest.raises(WeightError, match="scores of layer '0' are .*expected real numbers in a plain tensor"):
+        m.choose_masks(nn.Sequential(nn.Linear(8, 6)), score=lambda name, weight: made(weight))
 
 
 def test_nothing_is_written_where_it_cannot_be(tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ class Pruner:
             raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
         if not isinstance(dependency_aware, bool):
             raise ArgumentError(f"dependency_aware={dependency_aware!r}; expected True or False.")
+        if not isinstance(args, tuple | list | Tensor) or not isinstance(kwargs, Mapping | None):
+            raise ArgumentError(
+                f"args is {type(args).__name__} and kwargs {type(kwargs).__name__}; expected a tuple of example "
+                f"inputs, and a mapping or None."
+            )
         self._model = model
         self._args = (args,) if isinstance(args, Tensor) else tuple(args)
         self._kwargs = dict(kwargs or {})

@@ -30,9 +30,11 @@ def _granularity(place: str, value: Any) -> str:
     if isinstance(value, str) and value in _GRANULARITIES:
         return _GRANULARITIES[value]
     block = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in block):
+        block = ()
     if block in _BLOCKS:
         return _BLOCKS[block]
-    if len(block) == 2 and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in block):
+    if len(block) == 2 and min(block) > 0:
         return f"{block[0]}x{block[1]}"
     raise ArgumentError(
         f"{place}={value!r}; expected {', '.join(_GRANULARITIES)}, or a block of two numbers [outputs, inputs], where "

@@ -8,7 +8,7 @@ from typing import Final
 
 from torchshear.errors import ArgumentError
 from torchshear.graph import close_to
-from torchshear.pruners.configs._entry import Entry
+from torchshear.pruners.configs._entry import Entry, Where
 from torchshear.pruners.configs._layers import Layer
 
 # Words of Neural Compressor that stand for several classes.
@@ -35,13 +35,14 @@ def select(entry: Entry, layers: Sequence[Layer], modules: Iterable[str]) -> dic
     entry = _with_exact_names(entry, layers)
     _check_words(entry, layers, tuple(modules))
     where = entry.where
+    exact, left_out = frozenset(where.names), frozenset(where.not_names)
     selected: dict[str, int] = {}
     for layer in layers:
-        rank = max((rank for fits, words, rank in _naming(entry) if any(fits(w, layer) for w in words)), default=0)
+        rank = _rank(where, exact, layer)
         by_name = not where.selects_by_name or rank > 0
         by_type = not where.types or any(_fits_type(entry)(word, layer) for word in where.types)
         is_meant = layer.is_weighted or bool(where.types) or rank == 3
-        if by_name and by_type and is_meant and not _is_left_out(entry, layer):
+        if by_name and by_type and is_meant and not _is_left_out(entry, left_out, layer):
             selected[layer.name] = rank or int(bool(where.types) and "default" not in where.types)
     if not selected:
         raise ArgumentError(
@@ -67,20 +68,19 @@ def _with_exact_names(entry: Entry, layers: Sequence[Layer]) -> Entry:
     )
 
 
-def _naming(entry: Entry) -> tuple[tuple[_Fits, tuple[str, ...], int], ...]:
-    where = entry.where
-    return (
-        (_fits_name, where.names, 3),
-        (_fits_part, where.partials, 2),
-        (_fits_pattern, where.patterns, 2),
-    )
+def _rank(where: Where, exact: frozenset[str], layer: Layer) -> int:
+    """How exactly the words for names mean a layer; 0 if they do not."""
+    if not exact.isdisjoint(layer.names):
+        return 3
+    is_part = any(_fits_part(word, layer) for word in where.partials)
+    return 2 if is_part or any(_fits_pattern(word, layer) for word in where.patterns) else 0
 
 
-def _is_left_out(entry: Entry, layer: Layer) -> bool:
+def _is_left_out(entry: Entry, names: frozenset[str], layer: Layer) -> bool:
     where = entry.where
     return (
-        any(_fits_type(entry)(word, layer) for word in where.not_types)
-        or any(_fits_name(word, layer) for word in where.not_names)
+        not names.isdisjoint(layer.names)
+        or any(_fits_type(entry)(word, layer) for word in where.not_types)
         or any(_fits_pattern(word, layer) for word in where.not_patterns)
     )
 
@@ -114,6 +114,7 @@ def _check_words(entry: Entry, layers: Sequence[Layer], modules: tuple[str, ...]
     """Raise ArgumentError for a word that fits no layer at all."""
     where = entry.where
     names = tuple(name for layer in layers for name in layer.names)
+    exact = frozenset(names)
     types = tuple(dict.fromkeys(layer.type_name for layer in layers))
     words: tuple[tuple[tuple[str, ...], _Fits, str, tuple[str, ...]], ...] = (
         (where.types if where.are_types_given else (), _fits_type(entry), "type", types),
@@ -126,7 +127,8 @@ def _check_words(entry: Entry, layers: Sequence[Layer], modules: tuple[str, ...]
     )
     for given, fits, what, known in words:
         for word in given:
-            if not any(fits(word, layer) for layer in layers):
+            is_there = word in exact if fits is _fits_name else any(fits(word, layer) for layer in layers)
+            if not is_there:
                 raise ArgumentError(_unmatched(entry, word, what, known, modules))
 
 

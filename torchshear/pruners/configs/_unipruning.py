@@ -57,7 +57,7 @@ def _sizes(place: str, value: Any) -> tuple[int, ...]:
 
 
 def _zero_or_one(place: str, value: Any) -> bool:
-    if isinstance(value, bool) or value not in (0, 1):
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (0, 1):
         raise ArgumentError(f"{place}={value!r}; expected 0 or 1.")
     return bool(value)
 

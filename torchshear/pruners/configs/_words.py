@@ -106,11 +106,13 @@ def names(place: str, value: Any) -> tuple[str, ...]:
     if isinstance(found, Mapping) or not isinstance(found, Iterable):
         raise ArgumentError(f"{place}={_shown(value)}; expected a list of texts.")
     found = tuple(found)
+    seen: set[str] = set()
     for item in found:
         if not isinstance(item, str) or not item:
             raise ArgumentError(f"{place} holds {_shown(item)}; expected texts.")
-        if found.count(item) > 1:
+        if item in seen:
             raise ArgumentError(f"{place} holds {item!r} twice; give it once.")
+        seen.add(item)
     return found
 
 
@@ -149,14 +151,24 @@ def is_nothing(allowed: Collection[Any], why: str) -> Reader:
     """Make a reader of a key that may only say that something is off."""
 
     def read(place: str, value: Any) -> Any:
-        if not any(value is item or value == item for item in allowed):
+        if not any(_is_same(value, item) for item in allowed):
             raise ArgumentError(f"{place}={_shown(value)}: {why}")
         return value
 
     return read
 
 
+def _is_same(value: object, item: object) -> bool:
+    """Whether two plain values are equal; what is no plain value, as an array, is equal to none."""
+    if isinstance(value, Mapping) and isinstance(item, Mapping):
+        return value.keys() == item.keys() and all(_is_same(value[key], item[key]) for key in value)
+    return value is item or (isinstance(value, int | float | str) and value == item)
+
+
 def _shown(value: object) -> str:
     """A value in a message, of any length."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        return "a number of thousands of digits"
     return shown if len(shown) <= 60 else f"{shown[:57]}..."

@@ -70,7 +70,7 @@ def find_criterion(name: str | Criterion) -> Criterion:
     """
     if callable(name):
         return name
-    if name not in _CRITERIA:
+    if not isinstance(name, str) or name not in _CRITERIA:
         near = difflib.get_close_matches(str(name), _CRITERIA, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ArgumentError(f"criterion={name!r}; expected one of {', '.join(sorted(_CRITERIA))}.{hint}")

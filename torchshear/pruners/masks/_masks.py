@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchshear._files import atomic_path
-from torchshear.errors import MaskError, first_line
+from torchshear.errors import ArgumentError, MaskError, first_line
 
 _FORMAT = "torchshear.masks"
 _VERSION = 1
@@ -90,15 +90,20 @@ class Masks:
         document = {"pattern": self.pattern, "layers": [asdict(layer) for layer in self.layers]}
         header = {"format": _FORMAT, "version": str(_VERSION), "document": json.dumps(document)}
         with atomic_path(path) as temporary:
-            save_file({name: mask.contiguous() for name, mask in self.tensors.items()}, str(temporary), header)
+            # copies, since tied parameters have one tensor under several names, which a file cannot hold
+            tensors = {name: mask.clone(memory_format=torch.contiguous_format) for name, mask in self.tensors.items()}
+            save_file(tensors, str(temporary), header)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Masks":
         """Read masks. No code in the file is run. Whether they fit a model is checked when they are laid on it.
 
         Raises:
+            ArgumentError: `path` is no path.
             MaskError: the file is missing, damaged, of a newer version, or holds something else.
         """
+        if not isinstance(path, str | PathLike):
+            raise ArgumentError(f"the path of masks is {type(path).__name__}; expected a text or a path.")
         try:
             with safe_open(str(path), "pt") as file:
                 header = file.metadata() or {}

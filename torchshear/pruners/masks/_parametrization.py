@@ -102,12 +102,16 @@ def apply(model: nn.Module, masks: Masks, existing: Existing = "multiply") -> No
             puts the new one in its place, which may bring weights back with the values that they had.
 
     Raises:
-        ArgumentError: `existing` is another word, or `model` is not a module.
+        ArgumentError: `existing` is another word, `model` is not a module, or `masks` are none.
         MaskError: a name or shape is not that of a parameter, the weight is computed by another parametrization, it is
             on the meta device, or two names of one tied parameter have different masks. The model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+    if not isinstance(masks, Masks):
+        raise ArgumentError(
+            f"masks is {type(masks).__name__}; expected Masks, as choose_masks gives or Masks.of makes."
+        )
     if existing not in ("multiply", "replace"):
         raise ArgumentError(f"existing={existing!r}; expected 'multiply' or 'replace'.")
     places = list(_places(model))
@@ -179,6 +183,7 @@ def make_permanent(model: nn.Module) -> None:
         model: a model on which masks lie.
 
     Raises:
+        ArgumentError: `model` is not a module.
         MaskError: no masks lie on it.
     """
     _take_off(model, is_permanent=True)
@@ -191,6 +196,7 @@ def remove(model: nn.Module) -> None:
         model: a model on which masks lie.
 
     Raises:
+        ArgumentError: `model` is not a module.
         MaskError: no masks lie on it.
     """
     _take_off(model, is_permanent=False)
@@ -226,6 +232,8 @@ def _order(module: nn.Module) -> tuple[str, ...]:
 
 
 def _masked_places(model: nn.Module) -> list[_Place]:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
     masked = {(id(p.module), p.attribute): p for p in _places(model) if p.mask is not None}
     if not masked:
         raise MaskError("no masks lie on this model; lay them on with torchshear.pruners.masks.apply.")
@@ -247,6 +255,7 @@ def applied_masks(model: nn.Module) -> Masks:
         Copies of the masks, on the CPU, one for each parameter under the first of its names.
 
     Raises:
+        ArgumentError: `model` is not a module.
         MaskError: no masks lie on it.
     """
     found: dict[int, tuple[str, Tensor]] = {}

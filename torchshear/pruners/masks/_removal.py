@@ -44,12 +44,14 @@ def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> Prunin
         The plan, for `torchshear.shrink`; it cuts nothing where no unit can go.
 
     Raises:
-        ArgumentError: `groups` is no analysed network.
+        ArgumentError: `groups` is no analysed network, or `masks` are none.
         MaskError: a mask is of no parameter, or has another shape; masks lie on the traced model; the model is on the
             meta device.
     """
     if not isinstance(groups, ChannelGroups):
         raise ArgumentError(f"groups is {type(groups).__name__}; expected torchshear.analyze(torchshear.trace(...)).")
+    if masks is not None and not isinstance(masks, Masks):
+        raise ArgumentError(f"masks is {type(masks).__name__}; expected Masks, or None where they are permanent.")
     state = _masked_state(groups.graph, masks)
     ended = {group.name: _ended(groups, group, state) for group in groups.prunable}
     unread = {name: found[0] for name, found in ended.items()}

@@ -88,6 +88,11 @@ def _checked(scorer: Scorer) -> Scorer:
                 f"the scores of layer {layer.name!r} have {what}; expected a tensor of the shape of its weight, "
                 f"{tuple(layer.tensor.shape)}."
             )
+        if found.is_meta or found.is_complex() or found.layout is not torch.strided:
+            raise WeightError(
+                f"the scores of layer {layer.name!r} are {found.dtype} on {found.device} in the layout {found.layout}; "
+                f"expected real numbers in a plain tensor."
+            )
         found = found.detach().to(layer.tensor.device)
         found = found if found.dtype == torch.float64 else found.float()
         if not bool(torch.isfinite(found).all()):

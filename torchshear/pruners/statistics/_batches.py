@@ -29,7 +29,11 @@ def batches_of(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tupl
     """
     device = next((t.device for t in graph.inputs.tensors()), torch.device("cpu"))
     done = 0
-    for number, batch in enumerate(loader):
+    try:
+        given_batches = enumerate(loader)
+    except TypeError as error:
+        raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
+    for number, batch in given_batches:
         if number == count:
             return
         given, target = _split(batch, graph.inputs, number)
