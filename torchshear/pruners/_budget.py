@@ -13,6 +13,8 @@ from torchshear.pruners._pools import Ladder, Steps
 
 Indices = npt.NDArray[np.int64]
 
+_ROUNDS = 20  # of a tighter budget, each below the excess of the one before
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -149,13 +151,15 @@ def refined(solve: Callable[[Budget], Indices], exact: Callable[[Indices], Cost]
         solve: steps of each ladder for a budget.
         exact: cost of the network with those units really cut.
         budget: what may be left.
+
+    Raises:
+        PlanError: that does not end within some rounds.
     """
     factor = 1.0
-    taken = solve(budget)
-    for _ in range(20):
+    for _ in range(_ROUNDS):
+        taken = solve(budget.tightened(factor))
         excess = budget.excess(exact(taken))
         if excess <= 1:
-            break
+            return taken
         factor *= excess
-        taken = solve(budget.tightened(factor))
-    return taken
+    raise PlanError(f"no widths within the target were found in {_ROUNDS} rounds; ask for a little less.")

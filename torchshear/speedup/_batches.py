@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,12 +34,10 @@ def arguments_of(
     """
     done = 0
     try:
-        given_batches = enumerate(loader)
+        given_batches = enumerate(islice(loader, count))
     except TypeError as error:
         raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
     for number, batch in given_batches:
-        if number == count:
-            return
         given: Arguments = pytree.tree_map_only(Tensor, lambda t: t.to(device), _split(batch, signature, number))
         yield given
         done += 1

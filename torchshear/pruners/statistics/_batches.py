@@ -1,6 +1,7 @@
 """Batches of a loader as arguments of a captured model, and what is left of them for the loss."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -30,12 +31,10 @@ def batches_of(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tupl
     device = next((t.device for t in graph.inputs.tensors()), torch.device("cpu"))
     done = 0
     try:
-        given_batches = enumerate(loader)
+        given_batches = enumerate(islice(loader, count))
     except TypeError as error:
         raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
     for number, batch in given_batches:
-        if number == count:
-            return
         given, target = _split(batch, graph.inputs, number)
         moved, target = pytree.tree_map_only(Tensor, lambda t: t.to(device), (given, target))
         yield _checked(moved, graph, number), target
