@@ -83,7 +83,7 @@ def _numbers(statistics: Statistics) -> dict[str, Any]:
     return {
         "n": (statistics.n_batches, statistics.n_samples),
         "taylor": {name: sums.taylor for name, sums in statistics.weights.items()},
-        "rows": {name: sums.squares for name, sums in statistics.rows.items()},
+        "rows": {str(key): sums.squares for key, sums in statistics.rows.items()},
         "gates": {name: (sums.squares, sums.batches) for name, sums in statistics.gates.items()},
         "values": {str(key): (sums.count, sums.squares) for key, sums in statistics.values.items()},
         "loss": statistics.loss,

@@ -36,13 +36,17 @@ def unit_sums(
     """
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in scored_members(group, weights, roles):
-        lines = _lines(member, weights, value)
+        lines = position_sums(member, weights, value)
         total.index_add_(0, torch.from_numpy(member.units), lines[torch.from_numpy(member.positions)])
     return total
 
 
-def _lines(member: Member, weights: Mapping[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum at each position of a member; its weight is let go before another is read."""
+def position_sums(member: Member, weights: Mapping[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum at each position of a member; its weight is let go before another is read.
+
+    Raises:
+        WeightError: the weight is on the meta device, or not finite.
+    """
     weight = readable(member, weights[member.name])
     lines = _per_position(member, weight, lambda piece: value(_as_float(piece)))
     if not bool(torch.isfinite(lines).all()):
