@@ -131,7 +131,8 @@ class WeightAccumulator:
                 continue
             product = wide(weight) * numbers
             for dim, found in lines.items():
-                found.append(sum_but(product, {0, dim} if self._lines[dim] else {dim}).double().cpu())
+                sums_here = sum_but(product, {0, dim} if self._lines[dim] else {dim})
+                found.append(sums_here.to("cpu", torch.float64, copy=True))  # the product is written to below
             self._count_in(dict(zip(self.sums, sums, strict=True)), product, numbers)
         return {dim: _joined(found, dim, self._lines[dim]) for dim, found in lines.items()}, is_finite
 
