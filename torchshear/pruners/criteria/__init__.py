@@ -23,7 +23,7 @@ from torchshear.pruners.criteria._registry import (
     rearrangement_of,
     registered_criteria,
 )
-from torchshear.pruners.criteria._retrain_free import rearranged_units, retrain_free_scores
+from torchshear.pruners.criteria._retrain_free import retrain_free_scores, retrain_free_units
 from torchshear.pruners.criteria._sensitivity import sensitivity_scores
 from torchshear.pruners.criteria._snip import snip_scores
 from torchshear.pruners.criteria._snip_momentum import snip_momentum_scores
@@ -53,10 +53,10 @@ __all__ = [
     "mean_activation_scores",
     "needs_of",
     "random_criterion",
-    "rearranged_units",
     "rearrangement_of",
     "registered_criteria",
     "retrain_free_scores",
+    "retrain_free_units",
     "sensitivity_scores",
     "snip_momentum_scores",
     "snip_scores",

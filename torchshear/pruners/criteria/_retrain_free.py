@@ -15,7 +15,7 @@ Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-def rearranged_units(group: ChannelGroup, kept: Indices, statistics: Statistics | None) -> Indices:
+def retrain_free_units(group: ChannelGroup, kept: Indices, statistics: Statistics | None) -> Indices:
     """Exchange units that stay for units that go, so that those that go have the least effect together.
 
     With G_cb = dL_b/dm_c the gradients that `retrain_free_scores` squares, and P the p units that go, each unit c that
@@ -42,7 +42,7 @@ def rearranged_units(group: ChannelGroup, kept: Indices, statistics: Statistics 
 
 
 def exchanged(gates: Floats, kept: Indices, blocks: Indices) -> Indices:
-    """The units that stay after one pass of exchanges; see `rearranged_units`.
+    """The units that stay after one pass of exchanges; see `retrain_free_units`.
 
     Args:
         gates: gradient of each unit and batch, shape (C, B).
@@ -66,7 +66,7 @@ def exchanged(gates: Floats, kept: Indices, blocks: Indices) -> Indices:
     return np.flatnonzero(stays)
 
 
-@criterion("retrain_free", needs=("gates",), comparable=True, rearrange=rearranged_units)
+@criterion("retrain_free", needs=("gates",), comparable=True, rearrange=retrain_free_units)
 def retrain_free_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by the squared gradient of a batch's loss by a gate on all layers of the group; shape (C,).
 
@@ -74,7 +74,7 @@ def retrain_free_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stat
 
     where m_c multiplies what every layer that makes unit c gives of it, before its activation; of a head, its queries,
     keys and values. When it is known how many units of a group go, units are exchanged so that they matter least
-    together, not one by one: see `rearranged_units`. `torchshear.plan` does that in every scope; where layers lose
+    together, not one by one: see `retrain_free_units`. `torchshear.plan` does that in every scope; where layers lose
     units of their own (`plan_dependency_aware`) the order of scores decides.
 
     The paper masks what layers read, behind the activation, which is the same for ReLU. Its search under a limit of
