@@ -53,16 +53,20 @@ def exchanged(gates: Floats, kept: Indices, blocks: Indices) -> Indices:
     stays = np.zeros(len(gates), bool)
     stays[kept] = True
     gone = {int(block): np.flatnonzero(~stays & (blocks == block)) for block in np.unique(blocks[kept])}
+    rows = {block: gates[units] for block, units in gone.items()}
+    costs = {block: scores[units] for block, units in gone.items()}
     effect = gates[~stays].sum(0)
     for unit in kept[np.lexsort((-kept, scores[kept]))]:
-        here = gone[int(blocks[unit])]
+        block = int(blocks[unit])
         together = effect + gates[unit]
-        changes = scores[here] - 2 * gates[here] @ together
-        if len(here) and changes.min() < scores[unit] - 2 * gates[unit] @ together:
-            place = int(changes.argmin())
-            effect = together - gates[here[place]]
-            stays[here[place]], stays[unit] = True, False
-            here[place] = unit
+        # |together - G_j|^2, less |together|^2, which is the same for all
+        changes = costs[block] - 2 * rows[block] @ together
+        if not len(changes) or changes.min() >= scores[unit] - 2 * gates[unit] @ together:
+            continue
+        place = int(changes.argmin())
+        effect = together - rows[block][place]
+        stays[gone[block][place]], stays[unit] = True, False
+        gone[block][place], rows[block][place], costs[block][place] = unit, gates[unit], scores[unit]
     return np.flatnonzero(stays)
 
 
