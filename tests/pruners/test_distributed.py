@@ -13,6 +13,8 @@ from torch.nn import functional
 
 import torchshear
 from tests.models import randomise
+from tests.pruners.test_sensitivity import Block
+from tests.pruners.test_sensitivity import data as tokens
 from tests.pruners.test_statistics import Net, analysed, batches
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
@@ -25,7 +27,8 @@ def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
 
     def run(groups: ChannelGroups) -> dict[str, Any]:
         found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2)
-        return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)}
+        heads = _heads(tokens(3, 5, 12)[2 * rank : 2 * rank + 2])
+        return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)} | heads
 
     _saved(rank, folder, run)
 
@@ -49,6 +52,13 @@ def _broken_loader() -> Iterator[Any]:
 
 def _broken_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     raise KeyError("no such class")
+
+
+def _heads(data: list[Any]) -> dict[str, Any]:
+    """What is summed of attention heads."""
+    model = randomise(Block()).double().eval()
+    groups = torchshear.analyze(torchshear.trace(model, (data[0][0],)))
+    return {"heads": dict(torchshear.collect(groups, data, functional.cross_entropy, len(data)).heads)}
 
 
 ON_DATA = tuple(name for name in registered_criteria() if needs_of(name))
@@ -107,7 +117,6 @@ def _numbers(statistics: Statistics) -> dict[str, Any]:
         "rows": {str(key): sums.squares for key, sums in statistics.rows.items()},
         "gates": {name: (sums.squares, sums.batches) for name, sums in statistics.gates.items()},
         "values": {str(key): (sums.count, sums.squares) for key, sums in statistics.values.items()},
-        "heads": dict(statistics.heads),
         "loss": statistics.loss,
     }
 
@@ -124,6 +133,10 @@ def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> N
     torch.testing.assert_close(first["numbers"], second["numbers"], rtol=0, atol=0)
     torch.testing.assert_close(first["numbers"], _numbers(alone), rtol=1e-5, atol=1e-9)
     assert first["kept"] == second["kept"]
+    heads = _heads(tokens(3, 5, 12))
+    assert heads["heads"]
+    torch.testing.assert_close({"heads": first["heads"]}, heads)
+    torch.testing.assert_close(first["heads"], second["heads"], rtol=0, atol=0)
     expected, kept = _scores(groups, alone), _kept(groups, alone)
     # Batches of one step count together, whichever process runs them: those of the first process are the older half.
     halves = [
