@@ -19,7 +19,7 @@ from tests.pruners.test_sensitivity import data as tokens
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, plan_from_kept, registered_criteria
-from torchshear.pruners._scoring import group_scores
+from torchshear.pruners._scoring import COMBINE, group_scores
 
 CRITERIA = registered_criteria()
 BY_DEFINITION = tuple(name for name in CRITERIA if name != "random")  # which follows no formula
@@ -183,6 +183,17 @@ def test_the_order_of_members_does_not_matter(name: str) -> None:
             continue
         expected = score(name, groups, group, statistics)
         np.testing.assert_allclose(score(name, groups, turned, statistics), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("combine", [word for word in COMBINE if word != "geometric"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_members_are_scored_apart(name: str, combine: str) -> None:
+    _, groups, statistics = mixed()
+    plan = torchshear.plan(groups, name, 0.5, statistics=statistics, combine=combine)
+    assert plan.n_cut
+    for group in groups:
+        if is_scored(name, groups, group, statistics):
+            assert len(plan.kept[group.name]) < group.width
 
 
 @pytest.mark.parametrize("name", CRITERIA)
