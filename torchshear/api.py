@@ -93,7 +93,7 @@ def plan(  # noqa: PLR0913 - independent choices, given by name
             tensors of the model that was traced.
         statistics: what was seen of the model on data, from `torchshear.collect`; needed by criteria of activations
             ("apoz", "mean_activation", "activation_variance", "wanda") and of gradients ("taylor", "taylor_bn",
-            "group_fisher", "snip", "snip_momentum", "gradient").
+            "group_fisher", "retrain_free", "sensitivity", "snip", "snip_momentum", "gradient").
         **selection: how much goes where, see `Selection`: `scope`, `target_macs`, `target_params`, `min_ratio`,
             `max_ratio`, `combine`, `normalize`.
 

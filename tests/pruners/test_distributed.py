@@ -13,10 +13,13 @@ from torch.nn import functional
 
 import torchshear
 from tests.models import randomise
+from tests.pruners.test_sensitivity import Block
+from tests.pruners.test_sensitivity import data as tokens
 from tests.pruners.test_statistics import Net, analysed, batches
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
-from torchshear.pruners import Statistics
+from torchshear.pruners import Statistics, find_criterion, registered_criteria
+from torchshear.pruners.criteria import needs_of
 
 
 def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
@@ -24,8 +27,8 @@ def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
 
     def run(groups: ChannelGroups) -> dict[str, Any]:
         found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2)
-        plan = torchshear.plan(groups, criterion="taylor", statistics=found)
-        return {"numbers": _numbers(found), "kept": {k: v.tolist() for k, v in plan.kept.items()}}
+        heads = _heads(tokens(3, 5, 12)[2 * rank : 2 * rank + 2])
+        return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)} | heads
 
     _saved(rank, folder, run)
 
@@ -51,11 +54,39 @@ def _broken_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     raise KeyError("no such class")
 
 
+def _heads(data: list[Any]) -> dict[str, Any]:
+    """What is summed of attention heads."""
+    model = randomise(Block()).double().eval()
+    groups = torchshear.analyze(torchshear.trace(model, (data[0][0],)))
+    return {"heads": dict(torchshear.collect(groups, data, functional.cross_entropy, len(data)).heads)}
+
+
+ON_DATA = tuple(name for name in registered_criteria() if needs_of(name))
+
+
+def _scores(groups: ChannelGroups, statistics: Statistics) -> dict[str, dict[str, torch.Tensor]]:
+    """Scores of all groups by all criteria that look at data."""
+    return {
+        name: {group.name: find_criterion(name)(group, _weights(groups), statistics) for group in groups}
+        for name in ON_DATA
+    }
+
+
+def _weights(groups: ChannelGroups) -> dict[str, torch.Tensor]:
+    return {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+
+
+def _kept(groups: ChannelGroups, statistics: Statistics) -> dict[str, dict[str, list[int]]]:
+    plans = {name: torchshear.plan(groups, name, 0.5, statistics=statistics) for name in ON_DATA}
+    return {name: {group: units.tolist() for group, units in plan.kept.items()} for name, plan in plans.items()}
+
+
 FAILURES: dict[str, dict[str, Any]] = {
     "loader": {"loader": _broken_loader()},
     "loss": {"loss_fn": _broken_loss},
     "argument": {"batches": 0},
     "criteria": {"criteria": "apoz"},
+    "length": {"batches": 1},
 }
 
 
@@ -83,7 +114,7 @@ def _numbers(statistics: Statistics) -> dict[str, Any]:
     return {
         "n": (statistics.n_batches, statistics.n_samples),
         "taylor": {name: sums.taylor for name, sums in statistics.weights.items()},
-        "rows": {name: sums.squares for name, sums in statistics.rows.items()},
+        "rows": {str(key): sums.squares for key, sums in statistics.rows.items()},
         "gates": {name: (sums.squares, sums.batches) for name, sums in statistics.gates.items()},
         "values": {str(key): (sums.count, sums.squares) for key, sums in statistics.values.items()},
         "loss": statistics.loss,
@@ -97,10 +128,26 @@ def _both(folder: Path, argument: Any, function: Callable[..., None] = _collect)
 
 def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> None:
     first, second = _both(tmp_path, (2, 2))
-    alone = torchshear.collect(analysed(randomise(Net()).eval()), batches(4), functional.cross_entropy, 4)
+    groups = analysed(randomise(Net()).eval())
+    alone = torchshear.collect(groups, batches(4), functional.cross_entropy, 4)
     torch.testing.assert_close(first["numbers"], second["numbers"], rtol=0, atol=0)
     torch.testing.assert_close(first["numbers"], _numbers(alone), rtol=1e-5, atol=1e-9)
     assert first["kept"] == second["kept"]
+    heads = _heads(tokens(3, 5, 12))
+    assert heads["heads"]
+    torch.testing.assert_close({"heads": first["heads"]}, heads)
+    torch.testing.assert_close(first["heads"], second["heads"], rtol=0, atol=0)
+    expected, kept = _scores(groups, alone), _kept(groups, alone)
+    # Batches of one step count together, whichever process runs them: those of the first process are the older half.
+    halves = [
+        torchshear.collect(groups, half, functional.cross_entropy, 2) for half in (batches(4)[:2], batches(4)[2:])
+    ]
+    both = [_scores(groups, half)["snip_momentum"] for half in halves]
+    expected["snip_momentum"] = {name: both[0][name] + both[1][name] for name in both[0]}
+    torch.testing.assert_close(first["scores"], expected, rtol=1e-5, atol=1e-9)
+    assert {name: one for name, one in first["kept"].items() if name != "snip_momentum"} == {
+        name: one for name, one in kept.items() if name != "snip_momentum"
+    }
 
 
 def test_every_process_says_that_one_has_too_little_data(tmp_path: Path) -> None:
@@ -120,6 +167,8 @@ def test_whatever_stops_one_process_stops_both(tmp_path: Path) -> None:
     assert first["argument"].startswith("DataError: process 1 could not collect: batches=0")
     assert first["criteria"] == second["criteria"]
     assert first["criteria"].startswith("DataError: processes collect for different networks or criteria")
+    assert first["length"] == second["length"]
+    assert first["length"].startswith("DataError: processes ran [2, 1] batches; expected equally many on each")
 
 
 def test_one_process_needs_no_group() -> None:

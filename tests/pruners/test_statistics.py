@@ -111,7 +111,7 @@ def test_gradients_are_those_of_each_batch(net: nn.Module) -> None:
         ((named["norm.weight"] * g["norm.weight"] + named["norm.bias"] * g["norm.bias"]) ** 2 for g in gradients(net)),
         torch.zeros(8),
     )
-    torch.testing.assert_close(statistics.rows["norm.weight"].squares, rows.double(), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(statistics.rows["norm.weight", 0].squares, rows.double(), rtol=1e-5, atol=1e-9)
 
 
 def test_a_gate_stands_behind_every_layer_of_a_group_for_every_sample(net: nn.Module) -> None:
@@ -127,7 +127,9 @@ def test_a_gate_stands_behind_every_layer_of_a_group_for_every_sample(net: nn.Mo
         squares += found.double().square().sum(0)
         each.append(found.sum(0))
     torch.testing.assert_close(statistics.gates["stem.weight[0]"].squares, squares, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(statistics.gates["stem.weight[0]"].batches, torch.stack(each, 1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        statistics.gates["stem.weight[0]"].batches, torch.stack(each, 1).double(), rtol=1e-4, atol=1e-7
+    )
 
 
 class InPlace(nn.Module):

@@ -12,6 +12,7 @@ from torchshear.dependency._call import Facts
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._minimums import fix_unclear_minimums, least_units
 from torchshear.dependency._roles import with_roles
+from torchshear.dependency._scales import with_scales
 from torchshear.dependency._units import PAD, Ids
 from torchshear.graph import Graph, locate
 
@@ -65,9 +66,8 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     analysed = [(graph, facts)]
     if graph.training is not None and training is not None:
         analysed.append((graph.training, training))
-    return ChannelGroups(
-        graph, with_roles(analysed, algebra, groups), _fixed_dimensions(graph, algebra, facts), algebra, facts, training
-    )
+    described = with_roles(analysed, algebra, with_scales(graph, groups))
+    return ChannelGroups(graph, described, _fixed_dimensions(graph, algebra, facts), algebra, facts, training)
 
 
 def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension]:

@@ -29,6 +29,8 @@ class Member:
         size: number of positions that the dimension (all blocks together) has.
         n_blocks: 0, or the number of blocks of dimension 0 whose rows each hold another block of these positions, as
             the input channels of a grouped convolution do.
+        scale: of the outputs of a layer, canonical name of the scale of the only batch norm that reads its result, of
+            the same size and in the same order; "" if there is none.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Member:
     units: Ids
     size: int
     n_blocks: int = 0
+    scale: str = ""
 
     @property
     def multiplicity(self) -> int:

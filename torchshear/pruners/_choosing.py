@@ -22,11 +22,12 @@ from torchshear.pruners._selection import (
     choose_units,
     choose_width,
     n_removed,
+    rearranged_units,
     removal_order,
 )
 from torchshear.pruners._targets import choose_targets
 from torchshear.pruners._weight_source import WeightSource, weights_to_score
-from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion, is_comparable
+from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion, is_comparable, rearrangement_of
 from torchshear.pruners.statistics import Statistics
 
 Indices = npt.NDArray[np.int64]
@@ -67,7 +68,11 @@ class Choosing:
         if chosen and not shrinking:
             raise ArgumentError(_nothing_moves(chosen, self.request, self.limits))
         scores = self._scores(shrinking)
-        kept = {g.name: choose_units(g, scores[g.name], widths[g.name].kept) for g in shrinking if g.name in scores}
+        kept = {
+            group.name: self._rearranged(group, choose_units(group, scores[group.name], widths[group.name].kept))
+            for group in shrinking
+            if group.name in scores
+        }
         notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
         return Chosen(kept, notes, self._asked())
 
@@ -101,7 +106,7 @@ class Choosing:
             taken = self._within(budget, ladders, steps)
         if not taken.any():
             raise ArgumentError(_nothing_moves(tuple(one.group for one in ladders), self.request, self.limits))
-        return Chosen(_left(ladders, taken), self._whole() | self.unscored, {} if budget else self._asked())
+        return Chosen(self._left(ladders, taken), self._whole() | self.unscored, {} if budget else self._asked())
 
     def _whole(self) -> dict[str, str]:
         """Why groups stay whole whatever the scores."""
@@ -183,9 +188,24 @@ class Choosing:
         solver = Solver(self.groups, ladders)
 
         def exact(taken: Indices) -> Cost:
-            return Cut(self.groups, _left(ladders, taken)).cost()
+            return Cut(self.groups, self._left(ladders, taken)).cost()
 
         return refined(lambda tight: solver.solve(steps, tight), exact, budget)
+
+    def _left(self, ladders: Sequence[Ladder], taken: Indices) -> dict[str, Indices]:
+        """Units that stay after some steps of each ladder, for the groups that lose any."""
+        kept = {}
+        for one, n in zip(ladders, taken, strict=True):
+            if n:
+                assert one.order is not None
+                kept[one.group.name] = self._rearranged(
+                    one.group, np.sort(one.order[one.group.width - one.widths[n] :])
+                )
+        return kept
+
+    def _rearranged(self, group: ChannelGroup, kept: Indices) -> Indices:
+        """Units that stay, after those exchanges that the criterion asks for when their number is known."""
+        return rearranged_units(group, kept, rearrangement_of(self.criterion), self.statistics)
 
     def _normalizes(self) -> bool:
         word = self.request.normalize
@@ -208,16 +228,6 @@ class Choosing:
                 f"the criterion cannot score any of {len(self.unscored)} groups: {next(iter(self.unscored.values()))}."
             )
         return scores
-
-
-def _left(ladders: Sequence[Ladder], taken: Indices) -> dict[str, Indices]:
-    """Units that stay after some steps of each ladder, for the groups that lose any."""
-    kept = {}
-    for one, n in zip(ladders, taken, strict=True):
-        if n:
-            assert one.order is not None
-            kept[one.group.name] = np.sort(one.order[one.group.width - one.widths[n] :])
-    return kept
 
 
 def _check_statistics(groups: ChannelGroups, statistics: Statistics | None) -> None:

@@ -10,7 +10,7 @@ from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph
-from torchshear.pruners.criteria import Criterion, needs_of
+from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
 from torchshear.pruners.statistics import (
     ALL_SUMS,
     SUMS_OF_GRADIENTS,
@@ -104,10 +104,9 @@ def _sums(criteria: str | Criterion | Collection[str | Criterion] | None, loss_f
         raise ArgumentError(f"criteria={criteria!r}; expected names of criteria or functions, or None for all.")
     wanted: frozenset[Sum] = frozenset()
     for name in named:
-        needs = needs_of(name)
-        if needs != ALL_SUMS and not needs <= allowed:
+        if not declared_needs(name) <= allowed:
             raise ArgumentError(f"criterion {name!r} looks at gradients; give a loss_fn to take them of.")
-        wanted |= needs & allowed
+        wanted |= needs_of(name) & allowed
     if not wanted:
         raise ArgumentError(f"criteria={criteria!r} look at no data, so that there is nothing to collect for them.")
     return wanted

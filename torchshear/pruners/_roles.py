@@ -4,4 +4,8 @@
 # read the unit and biases ("bias") are offsets; either is counted only on request. Running statistics never are.
 OWN_ROLES = frozenset({"out", "depthwise", "norm", "embedding", "raw"})
 MAKING_ROLES = frozenset({"out", "depthwise", "embedding"})  # of weights from which the units' values are made
+READING_ROLES = frozenset({"in"})  # of weights that multiply the units' values
 NORM_ROLES = frozenset({"norm"})
+
+# Roles of groups (see `torchshear.dependency.ROLES`) whose units are attention heads.
+HEADS = frozenset({"heads", "q_heads", "kv_heads"})

@@ -7,7 +7,9 @@ import numpy.typing as npt
 
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.alignment import Alignment
-from torchshear.errors import PlanError
+from torchshear.errors import ArgumentError, PlanError
+from torchshear.pruners.criteria import Rearrangement
+from torchshear.pruners.statistics import Statistics
 
 Indices = npt.NDArray[np.int64]
 
@@ -129,6 +131,42 @@ def choose_units(group: ChannelGroup, scores: npt.NDArray[np.float64], kept: int
         Indices of the units that stay, ascending, shape (kept,).
     """
     return np.sort(removal_order(group, scores)[group.width - kept :])
+
+
+def rearranged_units(
+    group: ChannelGroup, kept: Indices, rearrange: Rearrangement | None, statistics: Statistics | None
+) -> Indices:
+    """The units that stay after a criterion has exchanged some of those that its scores chose.
+
+    Args:
+        group: the group.
+        kept: units chosen by scores, ascending.
+        rearrange: what exchanges them; None: they stay as they are.
+        statistics: what was seen on data.
+
+    Raises:
+        ArgumentError: it gave other than as many units of each block.
+    """
+    if rearrange is None:
+        return kept
+    given = np.sort(np.asarray(rearrange(group, kept.copy(), statistics)).reshape(-1))
+    is_choice = given.dtype.kind in "iu" and len(np.unique(given)) == len(given) == len(kept)
+    if (
+        not is_choice
+        or not np.isin(given, np.arange(group.width)).all()
+        or _shares(group, given) != _shares(group, kept)
+    ):
+        raise ArgumentError(
+            f"the criterion rearranged the units of group {group.name!r} to {given.tolist()[:8]}; expected "
+            f"{len(kept)} different ones below {group.width}, of each block as many as it was given."
+        )
+    return given.astype(np.int64)
+
+
+def _shares(group: ChannelGroup, units: Indices) -> list[int]:
+    """How many of some units are of each balanced block."""
+    blocks = np.zeros(group.width, np.int64) if group.balance is None else group.balance
+    return [int(count) for count in np.bincount(blocks[units], minlength=group.n_blocks)]
 
 
 def removal_order(group: ChannelGroup, scores: npt.NDArray[np.float64]) -> Indices:

@@ -1,33 +1,27 @@
 """UniPruning: runs of channels are ranked network-wide by how little they weigh beside the best run of their layer."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from torchshear.dependency import (
     ChannelGroup,
     ChannelGroups,
     Cut,
-    Member,
     PruningPlan,
     WidthCost,
     dense_cost,
     make_plan,
 )
-from torchshear.dependency._registry import operator_name
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners._budget import Budget
 from torchshear.pruners._request import Request
 from torchshear.pruners._selection import Limits, allowed_widths, removal_order
 from torchshear.pruners._weight_source import WeightSource, weights_to_score
-from torchshear.pruners.criteria import unit_sums
-from torchshear.pruners.statistics import find_layers
+from torchshear.pruners.criteria._unipruning import importance, makers
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -95,7 +89,7 @@ def plan_unipruning(
             f"{least.n_params / dense.n_params:.4f} of {dense.n_params:,} parameters stay, with {len(runs)} of "
             f"{len(groups)} groups at their narrowest. Raise it, or lower the other two."
         )
-    _score(groups, runs, weights_to_score(groups, weights), use_gamma)
+    _score(runs, weights_to_score(groups, weights), use_gamma)
     while not budget.holds(cost(_widths(groups, {one.group.name: len(one.kept) for one in runs}))):
         max((one for one in runs if one.can_lose), key=lambda one: one.ratio).lose()
     kept = {one.group.name: one.kept for one in runs if len(one.kept) < one.group.width}
@@ -122,44 +116,18 @@ def _widths(groups: ChannelGroups, kept: Mapping[str, int]) -> Indices:
 def _why_whole(group: ChannelGroup, run: int, limits: Limits) -> str:
     if group.reason:
         return group.reason
-    if not _makers(group):
+    if not makers(group):
         return "no convolution or linear layer makes its units"
     if len(allowed_widths(group, _runs_of(run), _in_units(group, limits))) == 1:
         return f"of {group.width} units at least {limits.min_width} channels stay, in runs of {run}"
     return "its runs weigh more than those of others"
 
 
-def _makers(group: ChannelGroup) -> list[Member]:
-    return [member for member in group.members if "out" in member.roles]
-
-
-def _score(groups: ChannelGroups, runs: Sequence["_Runs"], weights: Mapping[str, Tensor], use_gamma: bool) -> None:
+def _score(runs: Sequence["_Runs"], weights: Mapping[str, Tensor], use_gamma: bool) -> None:
     """Give runs the importances of their channels in each layer."""
-    scale_of = _scales(groups) if use_gamma else {}
     for one in runs:
         for member in one.makers:
-            view = replace(one.group, members=(member,))
-            importance = unit_sums(view, weights, torch.square).sqrt()
-            norms = [m for m in one.group.members if m.name == scale_of.get(member.name)]
-            if norms:
-                importance *= unit_sums(replace(one.group, members=(norms[0],)), weights, torch.abs)
-            one.add(importance.numpy())
-
-
-def _scales(groups: ChannelGroups) -> dict[str, str]:
-    """Weight of a layer -> scale of the only batch norm that reads its result."""
-    graph = groups.graph
-    readers = Counter(n.name for node in graph for n in node.all_input_nodes)
-    norms = {node.name for node in graph if "batch_norm" in operator_name(node)}
-    layers = {layer.node: layer for layer in find_layers(graph)}
-    return {
-        layers[norm.source].weight: norm.weight
-        for norm in layers.values()
-        if norm.node in norms
-        and norm.source in layers
-        and readers[norm.source] == 1
-        and graph.state[norm.weight].kind == "parameter"  # a norm without scale has running statistics alone
-    }
+            one.add(importance(member, one.group.width, weights, use_gamma).numpy())
 
 
 class _Runs:
@@ -167,7 +135,7 @@ class _Runs:
 
     def __init__(self, group: ChannelGroup, allowed: Indices) -> None:
         self.group = group
-        self.makers = _makers(group)
+        self.makers = makers(group)
         self.widths = allowed[::-1]
         self.kept: Indices = np.arange(group.width)
         self.ratio = -np.inf
@@ -196,10 +164,10 @@ class _Runs:
             return
         size = len(self.kept) - int(self.widths[self.widths < len(self.kept)].max())
         length = int(np.max(-np.diff(self.widths)))
-        for importance in self._importances:
-            order = removal_order(self.group, importance)
+        for weighed in self._importances:
+            order = removal_order(self.group, weighed)
             order = order[np.isin(order, self.kept)]
-            low = float(np.median(importance[order[:size]]))
-            ratio = np.inf if low == 0 else float(np.median(importance[order[-length:]])) / (low + _EPSILON)
+            low = float(np.median(weighed[order[:size]]))
+            ratio = np.inf if low == 0 else float(np.median(weighed[order[-length:]])) / (low + _EPSILON)
             if ratio > self.ratio:
                 self.ratio, self._first = ratio, order[:size]

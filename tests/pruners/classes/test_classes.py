@@ -14,8 +14,9 @@ import torchshear
 from tests.models import Attention, Chunked, Grouped, Residual, Tied, image, randomise
 from torchshear.errors import ArgumentError
 from torchshear.pruners import registered_criteria
-from torchshear.pruners.classes._choice import ON_ACTIVATIONS, ON_GRADIENTS
+from torchshear.pruners.criteria import declared_needs
 from torchshear.pruners.masks import Masks
+from torchshear.pruners.statistics import SUMS_OF_GRADIENTS
 
 HALF = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
 CLASSES = {
@@ -329,13 +330,14 @@ def test_a_criterion_of_channels_scores_no_single_weights() -> None:
     assert torchshear.pruners.L2FilterPruner(Plain(), config).masks.pattern == "4x1"
 
 
-def test_all_criteria_that_look_at_data_are_known() -> None:
+def test_criteria_declare_what_they_look_at() -> None:
     graph = torchshear.trace(Plain().eval(), (image(),))
     groups = torchshear.analyze(graph)
     forward = torchshear.collect(graph, batches(), batches=1, progress=False)
     for name in registered_criteria():
-        for statistics, known in ((None, ON_ACTIVATIONS | ON_GRADIENTS), (forward, ON_GRADIENTS)):
-            if name in known:
+        needs = declared_needs(name)
+        for statistics, is_missing in ((None, bool(needs)), (forward, bool(needs & SUMS_OF_GRADIENTS))):
+            if is_missing:
                 with pytest.raises(ArgumentError, match="looks at"):
                     torchshear.plan(groups, name, statistics=statistics)
             else:

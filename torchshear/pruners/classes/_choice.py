@@ -24,9 +24,6 @@ from torchshear.pruners.statistics import Statistics, WeightSums
 
 Indices = npt.NDArray[np.int64]
 
-ON_ACTIVATIONS: Final = frozenset({"apoz", "mean_activation", "activation_variance", "wanda"})
-ON_GRADIENTS: Final = frozenset({"taylor", "taylor_bn", "group_fisher", "snip", "snip_momentum", "gradient"})
-
 
 @dataclass(frozen=True, slots=True)
 class Widths:

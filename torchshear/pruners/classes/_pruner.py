@@ -17,12 +17,13 @@ from torchshear.errors import ArgumentError
 from torchshear.graph import copy_model, trace
 from torchshear.pruners._collecting import collect
 from torchshear.pruners._dependency_aware import LayerMask
-from torchshear.pruners.classes._choice import ON_ACTIVATIONS, ON_GRADIENTS, Widths, mask_weights, plan_config
+from torchshear.pruners.classes._choice import Widths, mask_weights, plan_config
 from torchshear.pruners.classes._coupled import plan_coupled
 from torchshear.pruners.classes._stages import Pruned, provided_stages
 from torchshear.pruners.configs import Entry, ResolvedConfig, load_config, parse_config, resolve
+from torchshear.pruners.criteria import declared_needs
 from torchshear.pruners.masks import Masks, apply, plan_from_masks
-from torchshear.pruners.statistics import Statistics
+from torchshear.pruners.statistics import SUMS_OF_GRADIENTS, Statistics
 
 ConfigList = Sequence[Mapping[str, Any]] | Mapping[str, Any] | str | os.PathLike[str]
 Loss = Callable[[Any, Any], Tensor]
@@ -126,9 +127,10 @@ class Pruner:
         return tuple(_pooled(entry) for entry in entries) if self.is_global else entries
 
     def _check_data(self, entries: Iterable[Entry]) -> None:
-        criteria = {entry.criterion or self.criterion for entry in entries if not entry.excludes}
-        on_gradients = sorted(name for name in criteria if name in ON_GRADIENTS)
-        on_data = on_gradients or sorted(name for name in criteria if name in ON_ACTIVATIONS)
+        criteria = {entry.criterion or self.criterion or "" for entry in entries if not entry.excludes} - {""}
+        needs = {name: declared_needs(name) for name in sorted(criteria)}
+        on_gradients = [name for name, sums in needs.items() if sums & SUMS_OF_GRADIENTS]
+        on_data = on_gradients or [name for name, sums in needs.items() if sums]
         if on_data and self._data is None:
             raise ArgumentError(f"the criterion {on_data[0]!r} looks at data; give batches of it as data=.")
         if on_gradients and self._loss_fn is None:

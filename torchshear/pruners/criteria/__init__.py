@@ -13,27 +13,35 @@ from torchshear.pruners.criteria._mean_activation import mean_activation_scores
 from torchshear.pruners.criteria._random import random_criterion
 from torchshear.pruners.criteria._registry import (
     Criterion,
+    Rearrangement,
     UnscorableError,
     criterion,
+    declared_needs,
     find_criterion,
     is_comparable,
     needs_of,
+    rearrangement_of,
     registered_criteria,
 )
+from torchshear.pruners.criteria._retrain_free import retrain_free_scores, retrain_free_units
+from torchshear.pruners.criteria._sensitivity import sensitivity_scores
 from torchshear.pruners.criteria._snip import snip_scores
 from torchshear.pruners.criteria._snip_momentum import snip_momentum_scores
 from torchshear.pruners.criteria._taylor import taylor_scores
 from torchshear.pruners.criteria._taylor_bn import taylor_bn_scores
+from torchshear.pruners.criteria._unipruning import unipruning_scores
 from torchshear.pruners.criteria._wanda import wanda_scores
 from torchshear.pruners.criteria._weights import unit_sums
 
 __all__ = [
     "Criterion",
+    "Rearrangement",
     "UnscorableError",
     "activation_variance_scores",
     "apoz_scores",
     "bn_scale_scores",
     "criterion",
+    "declared_needs",
     "find_criterion",
     "fpgm_scores",
     "gradient_scores",
@@ -45,11 +53,16 @@ __all__ = [
     "mean_activation_scores",
     "needs_of",
     "random_criterion",
+    "rearrangement_of",
     "registered_criteria",
+    "retrain_free_scores",
+    "retrain_free_units",
+    "sensitivity_scores",
     "snip_momentum_scores",
     "snip_scores",
     "taylor_bn_scores",
     "taylor_scores",
+    "unipruning_scores",
     "unit_sums",
     "wanda_scores",
 ]

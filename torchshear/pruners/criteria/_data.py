@@ -63,10 +63,11 @@ def means_of_values(
     return total / count
 
 
-def row_sums(group: ChannelGroup, values: Mapping[str, Tensor], roles: frozenset[str]) -> Tensor:
+def row_sums(group: ChannelGroup, values: Mapping[tuple[str, int], Tensor], roles: frozenset[str]) -> Tensor:
     """Sum something known of the rows of layers over the members with a role; shape (C,), float64."""
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in group.members:
-        if member.name in values and member.roles & roles & OWN_ROLES:
-            total.index_add_(0, torch.from_numpy(member.units), values[member.name][torch.from_numpy(member.positions)])
+        key = (member.name, member.dim)
+        if key in values and member.roles & roles & OWN_ROLES:
+            total.index_add_(0, torch.from_numpy(member.units), values[key][torch.from_numpy(member.positions)])
     return total

@@ -23,7 +23,8 @@ def fpgm_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
     s_c = sum over layers l of the group, over units j, of ||F_l[c] - F_l[j]||_2
 
     F_l[c] being all weights of layer l that make unit c, in one vector. Distances come from products of vectors where
-    that keeps five digits, and from differences where it would not.
+    that keeps five digits, and from differences where it would not. Filters of a grouped convolution are compared
+    number by number, those of different groups as well, though these read different inputs.
 
     Raises:
         UnscorableError: no layer makes the units, or units have different numbers of weights in a layer.

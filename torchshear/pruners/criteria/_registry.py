@@ -3,13 +3,17 @@
 import difflib
 from collections.abc import Callable, Mapping
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError, TorchshearError
 from torchshear.pruners.statistics import ALL_SUMS, Statistics, Sum
 
+Indices = npt.NDArray[np.int64]
 Criterion = Callable[[ChannelGroup, Mapping[str, Tensor], Statistics | None], Tensor]
+Rearrangement = Callable[[ChannelGroup, Indices, Statistics | None], Indices]
 
 
 class UnscorableError(TorchshearError):
@@ -19,10 +23,14 @@ class UnscorableError(TorchshearError):
 _CRITERIA: dict[str, Criterion] = {}
 _NEEDS: dict[str, frozenset[Sum]] = {}
 _COMPARABLE: set[Criterion] = set()
+_REARRANGEMENTS: dict[Criterion, Rearrangement] = {}
 
 
 def criterion(
-    name: str, needs: tuple[Sum, ...] | None = None, comparable: bool = False
+    name: str,
+    needs: tuple[Sum, ...] | None = None,
+    comparable: bool = False,
+    rearrange: Rearrangement | None = None,
 ) -> Callable[[Criterion], Criterion]:
     """Register a criterion: a function `(group, weights, statistics) -> scores`.
 
@@ -42,6 +50,9 @@ def criterion(
             reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything.
         comparable: whether scores of units of different groups mean the same, as an estimate of the loss does. Those of
             other criteria are divided by their mean over the group where groups are ranked together.
+        rearrange: called as `rearrange(group, kept, statistics)` when it is known how many units of a group stay, with
+            those that have the highest scores, ascending. It gives as many units that shall stay instead, in a
+            balanced group as many of each block; for criteria to which units matter together, not one by one.
 
     Raises:
         ArgumentError: the name is taken, or a sum is unknown.
@@ -57,6 +68,8 @@ def criterion(
         _NEEDS[name] = ALL_SUMS if needs is None else frozenset(needs)
         if comparable:
             _COMPARABLE.add(function)
+        if rearrange is not None:
+            _REARRANGEMENTS[function] = rearrange
         return function
 
     return add
@@ -87,9 +100,24 @@ def needs_of(name: str | Criterion) -> frozenset[Sum]:
     return next((_NEEDS[known] for known, one in _CRITERIA.items() if one is function), ALL_SUMS)
 
 
+def declared_needs(name: str | Criterion) -> frozenset[Sum]:
+    """The sums that a criterion cannot do without: those named at its registration; empty if none were.
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    needs = needs_of(name)
+    return frozenset() if needs == ALL_SUMS else needs
+
+
 def is_comparable(function: Criterion) -> bool:
     """Whether scores of a criterion can be compared between groups as they are."""
     return function in _COMPARABLE
+
+
+def rearrangement_of(function: Criterion) -> Rearrangement | None:
+    """What exchanges the units chosen by a criterion's scores, or None if they stay as they are chosen."""
+    return _REARRANGEMENTS.get(function)
 
 
 def registered_criteria() -> tuple[str, ...]:

@@ -17,6 +17,8 @@ def snip_momentum_scores(group: ChannelGroup, weights: Mapping[str, Tensor], sta
     s_c = S_c of the last batch, where S_c <- 0.9 S_c + 1.0 sum over all weights w that the unit's removal
         deletes of |w dL_b/dw|
 
+    Batches that several processes run in one step count together.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
 

@@ -26,6 +26,6 @@ def taylor_bn_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statist
     Reference: Molchanov et al., CVPR 2019, arXiv:1906.10771, where it is called Taylor-FO-BN.
     """
     seen = with_needs(statistics, "taylor_bn")
-    if not any(member.roles & NORM_ROLES and member.name in seen.rows for member in group.members):
+    if not any(member.roles & NORM_ROLES and (member.name, member.dim) in seen.rows for member in group.members):
         raise UnscorableError("taylor_bn: no norm with a scale among its layers")
-    return row_sums(group, {name: sums.squares for name, sums in seen.rows.items()}, NORM_ROLES)
+    return row_sums(group, {key: sums.squares for key, sums in seen.rows.items()}, NORM_ROLES)

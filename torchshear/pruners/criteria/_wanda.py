@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import readable, unit_sums
-from torchshear.pruners.statistics import Statistics
+from torchshear.pruners.statistics import Statistics, wide
 
 _LAYERS = frozenset({"out"})
 
@@ -52,12 +51,12 @@ class _Weighted(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         member = self.members[name]
-        weight = readable(member, self.weights[name]).abs().to(torch.float32)
+        weight = wide(readable(member, self.weights[name]).abs())
         layer = self.layers.get(name)
         sums = self.statistics.values.get((layer.source, layer.dim)) if layer and layer.dim is not None else None
         if sums is None or weight.ndim < 2:
             return weight
-        sizes = (sums.squares / sums.count).sqrt().to(weight.device, torch.float32)
+        sizes = (sums.squares / sums.count).sqrt().to(weight.device, weight.dtype)
         inputs = 1 - member.dim  # a layer's weight has outputs and inputs in its first two dimensions
         shape = [1] * weight.ndim
         if len(sizes) == weight.shape[inputs]:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.errors import WeightError
 from torchshear.pruners._roles import OWN_ROLES
+from torchshear.pruners.statistics import wide
 
 _PIECE = 1 << 19  # elements that are worked on at a time: a few MB, which stay in the cache
 
@@ -36,15 +37,19 @@ def unit_sums(
     """
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in scored_members(group, weights, roles):
-        lines = _lines(member, weights, value)
+        lines = position_sums(member, weights, value)
         total.index_add_(0, torch.from_numpy(member.units), lines[torch.from_numpy(member.positions)])
     return total
 
 
-def _lines(member: Member, weights: Mapping[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum at each position of a member; its weight is let go before another is read."""
+def position_sums(member: Member, weights: Mapping[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum at each position of a member; its weight is let go before another is read.
+
+    Raises:
+        WeightError: the weight is on the meta device, or not finite.
+    """
     weight = readable(member, weights[member.name])
-    lines = _per_position(member, weight, lambda piece: value(_as_float(piece)))
+    lines = _per_position(member, weight, lambda piece: value(wide(piece)))
     if not bool(torch.isfinite(lines).all()):
         raise not_finite(member, weight)
     return lines
@@ -80,10 +85,6 @@ def readable(member: Member, weight: Tensor) -> Tensor:
             f"from kept units with torchshear.pruners.plan_from_kept."
         )
     return weight.detach()
-
-
-def _as_float(weight: Tensor) -> Tensor:
-    return weight if weight.dtype in (torch.float32, torch.float64) else weight.to(torch.float32)
 
 
 def not_finite(member: Member, weight: Tensor) -> WeightError:

@@ -13,6 +13,7 @@ from torchshear.pruners.statistics._statistics import (
     ValueSums,
     WeightSums,
 )
+from torchshear.pruners.statistics._sums import wide
 from torchshear.pruners.statistics._taps import GroupTaps, Layer, Tap, find_layers, find_taps
 
 __all__ = [
@@ -33,4 +34,5 @@ __all__ = [
     "batches_of",
     "find_layers",
     "find_taps",
+    "wide",
 ]

@@ -32,6 +32,7 @@ def all_reduced(statistics: Statistics) -> Statistics:
         gates={
             name: GateSums(summed(sums.squares), _gathered(sums.batches)) for name, sums in statistics.gates.items()
         },
+        heads={name: summed(total) for name, total in statistics.heads.items()},
         loss=loss,
     )
 

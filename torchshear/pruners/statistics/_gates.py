@@ -12,7 +12,7 @@ from torchshear.graph import Graph
 from torchshear.graph._graph import shape_of
 from torchshear.graph._run import is_written
 from torchshear.pruners.statistics._statistics import GateSums
-from torchshear.pruners.statistics._sums import GateAccumulator, pieces_of, sum_but
+from torchshear.pruners.statistics._sums import GateAccumulator, pieces_of, sum_but, wide
 from torchshear.pruners.statistics._taps import GroupTaps, Tap
 
 
@@ -58,7 +58,10 @@ class Gates:
     def start(self, n_samples: int) -> None:
         """Begin a batch."""
         self.leaves = []
-        self._found = {name: torch.zeros(n_samples, width, device=self._device) for name, width in self._widths.items()}
+        self._found = {name: self._zeros(n_samples, width) for name, width in self._widths.items()}
+
+    def _zeros(self, n_samples: int, width: int) -> Tensor:
+        return torch.zeros(n_samples, width, dtype=torch.float64, device=self._device)
 
     def watch(self, node: fx.Node, value: Tensor) -> Tensor:
         """Have the gradient of a value counted in when it is known; gives the value to go on with."""
@@ -138,7 +141,7 @@ def _lines(value: Tensor, gradient: Tensor, dim: int, samples: int | None) -> Te
     """Sum of value times gradient for each sample and position of a dimension; shape (samples, positions)."""
     kept = [dim] if samples is None else [dim, samples]
     pieces = zip(pieces_of(value, 0), pieces_of(gradient, 0), strict=True)
-    parts = [sum_but(v.to(torch.float32) * g.to(torch.float32), kept) for v, g in pieces]
+    parts = [sum_but(wide(v) * wide(g), kept).double() for v, g in pieces]
     lines = torch.cat(parts) if 0 in kept else torch.stack(parts).sum(0)
     if samples is None:
         return lines[None]

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
 from torchshear.graph._run import interpret, is_written
-from torchshear.pruners._roles import OWN_ROLES
+from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.pruners.statistics._gates import Gates, sample_input
 from torchshear.pruners.statistics._statistics import (
     SUMS_OF_GRADIENTS,
@@ -20,7 +20,7 @@ from torchshear.pruners.statistics._statistics import (
     Statistics,
     Sum,
 )
-from torchshear.pruners.statistics._sums import RowAccumulator, ValueAccumulator, WeightAccumulator
+from torchshear.pruners.statistics._sums import HeadAccumulator, RowAccumulator, ValueAccumulator, WeightAccumulator
 from torchshear.pruners.statistics._taps import GroupTaps, find_layers, find_taps
 
 Loss = Callable[[Any, Any], Tensor]
@@ -52,11 +52,12 @@ class Run:
         self._source = sample_input(self.graph)
         self._read_state()
         self.gates = self._gates(taps)
+        self._lines: dict[str, dict[int, int]] = {}
         self.rows = self._row_sums()
-        row_dims = {name: dim for name, (dim, _, _) in self.rows.items()}
-        row_dims = {bias: 0 for _, bias, _ in self.rows.values() if bias} | row_dims
+        self.heads = self._head_sums()
         self.weights = {
-            name: WeightAccumulator(self.graph.state[name].tensor, sums, row_dims.get(name)) for name in self.parameters
+            name: WeightAccumulator(self.graph.state[name].tensor, sums, self._lines.get(name, {}))
+            for name in self.parameters
         }
 
     def _value_sums(self) -> dict[tuple[str, int], ValueAccumulator]:
@@ -88,17 +89,31 @@ class Run:
         device = next((t.device for t in self.graph.inputs.tensors()), torch.device("cpu"))
         return Gates(self.groups, taps if "gates" in self.sums and self.loss_fn else {}, device)
 
-    def _row_sums(self) -> dict[str, tuple[int, str, RowAccumulator]]:
-        """Weight -> (dimension of its rows, its bias, sums), for weights whose rows make units of a group."""
+    def _row_sums(self) -> dict[tuple[str, int], tuple[str, RowAccumulator]]:
+        """(weight, dimension of its rows) -> (its bias, sums), for weights whose rows make units of a group."""
         bias_of = {layer.weight: layer.bias for layer in self.layers}
-        found: dict[str, tuple[int, str, RowAccumulator]] = {}
+        found: dict[tuple[str, int], tuple[str, RowAccumulator]] = {}
         for group in self.groups.prunable if "rows" in self.sums else ():
             for member in group.members:
                 if member.name in self.parameters and member.roles & OWN_ROLES:
-                    length = self.graph.state[member.name].shape[member.dim]
                     bias = bias_of.get(member.name, "")
-                    fits = bias in self.parameters and self.graph.state[bias].shape == (length,)
-                    found[member.name] = (member.dim, bias if fits else "", RowAccumulator(length))
+                    fits = bias in self.parameters and self.graph.state[bias].shape == (member.size,)
+                    found[member.name, member.dim] = (bias if fits else "", RowAccumulator(member.size))
+                    self._lines.setdefault(member.name, {})[member.dim] = member.n_blocks
+                    if fits:
+                        self._lines.setdefault(bias, {})[0] = 0
+        return found
+
+    def _head_sums(self) -> dict[str, HeadAccumulator]:
+        """Name of a group of attention heads -> sums, for groups that some layer reads."""
+        found: dict[str, HeadAccumulator] = {}
+        for group in self.groups.prunable if "heads" in self.sums else ():
+            reading = [m for m in group.members if m.name in self.parameters and m.roles & READING_ROLES]
+            if group.role in HEADS and reading:
+                columns = {(m.name, m.dim): (torch.from_numpy(m.positions), torch.from_numpy(m.units)) for m in reading}
+                found[group.name] = HeadAccumulator(group.width, columns)
+                for member in reading:
+                    self._lines.setdefault(member.name, {})[member.dim] = member.n_blocks
         return found
 
     def batch(self, leaves: list[Any], target: Any) -> None:
@@ -152,7 +167,7 @@ class Run:
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, allow_unused=True)
         found = dict(zip(held, gradients, strict=False))
         self._check_reach(found)
-        products: dict[str, Tensor | None] = {}
+        products: dict[tuple[str, int], Tensor] = {}
         bad: set[str] = set()
         with torch.no_grad():
             for name, accumulator in self.weights.items():
@@ -160,13 +175,15 @@ class Run:
                 if gradient is None:
                     accumulator.skip()
                 else:
-                    products[name], is_finite = accumulator.add(gradient)
+                    lines, is_finite = accumulator.add(gradient)
+                    products |= {(name, dim): line for dim, line in lines.items()}
                     bad |= set() if is_finite else {name}
             self._check_finite(bad)
-            for name, (_, bias, rows) in self.rows.items():
-                product = products.get(name)
-                if product is not None:
-                    rows.add(product, products.get(bias))
+            for key, (bias, rows) in self.rows.items():
+                if key in products:
+                    rows.add(products[key], products.get((bias, 0)))
+            for heads in self.heads.values():
+                heads.add(products)
             self.gates.finish()
 
     def _check_reach(self, gradients: dict[str, Tensor | None]) -> None:
@@ -195,8 +212,9 @@ class Run:
             n_samples=self.n_samples,
             values={key: sums.result() for key, sums in self.values.items() if sums.count},
             weights={name: one.result() for name, one in self.weights.items()} if self.sums & SUMS_OF_WEIGHTS else {},
-            rows={name: sums.result() for name, (_, _, sums) in self.rows.items()},
+            rows={key: sums.result() for key, (_, sums) in self.rows.items()},
             gates=self.gates.result(),
+            heads={name: sums.result() for name, sums in self.heads.items()},
             taps=self.shown,
             layers=self.layers,
             sums=self.sums,

@@ -13,11 +13,12 @@ Sum = Literal[
     "inputs",  # squares of what layers read
     "taylor", "saliency", "momentum", "gradient",  # of gradients: attributes of WeightSums
     "rows",  # RowSums
+    "heads",  # gates on what layers read of attention heads
     "gates",  # GateSums
 ]  # fmt: skip
 SUMS_OF_VALUES: frozenset[Sum] = frozenset({"zeros", "total", "magnitude", "squares"})
 SUMS_OF_WEIGHTS: frozenset[Sum] = frozenset({"taylor", "saliency", "momentum", "gradient"})
-SUMS_OF_GRADIENTS: frozenset[Sum] = SUMS_OF_WEIGHTS | {"rows", "gates"}  # those that need a loss
+SUMS_OF_GRADIENTS: frozenset[Sum] = SUMS_OF_WEIGHTS | {"rows", "heads", "gates"}  # those that need a loss
 ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum))
 MOMENTUM = 0.9  # weight of what was seen before, in the criterion |W g| with momentum
 
@@ -51,7 +52,7 @@ class WeightSums:
     What was not asked for has shape (0,).
 
     Attributes:
-        taylor: sum of (w g_b)^2; shape of the parameter, float32, on its device.
+        taylor: sum of (w g_b)^2; shape of the parameter, on its device; float32, or float64 like the parameter.
         saliency: sum of |w g_b|.
         momentum: S of the last batch, where S <- 0.9 S + |w g_b|.
         gradient: sum of |g_b|.
@@ -66,6 +67,8 @@ class WeightSums:
 @dataclass(frozen=True, slots=True, eq=False)
 class RowSums:
     """Sums over batches b for each row c of a layer, of r_b = sum of w g_b over the row's weights and its bias.
+
+    Rows of all blocks one after another, where a dimension is blocked.
 
     Attributes:
         squares: sum of r_b^2, shape (rows,), float64, on the CPU.
@@ -82,7 +85,7 @@ class GateSums:
 
     Attributes:
         squares: sum over samples of the squared gradient, shape (C,), float64, on the CPU.
-        batches: gradient of each batch, shape (C, n_batches), float32.
+        batches: gradient of each batch, shape (C, n_batches), likewise.
     """
 
     squares: Tensor
@@ -99,8 +102,10 @@ class Statistics:
         n_samples: number of samples, over all processes.
         values: (node, dimension) -> sums of the value of that node.
         weights: canonical name of a parameter -> its sums; empty if none was asked for or no loss was given.
-        rows: canonical name of a weight -> sums of its rows; likewise.
+        rows: (canonical name of a weight, dimension) -> sums of its rows along that dimension; likewise.
         gates: name of a group -> sums of its gates; likewise.
+        heads: name of a group of attention heads -> sum over batches of |dL_b/dxi|, xi multiplying what the layers that
+            read a head read of it; shape (C,), float64, on the CPU; likewise.
         taps: name of a group -> where its units show: behind its activations, or behind its layers if it has none.
         layers: calls that read a weight.
         sums: what was summed.
@@ -113,8 +118,9 @@ class Statistics:
     n_samples: int
     values: Mapping[tuple[str, int], ValueSums]
     weights: Mapping[str, WeightSums]
-    rows: Mapping[str, RowSums]
+    rows: Mapping[tuple[str, int], RowSums]
     gates: Mapping[str, GateSums]
+    heads: Mapping[str, Tensor]
     taps: Mapping[str, tuple[Tap, ...]]
     layers: tuple[Layer, ...]
     sums: frozenset[Sum] = ALL_SUMS

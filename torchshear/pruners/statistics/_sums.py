@@ -1,7 +1,7 @@
 """Running sums, one object for each thing that is watched. Each number is read in pieces that stay in the cache."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -51,10 +51,10 @@ class ValueAccumulator:
         """Count another value in; half precision is summed in float32, and all batches together in float64."""
         value = value.detach()
         for piece in pieces_of(value, 1 if self._dim == 0 else 0):
-            wide = piece if piece.dtype in (torch.float32, torch.float64) else piece.to(torch.float32)
+            numbers = wide(piece)
             for word in self._totals:
                 if word != "magnitude" or not self._copied:
-                    self._totals[word] = self._totals[word] + self._sum(word, wide)
+                    self._totals[word] = self._totals[word] + self._sum(word, numbers)
         self.count += math.prod(value.shape) // value.shape[self._dim]
 
     def _sum(self, word: Sum, piece: Tensor) -> Tensor:
@@ -74,6 +74,15 @@ def _nothing() -> Tensor:
     return torch.zeros(0, dtype=torch.float64)
 
 
+def wide(value: Tensor) -> Tensor:
+    """A value in float32, or in float64 if that is what it comes in."""
+    return value.to(_wide_dtype(value))
+
+
+def _wide_dtype(value: Tensor) -> torch.dtype:
+    return torch.float64 if value.dtype == torch.float64 else torch.float32
+
+
 def pieces_of(value: Tensor, along: int) -> Sequence[Tensor]:
     """A value cut along a dimension, if it is larger than a piece and its processor has a cache that is worth it."""
     if value.numel() <= _PIECE or value.device.type != "cpu" or along >= value.ndim:
@@ -88,44 +97,44 @@ def sum_but(value: Tensor, dims: Collection[int]) -> Tensor:
 
 
 class WeightAccumulator:
-    """Sums over batches for each number of a parameter, and for its rows; in float32 whatever the parameter's dtype.
+    """Sums over batches for each number of a parameter, and for its rows or columns; in float32 at least.
 
     Args:
         weight: the parameter.
         wanted: which sums to take.
-        row_dim: dimension of its rows; None if what rows add up to is not asked for.
+        lines: dimensions along which to add up weight times gradient at each position, with their numbers of blocks;
+            see `torchshear.dependency.Member`.
     """
 
-    def __init__(self, weight: Tensor, wanted: Collection[Sum], row_dim: int | None) -> None:
+    def __init__(self, weight: Tensor, wanted: Collection[Sum], lines: Mapping[int, int]) -> None:
         self._weight = weight.detach()
-        self._row_dim = row_dim
+        self._lines = lines
         self.sums: dict[Sum, Tensor] = {
-            word: torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+            word: torch.zeros(weight.shape, dtype=_wide_dtype(weight), device=weight.device)
             for word in sorted(SUMS_OF_WEIGHTS & set(wanted))
         }
 
-    def add(self, gradient: Tensor) -> tuple[Tensor | None, bool]:
+    def add(self, gradient: Tensor) -> tuple[dict[int, Tensor], bool]:
         """Count the gradient of a batch in.
 
         Returns:
-            For each row the sum of weight times gradient, float64 on the CPU, or None if that is not asked for; and
-            whether all of the gradient is finite.
+            For each dimension that is asked for, the sum of weight times gradient at each position, float64 on the CPU;
+            and whether all of the gradient is finite.
         """
-        rows: list[Tensor] = []
+        lines: dict[int, list[Tensor]] = {dim: [] for dim in self._lines}
         is_finite = True
         pieces = [pieces_of(tensor, 0) for tensor in (self._weight, gradient, *self.sums.values())]
         for weight, part, *sums in zip(*pieces, strict=True):
-            wide = part.to(torch.float32)
-            is_finite &= math.isfinite(float(wide.sum())) or bool(torch.isfinite(wide).all())
-            if self._row_dim is None and not sums:
+            numbers = wide(part)
+            is_finite &= math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())
+            if not lines and not sums:
                 continue
-            product = weight.to(torch.float32) * wide
-            if self._row_dim is not None:
-                rows.append(sum_but(product, [self._row_dim]).double().cpu())
-            self._count_in(dict(zip(self.sums, sums, strict=True)), product, wide)
-        if self._row_dim is None:
-            return None, is_finite
-        return (torch.cat(rows) if self._row_dim == 0 else torch.stack(rows).sum(0)), is_finite
+            product = wide(weight) * numbers
+            for dim, found in lines.items():
+                sums_here = sum_but(product, {0, dim} if self._lines[dim] else {dim})
+                found.append(sums_here.to("cpu", torch.float64, copy=True))  # the product is written to below
+            self._count_in(dict(zip(self.sums, sums, strict=True)), product, numbers)
+        return {dim: _joined(found, dim, self._lines[dim]) for dim, found in lines.items()}, is_finite
 
     @staticmethod
     def _count_in(sums: dict[Sum, Tensor], product: Tensor, gradient: Tensor) -> None:
@@ -150,6 +159,14 @@ class WeightAccumulator:
         return WeightSums(**{word: self.sums.get(word, _nothing().float()) for word in SUMS_OF_WEIGHTS})
 
 
+def _joined(lines: Sequence[Tensor], dim: int, n_blocks: int) -> Tensor:
+    """What pieces of a weight along dimension 0 add up to at each position of a dimension, its blocks in turn."""
+    if n_blocks:
+        rows = torch.cat(list(lines))
+        return rows.reshape(n_blocks, -1, rows.shape[1]).sum(1).flatten()
+    return torch.cat(list(lines)) if dim == 0 else torch.stack(list(lines)).sum(0)
+
+
 class RowAccumulator:
     """Sums over batches of what a layer's rows add up to."""
 
@@ -168,6 +185,31 @@ class RowAccumulator:
         return RowSums(self._squares, self._magnitude)
 
 
+class HeadAccumulator:
+    """Sums over batches of the gradients of a group's gates, each of which multiplies what layers read of one unit.
+
+    Args:
+        width: number of units.
+        columns: for each dimension of a weight that reads them, (name, dimension) -> (positions, units).
+    """
+
+    def __init__(self, width: int, columns: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
+        self.columns = columns
+        self._magnitude = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, lines: Mapping[tuple[str, int], Tensor]) -> None:
+        """Count what columns add up to in a batch in; those that the loss does not depend on are left out."""
+        gates = torch.zeros_like(self._magnitude)
+        for key, (positions, units) in self.columns.items():
+            if key in lines:
+                gates.index_add_(0, units, lines[key][positions])
+        self._magnitude += gates.abs()
+
+    def result(self) -> Tensor:
+        """What was summed."""
+        return self._magnitude.clone()
+
+
 class GateAccumulator:
     """Sums over samples and batches of the gradients of a group's gates."""
 
@@ -177,13 +219,11 @@ class GateAccumulator:
 
     def add(self, gradient: Tensor) -> None:
         """Count the gradients of a batch in, shape (samples, width)."""
-        wide = gradient.double().cpu()
-        self._squares += wide.square().sum(0)
-        self._batches.append(wide.sum(0).float())
+        each = gradient.double().cpu()
+        self._squares += each.square().sum(0)
+        self._batches.append(each.sum(0))
 
     def result(self) -> GateSums:
         """What was summed."""
-        batches = (
-            torch.stack(self._batches, 1) if self._batches else self._squares.new_zeros(len(self._squares), 0).float()
-        )
+        batches = torch.stack(self._batches, 1) if self._batches else self._squares.new_zeros(len(self._squares), 0)
         return GateSums(self._squares, batches)

@@ -109,11 +109,12 @@ def find_layers(graph: Graph) -> Iterator[Layer]:
         if not held or not computed:
             continue
         names = [str(n.target) for n in held]
-        bias = next((n for n in names[1:] if graph.state[n].tensor.ndim == 1), "")
+        weight = next((n for n in names if graph.state[n].tensor.ndim > 1), names[0])  # `addmm` has the bias first
+        bias = next((n for n in names if n != weight and graph.state[n].tensor.ndim == 1), "")
         dim = _CHANNEL_OF_INPUT.get(_short(node))
         if dim is not None and dim < 0:
             dim += len(shape_of(computed[0]))
-        yield Layer(node.name, names[0], bias, computed[0].name, dim)
+        yield Layer(node.name, weight, bias, computed[0].name, dim)
 
 
 def _is_state(node: fx.Node) -> bool:

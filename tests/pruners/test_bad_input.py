@@ -1,0 +1,142 @@
+"""Data, losses, models and ratios that do not fit: one clear error, or a limit that holds, for every criterion."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from tests.models import randomise
+from tests.pruners.test_every_criterion import is_scored, mixed, score
+from tests.pruners.test_statistics import Net, analysed, batches
+from torchshear.errors import ArgumentError, DataError, PlanError
+from torchshear.pruners import registered_criteria
+from torchshear.pruners.criteria import needs_of
+from torchshear.pruners.statistics import SUMS_OF_GRADIENTS
+
+ON_DATA = tuple(name for name in registered_criteria() if needs_of(name))
+ON_GRADIENTS = tuple(name for name in ON_DATA if needs_of(name) & SUMS_OF_GRADIENTS)
+ANALYSED = analysed(randomise(Net()).eval())
+
+
+def second(first: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A loss that fits for one batch, and is another from then on."""
+    calls: list[int] = []
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        return functional.cross_entropy(output, target) if len(calls) == 1 else first(output, target)
+
+    return loss_fn
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "the loader gave no batch; expected at least one"),
+        (iter(()), "An iterator that was used before is empty"),
+        (batches(2), "the loader ended after 2 of 3 batches; give a longer one, or ask for batches=2"),
+        ([*batches(1), {"image": 1}], "batch 1 is a dictionary with image; 1 positional arguments missing: expected"),
+        (
+            [*batches(2), (1, 2, 3)],
+            r"batch 2 is tuple\(int, int, int\); expected inputs as the model was captured with",
+        ),
+        ([(torch.zeros(4, 3, 7, 6), torch.zeros(4))], r"batch 0 holds a tensor of shape \(4, 3, 7, 6\)"),
+        ([(torch.zeros(4, 3, 6, 6).long(), torch.zeros(4))], "batch 0 holds a tensor of dtype torch.int64"),
+    ],
+)
+@pytest.mark.parametrize("name", ON_DATA)
+def test_a_loader_that_does_not_fit_is_refused(name: str, loader: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        torchshear.collect(ANALYSED, loader, functional.cross_entropy, 3, criteria=name)
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda out, target: out, r"the loss of batch 1 is a tensor of shape \(4, 5\); expected a scalar tensor"),
+        (lambda out, target: float(out.detach().sum()), "the loss of batch 1 is float; expected a scalar tensor"),
+        (lambda out, target: out.detach().sum(), "the loss of batch 1 does not depend on the model's outputs"),
+        (lambda out, target: out.sum() * torch.nan, "the loss of batch 1 is nan; expected a finite number"),
+        (lambda out, target: out.sum() * torch.inf, "the loss of batch 1 is -?inf; expected a finite number"),
+        (
+            lambda out, target: (out * 0).sum().sqrt(),
+            r"gradients of batch 1 are NaN or infinite at '.*', of group 'stem.weight\[0\]'. Scale the loss",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ON_GRADIENTS)
+def test_a_loss_that_does_not_fit_is_refused(name: str, loss_fn: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        torchshear.collect(ANALYSED, batches(), second(loss_fn), 3, criteria=name)
+
+
+class TwoHeads(nn.Module):
+    """Two outputs, of which a loss may look at one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.one, self.two = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        return self.one(x), self.two(x)
+
+
+@pytest.mark.parametrize("name", ON_GRADIENTS)
+def test_a_group_that_no_gradient_reaches_is_named(name: str) -> None:
+    with pytest.raises(DataError, match=r"no gradient of the loss reaches group 'one.0.weight\[0\]' \(one.0.weight"):
+        torchshear.collect(TWO_HEADS, batches(), lambda out, target: out[1].mean(), 1, criteria=name)
+
+
+TWO_HEADS = analysed(randomise(TwoHeads()).eval())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
+    groups = torchshear.analyze(
+        torchshear.trace(randomise(Net()).to(dtype).eval(), (torch.zeros(2, 3, 6, 6, dtype=dtype),))
+    )
+    data = [(x.to(dtype), target) for x, target in batches()]
+    statistics = torchshear.collect(groups, data, lambda out, t: functional.cross_entropy(out.float(), t), 3)
+    assert statistics.notes == (f"the model computes in {dtype}; sums are float32",)
+    tensors = [
+        getattr(sums, word)
+        for table in (statistics.values, statistics.weights, statistics.rows, statistics.gates)
+        for sums in table.values()
+        for word in sums.__slots__
+        if word != "count"
+    ]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.float64}
+    for name in registered_criteria():
+        for group in groups:
+            assert np.isfinite(score(name, groups, group, statistics)).all()
+
+
+def test_apoz_is_refused_where_no_exact_zeros_can_occur() -> None:
+    groups = analysed(randomise(Net(functional.silu)).eval())
+    statistics = torchshear.collect(groups, batches(), None, 3, criteria=["apoz", "mean_activation"])
+    with pytest.raises(
+        ArgumentError, match="no activation .* gives exact zeros.*use 'mean_activation' or 'activation_v"
+    ):
+        torchshear.plan(groups, "apoz", statistics=statistics)
+    assert torchshear.plan(groups, "mean_activation", statistics=statistics).n_cut
+
+
+@pytest.mark.parametrize("name", registered_criteria())
+def test_no_ratio_empties_a_group(name: str) -> None:
+    _, groups, statistics = mixed()
+    plan = torchshear.plan(groups, name, 0.999, statistics=statistics)
+    for group in groups:
+        least = group.n_blocks if is_scored(name, groups, group, statistics) else group.width
+        assert len(plan.kept[group.name]) == least
+        assert group.balance is None or len(set(group.balance[plan.kept[group.name]])) == group.n_blocks
+    with pytest.raises(
+        PlanError, match=r"is to remove \d+ of \d+ units of .* that are ranked together; at most \d+ can go"
+    ):
+        torchshear.plan(groups, name, 0.999, statistics=statistics, scope="global")

@@ -1,0 +1,366 @@
+"""What holds for every registered criterion, so that a new one is tested the day it is added."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from tests.models import Attention, Tied, randomise
+from tests.pruners import naive
+from tests.pruners.test_sensitivity import Block, Gated
+from tests.pruners.test_sensitivity import data as tokens
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member
+from torchshear.errors import ArgumentError
+from torchshear.pruners import Statistics, UnscorableError, find_criterion, plan_from_kept, registered_criteria
+from torchshear.pruners._scoring import COMBINE, group_scores
+
+CRITERIA = registered_criteria()
+BY_DEFINITION = tuple(name for name in CRITERIA if name != "random")  # which follows no formula
+SCOPES = ("local", "global", "isomorphic")
+DIGITS = {"fpgm": 1e-5}  # its distances are worked out in float32
+
+
+def weights_of(groups: ChannelGroups) -> dict[str, Tensor]:
+    return {name: entry.tensor.detach() for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+
+
+def score(name: str, groups: ChannelGroups, group: ChannelGroup, statistics: Statistics) -> np.ndarray:
+    return group_scores(group, find_criterion(name), weights_of(groups), statistics)
+
+
+def is_scored(name: str, groups: ChannelGroups, group: ChannelGroup, statistics: Statistics) -> bool:
+    try:
+        score(name, groups, group, statistics)
+    except UnscorableError:
+        return False
+    return True
+
+
+# -- against the definitions ------------------------------------------------------------------------------------------
+
+TOYS = {"residual": naive.Residual, "grouped": naive.Grouped}
+
+
+def images(count: int = 3, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(3, 3, 5, 5, generator=generator).to(dtype), torch.randint(0, 5, (3,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+@cache
+def toy(name: str) -> tuple[naive.Watched, ChannelGroups, Statistics]:
+    model = randomise(TOYS[name]()).double().eval()
+    groups = torchshear.analyze(torchshear.trace(model, (images()[0][0],)))
+    model.seen.clear()
+    return naive.Watched(model, images()), groups, torchshear.collect(groups, images(), functional.cross_entropy, 3)
+
+
+def test_every_criterion_has_a_definition_to_be_compared_with() -> None:
+    assert sorted(naive.NAIVE) == sorted(BY_DEFINITION)
+
+
+@pytest.mark.parametrize("net", TOYS)
+@pytest.mark.parametrize("name", naive.NAIVE)
+def test_scores_are_the_definition(name: str, net: str) -> None:
+    seen, groups, statistics = toy(net)
+    assert [group.name for group in groups] == list(TOYS[net].parts)
+    for group in groups:
+        expected = naive.scores(name, seen, TOYS[net].parts[group.name])
+        np.testing.assert_allclose(score(name, groups, group, statistics), expected, rtol=DIGITS.get(name, 1e-8))
+
+
+# -- permutation and order --------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Batch norms, a residual sum, a grouped and a depthwise convolution, and linear layers behind a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.one, self.one_norm = nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12)
+        self.deep, self.two = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 8, 1)
+        self.hidden, self.head = nn.Linear(32, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y = torch.relu(self.deep(torch.relu(self.one_norm(self.one(x)))))
+        x = torch.relu(x + self.two(y))
+        return self.head(torch.relu(self.hidden(functional.adaptive_avg_pool2d(x, 2).flatten(1))))
+
+
+def collected(
+    model: nn.Module, data: list[Any], loss_fn: Any = functional.cross_entropy
+) -> tuple[ChannelGroups, Statistics]:
+    groups = torchshear.analyze(torchshear.trace(model, (data[0][0],)))
+    return groups, torchshear.collect(groups, data, loss_fn, len(data))
+
+
+def permuted(member: Member, weight: Tensor, order: np.ndarray) -> Tensor:
+    """A weight in which unit c has what unit order[c] had."""
+    lines = (
+        weight.reshape(member.n_blocks, -1, *weight.shape[1:]).movedim(member.dim + 1, 1).flatten(0, 1).clone()
+        if member.n_blocks
+        else weight.movedim(member.dim, 0).clone()
+    )
+    places = [member.positions[member.units == unit] for unit in range(len(order))]
+    source = lines.clone()
+    for unit, other in enumerate(order):
+        lines[places[unit]] = source[places[other]]
+    if not member.n_blocks:
+        return lines.movedim(0, member.dim)
+    rows = lines.unflatten(0, (member.n_blocks, -1)).movedim(1, member.dim + 1)
+    return rows.reshape(weight.shape)
+
+
+@cache
+def mixed() -> tuple[nn.Module, ChannelGroups, Statistics]:
+    model = randomise(Mixed()).double().eval()
+    return (model, *collected(model, images()))
+
+
+@cache
+def after_permuting(index: int, is_alike: bool) -> tuple[np.ndarray, ChannelGroups, Statistics]:
+    """The order, and groups and statistics of the network in which the units of one group are permuted.
+
+    Args:
+        index: number of the group.
+        is_alike: whether all balanced blocks are permuted in the same way.
+    """
+    model, groups, _ = mixed()
+    group = groups[index]
+    order = np.arange(group.width)
+    for block in range(group.n_blocks):
+        here = order if group.balance is None else np.flatnonzero(group.balance == block)
+        order[here] = here[np.random.default_rng(index if is_alike else block).permutation(len(here))]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for member in group.members:
+        state[member.name] = permuted(member, state[member.name], order)
+    other = Mixed().double().eval()
+    other.load_state_dict(state)
+    for x, _ in images():
+        torch.testing.assert_close(other(x), model(x))
+    return (order, *collected(other, images()))
+
+
+@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("name", BY_DEFINITION)
+def test_permuting_a_group_permutes_its_scores_and_nothing_else(name: str, index: int) -> None:
+    _, groups, statistics = mixed()
+    # Distances of filters that read different channels, as those of a grouped convolution, are taken in order.
+    order, others, seen = after_permuting(index, name == "fpgm")
+    assert (order != np.arange(len(order))).any()
+    assert len(groups) == 3
+    plans = [torchshear.plan(g, name, 0.5, statistics=s) for g, s in ((groups, statistics), (others, seen))]
+    for number, (group, other) in enumerate(zip(groups, others, strict=True)):
+        if not is_scored(name, groups, group, statistics):
+            assert not is_scored(name, others, other, seen)
+            continue
+        before, after = score(name, groups, group, statistics), score(name, others, other, seen)
+        digits = DIGITS.get(name, 1e-7)
+        np.testing.assert_allclose(after, before[order] if number == index else before, rtol=digits)
+        # Scores of what stays: among equal ones it is the place that decides.
+        kept = [np.sort(found[plan.kept[group.name]]) for found, plan in zip((before, after), plans, strict=True)]
+        np.testing.assert_allclose(*kept, rtol=digits)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_order_of_members_does_not_matter(name: str) -> None:
+    _, groups, statistics = mixed()
+    for group in groups:
+        turned = replace(group, members=group.members[::-1])
+        if not is_scored(name, groups, group, statistics):
+            assert not is_scored(name, groups, turned, statistics)
+            continue
+        expected = score(name, groups, group, statistics)
+        np.testing.assert_allclose(score(name, groups, turned, statistics), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("combine", [word for word in COMBINE if word != "geometric"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_members_are_scored_apart(name: str, combine: str) -> None:
+    _, groups, statistics = mixed()
+    plan = torchshear.plan(groups, name, 0.5, statistics=statistics, combine=combine)
+    assert plan.n_cut
+    for group in groups:
+        if is_scored(name, groups, group, statistics):
+            assert len(plan.kept[group.name]) < group.width
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_same_seed_gives_the_same_plan(name: str) -> None:
+    _, groups, statistics = mixed()
+    again, seen = mixed_again()
+    for scope in SCOPES:
+        plans = [
+            torchshear.plan(g, name, 0.5, statistics=s, scope=scope) for g, s in ((groups, statistics), (again, seen))
+        ]
+        assert plans[0] == plans[1]
+
+
+@cache
+def mixed_again() -> tuple[ChannelGroups, Statistics]:
+    return mixed.__wrapped__()[1:]
+
+
+# -- every kind of layer ----------------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """A class token, positions and a scale for each channel: parameters of no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.token = nn.Linear(6, 8), nn.Parameter(torch.zeros(1, 1, 8))
+        self.positions, self.scale = nn.Parameter(torch.zeros(1, 5, 8)), nn.Parameter(torch.ones(8))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], 1) + self.positions
+        return self.head(self.norm(x * self.scale)[:, 0])
+
+
+class Recurrent(nn.Module):
+    """Two layers of an LSTM in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True), nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+class Experts(nn.Module):
+    """Weights of all experts in one tensor, and a router."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(6, 4), nn.Linear(6, 3)
+        self.up, self.down = nn.Parameter(torch.zeros(4, 6, 9)), nn.Parameter(torch.zeros(4, 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.einsum("bnd,edf->benf", x, self.up).relu()
+        y = torch.einsum("benf,efd->bend", y, self.down)
+        return self.head((y * self.router(x).softmax(-1).permute(0, 2, 1)[..., None]).sum(1))
+
+
+def chain(*layers: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(*layers)
+
+
+SEQUENCE, MAP, VOLUME, WORDS = (3, 3, 8), (3, 3, 6, 6), (3, 3, 5, 5, 5), (3, 4, 6)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv1d": (chain(nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Conv1d(6, 4, 1)), SEQUENCE),
+    "conv3d": (chain(nn.Conv3d(3, 6, 3), nn.BatchNorm3d(6), nn.SiLU(), nn.Conv3d(6, 4, 1)), VOLUME),
+    "transposed1d": (chain(nn.ConvTranspose1d(3, 6, 3), nn.ReLU(), nn.ConvTranspose1d(6, 4, 1)), SEQUENCE),
+    "transposed2d in groups": (
+        chain(nn.Conv2d(3, 4, 1), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.BatchNorm2d(6), nn.Conv2d(6, 4, 1)),
+        MAP,
+    ),
+    "transposed3d": (chain(nn.ConvTranspose3d(3, 6, 2), nn.ReLU(), nn.Conv3d(6, 4, 1)), VOLUME),
+    "depthwise": (chain(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.PReLU(6), nn.Conv2d(6, 4, 1)), MAP),
+    "group norm": (chain(nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 4, 1)), MAP),
+    "instance norm": (
+        chain(nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.Conv2d(6, 4, 1)),
+        MAP,
+    ),
+    "norm without scale": (
+        chain(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6, affine=False), nn.ReLU(), nn.Conv2d(6, 4, 1)),
+        MAP,
+    ),
+    "linear": (chain(nn.Linear(6, 9), nn.LayerNorm(9), nn.GELU(), nn.Linear(9, 4, bias=False)), WORDS),
+    "root mean square norm": (chain(nn.Linear(6, 9, bias=False), nn.RMSNorm(9), nn.Linear(9, 4)), WORDS),
+    "embedding": (Tied, ()),
+    "parameters": (Tokens, WORDS),
+    "lstm": (Recurrent, WORDS),
+    "experts": (Experts, WORDS),
+    "attention": (lambda: nn.Sequential(Attention(), nn.Linear(24, 4)), (3, 4, 24)),
+}
+
+
+def output_loss(output: Tensor, _: Tensor) -> Tensor:
+    """Another weight for each number of a sample, so that no gradient is the same everywhere."""
+    return (torch.linspace(-1, 2, output[0].numel(), dtype=output.dtype) * output.flatten(1).square()).mean()
+
+
+@cache
+def layers_of(kind: str) -> tuple[ChannelGroups, Statistics]:
+    build, shape = LAYERS[kind]
+    generator = torch.Generator().manual_seed(0)
+    data: list[Any] = [
+        (torch.randn(shape, generator=generator).double() if shape else torch.randint(11, (3, 4), generator=generator),)
+        for _ in range(2)
+    ]
+    return collected(randomise(build()).double().eval(), data, output_loss)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_scores_are_finite_or_there_is_a_reason(name: str, kind: str) -> None:
+    groups, statistics = layers_of(kind)
+    assert groups.prunable
+    reasons = []
+    for group in groups.prunable:
+        try:
+            found = score(name, groups, group, statistics)
+        except UnscorableError as error:
+            reasons.append(str(error))
+            continue
+        assert found.shape == (group.width,)
+        assert np.isfinite(found).all()
+        assert (found >= 0).all()
+    assert all(reason.startswith(f"{name}: ") for reason in reasons)
+    if len(reasons) < len(groups.prunable):
+        plan = torchshear.plan(groups, name, 0.5, statistics=statistics)
+        assert sum(name in group.note for group in plan.groups if "stays whole" in group.note) >= len(reasons)
+    else:
+        with pytest.raises(ArgumentError, match=f"cannot score any of .* groups: stays whole: {name}"):
+            torchshear.plan(groups, name, 0.5, statistics=statistics)
+
+
+# -- shrunk models ----------------------------------------------------------------------------------------------------
+
+NETS: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {
+    "mixed": (Mixed, images()),
+    "attention": (Block, tokens(3, 5, 12)),
+    "gated": (Gated, tokens(3, 12)),
+}
+
+
+@cache
+def net(name: str) -> tuple[nn.Module, ChannelGroups, Statistics]:
+    build, data = NETS[name]
+    model = randomise(build()).double().eval()
+    return (model, *collected(model, data))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("which", NETS)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_what_is_shrunk_equals_what_is_masked(name: str, which: str, scope: str) -> None:
+    _, groups, statistics = net(which)
+    if not any(is_scored(name, groups, group, statistics) for group in groups.prunable):
+        with pytest.raises(ArgumentError, match="cannot score any"):
+            torchshear.plan(groups, name, 0.5, statistics=statistics, scope=scope)
+        return
+    plan = torchshear.plan(groups, name, 0.5, statistics=statistics, scope=scope)
+    assert plan.n_cut
+    assert proved(which, tuple((group, tuple(units.tolist())) for group, units in plan.kept.items())) < 1e-9
+
+
+@cache
+def proved(which: str, kept: tuple[tuple[str, tuple[int, ...]], ...]) -> float:
+    """How far a network with these units is from the masked one."""
+    model, groups, _ = net(which)
+    plan = plan_from_kept(groups, {name: list(units) for name, units in kept})
+    return torchshear.verify(model, torchshear.shrink(model, plan), plan, (NETS[which][1][0][0],)).max_error

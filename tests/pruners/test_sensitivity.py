@@ -1,0 +1,192 @@
+"""Gradient sensitivity: heads against a mask that is multiplied into the model, rows against a naive loop; float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from torchshear.dependency import ChannelGroups
+from torchshear.pruners import Statistics, UnscorableError, find_criterion
+
+
+class Block(nn.Module):
+    """Attention of six query heads, of which three share a key and value head, and a feed-forward part."""
+
+    def __init__(self, kv_heads: int = 6) -> None:
+        super().__init__()
+        self.kv_heads, self.n_shared = kv_heads, 6 // kv_heads
+        self.q, self.kv, self.o = nn.Linear(12, 24), nn.Linear(12, 8 * kv_heads), nn.Linear(24, 12)
+        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor, xi: Tensor | None = None) -> Tensor:
+        batch, tokens, _ = x.shape
+        q = self.q(x).reshape(batch, tokens, self.kv_heads, self.n_shared, 4).permute(0, 2, 3, 1, 4)
+        k, v = self.kv(x).reshape(batch, tokens, 2, self.kv_heads, 1, 4).permute(2, 0, 3, 4, 1, 5).unbind(0)
+        heads = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        heads = heads if xi is None else heads * xi[:, :, None, None]
+        x = x + self.o(heads.permute(0, 3, 1, 2, 4).reshape(batch, tokens, 24))
+        x = x + self.down(functional.gelu(self.up(x)))
+        return self.head(x.mean(1))
+
+
+def data(*shape: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(*shape, generator=generator).to(dtype), torch.randint(0, 5, shape[:1], generator=generator))
+        for _ in range(4)
+    ]
+
+
+def seen(model: nn.Module, *shape: int) -> tuple[ChannelGroups, Statistics]:
+    groups = torchshear.analyze(torchshear.trace(model, (torch.zeros(*shape).double(),)))
+    return groups, torchshear.collect(groups, data(*shape), functional.cross_entropy, 4, criteria="sensitivity")
+
+
+def score(groups: ChannelGroups, statistics: Statistics, role: str) -> Tensor:
+    (group,) = [group for group in groups if group.role == role]
+    return find_criterion("sensitivity")(group, {}, statistics)
+
+
+@pytest.mark.parametrize("kv_heads", [6, 2])
+def test_heads_are_scored_by_the_gradient_of_a_mask(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    model = Block(kv_heads).double().eval()
+    groups, statistics = seen(model, 3, 5, 12)
+    masks = []
+    for x, target in data(3, 5, 12):
+        xi = torch.ones(kv_heads, 6 // kv_heads, dtype=torch.float64, requires_grad=True)
+        masks += torch.autograd.grad(functional.cross_entropy(model(x, xi), target), xi)
+    # Query heads, each in all sets that share a key and value head; and these, each with the set that it serves.
+    totals = [torch.stack([mask.sum(dim) for mask in masks]).abs().sum(0) for dim in (0, 1)]
+    expected = {len(total): total for total in totals if len(total) > 1}
+    heads = [group for group in groups if group.role in ("heads", "q_heads", "kv_heads")]
+    assert {group.width for group in heads} == expected.keys()
+    assert {group.name for group in heads} == statistics.heads.keys()
+    for group in heads:
+        total = expected[group.width]
+        found = find_criterion("sensitivity")(group, {}, statistics)
+        np.testing.assert_allclose(found, total / total.square().sum().sqrt(), rtol=1e-9)
+        np.testing.assert_allclose(statistics.heads[group.name], total, rtol=1e-9)
+
+
+def naive_rows(model: nn.Module, layers: list[str], inputs: list[tuple[Tensor, Tensor]], dim: int = 0) -> list[float]:
+    """The definition, row by row and number by number."""
+    width = model.get_submodule(layers[0]).weight.shape[dim]
+    total = [0.0] * width
+    for x, target in inputs:
+        loss = functional.cross_entropy(model(x), target)
+        for layer in map(model.get_submodule, layers):
+            of_weight, of_bias = torch.autograd.grad(loss, (layer.weight, layer.bias), retain_graph=True)
+            for j in range(width):
+                product = layer.weight.select(dim, j) * of_weight.select(dim, j)
+                total[j] += abs(sum(product.flatten().tolist()) + float(layer.bias[j].detach() * of_bias[j]))
+    return total
+
+
+def test_rows_are_scored_with_their_bias() -> None:
+    torch.manual_seed(0)
+    model = Block().double().eval()
+    groups, statistics = seen(model, 3, 5, 12)
+    np.testing.assert_allclose(score(groups, statistics, "ffn"), naive_rows(model, ["up"], data(3, 5, 12)), rtol=1e-9)
+
+
+class Gated(nn.Module):
+    """A feed-forward part with a gate beside it, so that two layers make its units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(12, 9), nn.Linear(12, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(functional.silu(self.gate(x)) * self.up(x))
+
+
+def test_layers_of_a_group_add_up() -> None:
+    torch.manual_seed(0)
+    model = Gated().double().eval()
+    groups, statistics = seen(model, 3, 12)
+    np.testing.assert_allclose(
+        score(groups, statistics, "ffn"), naive_rows(model, ["gate", "up"], data(3, 12)), rtol=1e-9
+    )
+
+
+class Transposed(nn.Module):
+    """A weight with its inputs first, as in GPT-2, whose bias is an operand before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Module(), nn.Linear(9, 5)
+        self.up.weight, self.up.bias = nn.Parameter(torch.randn(12, 9)), nn.Parameter(torch.randn(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.tanh(torch.addmm(self.up.bias, x, self.up.weight)))
+
+
+class GroupedTransposed(nn.Module):
+    """A transposed convolution in groups, whose outputs are the second dimension of its weight, block by block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.up(x)).mean((2, 3)))
+
+
+def test_rows_lie_along_any_dimension() -> None:
+    torch.manual_seed(0)
+    model = Transposed().double().eval()
+    groups, statistics = seen(model, 3, 12)
+    np.testing.assert_allclose(score(groups, statistics, "ffn"), naive_rows(model, ["up"], data(3, 12), 1), rtol=1e-9)
+
+
+@pytest.mark.parametrize("piece", [1 << 18, 5])
+def test_rows_of_blocks_come_one_after_another(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchshear.pruners.statistics._sums._PIECE", piece)
+    torch.manual_seed(0)
+    model = GroupedTransposed().double().eval()
+    groups, statistics = seen(model, 3, 4, 5, 5)
+    gates = []
+    for x, target in data(3, 4, 5, 5):  # a gate behind the layer is its rows and its bias
+        gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
+        output = model.head(torch.tanh(model.up(x) * gate[:, None, None]).mean((2, 3)))
+        gates += torch.autograd.grad(functional.cross_entropy(output, target), gate)
+    (group,) = groups.prunable
+    found = find_criterion("sensitivity")(group, {}, statistics)
+    np.testing.assert_allclose(found, torch.stack(gates).abs().sum(0), rtol=1e-9)
+
+
+class Product(nn.Module):
+    """Parameters that are multiplied with one another, and are no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Parameter(torch.randn(12, 7)), nn.Parameter(torch.randn(7)), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x * (self.one * self.two).mean())
+
+
+def test_units_without_rows_cannot_be_scored() -> None:
+    groups, statistics = seen(Product().double().eval(), 3, 12)
+    assert {member.name for group in groups for member in group.members} == {"one", "two"}
+    for group in groups.prunable:
+        with pytest.raises(UnscorableError, match="sensitivity: its units are made by no row of a layer"):
+            find_criterion("sensitivity")(group, {}, statistics)
+
+
+def test_heads_and_rows_are_ranked_together_beside_their_mean() -> None:
+    torch.manual_seed(0)
+    model = Block().double().eval()
+    groups, statistics = seen(model, 3, 5, 12)
+    plan = torchshear.plan(groups, "sensitivity", 0.4, statistics=statistics, scope="global", axes=("heads", "ffn"))
+    lost = []
+    for role in ("heads", "ffn"):
+        (group,) = [group for group in groups if group.role == role]
+        found = score(groups, statistics, role).numpy()
+        lost += [(value / found.mean(), (group.name, unit)) for unit, value in enumerate(found)]
+    expected = {where for _, where in sorted(lost)[: int(0.4 * len(lost))]}
+    gone = {(group.name, unit) for group in plan.groups for unit in set(range(group.width)) - set(group.kept.tolist())}
+    assert gone == expected
