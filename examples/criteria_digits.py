@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from criteria_digits_table import draw, table
+from criteria_digits_table import draw, markdown, table
 from digits import BATCH, Digits, DigitsNet, accuracy, fit, load_data
 from digits_vit import DigitsViT
 from rich.console import Console
@@ -113,8 +113,9 @@ def main() -> None:
                 draft.replace(file)
             console.print(f"{name}, seed {seed}: {time.perf_counter() - started:.0f} s")
     rows = [row for file in sorted(options.output.glob("*-*.json")) for row in json.loads(file.read_text("utf-8"))]
-    for name in options.models:
+    for name in sorted({row["model"] for row in rows}):
         console.print(table(name, rows))
+        (options.output / f"{name}.md").write_text(markdown(name, rows), encoding="utf-8")
     draw(options.output / "criteria.png", rows)
     console.print(f"Everything is in {options.output}.")
 

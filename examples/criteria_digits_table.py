@@ -20,22 +20,40 @@ CONTROLS = ("dense", "random", "narrower, trained as long")
 
 def table(model: str, rows: Rows) -> Table:
     """Mean test accuracy and standard deviation over seeds, by method and share of MACs left."""
+    n_seeds = len({row["seed"] for row in rows if row["model"] == model})
+    shown = Table("method", title=f"\n{TITLES[model]}: % of test digits right, {n_seeds} seeds", title_justify="left")
+    headings, lines = cells(model, rows)
+    for left, stage in headings:
+        shown.add_column(f"{left:.0%} of MACs\n{STAGES[stage]}", justify="right")
+    for line in lines:
+        shown.add_row(*line)
+    return shown
+
+
+def markdown(model: str, rows: Rows) -> str:
+    """The same as a table in Markdown."""
+    headings, lines = cells(model, rows)
+    names = [f"{left:.0%}: {STAGES[stage]}" for left, stage in headings]
+    marks = ["|---" * (len(names) + 1) + "|"]
+    return (
+        "\n".join([f"| method | {' | '.join(names)} |", *marks, *(f"| {' | '.join(line)} |" for line in lines)]) + "\n"
+    )
+
+
+def cells(model: str, rows: Rows) -> tuple[list[tuple[float, str]], list[list[str]]]:
+    """Headings (share of MACs left, stage), and for each method its name and a cell for each heading."""
     of = [row for row in rows if row["model"] == model]
     stages = [stage for stage in STAGES if any(row[stage] is not None for row in of if row["method"] != "dense")]
     lefts = sorted({row["left"] for row in of if row["left"] < 1}, reverse=True)
-    n_seeds = len({row["seed"] for row in of})
-    shown = Table("method", title=f"\n{TITLES[model]}: % of test digits right, {n_seeds} seeds", title_justify="left")
-    for left in lefts:
-        for stage in stages:
-            shown.add_column(f"{left:.0%} of MACs\n{STAGES[stage]}", justify="right")
+    lines = []
     for method in dict.fromkeys(row["method"] for row in of):
         here = [row for row in of if row["method"] == method]
         if method == "dense":
-            cells = [spread([row["tuned"] for row in here])] + [""] * (len(lefts) * len(stages) - 1)
+            found = [spread([row["after_cut"] for row in here])] + [""] * (len(lefts) * len(stages) - 1)
         else:
-            cells = [spread([row[stage] for row in here if row["left"] == left]) for left in lefts for stage in stages]
-        shown.add_row(method, *cells)
-    return shown
+            found = [spread([row[stage] for row in here if row["left"] == left]) for left in lefts for stage in stages]
+        lines.append([method, *found])
+    return [(left, stage) for left in lefts for stage in stages], lines
 
 
 def spread(values: Sequence[float | None]) -> str:
@@ -96,7 +114,7 @@ def panel(axes: Any, rows: Rows, left: float, order: Sequence[str]) -> None:
                 errors.append(statistics.stdev(values) if len(values) > 1 else 0)
         if xs:
             axes.errorbar(xs, ys, xerr=errors, fmt=mark, ms=4, lw=1, color=colour, label=STAGES[stage])
-    dense = [100 * row["tuned"] for row in rows if row["method"] == "dense"]
+    dense = [100 * row["after_cut"] for row in rows if row["method"] == "dense"]
     axes.axvline(statistics.mean(dense), color="#495057", lw=0.8, ls=":")
     axes.set_yticks(range(len(order)), order, fontsize=8)
     for tick, method in zip(axes.get_yticklabels(), order, strict=True):
