@@ -63,11 +63,11 @@ browser-setup: ## install Chromium for the tests of the page, where there is apt
 	fi
 
 test: lint ## lint, then the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not zoo and not gpu" \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not zoo and not gpu" \
 		--cov=torchshear --cov-report=term:skip-covered --cov-fail-under=90
 
 test-zoo: zoo-setup ## named architectures of torchvision, timm and transformers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m zoo
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m zoo
 
 bench: bench-setup ## planning time against Torch-Pruning
 	$(BIN)/python benchmarks/planning.py
