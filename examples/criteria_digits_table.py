@@ -81,8 +81,9 @@ def draw(path: Path, rows: Rows) -> None:
         for axes in line[1:]:
             axes.set_yticklabels([])
     for axes in panels[-1]:
-        axes.set_xlabel("% of test digits right, mean and standard deviation")
+        axes.set_xlabel("% of test digits right")
     handles, labels = panels[0][0].get_legend_handles_labels()
+    labels = [f"{label}, mean and standard deviation" if not i else label for i, label in enumerate(labels)]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
