@@ -11,6 +11,7 @@ import pytest
 from onnxruntime import InferenceSession
 
 from torchshear import PruningPlan
+from torchshear.pruners import registered_criteria
 
 pytest.importorskip("sklearn", reason="the demo needs the extra 'demo'", exc_type=ImportError)
 pytest.importorskip("matplotlib", reason="the demo needs the extra 'demo'", exc_type=ImportError)
@@ -84,3 +85,24 @@ def test_each_step_after_the_cut_helps() -> None:
     assert loss["+ fold_bias"] < loss["pruned"]
     assert loss["+ both"] < loss["+ recalibrate"] < loss["pruned"]
     assert accuracy["+ both"] > accuracy["+ recalibrate"] > accuracy["pruned"]
+
+
+@pytest.mark.zoo
+def test_study_of_criteria_scores_every_method_and_takes_up_what_is_there(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "criteria_digits.py"), "--fast", "--seeds", "0", "--left", "0.5"]
+    command += ["--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for model in ("cnn", "vit"):
+        rows = json.loads((tmp_path / f"{model}-0.json").read_text())
+        methods = [row["method"] for row in rows]
+        assert len(set(methods)) == len(methods)
+        assert {"dense", *registered_criteria(), "taylor, global", "narrower, trained as long"} <= set(methods)
+        for row in rows:
+            assert row["note"] or 0 <= row["tuned"] <= 1
+            assert row["note"] or row["macs"] <= 0.5 or row["method"] == "dense"
+        assert (tmp_path / f"{model}.md").read_text().count("\n") == len(methods) + 2
+    assert (tmp_path / "criteria.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "cnn-0.json").read_bytes()
+    assert subprocess.run(command, capture_output=True, timeout=900, check=False).returncode == 0
+    assert (tmp_path / "cnn-0.json").read_bytes() == before
