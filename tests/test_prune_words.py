@@ -179,7 +179,9 @@ def test_contradictions_and_what_is_missing_are_told_before_tracing(
 
 
 def test_empty_words_beside_a_config_say_nothing(model: Net) -> None:
-    torchshear.prune(model, X, config=CONFIG, exclude=(), axes=None, target_macs=None)
+    said = torchshear.prune(model, X, config=CONFIG, exclude=(), axes=None, target_macs=None)
+    assert kept(said.plan) == kept(torchshear.prune(model, X, config=CONFIG).plan)
+    assert said.plan.n_cut > 0
 
 
 def test_data_that_does_not_fit(model: Net) -> None:

@@ -1,13 +1,14 @@
 """`torchshear prune`: prune a model into a folder, prove it, export it and measure it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from safetensors.torch import save_model
 from torch import nn
 
@@ -21,6 +22,8 @@ from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.pruners.configs import render_config
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile
+
+Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
 
 
 @takes_choice(*EVERY)
@@ -59,20 +62,38 @@ def prune(
         result = torchshear.prune(
             model, args, kwargs, criterion, ratio, parse_align(align), min_width, fold_bias, **choice
         )
-        say("writing the plan and the weights")
-        result.plan.save(draft / "plan.json")
-        with atomic_path(draft / "model.safetensors") as temporary:
-            save_model(result.model, str(temporary))  # tied tensors once, their other names in the metadata
-        say("exporting ONNX")
         pairs = _pairs(model, result, args, kwargs)
-        files = {
-            f"{kind}{suffix}": torchshear.export_onnx(one, draft / f"{kind}{suffix}.onnx", inputs, options)
-            for suffix, (dense, small, inputs, options) in pairs.items()
-            for kind, one in (("dense", dense), ("pruned", small))
-        }
+        files = _write(draft, result, pairs, say)
         document = _report_document(target, result, files)
         (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     console = stdout_console()
+    _print_result(console, result)
+    if bench:
+        document["latency"] = _measured(console, output, list(pairs))
+        with output_folder(output) as draft:
+            (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
+    print_lines(console, f"written     in {output}: {written}")
+
+
+def _write(
+    draft: Path, result: torchshear.PruneResult, pairs: Mapping[str, Exported], say: Callable[[str], None]
+) -> dict[str, OnnxFile]:
+    """Write the plan, the weights and the ONNX files; name of an ONNX file, without its suffix -> what was written."""
+    say("writing the plan and the weights")
+    result.plan.save(draft / "plan.json")
+    with atomic_path(draft / "model.safetensors") as temporary:
+        save_model(result.model, str(temporary))  # tied tensors once, their other names in the metadata
+    say("exporting ONNX")
+    return {
+        f"{kind}{suffix}": torchshear.export_onnx(one, draft / f"{kind}{suffix}.onnx", inputs, options)
+        for suffix, (dense, small, inputs, options) in pairs.items()
+        for kind, one in (("dense", dense), ("pruned", small))
+    }
+
+
+def _print_result(console: Console, result: torchshear.PruneResult) -> None:
+    """What was asked, what was done, and how it was proved."""
     if result.config is not None:
         print_lines(console, render_config(result.config, console.width))
     print_lines(console, render_report(result.report, console.width))
@@ -81,19 +102,18 @@ def prune(
     print_lines(console, f"verified    equal to the original ({proof.reference}): {error}")
     for line in _steps_after(result):
         print_lines(console, line)
-    if bench:
-        comparisons = {
-            suffix: measure({f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in ("dense", "pruned")})
-            for suffix in pairs
-        }
-        times = {suffix.removeprefix("-"): comparison.to_dict() for suffix, comparison in comparisons.items()}
-        document["latency"] = times.get("", times)
-        with output_folder(output) as draft:
-            (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
-        for comparison in comparisons.values():
-            print_latency(console, comparison)
-    written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
-    print_lines(console, f"written     in {output}: {written}")
+
+
+def _measured(console: Console, output: Path, suffixes: list[str]) -> dict[str, Any]:
+    """Latency of each pair of ONNX files, printed; of the whole model, or by the name of the part."""
+    comparisons = {
+        suffix: measure({f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in ("dense", "pruned")})
+        for suffix in suffixes
+    }
+    for comparison in comparisons.values():
+        print_latency(console, comparison)
+    times = {suffix.removeprefix("-"): comparison.to_dict() for suffix, comparison in comparisons.items()}
+    return times.get("", times)
 
 
 def _steps_after(result: torchshear.PruneResult) -> Iterator[str]:
@@ -110,7 +130,7 @@ def _steps_after(result: torchshear.PruneResult) -> Iterator[str]:
 
 def _pairs(
     model: nn.Module, result: torchshear.PruneResult, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]]:
+) -> dict[str, Exported]:
     """Suffix of files -> what is exported: both forms of the model, or of each part, with inputs of its first call."""
     assert result.plan.analysis is not None, "a plan that was just made has its analysis"
     graph = result.plan.analysis.graph

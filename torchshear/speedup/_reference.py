@@ -54,6 +54,7 @@ def mixes(cut: Cut) -> bool:
 
 
 def is_mixed(node: fx.Node, cut: Cut) -> bool:
+    """Whether an operator mixes positions of which some are cut."""
     return any(cut.changes(axis) for axis in cut.groups.facts.mixed.get(node.name, []))
 
 
@@ -94,6 +95,7 @@ def _values_of(nodes: Any, values: Any) -> list[Any]:
 
 
 def map_axes(function: Callable[[Tensor, Axes], Any], value: Any, axes: Any) -> Any:
+    """Apply a function to a tensor with its axes, or to each of several; what has no axes stays as it is."""
     if isinstance(value, list | tuple) and isinstance(axes, list):
         return [map_axes(function, item, own) for item, own in zip(value, axes, strict=False)]
     if isinstance(value, Tensor) and isinstance(axes, tuple):

@@ -169,6 +169,7 @@ def _is_finite(outputs: list[Any]) -> bool:
 
 
 def own_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating parameter; float32 if it has none."""
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
@@ -214,6 +215,7 @@ def eval_copy(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> n
 
 
 def outputs_of(model: nn.Module, inputs: ExampleInputs, dtype: torch.dtype) -> list[Any]:
+    """Flat outputs of a model that computes in a dtype; the inputs and the random state are left as they are."""
     inputs = inputs.copy()
     with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
         return output_leaves(model(*inputs.args, **inputs.kwargs))
@@ -274,6 +276,7 @@ def state_in(model: nn.Module, groups: ChannelGroups, dtype: torch.dtype) -> dic
 
 
 def leaves_of(inputs: ExampleInputs) -> list[Any]:
+    """Arguments and keyword arguments, flat, in the order of a captured graph."""
     return pytree.tree_leaves((inputs.args, inputs.kwargs))
 
 
