@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import not_finite, readable
 from torchshear.pruners.statistics import Statistics
 
-_ROWS = 256  # units of which the distances to as many others are in memory at a time
+_ROWS = 128  # units whose distances are in memory at a time
 _NEAR = 0.1  # pairs whose squared distance is below this share of their squared lengths are subtracted
 _PIECE = 1 << 18  # numbers that are subtracted at a time
 
@@ -50,39 +51,43 @@ def _filters(group: ChannelGroup, member: Member, weights: Mapping[str, Tensor])
     if len(counts) > 1 or member.n_blocks:
         raise UnscorableError(f"fpgm: units have filters of different sizes in {member.name!r}")
     rows = readable(member, weights[member.name]).movedim(member.dim, 0).flatten(1)
-    order = torch.from_numpy(member.positions[member.units.argsort(kind="stable")]).to(rows.device)
-    return rows[order].reshape(group.width, -1).to(torch.float32)
+    order = member.positions[member.units.argsort(kind="stable")]
+    if not np.array_equal(order, np.arange(len(rows))):
+        rows = rows[torch.from_numpy(order).to(rows.device)]
+    return rows.reshape(group.width, -1).to(torch.float32)
 
 
 def _distances(filters: Tensor) -> Tensor:
     """Sum of the distances of each row from all others, shape (C,), float64, on the CPU."""
     total = torch.zeros(len(filters), dtype=torch.float64)
-    starts = range(0, len(filters), _ROWS)
     centred = filters - filters.mean(0)  # distances stay the same, and lengths become as small as they can be
-    for first in starts:
-        for second in starts[first // _ROWS :]:
-            rows, columns = slice(first, first + _ROWS), slice(second, second + _ROWS)
-            block = _block((filters[rows], filters[columns]), (centred[rows], centred[columns]), first == second)
-            total[rows] += block.sum(1, dtype=torch.float64).cpu()
-            if first != second:
-                total[columns] += block.sum(0, dtype=torch.float64).cpu()
+    lengths = torch.linalg.vecdot(centred, centred)
+    is_rounded = torch.get_float32_matmul_precision() != "highest"  # products of shortened numbers say too little
+    for first in range(0, len(filters), _ROWS):
+        strip = _from_differences if is_rounded else _from_products
+        found = strip(filters, centred, lengths, first)
+        total[first : first + _ROWS] += found.sum(1).cpu()
+        total[first + _ROWS :] += found[:, _ROWS:].sum(0).cpu()
     return total
 
 
-def _block(exact: tuple[Tensor, Tensor], centred: tuple[Tensor, Tensor], is_diagonal: bool) -> Tensor:
-    """Distances of some rows from others."""
-    one, other = centred
-    lengths = one.square().sum(1)[:, None] + other.square().sum(1)
-    squares = torch.addmm(lengths, one, other.T, alpha=-2)
-    near = squares < _NEAR * lengths
-    if is_diagonal:
-        near.fill_diagonal_(False)
-    is_rounded = torch.get_float32_matmul_precision() != "highest"  # products of shortened numbers say too little
-    if is_rounded or 4 * int(near.sum()) > near.numel():
-        return torch.cdist(*exact, compute_mode="donot_use_mm_for_euclid_dist")
+def _from_products(filters: Tensor, centred: Tensor, lengths: Tensor, first: int) -> Tensor:
+    """Distances of some rows from themselves and all behind them, shape (rows, C - first)."""
+    rows = slice(first, first + _ROWS)
+    both = lengths[rows, None] + lengths[first:]
+    squares = torch.addmm(both, centred[rows], centred[first:].T, alpha=-2)
+    near = squares < both.mul_(_NEAR)
+    near.fill_diagonal_(False)
+    if 4 * int(near.sum()) > near.numel():
+        return _from_differences(filters, centred, lengths, first)
     found = squares.clamp_(min=0).sqrt_()
-    if is_diagonal:
-        found.fill_diagonal_(0)
-    for pairs in torch.split(near.nonzero(), max(1, _PIECE // max(1, one.shape[1]))):
-        found[pairs[:, 0], pairs[:, 1]] = (exact[0][pairs[:, 0]] - exact[1][pairs[:, 1]]).norm(dim=1)
+    found.fill_diagonal_(0)
+    for pairs in torch.split(near.nonzero(), max(1, _PIECE // max(1, filters.shape[1]))):
+        one, other = (pairs + first).T
+        found[pairs[:, 0], pairs[:, 1]] = (filters[one] - filters[other]).norm(dim=1)
     return found
+
+
+def _from_differences(filters: Tensor, centred: Tensor, lengths: Tensor, first: int) -> Tensor:
+    """The same without products."""
+    return torch.cdist(filters[first : first + _ROWS], filters[first:], compute_mode="donot_use_mm_for_euclid_dist")
