@@ -1,5 +1,7 @@
 """Small real networks that tests of several parts use."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -88,6 +90,31 @@ class Tied(nn.Module):
         """Logits of shape (batch, tokens, 11)."""
         x = self.embedding(tokens)
         return self.head(x + self.back(torch.relu(self.hidden(x))))
+
+
+class Classifier(nn.Module):
+    """A norm in the first group alone, a ReLU behind the first two, another activation behind the third."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.two, self.three = nn.Conv2d(8, 12, 3), nn.Linear(12, 10)
+        self.out = nn.Linear(10, 4)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (batch, 4)."""
+        y = self.two(self.norm(self.one(x)).relu()).relu().mean((2, 3))
+        return self.out(self.activation(self.three(y)))
+
+
+def labelled(n_batches: int = 3) -> list[tuple[Tensor, Tensor]]:
+    """Batches of four pictures of 6 x 6 with one of four labels each, the same ones every time."""
+    generator = torch.Generator().manual_seed(5)
+    return [
+        (torch.randn(4, 3, 6, 6, generator=generator), torch.randint(0, 4, (4,), generator=generator))
+        for _ in range(n_batches)
+    ]
 
 
 def image(batch: int = 2, size: int = 8) -> Tensor:

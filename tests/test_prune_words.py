@@ -9,37 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.models import Classifier, image, labelled
 from torchshear import _asking, api
 from torchshear.errors import ArgumentError, DataError
 from torchshear.pruners import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
 
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.two, self.three = nn.Conv2d(8, 12, 3), nn.Linear(12, 10)
-        self.out = nn.Linear(10, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.two(self.norm(self.one(x)).relu()).relu().mean((2, 3))
-        return self.out(self.three(y).relu())
-
-
-X = (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),)
+X = (image(size=6),)
 
 
 @pytest.fixture
-def model() -> Net:
+def model() -> nn.Module:
     torch.manual_seed(0)
-    return Net().eval()
-
-
-def batches(n: int = 3) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (torch.randn(4, 3, 6, 6, generator=generator), torch.randint(0, 4, (4,), generator=generator)) for _ in range(n)
-    ]
+    return Classifier().eval()
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -53,17 +34,17 @@ def kept(plan: torchshear.PruningPlan) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("criterion", ["apoz", "taylor"])
 @pytest.mark.parametrize("kind", [list, iter])
-def test_data_gives_the_plan_of_the_stages(model: Net, criterion: str, kind: Any) -> None:
+def test_data_gives_the_plan_of_the_stages(model: nn.Module, criterion: str, kind: Any) -> None:
     groups = torchshear.analyze(torchshear.trace(model, X))
-    statistics = torchshear.collect(groups, batches(), functional.cross_entropy, 3)
+    statistics = torchshear.collect(groups, labelled(), functional.cross_entropy, 3)
     expected = torchshear.plan(groups, criterion, 0.5, statistics=statistics)
     words = {"loss_fn": functional.cross_entropy} if criterion == "taylor" else {}
-    result = torchshear.prune(model, X, None, criterion, 0.5, data=kind(batches()), batches=3, **words)
+    result = torchshear.prune(model, X, None, criterion, 0.5, data=kind(labelled()), batches=3, **words)
     assert kept(result.plan) == kept(expected)
     assert kept(result.plan) != kept(torchshear.prune(model, X, ratio=0.5).plan)
 
 
-def test_only_what_the_criterion_looks_at_is_collected(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_the_criterion_looks_at_is_collected(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     collect = _asking.collect
 
@@ -72,26 +53,26 @@ def test_only_what_the_criterion_looks_at_is_collected(model: Net, monkeypatch: 
         return seen[-1]
 
     monkeypatch.setattr(_asking, "collect", spy)
-    torchshear.prune(model, X, criterion="apoz", data=batches(), loss_fn=functional.cross_entropy, batches=3)
+    torchshear.prune(model, X, criterion="apoz", data=labelled(), loss_fn=functional.cross_entropy, batches=3)
     assert [statistics.sums for statistics in seen] == [{"zeros"}]
     assert (seen[0].n_batches, seen[0].weights) == (3, {})
 
 
 @pytest.mark.parametrize("kind", [list, iter])
-def test_new_statistics_of_the_same_data(model: Net, kind: Any) -> None:
-    plain = torchshear.prune(model, X, criterion="apoz", data=batches(), batches=3)
-    result = torchshear.prune(model, X, criterion="apoz", data=kind(batches()), batches=3, recalibrate=True)
+def test_new_statistics_of_the_same_data(model: nn.Module, kind: Any) -> None:
+    plain = torchshear.prune(model, X, criterion="apoz", data=labelled(), batches=3)
+    result = torchshear.prune(model, X, criterion="apoz", data=kind(labelled()), batches=3, recalibrate=True)
     assert (plain.is_recalibrated, result.is_recalibrated) == (False, True)
     assert not same(result.model, plain.model)
-    assert same(result.model, torchshear.recalibrate(plain.model, batches(), 3))
-    by_weights = torchshear.prune(model, X, data=batches(), batches=3, recalibrate=True)  # l1 looks at no data itself
-    assert same(by_weights.model, torchshear.recalibrate(torchshear.prune(model, X).model, batches(), 3))
+    assert same(result.model, torchshear.recalibrate(plain.model, labelled(), 3))
+    by_weights = torchshear.prune(model, X, data=labelled(), batches=3, recalibrate=True)  # l1 looks at no data itself
+    assert same(by_weights.model, torchshear.recalibrate(torchshear.prune(model, X).model, labelled(), 3))
 
 
 CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_names": ["three"], "sparsity": 0.3}]
 
 
-def test_a_config_gives_the_plan_of_the_pruner_class(model: Net, tmp_path: Path) -> None:
+def test_a_config_gives_the_plan_of_the_pruner_class(model: nn.Module, tmp_path: Path) -> None:
     expected = L1FilterPruner(model, CONFIG, args=X).plan
     result = torchshear.prune(model, X, config=CONFIG)
     assert kept(result.plan) == kept(expected)
@@ -103,8 +84,8 @@ def test_a_config_gives_the_plan_of_the_pruner_class(model: Net, tmp_path: Path)
     assert kept(torchshear.prune(model, X, config=tmp_path / "config.yaml").plan) == kept(expected)
 
 
-def test_a_config_with_a_criterion_of_data(model: Net) -> None:
-    words: dict[str, Any] = {"data": batches(), "loss_fn": functional.cross_entropy, "batches": 3}
+def test_a_config_with_a_criterion_of_data(model: nn.Module) -> None:
+    words: dict[str, Any] = {"data": labelled(), "loss_fn": functional.cross_entropy, "batches": 3}
     expected = TaylorFOWeightFilterPruner(model, CONFIG, args=X, **words).plan
     result = torchshear.prune(model, X, criterion="taylor", config=CONFIG, align=4, **words)
     assert [len(group.kept) for group in result.plan.groups] == [4, 8, 8]
@@ -112,9 +93,9 @@ def test_a_config_with_a_criterion_of_data(model: Net) -> None:
     assert kept(unaligned.plan) == kept(expected)
 
 
-def test_a_config_that_names_its_criterion(model: Net) -> None:
+def test_a_config_that_names_its_criterion(model: nn.Module) -> None:
     config = [{"op_names": ["two"], "pattern": "1xchannel", "target_sparsity": 0.5, "pruning_scope": "local"}]
-    words: dict[str, Any] = {"data": batches(), "loss_fn": functional.cross_entropy, "batches": 3}
+    words: dict[str, Any] = {"data": labelled(), "loss_fn": functional.cross_entropy, "batches": 3}
     result = torchshear.prune(model, X, config=config, **words)
     expected = ConfigPruner(model, config, args=X, **words).plan
     assert kept(result.plan) == kept(expected)
@@ -129,7 +110,7 @@ def test_a_config_for_a_part() -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.part = Net()
+            self.part = Classifier()
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.part(x)
@@ -171,21 +152,21 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
     ],
 )
 def test_contradictions_and_what_is_missing_are_told_before_tracing(
-    model: Net, words: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, words: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "trace", None)  # a call of it would be another error
     with pytest.raises(ArgumentError, match=message):
         torchshear.prune(model, X, **words)
 
 
-def test_empty_words_beside_a_config_say_nothing(model: Net) -> None:
+def test_empty_words_beside_a_config_say_nothing(model: nn.Module) -> None:
     said = torchshear.prune(model, X, config=CONFIG, exclude=(), axes=None, target_macs=None)
     assert kept(said.plan) == kept(torchshear.prune(model, X, config=CONFIG).plan)
     assert said.plan.n_cut > 0
 
 
-def test_data_that_does_not_fit(model: Net) -> None:
+def test_data_that_does_not_fit(model: nn.Module) -> None:
     with pytest.raises(DataError, match="the loader ended after 3 of 32 batches"):
-        torchshear.prune(model, X, criterion="apoz", data=batches())
+        torchshear.prune(model, X, criterion="apoz", data=labelled())
     with pytest.raises(TypeError, match=r"prune\(\) has no argument 'losses'; expected .* data, loss_fn"):
         torchshear.prune(model, X, losses=1)  # type: ignore[call-arg]

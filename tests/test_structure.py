@@ -30,7 +30,8 @@ def imports_of(path: Path) -> set[str]:
 
 def layer(module: str) -> int:
     part = module.split(".")[1] if "." in module else "(top)"
-    return LAYERS.get(part, {"errors": -2, "_files": -1, "_checkpoint": -1, "_distributed": -1}.get(part, 3))
+    low = {"errors": -2, **dict.fromkeys(("_files", "_checkpoint", "_distributed", "_batches"), -1)}
+    return LAYERS.get(part, low.get(part, 3))
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.models import Classifier, image, labelled
 from torchshear.comparison import Comparison, Row, _compare, _picture, compare, render_comparison
 from torchshear.errors import ArgumentError, DataError, OutputError, PlanError
 from torchshear.pruners import random_criterion
@@ -20,45 +21,24 @@ from torchshear.pruners.criteria import needs_of
 MACS = "at most 50% of the MACs"
 
 
-class Net(nn.Module):
-    """A norm in the first group alone, a ReLU behind all but the last."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.two, self.three = nn.Conv2d(8, 12, 3), nn.Linear(12, 10)
-        self.out = nn.Linear(10, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.two(self.norm(self.one(x)).relu()).relu().mean((2, 3))
-        return self.out(self.three(y).sigmoid())
-
-
-X = (torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1)),)
+X = (image(size=6),)
 
 
 @pytest.fixture
-def model() -> Net:
+def model() -> nn.Module:
     torch.manual_seed(0)
-    return Net().eval()
-
-
-def batches(n: int = 3) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(5)
-    return [
-        (torch.randn(4, 3, 6, 6, generator=generator), torch.randint(0, 4, (4,), generator=generator)) for _ in range(n)
-    ]
+    return Classifier(torch.sigmoid).eval()
 
 
 def evaluate(model: nn.Module) -> float:
     with torch.no_grad():
-        return float(-functional.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1]))
+        return float(-functional.cross_entropy(model(labelled(1)[0][0]), labelled(1)[0][1]))
 
 
-DATA: dict[str, Any] = {"data": batches(), "loss_fn": functional.cross_entropy, "batches": 3}
+DATA: dict[str, Any] = {"data": labelled(), "loss_fn": functional.cross_entropy, "batches": 3}
 
 
-def test_scores_are_those_of_single_calls(model: Net) -> None:
+def test_scores_are_those_of_single_calls(model: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     words: dict[str, Any] = {"scope": "global", "recalibrate": True, "seeds": (3, 4), **DATA}
     found = compare(model, evaluate, X, criteria=["l1", "taylor"], target_macs=(0.5, 0.3), **words)
@@ -71,7 +51,7 @@ def test_scores_are_those_of_single_calls(model: Net) -> None:
             data = DATA if name == "taylor" else {}
             single = torchshear.prune(model, X, criterion=name, scope="global", target_macs=share, **data)
             assert row.scores == (evaluate(single.model),)
-            assert row.recalibrated == (evaluate(torchshear.recalibrate(single.model, batches(), 3)),)
+            assert row.recalibrated == (evaluate(torchshear.recalibrate(single.model, labelled(), 3)),)
             assert row.macs_share == single.report.after.macs / single.report.before.macs <= share
             assert row.params_share == single.report.after.n_params / single.report.before.n_params
         random = found.row("random", budget)
@@ -85,7 +65,7 @@ def test_scores_are_those_of_single_calls(model: Net) -> None:
 
 
 @pytest.mark.parametrize("words", [{}, {"scope": "global", "normalize": "none"}, {"combine": "normalized"}])
-def test_the_uniform_control_keeps_first_channels_of_all_groups_alike(model: Net, words: dict[str, Any]) -> None:
+def test_the_uniform_control_keeps_first_channels_of_all_groups_alike(model: nn.Module, words: dict[str, Any]) -> None:
     seen: list[Any] = []
 
     def keep(model: nn.Module) -> float:
@@ -100,7 +80,7 @@ def test_the_uniform_control_keeps_first_channels_of_all_groups_alike(model: Net
     assert torch.equal(uniform.norm.weight, model.norm.weight[:4])
 
 
-def test_the_network_is_traced_and_seen_once(model: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_network_is_traced_and_seen_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("trace", "collect"):
         real = getattr(_compare, name)
@@ -119,7 +99,7 @@ def test_the_network_is_traced_and_seen_once(model: Net, monkeypatch: pytest.Mon
     assert not found.left_out
 
 
-def test_without_a_loss_or_data_the_rest_is_left_out_with_its_reason(model: Net) -> None:
+def test_without_a_loss_or_data_the_rest_is_left_out_with_its_reason(model: nn.Module) -> None:
     found = compare(model, evaluate, X, seeds=(0,))
     without_data = {name for name in torchshear.pruners.registered_criteria() if not needs_of(name)}
     assert {"l1", "bn_scale"} < without_data
@@ -129,7 +109,7 @@ def test_without_a_loss_or_data_the_rest_is_left_out_with_its_reason(model: Net)
     assert all(row.macs_share is not None and row.macs_share <= 0.5 for row in found.rows)
 
 
-def test_a_criterion_that_cannot_score_is_a_row_with_its_reason(model: Net) -> None:
+def test_a_criterion_that_cannot_score_is_a_row_with_its_reason(model: nn.Module) -> None:
     model.norm = nn.Identity()  # type: ignore[assignment]
     found = compare(model, evaluate, X, criteria=["bn_scale", "taylor", "l1", "random"], seeds=(0,))
     assert [row.criterion for row in found.rows] == ["uniform", "random", "bn_scale", "taylor", "l1"]
@@ -139,7 +119,7 @@ def test_a_criterion_that_cannot_score_is_a_row_with_its_reason(model: Net) -> N
     assert [row.criterion for row in found.ranked(MACS)][-2:] == ["bn_scale", "taylor"]
 
 
-def test_groups_that_a_criterion_does_not_score_are_told(model: Net) -> None:
+def test_groups_that_a_criterion_does_not_score_are_told(model: nn.Module) -> None:
     found = compare(model, evaluate, X, criteria=["bn_scale", "l1"], exclude=["out"], ratio=0.5, seeds=(0,))
     row = found.row("bn_scale", "ratio 0.5")
     assert row.note == "1 of 3 groups stay whole: no norm with a scale among its layers"  # that of `three` is excluded
@@ -147,7 +127,7 @@ def test_groups_that_a_criterion_does_not_score_are_told(model: Net) -> None:
     assert "not of the same size as the uniform network, and so not comparable with it: bn_scale" in str(found)
 
 
-def test_scores_are_given_in_eval_mode_from_one_random_state_on_copies(model: Net) -> None:
+def test_scores_are_given_in_eval_mode_from_one_random_state_on_copies(model: nn.Module) -> None:
     seen: list[bool] = []
 
     def spoil(model: nn.Module) -> float:
@@ -160,7 +140,7 @@ def test_scores_are_given_in_eval_mode_from_one_random_state_on_copies(model: Ne
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     state = torch.get_rng_state()
-    found = compare(model, spoil, X, criteria=["l1", "l2"], seeds=(0, 1), recalibrate=True, data=batches(), batches=3)
+    found = compare(model, spoil, X, criteria=["l1", "l2"], seeds=(0, 1), recalibrate=True, data=labelled(), batches=3)
     assert seen == [False] * 11  # dense, and (2 seeds + 3) before and after
     assert {score for row in found.rows for score in (*row.scores, *row.recalibrated)} == {found.before}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -168,7 +148,7 @@ def test_scores_are_given_in_eval_mode_from_one_random_state_on_copies(model: Ne
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_all_see_the_same_batches(model: Net) -> None:
+def test_all_see_the_same_batches(model: nn.Module) -> None:
     passes: list[int] = []
 
     class Loader:
@@ -176,12 +156,12 @@ def test_all_see_the_same_batches(model: Net) -> None:
 
         def __iter__(self) -> Any:
             passes.append(1)
-            return iter([(x + len(passes) - 1, y) for x, y in batches()])
+            return iter([(x + len(passes) - 1, y) for x, y in labelled()])
 
     words: dict[str, Any] = {"criteria": ["l1", "apoz"], "seeds": (0,), "recalibrate": True, "batches": 3}
     found = compare(model, evaluate, X, data=Loader(), **words)
     assert len(passes) == 1
-    listed = compare(model, evaluate, X, data=batches(), **words)
+    listed = compare(model, evaluate, X, data=labelled(), **words)
     assert [row.recalibrated for row in found.rows] == [row.recalibrated for row in listed.rows]
 
 
@@ -189,7 +169,7 @@ def test_parts_of_a_model_are_compared() -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.part = Net()
+            self.part = Classifier(torch.sigmoid)
 
         def forward(self, x: Tensor) -> Tensor:
             y: Tensor = self.part(x)
@@ -202,7 +182,7 @@ def test_parts_of_a_model_are_compared() -> None:
     assert found.row("l1", "ratio 0.5").scores == (evaluate(single.model),)
 
 
-def test_a_function_may_be_compared(model: Net) -> None:
+def test_a_function_may_be_compared(model: nn.Module) -> None:
     def last_units(group: Any, weights: Any, statistics: Any) -> Tensor:
         return torch.arange(group.width, dtype=torch.float64)
 
@@ -212,7 +192,7 @@ def test_a_function_may_be_compared(model: Net) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.tensor(0.5), torch.tensor([0.5], dtype=torch.float64), 1])
-def test_numbers_of_any_kind_are_scores(model: Net, value: Any) -> None:
+def test_numbers_of_any_kind_are_scores(model: nn.Module, value: Any) -> None:
     found = compare(model, lambda _: value, X, criteria=["l1"], seeds=(0,))
     assert found.before == float(value)
     assert type(found.before) is float
@@ -238,12 +218,12 @@ def of_cut_models(value: Any) -> Any:
         (of_cut_models("x"), r"evaluate gave 'x' of type str for the model pruned by uniform, at most 50% of the MACs"),
     ],
 )
-def test_evaluations_that_fail_are_errors(model: Net, function: Any, message: str) -> None:
+def test_evaluations_that_fail_are_errors(model: nn.Module, function: Any, message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         compare(model, function, X, criteria=["l1"], seeds=(0,))
 
 
-def test_a_score_that_is_not_finite_after_the_cut_is_a_row(model: Net) -> None:
+def test_a_score_that_is_not_finite_after_the_cut_is_a_row(model: nn.Module) -> None:
     found = compare(model, of_cut_models(float("-inf")), X, criteria=["l1"], seeds=(0,))
     assert {row.reason for row in found.rows} == {"evaluate gave -inf after the cut"}
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["before"] == 1.0
@@ -272,15 +252,15 @@ def test_a_score_that_is_not_finite_after_the_cut_is_a_row(model: Net) -> None:
         ({"seeds": (0.5,)}, ArgumentError, r"seed=0.5; expected an integer"),
         ({"target_macs": 0.0001}, PlanError, r"the best possible is"),
         ({"exclude": ["four"]}, ArgumentError, r"exclude: 'four' fits no parameter"),
-        ({"batches": 9, "data": batches()}, DataError, r"ended after 3 of 9 batches"),
+        ({"batches": 9, "data": labelled()}, DataError, r"ended after 3 of 9 batches"),
     ],
 )
-def test_bad_words(model: Net, words: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_words(model: nn.Module, words: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         compare(model, evaluate, X, **words)
 
 
-def test_unknown_words(model: Net) -> None:
+def test_unknown_words(model: nn.Module) -> None:
     with pytest.raises(TypeError, match=r"compare\(\) has no argument 'config'; expected model, evaluate"):
         compare(model, evaluate, X, config=[])  # type: ignore[call-arg]
 

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchshear._batches import first_batches
 from torchshear.errors import DataError
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,21 +32,9 @@ def arguments_of(
     Raises:
         DataError: the loader is empty or gives fewer batches, or a batch cannot be told apart into arguments.
     """
-    done = 0
-    try:
-        given_batches = enumerate(islice(loader, count))
-    except TypeError as error:
-        raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
-    for number, batch in given_batches:
+    for number, batch in first_batches(loader, count):
         given: Arguments = pytree.tree_map_only(Tensor, lambda t: t.to(device), _split(batch, signature, number))
         yield given
-        done += 1
-    if done < count:
-        raise DataError(
-            f"the loader ended after {done} of {count} batches; give a longer one, or ask for batches={done}."
-            if done
-            else "the loader gave no batch; expected at least one. An iterator that was used before is empty."
-        )
 
 
 def _split(batch: Any, signature: inspect.Signature, number: int) -> Arguments:

@@ -1,13 +1,13 @@
 """Batches of a loader as arguments of a captured model, and what is left of them for the loss."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchshear._batches import first_batches
 from torchshear.errors import DataError
 from torchshear.graph import ExampleInputs, Graph
 
@@ -29,22 +29,10 @@ def batches_of(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tupl
         DataError: the loader is empty or gives fewer batches, or a batch does not fit the model.
     """
     device = next((t.device for t in graph.inputs.tensors()), torch.device("cpu"))
-    done = 0
-    try:
-        given_batches = enumerate(islice(loader, count))
-    except TypeError as error:
-        raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
-    for number, batch in given_batches:
+    for number, batch in first_batches(loader, count):
         given, target = _split(batch, graph.inputs, number)
         moved, target = pytree.tree_map_only(Tensor, lambda t: t.to(device), (given, target))
         yield _checked(moved, graph, number), target
-        done += 1
-    if done < count:
-        raise DataError(
-            f"the loader ended after {done} of {count} batches; give a longer one, or ask for batches={done}."
-            if done
-            else "the loader gave no batch; expected at least one. An iterator that was used before is empty."
-        )
 
 
 def _split(batch: Any, inputs: ExampleInputs, number: int) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any]:
