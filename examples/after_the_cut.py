@@ -1,14 +1,16 @@
-"""Prune a CNN trained on real digits, and see what folded constants and new statistics are worth without training.
+"""Prune a network trained on real digits, and see what folded values and new statistics are worth without training.
 
-python examples/after_the_cut.py [--penalty 0.003] [--criterion l1] [--ratio 0.5] [--seeds 3]
+python examples/after_the_cut.py [--model cnn] [--penalty 0.003] [--criterion l1] [--ratio 0.5] [--seeds 3]
 """
 
 import argparse
 import statistics
 from collections import defaultdict
+from typing import Any
 
 import torch
-from digits import BATCH, Digits, DigitsNet, accuracy, fit, load_data
+from criteria_digits import KINDS
+from digits import BATCH, Digits, accuracy, fit, load_data
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -17,13 +19,13 @@ from torch.nn import functional
 
 import torchshear
 
-N_EPOCHS, LEARNING_RATE = 7, 3e-3
 console = Console(highlight=False)
 
 
 def main() -> None:
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="cnn", choices=list(KINDS), help="residual CNN, or vision transformer")
     parser.add_argument("--penalty", type=float, default=3e-3, help="L1 on the scales of norms while training; 0: none")
     parser.add_argument("--criterion", default="l1")
     parser.add_argument("--ratio", type=float, default=0.5)
@@ -31,11 +33,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # the same figures whatever the number of cores
     data = load_data()
+    kind = KINDS[options.model]
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in track(range(options.seeds), "training and pruning", console=console, transient=True):
         torch.manual_seed(seed)
-        model = DigitsNet()
-        fit(model, data, N_EPOCHS, LEARNING_RATE, seed, scale_penalty=options.penalty)
+        model = kind.build()
+        fit(model, data, kind.n_epochs, kind.learning_rate, seed, scale_penalty=options.penalty)
         for name, one in variants(model, data, options.criterion, options.ratio).items():
             found[name].append(score(one, data))
     console.print(table(found, f"{options.criterion}, {options.ratio:.0%} of the channels of each group removed"))
@@ -44,20 +47,25 @@ def main() -> None:
 def variants(model: nn.Module, data: Digits, criterion: str, ratio: float) -> dict[str, nn.Module]:
     """The dense model, and the pruned one with and without each step after the cut."""
     example = (data.test_images[:2],)
-    pruned = torchshear.prune(model, example, criterion=criterion, ratio=ratio)
-    folded = torchshear.prune(model, example, criterion=criterion, ratio=ratio, fold_bias=True)
     batches = data.train_images.split(BATCH)
     count = len(data.train_images) // BATCH
+    seen = {"data": batches, "batches": count}
 
-    def recalibrated(small: nn.Module) -> nn.Module:
-        return torchshear.recalibrate(small, batches, count, progress=False)
+    def pruned(**words: Any) -> nn.Module:
+        return torchshear.prune(model, example, criterion=criterion, ratio=ratio, **words).model
 
-    return {
+    found = {
         "dense": model,
-        "pruned": pruned.model,
-        "+ fold_bias": folded.model,
-        "+ recalibrate": recalibrated(pruned.model),
-        "+ both": recalibrated(folded.model),
+        "pruned": pruned(),
+        "+ constants": pruned(fold_bias=True),
+        "+ means": pruned(fold_bias="means", **seen),
+    }
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return found
+    return found | {
+        "+ recalibrate": pruned(recalibrate=True, **seen),
+        "+ constants, recalibrate": pruned(fold_bias=True, recalibrate=True, **seen),
+        "+ means, recalibrate": pruned(fold_bias="means", recalibrate=True, **seen),
     }
 
 

@@ -247,14 +247,16 @@ def test_each_pass_starts_anew_without_making_the_data_twice() -> None:
 
 
 @pytest.mark.usefixtures("no_onnx")
-def test_constants_and_new_statistics() -> None:
-    options = ("--criterion", "apoz", "--data", "data_nets:stream", "--batches", "3", "--fold-bias", "--recalibrate")
-    document, text = prune(*options)
-    assert re.search(r"^folded +constants of \d+ channels, \d+ left at zero: error .* in float64", text, re.MULTILINE)
+@pytest.mark.parametrize("kind", ["constants", "means"])
+def test_what_is_folded_and_new_statistics(kind: str) -> None:
+    options = ("--criterion", "apoz", "--data", "data_nets:stream", "--batches", "3", "--recalibrate")
+    document, text = prune(*options, "--fold-bias", kind)
+    assert re.search(rf"^folded +{kind} of \d+ channels, \d+ left at zero: error .* in float64", text, re.MULTILINE)
     assert "batch norms estimated anew" in text
     assert document["is_recalibrated"] is True
     assert document["fold"]["max_error"] < 1e-9
-    result = expected("apoz", fold_bias=True, recalibrate=True)
+    assert document["fold"]["kind"] == kind
+    result = expected("apoz", fold_bias=kind == "constants" or "means", recalibrate=True)
     model, _, _ = load_example("data_nets:net")
     small = torchshear.shrink(model, torchshear.PruningPlan.load("out/plan.json"))
     load_model(small, "out/model.safetensors")

@@ -81,10 +81,14 @@ def test_each_step_after_the_cut_helps() -> None:
     ]
     accuracy = {row[0]: float(row[1].removesuffix("%")) for row in rows}
     loss = {row[0]: float(row[3]) for row in rows}
-    assert list(accuracy) == ["dense", "pruned", "+ fold_bias", "+ recalibrate", "+ both"]
-    assert loss["+ fold_bias"] < loss["pruned"]
-    assert loss["+ both"] < loss["+ recalibrate"] < loss["pruned"]
-    assert accuracy["+ both"] > accuracy["+ recalibrate"] > accuracy["pruned"]
+    folds = ("+ constants", "+ means")
+    assert list(accuracy) == [
+        "dense", "pruned", *folds, "+ recalibrate", *(f"{one}, recalibrate" for one in folds)
+    ]  # fmt: skip
+    for one in folds:
+        assert loss[one] < loss["pruned"]
+        assert loss[f"{one}, recalibrate"] < loss["+ recalibrate"] < loss["pruned"]
+        assert accuracy[f"{one}, recalibrate"] > accuracy["+ recalibrate"] > accuracy["pruned"]
 
 
 @pytest.mark.zoo

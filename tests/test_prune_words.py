@@ -139,6 +139,10 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
         ({"criterion": "apoz", "data": 3}, r"data is int; expected something that gives batches"),
         ({"criterion": "apoz", "data": "folder"}, r"data is str; expected"),
         ({"criterion": "apoz", "data": [1], "batches": 0}, r"batches=0; expected a positive integer"),
+        ({"fold_bias": "mean"}, r"fold_bias='mean'; expected False, True .* or 'means'"),
+        ({"fold_bias": 1}, r"fold_bias=1; expected"),
+        ({"fold_bias": "means"}, r"fold_bias='means' takes means over data; give batches as data= \(--data\)"),
+        ({"fold_bias": True, "data": [1]}, r"data is given, and no criterion looks at it \(l1\)"),
         ({"config": CONFIG, "ratio": 0.5}, r"config= says which layers lose how much, and ratio=0.5 says something"),
         ({"config": CONFIG, "scope": "global"}, r"and scope='global' says something else"),
         ({"config": CONFIG, "target_macs": 0.5}, r"and target_macs=0.5 says something else"),
@@ -163,6 +167,13 @@ def test_empty_words_beside_a_config_say_nothing(model: nn.Module) -> None:
     said = torchshear.prune(model, X, config=CONFIG, exclude=(), axes=None, target_macs=None)
     assert kept(said.plan) == kept(torchshear.prune(model, X, config=CONFIG).plan)
     assert said.plan.n_cut > 0
+
+
+def test_what_has_no_statistics_is_told_before_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "trace", None)
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ArgumentError, match="has no batch norm with running statistics"):
+        torchshear.prune(plain, (torch.randn(2, 4),), data=[torch.randn(2, 4)], batches=1, recalibrate=True)
 
 
 def test_data_that_does_not_fit(model: nn.Module) -> None:

@@ -4,9 +4,9 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchshear._words import Selection, Sight
 from torchshear.dependency import ChannelGroups, PruningPlan
@@ -17,6 +17,7 @@ from torchshear.pruners import (
     Ratio,
     Request,
     ResolvedConfig,
+    channel_means,
     collect,
     load_config,
     parse_config,
@@ -56,12 +57,14 @@ class Asked:
         entries: those of a config; empty without one.
         data: what is looked at.
         recalibrates: whether batch norms get new statistics after the cut.
+        fold_bias: what is folded into biases: nothing, constants of removed channels, or their "means" over the data.
     """
 
     request: Request
     entries: tuple[Entry, ...]
     data: Data
     recalibrates: bool
+    fold_bias: bool | Literal["means"]
 
     @property
     def criteria(self) -> list[str | Criterion]:
@@ -83,6 +86,13 @@ class Asked:
         widths = Widths(self.request.alignment, self.request.min_width)
         return plan_config(groups, resolved, widths, statistics), resolved
 
+    def means(self, groups: ChannelGroups) -> dict[tuple[str, int], Tensor] | None:
+        """Means over the data of what layers read, if these are to be folded."""
+        if self.fold_bias != "means":
+            return None
+        assert self.data.loader is not None, "checked before the model was traced"
+        return channel_means(groups, self.data.loader, self.data.batches, progress=False)
+
     def _statistics(self, groups: ChannelGroups) -> Statistics | None:
         looking = [criterion for criterion in self.criteria if needs_of(criterion)]
         if self.data.loader is None or not looking:
@@ -97,6 +107,7 @@ def ask(
     alignment: Alignment,
     min_width: int,
     choice: Mapping[str, Any],
+    fold_bias: bool | Literal["means"] = False,
 ) -> Asked:
     """Check what is asked, and put it together.
 
@@ -106,6 +117,7 @@ def ask(
         alignment: what kept widths are.
         min_width: the fewest units to keep in a group.
         choice: the other words, see `Choice`.
+        fold_bias: what is folded into biases.
 
     Raises:
         ArgumentError: a word is outside what it may be, two contradict each other, or data is missing or looked at by
@@ -120,9 +132,17 @@ def ask(
         request = Request(**widths)
     else:
         request = Request(ratio=ratio, **widths, **words)
-    asked = Asked(request, entries, read_data(choice), choice.get("recalibrate", False))
-    check_data(asked.criteria, asked.data, asked.recalibrates)
+    asked = Asked(request, entries, read_data(choice), choice.get("recalibrate", False), fold_bias)
+    _check_fold(fold_bias, asked.data)
+    check_data(asked.criteria, asked.data, asked.recalibrates or fold_bias == "means")
     return asked
+
+
+def _check_fold(fold_bias: bool | Literal["means"], data: Data) -> None:
+    if not (isinstance(fold_bias, bool) or fold_bias == "means"):
+        raise ArgumentError(f"fold_bias={fold_bias!r}; expected False, True (--fold-bias constants) or 'means'.")
+    if fold_bias == "means" and data.loader is None:
+        raise ArgumentError("fold_bias='means' takes means over data; give batches as data= (--data), or write True.")
 
 
 def read_data(choice: Mapping[str, Any]) -> Data:
@@ -146,18 +166,18 @@ def read_data(choice: Mapping[str, Any]) -> Data:
     return Data(loader, choice.get("loss_fn"), batches)
 
 
-def check_data(criteria: Collection[str | Criterion], data: Data, recalibrates: bool) -> None:
+def check_data(criteria: Collection[str | Criterion], data: Data, is_used: bool) -> None:
     """Raise ArgumentError where data or a loss is missing, or data is given that nothing looks at."""
     for criterion in criteria:
         missing = missing_data(criterion, data)
         if missing:
             raise ArgumentError(f"the criterion {criterion!r} {missing}")
-    check_looked_at(criteria, data, recalibrates)
+    check_looked_at(criteria, data, is_used)
 
 
-def check_looked_at(criteria: Collection[str | Criterion], data: Data, recalibrates: bool) -> None:
-    """Raise ArgumentError for data that nothing looks at."""
-    if data.loader is not None and not recalibrates and not any(needs_of(criterion) for criterion in criteria):
+def check_looked_at(criteria: Collection[str | Criterion], data: Data, is_used: bool) -> None:
+    """Raise ArgumentError for data that no criterion looks at, and that is not used after the cut either."""
+    if data.loader is not None and not is_used and not any(needs_of(criterion) for criterion in criteria):
         names = ", ".join(str(name) for name in criteria)
         raise ArgumentError(f"data is given, and no criterion looks at it ({names}). Leave data= away.")
 

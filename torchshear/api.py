@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 from torch import nn
 
@@ -19,6 +19,7 @@ from torchshear.speedup import (
     Fold,
     Shrunk,
     Verification,
+    check_recalibration,
     fold_constants,
     recalibrate,
     resolve_alignment,
@@ -132,7 +133,7 @@ def prune(
     ratio: Ratio | None = None,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
-    fold_bias: bool = False,
+    fold_bias: bool | Literal["means"] = False,
     **choice: Unpack[Choice],
 ) -> PruneResult:
     """Prune a model in one call: trace, analyze, plan, shrink, verify.
@@ -146,7 +147,8 @@ def prune(
         ratio: fraction of the units of each channel group to remove, in [0, 1), or a mapping; see `torchshear.plan`.
         align: see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
-        fold_bias: whether removed channels count for their constants rather than for zeros, see `torchshear.shrink`.
+        fold_bias: whether removed channels count for their constants rather than for zeros, see `torchshear.shrink`;
+            or "means", for what they are on average over `data`.
         **choice: what may shrink: `axes` and `exclude` as for `torchshear.plan`, `prunable_outputs` as for
             `torchshear.analyze`. Without them every group may, and every output keeps its shape. `submodules` as for
             `torchshear.trace`, as `["backbone"]`: only these modules, inside the whole model. And how much goes where:
@@ -168,12 +170,14 @@ def prune(
             with those constants; nothing is returned then.
     """
     check_keywords("prune", choice, Choice, _PRUNE_ARGUMENTS)
-    asked = ask(criterion, ratio, resolve_alignment(align), min_width, choice)
+    asked = ask(criterion, ratio, resolve_alignment(align), min_width, choice, fold_bias)
+    if asked.recalibrates:
+        check_recalibration(model, asked.data.batches)
     groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
     made, resolved = asked.plan(model, groups)
     shrunk, verification = shrink_and_verify(model, made, args, kwargs)
     if fold_bias:
-        shrunk = fold_constants(model, shrunk, made)
+        shrunk = fold_constants(model, shrunk, made, means=asked.means(groups))
     small = shrunk.model
     if asked.recalibrates:
         assert asked.data.loader is not None, "checked before the model was traced"

@@ -25,6 +25,8 @@ from torchshear.speedup import OnnxFile
 
 Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
 
+_FOLDS: Mapping[str | None, Any] = {None: False, "constants": True}
+
 
 @takes_choice(*EVERY)
 def prune(
@@ -39,8 +41,12 @@ def prune(
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
     fold_bias: Annotated[
-        bool, typer.Option("--fold-bias", help="Fold what removed channels hold without input into biases.")
-    ] = False,
+        str | None,
+        typer.Option(
+            metavar="[constants|means]",
+            help="Fold what removed channels hold without input, or on average over --data, into biases.",
+        ),
+    ] = None,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
     *,
     choice: dict[str, Any],
@@ -59,9 +65,8 @@ def prune(
     with output_folder(output) as draft, status("pruning and verifying") as say:
         if "data" in choice:
             choice["data"].say = say
-        result = torchshear.prune(
-            model, args, kwargs, criterion, ratio, parse_align(align), min_width, fold_bias, **choice
-        )
+        fold = _FOLDS.get(fold_bias, fold_bias)  # another word is for `prune` to refuse
+        result = torchshear.prune(model, args, kwargs, criterion, ratio, parse_align(align), min_width, fold, **choice)
         pairs = _pairs(model, result, args, kwargs)
         files = _write(draft, result, pairs, say)
         document = _report_document(target, result, files)
@@ -123,7 +128,7 @@ def _steps_after(result: torchshear.PruneResult) -> Iterator[str]:
             sum(o.n_channels for o in places) for places in (result.fold.folded, result.fold.skipped)
         )
         error = f"error {result.fold.max_error:.1e} in {str(result.fold.dtype).removeprefix('torch.')}"
-        yield f"folded      constants of {n_folded} channels, {n_skipped} left at zero: {error}"
+        yield f"folded      {result.fold.kind} of {n_folded} channels, {n_skipped} left at zero: {error}"
     if result.is_recalibrated:
         yield "statistics  of batch norms estimated anew on the data, after the proof"
 

@@ -1,7 +1,7 @@
 """What goes: criteria that score units, and the selection of those that stay."""
 
 from torchshear.pruners import masks
-from torchshear.pruners._collecting import collect
+from torchshear.pruners._collecting import channel_means, collect
 from torchshear.pruners._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
 from torchshear.pruners._keys import Ratio
 from torchshear.pruners._planning import plan_from_kept, plan_units
@@ -78,6 +78,7 @@ __all__ = [
     "UnscorableError",
     "WeightSource",
     "Width",
+    "channel_means",
     "choose_targets",
     "choose_units",
     "choose_width",

@@ -1,10 +1,11 @@
 """Data run through a model, for the criteria that look at it."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
@@ -13,6 +14,7 @@ from torchshear.graph import Graph
 from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
 from torchshear.pruners.statistics import (
     ALL_SUMS,
+    SUM_OF_MEANS,
     SUMS_OF_GRADIENTS,
     Loss,
     Run,
@@ -61,13 +63,50 @@ def collect(
             another network or criteria, or another number of batches.
         WeightError: the model is on the meta device.
     """
+    return _collected(network, loader, loss_fn, batches, progress, lambda: _sums(criteria, loss_fn))
+
+
+def channel_means(
+    network: Graph | ChannelGroups, loader: Iterable[Any], batches: int = 32, progress: bool = True
+) -> dict[tuple[str, int], Tensor]:
+    """Run data through a model in eval mode, and average each channel of what layers read.
+
+    Args:
+        network: the captured model or its channel groups.
+        loader: gives batches, as for `collect`.
+        batches: how many to run.
+        progress: whether to draw a bar where the error stream is a terminal.
+
+    Returns:
+        (name of the node that a layer reads, dimension of its channels) -> means over all samples and positions, shape
+        (channels,), float64, on the CPU; for `torchshear.speedup.fold_constants`.
+
+    Raises:
+        ArgumentError: `batches` is not a positive integer.
+        DataError: the loader is empty, too short, or gives batches of another structure or size; another process
+            failed, has another network, or another number of batches.
+        WeightError: the model is on the meta device.
+    """
+    seen = _collected(network, loader, None, batches, progress, lambda: SUM_OF_MEANS)
+    return {key: sums.total / sums.count for key, sums in seen.values.items()}
+
+
+def _collected(
+    network: Graph | ChannelGroups,
+    loader: Iterable[Any],
+    loss_fn: Loss | None,
+    batches: int,
+    progress: bool,
+    wanted: Callable[[], frozenset[Sum]],
+) -> Statistics:
+    """Sums over batches, and over processes; what is wanted is asked for where an error stops all processes."""
     run: Run | None = None
     error: Exception | None = None
     try:
         _check(loss_fn, batches)
         groups = network if isinstance(network, ChannelGroups) else analyze(network)
         _check_weights(groups.graph)
-        run = Run(groups, loss_fn, _sums(criteria, loss_fn))
+        run = Run(groups, loss_fn, wanted())
         found = batches_of(loader, batches, groups.graph)
         console = Console(stderr=True)
         if progress and console.is_terminal:

@@ -5,7 +5,7 @@ from torchshear.speedup._fold import fold_constants
 from torchshear.speedup._fold_record import Fold, FoldedConstants, SkippedConstants
 from torchshear.speedup._kept_scale import KeptScale
 from torchshear.speedup._load import load_checkpoint
-from torchshear.speedup._recalibrate import recalibrate
+from torchshear.speedup._recalibrate import check_recalibration, recalibrate
 from torchshear.speedup._shrink import Shrunk
 from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
 from torchshear.speedup._traced import TracedModule
@@ -26,6 +26,7 @@ __all__ = [
     "SkippedConstants",
     "TracedModule",
     "Verification",
+    "check_recalibration",
     "compare_latency",
     "detect_profile",
     "export_onnx",

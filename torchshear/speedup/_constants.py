@@ -46,12 +46,14 @@ class Barrier:
         operand: name of a node.
         dim: a dimension of its value.
         hidden: a mask over that dimension.
+        means: what the call sees in place of those zeros along `dim` of the operand, at each position; None: nothing.
     """
 
     kind: Literal["some", "inputs", "all"]
     operand: str = ""
     dim: int = 0
     hidden: Bools | None = None
+    means: Tensor | None = None
 
 
 class ConstantNetwork:
@@ -118,7 +120,9 @@ class ConstantNetwork:
             value = look(node)
             if barrier.kind == "some":
                 return _hidden(value, barrier) if node.name == barrier.operand else value
-            return self.zeroed(node, value) if barrier.kind == "all" or node in self.from_inputs else value
+            if barrier.kind == "all" or node in self.from_inputs:
+                value = self.zeroed(node, value)
+            return _with_means(value, barrier) if node.name == barrier.operand else value
 
         return seen
 
@@ -185,3 +189,11 @@ class ConstantNetwork:
 def _hidden(value: Tensor, barrier: Barrier) -> Tensor:
     assert barrier.hidden is not None
     return value.index_fill(barrier.dim, torch.from_numpy(np.flatnonzero(barrier.hidden)).to(value.device), 0)
+
+
+def _with_means(value: Tensor, barrier: Barrier) -> Tensor:
+    if barrier.means is None:
+        return value
+    line = [1] * value.ndim
+    line[barrier.dim] = -1
+    return value + barrier.means.to(value).reshape(line)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,8 +11,9 @@ from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import VerificationError, WeightError
 from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, whole_of
 from torchshear.speedup._compare import random_like, relative_error, tolerance
-from torchshear.speedup._constants import Barrier, ConstantNetwork, Look
-from torchshear.speedup._fold_places import Places, find_places
+from torchshear.speedup._constants import ConstantNetwork, Decide, Look
+from torchshear.speedup._fold_means import Means, find_places_of_means
+from torchshear.speedup._fold_places import Places, find_places, kept_as_is, writes
 from torchshear.speedup._fold_record import Fold
 from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._shrink import Shrunk, analysis_of
@@ -26,6 +27,7 @@ def fold_constants(
     plan: PruningPlan,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
+    means: Means | None = None,
 ) -> Shrunk:
     """Fold the constants of removed channels into a shrunk model, and prove the result.
 
@@ -40,12 +42,17 @@ def fold_constants(
     not where padding with zeros cuts the sum off at borders, where a channel is no constant (behind a softmax, a gate
     that looks at data), or where there is nothing to fold into: no parameter is added.
 
+    With `means`, k_c is what the layer reads of channel c on average over data: of all constants the one with the
+    smallest squared error of what the layer gives, taken channel by channel.
+
     Args:
         model: the original model.
         shrunk: what the plan made of it; the model in it is changed, if the result is proved.
         plan: the plan between them.
         args: example arguments to trace with, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
+        means: of what layers read of the original model, from `torchshear.pruners.channel_means`; None: constants that
+            channels hold without any input.
 
     Returns:
         The same with `fold`, which says what was folded and what was not.
@@ -69,7 +76,8 @@ def fold_constants(
     network = ConstantNetwork(graph, cut, state_in(model, groups, dtype))
     try:
         with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
-            places = find_places(network, [leaves_of(trial.copy()) for trial in trials[:2]])
+            inputs = [leaves_of(trial.copy()) for trial in trials[:2]]
+            places = find_places(network, inputs) if means is None else find_places_of_means(network, inputs, means)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise VerificationError(
             f"constants of removed channels cannot be followed through the graph: {error}. Shrink with fold_bias=False."
@@ -77,7 +85,8 @@ def fold_constants(
     exact = slice_state(cut, {name: network.state[name] + added for name, added in places.changes.items()})
     worst = _proved(small, plan, network, places, exact, trials, dtype)
     _put(shrunk.model, exact)
-    return replace(shrunk, fold=Fold(tuple(places.folded), tuple(places.skipped), worst, dtype))
+    kind: Literal["constants", "means"] = "constants" if means is None else "means"
+    return replace(shrunk, fold=Fold(kind, tuple(places.folded), tuple(places.skipped), worst, dtype))
 
 
 def _proved(
@@ -101,7 +110,7 @@ def _proved(
     worst = 0.0
     for trial in trials:
         with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
-            (value,) = network.walk([leaves_of(trial.copy())], _as_found(network, places.barriers))
+            (value,) = network.walk([leaves_of(trial.copy())], _as_found(network, places))
         expected = kept_outputs(plan, output_leaves(value))
         actual = outputs_of(candidate, trial, dtype)
         error = relative_error(expected, actual)
@@ -115,11 +124,16 @@ def _proved(
     return worst
 
 
-def _as_found(network: ConstantNetwork, barriers: Mapping[str, Barrier]) -> Any:
+def _as_found(network: ConstantNetwork, places: Places) -> Decide:
     """Values of a call, behind the barrier that a search put before it."""
 
     def decide(node: fx.Node, looks: Sequence[Look]) -> list[Any]:
-        return [network.call(node, network.behind(barriers.get(node.name), look)) for look in looks]
+        barrier = places.barriers.get(node.name, places.others) if network.is_touched(node) else None
+        if barrier is None or not writes(node):
+            return [network.call(node, network.behind(barrier, look)) for look in looks]
+        values = [network.call(node, network.behind(barrier, kept_as_is(node, look))) for look in looks]
+        through = [network.call(node, look) for look in looks]  # who looks at the same memory must see it
+        return [one.copy_(value) for one, value in zip(through, values, strict=True)]
 
     return decide
 

@@ -26,7 +26,7 @@ class _Layer(NamedTuple):
     bias: str
 
 
-_LAYERS = {
+LAYERS = {
     **dict.fromkeys(
         (
             "aten.linear",
@@ -40,7 +40,7 @@ _LAYERS = {
 # Relative differences that equal values may have, by dtype.
 _SAME = {torch.float64: 1e-11, torch.float32: 1e-5}
 _SAME_IN_NARROWER = 1e-2
-_UNEVEN = "what they add is not the same at every position, as where padding with zeros cuts it off"
+UNEVEN = "what they add is not the same at every position, as where padding with zeros cuts it off"
 
 
 @dataclass(slots=True)
@@ -52,12 +52,14 @@ class Places:
         skipped: readers that see zeros.
         changes: canonical name of a tensor -> what is added to it, over all of its positions.
         barriers: name of a node -> what it does not see.
+        others: what all other calls do not see of cut channels; None: they see them.
     """
 
     folded: list[FoldedConstants] = field(default_factory=list)
     skipped: list[SkippedConstants] = field(default_factory=list)
     changes: dict[str, Tensor] = field(default_factory=dict)
     barriers: dict[str, Barrier] = field(default_factory=dict)
+    others: Barrier | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,12 +91,14 @@ def find_places(network: ConstantNetwork, inputs: list[list[Any]]) -> Places:
         network: the network with constants.
         inputs: flat inputs of each run, at least two.
     """
-    search = _Search(network)
+    search = Search(network)
     network.walk(inputs, search.decide)
     return search.places
 
 
-class _Search:
+class Search:
+    """Which calls of a network read constants of cut channels, and where these can go."""
+
     def __init__(self, network: ConstantNetwork) -> None:
         self.network = network
         self.places = Places()
@@ -110,17 +114,20 @@ class _Search:
         network = self.network
         if not network.is_touched(node):
             return [self._varied(node, network.call(node, look), run) for run, look in enumerate(looks)]
-        before = [_kept_as_is(node, look) for look in looks] if _writes(node) else looks
+        before = [kept_as_is(node, look) for look in looks] if writes(node) else looks
         masked = self._all(node, before, Barrier("all"))
         through = [network.call(node, look) for look in looks]
+        values = self._chosen(node, before, through, masked)
+        if values is not through and writes(node):  # who looks at the same memory must see it
+            values = [one.copy_(value) for one, value in zip(through, values, strict=True)]
+        return [self._varied(node, value, run) for run, value in enumerate(values)]
+
+    def _chosen(self, node: fx.Node, before: Sequence[Look], through: list[Any], masked: list[Any]) -> list[Any]:
+        """What a call gives with the constants where that changes nothing or folds, else behind a barrier."""
         if self._are_same(node, through, masked):
-            return [self._varied(node, value, run) for run, value in enumerate(through)]
+            return through
         values = self._folded(node, before, through)
-        if values is None:
-            values = self._shut(node, before, masked)
-        if _writes(node):  # who looks at the same memory must see it
-            return [one.copy_(value) for one, value in zip(through, values, strict=True)]
-        return values
+        return self._shut(node, before, masked) if values is None else values
 
     def _all(self, node: fx.Node, looks: Sequence[Look], barrier: Barrier) -> list[Any]:
         return [self.network.call(node, self.network.behind(barrier, look)) for look in looks]
@@ -153,23 +160,23 @@ class _Search:
         some = self._all(node, looks, barrier) if hidden.any() else through
         added, target = self._same_everywhere(node, read.channel, some, none), self._target(node)
         if added is None:
-            self._skip(node, n_fixed, _UNEVEN)
+            self._skip(node, n_fixed, UNEVEN)
         elif isinstance(target, str):
             self._skip(node, n_fixed, target)
         else:
             self.places.changes[target.name] = target.sign * added
-            self.places.folded.append(FoldedConstants(_layer(node), target.name, n_fixed))
+            self.places.folded.append(FoldedConstants(layer_of(node), target.name, n_fixed))
             if hidden.any():
                 self.places.barriers[node.name] = barrier
             return some
         return None
 
     def _skip(self, node: fx.Node, n_channels: int, reason: str) -> None:
-        self.places.skipped.append(SkippedConstants(_layer(node), n_channels, reason))
+        self.places.skipped.append(SkippedConstants(layer_of(node), n_channels, reason))
 
     def _read(self, node: fx.Node) -> _Read | str:
         """What a layer reads; or why the call is none that takes constants."""
-        layer = _LAYERS.get(str(node.target).rpartition(".")[0])
+        layer = LAYERS.get(str(node.target).rpartition(".")[0])
         if layer is None:
             return f"{locate(node).operator} has no bias"
         arguments = bind_arguments(node)
@@ -217,7 +224,7 @@ class _Search:
 
     def _target(self, node: fx.Node) -> _Target | str:
         """Where the constants of a layer can go; or why nowhere."""
-        bias = bind_arguments(node)[_LAYERS[str(node.target).rpartition(".")[0]].bias]
+        bias = bind_arguments(node)[LAYERS[str(node.target).rpartition(".")[0]].bias]
         if isinstance(bias, fx.Node):
             return self._own(bias, "bias", 1)
         users = list(node.users)
@@ -264,17 +271,17 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _layer(node: fx.Node) -> str:
+def layer_of(node: fx.Node) -> str:
     """Name of the module that makes a call, or of the operator where that is the model itself."""
     return locate(node).module or locate(node).operator
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
     """Whether a call writes to an operand."""
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _kept_as_is(node: fx.Node, look: Look) -> Look:
+def kept_as_is(node: fx.Node, look: Look) -> Look:
     """What the operands of a call are now, before it writes to them."""
     now = {n: look(n).clone() if isinstance(look(n), Tensor) else look(n) for n in node.all_input_nodes}
     return lambda n: now[n]

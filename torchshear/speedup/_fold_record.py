@@ -1,6 +1,7 @@
 """What is told of a fold: where constants of removed channels went, and where they did not."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -40,6 +41,7 @@ class Fold:
     """What became of the constants of removed channels.
 
     Attributes:
+        kind: "constants", what channels hold without any input; or "means", what they held on average over data.
         folded: layers whose bias, or whose batch norm's running mean, holds them now.
         skipped: readers that see zeros in their place, with reasons.
         max_error: largest difference of any output from the original network with constants on the removed channels,
@@ -47,6 +49,7 @@ class Fold:
         dtype: dtype in which both were computed.
     """
 
+    kind: Literal["constants", "means"]
     folded: tuple[FoldedConstants, ...]
     skipped: tuple[SkippedConstants, ...]
     max_error: float

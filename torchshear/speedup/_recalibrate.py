@@ -67,7 +67,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
     Reference: Ioffe and Szegedy, ICML 2015, arXiv:1502.03167 (statistics of the population by averaging over batches);
     for pruned networks Li et al., ECCV 2020, arXiv:2007.02491.
     """
-    _check(model, batches)
+    check_recalibration(model, batches)
     copy = copy_model(model)
     statistics = _Statistics.of(copy)
     n_run = 0
@@ -90,7 +90,8 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
     return copy
 
 
-def _check(model: nn.Module, batches: int) -> None:
+def check_recalibration(model: nn.Module, batches: int) -> None:
+    """Raise what `recalibrate` raises of its arguments alone, see there."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
     if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:

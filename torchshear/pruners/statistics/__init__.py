@@ -5,6 +5,7 @@ from torchshear.pruners.statistics._distributed import all_reduced
 from torchshear.pruners.statistics._run import Loss, Run
 from torchshear.pruners.statistics._statistics import (
     ALL_SUMS,
+    SUM_OF_MEANS,
     SUMS_OF_GRADIENTS,
     GateSums,
     RowSums,
@@ -19,6 +20,7 @@ from torchshear.pruners.statistics._taps import GroupTaps, Layer, Tap, find_laye
 __all__ = [
     "ALL_SUMS",
     "SUMS_OF_GRADIENTS",
+    "SUM_OF_MEANS",
     "GateSums",
     "GroupTaps",
     "Layer",

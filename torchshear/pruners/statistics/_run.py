@@ -69,9 +69,11 @@ class Run:
             for tap in taps:
                 wanted.setdefault((tap.node, tap.dim), set()).update(self.sums & SUMS_OF_VALUES - left_out)
                 nonnegative |= {(tap.node, tap.dim)} if tap.is_nonnegative else set()
-        for layer in self.layers if "inputs" in self.sums else ():
+        of_inputs: dict[Sum, Sum] = {"inputs": "squares", "means": "total"}
+        of_read = {word for asked, word in of_inputs.items() if asked in self.sums}
+        for layer in self.layers:
             if layer.dim is not None:
-                wanted.setdefault((layer.source, layer.dim), set()).add("squares")
+                wanted.setdefault((layer.source, layer.dim), set()).update(of_read)
         return {key: ValueAccumulator(key[1], sums, key in nonnegative) for key, sums in wanted.items() if sums}
 
     def _read_state(self) -> None:

@@ -11,6 +11,7 @@ from torchshear.pruners.statistics._taps import Layer, Tap
 Sum = Literal[
     "zeros", "total", "magnitude", "squares",  # of activations: attributes of ValueSums
     "inputs",  # squares of what layers read
+    "means",  # what layers read itself; of no criterion, but for what is folded into biases
     "taylor", "saliency", "momentum", "gradient",  # of gradients: attributes of WeightSums
     "rows",  # RowSums
     "heads",  # gates on what layers read of attention heads
@@ -19,7 +20,8 @@ Sum = Literal[
 SUMS_OF_VALUES: frozenset[Sum] = frozenset({"zeros", "total", "magnitude", "squares"})
 SUMS_OF_WEIGHTS: frozenset[Sum] = frozenset({"taylor", "saliency", "momentum", "gradient"})
 SUMS_OF_GRADIENTS: frozenset[Sum] = SUMS_OF_WEIGHTS | {"rows", "heads", "gates"}  # those that need a loss
-ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum))
+SUM_OF_MEANS: frozenset[Sum] = frozenset({"means"})
+ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum)) - SUM_OF_MEANS  # those of criteria
 MOMENTUM = 0.9  # weight of what was seen before, in the criterion |W g| with momentum
 
 
@@ -28,7 +30,7 @@ class ValueSums:
     """Sums over one dimension of a value; P = its number of positions. All float64, on the CPU.
 
     What was not asked for has shape (0,): `zeros` of groups without an activation that gives exact zeros, and all but
-    `squares` of values that no group shows in and that layers only read.
+    `squares` and `total` of values that no group shows in and that layers only read.
 
     Attributes:
         count: numbers seen at each position.
