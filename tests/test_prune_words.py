@@ -169,6 +169,13 @@ def test_empty_words_beside_a_config_say_nothing(model: nn.Module) -> None:
     assert said.plan.n_cut > 0
 
 
+@pytest.mark.parametrize("words", [{"criterion": "apoz"}, {"fold_bias": "means"}])
+def test_data_does_not_reach_parts(model: nn.Module, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "trace", None)
+    with pytest.raises(ArgumentError, match=r"submodules= and .*whole model, of which only part.*Prune each part by"):
+        torchshear.prune(model, X, data=labelled(), batches=3, submodules=["part"], **words)
+
+
 def test_what_has_no_statistics_is_told_before_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "trace", None)
     plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -134,8 +134,21 @@ def ask(
         request = Request(ratio=ratio, **widths, **words)
     asked = Asked(request, entries, read_data(choice), choice.get("recalibrate", False), fold_bias)
     _check_fold(fold_bias, asked.data)
+    _check_parts(asked, choice.get("submodules"))
     check_data(asked.criteria, asked.data, asked.recalibrates or fold_bias == "means")
     return asked
+
+
+def _check_parts(asked: Asked, submodules: Collection[str] | None) -> None:
+    """Raise ArgumentError for data that would have to reach parts of a model: only their graphs are known."""
+    looking = [str(criterion) for criterion in asked.criteria if needs_of(criterion) and asked.data.loader is not None]
+    looking += ["fold_bias='means'"] if asked.fold_bias == "means" else []
+    if submodules is not None and looking:
+        raise ArgumentError(
+            f"submodules= and {looking[0]}: batches are for the whole model, of which only {', '.join(submodules)} is "
+            f"captured. Prune each part by itself, with batches of what it is called with as data=, and put results "
+            f"in place; or choose a criterion of weights."
+        )
 
 
 def _check_fold(fold_bias: bool | Literal["means"], data: Data) -> None:

@@ -200,6 +200,9 @@ def test_data_that_does_not_fit_is_told() -> None:
     groups = torchshear.analyze(torchshear.trace(model, (image(size=6),)))
     with pytest.raises(ArgumentError, match="batches=0"):
         channel_means(groups, labelled(), 0)
+    bad = [(image(size=6) * float("nan"), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(DataError, match=r"the layer of 'one\.weight' reads is NaN"):
+        channel_means(groups, bad, 1, progress=False)
 
 
 def test_a_wrong_fold_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
