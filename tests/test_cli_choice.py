@@ -119,8 +119,10 @@ def test_shares_are_read() -> None:
 
 def test_scopes_targets_and_limits_reach_the_plan() -> None:
     document = pruned(
-        "--scope", "global", "--target-macs", "0.5", "--max-ratio", "residual=0.3", "--max-ratio", "*=0.9"
-    )
+        "--scope", "global", "--target-macs", "0.5", "--max-ratio", "residual=0.3", "--max-ratio", "*=0.9",
+        "--combine", "mean", "--normalize", "none",
+    )  # fmt: skip
+    assert (document["request"]["combine"], document["request"]["normalize"]) == ("mean", "none")
     assert document["request"]["scope"] == "global"
     assert document["request"]["max_ratio"] == {"residual": 0.3, "*": 0.9}
     assert "ratio" not in document["request"]

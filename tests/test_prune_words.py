@@ -1,5 +1,6 @@
 """Data, losses and configs as words of `prune`: the same as stage by stage, and errors before anything is traced."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.nn import functional
 import torchshear
 from tests.models import Classifier, image, labelled
 from torchshear import _asking, api
-from torchshear.errors import ArgumentError, DataError
+from torchshear.errors import ArgumentError, DataError, PlanError
 from torchshear.pruners import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
 
 X = (image(size=6),)
@@ -120,6 +121,40 @@ def test_a_config_for_a_part() -> None:
     config = [{"op_names": ["part.two"], "sparsity": 0.5}]
     result = torchshear.prune(Picky().eval(), X, config=config, submodules=["part"])
     assert (result.model.part.two.out_channels, result.model.part.one.out_channels) == (6, 8)
+
+
+def test_a_config_that_searches_without_training(model: nn.Module) -> None:
+    words: dict[str, Any] = {"data": labelled(), "loss_fn": functional.cross_entropy, "batches": 3}
+    pruner = {"pruning_type": "retrain_free", "target_sparsity": 0.5, "pruning_scope": "local", "pattern": "1xchannel"}
+    found = torchshear.prune(model, X, config=[pruner | {"op_names": ["two", "three"]}], **words)
+    ratio = {"two.weight[0]": 0.5, "three.weight[0]": 0.5}
+    expected = torchshear.prune(model, X, criterion="retrain_free", ratio=ratio, **words)
+    assert kept(found.plan) == kept(expected.plan)
+    assert found.config is not None
+    assert "not scaled anew" in str(found.config)
+
+
+def test_what_cannot_be_reached_is_told_before_data_is_run(model: nn.Module) -> None:
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            raise AssertionError("no batch is needed to know it")
+
+    words: dict[str, Any] = {"data": Loader(), "loss_fn": functional.cross_entropy, "criterion": "taylor"}
+    with pytest.raises(PlanError, match="the best"):
+        torchshear.prune(model, X, target_macs=1e-4, **words)
+    with pytest.raises(PlanError, match="at most"):
+        torchshear.prune(model, X, ratio=0.999, scope="global", **words)
+    with pytest.raises(ArgumentError, match="removes nothing"):
+        torchshear.prune(model, X, ratio=0.01, **words)
+
+
+def test_statistics_of_half_precision_are_told(model: nn.Module) -> None:
+    data = [(x.bfloat16(), y) for x, y in labelled()]
+    result = torchshear.prune(model.bfloat16(), (X[0].bfloat16(),), criterion="wanda", data=data, batches=3)
+    note = "the model computes in torch.bfloat16; sums are float32"
+    assert result.report.statistics == (note,)
+    assert f"statistics  {note}" in str(result.report)
+    assert result.plan.request["statistics"] == [note]
 
 
 FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruning_type": "magnitude"}]

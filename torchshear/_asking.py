@@ -18,6 +18,8 @@ from torchshear.pruners import (
     Request,
     ResolvedConfig,
     channel_means,
+    check_request,
+    choose_targets,
     collect,
     load_config,
     parse_config,
@@ -80,7 +82,9 @@ class Asked:
         if self.entries:
             assert isinstance(self.request.criterion, str), "checked with the config"
             resolved = resolve(model, self.entries, groups, self.request.criterion)
-        statistics = self._statistics(groups)
+        else:
+            check_request(groups, self.request)
+        statistics = self._statistics(groups, resolved)
         if resolved is None:
             return plan_units(groups, self.request, statistics=statistics), None
         widths = Widths(self.request.alignment, self.request.min_width)
@@ -93,12 +97,21 @@ class Asked:
         assert self.data.loader is not None, "checked before the model was traced"
         return channel_means(groups, self.data.loader, self.data.batches, progress=False)
 
-    def _statistics(self, groups: ChannelGroups) -> Statistics | None:
+    def _statistics(self, groups: ChannelGroups, resolved: ResolvedConfig | None) -> Statistics | None:
         looking = [criterion for criterion in self.criteria if needs_of(criterion)]
         if self.data.loader is None or not looking:
             return None
         loader, loss_fn, batches = self.data.loader, self.data.loss_fn, self.data.batches
-        return collect(groups, loader, loss_fn, batches, progress=False, criteria=looking)
+        whole = self._whole(groups, resolved)
+        return collect(groups, loader, loss_fn, batches, progress=False, criteria=looking, exclude=whole)
+
+    def _whole(self, groups: ChannelGroups, resolved: ResolvedConfig | None) -> list[str]:
+        """Groups that are to stay whole, so that no gradient needs to reach them."""
+        if resolved is not None:
+            return [group.name for group in groups if group.name not in resolved.ratios]
+        request = self.request
+        targets = choose_targets(groups, request.shares, request.axes, request.exclude)
+        return [name for name, target in targets.items() if target.ratio is None]
 
 
 def ask(

@@ -9,7 +9,7 @@ from torchshear.api import PruneResult, shrink_and_verify
 from torchshear.dependency import PruningPlan
 from torchshear.pruners.classes import Stages, provide_stages
 from torchshear.report import make_report
-from torchshear.speedup import export_onnx
+from torchshear.speedup import export_onnx, resolve_alignment
 
 
 def finish(model: nn.Module, plan: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> PruneResult:
@@ -19,4 +19,4 @@ def finish(model: nn.Module, plan: PruningPlan, args: tuple[Any, ...], kwargs: M
     return PruneResult(shrunk.model, plan, report, verification, shrunk.form)
 
 
-provide_stages(Stages(finish=finish, export_onnx=export_onnx))
+provide_stages(Stages(finish=finish, export_onnx=export_onnx, resolve_alignment=resolve_alignment))

@@ -93,6 +93,7 @@ class PruningReport:
             asked for.
         parts: the parts that were pruned inside the model, if it was not pruned whole; parameters in `before` and
             `after` are then those of the whole model, MACs those of the parts.
+        statistics: what is to be known of the statistics that units were scored by.
     """
 
     requested_ratio: float | None
@@ -105,6 +106,7 @@ class PruningReport:
     outputs: tuple[OutputReport, ...] = ()
     parts: tuple[PartReport, ...] = ()
     target: Mapping[str, int] = field(default_factory=dict)
+    statistics: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON."""
@@ -144,6 +146,7 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
             if groups.graph.parts is not None
         ),
         target=_targets(plan, before),
+        statistics=tuple(plan.request.get("statistics", ())),
     )
 
 
@@ -224,6 +227,7 @@ def _summary(report: PruningReport) -> str:
         f"{_change('MACs', part.before.macs, part.after.macs)}{f', {part.form}' if part.form else ''}"
         for part in report.parts
     ]
+    lines += [f"statistics  {note}" for note in report.statistics]
     if report.form:
         lines.append(f"form        {report.form}")
     lines += [f"output      {_output_line(output)}" for output in report.outputs]

@@ -94,6 +94,34 @@ def test_a_group_that_no_gradient_reaches_is_named(name: str) -> None:
         torchshear.collect(TWO_HEADS, batches(), lambda out, target: out[1].mean(), 1, criteria=name)
 
 
+def of_the_second_head(out: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+    return out[1].square().mean()
+
+
+@pytest.mark.parametrize("name", ON_GRADIENTS)
+def test_no_gradient_needs_to_reach_what_stays_whole(name: str) -> None:
+    seen = torchshear.collect(TWO_HEADS, batches(), of_the_second_head, 1, criteria=name, exclude="one.0.weight[0]")
+    assert seen.n_batches == 1
+
+
+def test_pruning_what_gradients_reach() -> None:
+    model = randomise(TwoHeads()).eval()
+    words: dict[str, Any] = {"data": batches(), "loss_fn": of_the_second_head, "batches": 1}
+    words["exclude"] = "one.0.weight[0]"
+    result = torchshear.prune(model, (torch.zeros(2, 3, 6, 6),), criterion="taylor", **words)
+    assert (result.model.one[0].out_channels, result.model.stem.out_channels) == (6, 2)
+
+
+@pytest.mark.parametrize("name", ON_DATA)
+def test_data_that_is_not_finite_is_refused(name: str) -> None:
+    for number, message in ((torch.nan, "batch 1 holds NaN"), (torch.inf, "of batch 1 (are NaN|is nan|is inf)")):
+        if number == torch.inf and needs_of(name) == {"zeros"}:
+            continue  # of which there are none, which is all that it asks
+        given = [*batches(1), (torch.full((4, 3, 6, 6), number), batches(1)[0][1])]
+        with pytest.raises(DataError, match=message):
+            torchshear.collect(ANALYSED, given, functional.cross_entropy, 2, criteria=name)
+
+
 TWO_HEADS = analysed(randomise(TwoHeads()).eval())
 
 

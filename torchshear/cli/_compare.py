@@ -14,7 +14,17 @@ from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.comparison import compare as compare_criteria
 from torchshear.comparison import has_matplotlib, render_comparison
 
-_ASKED: Final = ("scope", "min_ratio", "max_ratio", "axes", "exclude", "prunable_outputs", "submodules")
+_ASKED: Final = (
+    "scope",
+    "min_ratio",
+    "max_ratio",
+    "combine",
+    "normalize",
+    "axes",
+    "exclude",
+    "prunable_outputs",
+    "submodules",
+)
 _SIGHT: Final = ("data", "loss_fn", "batches", "recalibrate")
 _Numbers = list[float] | None
 

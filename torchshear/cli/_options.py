@@ -12,7 +12,7 @@ import typer
 
 from torchshear.cli._data import LOSS_NAMES, NamedLoader, load_loss
 from torchshear.errors import ArgumentError
-from torchshear.pruners import SCOPES, registered_criteria
+from torchshear.pruners import COMBINE, SCOPES, registered_criteria
 
 
 def _check_ratio(given: list[str] | None) -> list[str] | None:
@@ -29,6 +29,12 @@ _RATIO = typer.Option(
     callback=_check_ratio,
     help="Share of each group's channels to remove, in [0, 1); or KEY=SHARE, once or more, where KEY is a role, a "
     "pattern of module or parameter names, a group, or * for all others. Default: 0.5, or what a target asks.",
+)
+_COMBINE = typer.Option(metavar="WORD", help=f"How scores of a group's members become one: {', '.join(COMBINE)}.")
+_NORMALIZE = typer.Option(
+    metavar="WORD",
+    help="Whether scores are divided by their mean over the group before groups are ranked together: mean, none or "
+    "auto (where they mean nothing outside of their group).",
 )
 _AXES = typer.Option(metavar="ROLE", help="Role that may shrink, as ffn or heads; once or more. Default: all.")
 _EXCLUDE = typer.Option(metavar="PATTERN", help="Modules or parameters that keep their shapes; once or more.")
@@ -87,6 +93,8 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "target_params": _Option(Annotated[float | None, _PARAMS], float),
     "min_ratio": _Option(Annotated[list[str] | None, _LEAST], lambda given: parse_ratio(given)),
     "max_ratio": _Option(Annotated[list[str] | None, _MOST], lambda given: parse_ratio(given)),
+    "combine": _Option(Annotated[str | None, _COMBINE], str),
+    "normalize": _Option(Annotated[str | None, _NORMALIZE], str),
     "axes": _Option(Annotated[list[str] | None, _AXES], list),
     "exclude": _Option(Annotated[list[str] | None, _EXCLUDE], list),
     "prunable_outputs": _Option(Annotated[list[str] | None, _OUTPUT], list),

@@ -4,9 +4,10 @@ from torchshear.pruners import masks
 from torchshear.pruners._collecting import channel_means, collect
 from torchshear.pruners._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
 from torchshear.pruners._keys import Ratio
-from torchshear.pruners._planning import plan_from_kept, plan_units
+from torchshear.pruners._planning import check_request, plan_from_kept, plan_units
 from torchshear.pruners._pools import isomorphism_classes
 from torchshear.pruners._request import SCOPES, Request
+from torchshear.pruners._scoring import COMBINE
 from torchshear.pruners._selection import Limits, Width, choose_units, choose_width
 from torchshear.pruners._targets import Target, choose_targets
 from torchshear.pruners._unipruning import plan_unipruning
@@ -49,6 +50,7 @@ from torchshear.pruners.criteria import (
 from torchshear.pruners.statistics import Statistics
 
 __all__ = [
+    "COMBINE",
     "SCOPES",
     "ActivationAPoZRankFilterPruner",
     "ActivationAPoZRankPruner",
@@ -79,6 +81,7 @@ __all__ = [
     "WeightSource",
     "Width",
     "channel_means",
+    "check_request",
     "choose_targets",
     "choose_units",
     "choose_width",

@@ -57,16 +57,25 @@ class Choosing:
         self.statistics = statistics
         self.weights = weights
         self.unscored: dict[str, str] = {}
+        self.is_by_ratio = request.scope == "local" and not request.has_budget
+
+    def choose(self) -> Chosen:
+        """What stays."""
+        return self._by_ratio() if self.is_by_ratio else self._by_pools()
+
+    def check(self) -> None:
+        """Raise what makes the request impossible whatever the scores, before anything is scored or run."""
+        if self.is_by_ratio:
+            self._widths()
+        else:
+            self._check_reachable(self._ladders(), *self._budget())
 
     # -- every group by its own share ---------------------------------------------------------------------------------
 
-    def by_ratio(self) -> Chosen:
+    def _by_ratio(self) -> Chosen:
         """Every group loses its share, rounded to the nearest width that it may have."""
-        widths = {group.name: self._width(group) for group in self.groups}
+        widths = self._widths()
         shrinking = [group for group in self.groups if widths[group.name].kept < group.width]
-        chosen = tuple(group for group in self.groups.prunable if self.targets[group.name].ratio)
-        if chosen and not shrinking:
-            raise ArgumentError(_nothing_moves(chosen, self.request, self.limits))
         scores = self._scores(shrinking)
         kept = {
             group.name: self._rearranged(group, choose_units(group, scores[group.name], widths[group.name].kept))
@@ -75,6 +84,18 @@ class Choosing:
         }
         notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
         return Chosen(kept, notes, self._asked())
+
+    def _widths(self) -> dict[str, Width]:
+        """How many units of each group stay.
+
+        Raises:
+            ArgumentError: all of all groups.
+        """
+        widths = {group.name: self._width(group) for group in self.groups}
+        chosen = tuple(group for group in self.groups.prunable if self.targets[group.name].ratio)
+        if chosen and not any(widths[group.name].kept < group.width for group in self.groups):
+            raise ArgumentError(_nothing_moves(chosen, self.request, self.limits))
+        return widths
 
     def _width(self, group: ChannelGroup) -> Width:
         """How many units of a group stay; all of them where it is to stay whole."""
@@ -88,7 +109,7 @@ class Choosing:
 
     # -- groups that are ranked together, or a budget -----------------------------------------------------------------
 
-    def by_pools(self) -> Chosen:
+    def _by_pools(self) -> Chosen:
         """Units go in the order of pools until a share of each pool has gone, or a budget is met."""
         ladders = self._ladders()
         budget, dense = self._budget()

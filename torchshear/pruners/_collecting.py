@@ -1,6 +1,7 @@
 """Data run through a model, for the criteria that look at it."""
 
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, DataError, WeightError
 from torchshear.graph import Graph
+from torchshear.pruners._targets import choose_targets
 from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
 from torchshear.pruners.statistics import (
     ALL_SUMS,
@@ -25,6 +27,8 @@ from torchshear.pruners.statistics import (
     batches_of,
 )
 
+_ANY = 0.5  # a ratio, where only what stays whole is asked
+
 
 def collect(
     network: Graph | ChannelGroups,
@@ -33,6 +37,7 @@ def collect(
     batches: int = 32,
     progress: bool = True,
     criteria: str | Criterion | Collection[str | Criterion] | None = None,
+    exclude: str | Collection[str] = (),
 ) -> Statistics:
     """Run data through a model in eval mode, and sum up what criteria that look at data need.
 
@@ -52,19 +57,22 @@ def collect(
         progress: whether to draw a bar where the error stream is a terminal.
         criteria: the criterion or criteria that the statistics are for: only what they need is summed, and gradients
             are taken only if one needs them. None: whatever the loss allows.
+        exclude: patterns of module or parameter names, or names of groups, that are not going to be pruned; gradients
+            need not reach them.
 
     Returns:
         The sums, for `torchshear.plan(..., statistics=...)`.
 
     Raises:
         ArgumentError: `batches` is not a positive integer; the loss is not callable; a criterion is unknown or needs a
-            loss that is not given, or none of them looks at data.
-        DataError: the loader is empty, too short, or gives batches of another structure or size; the loss is not a
-            scalar, or NaN or infinite, or so are gradients; no gradient reaches a group; another process failed, has
-            another network or criteria, or another number of batches.
+            loss that is not given, or none of them looks at data; a pattern fits nothing.
+        DataError: the loader is empty, too short, or gives batches of another structure or size, or NaN; the loss is
+            not a scalar, or NaN or infinite, or so are activations or gradients; no gradient reaches a
+            group; another process failed, has another network or criteria, or another number of batches.
         WeightError: the model is on the meta device.
     """
-    return _collected(network, loader, loss_fn, batches, progress, lambda: _sums(criteria, loss_fn))
+    make = _Making(loss_fn, batches, exclude, lambda: _sums(criteria, loss_fn))
+    return _collected(network, loader, make, progress)
 
 
 def channel_means(
@@ -88,7 +96,7 @@ def channel_means(
             infinite numbers; another process failed, has another network, or another number of batches.
         WeightError: the model is on the meta device.
     """
-    seen = _collected(network, loader, None, batches, progress, lambda: SUM_OF_MEANS)
+    seen = _collected(network, loader, _Making(None, batches, (), lambda: SUM_OF_MEANS), progress)
     means = {key: sums.total / sums.count for key, sums in seen.values.items()}
     for layer in seen.layers:
         line = means.get((layer.source, layer.dim)) if layer.dim is not None else None
@@ -100,26 +108,35 @@ def channel_means(
     return means
 
 
-def _collected(
-    network: Graph | ChannelGroups,
-    loader: Iterable[Any],
-    loss_fn: Loss | None,
-    batches: int,
-    progress: bool,
-    wanted: Callable[[], frozenset[Sum]],
-) -> Statistics:
-    """Sums over batches, and over processes; what is wanted is asked for where an error stops all processes."""
+@dataclass(frozen=True, slots=True)
+class _Making:
+    """What a run is made of; asked for where an error stops all processes."""
+
+    loss_fn: Loss | None
+    batches: int
+    exclude: str | Collection[str]
+    sums: Callable[[], frozenset[Sum]]
+
+    def __call__(self, network: Graph | ChannelGroups) -> Run:
+        """A run over a network."""
+        _check(self.loss_fn, self.batches)
+        groups = network if isinstance(network, ChannelGroups) else analyze(network)
+        _check_weights(groups.graph)
+        targets = choose_targets(groups, _ANY, None, self.exclude) if self.exclude else {}
+        whole = frozenset(name for name, target in targets.items() if target.ratio is None)
+        return Run(groups, self.loss_fn, self.sums(), whole)
+
+
+def _collected(network: Graph | ChannelGroups, loader: Iterable[Any], make: _Making, progress: bool) -> Statistics:
+    """Sums over batches, and over processes."""
     run: Run | None = None
     error: Exception | None = None
     try:
-        _check(loss_fn, batches)
-        groups = network if isinstance(network, ChannelGroups) else analyze(network)
-        _check_weights(groups.graph)
-        run = Run(groups, loss_fn, wanted())
-        found = batches_of(loader, batches, groups.graph)
+        run = make(network)
+        found = batches_of(loader, make.batches, run.graph)
         console = Console(stderr=True)
         if progress and console.is_terminal:
-            found = iter(track(found, "collecting", batches, console=console, transient=True))
+            found = iter(track(found, "collecting", make.batches, console=console, transient=True))
         for leaves, target in found:
             run.batch(leaves, target)
     except Exception as failure:  # the other processes wait for this one to say so

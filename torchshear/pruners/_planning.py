@@ -34,9 +34,25 @@ def plan_units(
         WeightError: weights cannot be scored, or are not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
-    choosing = Choosing(groups, request, weights, statistics)
-    chosen = choosing.by_ratio() if request.scope == "local" and not request.has_budget else choosing.by_pools()
-    return make_plan(Cut(groups, chosen.kept), chosen.kept, request.to_json(), chosen.notes, chosen.ratios)
+    chosen = Choosing(groups, request, weights, statistics).choose()
+    said = request.to_json() | noted(statistics)
+    return make_plan(Cut(groups, chosen.kept), chosen.kept, said, chosen.notes, chosen.ratios)
+
+
+def noted(statistics: Statistics | None) -> dict[str, list[str]]:
+    """What is to be known of statistics, as a part of what a plan was asked; empty if nothing is."""
+    return {"statistics": list(statistics.notes)} if statistics is not None and statistics.notes else {}
+
+
+def check_request(groups: ChannelGroups, request: Request) -> None:
+    """Raise what `plan_units` raises of a request whatever the scores: before data is run, which may take long.
+
+    Raises:
+        ArgumentError: the ratio is so small that no group can lose a unit; a role, key or pattern fits nothing; the
+            dense network keeps within the budget.
+        PlanError: what is asked cannot be reached under the limits.
+    """
+    Choosing(groups, request, None, None).check()
 
 
 def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPlan:

@@ -13,7 +13,7 @@ from torch import nn
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, make_plan
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.pruners._planning import plan_units
+from torchshear.pruners._planning import noted, plan_units
 from torchshear.pruners._request import Request
 from torchshear.pruners.configs import Entry, ResolvedConfig
 from torchshear.pruners.configs._layers import maskable_weights
@@ -70,7 +70,7 @@ def plan_config(
         "min_width": widths.min_width,
         "config": resolved.to_dict(),
     }
-    return make_plan(Cut(groups, kept), kept, request, notes, resolved.ratios)
+    return make_plan(Cut(groups, kept), kept, request | noted(statistics), notes, resolved.ratios)
 
 
 def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statistics | None) -> list[Masks]:

@@ -21,7 +21,7 @@ from torchshear.pruners.classes._choice import Widths, mask_weights, plan_config
 from torchshear.pruners.classes._coupled import plan_coupled
 from torchshear.pruners.classes._stages import Pruned, provided_stages
 from torchshear.pruners.configs import Entry, ResolvedConfig, load_config, parse_config, resolve
-from torchshear.pruners.criteria import declared_needs
+from torchshear.pruners.criteria import declared_needs, needs_of
 from torchshear.pruners.masks import Masks, apply, plan_from_masks
 from torchshear.pruners.statistics import SUMS_OF_GRADIENTS, Statistics
 
@@ -48,7 +48,7 @@ class Pruner:
         data: batches for criteria that look at activations or gradients, see `torchshear.collect`.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
         batches: how many batches to run.
-        align: what kept widths are a multiple of.
+        align: what kept widths are a multiple of, or a profile, see `torchshear.plan`; None: any width.
         min_width: the fewest channels to keep in a group.
 
     Attributes:
@@ -77,7 +77,7 @@ class Pruner:
         data: Iterable[Any] | None = None,
         loss_fn: Loss | None = None,
         batches: int = 32,
-        align: int = 1,
+        align: int | str | Alignment | None = None,
         min_width: int = 1,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -94,13 +94,14 @@ class Pruner:
         self._kwargs = dict(kwargs or {})
         self._data, self._loss_fn, self._batches = data, loss_fn, batches
         self._dependency_aware = dependency_aware
-        if dependency_aware and (align != 1 or min_width != 1):
+        alignment = provided_stages().resolve_alignment(align)
+        if dependency_aware and (alignment.block != 1 or min_width != 1):
             raise ArgumentError(
                 "dependency_aware=True takes the widths that ratios give; leave align and min_width away."
             )
-        self._widths = Widths(Alignment(align, 1, f"multiples of {align}" if align != 1 else "none"), min_width)
+        self._widths = Widths(alignment, min_width)
         entries = self._entries(config_list)
-        self._check_data(entries)
+        self._looking = self._check_data(entries)
         self._groups: ChannelGroups | None = None
         if self._args or self._kwargs:
             self._groups = analyze(trace(model, self._args, self._kwargs))
@@ -126,7 +127,8 @@ class Pruner:
                 )
         return tuple(_pooled(entry) for entry in entries) if self.is_global else entries
 
-    def _check_data(self, entries: Iterable[Entry]) -> None:
+    def _check_data(self, entries: Iterable[Entry]) -> list[str]:
+        """The criteria that look at data, which is there."""
         criteria = {entry.criterion or self.criterion or "" for entry in entries if not entry.excludes} - {""}
         needs = {name: declared_needs(name) for name in sorted(criteria)}
         on_gradients = [name for name, sums in needs.items() if sums & SUMS_OF_GRADIENTS]
@@ -135,8 +137,12 @@ class Pruner:
             raise ArgumentError(f"the criterion {on_data[0]!r} looks at data; give batches of it as data=.")
         if on_gradients and self._loss_fn is None:
             raise ArgumentError(f"the criterion {on_gradients[0]!r} looks at gradients; give a loss as loss_fn=.")
+        looking = [name for name in needs if needs_of(name)]
+        if self._data is not None and not looking:
+            raise ArgumentError(f"data is given, and no criterion looks at it ({', '.join(needs)}). Leave data= away.")
         if on_data and not (self._args or self._kwargs):
             raise ArgumentError(f"the criterion {on_data[0]!r} needs the traced model; give example inputs as args=.")
+        return looking
 
     @property
     def resolved(self) -> ResolvedConfig:
@@ -276,7 +282,10 @@ class Pruner:
     def _statistics(self) -> Statistics | None:
         if self._data is None or self._groups is None:
             return None
-        return collect(self._groups, self._data, self._loss_fn, self._batches, progress=False)
+        resolved = self._resolved
+        by_layer = self._dependency_aware or bool(resolved.weight_ratios)  # layers of any group may be scored
+        whole = [] if by_layer else [group.name for group in self._groups if group.name not in resolved.ratios]
+        return collect(self._groups, self._data, self._loss_fn, self._batches, False, self._looking, whole)
 
 
 def _as_safetensors(state: Mapping[str, Tensor]) -> bytes:

@@ -4,7 +4,7 @@ Deciding and making real are siblings that do not know each other. A class that 
 says here what it needs, and `torchshear`, which knows both, provides it when it is imported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from torchshear.dependency import PruningPlan
+from torchshear.dependency.alignment import Alignment
 
 
 class Pruned(Protocol):
@@ -74,10 +75,12 @@ class Stages:
     Attributes:
         finish: shrinks and verifies.
         export_onnx: writes ONNX.
+        resolve_alignment: turns what a user wrote into an alignment.
     """
 
     finish: Finish
     export_onnx: Export
+    resolve_alignment: Callable[[int | str | Alignment | None], Alignment]
 
 
 _PROVIDED: list[Stages] = []

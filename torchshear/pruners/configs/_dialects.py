@@ -90,8 +90,9 @@ def _dialect(keys: Collection[str]) -> str:
     every = sorted({word for _, words in _PARSERS.values() for word in words})
     near = "".join(dict.fromkeys(close_to(key, every) for key in sorted(keys) if key not in every))
     raise ArgumentError(
-        f"the keys {', '.join(sorted(keys)) or '(none)'} do not tell whose words the config is in.{near} Say dialect=, "
-        f"one of {', '.join(_PARSERS)}."
+        f"the keys {', '.join(sorted(keys)) or '(none)'} do not tell whose words the config is in.{near} Expected "
+        f"what is to go, as 'sparsity' in NNI's words or 'target_sparsity' in Neural Compressor's; or say dialect= to "
+        f"torchshear.pruners.parse_config."
     )
 
 

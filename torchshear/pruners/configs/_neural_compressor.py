@@ -20,10 +20,15 @@ from torchshear.pruners.configs._words import (
     text,
 )
 
-_CRITERIA: Final = {"magnitude": "l1", "gradient": "gradient", "snip": "snip", "snip_momentum": "snip_momentum"}
+_CRITERIA: Final = {
+    "magnitude": "l1",
+    "gradient": "gradient",
+    "snip": "snip",
+    "snip_momentum": "snip_momentum",
+    "retrain_free": "retrain_free",
+}
 _OTHER_TYPES: Final = {
     "block_mask": "masks that are trained",
-    "retrain_free": "masks that are searched and fitted again",
     "sparse_gpt": "weights that are updated layer by layer",
     "pattern_lock": "the pattern of zeros that a model has already",
 }
@@ -137,6 +142,13 @@ def _entry(label: str, said: dict[str, Any]) -> Entry:
         raise ArgumentError(
             f"{label}: criterion_reduce_type='max' where units are whole channels; their scores are sums. Write sum."
         )
+    if criterion == "retrain_free":
+        if keys["pattern"] not in CHANNEL_PATTERNS:
+            raise ArgumentError(
+                f"{label}: pattern={keys['pattern']!r} with retrain_free, which scores whole channels and heads; "
+                f"expected {', '.join(_PATTERNS)}."
+            )
+        notes.append("retrain_free: what stays is not scaled anew after the search")
     return Entry(
         label=label,
         dialect="neural_compressor",

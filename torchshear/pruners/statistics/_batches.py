@@ -83,6 +83,8 @@ def _checked(given: tuple[tuple[Any, ...], dict[str, Any]], graph: Graph, number
                 raise DataError(
                     f"batch {number} holds a tensor of dtype {leaf.dtype}; the model was captured for {example.dtype}."
                 )
+    if any(isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()) for leaf in leaves):
+        raise DataError(f"batch {number} holds NaN; expected numbers. Check the data.")
     return [_like(leaf, example) for leaf, example in zip(leaves, examples, strict=True)]
 
 

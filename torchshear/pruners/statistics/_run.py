@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
+from torchshear.graph import locate
 from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.pruners.statistics._gates import Gates, sample_input
@@ -33,12 +34,16 @@ class Run:
         groups: the channel groups of the model.
         loss_fn: gives a scalar from output and target; None if `sums` needs no gradients.
         sums: what to sum.
+        whole: names of groups that no gradient needs to reach, since they stay whole.
     """
 
-    def __init__(self, groups: ChannelGroups, loss_fn: Loss | None, sums: frozenset[Sum]) -> None:
+    def __init__(
+        self, groups: ChannelGroups, loss_fn: Loss | None, sums: frozenset[Sum], whole: frozenset[str] = frozenset()
+    ) -> None:
         self.groups = groups
         self.graph = groups.graph
         self.sums = sums
+        self.whole = whole
         self.loss_fn = loss_fn if sums & SUMS_OF_GRADIENTS else None
         self.n_batches = self.n_samples = 0
         self.total_loss = 0.0
@@ -135,11 +140,20 @@ class Run:
                 output = value
                 for accumulator in self.watched.get(node.name, ()) if isinstance(value, Tensor) else ():
                     accumulator.add(value)
+                    self._check_values(node, accumulator)
             if self.loss_fn is not None:
                 result = pytree.tree_unflatten(pytree.tree_leaves(output), self.graph.out_spec)
                 self._backward(self._loss(result, target), held)
         self.n_batches += 1
         self.n_samples += size
+
+    def _check_values(self, node: fx.Node, accumulator: ValueAccumulator) -> None:
+        if not accumulator.is_finite:
+            place = locate(node)
+            raise DataError(
+                f"activations of batch {self.n_batches} are NaN or infinite behind {place.operator} in "
+                f"{place.module or 'the model itself'!r}. Check the data, and the weights up to there."
+            )
 
     def _load(self, name: str, held: dict[str, Tensor]) -> Tensor:
         if name in held:
@@ -191,10 +205,10 @@ class Run:
     def _check_reach(self, gradients: dict[str, Tensor | None]) -> None:
         for group in self.groups.prunable:
             own = [m.name for m in group.members if m.name in gradients]
-            if own and all(gradients[name] is None for name in own):
+            if own and group.name not in self.whole and all(gradients[name] is None for name in own):
                 raise DataError(
                     f"no gradient of the loss reaches group {group.name!r} ({', '.join(own[:3])}); expected a loss "
-                    f"that depends on all outputs, or exclude the group from pruning."
+                    f"that depends on all outputs, or exclude={group.name!r} where it stays whole."
                 )
 
     def _check_finite(self, bad: set[str]) -> None:

@@ -57,6 +57,11 @@ class ValueAccumulator:
                     self._totals[word] = self._totals[word] + self._sum(word, numbers)
         self.count += math.prod(value.shape) // value.shape[self._dim]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are, so far."""
+        return all(bool(torch.isfinite(total).all()) for total in self._totals.values() if isinstance(total, Tensor))
+
     def _sum(self, word: Sum, piece: Tensor) -> Tensor:
         word = "total" if word == "magnitude" and self._is_nonnegative else word
         return sum_but(_TERMS[word](piece), [self._dim]).double()
