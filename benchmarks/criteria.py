@@ -32,7 +32,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.pruners.criteria import needs_of, registered_criteria
 from torchshear.pruners.statistics import SUMS_OF_GRADIENTS
 
-OF_WEIGHTS = ("l1", "l2", "fpgm", "bn_scale", "lamp", "random")
+OF_WEIGHTS = tuple(word for word in registered_criteria() if not needs_of(word))
 ALL = "everything"
 
 
