@@ -67,7 +67,7 @@ def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> Prunin
             notes |= dict.fromkeys(goes, "stays whole: together with others its masked units change the outputs")
             goes = {}
     for name, found in ended.items():
-        n_left = int((found[0] | found[1]).sum()) - int(goes[name].sum()) if name in goes else 0
+        n_left = int((found[0] | found[1]).sum()) - (int(goes[name].sum()) if name in goes else 0)
         if n_left and name not in notes:
             notes[name] = f"{n_left} masked units stay: blocks keep equally many, and a least number stays"
     kept = {name: np.flatnonzero(~units) for name, units in goes.items()}
