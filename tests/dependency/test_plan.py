@@ -47,6 +47,14 @@ def test_masks_of_a_grouped_weight_follow_each_block() -> None:
         assert mask[row, :, 0, 0].nonzero().flatten().tolist() == inputs
 
 
+def test_a_channel_takes_its_whole_map_out_of_a_linear_layer_behind_a_flatten() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 3 * 3, 2))
+    groups = torchshear.analyze(torchshear.trace(model, (torch.zeros(2, 3, 3, 3),)))
+    plan = plan_from_kept(groups, {"0.weight[0]": [0, 1, 3]})
+    gone = ~plan.masks()["3.weight"].any(0)
+    assert gone.nonzero().flatten().tolist() == list(range(18, 27))
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [

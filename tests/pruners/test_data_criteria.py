@@ -40,6 +40,8 @@ def test_fpgm_is_the_sum_of_distances() -> None:
     assert scores("fpgm", groups, "0.weight[0]").tolist() == [15, 10, 15]
     plan = torchshear.plan(groups, criterion="fpgm", ratio=0.34)
     assert plan.kept["0.weight[0]"].tolist() == [0, 2]
+    for norm in ("l1", "l2"):
+        assert torchshear.plan(groups, norm, 0.34).kept["0.weight[0]"].tolist() == [1, 2]
 
 
 def test_apoz_counts_zeros_behind_the_activation() -> None:
@@ -65,6 +67,18 @@ def test_taylor_adds_squares_of_single_weights() -> None:
     assert scores("taylor", groups, "0.weight[0]", statistics).tolist() == [5, 0]
     both = torchshear.collect(groups, [torch.tensor([[1.0, 0.5]])], lambda out, _: out.sum(), 1)
     assert scores("taylor", groups, "0.weight[0]", both).tolist() == [2, 0]
+
+
+def test_connection_sensitivity_forgets_a_tenth_with_each_batch() -> None:
+    model = linear([[1.0, 2.0], [1.0, 2.0]])
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[1.0, 0.0]]))
+    groups = groups_of(model, 2)
+    data = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]  # |w g| of row 0 adds up to 1, then to 2
+    statistics = torchshear.collect(groups, data, lambda out, _: out.sum(), 2)
+    np.testing.assert_allclose(scores("snip_momentum", groups, "0.weight[0]", statistics), [0.9 * 1 + 2, 0], rtol=1e-6)
+    assert scores("snip", groups, "0.weight[0]", statistics).tolist() == [3, 0]
+    assert scores("gradient", groups, "0.weight[0]", statistics).tolist() == [2, 0]
 
 
 def test_bn_scale_adds_the_norms_of_a_group() -> None:

@@ -51,6 +51,10 @@ def test_among_equal_scores_the_later_unit_goes() -> None:
     assert choose_units(group_of(6), np.zeros(6), 4).tolist() == [0, 1, 2, 3]
 
 
+def test_no_more_go_than_asked_where_several_tie_with_the_lowest() -> None:
+    assert choose_units(group_of(4), np.array([1.0, 1, 1, 2]), 3).tolist() == [0, 1, 3]
+
+
 def test_balanced_blocks_lose_equally_many() -> None:
     balance = np.array([0, 1, 0, 1, 0, 1, 0, 1])
     scores = np.array([9, 1, 8, 2, 7, 3, 6, 4], float)

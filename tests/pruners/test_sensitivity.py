@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.models import Attention
 from torchshear.dependency import ChannelGroups
 from torchshear.pruners import Statistics, UnscorableError, find_criterion
 
@@ -29,6 +30,17 @@ class Block(nn.Module):
         x = x + self.o(heads.permute(0, 3, 1, 2, 4).reshape(batch, tokens, 24))
         x = x + self.down(functional.gelu(self.up(x)))
         return self.head(x.mean(1))
+
+
+class Twelve(nn.Module):
+    """Attention of twelve heads, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = Attention(24, 12), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x).mean(1))
 
 
 def data(*shape: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
@@ -69,6 +81,17 @@ def test_heads_are_scored_by_the_gradient_of_a_mask(kv_heads: int) -> None:
         found = find_criterion("sensitivity")(group, {}, statistics)
         np.testing.assert_allclose(found, total / total.square().sum().sqrt(), rtol=1e-9)
         np.testing.assert_allclose(statistics.heads[group.name], total, rtol=1e-9)
+
+
+def test_of_twelve_heads_the_eight_that_matter_most_stay_in_their_places() -> None:
+    torch.manual_seed(0)
+    model = Twelve().double().eval()
+    groups, statistics = seen(model, 3, 5, 24)
+    found = score(groups, statistics, "heads")
+    assert found.square().sum().item() == pytest.approx(1, rel=1e-12)
+    plan = torchshear.plan(groups, "sensitivity", 4 / 12, statistics=statistics, axes="heads")
+    (group,) = [group for group in plan.groups if group.width == 12]
+    assert group.kept.tolist() == sorted(found.argsort(descending=True)[:8].tolist())
 
 
 def naive_rows(model: nn.Module, layers: list[str], inputs: list[tuple[Tensor, Tensor]], dim: int = 0) -> list[float]:

@@ -104,6 +104,16 @@ def test_widths_that_are_no_multiple_lose_the_rest_first() -> None:
     assert [len(kept) for kept in plan.kept.values()] == [16]
 
 
+@pytest.mark.parametrize(("width", "min_width", "left"), [(40, 32, 32), (128, 48, 64), (128, 32, 32)])
+def test_a_layer_keeps_its_minimum_where_runs_do_not_divide_it(width: int, min_width: int, left: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, width, 1), nn.ReLU(), nn.Conv2d(width, 5, 1))
+    groups = groups_of(randomise(model))
+    share = (9 * left + 5) / (9 * width + 5)
+    assert [len(kept) for kept in plan_unipruning(groups, share, 32, min_width).kept.values()] == [left]
+    with pytest.raises(PlanError, match=f"cannot be reached with run=32 and min_width={min_width}"):
+        plan_unipruning(groups, share - 1e-3, 32, min_width)
+
+
 def test_balanced_blocks_lose_equally_many() -> None:
     model = randomise(Grouped())
     plan = plan_unipruning(groups_of(model), 0.7, 6, 6)

@@ -136,19 +136,35 @@ def test_what_is_trained_is_what_is_shrunk() -> None:
     assert not outputs_agree(before, small, *args)
 
 
+class TwoNorms(nn.Module):
+    """Two convolutions of one width, each with a batch norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 1), nn.Conv2d(width, width, 1)
+        self.norm_a, self.norm_b = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm_a(self.a(x)))
+        return self.head(torch.relu(self.norm_b(self.b(x))))
+
+
+@pytest.mark.parametrize(("a", "b"), [((1e-3, 2e-3), (1.0, 2.0)), ((1.0, 2.0), (1e-3, 2e-3))])
+def test_slim_leaves_a_hundredth_of_each_norm(a: tuple[float, float], b: tuple[float, float]) -> None:
+    model = TwoNorms(64).eval()
+    with torch.no_grad():
+        model.norm_a.weight.copy_(torch.linspace(*a, 64))
+        model.norm_b.weight.copy_(torch.linspace(*b, 64))
+    config = [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}]
+    kept = torchshear.pruners.SlimPruner(model, config, args=(image(),)).plan.kept
+    small, large = sorted(kept.values(), key=len)
+    assert small.tolist() == [63], "all 64 would go, int(0.99 * 64) = 63 may"
+    assert large.tolist() == list(range(1, 64)), "the 64th goes from the other"
+
+
 def test_slim_ranks_all_norms_together() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-            self.norm_a, self.norm_b = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
-            self.head = nn.Conv2d(3, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = torch.relu(self.norm_a(self.a(x)))
-            return self.head(torch.relu(self.norm_b(self.b(x))))
-
-    model = Two().eval()
+    model = TwoNorms(3).eval()
     with torch.no_grad():
         model.norm_a.weight.copy_(torch.tensor([0.1, 0.5, -0.9]))
         model.norm_b.weight.copy_(torch.tensor([0.2, -0.3, 0.8]))
@@ -238,6 +254,19 @@ def test_level_masks_the_least_weights_without_a_trace() -> None:
         assert torch.equal(kept.flatten(), expected)
     with pytest.raises(ArgumentError, match="LevelPruner was made without example inputs"):
         pruner.shrink()
+
+
+@pytest.mark.parametrize(
+    ("weights", "ratio", "masked"),
+    [((1.0, 1.0, 1.0, 2.0), 0.25, [2]), ((5.0, 2.0, 8.0, 1.0, 9.0, 3.0, 7.0, 4.0, 6.0, 10.0), 0.35, [1, 3, 5])],
+)
+def test_level_masks_exactly_as_many_as_asked(weights: tuple[float, ...], ratio: float, masked: list[int]) -> None:
+    model = nn.Sequential(nn.Linear(len(weights), 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([weights]))
+    pruner = torchshear.pruners.LevelPruner(model, [{"op_types": ["Linear"], "sparsity": ratio}])
+    pruner.compress()
+    assert (~pruner.masks.tensors["0.weight"][0]).nonzero().flatten().tolist() == masked
 
 
 def test_level_removes_what_its_zeros_leave_without_effect() -> None:

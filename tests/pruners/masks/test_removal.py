@@ -215,6 +215,57 @@ def test_blocks_keep_equally_many() -> None:
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
 
+class TwoFilterGroups(nn.Module):
+    """Eight channels that a convolution reads in two filter groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of 4 channels."""
+        return self.three(torch.relu(self.two(torch.relu(self.one(x)))))
+
+
+@pytest.mark.parametrize(
+    ("masked", "goes", "left"),
+    [
+        ([0, 1, 2, 5], [2, 5], 2),  # 3 and 1 of two blocks of 4: one of each, the later ones
+        ([0, 1, 2, 3], [], 4),  # a whole block, and nothing of the other
+        ([0, 3, 4, 7], [0, 3, 4, 7], 0),
+    ],
+)
+def test_filter_groups_lose_as_many_as_the_one_that_ended_least(masked: list[int], goes: list[int], left: int) -> None:
+    net, x = ready(TwoFilterGroups()), image().double()
+    with torch.no_grad():
+        net.one.weight[masked] = 0
+        net.one.bias[masked] = 0
+    plan = m.plan_from_masks(analysed(net, x))
+    (group,) = [group for group in plan.groups if group.width == 8]
+    assert sorted(set(range(8)) - set(group.kept.tolist())) == goes
+    assert group.note.startswith(f"{left} masked units stay") is bool(left)
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+
+
+def test_coupled_layers_keep_what_any_of_them_keeps() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.one(x) + self.two(x)))
+
+    net, x = ready(Sum()), image().double()
+    with torch.no_grad():
+        for layer, kept in ((net.one, [1, 0, 0, 1]), (net.two, [1, 1, 0, 0])):
+            layer.weight *= torch.tensor(kept)[:, None, None, None]
+            layer.bias *= torch.tensor(kept)
+    plan = m.plan_from_masks(analysed(net, x))
+    assert plan.kept["one.weight[0]"].tolist() == [0, 1, 3]
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+
+
 def test_recurrent_units() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
