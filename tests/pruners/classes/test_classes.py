@@ -150,17 +150,20 @@ class TwoNorms(nn.Module):
         return self.head(torch.relu(self.norm_b(self.b(x))))
 
 
+@pytest.mark.parametrize(("width", "left"), [(64, 1), (200, 2)])  # of 64 at most int(0.99 * 64) = 63 go, of 200 198
 @pytest.mark.parametrize(("a", "b"), [((1e-3, 2e-3), (1.0, 2.0)), ((1.0, 2.0), (1e-3, 2e-3))])
-def test_slim_leaves_a_hundredth_of_each_norm(a: tuple[float, float], b: tuple[float, float]) -> None:
-    model = TwoNorms(64).eval()
+def test_slim_leaves_a_hundredth_of_each_norm(
+    a: tuple[float, float], b: tuple[float, float], width: int, left: int
+) -> None:
+    model = TwoNorms(width).eval()
     with torch.no_grad():
-        model.norm_a.weight.copy_(torch.linspace(*a, 64))
-        model.norm_b.weight.copy_(torch.linspace(*b, 64))
+        model.norm_a.weight.copy_(torch.linspace(*a, width))
+        model.norm_b.weight.copy_(torch.linspace(*b, width))
     config = [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}]
     kept = torchshear.pruners.SlimPruner(model, config, args=(image(),)).plan.kept
     small, large = sorted(kept.values(), key=len)
-    assert small.tolist() == [63], "all 64 would go, int(0.99 * 64) = 63 may"
-    assert large.tolist() == list(range(1, 64)), "the 64th goes from the other"
+    assert small.tolist() == list(range(width - left, width))
+    assert large.tolist() == list(range(left, width)), "as many as are protected there go here instead"
 
 
 def test_slim_ranks_all_norms_together() -> None:
