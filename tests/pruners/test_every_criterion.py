@@ -1,5 +1,6 @@
 """What holds for every registered criterion, so that a new one is tested the day it is added."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -20,6 +21,8 @@ from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, plan_from_kept, registered_criteria
 from torchshear.pruners._scoring import COMBINE, group_scores
+from torchshear.pruners.criteria import declared_needs
+from torchshear.pruners.statistics import SUMS_OF_GRADIENTS
 
 CRITERIA = registered_criteria()
 BY_DEFINITION = tuple(name for name in CRITERIA if name != "random")  # which follows no formula
@@ -41,6 +44,21 @@ def is_scored(name: str, groups: ChannelGroups, group: ChannelGroup, statistics:
     except UnscorableError:
         return False
     return True
+
+
+# -- what each says of itself -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_docstring_says_formula_shape_direction_data_and_source(name: str) -> None:
+    said = find_criterion(name).__doc__ or ""
+    assert "shape (C,)" in said.splitlines()[0] + said.splitlines()[1]
+    assert re.search(r"^ +s_[ch] [=~] ", said, re.MULTILINE)
+    assert re.search(r"^ +Low scores go first: [^.]+\.", said, re.MULTILINE)
+    needs = declared_needs(name)
+    data = "gradients:" if needs & SUMS_OF_GRADIENTS else "activations:" if needs else "no data."
+    assert f"Needs {data}" in " ".join(said.split())
+    assert re.search(r"^ +Reference: \w", said, re.MULTILINE)
 
 
 # -- against the definitions ------------------------------------------------------------------------------------------

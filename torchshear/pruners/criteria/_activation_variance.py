@@ -21,6 +21,9 @@ def activation_variance_scores(
     where a is the result of the first activation behind each layer of the group, or of the layer where there is none.
     A unit that always gives the same number is best replaced by a bias.
 
+    Low scores go first: units that give nearly the same number everywhere. Needs activations: statistics of
+    `torchshear.collect(graph, loader)`.
+
     Raises:
         ArgumentError: there are no statistics.
         UnscorableError: no value of the network shows the units of the group.

@@ -19,6 +19,9 @@ def apoz_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
     counted where the first activation behind each layer of the group gives its result, wherever norms and sums lie in
     between; all such places of a group together.
 
+    Low scores go first: units that are zero most often. Needs activations: statistics of
+    `torchshear.collect(graph, loader)`.
+
     Raises:
         ArgumentError: there are no statistics.
         UnscorableError: the activation of the group is never exactly zero, or it has none.

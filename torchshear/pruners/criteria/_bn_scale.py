@@ -20,6 +20,8 @@ def bn_scale_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statisti
     which says something if the scales were pressed towards zero while the model was trained. A group without norms
     stays whole.
 
+    Low scores go first: units whose norms scale them down most. Needs no data.
+
     Raises:
         UnscorableError: the group has no norm with a scale.
         WeightError: a weight is missing, without values, or not finite.

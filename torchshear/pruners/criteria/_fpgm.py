@@ -27,6 +27,8 @@ def fpgm_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
     that keeps five digits, and from differences where it would not. Filters of a grouped convolution are compared
     number by number, those of different groups as well, though these read different inputs.
 
+    Low scores go first: units whose filters are nearest to all others. Needs no data.
+
     Raises:
         UnscorableError: no layer makes the units, or units have different numbers of weights in a layer.
         WeightError: a weight is missing, without values, or not finite.

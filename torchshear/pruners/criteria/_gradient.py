@@ -16,6 +16,9 @@ def gradient_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statisti
 
     s_c = sum over batches b, over all weights w that the unit's removal deletes, of |dL_b/dw|
 
+    Low scores go first: units whose weights the loss depends on least. Needs gradients: statistics of
+    `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
 

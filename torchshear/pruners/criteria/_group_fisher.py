@@ -19,6 +19,9 @@ def group_fisher_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stat
     where m_lc multiplies what layer l gives of unit c for sample n; coupled layers are added inside the square. Where
     no dimension of what a layer gives is the batch, what it adds for a whole batch counts as one sample.
 
+    Low scores go first: units whose gate the loss depends on least. Needs gradients: statistics of
+    `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
         UnscorableError: the units of the group are made by no layer.

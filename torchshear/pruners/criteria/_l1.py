@@ -19,6 +19,8 @@ def l1_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: St
     Members are output rows of convolutions and linear layers, depthwise kernels, norm scales, embedding columns and
     raw parameters; input columns of the layers that read the unit, biases and running statistics are not counted.
 
+    Low scores go first: units with the smallest weights. Needs no data.
+
     Raises:
         WeightError: a weight is missing, without values, or not finite.
 

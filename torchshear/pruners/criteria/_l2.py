@@ -18,6 +18,8 @@ def l2_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: St
 
     Members are the same as for the L1 criterion: what the unit owns, not what reads it.
 
+    Low scores go first: units with the smallest weights. Needs no data.
+
     Raises:
         WeightError: a weight is missing, without values, or not finite.
 

@@ -22,6 +22,8 @@ def lamp_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
     different groups can be compared: made for budgets over all groups at once. Within a group the order is that of
     the L2 norm. A unit whose weights are all zero has score 0.
 
+    Low scores go first: units with the smallest weights beside those that are left. Needs no data.
+
     Raises:
         WeightError: a weight is missing, without values, or not finite.
 

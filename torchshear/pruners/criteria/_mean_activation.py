@@ -19,6 +19,9 @@ def mean_activation_scores(group: ChannelGroup, weights: Mapping[str, Tensor], s
     where a is the result of the first activation behind each layer of the group, or of the layer where there is none;
     all such places of a group together.
 
+    Low scores go first: units with the smallest activations. Needs activations: statistics of
+    `torchshear.collect(graph, loader)`.
+
     Raises:
         ArgumentError: there are no statistics.
         UnscorableError: no value of the network shows the units of the group.

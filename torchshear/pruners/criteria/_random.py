@@ -33,6 +33,14 @@ def random_criterion(seed: int = 0) -> Criterion:
         raise ArgumentError(f"seed={seed!r}; expected an integer.")
 
     def random_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+        """Score each unit by a draw from a seed; shape (C,).
+
+        s_c ~ U[0, 1), the generator's seed being made of the criterion's and of the group's name
+
+        Low scores go first: units by chance. Needs no data.
+
+        Reference: Li et al., CVPR 2022, arXiv:2205.05676.
+        """
         digest = hashlib.sha256(f"{seed}|{group.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return torch.rand(group.width, generator=generator, dtype=torch.float64)

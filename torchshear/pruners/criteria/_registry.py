@@ -34,8 +34,8 @@ def criterion(
 ) -> Callable[[Criterion], Criterion]:
     """Register a criterion: a function `(group, weights, statistics) -> scores`.
 
-    The contract that every criterion keeps, of which its own docstring says only the formula, what it needs and what
-    it cannot score:
+    The contract that every criterion keeps, of which its own docstring says only the formula, which units are low,
+    what it needs and what it cannot score:
 
     - `group`: the coupled dimensions; C = group.width units.
     - `weights`: parameter name -> tensor, at least of the group's members.

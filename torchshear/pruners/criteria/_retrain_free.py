@@ -85,6 +85,9 @@ def retrain_free_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stat
     operations or latency is here that of `torchshear.plan`; the last of its three steps, a rescaling of what is left by
     least squares, is not done.
 
+    Low scores go first: units whose gate the loss depends on least. Needs gradients: statistics of
+    `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
         UnscorableError: the units of the group are made by no layer.

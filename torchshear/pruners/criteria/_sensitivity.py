@@ -29,6 +29,9 @@ def sensitivity_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stati
     Where groups are ranked together, scores are divided by their mean over the group, which makes heads and rows
     comparable; with `normalize="none"` heads stay divided by their norm, and rows are compared as they are.
 
+    Low scores go first: heads and rows whose factor the loss depends on least. Needs gradients: statistics of
+    `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
         UnscorableError: no layer reads what the heads of the group give, or none makes its units.

@@ -16,6 +16,9 @@ def snip_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
 
     s_c = sum over batches b, over all weights w that the unit's removal deletes, of |w dL_b/dw|
 
+    Low scores go first: units whose weights change the loss least. Needs gradients: statistics of
+    `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
 

@@ -19,6 +19,9 @@ def snip_momentum_scores(group: ChannelGroup, weights: Mapping[str, Tensor], sta
 
     Batches that several processes run in one step count together.
 
+    Low scores go first: units whose weights change the loss least, in late batches above all. Needs gradients:
+    statistics of `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
 

@@ -19,6 +19,9 @@ def taylor_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics
     the form that adds the squared contributions of single weights, not the square of their sum. L_b is the loss of a
     batch as `loss_fn` gives it, the model in eval mode.
 
+    Low scores go first: units whose weights change the loss least. Needs gradients: statistics of
+    `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
 

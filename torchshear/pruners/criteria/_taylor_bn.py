@@ -19,6 +19,9 @@ def taylor_bn_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statist
 
     which is the squared gradient by a gate on the norm's output. A group without norms stays whole.
 
+    Low scores go first: units whose norms' outputs change the loss least. Needs gradients: statistics of
+    `torchshear.collect(graph, loader, loss_fn)`.
+
     Raises:
         ArgumentError: there are no statistics, or they were collected without a loss.
         UnscorableError: the group has no norm with a scale.

@@ -21,6 +21,8 @@ def unipruning_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statis
     gamma_l being the scale of the only batch norm that reads the layer's result, 1 if there is none. This scores single
     units; the whole method, which removes runs of them and compares layers by ratios, is `plan_unipruning`.
 
+    Low scores go first: units that weigh little in all of their layers. Needs no data.
+
     Raises:
         UnscorableError: no convolution or linear layer makes the units of the group.
         WeightError: a weight is missing, without values, or not finite.

@@ -21,6 +21,9 @@ def wanda_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics:
 
     the mean over all samples and places. Layers whose inputs were not seen count with inputs of size 1.
 
+    Low scores go first: units with small weights on small inputs. Needs activations: statistics of
+    `torchshear.collect(graph, loader)`.
+
     Raises:
         ArgumentError: there are no statistics.
         UnscorableError: no layer makes the units of the group.
