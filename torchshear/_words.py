@@ -36,7 +36,8 @@ class Selection(Shares, total=False):
             and no limit else.
         combine: how scores of a group's members become one: "sum", the criterion's own formula over the whole group; or
             the "mean", "max", "normalized" (mean of each member's scores over their mean) or "geometric" mean of the
-            scores of each layer, norm or table by itself.
+            scores of each layer, norm or table by itself. Criteria that score the group as a whole (activations, gates
+            on all of its layers) give the same by "sum", "mean", "max" and "geometric".
         normalize: whether scores are divided by their mean over the group before groups are ranked together: "mean" or
             "none"; "auto" does where the criterion's scores mean nothing outside of their group.
     """

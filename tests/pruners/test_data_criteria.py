@@ -12,6 +12,7 @@ from tests.pruners.test_statistics import Net, analysed, batches, collected, gra
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, registered_criteria
+from torchshear.pruners._scoring import group_scores
 from torchshear.pruners.criteria import needs_of
 
 GRADIENTS = ("taylor", "taylor_bn", "group_fisher", "snip", "snip_momentum", "gradient")
@@ -207,3 +208,23 @@ def test_what_is_collected_for_a_criterion_alone_gives_its_scores(name: str) -> 
     assert alone.sums == needs_of(name) < everything.sums
     for group in groups.prunable:
         torch.testing.assert_close(*(scores(name, groups, group.name, one) for one in (alone, everything)))
+
+
+WHOLE = ("apoz", "mean_activation", "activation_variance", "group_fisher", "retrain_free")  # score no single member
+BY_MEMBER = ("l1", "l2", "taylor", "snip", "snip_momentum", "gradient", "fpgm", "wanda", "sensitivity")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_whole"), [*((name, True) for name in WHOLE), *((name, False) for name in BY_MEMBER)]
+)
+def test_only_scores_of_members_depend_on_how_these_are_combined(name: str, is_whole: bool) -> None:
+    groups, statistics = collected(randomise(Net()).eval())
+    weights = {n: e.tensor for n, e in groups.graph.state.items() if e.kind == "parameter"}
+
+    def scored(combine: str) -> np.ndarray:
+        return group_scores(groups["stem.weight[0]"], find_criterion(name), weights, statistics, combine)
+
+    for word in ("mean", "max", "geometric"):
+        assert np.allclose(scored(word), scored("sum"), rtol=1e-12 if is_whole else 1e-3) is is_whole
+    if is_whole:
+        np.testing.assert_allclose(scored("normalized"), scored("sum") / scored("sum").mean(), rtol=1e-12)
