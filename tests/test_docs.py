@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from torchshear.dependency import registered_operators, unregister
+from torchshear.pruners.configs import _neural_compressor, _nni, _unipruning
 from torchshear.pruners.criteria import _registry
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +65,9 @@ def test_commands_of_the_readme_are_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"`?make ([a-z-]+)", (ROOT / "README.md").read_text()):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("dialect", [_nni, _neural_compressor, _unipruning], ids=lambda module: module.__name__)
+def test_every_key_of_a_config_is_in_the_migration_page(dialect: ModuleType) -> None:
+    text = (ROOT / "docs/migration.md").read_text()
+    assert [key for key in dialect.KEYS if not re.search(rf"`{key}[`:]", text)] == []
