@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ import torchshear
 from tests.models import Grouped, image, randomise
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.pruners import plan_from_unipruning_mask, plan_unipruning, write_unipruning_mask
+from torchshear.pruners import find_criterion, plan_from_unipruning_mask, plan_unipruning, write_unipruning_mask
 
 STEP = 4
 
@@ -88,6 +89,20 @@ def test_selection_is_the_definition(
     expected = reference(model, share, use_gamma, floor)
     assert {name: kept.tolist() for name, kept in plan.kept.items()} == expected
     assert plan.request["target_params"] == share
+
+
+@pytest.mark.parametrize(("use_gamma", "kept"), [(True, [1, 3]), (False, [0, 2])])
+def test_importance_is_the_norm_of_a_channel_times_its_scale(use_gamma: bool, kept: list[int]) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[3.0, 4], [0, 1], [6, 8], [2, 0]])[:, :, None, None])  # norms 5, 1, 10, 2
+        model[1].weight.copy_(torch.tensor([0.1, -4, -0.2, 3]))  # with these 0.5, 4, 2, 6
+    groups = torchshear.analyze(torchshear.trace(model.eval(), (torch.randn(2, 2, 4, 4),)))
+    if use_gamma:
+        weights = {name: entry.tensor for name, entry in groups.graph.state.items()}
+        found = find_criterion("unipruning")(groups["0.weight[0]"], weights, None)
+        np.testing.assert_allclose(found, [0.5, 4, 2, 6], rtol=1e-6)
+    assert plan_unipruning(groups, 0.6, 2, 2, use_gamma).kept["0.weight[0]"].tolist() == kept
 
 
 def test_a_run_that_weighs_nothing_goes_first() -> None:
