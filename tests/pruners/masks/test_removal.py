@@ -197,7 +197,7 @@ def test_one_unit_is_left_of_a_group_that_ended_whole() -> None:
     nn.init.zeros_(net[2].weight)
     x = torch.randn(3, 6).double()
     plan = m.plan_from_masks(analysed(net, x))
-    assert plan.kept["0.weight[0]"].tolist() == [0]
+    assert plan.kept["0.weight[0]"].tolist() == [7]
     assert plan.groups[0].note == "1 masked units stay: blocks keep equally many, and a least number stays"
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
@@ -211,7 +211,7 @@ def test_blocks_keep_equally_many() -> None:
         net.two.weight[8:, 3] = 0
     x = image().double()
     plan = m.plan_from_masks(analysed(net, x))
-    assert plan.kept["one.weight[0]"].tolist() == [0, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert plan.kept["one.weight[0]"].tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
 
@@ -230,7 +230,7 @@ class TwoFilterGroups(nn.Module):
 @pytest.mark.parametrize(
     ("masked", "goes", "left"),
     [
-        ([0, 1, 2, 5], [2, 5], 2),  # 3 and 1 of two blocks of 4: one of each, the later ones
+        ([0, 1, 2, 5], [0, 5], 2),  # 3 and 1 of two blocks of 4: one of each, the earlier ones
         ([0, 1, 2, 3], [], 4),  # a whole block, and nothing of the other
         ([0, 3, 4, 7], [0, 3, 4, 7], 0),
     ],

@@ -119,13 +119,13 @@ def _all_zero(members: list[Member], state: State, width: int) -> Bools:
 
 
 def _balanced(group: ChannelGroup, ended: Bools) -> Bools:
-    """The most units that can go of those that have ended: equally many in each block, the later ones first."""
+    """The most units that can go of those that have ended: equally many in each block, the earlier ones first."""
     labels = np.zeros(group.width, np.int64) if group.balance is None else group.balance
     counts = np.bincount(labels[ended], minlength=group.n_blocks)
     n_cut = min(int(counts.min()), group.max_cut // group.n_blocks)
     goes = np.zeros(group.width, bool)
     for block in range(group.n_blocks if n_cut else 0):
-        goes[np.flatnonzero(ended & (labels == block))[-n_cut:]] = True
+        goes[np.flatnonzero(ended & (labels == block))[:n_cut]] = True
     return goes
 
 
