@@ -67,7 +67,7 @@ def _distances(filters: Tensor) -> Tensor:
     is_rounded = torch.get_float32_matmul_precision() != "highest"  # products of shortened numbers say too little
     for first in range(0, len(filters), _ROWS):
         strip = _from_differences if is_rounded else _from_products
-        found = strip(filters, centred, lengths, first)
+        found = strip(filters, centred, lengths, first).double()
         total[first : first + _ROWS] += found.sum(1).cpu()
         total[first + _ROWS :] += found[:, _ROWS:].sum(0).cpu()
     return total
@@ -78,13 +78,13 @@ def _from_products(filters: Tensor, centred: Tensor, lengths: Tensor, first: int
     rows = slice(first, first + _ROWS)
     both = lengths[rows, None] + lengths[first:]
     squares = torch.addmm(both, centred[rows], centred[first:].T, alpha=-2)
-    near = squares < both.mul_(_NEAR)
-    near.fill_diagonal_(False)
-    if 4 * int(near.sum()) > near.numel():
+    room = torch.add(squares, both, alpha=-_NEAR).fill_diagonal_(torch.inf)
+    near = (room < 0).nonzero() if bool(room.amin() < 0) else room.new_zeros((0, 2), dtype=torch.int64)
+    if 4 * len(near) > room.numel():
         return _from_differences(filters, centred, lengths, first)
     found = squares.clamp_(min=0).sqrt_()
     found.fill_diagonal_(0)
-    for pairs in torch.split(near.nonzero(), max(1, _PIECE // max(1, filters.shape[1]))):
+    for pairs in torch.split(near, max(1, _PIECE // max(1, filters.shape[1]))):
         one, other = (pairs + first).T
         found[pairs[:, 0], pairs[:, 1]] = (filters[one] - filters[other]).norm(dim=1)
     return found
