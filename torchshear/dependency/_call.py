@@ -96,6 +96,7 @@ class Facts:
     balances: list[Balance] = field(default_factory=list)
     minimums: list[Minimum] = field(default_factory=list)
     positions: dict[str, Axis] = field(default_factory=dict)
+    layers: dict[str, str] = field(default_factory=dict)  # weight -> the first weight of its layer, if that has several
     parts: list[Axis] = field(default_factory=list)
     pointers: dict[str, Axis] = field(
         default_factory=dict
@@ -111,6 +112,7 @@ class Facts:
             balances=self.balances,
             minimums=self.minimums,
             positions=self.positions,
+            layers=self.layers,
             parts=self.parts,
         )
 
@@ -126,6 +128,7 @@ class Facts:
             balances=list(self.balances),
             minimums=list(self.minimums),
             positions=dict(self.positions),
+            layers=dict(self.layers),
             parts=list(self.parts),
             pointers=dict(self.pointers),
             uses=self.uses.copy(),
@@ -290,6 +293,12 @@ class Call:
         if name is not None:
             for role, dim in roles.items():
                 self._facts.roles.setdefault((name, dim), set()).add(role.rstrip("_"))
+
+    def one_layer(self, weights: Sequence[fx.Node]) -> None:
+        """Say that weights make the same units together, as one layer."""
+        names = [name for name in map(self.state_name, weights) if name is not None]
+        for name in names:
+            self._facts.layers.setdefault(name, names[0])
 
     def contract(
         self,

@@ -27,6 +27,7 @@ class _Dimension:
     n_blocks: int
     positions: Ids
     atoms: Ids
+    layer: str
 
 
 class _Shared:
@@ -84,7 +85,8 @@ def _dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> list[_Dimension
             if positions.size:
                 n_blocks = blocked[2] if blocked is not None and is_blocked else 0
                 atoms = shared.one(rows[positions, columns])
-                found.append(_Dimension(name, dim, axis, n_blocks, shared.one(positions), atoms))
+                layer = facts.layers.get(name, "")
+                found.append(_Dimension(name, dim, axis, n_blocks, shared.one(positions), atoms, layer))
     in_parameters = np.zeros(len(algebra.store), bool)
     for dimension in found:
         if graph.state[dimension.name].kind == "parameter":
@@ -252,6 +254,7 @@ def _group(
             numbered(which),
             dimension.axis.size,
             dimension.n_blocks,
+            layer=dimension.layer,
         )
         for dimension, roles, at, which in members
     )

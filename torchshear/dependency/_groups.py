@@ -31,6 +31,8 @@ class Member:
             the input channels of a grouped convolution do.
         scale: of the outputs of a layer, canonical name of the scale of the only batch norm that reads its result, of
             the same size and in the same order; "" if there is none.
+        layer: canonical name of the first of the weights that make the units together, as those for inputs and for
+            states of a recurrent layer do; "" of a weight that makes units alone, or none.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Member:
     size: int
     n_blocks: int = 0
     scale: str = ""
+    layer: str = ""
 
     @property
     def multiplicity(self) -> int:

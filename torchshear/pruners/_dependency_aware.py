@@ -277,14 +277,20 @@ def _mask(groups: ChannelGroups, masks: dict[str, Tensor], member: Member, gone:
 
 
 def _macs_by_weight(groups: ChannelGroups, cut: Cut) -> dict[str, int]:
-    """Operations of a sample in all calls that read a weight, after the cut."""
+    """Operations of a sample in all calls that read a weight, after the cut; weights of one call share them by size."""
     graph = groups.graph
     found: dict[str, int] = {}
     nodes = {node.name: node for node in graph}
-    for layer in find_layers(graph):
+    layers = tuple(find_layers(graph))
+    sizes = [int(np.prod(cut.state_shape(layer.weight), dtype=np.int64)) for layer in layers]
+    sizes_of: dict[str, int] = {}
+    for layer, size in zip(layers, sizes, strict=True):
+        sizes_of[layer.node] = sizes_of.get(layer.node, 0) + size
+    for layer, size in zip(layers, sizes, strict=True):
         node = nodes[layer.node]
         macs = node_macs(str(node.target), [cut.shape(n) for n in tensor_operands(node)], cut.shape(node))
-        found[layer.weight] = found.get(layer.weight, 0) + macs // (graph.batch_hint or 1)
+        share = macs * size // max(1, sizes_of[layer.node])
+        found[layer.weight] = found.get(layer.weight, 0) + share // (graph.batch_hint or 1)
     return found
 
 

@@ -161,9 +161,9 @@ class ConstantNetwork:
         if axes is None:
             return tensor
         roles = [facts.roles.get((name, dim), set()) for dim in range(len(axes))]
-        is_raw = tensor.ndim > 1 and not any(roles)
         for dim, axis in enumerate(axes):
             is_blocked = blocked is not None and blocked[0] == dim
+            is_raw = tensor.ndim > 1 and not roles[dim]
             if (is_raw or roles[dim] & _MAKING) and not is_blocked and self.cut.changes(axis):
                 tensor.index_fill_(dim, torch.from_numpy(np.flatnonzero(~self.cut.keep(axis))).to(tensor.device), 0)
         return tensor

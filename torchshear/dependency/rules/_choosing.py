@@ -12,6 +12,7 @@ from torchshear.dependency._call import UNCHANGED, Call, Result
 from torchshear.dependency._registry import operator_rule, position_rule
 from torchshear.dependency.rules._normalization import reduced
 from torchshear.dependency.rules._scattering import tie_others
+from torchshear.dependency.rules._weights import weight_roles
 
 # Operators that hand the values of their first operand on, in another order or shape.
 _PASSING = (
@@ -174,5 +175,6 @@ def grouped_product(call: Call) -> Axes:
         raise ValueError("rows and one matrix a group are expected")
     call.mix(call.tie(weight[0], ends[0]))  # each run begins where the one before ends
     call.tie(weight[1], x[1])
+    weight_roles(call, call.arg(other), (2,), (1,))
     call.contract((call.arg(name), call.arg(other)), (weight[1],), (x[:1], weight[2:]), weight[:1])
     return (x[0], weight[2])

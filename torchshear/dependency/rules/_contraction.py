@@ -11,6 +11,7 @@ from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.dependency.rules._weights import weight_roles
 
 
 @operator_rule("aten.linear")
@@ -23,7 +24,7 @@ def _linear(call: Call) -> Axes:
     call.contract((call.arg("input"), call.arg("weight")), x[-1:], (x[:-1], weight[:-1]))
     if len(weight) == 1:
         return x[:-1]
-    call.role("weight", out=0, in_=1)
+    weight_roles(call, call.arg("weight"), (0,), (1,))
     if call.is_tensor("bias"):
         call.tie(weight[0], call.axes("bias")[-1])
         call.role("bias", bias=0)
@@ -137,16 +138,15 @@ def _chain(call: Call) -> Axes:
 @operator_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
 def _matmul(call: Call) -> Axes:
     left, right = call.tensor_args
-    if len(call.axes(right)) == 2:
-        call.role(right, in_=0, out=1)
+    _matrix_roles(call, left, right)
     return _product(call, left, right)
 
 
 @operator_rule("aten.addmm", "aten.baddbmm")
 def _added_matmul(call: Call) -> Axes:
     added, left, right = call.tensor_args
+    _matrix_roles(call, left, right)
     if len(call.axes(right)) == 2:
-        call.role(right, in_=0, out=1)
         call.role(added, bias=len(call.axes(added)) - 1)
     product = _product(call, left, right)
     return broadcast(call, [product, call.axes(added)], call.out_shape)
@@ -154,6 +154,15 @@ def _added_matmul(call: Call) -> Axes:
 
 def _is_state(call: Call, *operands: object) -> bool:
     return any(call.state_name(node) is not None for node in operands)  # type: ignore[arg-type]
+
+
+def _matrix_roles(call: Call, left: fx.Node, right: fx.Node) -> None:
+    """A weight on the right is one matrix or several; on the left several: a single one may be what is read."""
+    ranks = len(call.axes(left)), len(call.axes(right))
+    if ranks[1] > 1:
+        weight_roles(call, right, (ranks[1] - 1,), (ranks[1] - 2,))
+    if ranks[0] > 2:
+        weight_roles(call, left, (ranks[0] - 2,), (ranks[0] - 1,))
 
 
 def _product(call: Call, left_node: fx.Node, right_node: fx.Node) -> Axes:
@@ -185,7 +194,7 @@ def _shared_batch(left: Axes, right: Axes, batch: Axes) -> tuple[Axes, tuple[Axe
 def _einsum(call: Call) -> Axes:
     """Axes under one letter are one; an ellipsis stands for leading axes that are broadcast."""
     operands = call.tensor_args
-    inputs, output = _explicit_equation(call.arg("equation"), [len(call.axes(node)) for node in operands])
+    inputs, output = explicit_equation(call.arg("equation"), [len(call.axes(node)) for node in operands])
     by_letter: dict[str, Axis] = {}
     for letters, node in zip(inputs, operands, strict=True):
         for letter, axis in zip(letters, call.axes(node), strict=True):
@@ -198,6 +207,11 @@ def _einsum(call: Call) -> Axes:
         call.mix(*(axis for letter, axis in by_letter.items() if letter not in output))
     for (left, left_node), (right, right_node) in combinations(zip(inputs, operands, strict=True), 2):
         call.contract((left_node, right_node), *_sides(left, right, output, by_letter))
+    for own, node in zip(inputs, operands, strict=True):
+        reads = [at for at, letter in enumerate(own) if letter not in output and sum(letter in x for x in inputs) == 2]
+        makes = [at for at, letter in enumerate(own) if letter in output and sum(letter in x for x in inputs) == 1]
+        if reads and makes:
+            weight_roles(call, node, makes, reads)
     return tuple(by_letter[letter] for letter in output)
 
 
@@ -212,7 +226,7 @@ def _sides(left: str, right: str, output: str, axes: Mapping[str, Axis]) -> tupl
     )
 
 
-def _explicit_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+def explicit_equation(equation: str, ranks: list[int]) -> tuple[list[str], str]:
     """Write an equation with letters for the ellipsis and with its output."""
     left, arrow, output = equation.replace(" ", "").partition("->")
     inputs = left.split(",")

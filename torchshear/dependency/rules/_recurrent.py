@@ -91,6 +91,7 @@ def _gates(
     call: Call, n_gates: int, w_ih: fx.Node, w_hh: fx.Node, biases: Sequence[fx.Node]
 ) -> tuple[Axis, Axis, Axis]:
     """Tie the blocks of rows, one a gate; gives the axes of hidden units and of the columns of both weights."""
+    call.one_layer((w_ih, w_hh))
     for weight in (w_ih, w_hh):
         call.role(weight, out=0, in_=1)
     for bias in biases:

@@ -39,24 +39,44 @@ def fpgm_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
     if not makers:
         raise UnscorableError("fpgm: its units are made by no layer, so that there are no filters to compare")
     total = torch.zeros(group.width, dtype=torch.float64)
-    for member in makers:
-        found = _distances(_filters(group, member, weights))
+    others = np.zeros(group.width, np.int64)  # filters that each unit is compared with
+    for layer in _layers(makers):
+        units = np.unique(layer[0].units)
+        found = _distances(torch.cat([_filters(member, weights) for member in layer], 1))
         if not bool(torch.isfinite(found).all()):
-            raise not_finite(member, weights[member.name])
-        total += found
+            bad = next((m for m in layer if not bool(torch.isfinite(weights[m.name]).all())), layer[0])
+            raise not_finite(bad, weights[bad.name])
+        total[torch.from_numpy(units)] += found
+        others[units] += len(units)
+    if others.min() < others.max():
+        raise UnscorableError(f"fpgm: some units are made by more layers than others, as by {makers[-1].name!r}")
     return total
 
 
-def _filters(group: ChannelGroup, member: Member, weights: Mapping[str, Tensor]) -> Tensor:
-    """Weights of one layer by unit, shape (C, number of weights of a unit)."""
-    counts = set(torch.bincount(torch.from_numpy(member.units), minlength=group.width).tolist())
-    if len(counts) > 1 or member.n_blocks:
+def _layers(makers: list[Member]) -> list[list[Member]]:
+    """Dimensions of weights that make the same units together, as all gates of a recurrent layer."""
+    found: dict[tuple[str, int, bytes], list[Member]] = {}
+    for member in makers:
+        units = np.unique(member.units).tobytes()
+        found.setdefault((member.layer or member.name, member.dim, units), []).append(member)
+    return list(found.values())
+
+
+def _filters(member: Member, weights: Mapping[str, Tensor]) -> Tensor:
+    """Weights of one layer by unit, those that it makes, shape (units, number of weights of a unit)."""
+    units, counts = np.unique(member.units, return_counts=True)
+    if counts.min() < counts.max():
         raise UnscorableError(f"fpgm: units have filters of different sizes in {member.name!r}")
-    rows = readable(member, weights[member.name]).movedim(member.dim, 0).flatten(1)
+    weight = readable(member, weights[member.name])
+    if member.n_blocks:  # of each unit the rows of its own block
+        blocks = weight.reshape(member.n_blocks, -1, *weight.shape[1:])
+        rows = blocks.movedim(member.dim + 1, 1).flatten(0, 1).flatten(1)
+    else:
+        rows = weight.movedim(member.dim, 0).flatten(1)
     order = member.positions[member.units.argsort(kind="stable")]
     if not np.array_equal(order, np.arange(len(rows))):
         rows = rows[torch.from_numpy(order).to(rows.device)]
-    return rows.reshape(group.width, -1).to(torch.float32)
+    return rows.reshape(len(units), -1).to(torch.float32)
 
 
 def _distances(filters: Tensor) -> Tensor:

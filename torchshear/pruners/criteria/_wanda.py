@@ -19,7 +19,8 @@ def wanda_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics:
 
     s_c = sum over layers of the group, over inputs i, of |W[c, i]| sqrt(mean of x_i^2)
 
-    the mean over all samples and places. Layers whose inputs were not seen count with inputs of size 1.
+    the mean over all samples and places, and over the experts where one tensor holds their weights. Layers whose inputs
+    were not seen count with inputs of size 1.
 
     Low scores go first: units with small weights on small inputs. Needs activations: statistics of
     `torchshear.collect(graph, loader)`.
@@ -56,11 +57,13 @@ class _Weighted(Mapping[str, Tensor]):
         member = self.members[name]
         weight = wide(readable(member, self.weights[name]).abs())
         layer = self.layers.get(name)
-        sums = self.statistics.values.get((layer.source, layer.dim)) if layer and layer.dim is not None else None
-        if sums is None or weight.ndim < 2:
+        if layer is None or layer.dim is None or layer.inputs is None or weight.ndim < 2:
+            return weight
+        sums = self.statistics.values.get((layer.source, layer.dim))
+        if sums is None:
             return weight
         sizes = (sums.squares / sums.count).sqrt().to(weight.device, weight.dtype)
-        inputs = 1 - member.dim  # a layer's weight has outputs and inputs in its first two dimensions
+        inputs = layer.inputs
         shape = [1] * weight.ndim
         if len(sizes) == weight.shape[inputs]:
             shape[inputs] = len(sizes)

@@ -2,6 +2,7 @@
 
 from torchshear.pruners.statistics._batches import batches_of
 from torchshear.pruners.statistics._distributed import all_reduced
+from torchshear.pruners.statistics._layers import Layer, find_layers
 from torchshear.pruners.statistics._run import Loss, Run
 from torchshear.pruners.statistics._statistics import (
     ALL_SUMS,
@@ -15,7 +16,7 @@ from torchshear.pruners.statistics._statistics import (
     WeightSums,
 )
 from torchshear.pruners.statistics._sums import wide
-from torchshear.pruners.statistics._taps import GroupTaps, Layer, Tap, find_layers, find_taps
+from torchshear.pruners.statistics._taps import GroupTaps, Tap, find_taps
 
 __all__ = [
     "ALL_SUMS",

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from torchshear.dependency import ChannelGroups
-from torchshear.graph import Graph
-from torchshear.graph._graph import shape_of
 from torchshear.graph._run import is_written
 from torchshear.pruners.statistics._statistics import GateSums
 from torchshear.pruners.statistics._sums import GateAccumulator, pieces_of, sum_but, wide
@@ -43,17 +41,22 @@ class Gates:
     """
 
     def __init__(self, groups: ChannelGroups, taps: Mapping[str, GroupTaps], device: torch.device) -> None:
-        nodes = {node.name: node for node in groups.graph}
         self._gates: dict[str, list[_Gate]] = {}
         for name, one in taps.items():
             for tap in one.made:
-                self._gates.setdefault(tap.node, []).append(_gate(name, tap, groups.graph, nodes[tap.node], device))
-        self._written = {name for name in self._gates if is_written(nodes[name])}
+                self._gates.setdefault(tap.node, []).append(_gate(name, tap, device))
+        written = {node.name for node in groups.graph if is_written(node)}
+        self._written = {name for name in self._gates if name.partition(":")[0] in written}
         self._sums = {name: GateAccumulator(groups[name].width) for name, one in taps.items() if one.made}
         self._widths = {name: groups[name].width for name in self._sums}
         self._device = device
         self._found: dict[str, Tensor] = {}
         self.leaves: list[Tensor] = []  # values that no parameter reaches, by which to differentiate as well
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the values that gates stand on."""
+        return tuple(self._gates)
 
     def start(self, n_samples: int) -> None:
         """Begin a batch."""
@@ -63,9 +66,9 @@ class Gates:
     def _zeros(self, n_samples: int, width: int) -> Tensor:
         return torch.zeros(n_samples, width, dtype=torch.float64, device=self._device)
 
-    def watch(self, node: fx.Node, value: Tensor) -> Tensor:
+    def watch(self, name: str, value: Tensor) -> Tensor:
         """Have the gradient of a value counted in when it is known; gives the value to go on with."""
-        gates = self._gates.get(node.name)
+        gates = self._gates.get(name)
         if gates is None:
             return value
         if not value.requires_grad:
@@ -74,12 +77,12 @@ class Gates:
         seen, version = value.detach(), value._version
 
         def count(gradient: Tensor) -> None:
-            assert seen._version == version, f"{node.name} was written to"
+            assert seen._version == version, f"{name} was written to"
             for gate in gates:
                 self._add(gate, seen, gradient)
 
         value.register_hook(count)  # type: ignore[no-untyped-call]
-        return value.clone() if node.name in self._written else value
+        return value.clone() if name in self._written else value
 
     def _add(self, gate: _Gate, value: Tensor, gradient: Tensor) -> None:
         total = self._found[gate.group]
@@ -101,40 +104,10 @@ class Gates:
         return {name: sums.result() for name, sums in self._sums.items()}
 
 
-def _gate(group: str, tap: Tap, graph: Graph, node: fx.Node, device: torch.device) -> _Gate:
-    is_all = np.array_equal(tap.positions, np.arange(shape_of(node)[tap.dim]))
+def _gate(group: str, tap: Tap, device: torch.device) -> _Gate:
+    is_all = np.array_equal(tap.positions, np.arange(tap.size))
     positions = None if is_all else torch.from_numpy(tap.positions).to(device)
-    return _Gate(group, tap.dim, _sample_dim(graph, node, tap.dim), positions, torch.from_numpy(tap.units).to(device))
-
-
-def sample_input(graph: Graph) -> tuple[int, int] | None:
-    """Which of the flat inputs has the samples along dimension 0, and how many in the capture.
-
-    It is the first whose size there is free, or else the first that has dimensions.
-    """
-    nodes = [node for node in graph if node.op == "placeholder"]
-    batched = [number for number, node in enumerate(nodes) if shape_of(node)]
-    free = [number for number in batched if graph.is_free(nodes[number], 0)]
-    return next(((number, shape_of(nodes[number])[0]) for number in free or batched), None)
-
-
-def _sample_dim(graph: Graph, node: fx.Node, other: int) -> int | None:
-    """The dimension of a value along which samples stand: the batch itself, or dimension 0 if it is a multiple of it.
-
-    Where the batch of the graph is fixed, a dimension is the batch if it is dimension 0 and of the right size.
-
-    Args:
-        graph: the captured model.
-        node: gives the value.
-        other: a dimension that it is not.
-    """
-    shape, source = shape_of(node), sample_input(graph)
-    batch = source[1] if source is not None else 1
-    if graph.batch_hint is not None:
-        exact = [dim for dim, size in enumerate(shape) if size == batch and dim != other]
-        if exact:
-            return exact[0]
-    return 0 if other != 0 and shape and shape[0] >= batch and shape[0] % batch == 0 else None
+    return _Gate(group, tap.dim, tap.samples, positions, torch.from_numpy(tap.units).to(device))
 
 
 def _lines(value: Tensor, gradient: Tensor, dim: int, samples: int | None) -> Tensor:

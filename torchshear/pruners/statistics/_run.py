@@ -13,7 +13,10 @@ from torchshear.errors import DataError
 from torchshear.graph import locate
 from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
-from torchshear.pruners.statistics._gates import Gates, sample_input
+from torchshear.pruners.statistics._gates import Gates
+from torchshear.pruners.statistics._layers import find_layers
+from torchshear.pruners.statistics._recurrent import run as run_recurrent
+from torchshear.pruners.statistics._samples import sample_input
 from torchshear.pruners.statistics._statistics import (
     SUMS_OF_GRADIENTS,
     SUMS_OF_VALUES,
@@ -22,7 +25,7 @@ from torchshear.pruners.statistics._statistics import (
     Sum,
 )
 from torchshear.pruners.statistics._sums import HeadAccumulator, RowAccumulator, ValueAccumulator, WeightAccumulator
-from torchshear.pruners.statistics._taps import GroupTaps, find_layers, find_taps
+from torchshear.pruners.statistics._taps import GroupTaps, find_taps
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -57,6 +60,8 @@ class Run:
         self._source = sample_input(self.graph)
         self._read_state()
         self.gates = self._gates(taps)
+        seen = {name.partition(":")[0] for name in (*self.watched, *self.gates.names) if ":" in name}
+        self.opened = {node.name for node in self.graph if node.name in seen}  # recurrent calls to be looked into
         self._lines: dict[str, dict[int, int]] = {}
         self.rows = self._row_sums()
         self.heads = self._head_sums()
@@ -130,17 +135,14 @@ class Run:
             held: dict[str, Tensor] = {}
             self.gates.start(size)
             output: Any = None
-            for node, value in interpret(
+            for _, value in interpret(
                 self.graph.fx_graph,
                 leaves,
                 lambda name: self._load(name, held),
-                lambda n, args, kwargs: n.target(*args, **kwargs),  # type: ignore[operator]
-                self.gates.watch,
+                self._apply,
+                lambda node, value: self._see(node, node.name, value) if isinstance(value, Tensor) else value,
             ):
                 output = value
-                for accumulator in self.watched.get(node.name, ()) if isinstance(value, Tensor) else ():
-                    accumulator.add(value)
-                    self._check_values(node, accumulator)
             if self.loss_fn is not None:
                 result = pytree.tree_unflatten(pytree.tree_leaves(output), self.graph.out_spec)
                 self._backward(self._loss(result, target), held)
@@ -154,6 +156,19 @@ class Run:
                 f"activations of batch {self.n_batches} are NaN or infinite behind {place.operator} in "
                 f"{place.module or 'the model itself'!r}. Check the data, and the weights up to there."
             )
+
+    def _apply(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if node.name in self.opened:
+            return run_recurrent(node, args, kwargs, lambda name, value: self._see(node, name, value))
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _see(self, node: fx.Node, name: str, value: Tensor) -> Tensor:
+        """Count a value in where it is to be; gives the value to go on with."""
+        value = self.gates.watch(name, value)
+        for accumulator in self.watched.get(name, ()):
+            accumulator.add(value)
+            self._check_values(node, accumulator)
+        return value
 
     def _load(self, name: str, held: dict[str, Tensor]) -> Tensor:
         if name in held:

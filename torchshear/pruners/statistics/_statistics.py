@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from torchshear.pruners.statistics._taps import Layer, Tap
+from torchshear.pruners.statistics._layers import Layer
+from torchshear.pruners.statistics._taps import Tap
 
 Sum = Literal[
     "zeros", "total", "magnitude", "squares",  # of activations: attributes of ValueSums

@@ -1,4 +1,4 @@
-"""Where in a graph the units of a group can be seen: values that its layers make, behind activations, and read."""
+"""Where in a graph the units of a group can be seen: values that its layers make, and behind activations."""
 
 import math
 from collections import deque
@@ -9,11 +9,14 @@ import numpy as np
 from torch import fx
 
 from torchshear.dependency import ChannelGroups, Member
+from torchshear.dependency._call import Result
 from torchshear.dependency._registry import operator_name
 from torchshear.dependency._units import Ids
-from torchshear.graph import Graph
 from torchshear.graph._graph import shape_of
 from torchshear.pruners._roles import MAKING_ROLES
+from torchshear.pruners.statistics._layers import is_state, short_name
+from torchshear.pruners.statistics._recurrent import axes_of, is_recurrent, passes
+from torchshear.pruners.statistics._samples import sample_dim
 
 # Activations by operator, and whether their results are exactly zero over a range of inputs.
 _HAS_ZEROS = {
@@ -25,10 +28,6 @@ _HAS_ZEROS = {
 }
 _CLAMPS = frozenset({"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"})
 _NONNEGATIVE = frozenset({"relu", "relu_", "relu6", "relu6_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_"})
-_CHANNEL_OF_INPUT = {  # dimension of the first operand that a layer sums over
-    **dict.fromkeys(("linear", "addmm", "matmul", "mm", "bmm"), -1),
-    **{f"conv{kind}{rank}d": 1 for kind in ("", "_transpose") for rank in (1, 2, 3)},
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,22 +35,26 @@ class Tap:
     """One dimension of a value in which units of a group stand.
 
     Attributes:
-        node: name of the node that gives the value.
+        node: name of the node that gives the value, or of a layer inside a recurrent call.
         dim: the dimension.
+        size: of that dimension.
         positions: positions along it.
         units: for each of `positions`, the unit of the group.
         operator: what the value comes from, as in "aten.relu.default".
         has_zeros: whether that operator is an activation whose results are exactly zero over a range of inputs.
         is_nonnegative: whether its results are never below zero.
+        samples: dimension along which the samples stand; None if there is none.
     """
 
     node: str
     dim: int
+    size: int
     positions: Ids
     units: Ids
     operator: str
     has_zeros: bool = False
     is_nonnegative: bool = False
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,30 +63,11 @@ class GroupTaps:
 
     Attributes:
         made: results of the layers that make its units; where gates stand.
-        activated: results of the first activations behind them.
+        activated: results of the first activations behind them; a recurrent layer has its own inside.
     """
 
     made: tuple[Tap, ...]
     activated: tuple[Tap, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A call that reads a weight.
-
-    Attributes:
-        node: name of the call.
-        weight: canonical name of its weight.
-        bias: canonical name of its bias, or "".
-        source: name of the node that it reads.
-        dim: dimension of what it reads that it sums over, from 0; None for a norm, a depthwise or another layer.
-    """
-
-    node: str
-    weight: str
-    bias: str
-    source: str
-    dim: int | None
 
 
 def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
@@ -94,31 +78,10 @@ def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
         if group.is_prunable:
             makers = list(dict.fromkeys(node for member in group.members for node in places.makers(member)))
             made = [tap for node in makers for tap in places.of(node, number)]
-            activated = dict.fromkeys(n for node in makers for n in _activations(node, number, places, set(makers)))
+            activated = dict.fromkeys(n for node in makers for n in _shown(node, number, places, set(makers)))
             seen = [tap for node in activated for tap in places.of(node, number)]
             taps[group.name] = GroupTaps(tuple(made), tuple(seen))
     return taps
-
-
-def find_layers(graph: Graph) -> Iterator[Layer]:
-    """All calls that read a weight and perhaps a bias."""
-    for node in graph:
-        operands = list(node.all_input_nodes) if node.op == "call_function" else []
-        held = [n for n in operands if _is_state(n)]
-        computed = [n for n in operands if not _is_state(n)]
-        if not held or not computed:
-            continue
-        names = [str(n.target) for n in held]
-        weight = next((n for n in names if graph.state[n].tensor.ndim > 1), names[0])  # `addmm` has the bias first
-        bias = next((n for n in names if n != weight and graph.state[n].tensor.ndim == 1), "")
-        dim = _CHANNEL_OF_INPUT.get(_short(node))
-        if dim is not None and dim < 0:
-            dim += len(shape_of(computed[0]))
-        yield Layer(node.name, weight, bias, computed[0].name, dim)
-
-
-def _is_state(node: fx.Node) -> bool:
-    return node.op == "get_attr"
 
 
 class _Places:
@@ -137,21 +100,43 @@ class _Places:
             if node.op == "placeholder" or any(n in self.computed for n in node.all_input_nodes):
                 self.computed.add(node)
         self._nodes_of: dict[str, list[fx.Node]] = {}
-        for node in filter(_is_state, groups.graph):
+        for node in filter(is_state, groups.graph):
             self._nodes_of.setdefault(str(node.target), []).append(node)
         self._along: dict[int, tuple[object, Mapping[int, tuple[Ids, Ids]]]] = {}
 
     def of(self, node: fx.Node, group: int) -> list[Tap]:
         """Dimensions of a value in which a group stands."""
         axes = self.groups.facts.axes.get(node.name)
+        if is_recurrent(node):
+            return self._in_passes(node, axes, group)
         found: list[Tap] = []
         if isinstance(axes, tuple) and len(axes) == len(shape_of(node)):
             for dim, axis in enumerate(axes):
                 at = self._units_along(axis.units).get(group)
                 if at is not None:
+                    samples = sample_dim(self.groups.graph, shape_of(node), dim)
                     zeros, nonnegative = _gives_zeros(node), _is_nonnegative(node)
-                    found.append(Tap(node.name, dim, *at, operator_name(node), zeros, nonnegative))
+                    name = operator_name(node)
+                    found.append(Tap(node.name, dim, axis.size, *at, name, zeros, nonnegative, samples))
         return found
+
+    def _in_passes(self, node: fx.Node, results: Result, group: int) -> list[Tap]:
+        """Of a recurrent call what each layer and direction gives at all steps."""
+        found: list[Tap] = []
+        own = passes(node)
+        for one, axis in zip(own, axes_of(results, len(own)), strict=True):
+            at = self._units_along(axis.units).get(group)
+            if at is not None:
+                samples = sample_dim(self.groups.graph, one.shape, one.dim, one.batch)
+                zeros = one.has_zeros
+                found.append(Tap(one.name, one.dim, axis.size, *at, operator_name(node), zeros, zeros, samples))
+        return found
+
+    def has(self, node: fx.Node, group: int) -> bool:
+        """Whether a group stands in a value, or in one of several that a call gives."""
+        results = self.groups.facts.axes.get(node.name)
+        each = results if isinstance(results, list) else [results or ()]
+        return any(group in self._units_along(axis.units) for axes in each for axis in axes)
 
     def makers(self, member: Member) -> Iterator[fx.Node]:
         """Calls that make units of a group from a weight: the first ones that anything computed enters, too."""
@@ -178,13 +163,21 @@ class _Places:
         return known[1]
 
 
+def _shown(maker: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[fx.Node]:
+    """Where what a call makes is seen as an activation: in itself, if it is recurrent, or behind it."""
+    if is_recurrent(maker):
+        yield maker
+    else:
+        yield from _activations(maker, group, places, makers)
+
+
 def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[fx.Node]:
     """The first activations behind a value; one sum with another branch may lie between."""
     waiting, seen = deque([(start, 0)]), {start}
     while waiting:
         node, sums = waiting.popleft()
         for user in node.users:
-            if user in seen or user in makers or not places.of(user, group):
+            if user in seen or user in makers or not places.has(user, group):
                 continue
             seen.add(user)
             if _is_activation(user):
@@ -195,21 +188,16 @@ def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Nod
                 waiting.append((user, sums_here))
 
 
-def _short(node: fx.Node) -> str:
-    parts = operator_name(node).split(".")
-    return parts[1] if len(parts) > 1 and parts[0] == "aten" else ""
-
-
 def _is_activation(node: fx.Node) -> bool:
-    return _short(node) in _HAS_ZEROS or _short(node) in _CLAMPS
+    return short_name(node) in _HAS_ZEROS or short_name(node) in _CLAMPS
 
 
 def _gives_zeros(node: fx.Node) -> bool:
-    return _lower_bound(node) == 0 if _short(node) in _CLAMPS else _HAS_ZEROS.get(_short(node), False)
+    return _lower_bound(node) == 0 if short_name(node) in _CLAMPS else _HAS_ZEROS.get(short_name(node), False)
 
 
 def _is_nonnegative(node: fx.Node) -> bool:
-    return _lower_bound(node) >= 0 if _short(node) in _CLAMPS else _short(node) in _NONNEGATIVE
+    return _lower_bound(node) >= 0 if short_name(node) in _CLAMPS else short_name(node) in _NONNEGATIVE
 
 
 def _lower_bound(clamp: fx.Node) -> float:

@@ -1,0 +1,188 @@
+"""Recurrent calls one layer and direction at a time, so that what each gives at every step can be seen.
+
+A call of several layers shows what the last one gives at every step, and of the others the last step alone. Run one
+after another they give the same numbers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torchshear.dependency._axis import Axis
+from torchshear.dependency._call import Result, bind_arguments
+from torchshear.dependency._registry import operator_name
+from torchshear.graph._graph import shape_of
+
+_LAYERS = frozenset({"lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"})
+_CELLS = frozenset({"lstm_cell.default", "gru_cell.default", "rnn_tanh_cell.default", "rnn_relu_cell.default"})
+
+See = Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One layer in one direction of a recurrent call.
+
+    Attributes:
+        node: name of the call.
+        number: its place among the layers and directions of the call.
+        weights: canonical names of its weights: that for inputs, for states, and that of a projection if there is one;
+            "" of one that is computed.
+        biases: canonical names of the biases of the first two; empty if there are none.
+        source: what its inputs are called among the values that are seen.
+        before: what the states that it reads are called.
+        has_zeros: whether what it gives is exactly zero over a range of inputs.
+        shape: of what it gives.
+        batch: dimension of it along which the batch of the call stands.
+    """
+
+    node: str
+    number: int
+    weights: tuple[str, ...]
+    biases: tuple[str, ...]
+    source: str
+    before: str
+    has_zeros: bool
+    shape: tuple[int, ...]
+    batch: int
+
+    @property
+    def name(self) -> str:
+        """What its results at all steps are called."""
+        return f"{self.node}:{self.number}"
+
+    @property
+    def dim(self) -> int:
+        """Dimension of the units in what it gives, and of the numbers that it reads."""
+        return len(self.shape) - 1
+
+
+def is_recurrent(node: fx.Node) -> bool:
+    """Whether a call is that of a recurrent layer or cell."""
+    return _short(node) in _LAYERS | _CELLS
+
+
+def passes(node: fx.Node) -> tuple[Pass, ...]:
+    """All layers and directions of a recurrent call, in the order of its weights."""
+    return tuple(_passes_of_layers(node) if _short(node) in _LAYERS else [_pass_of_cell(node)])
+
+
+def axes_of(results: Result, n_passes: int) -> list[Axis]:
+    """Axes of the units that each pass of a call gives, from those of its results."""
+    if isinstance(results, tuple):
+        return [results[-1]]
+    assert results is not None
+    last = results[1][-1]
+    return list(last.rows) if n_passes > 1 else [last]
+
+
+def run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], see: See) -> Any:
+    """The results of a recurrent call.
+
+    Args:
+        node: the call.
+        args: its arguments as values.
+        kwargs: likewise.
+        see: called with the name of a value (see `Pass`) and the value, gives the value to go on with. Final states
+            are what it gives at the last step.
+    """
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if _short(node) in _CELLS:
+        return _run_cell(node, given, see)
+    return _run_layers(node, given, see)
+
+
+def _short(node: fx.Node) -> str:
+    name = operator_name(node)
+    return name.removeprefix("aten.") if name.startswith("aten.") else ""
+
+
+def _name(weight: fx.Node) -> str:
+    return str(weight.target) if weight.op == "get_attr" else ""
+
+
+def _passes_of_layers(node: fx.Node) -> Iterator[Pass]:
+    given = bind_arguments(node)
+    weights = [_name(weight) for weight in given["params"]]
+    n_directions = 2 if given["bidirectional"] else 1
+    n_passes = int(given["num_layers"]) * n_directions
+    n_each, n_biases = len(weights) // n_passes, 2 if given["has_biases"] else 0
+    for number in range(n_passes):
+        own = weights[number * n_each : (number + 1) * n_each]
+        layer = number // n_directions
+        w_hh = given["params"][number * n_each + 1]
+        yield Pass(
+            node=node.name,
+            number=number,
+            weights=(*own[:2], *own[2 + n_biases :]),
+            biases=tuple(own[2 : 2 + n_biases]),
+            source=f"{node.name}:read by {layer}" if layer else given["input"].name,
+            before=f"{node.name}:before {number}",
+            has_zeros=_short(node) == "rnn_relu.input",
+            shape=(*shape_of(given["input"])[:2], shape_of(w_hh)[1]),
+            batch=0 if given["batch_first"] else 1,
+        )
+
+
+def _pass_of_cell(node: fx.Node) -> Pass:
+    given = bind_arguments(node)
+    state = given["hx"][0] if isinstance(given["hx"], list | tuple) else given["hx"]
+    return Pass(
+        node=node.name,
+        number=0,
+        weights=(_name(given["w_ih"]), _name(given["w_hh"])),
+        biases=tuple(_name(given[word]) for word in ("b_ih", "b_hh") if given[word] is not None),
+        source=given["input"].name,
+        before=state.name,
+        has_zeros=_short(node) == "rnn_relu_cell.default",
+        shape=shape_of(state),
+        batch=0,
+    )
+
+
+def _run_cell(node: fx.Node, given: dict[str, Any], see: See) -> Any:
+    found = node.target(**given)  # type: ignore[operator]
+    if isinstance(found, Tensor):
+        return see(f"{node.name}:0", found)
+    return (see(f"{node.name}:0", found[0]), *found[1:])
+
+
+def _run_layers(node: fx.Node, given: dict[str, Any], see: See) -> tuple[Tensor, ...]:
+    """Every layer reads what the directions below it give, side by side; there is no dropout in eval mode."""
+    n_layers, is_both = int(given["num_layers"]), bool(given["bidirectional"])
+    n_directions = 2 if is_both else 1
+    n_each = len(given["params"]) // (n_layers * n_directions)
+    states = given["hx"] if isinstance(given["hx"], list | tuple) else [given["hx"]]
+    time = 1 if given["batch_first"] else 0
+    x, ends = given["input"], []
+    for layer in range(n_layers):
+        x = see(f"{node.name}:read by {layer}", x) if layer else x
+        results = []
+        for number in range(layer * n_directions, (layer + 1) * n_directions):
+            own = given["params"][number * n_each : (number + 1) * n_each]
+            first = [state[number : number + 1].contiguous() for state in states]
+            is_backward = number % n_directions == 1
+            out, *last = _one(node, given, x.flip(time) if is_backward else x, first, own)
+            out = see(f"{node.name}:{number}", out.flip(time) if is_backward else out)
+            start = first[0].transpose(0, 1) if time else first[0]
+            steps = out.shape[time]
+            after = out.narrow(time, 1 if is_backward else 0, steps - 1)
+            see(f"{node.name}:before {number}", torch.cat([start, after], time))
+            ends.append([out.select(time, 0 if is_backward else steps - 1)[None], *last[1:]])
+            results.append(out)
+        x = torch.cat(results, 2) if is_both else results[0]
+    return (x, *(torch.cat(state) for state in zip(*ends, strict=True)))
+
+
+def _one(
+    node: fx.Node, given: dict[str, Any], x: Tensor, states: list[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """One layer in one direction."""
+    hx = states if isinstance(given["hx"], list | tuple) else states[0]
+    rest = (given["has_biases"], 1, 0.0, given["train"], False, given["batch_first"])
+    found: tuple[Tensor, ...] = node.target(x, hx, list(weights), *rest)  # type: ignore[operator]
+    return found
