@@ -21,7 +21,7 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
         makes: its dimensions that the result keeps and the value does not have.
         reads: those that are summed over.
     """
-    found = _weight(operand)
+    found = weight_behind(operand)
     if found is None:
         return
     weight, places = found
@@ -32,14 +32,14 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
                 call.role(weight, **{role: place})
 
 
-def _weight(operand: fx.Node) -> tuple[fx.Node, list[Place]] | None:
-    """The parameter behind an operand, and for each dimension of the operand the parameter's; None of new ones."""
+def weight_behind(operand: fx.Node) -> tuple[fx.Node, list[Place]] | None:
+    """The parameter or buffer behind an operand, and of each dimension of the operand its own; None of a new one."""
     if operand.op == "get_attr":
         return operand, list(range(len(shape_of(operand))))
     parts = str(operand.target).split(".")
     if parts[0] != "aten" or not operand.args or not isinstance(operand.args[0], fx.Node):
         return None
-    found = _weight(operand.args[0])
+    found = weight_behind(operand.args[0])
     places = None if found is None else _moved(parts[1], operand, found[1])
     return None if found is None or places is None else (found[0], places)
 

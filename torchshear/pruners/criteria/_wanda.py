@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import readable, unit_sums
-from torchshear.pruners.statistics import Statistics, wide
+from torchshear.pruners.statistics import Layer, Statistics, wide
 
 _LAYERS = frozenset({"out"})
 
@@ -45,7 +46,9 @@ class _Weighted(Mapping[str, Tensor]):
         self.members = {m.name: m for m in group.members if m.name in weights and m.roles & _LAYERS}
         self.weights = weights
         self.statistics = statistics
-        self.layers = {layer.weight: layer for layer in statistics.layers if layer.dim is not None}
+        self.layers: dict[str, list[Layer]] = {}
+        for layer in statistics.layers:
+            self.layers.setdefault(layer.weight, []).append(layer)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -56,14 +59,10 @@ class _Weighted(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         member = self.members[name]
         weight = wide(readable(member, self.weights[name]).abs())
-        layer = self.layers.get(name)
-        if layer is None or layer.dim is None or layer.inputs is None or weight.ndim < 2:
+        inputs, sizes = self._inputs(name)
+        if inputs is None or weight.ndim < 2:
             return weight
-        sums = self.statistics.values.get((layer.source, layer.dim))
-        if sums is None:
-            return weight
-        sizes = (sums.squares / sums.count).sqrt().to(weight.device, weight.dtype)
-        inputs = layer.inputs
+        sizes = sizes.to(weight.device, weight.dtype)
         shape = [1] * weight.ndim
         if len(sizes) == weight.shape[inputs]:
             shape[inputs] = len(sizes)
@@ -73,3 +72,13 @@ class _Weighted(Mapping[str, Tensor]):
             each = sizes.reshape(n_groups, -1).repeat_interleave(weight.shape[0] // n_groups, 0)
             return weight * each.reshape(*weight.shape[:2], *shape[2:])
         return weight
+
+    def _inputs(self, name: str) -> tuple[int | None, Tensor]:
+        """The dimension of a weight that it multiplies inputs with, and their sizes over all calls that read it."""
+        squares, count, inputs = torch.zeros(0), 0, None
+        for layer in self.layers.get(name, ()):
+            sums = None if layer.dim is None else self.statistics.values.get((layer.source, layer.dim))
+            if sums is not None and (inputs is None or (inputs, len(squares)) == (layer.inputs, len(sums.squares))):
+                inputs, count = layer.inputs, count + sums.count
+                squares = squares + sums.squares if len(squares) else sums.squares
+        return inputs, (squares / max(1, count)).sqrt()

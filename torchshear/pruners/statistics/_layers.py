@@ -8,11 +8,13 @@ from torch import Tensor, fx
 from torchshear.dependency._call import bind_arguments
 from torchshear.dependency._registry import operator_name
 from torchshear.dependency.rules._contraction import explicit_equation
+from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph import Graph
 from torchshear.graph._graph import shape_of, tensor_operands
 from torchshear.pruners.statistics._recurrent import is_recurrent, passes
 
-_PRODUCTS = frozenset({"addmm", "matmul", "mm", "bmm", "baddbmm"})  # of the last two operands
+# Products of matrices, and where the first of the two stands among the tensors that they read.
+_MANY = {"matmul": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0, "grouped_mm_fallback": 0}
 _SUMMED = {  # dimensions of the input and of the weight
     "linear": (-1, 1),
     **{f"conv{rank}d": (1, 1) for rank in (1, 2, 3)},
@@ -44,18 +46,24 @@ class Layer:
 def find_layers(graph: Graph) -> Iterator[Layer]:
     """All calls that read a weight and perhaps a bias; of a recurrent call each of its weights."""
     for node in graph:
-        operands = list(node.all_input_nodes) if node.op == "call_function" else []
-        held = [n for n in operands if is_state(n)]
-        computed = [n for n in operands if not is_state(n) and isinstance(n.meta.get("val"), Tensor)]
-        if not held or not computed:
-            continue
-        if is_recurrent(node):
-            yield from _layers_of_passes(node)
-            continue
-        weight = next((n for n in held if len(shape_of(n)) > 1), held[0])  # `addmm` has the bias first
-        others = [n for n in held if n is not weight and len(shape_of(n)) == 1]
-        bias = str(others[0].target) if others else ""
-        yield Layer(node.name, str(weight.target), bias, *_read(node, weight, computed))
+        if node.op == "call_function":
+            yield from _layers_of_passes(node) if is_recurrent(node) else _layers_of(node)
+
+
+def _layers_of(node: fx.Node) -> Iterator[Layer]:
+    is_product = short_name(node) in (*_MANY, "linear", "einsum")
+    behind = {n: weight_behind(n) if is_product or is_state(n) else None for n in node.all_input_nodes}
+    held = {n: found for n, found in behind.items() if found is not None}
+    computed = [n for n in behind if n not in held and isinstance(n.meta.get("val"), Tensor)]
+    if not held or not computed:
+        return
+    operand = next((n for n in held if len(shape_of(n)) > 1), next(iter(held)))  # `addmm` has the bias first
+    others = [n for n in held if n is not operand and len(shape_of(n)) == 1]
+    source, dim, at = _read(node, operand, computed)
+    weight, places = held[operand]
+    inputs = None if at is None else places[at]
+    bias = str(others[0].target) if others else ""
+    yield Layer(node.name, str(weight.target), bias, source, None if inputs is None else dim, inputs)
 
 
 def is_state(node: fx.Node) -> bool:
@@ -64,9 +72,9 @@ def is_state(node: fx.Node) -> bool:
 
 
 def short_name(node: fx.Node) -> str:
-    """Name of an operator of torch without its overload, "" of any other."""
+    """Name of an operator of torch or of transformers without its overload, "" of any other."""
     parts = operator_name(node).split(".")
-    return parts[1] if len(parts) > 1 and parts[0] == "aten" else ""
+    return parts[1] if len(parts) > 1 and parts[0] in ("aten", "transformers") else ""
 
 
 def _layers_of_passes(node: fx.Node) -> Iterator[Layer]:
@@ -83,8 +91,8 @@ def _read(node: fx.Node, weight: fx.Node, computed: Sequence[fx.Node]) -> tuple[
     name, ranks = short_name(node), (len(shape_of(computed[0])), len(shape_of(weight)))
     if name == "einsum":
         return _read_by_equation(node, weight, computed)
-    if name in _PRODUCTS:
-        left, right = tensor_operands(node)[-2:]
+    if name in _MANY:
+        left, right = tensor_operands(node)[_MANY[name] :][:2]
         if right is weight:
             return left.name, len(shape_of(left)) - 1, max(ranks[1] - 2, 0)
         return right.name, max(len(shape_of(right)) - 2, 0), ranks[1] - 1

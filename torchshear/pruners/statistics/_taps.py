@@ -12,6 +12,7 @@ from torchshear.dependency import ChannelGroups, Member
 from torchshear.dependency._call import Result
 from torchshear.dependency._registry import operator_name
 from torchshear.dependency._units import Ids
+from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._graph import shape_of
 from torchshear.pruners._roles import MAKING_ROLES
 from torchshear.pruners.statistics._layers import is_state, short_name
@@ -143,7 +144,7 @@ class _Places:
         waiting = list(self._nodes_of.get(member.name, ())) if member.roles & MAKING_ROLES else []
         while waiting:
             for user in waiting.pop().users:
-                if user in self.computed:
+                if user in self.computed and weight_behind(user) is None:
                     yield user
                 else:
                     waiting.append(user)

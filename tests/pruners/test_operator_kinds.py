@@ -1,0 +1,400 @@
+"""Criteria over recurrent layers and expert tensors, against loops over steps, tokens and experts in float64."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.dependency.test_experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture, grouped_product
+from tests.models import randomise
+from torchshear.dependency import ChannelGroup, ChannelGroups, operator_rule, unregister
+from torchshear.pruners import Statistics, UnscorableError, find_criterion
+from torchshear.pruners._scoring import group_scores
+
+STEPS, INPUTS, HIDDEN = 4, 5, 3
+
+
+def weights_of(groups: ChannelGroups) -> dict[str, Tensor]:
+    return {name: entry.tensor.detach() for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+
+
+def score(name: str, groups: ChannelGroups, group: ChannelGroup, statistics: Statistics) -> np.ndarray:
+    return group_scores(group, find_criterion(name), weights_of(groups), statistics)
+
+
+def loss_of(output: Tensor, _: Any = None) -> Tensor:
+    return (torch.linspace(-1, 2, output[0].numel(), dtype=output.dtype) * output.flatten(1).square()).mean()
+
+
+def random_data(*shape: int) -> list[tuple[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(shape, generator=generator, dtype=torch.float64),) for _ in range(3)]
+
+
+# -- recurrent layers -------------------------------------------------------------------------------------------------
+
+
+class Read(nn.Module):
+    """A recurrent layer of which all steps and, of the last pass, the final state are read."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        width = layer.proj_size or layer.hidden_size
+        self.layer = layer
+        self.head = nn.Linear(width * (2 if layer.bidirectional else 1) + width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, state = self.layer(x if self.layer.batch_first else x.transpose(0, 1))
+        state = state[0] if isinstance(state, tuple) else state
+        return self.head(torch.cat([out.mean(1 if self.layer.batch_first else 0), state[-1]], 1))
+
+
+def one_step(
+    layer: nn.RNNBase, end: str, w: dict[str, Tensor], x: Tensor, h: Tensor, c: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Hidden units and cell of the next step, before a projection."""
+    none = torch.zeros(1, dtype=x.dtype)
+    given = x @ w[f"weight_ih_{end}"].T + w.get(f"bias_ih_{end}", none)
+    again = h @ w[f"weight_hh_{end}"].T + w.get(f"bias_hh_{end}", none)
+    if isinstance(layer, nn.LSTM):
+        i, f, g, o = (given + again).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if isinstance(layer, nn.GRU):
+        (r, z, n), (r_, z_, n_) = given.chunk(3, 1), again.chunk(3, 1)
+        z = (z + z_).sigmoid()
+        return (1 - z) * (n + (r + r_).sigmoid() * n_).tanh() + z * h, c
+    return (given + again).relu() if layer.nonlinearity == "relu" else (given + again).tanh(), c
+
+
+class Steps:
+    """The network as a loop over layers, directions and steps, in which gates multiply what passes hand on."""
+
+    def __init__(self, model: Read, data: list[tuple[Tensor]]) -> None:
+        layer = self.layer = model.layer
+        self.ends = [
+            f"l{i}{way}" for i in range(layer.num_layers) for way in ["", "_reverse"][: 1 + layer.bidirectional]
+        ]
+        self.weights = {name: value.detach() for name, value in layer.named_parameters()}
+        self.given: dict[str, list[Tensor]] = defaultdict(list)  # by pass: what it hands on, one line a sample and step
+        self.read: dict[str, list[Tensor]] = defaultdict(list)
+        self.before: dict[str, list[Tensor]] = defaultdict(list)
+        self.gates: list[dict[str, Tensor]] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.losses: list[float] = []
+        for (x,) in data:
+            width = layer.proj_size or layer.hidden_size
+            gates = {end: torch.ones(len(x), width, dtype=x.dtype, requires_grad=True) for end in self.ends}
+            leaves = {name: value.clone().requires_grad_() for name, value in self.weights.items()}
+            loss = loss_of(self.forward(model, x, leaves, gates))
+            self.losses.append(float(loss.detach()))
+            found = torch.autograd.grad(loss, [*leaves.values(), *gates.values()])
+            self.gradients.append(dict(zip(leaves, found, strict=False)))
+            self.gates.append(dict(zip(gates, found[len(leaves) :], strict=True)))
+
+    def forward(self, model: Read, x: Tensor, weights: dict[str, Tensor], gates: dict[str, Tensor]) -> Tensor:
+        n_ways = 1 + model.layer.bidirectional
+        for first in range(0, len(self.ends), n_ways):
+            ways = [
+                self.one_pass(model.layer, end, weights, gates[end], x) for end in self.ends[first : first + n_ways]
+            ]
+            x = torch.cat(ways, 2)
+        last = ways[-1][:, 0] if n_ways == 2 else ways[-1][:, -1]
+        return torch.cat([x.mean(1), last], 1) @ model.head.weight.T + model.head.bias
+
+    def one_pass(self, layer: nn.RNNBase, end: str, w: dict[str, Tensor], gate: Tensor, x: Tensor) -> Tensor:
+        n_steps = x.shape[1]
+        h = torch.zeros(len(x), layer.proj_size or layer.hidden_size, dtype=x.dtype)
+        c = torch.zeros(len(x), layer.hidden_size, dtype=x.dtype)
+        found: dict[int, Tensor] = {}
+        for t in range(n_steps)[:: -1 if end.endswith("reverse") else 1]:
+            self.read[end].append(x[:, t].detach())
+            self.before[end].append(h.detach())
+            h, c = one_step(layer, end, w, x[:, t], h, c)
+            h = h @ w[f"weight_hr_{end}"].T if layer.proj_size else h
+            self.given[end].append(h.detach())
+            found[t] = h * gate
+        return torch.stack([found[t] for t in range(n_steps)], 1)
+
+    def rows(self, name: str, c: int) -> list[int]:
+        """Rows of a weight that make hidden unit c, one a gate."""
+        return list(range(c, len(self.weights[name]), self.layer.hidden_size))
+
+
+def shown(seen: Steps, end: str, c: int) -> list[float]:
+    return torch.cat(seen.given[end])[:, c].tolist()
+
+
+def root_mean_squares(values: list[Tensor]) -> list[float]:
+    return [math.sqrt(sum(v * v for v in column) / len(column)) for column in torch.cat(values).T.tolist()]
+
+
+def naive_wanda(seen: Steps, end: str, c: int) -> float:
+    total = 0.0
+    for name, values in ((f"weight_ih_{end}", seen.read[end]), (f"weight_hh_{end}", seen.before[end])):
+        sizes = root_mean_squares(values)
+        for row in seen.rows(name, c):
+            total += sum(abs(float(w)) * size for w, size in zip(seen.weights[name][row], sizes, strict=True))
+    return total
+
+
+def filters(seen: Steps, end: str, c: int) -> list[float]:
+    names = (f"weight_ih_{end}", f"weight_hh_{end}")
+    return [float(w) for name in names for row in seen.rows(name, c) for w in seen.weights[name][row]]
+
+
+def naive_sensitivity(seen: Steps, end: str, c: int) -> float:
+    total = 0.0
+    for gradients in seen.gradients:
+        for word in ("ih", "hh"):
+            names = [f"weight_{word}_{end}", f"bias_{word}_{end}"]
+            for row in seen.rows(names[0], c):
+                parts = [(seen.weights[n][row] * gradients[n][row]).sum() for n in names if n in seen.weights]
+                total += abs(float(sum(parts)))
+    return total
+
+
+def variance(values: list[float]) -> float:
+    mean = sum(values) / len(values)
+    return sum((v - mean) ** 2 for v in values) / len(values)
+
+
+RECURRENT: dict[str, Callable[[Steps, str, int], float]] = {
+    "mean_activation": lambda seen, end, c: sum(map(abs, shown(seen, end, c))) / len(shown(seen, end, c)),
+    "activation_variance": lambda seen, end, c: variance(shown(seen, end, c)),
+    "apoz": lambda seen, end, c: sum(v != 0 for v in shown(seen, end, c)) / len(shown(seen, end, c)),
+    "group_fisher": lambda seen, end, c: sum(float(g) ** 2 for gates in seen.gates for g in gates[end][:, c]),
+    "retrain_free": lambda seen, end, c: sum(float(gates[end][:, c].sum()) ** 2 for gates in seen.gates),
+    "fpgm": lambda seen, end, c: sum(
+        math.dist(filters(seen, end, c), filters(seen, end, j)) for j in range(seen.layer.hidden_size)
+    ),
+    "wanda": naive_wanda,
+    "sensitivity": naive_sensitivity,
+}
+
+KINDS: dict[str, Callable[[], nn.RNNBase]] = {
+    "lstm": lambda: nn.LSTM(INPUTS, HIDDEN),
+    "lstm of two layers both ways": lambda: nn.LSTM(INPUTS, HIDDEN, 2, batch_first=True, bidirectional=True),
+    "gru without biases": lambda: nn.GRU(INPUTS, HIDDEN, 3, bias=False),
+    "rnn both ways": lambda: nn.RNN(INPUTS, HIDDEN, bidirectional=True, batch_first=True),
+    "rnn with relu": lambda: nn.RNN(INPUTS, HIDDEN, 2, nonlinearity="relu"),
+    "projected lstm": lambda: nn.LSTM(INPUTS, HIDDEN + 2, 2, proj_size=2, bidirectional=True),
+}
+
+
+@cache
+def recurrent(kind: str) -> tuple[Steps, ChannelGroups, Statistics]:
+    model = randomise(Read(KINDS[kind]())).double().eval()
+    data = random_data(3, STEPS, INPUTS)
+    groups = torchshear.analyze(torchshear.trace(model, data[0]))
+    return Steps(model, data), groups, torchshear.collect(groups, data, loss_of, len(data))
+
+
+def units_of(groups: ChannelGroups, weight: str) -> tuple[ChannelGroup, list[int]]:
+    """The group in which rows of a weight lie, and its units in order of the first gate's rows."""
+    for group in groups:
+        for member in group.members:
+            if (member.name, member.dim) == (weight, 0):
+                return group, list(dict.fromkeys(member.units.tolist()))
+    raise AssertionError(weight)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layers_are_scored_by_what_each_gives_at_every_step(name: str, kind: str) -> None:
+    seen, groups, statistics = recurrent(kind)
+    of_weights = name in ("fpgm", "wanda", "sensitivity")
+    is_projected = seen.layer.proj_size > 0 and not of_weights
+    refused = 0
+    for end in seen.ends:
+        group, units = units_of(groups, f"layer.weight_{'hr' if is_projected else 'ih'}_{end}")
+        try:
+            found = score(name, groups, group, statistics)[units]
+        except UnscorableError:
+            refused += 1
+            continue
+        expected = [RECURRENT[name](seen, end, c) for c in range(len(units))]
+        np.testing.assert_allclose(found, expected, rtol=1e-5 if name == "fpgm" else 1e-8)
+    assert refused == (len(seen.ends) if name == "apoz" and kind != "rnn with relu" else 0)
+
+
+@pytest.mark.parametrize("name", ["mean_activation", "activation_variance", "group_fisher", "retrain_free"])
+def test_hidden_units_behind_a_projection_are_not_shown(name: str) -> None:
+    _, groups, statistics = recurrent("projected lstm")
+    group, _ = units_of(groups, "layer.weight_ih_l0")
+    assert group.is_prunable
+    with pytest.raises(UnscorableError, match=f"^{name}: "):
+        score(name, groups, group, statistics)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recurrent_call_gives_the_same_when_it_is_looked_into(kind: str) -> None:
+    seen, _, statistics = recurrent(kind)
+    assert statistics.loss == pytest.approx(sum(seen.losses) / len(seen.losses), rel=1e-12)
+
+
+class Cells(nn.Module):
+    """A cell that is called once a step."""
+
+    def __init__(self, cell: nn.RNNCellBase) -> None:
+        super().__init__()
+        self.cell, self.head = cell, nn.Linear(HIDDEN, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Any = None
+        found = []
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+            found.append(state[0] if isinstance(state, tuple) else state)
+        return self.head(torch.stack(found, 1).mean(1))
+
+
+@pytest.mark.parametrize("name", ["mean_activation", "activation_variance", "wanda", "fpgm"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_cells_are_scored_like_layers(kind: type[nn.RNNBase], name: str) -> None:
+    layer = randomise(Read(kind(INPUTS, HIDDEN, batch_first=True))).double().eval()
+    cells = Cells({nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell, nn.RNN: nn.RNNCell}[kind](INPUTS, HIDDEN)).double().eval()
+    cells.cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.layer.state_dict().items()})
+    data = random_data(3, STEPS, INPUTS)
+    groups = torchshear.analyze(torchshear.trace(cells, data[0]))
+    statistics = torchshear.collect(groups, data, loss_of, len(data))
+    (group,) = groups.prunable
+    expected = [RECURRENT[name](Steps(layer, data), "l0", c) for c in range(HIDDEN)]
+    np.testing.assert_allclose(score(name, groups, group, statistics), expected, rtol=1e-5 if name == "fpgm" else 1e-8)
+
+
+# -- expert tensors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _with_rule() -> Iterator[None]:
+    operator_rule("experts.runs")(grouped_product)
+    yield
+    unregister("experts.runs")
+
+
+class Tokens:
+    """A mixture as a loop over tokens and the experts that each chooses, in which gates multiply what experts make."""
+
+    def __init__(self, model: Mixture, data: list[tuple[Tensor]]) -> None:
+        self.up, self.down = model.gate_up.detach(), model.down.detach()
+        self.silu: list[Tensor] = []  # of the half that has an activation, one line a token and expert
+        self.read: list[Tensor] = []
+        self.hidden: list[Tensor] = []
+        self.gates: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        for (x,) in data:
+            gates = torch.ones(len(x), INNER, dtype=x.dtype, requires_grad=True)
+            up = self.up.clone().requires_grad_()
+            output = torch.stack([self.token(model, row, up, gate) for row, gate in zip(x, gates, strict=True)])
+            gradients = torch.autograd.grad(loss_of(output), [gates, up])
+            self.gates.append(gradients[0])
+            self.gradients.append(gradients[1])
+
+    def token(self, model: Mixture, x: Tensor, up: Tensor, gate: Tensor) -> Tensor:
+        x = model.stem(x)
+        shares, chosen = model.router(x).softmax(0).topk(CHOSEN)
+        out = model.shared(x) * model.shared_gate(x).sigmoid()
+        for share, expert in zip(shares, chosen.tolist(), strict=True):
+            one, other = (x @ up[expert] * gate.repeat(2)).chunk(2)
+            hidden = torch.nn.functional.silu(one) * other
+            out = out + share * (hidden @ self.down[expert])
+            self.silu.append(torch.nn.functional.silu(one).detach()[None])
+            self.read.append(x.detach()[None])
+            self.hidden.append(hidden.detach()[None])
+        return model.head(out)
+
+
+def matrix(seen: Tokens, c: int) -> list[float]:
+    """Weights of all experts that make inner channel c, of both halves."""
+    return seen.up[:, :, [c, c + INNER]].permute(2, 0, 1).flatten().tolist()
+
+
+def expert_wanda(seen: Tokens, c: int) -> float:
+    sizes = root_mean_squares(seen.read)
+    columns = [seen.up[e, :, at] for e in range(len(seen.up)) for at in (c, c + INNER)]
+    return sum(abs(float(w)) * size for column in columns for w, size in zip(column, sizes, strict=True))
+
+
+def expert_sensitivity(seen: Tokens, c: int) -> float:
+    rows = [(seen.up * g)[:, :, at].sum() for g in seen.gradients for at in (c, c + INNER)]
+    return sum(abs(float(row)) for row in rows)
+
+
+EXPERT: dict[str, Callable[[Tokens, int], float]] = {
+    "l1": lambda seen, c: sum(map(abs, matrix(seen, c))),
+    "unipruning": lambda seen, c: math.sqrt(sum(w * w for w in matrix(seen, c))),
+    "fpgm": lambda seen, c: sum(math.dist(matrix(seen, c), matrix(seen, j)) for j in range(INNER)),
+    "sensitivity": expert_sensitivity,
+    "taylor": lambda seen, c: sum(
+        float((seen.up[:, :, at] * g[:, :, at]).square().sum()) for g in seen.gradients for at in (c, c + INNER)
+    ),
+    "retrain_free": lambda seen, c: sum(float(g[:, c].sum()) ** 2 for g in seen.gates),
+    "group_fisher": lambda seen, c: sum(float(g) ** 2 for gates in seen.gates for g in gates[:, c]),
+    "mean_activation": lambda seen, c: float(torch.cat(seen.silu)[:, c].abs().mean()),
+    "activation_variance": lambda seen, c: variance(torch.cat(seen.silu)[:, c].tolist()),
+    "wanda": expert_wanda,
+}
+OF_ALL_EXPERTS = ("mean_activation", "activation_variance")  # see what experts make for tokens that do not choose them
+
+
+@cache
+def mixture(dispatch: str) -> tuple[Tokens, ChannelGroups, Statistics]:
+    torch.manual_seed(0)
+    model = Mixture("softmax_then_topk", dispatch).double().eval()
+    data = random_data(TOKENS, WIDTH)
+    groups = torchshear.analyze(torchshear.trace(model, data[0]))
+    return Tokens(model, data), groups, torchshear.collect(groups, data, loss_of, len(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "dispatch"),
+    [(name, way) for name in EXPERT for way in ("dense", "picked") if way == "picked" or name not in OF_ALL_EXPERTS],
+)
+def test_inner_channels_of_experts_are_scored_over_all_experts(name: str, dispatch: str) -> None:
+    seen, groups, statistics = mixture(dispatch)
+    expected = [EXPERT[name](seen, c) for c in range(INNER)]
+    found = score(name, groups, groups["gate_up[2]"], statistics)
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if name == "fpgm" else 1e-8)
+
+
+# -- layers whose units are not the rows of one matrix ----------------------------------------------------------------
+
+
+def test_fpgm_compares_the_filters_of_a_grouped_transposed_convolution() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), nn.Conv2d(6, 4, 1))
+    model = randomise(model).double().eval()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(3, 4, 4, 4, dtype=torch.float64),)))
+    weight = model[0].weight.detach()  # (4, 3, 2, 2): channel c of block b is made by the rows of block b
+    made = [weight[2 * b : 2 * b + 2, c].flatten().tolist() for b in range(2) for c in range(3)]
+    group = groups["0.weight[1]"]
+    found = group_scores(group, find_criterion("fpgm"), weights_of(groups), None)
+    np.testing.assert_allclose(found, [sum(math.dist(one, other) for other in made) for one in made], rtol=1e-5)
+
+
+class Twice(nn.Module):
+    """One matrix that two products read, of which one sees numbers a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.head = nn.Linear(3, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.shared(x)) + torch.tanh(self.shared(100 * x)))
+
+
+def test_wanda_means_what_all_calls_read() -> None:
+    model, data = randomise(Twice()).double().eval(), random_data(3, 3)
+    groups = torchshear.analyze(torchshear.trace(model, data[0]))
+    statistics = torchshear.collect(groups, data, batches=3)
+    (group,) = groups.prunable
+    sizes = root_mean_squares([x * factor for (x,) in data for factor in (1, 100)])
+    expected = [sum(abs(w) * s for w, s in zip(row, sizes, strict=True)) for row in model.shared.weight.tolist()]
+    np.testing.assert_allclose(score("wanda", groups, group, statistics), expected, rtol=1e-8)
