@@ -23,14 +23,16 @@ def fpgm_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
 
     s_c = sum over layers l of the group, over units j, of ||F_l[c] - F_l[j]||_2
 
-    F_l[c] being all weights of layer l that make unit c, in one vector. Distances come from products of vectors where
-    that keeps five digits, and from differences where it would not. Filters of a grouped convolution are compared
-    number by number, those of different groups as well, though these read different inputs.
+    F_l[c] being all weights of layer l that make unit c, in one vector, of all gates of a recurrent layer; j runs over
+    the units that layer l makes. Distances come from products of vectors where that keeps five digits, and from
+    differences where it would not. Filters of a grouped convolution are compared number by number, those of different
+    groups as well, though these read different inputs.
 
     Low scores go first: units whose filters are nearest to all others. Needs no data.
 
     Raises:
-        UnscorableError: no layer makes the units, or units have different numbers of weights in a layer.
+        UnscorableError: no layer makes the units, units have different numbers of weights in a layer, or some are
+            made by more layers than others.
         WeightError: a weight is missing, without values, or not finite.
 
     Reference: He et al., CVPR 2019, arXiv:1811.00250, there repeated while the model is trained.

@@ -17,7 +17,8 @@ def group_fisher_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stat
     s_c = sum over samples n of (sum over coupled layers l of dL/dm_lc(n))^2
 
     where m_lc multiplies what layer l gives of unit c for sample n; coupled layers are added inside the square. Where
-    no dimension of what a layer gives is the batch, what it adds for a whole batch counts as one sample.
+    no dimension of what a layer gives is the batch, what it adds for a whole batch counts as one sample. Of a
+    recurrent layer its results at every step are multiplied, not what its own next step reads.
 
     Low scores go first: units whose gate the loss depends on least. Needs gradients: statistics of
     `torchshear.collect(graph, loader, loss_fn)`.

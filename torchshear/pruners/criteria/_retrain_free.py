@@ -77,9 +77,10 @@ def retrain_free_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stat
     s_c = sum over batches b of (dL_b/dm_c)^2
 
     where m_c multiplies what every layer that makes unit c gives of it, before its activation; of a head, its queries,
-    keys and values. When it is known how many units of a group go, units are exchanged so that they matter least
-    together, not one by one: see `retrain_free_units`. `torchshear.plan` does that in every scope; where layers lose
-    units of their own (`plan_dependency_aware`) the order of scores decides.
+    keys and values; of a recurrent layer, its results, not what its own next step reads. When it is known how many
+    units of a group go, units are exchanged so that they matter least together, not one by one: see
+    `retrain_free_units`. `torchshear.plan` does that in every scope; where layers lose units of their own
+    (`plan_dependency_aware`) the order of scores decides.
 
     The paper masks what layers read, behind the activation, which is the same for ReLU. Its search under a limit of
     operations or latency is here that of `torchshear.plan`; the last of its three steps, a rescaling of what is left by
