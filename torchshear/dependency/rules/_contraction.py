@@ -4,6 +4,7 @@ import string
 from collections import defaultdict
 from collections.abc import Mapping
 from itertools import combinations
+from math import prod
 
 from torch import fx
 
@@ -161,7 +162,7 @@ def _matrix_roles(call: Call, left: fx.Node, right: fx.Node) -> None:
     ranks = len(call.axes(left)), len(call.axes(right))
     if ranks[1] > 1:
         weight_roles(call, right, (ranks[1] - 1,), (ranks[1] - 2,))
-    if ranks[0] > 2:
+    if ranks[0] > 2 and prod(call.shape(left)[:-2]) > 1:
         weight_roles(call, left, (ranks[0] - 2,), (ranks[0] - 1,))
 
 

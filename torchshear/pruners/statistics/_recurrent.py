@@ -183,6 +183,7 @@ def _one(
 ) -> tuple[Tensor, ...]:
     """One layer in one direction."""
     hx = states if isinstance(given["hx"], list | tuple) else states[0]
-    rest = (given["has_biases"], 1, 0.0, given["train"], False, given["batch_first"])
+    is_train = torch.is_grad_enabled()  # without dropout it is the same, and cuDNN gives gradients in train mode only
+    rest = (given["has_biases"], 1, 0.0, is_train, False, given["batch_first"])
     found: tuple[Tensor, ...] = node.target(x, hx, list(weights), *rest)  # type: ignore[operator]
     return found

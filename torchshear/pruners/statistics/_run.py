@@ -15,6 +15,7 @@ from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.pruners.statistics._gates import Gates
 from torchshear.pruners.statistics._layers import find_layers
+from torchshear.pruners.statistics._recurrent import is_recurrent
 from torchshear.pruners.statistics._recurrent import run as run_recurrent
 from torchshear.pruners.statistics._samples import sample_input
 from torchshear.pruners.statistics._statistics import (
@@ -61,7 +62,8 @@ class Run:
         self._read_state()
         self.gates = self._gates(taps)
         seen = {name.partition(":")[0] for name in (*self.watched, *self.gates.names) if ":" in name}
-        self.opened = {node.name for node in self.graph if node.name in seen}  # recurrent calls to be looked into
+        # Recurrent calls that are run layer by layer: those to be looked into, and all where there are gradients.
+        self.opened = {n.name for n in self.graph if n.name in seen or (self.loss_fn and is_recurrent(n))}
         self._lines: dict[str, dict[int, int]] = {}
         self.rows = self._row_sums()
         self.heads = self._head_sums()
