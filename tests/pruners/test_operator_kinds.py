@@ -287,7 +287,7 @@ class Tokens:
         self.up, self.down = model.gate_up.detach(), model.down.detach()
         self.silu: list[Tensor] = []  # of the half that has an activation, one line a token and expert
         self.read: list[Tensor] = []
-        self.hidden: list[Tensor] = []
+        self.made: list[Tensor] = []  # results of every expert that was chosen, and of the one that is shared
         self.gates: list[Tensor] = []
         self.gradients: list[Tensor] = []
         for (x,) in data:
@@ -301,14 +301,17 @@ class Tokens:
     def token(self, model: Mixture, x: Tensor, up: Tensor, gate: Tensor) -> Tensor:
         x = model.stem(x)
         shares, chosen = model.router(x).softmax(0).topk(CHOSEN)
-        out = model.shared(x) * model.shared_gate(x).sigmoid()
+        shared = model.shared(x)
+        self.made.append(shared.detach()[None])
+        out = shared * model.shared_gate(x).sigmoid()
         for share, expert in zip(shares, chosen.tolist(), strict=True):
             one, other = (x @ up[expert] * gate.repeat(2)).chunk(2)
             hidden = torch.nn.functional.silu(one) * other
-            out = out + share * (hidden @ self.down[expert])
+            made = hidden @ self.down[expert]
+            self.made.append(made.detach()[None])
+            out = out + share * made
             self.silu.append(torch.nn.functional.silu(one).detach()[None])
             self.read.append(x.detach()[None])
-            self.hidden.append(hidden.detach()[None])
         return model.head(out)
 
 
@@ -363,6 +366,18 @@ def test_inner_channels_of_experts_are_scored_over_all_experts(name: str, dispat
     expected = [EXPERT[name](seen, c) for c in range(INNER)]
     found = score(name, groups, groups["gate_up[2]"], statistics)
     np.testing.assert_allclose(found, expected, rtol=1e-5 if name == "fpgm" else 1e-8)
+
+
+@pytest.mark.parametrize("name", OF_ALL_EXPERTS)
+def test_what_picked_experts_make_is_seen_and_not_their_weights(name: str) -> None:
+    seen, groups, statistics = mixture("picked")
+    (group,) = [one for one in groups if ("down", 2) in {(member.name, member.dim) for member in one.members}]
+    values = torch.cat(seen.made).T.tolist()
+    expected = {
+        "mean_activation": [sum(map(abs, line)) / len(line) for line in values],
+        "activation_variance": [variance(line) for line in values],
+    }
+    np.testing.assert_allclose(score(name, groups, group, statistics), expected[name], rtol=1e-8)
 
 
 # -- layers whose units are not the rows of one matrix ----------------------------------------------------------------
