@@ -64,8 +64,8 @@ def variants(model: nn.Module, data: Digits, criterion: str, ratio: float) -> di
         return found
     return found | {
         "+ recalibrate": pruned(recalibrate=True, **seen),
-        "+ constants, recalibrate": pruned(fold_bias=True, recalibrate=True, **seen),
-        "+ means, recalibrate": pruned(fold_bias="means", recalibrate=True, **seen),
+        "+ both (constants)": pruned(fold_bias=True, recalibrate=True, **seen),
+        "+ both (means)": pruned(fold_bias="means", recalibrate=True, **seen),
     }
 
 
@@ -79,7 +79,7 @@ def score(model: nn.Module, data: Digits) -> tuple[float, float]:
 def table(found: dict[str, list[tuple[float, float]]], caption: str) -> Table:
     """Means over the seeds, and the lowest and highest."""
     shown = Table("", title=f"\nTest digits before any fine-tuning: {caption}", title_justify="left")
-    for heading in ("accuracy", "lowest to highest", "cross-entropy", "lowest to highest"):
+    for heading in ("accuracy", "range", "loss", "range"):
         shown.add_column(heading, justify="right")
     for name, scores in found.items():
         right, loss = ([score[column] for score in scores] for column in (0, 1))

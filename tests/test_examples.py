@@ -83,12 +83,12 @@ def test_each_step_after_the_cut_helps() -> None:
     loss = {row[0]: float(row[3]) for row in rows}
     folds = ("+ constants", "+ means")
     assert list(accuracy) == [
-        "dense", "pruned", *folds, "+ recalibrate", *(f"{one}, recalibrate" for one in folds)
+        "dense", "pruned", *folds, "+ recalibrate", "+ both (constants)", "+ both (means)"
     ]  # fmt: skip
-    for one in folds:
+    for one, both in zip(folds, ("+ both (constants)", "+ both (means)"), strict=True):
         assert loss[one] < loss["pruned"]
-        assert loss[f"{one}, recalibrate"] < loss["+ recalibrate"] < loss["pruned"]
-        assert accuracy[f"{one}, recalibrate"] > accuracy["+ recalibrate"] > accuracy["pruned"]
+        assert loss[both] < loss["+ recalibrate"] < loss["pruned"]
+        assert accuracy[both] > accuracy["+ recalibrate"] > accuracy["pruned"]
 
 
 @pytest.mark.zoo

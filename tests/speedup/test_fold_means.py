@@ -200,8 +200,8 @@ def test_data_that_does_not_fit_is_told() -> None:
     groups = torchshear.analyze(torchshear.trace(model, (image(size=6),)))
     with pytest.raises(ArgumentError, match="batches=0"):
         channel_means(groups, labelled(), 0)
-    bad = [(image(size=6) * float("nan"), torch.zeros(2, dtype=torch.long))]
-    with pytest.raises(DataError, match=r"the layer of 'one\.weight' reads is NaN"):
+    bad = [(torch.full((2, 3, 6, 6), torch.inf), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(DataError, match="activations of batch 0 are NaN or infinite"):
         channel_means(groups, bad, 1, progress=False)
 
 

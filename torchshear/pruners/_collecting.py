@@ -4,14 +4,13 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
-from torchshear.errors import ArgumentError, DataError, WeightError
+from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph
 from torchshear.pruners._targets import choose_targets
 from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
@@ -92,20 +91,12 @@ def channel_means(
 
     Raises:
         ArgumentError: `batches` is not a positive integer.
-        DataError: the loader is empty, too short, or gives batches of another structure or size; a layer reads NaN or
-            infinite numbers; another process failed, has another network, or another number of batches.
+        DataError: the loader is empty, too short, or gives batches of another structure or size, or NaN; a layer reads
+            NaN or infinite numbers; another process failed, has another network, or another number of batches.
         WeightError: the model is on the meta device.
     """
     seen = _collected(network, loader, _Making(None, batches, (), lambda: SUM_OF_MEANS), progress)
-    means = {key: sums.total / sums.count for key, sums in seen.values.items()}
-    for layer in seen.layers:
-        line = means.get((layer.source, layer.dim)) if layer.dim is not None else None
-        if line is not None and not bool(torch.isfinite(line).all()):
-            raise DataError(
-                f"what the layer of {layer.weight!r} reads is NaN or infinite on the data; expected finite numbers. "
-                f"Check the data, and the weights before that layer."
-            )
-    return means
+    return {key: sums.total / sums.count for key, sums in seen.values.items()}
 
 
 @dataclass(frozen=True, slots=True)
