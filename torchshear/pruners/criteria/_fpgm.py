@@ -44,7 +44,8 @@ def fpgm_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
     others = np.zeros(group.width, np.int64)  # filters that each unit is compared with
     for layer in _layers(makers):
         units = np.unique(layer[0].units)
-        found = _distances(torch.cat([_filters(member, weights) for member in layer], 1))
+        filters = [_filters(member, weights) for member in layer]
+        found = _distances(filters[0] if len(filters) == 1 else torch.cat(filters, 1))
         if not bool(torch.isfinite(found).all()):
             bad = next((m for m in layer if not bool(torch.isfinite(weights[m.name]).all())), layer[0])
             raise not_finite(bad, weights[bad.name])
@@ -85,7 +86,7 @@ def _distances(filters: Tensor) -> Tensor:
     """Sum of the distances of each row from all others, shape (C,), float64, on the CPU."""
     total = torch.zeros(len(filters), dtype=torch.float64)
     centred = filters - filters.mean(0)  # distances stay the same, and lengths become as small as they can be
-    lengths = torch.linalg.vecdot(centred, centred)
+    lengths = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64).square_().float()
     is_rounded = torch.get_float32_matmul_precision() != "highest"  # products of shortened numbers say too little
     for first in range(0, len(filters), _ROWS):
         strip = _from_differences if is_rounded else _from_products
