@@ -89,9 +89,9 @@ def bert(n_batches: int) -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    "resnet50_224": lambda: resnet(224, 1),
-    "resnet50_96": lambda: resnet(96, 2),
-    "bert_4": lambda: bert(2),
+    "resnet50_224": lambda: resnet(224, 2),
+    "resnet50_96": lambda: resnet(96, 6),
+    "bert_4": lambda: bert(6),
 }
 
 

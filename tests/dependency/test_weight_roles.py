@@ -75,3 +75,24 @@ def test_a_scale_or_a_sum_is_no_layer(equation: str) -> None:
 
     groups = torchshear.analyze(torchshear.trace(Scale(), (torch.randn(7, 6),)))
     assert not any(name == "weight" for name, _ in groups.facts.roles)
+
+
+class NamedNorm(nn.Module):
+    """A batch norm under the name of its operator, which its parameters carry too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 1, bias=False)
+        self.batch_norm = nn.BatchNorm2d(8)
+        self.two = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.batch_norm(self.one(x)).relu())
+
+
+def test_a_norm_may_be_called_as_its_operator_is() -> None:
+    groups = torchshear.analyze(torchshear.trace(NamedNorm().eval(), (torch.randn(2, 3, 4, 4),)))
+    (group,) = groups.prunable
+    assert {member.name: member.scale for member in group.members if member.scale} == {
+        "one.weight": "batch_norm.weight"
+    }

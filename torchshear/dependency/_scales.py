@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from torchshear.dependency._call import bind_arguments
 from torchshear.dependency._groups import ChannelGroup, Member
 from torchshear.dependency._registry import operator_name
 from torchshear.graph import Graph
@@ -37,9 +38,10 @@ def _scales(graph: Graph) -> dict[str, str]:
     held = Counter(str(node.target) for node in graph if node.op == "get_attr" for _ in node.users)
     found: dict[str, str] = {}
     for node in graph:
-        if "batch_norm" not in operator_name(node):
+        if node.op != "call_function" or "batch_norm" not in operator_name(node):
             continue
-        source, scale = node.args[0], node.args[1] if len(node.args) > 1 else None
+        given = bind_arguments(node)
+        source, scale = given.get("input"), given.get("weight")
         if isinstance(source, fx.Node) and isinstance(scale, fx.Node) and len(source.users) == 1:
             weight = _weight(source, graph)
             if weight and held[weight] == 1:

@@ -132,7 +132,7 @@ def _collected(network: Graph | ChannelGroups, loader: Iterable[Any], make: _Mak
             run.batch(leaves, target)
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure
-    setting = None if run is None else (run.graph.fingerprint, tuple(sorted(run.sums)))
+    setting = None if run is None else (run.fingerprint, tuple(sorted(run.sums)))
     agree("collect", setting, 0 if run is None else run.n_batches, error)
     assert run is not None
     return all_reduced(run.result())

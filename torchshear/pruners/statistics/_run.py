@@ -46,6 +46,7 @@ class Run:
     ) -> None:
         self.groups = groups
         self.graph = groups.graph
+        self.fingerprint = self.graph.fingerprint  # takes a while
         self.sums = sums
         self.whole = whole
         self.loss_fn = loss_fn if sums & SUMS_OF_GRADIENTS else None
@@ -240,7 +241,7 @@ class Run:
     def result(self) -> Statistics:
         """All sums, frozen."""
         return Statistics(
-            fingerprint=self.graph.fingerprint,
+            fingerprint=self.fingerprint,
             n_batches=self.n_batches,
             n_samples=self.n_samples,
             values={key: sums.result() for key, sums in self.values.items() if sums.count},

@@ -59,8 +59,9 @@ class ValueAccumulator:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all sums are, so far."""
-        return all(bool(torch.isfinite(total).all()) for total in self._totals.values() if isinstance(total, Tensor))
+        """Whether the sums are, so far; one tells of all, and that of zeros of none."""
+        totals = [total for word, total in self._totals.items() if word != "zeros" and isinstance(total, Tensor)]
+        return not totals or math.isfinite(float(totals[-1].sum()))
 
     def _sum(self, word: Sum, piece: Tensor) -> Tensor:
         word = "total" if word == "magnitude" and self._is_nonnegative else word
