@@ -178,8 +178,8 @@ def main() -> None:
         "plan": planning(options.rounds),
         "collect": [],
     }
-    for name in options.cases:
-        results["collect"] += of_case(name, options.rounds)
+    for name in [None, *options.cases]:
+        results["collect"] += of_case(name, options.rounds) if name else []
         (options.output / "criteria.json").write_text(json.dumps(results, indent=1) + "\n")
     report(results)
 

@@ -12,7 +12,7 @@ from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import not_finite, readable
 from torchshear.pruners.statistics import Statistics
 
-_ROWS = 128  # units whose distances are in memory at a time
+_ROWS = 256  # units whose distances are in memory at a time
 _NEAR = 0.1  # pairs whose squared distance is below this share of their squared lengths are subtracted
 _PIECE = 1 << 18  # numbers that are subtracted at a time
 
