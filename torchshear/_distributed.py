@@ -14,6 +14,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def n_processes() -> int:
+    """How many processes run together."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def agree(task: str, setting: object, n_batches: int, error: Exception | None) -> None:
     """Raise on every process if any failed, or they did not do the same.
 

@@ -17,7 +17,7 @@ def snip_momentum_scores(group: ChannelGroup, weights: Mapping[str, Tensor], sta
     s_c = S_c of the last batch, where S_c <- 0.9 S_c + 1.0 sum over all weights w that the unit's removal
         deletes of |w dL_b/dw|
 
-    Batches that several processes run in one step count together.
+    Of several processes the first batch of each comes first, in order of their ranks, then the second of each.
 
     Low scores go first: units whose weights change the loss least, in late batches above all. Needs gradients:
     statistics of `torchshear.collect(graph, loader, loss_fn)`.

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchshear._distributed import exchange_device, is_distributed, summed
-from torchshear.pruners.statistics._statistics import GateSums, Statistics, ValueSums
+from torchshear.pruners.statistics._statistics import MOMENTUM, GateSums, Statistics, ValueSums, WeightSums
 
 _T = TypeVar("_T")
 
@@ -27,7 +27,7 @@ def all_reduced(statistics: Statistics) -> Statistics:
         n_batches=int(summed(torch.tensor(statistics.n_batches))),
         n_samples=int(summed(torch.tensor(statistics.n_samples))),
         values={key: _value(sums) for key, sums in statistics.values.items()},
-        weights={name: _each(sums, summed) for name, sums in statistics.weights.items()},
+        weights={name: _each(_in_sequence(sums), summed) for name, sums in statistics.weights.items()},
         rows={name: _each(sums, summed) for name, sums in statistics.rows.items()},
         gates={
             name: GateSums(summed(sums.squares), _gathered(sums.batches)) for name, sums in statistics.gates.items()
@@ -35,6 +35,12 @@ def all_reduced(statistics: Statistics) -> Statistics:
         heads={name: summed(total) for name, total in statistics.heads.items()},
         loss=loss,
     )
+
+
+def _in_sequence(sums: WeightSums) -> WeightSums:
+    """Sums of this process in which momentum is as old as its last batch: in a step processes follow one another."""
+    n_later = dist.get_world_size() - 1 - dist.get_rank()
+    return replace(sums, momentum=sums.momentum * MOMENTUM**n_later)
 
 
 def _value(sums: ValueSums) -> ValueSums:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from torchshear._distributed import n_processes
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
 from torchshear.graph import locate
@@ -69,7 +70,7 @@ class Run:
         self.rows = self._row_sums()
         self.heads = self._head_sums()
         self.weights = {
-            name: WeightAccumulator(self.graph.state[name].tensor, sums, self._lines.get(name, {}))
+            name: WeightAccumulator(self.graph.state[name].tensor, sums, self._lines.get(name, {}), n_processes())
             for name in self.parameters
         }
 

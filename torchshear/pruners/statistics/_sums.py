@@ -110,10 +110,12 @@ class WeightAccumulator:
         wanted: which sums to take.
         lines: dimensions along which to add up weight times gradient at each position, with their numbers of blocks;
             see `torchshear.dependency.Member`.
+        n_processes: how many run a batch each in a step, this one among them.
     """
 
-    def __init__(self, weight: Tensor, wanted: Collection[Sum], lines: Mapping[int, int]) -> None:
+    def __init__(self, weight: Tensor, wanted: Collection[Sum], lines: Mapping[int, int], n_processes: int = 1) -> None:
         self._weight = weight.detach()
+        self._decay = MOMENTUM**n_processes  # of a step, in which each process adds one batch of a common sequence
         self._lines = lines
         self.sums: dict[Sum, Tensor] = {
             word: torch.zeros(weight.shape, dtype=_wide_dtype(weight), device=weight.device)
@@ -142,8 +144,7 @@ class WeightAccumulator:
             self._count_in(dict(zip(self.sums, sums, strict=True)), product, numbers)
         return {dim: _joined(found, dim, self._lines[dim]) for dim, found in lines.items()}, is_finite
 
-    @staticmethod
-    def _count_in(sums: dict[Sum, Tensor], product: Tensor, gradient: Tensor) -> None:
+    def _count_in(self, sums: dict[Sum, Tensor], product: Tensor, gradient: Tensor) -> None:
         if "taylor" in sums:
             sums["taylor"].addcmul_(product, product)
         if "saliency" in sums or "momentum" in sums:
@@ -151,14 +152,14 @@ class WeightAccumulator:
         if "saliency" in sums:
             sums["saliency"].add_(product)
         if "momentum" in sums:
-            torch.add(product, sums["momentum"], alpha=MOMENTUM, out=sums["momentum"])
+            torch.add(product, sums["momentum"], alpha=self._decay, out=sums["momentum"])
         if "gradient" in sums:
             sums["gradient"].add_(gradient.abs())
 
     def skip(self) -> None:
         """A batch whose loss does not depend on the parameter: its gradient is zero."""
         if "momentum" in self.sums:
-            self.sums["momentum"] *= MOMENTUM
+            self.sums["momentum"] *= self._decay
 
     def result(self) -> WeightSums:
         """What was summed."""
