@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.models import randomise
+from tests.processes import end_together
 from tests.pruners.test_sensitivity import Block
 from tests.pruners.test_sensitivity import data as tokens
 from tests.pruners.test_statistics import Net, analysed, batches
@@ -41,8 +42,7 @@ def _saved(rank: int, folder: str, run: Callable[[ChannelGroups], dict[str, Any]
         torch.save(run(analysed(randomise(Net()).eval())), _file(folder, rank))
     except Exception as error:
         torch.save({"error": f"{type(error).__name__}: {error}"}, _file(folder, rank))
-    finally:
-        dist.destroy_process_group()
+    end_together(folder)
 
 
 def _broken_loader() -> Iterator[Any]:

@@ -15,6 +15,7 @@ from torch.nn import functional
 import torchshear
 from tests.models import Residual, image, randomise
 from tests.oracle import fingerprint
+from tests.processes import end_together
 from torchshear.errors import ArgumentError, DataError, WeightError
 from torchshear.speedup import recalibrate, shrink_to_form
 
@@ -213,7 +214,7 @@ def _run(rank: int, folder: str) -> None:
     except (DataError, OSError) as error:
         results.append(str(error))
     torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    end_together(folder)
 
 
 def _broken() -> Iterator[Tensor]:

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 
 import torchshear
 from tests.models import Residual, Tied, image, randomise
+from tests.processes import end_together
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
 
@@ -207,19 +208,17 @@ def test_a_masked_model_is_captured_and_exported_as_what_it_computes() -> None:
 
 def _train(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    try:
-        net, masks = masked()
-        wrapped = DistributedDataParallel(net)
-        optimizer = torch.optim.SGD(net.parameters(), 0.01)
-        for step in range(3):
-            if step == 1:
-                m.apply(net, m.choose_masks(net, "1xchannel", 0.75, previous=masks))
-            optimizer.zero_grad()
-            wrapped(image(4)[2 * rank : 2 * rank + 2]).square().mean().backward()
-            optimizer.step()
-        torch.save(net.state_dict(), f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    net, masks = masked()
+    wrapped = DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    for step in range(3):
+        if step == 1:
+            m.apply(net, m.choose_masks(net, "1xchannel", 0.75, previous=masks))
+        optimizer.zero_grad()
+        wrapped(image(4)[2 * rank : 2 * rank + 2]).square().mean().backward()
+        optimizer.step()
+    torch.save(net.state_dict(), f"{folder}/{rank}.pt")
+    end_together(folder)
 
 
 def test_two_processes_train_one_masked_model(tmp_path: Path) -> None:
