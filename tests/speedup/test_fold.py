@@ -99,6 +99,18 @@ def picture(size: int = 13) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
+def spoil_places(monkeypatch: pytest.MonkeyPatch, search: str, name: str) -> None:
+    """Have a search give a little too much for one tensor."""
+    find = getattr(_fold, search)
+
+    def wrong(*args: object) -> object:
+        places = find(*args)
+        places.changes[name] = places.changes[name] * 1.0001
+        return places
+
+    monkeypatch.setattr(_fold, search, wrong)
+
+
 def reasons(shrunk: Shrunk) -> dict[str, str]:
     return {one.layer: one.reason for one in shrunk.fold.skipped}
 
@@ -341,14 +353,7 @@ def test_a_wrong_fold_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None
     plan = planned(model, x)
     shrunk = shrink_to_form(model, plan)
     before = {name: value.clone() for name, value in shrunk.model.state_dict().items()}
-    find = _fold.find_places
-
-    def wrong(*args: object) -> object:
-        places = find(*args)
-        places.changes["head.bias"] = places.changes["head.bias"] * 1.0001
-        return places
-
-    monkeypatch.setattr(_fold, "find_places", wrong)
+    spoil_places(monkeypatch, "find_places", "head.bias")
     with pytest.raises(VerificationError, match=r"folded into .*head\.bias.*differs by"):
         fold_constants(model, shrunk, plan)
     assert all(torch.equal(value, before[name]) for name, value in shrunk.model.state_dict().items())
