@@ -82,8 +82,6 @@ class Asked:
         if self.entries:
             assert isinstance(self.request.criterion, str), "checked with the config"
             resolved = resolve(model, self.entries, groups, self.request.criterion)
-        else:
-            check_request(groups, self.request)
         statistics = self._statistics(groups, resolved)
         if resolved is None:
             return plan_units(groups, self.request, statistics=statistics), None
@@ -101,6 +99,8 @@ class Asked:
         looking = [criterion for criterion in self.criteria if needs_of(criterion)]
         if self.data.loader is None or not looking:
             return None
+        if resolved is None:
+            check_request(groups, self.request)  # before data is run, which may take long
         loader, loss_fn, batches = self.data.loader, self.data.loss_fn, self.data.batches
         whole = self._whole(groups, resolved)
         return collect(groups, loader, loss_fn, batches, progress=False, criteria=looking, exclude=whole)

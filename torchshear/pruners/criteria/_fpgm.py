@@ -89,8 +89,10 @@ def _distances(filters: Tensor) -> Tensor:
     lengths = torch.linalg.vector_norm(centred, dim=1, dtype=torch.float64).square_().float()
     is_rounded = torch.get_float32_matmul_precision() != "highest"  # products of shortened numbers say too little
     for first in range(0, len(filters), _ROWS):
-        strip = _from_differences if is_rounded else _from_products
-        found = strip(filters, centred, lengths, first).double()
+        if is_rounded:
+            found = _from_differences(filters, first).double()
+        else:
+            found = _from_products(filters, centred, lengths, first).double()
         total[first : first + _ROWS] += found.sum(1).cpu()
         total[first + _ROWS :] += found[:, _ROWS:].sum(0).cpu()
     return total
@@ -104,7 +106,7 @@ def _from_products(filters: Tensor, centred: Tensor, lengths: Tensor, first: int
     room = torch.add(squares, both, alpha=-_NEAR).fill_diagonal_(torch.inf)
     near = (room < 0).nonzero() if bool(room.amin() < 0) else room.new_zeros((0, 2), dtype=torch.int64)
     if 4 * len(near) > room.numel():
-        return _from_differences(filters, centred, lengths, first)
+        return _from_differences(filters, first)
     found = squares.clamp_(min=0).sqrt_()
     found.fill_diagonal_(0)
     for pairs in torch.split(near, max(1, _PIECE // max(1, filters.shape[1]))):
@@ -113,6 +115,6 @@ def _from_products(filters: Tensor, centred: Tensor, lengths: Tensor, first: int
     return found
 
 
-def _from_differences(filters: Tensor, centred: Tensor, lengths: Tensor, first: int) -> Tensor:
+def _from_differences(filters: Tensor, first: int) -> Tensor:
     """The same without products."""
     return torch.cdist(filters[first : first + _ROWS], filters[first:], compute_mode="donot_use_mm_for_euclid_dist")
