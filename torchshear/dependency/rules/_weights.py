@@ -1,15 +1,16 @@
 """Weights as products read them: directly, with dimensions exchanged, one of several, or rows that data picks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import fx
 
 from torchshear.dependency._call import Call, bind_arguments
 from torchshear.graph._graph import shape_of
 
-_SAME = frozenset({"alias", "clone", "contiguous", "detach", "to", "_to_copy"})
-
 Place = int | None
+_Given = Mapping[str, Any]
+_Moved = Callable[[_Given, list[Place]], list[Place] | None]
 
 
 def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequence[int]) -> None:
@@ -34,35 +35,54 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
 
 def weight_behind(operand: fx.Node) -> tuple[fx.Node, list[Place]] | None:
     """The parameter or buffer behind an operand, and of each dimension of the operand its own; None of a new one."""
-    if operand.op == "get_attr":
-        return operand, list(range(len(shape_of(operand))))
-    parts = str(operand.target).split(".")
-    if parts[0] != "aten" or not operand.args or not isinstance(operand.args[0], fx.Node):
+    calls: list[fx.Node] = []
+    while operand.op != "get_attr":
+        if _moved_by(operand) is None or not operand.args or not isinstance(operand.args[0], fx.Node):
+            return None
+        calls.append(operand)
+        operand = operand.args[0]
+    places: list[Place] | None = list(range(len(shape_of(operand))))
+    for call in reversed(calls):
+        moved = _moved_by(call)
+        places = moved(bind_arguments(call), places) if moved is not None and places is not None else None
+    return None if places is None else (operand, places)
+
+
+def _moved_by(call: fx.Node) -> _Moved | None:
+    namespace, name, *_ = *str(call.target).split("."), ""
+    return _MOVED.get(name) if namespace == "aten" else None
+
+
+def _transposed(given: _Given, places: list[Place]) -> list[Place]:
+    one, other, moved = int(given["dim0"]), int(given["dim1"]), list(places)
+    moved[one], moved[other] = places[other], places[one]
+    return moved
+
+
+def _selected(given: _Given, places: list[Place]) -> list[Place]:
+    dim = int(given["dim"]) % len(places)
+    return places[:dim] + places[dim + 1 :]
+
+
+def _indexed(given: _Given, places: list[Place]) -> list[Place] | None:
+    if len(given["indices"]) != 1:
         return None
-    found = weight_behind(operand.args[0])
-    places = None if found is None else _moved(parts[1], operand, found[1])
-    return None if found is None or places is None else (found[0], places)
+    return [None] * len(shape_of(given["indices"][0])) + places[1:]
 
 
-def _moved(name: str, node: fx.Node, places: list[Place]) -> list[Place] | None:
-    """Where dimensions are behind a call; None if it does more than move them."""
-    given = bind_arguments(node)
-    if name in _SAME:
-        return places
-    if name in ("t", "numpy_T", "mT"):
-        return places[::-1] if name != "mT" else [*places[:-2], places[-1], places[-2]]
-    if name == "transpose":
-        one, other = int(given["dim0"]), int(given["dim1"])
-        moved = list(places)
-        moved[one], moved[other] = places[other], places[one]
-        return moved
-    if name == "permute":
-        return [places[int(dim)] for dim in given["dims"]]
-    if name == "select":
-        dim = int(given["dim"]) % len(places)
-        return places[:dim] + places[dim + 1 :]
-    if name == "index" and len(given["indices"]) == 1:
-        return [None] * len(shape_of(given["indices"][0])) + places[1:]
-    if name == "index_select":
-        return [None if at == int(given["dim"]) % len(places) else place for at, place in enumerate(places)]
-    return None
+def _rows_selected(given: _Given, places: list[Place]) -> list[Place]:
+    return [None if at == int(given["dim"]) % len(places) else place for at, place in enumerate(places)]
+
+
+# Calls that do no more than move dimensions: where those of the result are in the operand; None if they do more.
+_MOVED: dict[str, _Moved] = {
+    **dict.fromkeys(("alias", "clone", "contiguous", "detach", "to", "_to_copy"), lambda given, places: places),
+    "t": lambda given, places: places[::-1],
+    "numpy_T": lambda given, places: places[::-1],
+    "mT": lambda given, places: [*places[:-2], places[-1], places[-2]],
+    "transpose": _transposed,
+    "permute": lambda given, places: [places[int(dim)] for dim in given["dims"]],
+    "select": _selected,
+    "index": _indexed,
+    "index_select": _rows_selected,
+}
