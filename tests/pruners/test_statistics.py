@@ -1,6 +1,6 @@
 """Statistics: what is summed, against naive loops over the model itself; and data that does not fit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -13,7 +13,8 @@ import torchshear
 from tests.models import Residual, image, randomise
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, DataError, WeightError
-from torchshear.pruners.statistics import ALL_SUMS, SUMS_OF_GRADIENTS, Statistics, find_taps
+from torchshear.pruners.statistics import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS, Statistics, find_taps
+from torchshear.pruners.statistics._weights import WeightAccumulators
 
 
 class Net(nn.Module):
@@ -95,18 +96,80 @@ def gradients(net: nn.Module) -> Iterator[dict[str, Tensor]]:
         yield dict(zip((name for name, _ in net.named_parameters()), found, strict=True))
 
 
-def test_gradients_are_those_of_each_batch(net: nn.Module) -> None:
-    _, statistics = collected(net)
+def weight_sums(net: nn.Module, found: Iterable[Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
+    """Sums of gradients by what is summed and parameter, one batch after another."""
     named = {name: p.detach() for name, p in net.named_parameters()}
-    taylor = {name: torch.zeros_like(p) for name, p in named.items()}
-    momentum = {name: torch.zeros_like(p) for name, p in named.items()}
-    for found in gradients(net):
-        for name, gradient in found.items():
-            taylor[name] += (named[name] * gradient) ** 2
-            momentum[name] = 0.9 * momentum[name] + (named[name] * gradient).abs()
+    sums = {word: {name: torch.zeros_like(p) for name, p in named.items()} for word in SUMS_OF_WEIGHTS}
+    for each in found:
+        for name, weight in named.items():
+            given = each.get(name)
+            gradient = torch.zeros_like(weight) if given is None else given
+            sums["taylor"][name] += (weight * gradient) ** 2
+            sums["saliency"][name] += (weight * gradient).abs()
+            sums["momentum"][name] = 0.9 * sums["momentum"][name] + (weight * gradient).abs()
+            sums["gradient"][name] += gradient.abs()
+    return sums
+
+
+class TwoHeads(nn.Module):
+    """A layer with two outputs, of which a loss may leave one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.one, self.two = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = functional.relu(self.norm(self.stem(x)))
+        return self.one(x), self.two(x)
+
+
+def test_a_gradient_that_is_not_there_is_zero() -> None:
+    net = randomise(TwoHeads()).eval()
+    data = [(torch.randn(4, 6), keep) for keep in (True, False, True, False)]
+
+    def loss(outputs: tuple[Tensor, Tensor], keep: bool) -> Tensor:
+        return outputs[0].square().mean() + (outputs[1].square().mean() if keep else 0)
+
+    names = [name for name, _ in net.named_parameters()]
+    found = [torch.autograd.grad(loss(net(x), keep), list(net.parameters()), allow_unused=True) for x, keep in data]
+    expected = weight_sums(net, [dict(zip(names, each, strict=True)) for each in found])
+    groups = torchshear.analyze(torchshear.trace(net, (data[0][0],)))
+    statistics = torchshear.collect(groups, data, loss, 4)
+    for name in names:
+        for word, sums in expected.items():
+            torch.testing.assert_close(getattr(statistics.weights[name], word), sums[name])
+
+
+@pytest.mark.parametrize("lines", [{}, {"weight": {0: 0}, "scale": {0: 0}, "bias": {0: 0}}])
+def test_only_what_is_not_finite_is_told(lines: dict[str, dict[int, int]]) -> None:
+    weights = {"weight": torch.zeros(4, 5), "scale": torch.zeros(4), "bias": torch.ones(4)}
+    for spoiled in weights:
+        for number in (torch.inf, -torch.inf, torch.nan):
+            gradients = {name: torch.ones_like(weight) for name, weight in weights.items()}
+            gradients[spoiled].view(-1)[-1] = number
+            assert WeightAccumulators(weights, {"taylor"}, lines).add(gradients)[1] == {spoiled}
+    large: dict[str, Tensor | None] = {name: torch.full_like(weight, 3e38) for name, weight in weights.items()}
+    assert not WeightAccumulators(weights, (), lines).add(large)[1]
+
+
+def test_a_chain_of_a_thousand_calls() -> None:
+    net = nn.Sequential(*(part for _ in range(450) for part in (nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
+    x = torch.randn(2, 4)
+    groups = torchshear.analyze(torchshear.trace(net, (x,)))
+    statistics = torchshear.collect(groups, [x], None, 1, criteria="wanda")
+    assert len(statistics.layers) == 451
+
+
+def test_gradients_are_those_of_each_batch(net: nn.Module) -> None:
+    groups, statistics = collected(net)
+    named = {name: p.detach() for name, p in net.named_parameters()}
+    expected = weight_sums(net, gradients(net))
     for name in named:
-        torch.testing.assert_close(statistics.weights[name].taylor, taylor[name])
-        torch.testing.assert_close(statistics.weights[name].momentum, momentum[name])
+        for word, sums in expected.items():
+            torch.testing.assert_close(getattr(statistics.weights[name], word), sums[name])
+    alone = torchshear.collect(groups, batches(), functional.cross_entropy, 3, criteria="snip")
+    for name in named:
+        torch.testing.assert_close(alone.weights[name].saliency, expected["saliency"][name])
     rows = sum(
         ((named["norm.weight"] * g["norm.weight"] + named["norm.bias"] * g["norm.bias"]) ** 2 for g in gradients(net)),
         torch.zeros(8),
@@ -209,7 +272,7 @@ def test_gates_find_the_samples_in_any_dimension(size: int) -> None:
 
 def test_sums_are_the_same_in_any_pieces(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     groups, whole = collected(net)
-    monkeypatch.setattr("torchshear.pruners.statistics._sums._PIECE", 7)
+    monkeypatch.setattr("torchshear.pruners.statistics._sums.PIECE", 7)
     pieces = torchshear.collect(groups, batches(), functional.cross_entropy, 3)
     for key, sums in whole.values.items():
         for word in ("zeros", "total", "magnitude", "squares"):

@@ -8,6 +8,7 @@ from torchshear.pruners.statistics._statistics import (
     ALL_SUMS,
     SUM_OF_MEANS,
     SUMS_OF_GRADIENTS,
+    SUMS_OF_WEIGHTS,
     GateSums,
     RowSums,
     Statistics,
@@ -21,6 +22,7 @@ from torchshear.pruners.statistics._taps import GroupTaps, Tap, find_taps
 __all__ = [
     "ALL_SUMS",
     "SUMS_OF_GRADIENTS",
+    "SUMS_OF_WEIGHTS",
     "SUM_OF_MEANS",
     "GateSums",
     "GroupTaps",

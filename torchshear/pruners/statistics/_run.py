@@ -26,8 +26,9 @@ from torchshear.pruners.statistics._statistics import (
     Statistics,
     Sum,
 )
-from torchshear.pruners.statistics._sums import HeadAccumulator, RowAccumulator, ValueAccumulator, WeightAccumulator
+from torchshear.pruners.statistics._sums import HeadAccumulator, RowAccumulator, ValueAccumulator
 from torchshear.pruners.statistics._taps import GroupTaps, find_taps
+from torchshear.pruners.statistics._weights import WeightAccumulators
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -69,10 +70,8 @@ class Run:
         self._lines: dict[str, dict[int, int]] = {}
         self.rows = self._row_sums()
         self.heads = self._head_sums()
-        self.weights = {
-            name: WeightAccumulator(self.graph.state[name].tensor, sums, self._lines.get(name, {}), n_processes())
-            for name in self.parameters
-        }
+        weights = {name: self.graph.state[name].tensor for name in self.parameters}
+        self.weights = WeightAccumulators(weights, sums, self._lines, n_processes())
 
     def _value_sums(self) -> dict[tuple[str, int], ValueAccumulator]:
         """(node, dimension) -> the sums of values in which groups show, and of those that layers read."""
@@ -202,17 +201,8 @@ class Run:
         gradients: tuple[Tensor | None, ...] = torch.autograd.grad(loss, inputs, allow_unused=True)
         found = dict(zip(held, gradients, strict=False))
         self._check_reach(found)
-        products: dict[tuple[str, int], Tensor] = {}
-        bad: set[str] = set()
         with torch.no_grad():
-            for name, accumulator in self.weights.items():
-                gradient = found.pop(name, None)
-                if gradient is None:
-                    accumulator.skip()
-                else:
-                    lines, is_finite = accumulator.add(gradient)
-                    products |= {(name, dim): line for dim, line in lines.items()}
-                    bad |= set() if is_finite else {name}
+            products, bad = self.weights.add({name: found.get(name) for name in self.parameters})
             self._check_finite(bad)
             for key, (bias, rows) in self.rows.items():
                 if key in products:
@@ -246,7 +236,7 @@ class Run:
             n_batches=self.n_batches,
             n_samples=self.n_samples,
             values={key: sums.result() for key, sums in self.values.items() if sums.count},
-            weights={name: one.result() for name, one in self.weights.items()} if self.sums & SUMS_OF_WEIGHTS else {},
+            weights=self.weights.result() if self.sums & SUMS_OF_WEIGHTS else {},
             rows={key: sums.result() for key, (_, sums) in self.rows.items()},
             gates=self.gates.result(),
             heads={name: sums.result() for name, sums in self.heads.items()},

@@ -15,19 +15,18 @@ def sample_input(graph: Graph) -> tuple[int, int] | None:
     return next(((number, shape_of(nodes[number])[0]) for number in free or batched), None)
 
 
-def sample_dim(graph: Graph, shape: tuple[int, ...], other: int, known: int | None = None) -> int | None:
+def sample_dim(graph: Graph, batch: int, shape: tuple[int, ...], other: int, known: int | None = None) -> int | None:
     """The dimension of a value along which samples stand: the batch itself, or dimension 0 if it is a multiple of it.
 
     Where the batch of the graph is fixed, a dimension is the batch if it is dimension 0 and of the right size.
 
     Args:
         graph: the captured model.
+        batch: number of samples in the capture; see `sample_input`.
         shape: of the value.
         other: a dimension that it is not.
         known: the dimension that the operator takes for the batch, if it tells; it may be of no sample even so.
     """
-    source = sample_input(graph)
-    batch = source[1] if source is not None else 1
     if known is not None:
         return known if shape[known] >= batch and shape[known] % batch == 0 else None
     if graph.batch_hint is not None:

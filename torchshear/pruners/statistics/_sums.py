@@ -6,28 +6,28 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torchshear.pruners.statistics._statistics import (
-    MOMENTUM,
-    SUMS_OF_WEIGHTS,
-    GateSums,
-    RowSums,
-    Sum,
-    ValueSums,
-    WeightSums,
-)
+from torchshear.pruners.statistics._statistics import GateSums, RowSums, Sum, ValueSums
 
-_PIECE = 1 << 18  # elements that are worked on at a time, with what is computed from them
+PIECE = 1 << 18  # elements that are worked on at a time, with what is computed from them
 
 
-def _zeros(piece: Tensor) -> Tensor:
-    return torch.eq(piece, 0, out=torch.empty_like(piece))  # as numbers: truth values are summed ten times slower
+def _zeros(piece: Tensor, dim: int) -> Tensor:
+    found = torch.eq(piece, 0, out=torch.empty_like(piece))  # as numbers: truth values are summed ten times slower
+    return sum_but(found, [dim])
 
 
-_TERMS: dict[Sum, Callable[[Tensor], Tensor]] = {
+def _squares(piece: Tensor, dim: int) -> Tensor:
+    behind = range(dim + 1, piece.ndim)
+    if not behind:
+        return sum_but(piece * piece, [dim])
+    return sum_but(torch.linalg.vector_norm(piece, 2, tuple(behind)).square(), [dim])  # writes no squares to memory
+
+
+_SUMS: dict[Sum, Callable[[Tensor, int], Tensor]] = {
     "zeros": _zeros,
-    "total": lambda piece: piece,
-    "magnitude": lambda piece: piece.abs(),
-    "squares": lambda piece: piece * piece,
+    "total": lambda piece, dim: sum_but(piece, [dim]),
+    "magnitude": lambda piece, dim: sum_but(piece.abs(), [dim]),
+    "squares": _squares,
 }
 
 
@@ -43,7 +43,7 @@ class ValueAccumulator:
     def __init__(self, dim: int, wanted: Collection[Sum], is_nonnegative: bool) -> None:
         self.count = 0
         self._dim = dim
-        self._totals: dict[Sum, Tensor | int] = dict.fromkeys([word for word in _TERMS if word in wanted], 0)
+        self._totals: dict[Sum, Tensor | int] = dict.fromkeys([word for word in _SUMS if word in wanted], 0)
         self._copied = is_nonnegative and {"total", "magnitude"} <= self._totals.keys()
         self._is_nonnegative = is_nonnegative
 
@@ -65,113 +65,42 @@ class ValueAccumulator:
 
     def _sum(self, word: Sum, piece: Tensor) -> Tensor:
         word = "total" if word == "magnitude" and self._is_nonnegative else word
-        return sum_but(_TERMS[word](piece), [self._dim]).double()
+        return _SUMS[word](piece, self._dim).double()
 
     def result(self) -> ValueSums:
         """What was summed."""
         totals = {word: total.cpu() for word, total in self._totals.items() if isinstance(total, Tensor)}
         if self._copied:
             totals["magnitude"] = totals["total"].clone()
-        return ValueSums(self.count, **{word: totals.get(word, _nothing()) for word in _TERMS})
+        return ValueSums(self.count, **{word: totals.get(word, nothing()) for word in _SUMS})
 
 
-def _nothing() -> Tensor:
+def nothing() -> Tensor:
     """In place of sums that were not asked for."""
     return torch.zeros(0, dtype=torch.float64)
 
 
 def wide(value: Tensor) -> Tensor:
     """A value in float32, or in float64 if that is what it comes in."""
-    return value.to(_wide_dtype(value))
+    return value.to(wide_dtype(value))
 
 
-def _wide_dtype(value: Tensor) -> torch.dtype:
+def wide_dtype(value: Tensor) -> torch.dtype:
+    """Of a value in which it can be summed."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def pieces_of(value: Tensor, along: int) -> Sequence[Tensor]:
     """A value cut along a dimension, if it is larger than a piece and its processor has a cache that is worth it."""
-    if value.numel() <= _PIECE or value.device.type != "cpu" or along >= value.ndim:
+    if value.numel() <= PIECE or value.device.type != "cpu" or along >= value.ndim:
         return (value,)
-    return value.chunk(-(-value.numel() // _PIECE), along)
+    return value.chunk(-(-value.numel() // PIECE), along)
 
 
 def sum_but(value: Tensor, dims: Collection[int]) -> Tensor:
     """The sum over all dimensions but some."""
     others = [dim for dim in range(value.ndim) if dim not in dims]
     return value.sum(others) if others else value
-
-
-class WeightAccumulator:
-    """Sums over batches for each number of a parameter, and for its rows or columns; in float32 at least.
-
-    Args:
-        weight: the parameter.
-        wanted: which sums to take.
-        lines: dimensions along which to add up weight times gradient at each position, with their numbers of blocks;
-            see `torchshear.dependency.Member`.
-        n_processes: how many run a batch each in a step, this one among them.
-    """
-
-    def __init__(self, weight: Tensor, wanted: Collection[Sum], lines: Mapping[int, int], n_processes: int = 1) -> None:
-        self._weight = weight.detach()
-        self._decay = MOMENTUM**n_processes  # of a step, in which each process adds one batch of a common sequence
-        self._lines = lines
-        self.sums: dict[Sum, Tensor] = {
-            word: torch.zeros(weight.shape, dtype=_wide_dtype(weight), device=weight.device)
-            for word in sorted(SUMS_OF_WEIGHTS & set(wanted))
-        }
-
-    def add(self, gradient: Tensor) -> tuple[dict[int, Tensor], bool]:
-        """Count the gradient of a batch in.
-
-        Returns:
-            For each dimension that is asked for, the sum of weight times gradient at each position, float64 on the CPU;
-            and whether all of the gradient is finite.
-        """
-        lines: dict[int, list[Tensor]] = {dim: [] for dim in self._lines}
-        is_finite = True
-        pieces = [pieces_of(tensor, 0) for tensor in (self._weight, gradient, *self.sums.values())]
-        for weight, part, *sums in zip(*pieces, strict=True):
-            numbers = wide(part)
-            is_finite &= math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())
-            if not lines and not sums:
-                continue
-            product = wide(weight) * numbers
-            for dim, found in lines.items():
-                sums_here = sum_but(product, {0, dim} if self._lines[dim] else {dim})
-                found.append(sums_here.to("cpu", torch.float64, copy=True))  # the product is written to below
-            self._count_in(dict(zip(self.sums, sums, strict=True)), product, numbers)
-        return {dim: _joined(found, dim, self._lines[dim]) for dim, found in lines.items()}, is_finite
-
-    def _count_in(self, sums: dict[Sum, Tensor], product: Tensor, gradient: Tensor) -> None:
-        if "taylor" in sums:
-            sums["taylor"].addcmul_(product, product)
-        if "saliency" in sums or "momentum" in sums:
-            product.abs_()
-        if "saliency" in sums:
-            sums["saliency"].add_(product)
-        if "momentum" in sums:
-            torch.add(product, sums["momentum"], alpha=self._decay, out=sums["momentum"])
-        if "gradient" in sums:
-            sums["gradient"].add_(gradient.abs())
-
-    def skip(self) -> None:
-        """A batch whose loss does not depend on the parameter: its gradient is zero."""
-        if "momentum" in self.sums:
-            self.sums["momentum"] *= self._decay
-
-    def result(self) -> WeightSums:
-        """What was summed."""
-        return WeightSums(**{word: self.sums.get(word, _nothing().float()) for word in SUMS_OF_WEIGHTS})
-
-
-def _joined(lines: Sequence[Tensor], dim: int, n_blocks: int) -> Tensor:
-    """What pieces of a weight along dimension 0 add up to at each position of a dimension, its blocks in turn."""
-    if n_blocks:
-        rows = torch.cat(list(lines))
-        return rows.reshape(n_blocks, -1, rows.shape[1]).sum(1).flatten()
-    return torch.cat(list(lines)) if dim == 0 else torch.stack(list(lines)).sum(0)
 
 
 class RowAccumulator:

@@ -17,7 +17,7 @@ from torchshear.graph._graph import shape_of
 from torchshear.pruners._roles import MAKING_ROLES
 from torchshear.pruners.statistics._layers import is_state, short_name
 from torchshear.pruners.statistics._recurrent import axes_of, is_recurrent, passes
-from torchshear.pruners.statistics._samples import sample_dim
+from torchshear.pruners.statistics._samples import sample_dim, sample_input
 
 # Activations by operator, and whether their results are exactly zero over a range of inputs.
 _HAS_ZEROS = {
@@ -103,6 +103,8 @@ class _Places:
         self._nodes_of: dict[str, list[fx.Node]] = {}
         for node in filter(is_state, groups.graph):
             self._nodes_of.setdefault(str(node.target), []).append(node)
+        source = sample_input(groups.graph)
+        self._batch = source[1] if source is not None else 1
         self._along: dict[int, tuple[object, Mapping[int, tuple[Ids, Ids]]]] = {}
 
     def of(self, node: fx.Node, group: int) -> list[Tap]:
@@ -115,7 +117,7 @@ class _Places:
             for dim, axis in enumerate(axes):
                 at = self._units_along(axis.units).get(group)
                 if at is not None:
-                    samples = sample_dim(self.groups.graph, shape_of(node), dim)
+                    samples = self._sample_dim(shape_of(node), dim)
                     zeros, nonnegative = _gives_zeros(node), _is_nonnegative(node)
                     name = operator_name(node)
                     found.append(Tap(node.name, dim, axis.size, *at, name, zeros, nonnegative, samples))
@@ -128,10 +130,13 @@ class _Places:
         for one, axis in zip(own, axes_of(results, len(own)), strict=True):
             at = self._units_along(axis.units).get(group)
             if at is not None:
-                samples = sample_dim(self.groups.graph, one.shape, one.dim, one.batch)
+                samples = self._sample_dim(one.shape, one.dim, one.batch)
                 zeros = one.has_zeros
                 found.append(Tap(one.name, one.dim, axis.size, *at, operator_name(node), zeros, zeros, samples))
         return found
+
+    def _sample_dim(self, shape: tuple[int, ...], other: int, known: int | None = None) -> int | None:
+        return sample_dim(self.groups.graph, self._batch, shape, other, known)
 
     def has(self, node: fx.Node, group: int) -> bool:
         """Whether a group stands in a value, or in one of several that a call gives."""
