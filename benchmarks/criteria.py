@@ -45,6 +45,7 @@ class Case:
     batches: list[Any]
     outputs: Callable[[Any], Any]
     loss: Callable[[Any, Any], Tensor]
+    is_whole: bool = True  # whether each criterion is measured, or only all at once
 
     def plain(self, with_loss: bool) -> None:
         """Run the model itself on all batches."""
@@ -63,12 +64,12 @@ class Case:
         torchshear.collect(self.groups, self.batches, loss, len(self.batches), False, chosen)
 
 
-def resnet(size: int, n_batches: int) -> Case:
+def resnet(size: int, n_batches: int, is_whole: bool = True) -> Case:
     """ResNet-50 with batches of 8 images."""
     model = load_torchvision().models.resnet50(weights=None).eval()
     batches = [(torch.randn(8, 3, size, size), torch.randint(0, 1000, (8,))) for _ in range(n_batches)]
     groups = torchshear.analyze(torchshear.trace(model, (batches[0][0],)))
-    return Case(model, groups, batches, lambda batch: model(batch[0]), functional.cross_entropy)
+    return Case(model, groups, batches, lambda batch: model(batch[0]), functional.cross_entropy, is_whole)
 
 
 def bert(n_batches: int) -> Case:
@@ -91,6 +92,7 @@ def bert(n_batches: int) -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "resnet50_224": lambda: resnet(224, 2),
     "resnet50_96": lambda: resnet(96, 6),
+    "resnet50_96_long": lambda: resnet(96, 32, is_whole=False),  # as many batches as `collect` takes unless told
     "bert_4": lambda: bert(6),
 }
 
@@ -129,6 +131,7 @@ def of_case(name: str, rounds: int) -> list[dict[str, Any]]:
     with_loss = {word: bool(needs_of(word) & SUMS_OF_GRADIENTS) for word in of_data}
     chosen = [(ALL, False), *((w, False) for w in of_data if not with_loss[w])]
     chosen += [(ALL, True), *((w, True) for w in of_data if with_loss[w])]
+    chosen = [(word, has_loss) for word, has_loss in chosen if case.is_whole or word == ALL]
     rows = []
     for criterion, has_loss in chosen:
         rows.append(compare(name, case, criterion, has_loss, rounds))
