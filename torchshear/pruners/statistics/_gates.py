@@ -74,9 +74,10 @@ class Gates:
         if not value.requires_grad:
             value = value.detach().requires_grad_()
             self.leaves.append(value)
-        seen, version = value.detach(), value._version
+        held, version = [value.detach()], value._version
 
         def count(gradient: Tensor) -> None:
+            seen = held.pop()  # its memory is free for gradients that come later
             assert seen._version == version, f"{name} was written to"
             for gate in gates:
                 self._add(gate, seen, gradient)
