@@ -47,6 +47,7 @@ def second(first: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tenso
         ),
         ([(torch.zeros(4, 3, 7, 6), torch.zeros(4))], r"batch 0 holds a tensor of shape \(4, 3, 7, 6\)"),
         ([(torch.zeros(4, 3, 6, 6).long(), torch.zeros(4))], "batch 0 holds a tensor of dtype torch.int64"),
+        ([*batches(1), (torch.zeros(0, 3, 6, 6), torch.zeros(0).long())], "batch 1 holds no sample"),
     ],
 )
 @pytest.mark.parametrize("name", ON_DATA)
@@ -62,6 +63,7 @@ def test_a_loader_that_does_not_fit_is_refused(name: str, loader: Any, message: 
         (lambda out, target: float(out.detach().sum()), "the loss of batch 1 is float; expected a scalar tensor"),
         (lambda out, target: out.detach().sum(), "the loss of batch 1 does not depend on the model's outputs"),
         (lambda out, target: out.sum() * torch.nan, "the loss of batch 1 is nan; expected a finite number"),
+        (lambda out, target: out.sum() * 1j, "the loss of batch 1 is of dtype torch.complex64; expected a real number"),
         (lambda out, target: out.sum() * torch.inf, "the loss of batch 1 is -?inf; expected a finite number"),
         (
             lambda out, target: (out * 0).sum().sqrt(),
@@ -73,6 +75,54 @@ def test_a_loader_that_does_not_fit_is_refused(name: str, loader: Any, message: 
 def test_a_loss_that_does_not_fit_is_refused(name: str, loss_fn: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         torchshear.collect(ANALYSED, batches(), second(loss_fn), 3, criteria=name)
+
+
+@pytest.mark.parametrize("name", ON_GRADIENTS)
+def test_gradients_that_are_all_zero_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match="gradients of the loss are zero at all weights, in all of 3 batches"):
+        torchshear.collect(ANALYSED, batches(), lambda out, target: (out * 0).sum(), 3, criteria=name)
+
+
+def test_one_batch_without_gradients_is_none_without_meaning() -> None:
+    loss = second(lambda out, target: (out * 0).sum())
+    assert torchshear.collect(ANALYSED, batches(), loss, 3, criteria="taylor").n_batches == 3
+
+
+def test_no_gradients_under_inference_mode() -> None:
+    with torch.inference_mode(), pytest.raises(DataError, match=r"can be taken under torch\.inference_mode"):
+        torchshear.collect(ANALYSED, batches(), functional.cross_entropy, 3)
+
+
+def test_what_a_loss_raises_says_what_it_was_given() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torchshear.collect(ANALYSED, [x for x, _ in batches()], functional.cross_entropy, 3)
+    (note,) = raised.value.__notes__
+    assert note.endswith("the target of batch 0: a tensor (4, 3, 6, 6) of torch.float32")
+
+
+class Tokens(nn.Module):
+    """An embedding, and a second input of the same batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        return self.head(functional.relu(self.hidden(self.embed(tokens))).mean(1) * weight)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((torch.full((4, 5), 10), torch.ones(4, 1)), "batch 1: aten.embedding.default in 'embed': IndexError"),
+        ((torch.full((4, 5), 9), torch.ones(3, 1)), "batch 1: aten.mul.Tensor in 'the model itself': RuntimeError"),
+    ],
+)
+def test_data_on_which_the_model_does_not_run(batch: tuple[Tensor, Tensor], message: str) -> None:
+    good = (torch.zeros(4, 5, dtype=torch.long), torch.ones(4, 1))
+    graph = torchshear.trace(randomise(Tokens()).eval(), good)
+    with pytest.raises(DataError, match=f"the model does not run on {message}"):
+        torchshear.collect(graph, [good, batch], None, 2)
 
 
 class TwoHeads(nn.Module):

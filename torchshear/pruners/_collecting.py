@@ -65,9 +65,10 @@ def collect(
     Raises:
         ArgumentError: `batches` is not a positive integer; the loss is not callable; a criterion is unknown or needs a
             loss that is not given, or none of them looks at data; a pattern fits nothing.
-        DataError: the loader is empty, too short, or gives batches of another structure or size, or NaN; the loss is
-            not a scalar, or NaN or infinite, or so are activations or gradients; no gradient reaches a
-            group; another process failed, has another network or criteria, or another number of batches.
+        DataError: the loader is empty, too short, or gives batches of another structure or size, without samples, or
+            NaN, or on which the model does not run; the loss is not a scalar, or NaN or infinite, or so are activations
+            or gradients; no gradient reaches a group, or all are zero; another process failed, has another network or
+            criteria, or another number of batches.
         WeightError: the model is on the meta device.
     """
     make = _Making(loss_fn, batches, exclude, lambda: _sums(criteria, loss_fn))
@@ -130,6 +131,7 @@ def _collected(network: Graph | ChannelGroups, loader: Iterable[Any], make: _Mak
             found = iter(track(found, "collecting", make.batches, console=console, transient=True))
         for leaves, target in found:
             run.batch(leaves, target)
+        run.check()
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure
     setting = None if run is None else (run.fingerprint, tuple(sorted(run.sums)))

@@ -57,7 +57,7 @@ def _split(batch: Any, inputs: ExampleInputs, number: int) -> tuple[tuple[tuple[
         return _split(batch[0], inputs, number)[0], batch[1]
     if isinstance(batch, Tensor) and n_args == 1 and not inputs.kwargs:
         return ((batch,), {}), batch
-    raise DataError(f"batch {number} is {_described(batch)}; {_FORMS}: {_described(inputs.args, inputs.kwargs)}.")
+    raise DataError(f"batch {number} is {described(batch)}; {_FORMS}: {described(inputs.args, inputs.kwargs)}.")
 
 
 def _checked(given: tuple[tuple[Any, ...], dict[str, Any]], graph: Graph, number: int) -> list[Any]:
@@ -65,8 +65,8 @@ def _checked(given: tuple[tuple[Any, ...], dict[str, Any]], graph: Graph, number
     leaves, spec = pytree.tree_flatten(given)
     if spec != graph.in_spec:
         raise DataError(
-            f"batch {number} is {_described(*given)}; the model was captured with "
-            f"{_described(graph.inputs.args, graph.inputs.kwargs)}."
+            f"batch {number} is {described(*given)}; the model was captured with "
+            f"{described(graph.inputs.args, graph.inputs.kwargs)}."
         )
     examples = pytree.tree_leaves((graph.inputs.args, graph.inputs.kwargs))
     is_free = graph.batch_hint is not None
@@ -94,7 +94,7 @@ def _like(leaf: Any, example: Any) -> Any:
     return leaf.to(example.dtype) if is_floating else leaf
 
 
-def _described(*values: Any) -> str:
+def described(*values: Any) -> str:
     """Structure, shapes and dtypes of nested values, in short."""
     if len(values) == 2 and isinstance(values[0], tuple) and isinstance(values[1], dict):
         values = (*values[0], values[1]) if values[1] else values[0]

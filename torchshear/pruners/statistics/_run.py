@@ -10,10 +10,11 @@ from torch.utils import _pytree as pytree
 
 from torchshear._distributed import n_processes
 from torchshear.dependency import ChannelGroups
-from torchshear.errors import DataError
+from torchshear.errors import DataError, first_line
 from torchshear.graph import locate
 from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
+from torchshear.pruners.statistics._batches import described
 from torchshear.pruners.statistics._gates import Gates
 from torchshear.pruners.statistics._layers import find_layers
 from torchshear.pruners.statistics._recurrent import is_recurrent
@@ -136,6 +137,10 @@ class Run:
         size = len(leaves[self._source[0]]) if self._source is not None else 1
         with torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
             held: dict[str, Tensor] = {}
+            if self.loss_fn is not None and torch.is_inference_mode_enabled():
+                raise DataError("no gradients can be taken under torch.inference_mode; collect outside of it.")
+            if not size:
+                raise DataError(f"batch {self.n_batches} holds no sample; expected at least one.")
             self.gates.start(size)
             output: Any = None
             for _, value in interpret(
@@ -161,9 +166,19 @@ class Run:
             )
 
     def _apply(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if node.name in self.opened:
-            return run_recurrent(node, args, kwargs, lambda name, value: self._see(node, name, value))
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        try:
+            if node.name in self.opened:
+                return run_recurrent(node, args, kwargs, lambda name, value: self._see(node, name, value))
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except (DataError, torch.OutOfMemoryError):
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:  # as operators fail on data that does not fit
+            place = locate(node)
+            raise DataError(
+                f"the model does not run on batch {self.n_batches}: {place.operator} in "
+                f"{place.module or 'the model itself'!r}: {type(error).__name__}: {first_line(error)}. Check the data: "
+                f"indices in range, and the same number of samples in every input."
+            ) from error
 
     def _see(self, node: fx.Node, name: str, value: Tensor) -> Tensor:
         """Count a value in where it is to be; gives the value to go on with."""
@@ -184,11 +199,17 @@ class Run:
 
     def _loss(self, output: Any, target: Any) -> Tensor:
         assert self.loss_fn is not None
-        loss = self.loss_fn(output, target)
         where = f"of batch {self.n_batches}"
+        try:
+            loss = self.loss_fn(output, target)
+        except Exception as error:
+            error.add_note(f"loss_fn was called with the output and the target {where}: {described(target)}")
+            raise
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise DataError(f"the loss {where} is {what}; expected a scalar tensor. Take the mean over the samples.")
+        if loss.is_complex():
+            raise DataError(f"the loss {where} is of dtype {loss.dtype}; expected a real number.")
         if not loss.requires_grad:
             raise DataError(f"the loss {where} does not depend on the model's outputs by differentiable operations.")
         if not math.isfinite(float(loss.detach())):
@@ -219,6 +240,14 @@ class Run:
                     f"no gradient of the loss reaches group {group.name!r} ({', '.join(own[:3])}); expected a loss "
                     f"that depends on all outputs, or exclude={group.name!r} where it stays whole."
                 )
+
+    def check(self) -> None:
+        """Raise DataError if the data said nothing: gradients that are all zero, at each weight and in each batch."""
+        if self.loss_fn is not None and self.parameters and not self.weights.has_gradient:
+            raise DataError(
+                f"the gradients of the loss are zero at all weights, in all of {self.n_batches} batches, so that no "
+                f"unit can be told from another. Check the loss, and that the model gives more than constants."
+            )
 
     def _check_finite(self, bad: set[str]) -> None:
         for group in self.groups.prunable if bad else ():

@@ -44,6 +44,7 @@ class WeightAccumulators:
         if self._has_saliency:
             words.remove("saliency")
         decay = MOMENTUM**n_processes  # of a step, in which each process adds one batch of a common sequence
+        self.has_gradient = False  # whether any number of any gradient was not zero
         self._parts: list[_Part] = []
         for alike in parts.values():
             filled = [part for part in alike if part]
@@ -61,6 +62,7 @@ class WeightAccumulators:
         """
         lines: dict[tuple[str, int], Tensor] = {}
         bad: set[str] = set()
+        self.has_gradient = self.has_gradient or any(g is not None and bool(g.any()) for g in gradients.values())
         for part in self._parts:
             found, is_finite = part.add([gradients[name] for name in part.names])
             lines |= found
