@@ -132,6 +132,38 @@ def test_wanda_multiplies_each_weight_by_the_size_of_its_input() -> None:
     np.testing.assert_allclose(scores("wanda", groups, "up.weight[0]", statistics), expected, rtol=1e-5)
 
 
+def test_wanda_and_unipruning_see_depthwise_layers() -> None:
+    net = randomise(nn.Sequential(nn.Conv2d(4, 12, 3, groups=4), nn.ReLU(), nn.Conv2d(12, 5, 1))).eval()
+    x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(0))
+    groups = torchshear.analyze(torchshear.trace(net, (x,)))
+    (group,) = groups.prunable
+    weight, sizes = net[0].weight.detach(), x.square().mean((0, 2, 3)).sqrt()  # type: ignore[union-attr]
+    each = (weight.abs().sum((1, 2, 3)) * sizes.repeat_interleave(3)).reshape(4, 3)  # three outputs of each input
+    statistics = torchshear.collect(groups, [(x,)], None, 1, criteria="wanda")
+    found = scores("wanda", groups, group.name, statistics)
+    rows = next(m for m in group.members if m.name == "0.weight")
+    expected = torch.zeros(group.width).index_add_(
+        0, torch.from_numpy(rows.units), each.flatten()[torch.from_numpy(rows.positions)]
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    squares = torch.zeros(group.width).index_add_(
+        0, torch.from_numpy(rows.units), weight.square().sum((1, 2, 3))[torch.from_numpy(rows.positions)]
+    )
+    np.testing.assert_allclose(scores("unipruning", groups, group.name, statistics), squares.sqrt(), rtol=1e-5)
+
+
+def test_a_weight_that_is_computed_is_not_said_to_lack_an_activation() -> None:
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.randn(4, 5)
+    groups = torchshear.analyze(torchshear.trace(net, (x,)))
+    statistics = torchshear.collect(groups, [(x,)], None, 1, criteria="apoz")
+    plan = torchshear.plan(groups, criterion="apoz", statistics=statistics)
+    notes = {g.name: g.note for g in plan.groups}
+    assert "no layer that it knows makes its units" in notes["2.bias[0]"]
+    assert not notes["0.weight[0]"]
+
+
 def test_wanda_sees_the_inputs_of_a_product_with_its_bias_first() -> None:
     class Product(nn.Module):
         def __init__(self) -> None:

@@ -29,7 +29,10 @@ def apoz_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
     Reference: Hu et al., 2016, arXiv:1607.03250.
     """
     seen = with_needs(statistics, "apoz")
-    if not any(tap.has_zeros for tap in seen.taps.get(group.name, ())):
+    taps = seen.taps.get(group.name, ())
+    if not taps:
+        raise UnscorableError("apoz: no layer that it knows makes its units, so that no value shows them")
+    if not any(tap.has_zeros for tap in taps):
         raise UnscorableError(
             "apoz: no activation behind its layers gives exact zeros, as a ReLU does; use 'mean_activation' or "
             "'activation_variance' there"

@@ -38,7 +38,7 @@ def with_needs(statistics: Statistics | None, criterion: str) -> Statistics:
 def sums_of_weights(
     group: ChannelGroup, statistics: Statistics | None, criterion: str, pick: Callable[[WeightSums], Tensor]
 ) -> Tensor:
-    """Sum something known of every number of a parameter over all that a unit's removal deletes; shape (C,)."""
+    """Sum something known of every number of a parameter over a unit's own weights; shape (C,)."""
     seen = with_needs(statistics, criterion)
     known = {m.name: pick(seen.weights[m.name]) for m in group.members if m.name in seen.weights}
     if not known:

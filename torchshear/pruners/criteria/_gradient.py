@@ -14,7 +14,7 @@ from torchshear.pruners.statistics import Statistics
 def gradient_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by the size of the gradients of its weights; shape (C,).
 
-    s_c = sum over batches b, over all weights w that the unit's removal deletes, of |dL_b/dw|
+    s_c = sum over batches b, over the unit's own weights w, of |dL_b/dw|
 
     Low scores go first: units whose weights the loss depends on least. Needs gradients: statistics of
     `torchshear.collect(graph, loader, loss_fn)`.

@@ -14,7 +14,7 @@ from torchshear.pruners.statistics import Statistics
 def snip_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by connection sensitivity; shape (C,).
 
-    s_c = sum over batches b, over all weights w that the unit's removal deletes, of |w dL_b/dw|
+    s_c = sum over batches b, over the unit's own weights w, of |w dL_b/dw|
 
     Low scores go first: units whose weights change the loss least. Needs gradients: statistics of
     `torchshear.collect(graph, loader, loss_fn)`.

@@ -14,8 +14,8 @@ from torchshear.pruners.statistics import Statistics
 def snip_momentum_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by connection sensitivity with momentum; shape (C,).
 
-    s_c = S_c of the last batch, where S_c <- 0.9 S_c + 1.0 sum over all weights w that the unit's removal
-        deletes of |w dL_b/dw|
+    s_c = S_c of the last batch, where S_c <- 0.9 S_c + 1.0 sum over the unit's own weights w of
+        |w dL_b/dw|
 
     Of several processes the first batch of each comes first, in order of their ranks, then the second of each.
 

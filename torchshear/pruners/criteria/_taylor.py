@@ -14,7 +14,7 @@ from torchshear.pruners.statistics import Statistics
 def taylor_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
     """Score each unit by what the loss would change if each of its weights were zeroed alone; shape (C,).
 
-    s_c = sum over batches b, over all weights w that the unit's removal deletes, of (w dL_b/dw)^2
+    s_c = sum over batches b, over the unit's own weights w, of (w dL_b/dw)^2
 
     the form that adds the squared contributions of single weights, not the square of their sum. L_b is the loss of a
     batch as `loss_fn` gives it, the model in eval mode.

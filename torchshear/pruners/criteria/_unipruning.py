@@ -36,8 +36,8 @@ def unipruning_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statis
 
 
 def makers(group: ChannelGroup) -> list[Member]:
-    """Output dimensions of the layers that make the units of a group."""
-    return [member for member in group.members if "out" in member.roles]
+    """Output dimensions of the layers that make the units of a group; those of depthwise ones where no other does."""
+    return [m for m in group.members if "out" in m.roles] or [m for m in group.members if "depthwise" in m.roles]
 
 
 def importance(member: Member, width: int, weights: Mapping[str, Tensor], use_gamma: bool = True) -> Tensor:

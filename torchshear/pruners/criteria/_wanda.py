@@ -11,7 +11,7 @@ from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import readable, unit_sums
 from torchshear.pruners.statistics import Layer, Statistics, wide
 
-_LAYERS = frozenset({"out"})
+_LAYERS = frozenset({"out", "depthwise"})
 
 
 @criterion("wanda", needs=("inputs",))

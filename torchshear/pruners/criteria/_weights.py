@@ -19,7 +19,7 @@ def unit_sums(
     value: Callable[[Tensor], Tensor],
     roles: frozenset[str] = OWN_ROLES,
 ) -> Tensor:
-    """Sum a function of every weight that a unit's removal deletes.
+    """Sum a function of every weight of a unit's own: not of biases, nor of what other layers read it with.
 
     s_c = sum over members m with a role in `roles`, over all weights w of m that go with unit c, of value(w)
 
