@@ -8,7 +8,7 @@ import torchshear
 from tests.models import image, randomise
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import DependencyAwarePlan, plan_dependency_aware
+from torchshear.pruners import DependencyAwarePlan, UnscorableError, plan_dependency_aware
 
 
 class Branches(nn.Module):
@@ -82,6 +82,19 @@ def test_a_layer_of_which_nothing_is_said_keeps_its_whole_set() -> None:
     assert (rows["one"].common, rows["one"].extra) == (0, 8)
     assert rows["two"].note == "nothing was asked of it, so nothing goes in common"
     assert "8 channels are masked in single layers and stay" in str(plan)
+
+
+def test_layers_that_cannot_be_scored_stay_whole() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1), nn.ReLU())
+    model.append(nn.Conv2d(4, 2, 1))
+    groups = torchshear.analyze(torchshear.trace(randomise(model).eval(), (image(),)))
+    statistics = torchshear.collect(groups, [(image(),)], None, 1, criteria="apoz")
+    plan = plan_dependency_aware(groups, {"0": 0.5, "2": 0.5, "3": 0.5}, "apoz", statistics=statistics)
+    rows = {row.layer: row for row in plan.layers}
+    assert (rows["0"].common, rows["2"].common, rows["3"].common) == (4, 0, 2)
+    assert rows["2"].note.startswith("stays whole: apoz: no activation behind its layers")
+    with pytest.raises(UnscorableError, match=r"none of the layers that were named: '2', of group '2.weight\[0\]'"):
+        plan_dependency_aware(groups, {"2": 0.5}, "apoz", statistics=statistics)
 
 
 def test_the_extra_part_can_be_dropped() -> None:

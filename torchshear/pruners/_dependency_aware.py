@@ -20,7 +20,7 @@ from torchshear.pruners._keys import check_ratio, layer_of
 from torchshear.pruners._scoring import group_scores
 from torchshear.pruners._selection import n_removed
 from torchshear.pruners._weight_source import WeightSource, weights_to_score
-from torchshear.pruners.criteria import Criterion, find_criterion
+from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion
 from torchshear.pruners.statistics import Statistics, find_layers
 
 Indices = npt.NDArray[np.int64]
@@ -139,7 +139,8 @@ def plan_dependency_aware(
 
     Raises:
         ArgumentError: a ratio is outside [0, 1), a name is no layer whose channels can go, or `extra` is no such word.
-        UnscorableError: the criterion has nothing to say of a layer.
+        UnscorableError: the criterion has nothing to say of any of the layers; those of which it has nothing to say
+            beside others stay whole, with a note.
         WeightError: weights cannot be scored.
 
     Reference: the dependency-aware mode of NNI 2.0 to 2.8, which does not balance the extra part over filter groups.
@@ -152,6 +153,7 @@ def plan_dependency_aware(
     sets = [_Set(group, asked) for group in groups.prunable if _layers(group)]
     for one in sets:
         one.choose(lambda view: group_scores(view, score, tensors, statistics), extra == "apply")
+    _check_scored(sets)
     kept = {one.group.name: one.kept for one in sets if len(one.kept) < one.group.width}
     cut = Cut(groups, kept)
     request = {
@@ -182,13 +184,18 @@ class _Set:
         known = [ratio for ratio in self.ratios.values() if ratio is not None]
         self.least = (min(known) if len(known) == len(self.layers) else 0.0) if known else None
         self.kept: Indices = np.arange(group.width)
+        self.problem = ""  # why the criterion has nothing to say
         self.extra: dict[str, Indices] = {member.name: np.zeros(0, np.int64) for member in self.layers}
 
     def choose(self, score: Scorer, with_extra: bool) -> None:
         """Choose the common part, and the extra part of each layer."""
         if self.least is None:
             return
-        scores = {member.name: score(replace(self.group, members=(member,))) for member in self.layers}
+        try:
+            scores = {member.name: score(replace(self.group, members=(member,))) for member in self.layers}
+        except UnscorableError as error:
+            self.problem = str(error)
+            return
         total = np.sum(list(scores.values()), 0)
         per_block = self._per_block(self.least)
         self.kept = np.setdiff1d(self.kept, self._lowest(total, self.kept, per_block))
@@ -213,6 +220,8 @@ class _Set:
 
     def note(self, member: Member) -> str:
         """Why a layer loses other than was asked."""
+        if self.problem:
+            return f"stays whole: {self.problem}"
         ratio, lost = self.ratios[member.name], self.lost(member)
         if ratio is None:
             return (
@@ -241,6 +250,16 @@ class _Lost:
     common: int
     extra: int
     n_blocks: int
+
+
+def _check_scored(sets: Sequence[_Set]) -> None:
+    unscored = [one for one in sets if one.problem]
+    if unscored and not any(one.least is not None and not one.problem for one in sets):
+        first = unscored[0]
+        raise UnscorableError(
+            f"the criterion can score none of the layers that were named: {layer_of(first.layers[0].name)!r}, of group "
+            f"{first.group.name!r}: {first.problem}"
+        )
 
 
 def _layers(group: ChannelGroup) -> tuple[Member, ...]:
