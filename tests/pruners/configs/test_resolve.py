@@ -150,7 +150,8 @@ UNMATCHED = [
     ({"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_types": ["Linea"]}, "the excluded type 'Linea'"),
     ({"op_types": ["Conv2d"], "sparse_ratio": 0.5, "exclude_op_names_re": ["x.*"]}, "the excluded pattern 'x"),
     ({"op_names": ["fcc"], "exclude": True}, r"the name 'fcc' fits no layer of the model\. Close to it: fc"),
-    ({"op_types": ["Conv2d"], "sparsity": 0.0}, "nothing that the config asks for can be removed"),
+    ({"op_types": ["Conv2d"], "sparsity": 0.0}, r"nothing that the config asks for can be removed\. 'conv"),
+    ({"op_types": ["Conv2d"], "exclude": True}, "can be removed: its entries leave out layers and choose none"),
 ]
 
 

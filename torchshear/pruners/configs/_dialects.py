@@ -60,8 +60,22 @@ def _keys(config: object) -> set[str]:
         lists = [config[key] for key in ("config_list", "pruning_configs") if key in config]
         return {str(key) for key in config} | {key for items in lists for key in _keys_of_items(items)}
     if isinstance(config, Sequence) and not isinstance(config, str):
+        _check_entries(config)
         return _keys_of_items(config)
     raise ArgumentError(f"the config is {type(config).__name__}; expected a list of mappings, or a mapping.")
+
+
+def _check_entries(config: Sequence[object]) -> None:
+    """Raise ArgumentError for a list that holds nothing, or something else than mappings with keys."""
+    if not config:
+        raise ArgumentError("the config is an empty list; expected at least one entry.")
+    for number, entry in enumerate(config):
+        if not isinstance(entry, Mapping) or not entry:
+            what = "empty" if isinstance(entry, Mapping) else type(entry).__name__
+            raise ArgumentError(
+                f"entry {number} of the config is {what}; expected a mapping that says what to choose, and how much of "
+                f"it goes."
+            )
 
 
 def _keys_of_items(items: object) -> set[str]:

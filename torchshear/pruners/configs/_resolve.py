@@ -241,5 +241,7 @@ def _masked_row(row: ConfigRow, layer: Layer, maskable: Mapping[str, Maskable]) 
 
 def _nothing(resolved: ResolvedConfig) -> str:
     reasons = [f"{row.layer!r}: {row.reason or 'its ratio is 0'}" for row in resolved.rows if row.ratio is not None]
+    if not reasons:
+        return "nothing that the config asks for can be removed: its entries leave out layers and choose none."
     rest = "; ..." if len(reasons) > 4 else ""
     return f"nothing that the config asks for can be removed. {'; '.join(reasons[:4])}{rest}"
