@@ -109,6 +109,8 @@ def test_nan_weights_are_refused_by_name() -> None:
         model.two.weight[0, 0] = float("nan")
     with pytest.raises(WeightError, match="'two.weight' holds 9 values that are NaN or infinite"):
         torchshear.prune(model, (image(),))
+    with pytest.raises(WeightError, match="'two.weight' is NaN or infinite in 9 places"):
+        torchshear.prune(model, (image(),), criterion="random")
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def test_new_statistics_of_the_same_data(model: nn.Module, kind: Any) -> None:
     assert same(by_weights.model, torchshear.recalibrate(torchshear.prune(model, X).model, labelled(), 3))
 
 
+def test_new_statistics_of_data_in_another_type(model: nn.Module) -> None:
+    wider = [(x.double(), target) for x, target in labelled()]
+    words: dict[str, Any] = {"criterion": "apoz", "batches": 3, "recalibrate": True}
+    assert same(
+        torchshear.prune(model, X, data=wider, **words).model,
+        torchshear.prune(model, X, data=labelled(), **words).model,
+    )
+
+
 CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_names": ["three"], "sparsity": 0.3}]
 
 

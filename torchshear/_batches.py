@@ -4,6 +4,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from torchshear.errors import DataError
 
 
@@ -31,3 +34,26 @@ def first_batches(loader: Iterable[Any], count: int) -> Iterator[tuple[int, Any]
             if done
             else "the loader gave no batch; expected at least one. An iterator that was used before is empty."
         )
+
+
+class LikeExample:
+    """Batches of a loader with floating numbers in the type of a model's example inputs.
+
+    Args:
+        loader: gives batches.
+        example: inputs; if their floating numbers are of several types, or there are none, batches stay as they are.
+    """
+
+    def __init__(self, loader: Iterable[Any], example: Any) -> None:
+        self._loader = loader
+        tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
+        types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+        self._dtype = types.pop() if len(types) == 1 else None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._dtype is None:
+            return iter(self._loader)
+        return (pytree.tree_map_only(Tensor, self._cast, batch) for batch in self._loader)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor

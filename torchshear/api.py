@@ -7,6 +7,7 @@ from typing import Any, Literal, Unpack
 from torch import nn
 
 from torchshear._asking import ask
+from torchshear._batches import LikeExample
 from torchshear._words import Choice, Selection, check_keywords
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
@@ -181,7 +182,8 @@ def prune(
     small = shrunk.model
     if asked.recalibrates:
         assert asked.data.loader is not None, "checked before the model was traced"
-        small = recalibrate(small, asked.data.loader, asked.data.batches, progress=False)
+        loader = LikeExample(asked.data.loader, (args, dict(kwargs or {})))
+        small = recalibrate(small, loader, asked.data.batches, progress=False)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
     return PruneResult(small, made, report, verification, shrunk.form, shrunk.fold, resolved, asked.recalibrates)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear._asking import Data
+from torchshear._batches import LikeExample
 from torchshear.api import shrink_and_verify
 from torchshear.comparison._asked import Budget, Contender
 from torchshear.comparison._row import Row
@@ -68,7 +69,8 @@ class Trial:
         what = f"the model pruned by {row.criterion}, {budget.text}"
         recalibrated: list[float] = []
         if self.new_statistics is not None and self.new_statistics.loader is not None:
-            loader, batches = self.new_statistics.loader, self.new_statistics.batches
+            loader = LikeExample(self.new_statistics.loader, (self.args, dict(self.kwargs or {})))
+            batches = self.new_statistics.batches
             anew = [recalibrate(model, loader, batches, progress=False) for model in models]
             recalibrated = [self._score(f"{what}, recalibrated", model) for model in anew]
         scores = [self._score(what, model) for model in models]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan
-from torchshear.errors import VerificationError
+from torchshear.errors import VerificationError, WeightError
 from torchshear.graph import (
     ExampleInputs,
     Graph,
@@ -178,6 +178,7 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
 
     Raises:
         VerificationError: it does not.
+        WeightError: nor could it, since its weights are NaN or infinite.
     """
     own = own_dtype(model)
     state = {name: entry.tensor.detach() for name, entry in graph.state.items()}
@@ -189,10 +190,19 @@ def _check_graph(model: nn.Module, graph: Graph, trials: list[ExampleInputs]) ->
         expected = outputs_of(reference, trial, own)
         error = relative_error(expected, output_leaves(output))
         if error > tolerance(expected):
+            _check_state({name: t for name, t in state.items() if graph.state[name].kind == "parameter"})
             raise VerificationError(
                 f"the captured graph is not the model: on the example inputs they differ by {error:.2g} relative. Its "
                 f"forward depends on what a graph cannot hold, such as randomness or the batch size in Python."
             )
+
+
+def _check_state(state: Mapping[str, Tensor]) -> None:
+    """Raise WeightError if numbers of the model are NaN or infinite, which are equal to nothing."""
+    for name, tensor in state.items():
+        n_bad = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        if n_bad:
+            raise WeightError(f"{name!r} is NaN or infinite in {n_bad} places; load the trained weights.")
 
 
 def _masked_copy(model: nn.Module, plan: PruningPlan, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
