@@ -6,6 +6,7 @@ from typing import Any
 from torch import fx
 
 from torchshear.dependency._call import Call, bind_arguments
+from torchshear.dependency._registry import operator_name
 from torchshear.graph._graph import shape_of
 
 Place = int | None
@@ -49,7 +50,7 @@ def weight_behind(operand: fx.Node) -> tuple[fx.Node, list[Place]] | None:
 
 
 def _moved_by(call: fx.Node) -> _Moved | None:
-    namespace, name, *_ = *str(call.target).split("."), ""
+    namespace, name, *_ = operator_name(call).split(".")
     return _MOVED.get(name) if namespace == "aten" else None
 
 

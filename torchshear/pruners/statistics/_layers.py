@@ -31,7 +31,7 @@ class Layer:
         weight: canonical name of its weight.
         bias: canonical name of its bias, or "".
         source: name of the node that it reads, or of a value inside a recurrent call.
-        dim: dimension of what it reads that it sums over, from 0; None for a norm, a depthwise or another layer.
+        dim: dimension of what it reads that it sums over, from 0; None for a norm or another layer.
         inputs: dimension of its weight that it sums over, from 0; None where `dim` is.
     """
 

@@ -16,8 +16,8 @@ from torchshear.dependency._call import Result, bind_arguments
 from torchshear.dependency._registry import operator_name
 from torchshear.graph._graph import shape_of
 
-_LAYERS = frozenset({"lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"})
-_CELLS = frozenset({"lstm_cell.default", "gru_cell.default", "rnn_tanh_cell.default", "rnn_relu_cell.default"})
+_LAYERS = frozenset(f"aten.{kind}.input" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+_CELLS = frozenset(f"aten.{kind}_cell.default" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 See = Callable[[str, Tensor], Tensor]
 
@@ -62,12 +62,12 @@ class Pass:
 
 def is_recurrent(node: fx.Node) -> bool:
     """Whether a call is that of a recurrent layer or cell."""
-    return _short(node) in _LAYERS | _CELLS
+    return operator_name(node) in _LAYERS | _CELLS
 
 
 def passes(node: fx.Node) -> tuple[Pass, ...]:
     """All layers and directions of a recurrent call, in the order of its weights."""
-    return tuple(_passes_of_layers(node) if _short(node) in _LAYERS else [_pass_of_cell(node)])
+    return tuple(_passes_of_layers(node) if operator_name(node) in _LAYERS else [_pass_of_cell(node)])
 
 
 def axes_of(results: Result, n_passes: int) -> list[Axis]:
@@ -91,14 +91,9 @@ def run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], see: See) ->
     """
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, args, strict=False)) | kwargs
-    if _short(node) in _CELLS:
+    if operator_name(node) in _CELLS:
         return _run_cell(node, given, see)
     return _run_layers(node, given, see)
-
-
-def _short(node: fx.Node) -> str:
-    name = operator_name(node)
-    return name.removeprefix("aten.") if name.startswith("aten.") else ""
 
 
 def _name(weight: fx.Node) -> str:
@@ -122,7 +117,7 @@ def _passes_of_layers(node: fx.Node) -> Iterator[Pass]:
             biases=tuple(own[2 : 2 + n_biases]),
             source=f"{node.name}:read by {layer}" if layer else given["input"].name,
             before=f"{node.name}:before {number}",
-            has_zeros=_short(node) == "rnn_relu.input",
+            has_zeros=operator_name(node) == "aten.rnn_relu.input",
             shape=(*shape_of(given["input"])[:2], shape_of(w_hh)[1]),
             batch=0 if given["batch_first"] else 1,
         )
@@ -138,7 +133,7 @@ def _pass_of_cell(node: fx.Node) -> Pass:
         biases=tuple(_name(given[word]) for word in ("b_ih", "b_hh") if given[word] is not None),
         source=given["input"].name,
         before=state.name,
-        has_zeros=_short(node) == "rnn_relu_cell.default",
+        has_zeros=operator_name(node) == "aten.rnn_relu_cell.default",
         shape=shape_of(state),
         batch=0,
     )
