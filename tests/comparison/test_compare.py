@@ -162,7 +162,8 @@ def test_all_see_the_same_batches(model: nn.Module) -> None:
     found = compare(model, evaluate, X, data=Loader(), **words)
     assert len(passes) == 1
     listed = compare(model, evaluate, X, data=labelled(), **words)
-    assert [row.recalibrated for row in found.rows] == [row.recalibrated for row in listed.rows]
+    for row, again in zip(found.rows, listed.rows, strict=True):  # two runs differ by rounding, as memory is aligned
+        assert row.recalibrated == pytest.approx(again.recalibrated, rel=1e-5)
 
 
 def test_parts_of_a_model_are_compared() -> None:
