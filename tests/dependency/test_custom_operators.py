@@ -13,7 +13,17 @@ from torch.nn import functional
 import torchshear
 from tests.blocks import Net, randomise
 from tests.oracle import assert_equals_masked, assert_outputs_equal, check_random_pruning
-from torchshear.dependency import Axes, Call, Keep, operator_rule, registered_operators, unregister
+from torchshear.dependency import (
+    Axes,
+    Call,
+    Keep,
+    MaskedCall,
+    among_zeros,
+    masked_operator,
+    operator_rule,
+    registered_operators,
+    unregister,
+)
 from torchshear.errors import ArgumentError, VerificationError
 from torchshear.pruners import plan_from_kept
 
@@ -142,8 +152,23 @@ def _gate_rule(call: Call) -> list[Axes]:
     return [(*x[:-1], weight[0]), (*x[:-1], blocks)]
 
 
+def _masked_gate(call: MaskedCall) -> tuple[Tensor, Tensor]:
+    """The operator on the kept rows of its weight, put back among zeros."""
+    kept = call.kept("weight")[0]
+    blocks = kept.unflatten(0, (call.arg("n_blocks"), -1)).any(1)
+    y, mean = call.run(weight=call.restricted("weight"), n_blocks=int(blocks.sum()))
+    return among_zeros(y, kept, -1), among_zeros(mean, blocks, -1)
+
+
+def test_a_rule_that_mixes_needs_a_masked_form() -> None:
+    with registered("strange.shared_gate", _gate_rule):
+        groups = torchshear.analyze(torchshear.trace(_gating(), (X,)))
+    assert [(group.name, group.width) for group in groups] == [("weight[0]", 3)], "blocks go, what is inside stays"
+
+
 def test_a_rule_with_results_sizes_and_a_mean() -> None:
     with registered("strange.shared_gate", _gate_rule):
+        masked_operator("strange.shared_gate")(_masked_gate)
         model = _gating()
         groups = torchshear.analyze(torchshear.trace(model, (X,)))
         assert [(g.name, g.width, g.is_mixed) for g in groups] == [("weight[0]", 4, True), ("weight[0]#2", 3, True)]

@@ -13,6 +13,7 @@ from torchshear.dependency._registry import operator_rule, registered_operators,
 from torchshear.dependency._state_plan import Renumbering, StatePlan, make_state_plan
 from torchshear.dependency._uses import FAMILIES, ROLES
 from torchshear.dependency._width_cost import WidthCost
+from torchshear.graph import MaskedCall, among_zeros, masked_operator
 
 __all__ = [
     "FAMILIES",
@@ -28,6 +29,7 @@ __all__ = [
     "FixedDimension",
     "GroupPlan",
     "Keep",
+    "MaskedCall",
     "Member",
     "OutputPlan",
     "PruningPlan",
@@ -36,10 +38,12 @@ __all__ = [
     "StatePlan",
     "Value",
     "WidthCost",
+    "among_zeros",
     "analyze",
     "dense_cost",
     "make_plan",
     "make_state_plan",
+    "masked_operator",
     "operator_rule",
     "part_costs",
     "registered_operators",

@@ -13,6 +13,8 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
 from torchshear.graph._graph import shape_of, tensor_operands
+from torchshear.graph._masked import masked_form
+from torchshear.graph._run import bound_arguments
 
 Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]
@@ -275,7 +277,13 @@ class Call:
         return axis
 
     def mix(self, *axes: Axis) -> None:
-        """Note that the values at one position of the axes depend on the others (a norm, a softmax, a mean)."""
+        """Note that the values at one position of the axes depend on the others (a norm, a softmax, a mean).
+
+        What such an operator gives without the cut positions can be proved only by its masked form; an operator without
+        one keeps the axes whole.
+        """
+        if masked_form(self.node) is None:
+            self.fix(axes, "its positions are mixed by an operator without a masked form")
         self._facts.mixed.setdefault(self.node.name, []).extend(axes)
 
     def block(self, operand: str, dim: int, axis: Axis, n_blocks: int) -> None:
@@ -374,14 +382,4 @@ class Call:
 
 def bind_arguments(node: fx.Node) -> Mapping[str, Any]:
     """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
-    bound: dict[str, Any] = {}
-    for i, argument in enumerate(node.target._schema.arguments):
-        if i < len(node.args):
-            bound[argument.name] = node.args[i]
-        elif argument.name in node.kwargs:
-            bound[argument.name] = node.kwargs[argument.name]
-        else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return bound
+    return bound_arguments(node.target, node.args, node.kwargs)

@@ -9,6 +9,7 @@ from torch import fx
 from torchshear.dependency._axis import Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.errors import ArgumentError
+from torchshear.graph._masked import forget_masked_form
 
 Rule = Callable[[Call], Result]
 
@@ -67,13 +68,14 @@ def find_position_rule(node: fx.Node) -> PositionRule | None:
 
 
 def unregister(name: str) -> None:
-    """Forget the rule of an operator, so that it is unknown again.
+    """Forget the rule of an operator, and its masked form, so that it is unknown again.
 
     Raises:
         ArgumentError: there is none.
     """
     if _RULES.pop(name, None) is None:
         raise ArgumentError(f"operator {name!r} has no rule.")
+    forget_masked_form(name)
 
 
 def find_rule(node: fx.Node) -> Rule | None:

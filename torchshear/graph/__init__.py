@@ -1,5 +1,6 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
+from torchshear.graph import _masked_operators  # registers the masked forms of the ATen operators
 from torchshear.graph._caches import Cache, caches_of, forget
 from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
@@ -9,6 +10,7 @@ from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, enclosing_modules, first_names, locate, module_outputs
+from torchshear.graph._masked import MaskedCall, among_zeros, masked_form, masked_operator
 from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
 from torchshear.graph._names import as_names, close_to, matches
@@ -16,16 +18,20 @@ from torchshear.graph._outputs import check_outputs, output_names, output_nodes,
 from torchshear.graph._parts import PartRun, Parts, whole_of
 from torchshear.graph._recording import record_parts
 
+assert _masked_operators
+
 __all__ = [
     "Cache",
     "Cost",
     "ExampleInputs",
     "Graph",
     "Location",
+    "MaskedCall",
     "Mode",
     "PartRun",
     "Parts",
     "StateTensor",
+    "among_zeros",
     "as_if_exporting",
     "as_names",
     "caches_of",
@@ -39,6 +45,8 @@ __all__ = [
     "forget",
     "is_on_meta",
     "locate",
+    "masked_form",
+    "masked_operator",
     "matches",
     "module_outputs",
     "node_macs",

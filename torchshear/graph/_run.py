@@ -1,7 +1,7 @@
 """Interpret a captured graph node by node."""
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,21 @@ from torch import Tensor, fx
 Load = Callable[[str], Tensor]
 Apply = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 Replace = Callable[[fx.Node, Any], Any]
+
+
+def bound_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    bound: dict[str, Any] = {}
+    for i, argument in enumerate(target._schema.arguments):
+        if i < len(args):
+            bound[argument.name] = args[i]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        else:
+            bound[argument.name] = argument.default_value if argument.has_default_value() else None
+    return bound
 
 
 def _as_it_is(node: fx.Node, value: Any) -> Any:

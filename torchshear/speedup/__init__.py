@@ -9,10 +9,10 @@ from torchshear.speedup._recalibrate import check_recalibration, recalibrate
 from torchshear.speedup._shrink import Shrunk
 from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
 from torchshear.speedup._traced import TracedModule
-from torchshear.speedup._verify import Verification, verify
 from torchshear.speedup.alignment import detect_profile, profiles, resolve_alignment
 from torchshear.speedup.latency import LatencyComparison, LatencyResult, compare_latency
 from torchshear.speedup.onnx import OnnxFile, export_onnx
+from torchshear.speedup.verification import Verification, verify
 
 __all__ = [
     "Fold",

@@ -1,4 +1,4 @@
-"""Comparing outputs of two models on inputs that exercise them."""
+"""Comparing outputs of two models, element by element."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,66 +6,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchshear.graph import ExampleInputs
-
-# Relative differences that equal computations may have, by dtype of the outputs: about a thousand times the unit
-# round-off, for sums in another order.
-_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Differences that equal computations may have, by dtype of the outputs: about a thousand times the unit round-off, for
+# sums in another order.
+_TOLERANCES = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-4,
+    torch.complex64: 1e-4,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+}
+_ORDINARY = 1e4  # values above so many times the small ones of an output are fillers, not results
+_ENOUGH = 1 << 16  # values that are looked at for a scale
 
 
 def tolerance(outputs: Sequence[Any]) -> float:
     """The largest relative difference that counts as equal, by the coarsest dtype among the outputs."""
-    return max(
-        (_TOLERANCES.get(value.dtype, 0.0) for value in outputs if isinstance(value, Tensor)),
-        default=0.0,
-    )
+    return max((_TOLERANCES.get(v.dtype, 0.0) for v in outputs if isinstance(v, Tensor)), default=0.0)
 
 
-def relative_error(expected: Sequence[Any], actual: Sequence[Any]) -> float:
-    """Largest difference over all outputs, each relative to its own largest absolute value.
+def relative_error(expected: Sequence[Any], actual: Sequence[Any], others: Sequence[Any] | None = None) -> float:
+    """Largest difference of any element, relative to that element and to the ordinary values of its output.
 
-    Other shapes, dtypes or numbers of outputs, and NaN where there was none, count as infinitely different.
+        |a - b| / (|a| + s)
+
+    with s the median magnitude of the ordinary values, never the largest: one filler of -1e9 says nothing of the
+    others. Ordinary are, where the same output on other inputs is given, the elements that differ between both.
+
+    Args:
+        expected: flat outputs of the reference.
+        actual: flat outputs of the candidate.
+        others: flat outputs of the reference on other inputs.
+
+    Returns:
+        The difference. Other shapes, dtypes or numbers of outputs, other integers, and NaN where there was none, count
+        as infinitely different.
     """
     if len(expected) != len(actual):
         return float("inf")
-    return max((_error_of_one(a, b) for a, b in zip(expected, actual, strict=True)), default=0.0)
+    others = expected if others is None or len(others) != len(expected) else others
+    return max((_error_of_one(a, b, c) for a, b, c in zip(expected, actual, others, strict=True)), default=0.0)
 
 
-def _error_of_one(expected: Any, actual: Any) -> float:
+def _error_of_one(expected: Any, actual: Any, other: Any) -> float:
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
         return 0.0 if type(expected) is type(actual) else float("inf")
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return float("inf")
     if expected.is_meta or actual.is_meta or expected.numel() == 0:
         return 0.0
-    if not expected.is_floating_point():
+    if not expected.is_floating_point() and not expected.is_complex():
         return 0.0 if torch.equal(expected, actual) else float("inf")
-    wide, other = expected.to(torch.float64), actual.to(torch.float64)
-    same = (wide == other) | (wide.isnan() & other.isnan())  # masks of -inf are equal, and so is NaN beside numbers
-    if bool(wide.isnan().all()):
-        return float("inf")
-    difference = (wide - other).abs().masked_fill(same, 0).max()
-    finite = wide[wide.isfinite()]
-    scale = (finite.abs().max() if finite.numel() else difference).clamp_min(torch.finfo(torch.float64).tiny)
-    error = float(difference / scale)
+    wide, there, beside = _real(expected), _real(actual), _real(other)
+    same = (wide == there) | (wide.isnan() & there.isnan())  # masks of -inf are equal, and so is NaN beside numbers
+    if bool(same.all()):
+        return float("inf") if bool(wide.isnan().all()) else 0.0
+    scale = ordinary_scale(wide, beside if beside.shape == wide.shape else wide)
+    error = float(((wide - there).abs() / (wide.abs() + scale)).masked_fill(same, 0).max())
     return error if error == error else float("inf")
 
 
-def random_like(inputs: ExampleInputs, seed: int) -> ExampleInputs:
-    """Inputs of the same shapes: floating tensors drawn anew with the spread of the examples, others as they are.
+def _real(tensor: Tensor) -> Tensor:
+    """Numbers as float64, complex ones as pairs."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.detach().to(torch.float64)
+
+
+def ordinary_scale(values: Tensor, others: Tensor) -> float:
+    """The median magnitude of ordinary values: those that vary between two inputs, without what fills their gaps.
 
     Args:
-        inputs: the example inputs.
-        seed: seed of the draw.
+        values: float64 numbers of any shape.
+        others: the same on other inputs; `values` itself if there are none.
     """
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.is_meta:
-            return tensor.clone()
-        spread = float(tensor.detach().to(torch.float64).std(correction=0)) if tensor.numel() > 1 else 1.0
-        spread = spread if 0 < spread < float("inf") else 1.0
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * spread
-        return noise.to(tensor.device, tensor.dtype)
-
-    return inputs.map(draw)
+    small = torch.minimum(values.abs(), others.abs()).flatten()
+    varying = small[(values != others).flatten() & small.isfinite() & (small > 0)]
+    if not varying.numel():
+        varying = small[small.isfinite() & (small > 0)]
+    if not varying.numel():
+        return float(torch.finfo(torch.float64).tiny)
+    varying = varying[:: 1 + varying.numel() // _ENOUGH].sort().values
+    ordinary = varying[varying <= _ORDINARY * varying[varying.numel() // 10]]
+    return float(ordinary[ordinary.numel() // 2])

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 
 from torchshear.dependency import Axes, Cut
 from torchshear.dependency._call import bind_arguments
-from torchshear.graph import Graph
+from torchshear.graph import Graph, MaskedCall, masked_form
 from torchshear.graph._run import is_only_read
-from torchshear.speedup._reference import is_mixed, map_axes, on_kept_positions, zero_cut
+from torchshear.speedup._cut_positions import keep_of, map_axes, zero_cut
 
 Bools = npt.NDArray[np.bool_]
 Look = Callable[[fx.Node], Any]
@@ -105,8 +105,10 @@ class ConstantNetwork:
     def call(self, node: fx.Node, look: Look) -> Any:
         """The value of a call: a norm's shift on cut channels; where positions are mixed, of kept ones alone."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), look)
-        if is_mixed(node, self.cut):
-            value = on_kept_positions(node, self.cut, args, kwargs)
+        form = masked_form(node)
+        if form is not None and any(self.cut.changes(axis) for axis in self._facts.mixed.get(node.name, ())):
+            value = form(MaskedCall(node, args, kwargs, lambda operand: self._kept(operand, look(operand))))
+            value = self.zeroed(node, value)
         else:
             value = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._shifted(node, value, look)
@@ -167,6 +169,13 @@ class ConstantNetwork:
             if (is_raw or roles[dim] & _MAKING) and not is_blocked and self.cut.changes(axis):
                 tensor.index_fill_(dim, torch.from_numpy(np.flatnonzero(~self.cut.keep(axis))).to(tensor.device), 0)
         return tensor
+
+    def _kept(self, node: fx.Node, value: Any) -> dict[int, Tensor]:
+        """Masks of the kept positions of a value, for each dimension that loses some."""
+        axes = self._facts.axes.get(node.name)
+        own: Axes = axes if isinstance(axes, tuple) and isinstance(value, Tensor) else ()
+        sizes = [(dim, axis, value.shape[dim]) for dim, axis in enumerate(own) if self.cut.changes(axis)]
+        return {d: torch.from_numpy(keep_of(axis, n, self.cut).copy()).to(value.device) for d, axis, n in sizes}
 
     def _shifted(self, node: fx.Node, value: Any, look: Look) -> Any:
         """A norm's value with its shift on cut channels, as if its scale were zero there."""

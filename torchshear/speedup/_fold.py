@@ -10,15 +10,24 @@ from torch import Tensor, fx, nn
 from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import VerificationError, WeightError
 from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, whole_of
-from torchshear.speedup._compare import random_like, relative_error, tolerance
+from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._constants import ConstantNetwork, Decide, Look
 from torchshear.speedup._fold_means import Means, find_places_of_means
 from torchshear.speedup._fold_places import Places, find_places, kept_as_is, writes
 from torchshear.speedup._fold_record import Fold
-from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._shrink import Shrunk, analysis_of
 from torchshear.speedup._state import slice_state
-from torchshear.speedup._verify import eval_copy, kept_outputs, leaves_of, outputs_of, state_in, widest
+from torchshear.speedup._varied_inputs import random_like
+from torchshear.speedup.verification._runs import (
+    conditions,
+    fresh_copy,
+    in_dtype,
+    kept_outputs,
+    leaves_of,
+    own_dtype,
+    run_module,
+)
+from torchshear.speedup.verification._weights import Values
 
 
 def fold_constants(
@@ -70,12 +79,11 @@ def fold_constants(
     if graph.parts is not None:
         model, small = (PartRun(whole_of(one), graph.parts) for one in (model, small))
     trials = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
-    dtype = widest(small, trials)
-    if dtype is torch.float64:
-        trials = [to_float64(trial) for trial in trials]
-    network = ConstantNetwork(graph, cut, state_in(model, groups, dtype))
+    dtype = _widest(small, trials[0])
+    trials = [in_dtype(trial, dtype) for trial in trials]
+    network = ConstantNetwork(graph, cut, Values(groups, cut).of(model, dtype))
     try:
-        with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
+        with conditions(dtype):
             inputs = [leaves_of(trial.copy()) for trial in trials[:2]]
             places = find_places(network, inputs) if means is None else find_places_of_means(network, inputs, means)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
@@ -87,6 +95,15 @@ def fold_constants(
     _put(shrunk.model, exact)
     kind: Literal["constants", "means"] = "constants" if means is None else "means"
     return replace(shrunk, fold=Fold(kind, tuple(places.folded), tuple(places.skipped), worst, dtype))
+
+
+def _widest(small: nn.Module, example: ExampleInputs) -> torch.dtype:
+    """float64 if the shrunk model runs in it, else the model's own dtype."""
+    try:
+        run_module(fresh_copy(small, example, torch.float64), example, torch.float64)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return own_dtype(small)
+    return torch.float64
 
 
 def _proved(
@@ -105,14 +122,14 @@ def _proved(
     Raises:
         VerificationError: it is too large.
     """
-    candidate = eval_copy(small, trials[0], dtype)
+    candidate = fresh_copy(small, trials[0], dtype)
     _put(whole_of(candidate), exact)
     worst = 0.0
     for trial in trials:
-        with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
+        with conditions(dtype):
             (value,) = network.walk([leaves_of(trial.copy())], _as_found(network, places))
         expected = kept_outputs(plan, output_leaves(value))
-        actual = outputs_of(candidate, trial, dtype)
+        actual = run_module(candidate, trial, dtype).outputs
         error = relative_error(expected, actual)
         if error > tolerance(actual):
             raise VerificationError(

@@ -14,8 +14,8 @@ from torchshear.dependency._call import bind_arguments
 from torchshear.graph import locate
 from torchshear.speedup._compare import relative_error
 from torchshear.speedup._constants import Barrier, Bools, ConstantNetwork, Look
+from torchshear.speedup._cut_positions import gather, map_axes
 from torchshear.speedup._fold_record import FoldedConstants, SkippedConstants
-from torchshear.speedup._reference import gather, map_axes
 
 
 class _Layer(NamedTuple):

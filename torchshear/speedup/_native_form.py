@@ -23,7 +23,6 @@ from torchshear.graph import (
     locate,
 )
 from torchshear.graph._run import graph_values
-from torchshear.speedup._compare import random_like
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
 from torchshear.speedup._kept_scale import Scales, explain_scales, scaled
 from torchshear.speedup._native import native_copy
@@ -33,6 +32,7 @@ from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._scales import Scaling
 from torchshear.speedup._sizes import Choice, Sizes, choices, explain
+from torchshear.speedup._varied_inputs import random_like
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 

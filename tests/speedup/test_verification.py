@@ -1,0 +1,400 @@
+"""Verification finds what is wrong, and names where."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.models import Residual, image, randomise
+from torchshear.dependency import _registry
+from torchshear.errors import ArgumentError, VerificationError
+from torchshear.pruners import plan_from_kept
+from torchshear.speedup._compare import relative_error
+
+
+class Flipped(nn.Module):
+    """Channels in reverse order between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of 2 channels."""
+        return self.two(torch.relu(self.one(x)).flip(1))
+
+
+class Normed(nn.Module):
+    """A layer norm over features that can be cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(4, 12), nn.LayerNorm(12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three values a sample."""
+        return self.two(self.norm(self.one(x)))
+
+
+def test_the_masked_module_is_the_reference_where_nothing_mixes() -> None:
+    model = randomise(Residual())
+    result = torchshear.prune(model, (image(),))
+    assert result.verification.reference == "masked"
+    assert result.verification.dtype == torch.float64
+    assert result.verification.max_error < 1e-12
+
+
+def test_a_norm_over_cut_features_is_checked_on_kept_positions() -> None:
+    model = randomise(Normed())
+    result = torchshear.prune(model, (torch.randn(5, 4),))
+    assert result.verification.reference == "kept positions"
+    kept = result.plan.kept["one.weight[0]"]
+    x = torch.randn(5, 4)
+    hidden = x @ model.one.weight[kept].T + model.one.bias[kept]
+    normed = nn.functional.layer_norm(hidden, (6,), model.norm.weight[kept], model.norm.bias[kept])
+    expected = normed @ model.two.weight[:, kept].T + model.two.bias
+    torch.testing.assert_close(result.model(x), expected)
+
+
+def test_a_rule_that_forgets_the_order_is_caught_at_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_registry._RULES, "aten.flip", lambda call: call.axes("self"))
+    with pytest.raises(
+        VerificationError, match=r"first value that differs is 'flip', aten.flip.default .*test_verification.py"
+    ):
+        torchshear.prune(randomise(Flipped()), (image(),))
+
+
+def test_a_rule_that_forgets_a_size_is_caught_at_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchshear.dependency._call.Call.edit_size", lambda self, name, axis, index=None: None)
+
+    class Viewed(Flipped):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one(x).view(x.shape[0], 8, 64).view(x.shape[0], 8, 8, 8))
+
+    model = randomise(Viewed())
+    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (image(),))))
+    with pytest.raises(VerificationError, match="the rewritten graph fails at 'view', aten.view.default"):
+        torchshear.verify(model, nn.Sequential(nn.Conv2d(3, 2, 1)), plan, args=(image(),))
+
+
+def test_other_weights_are_told_from_a_wrong_graph() -> None:
+    model = randomise(Residual())
+    result = torchshear.prune(model, (image(),))
+    with torch.no_grad():
+        result.model.one.weight[0, 0, 0, 0] += 1e-6
+    with pytest.raises(VerificationError, match="though its graph does not: the model given is not what the plan"):
+        torchshear.verify(model, result.model, result.plan, args=(image(),))
+
+
+def test_the_check_runs_in_a_loaded_plan(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = randomise(Normed())
+    x = torch.randn(5, 4)
+    result = torchshear.prune(model, (x,))
+    result.plan.save(tmp_path / "plan.json")
+    loaded = torchshear.PruningPlan.load(tmp_path / "plan.json")
+    assert torchshear.verify(model, result.model, loaded, args=(x,)).max_error < 1e-12
+
+
+class BatchedHeads(nn.Module):
+    """Attention with heads merged into the batch, and a layer norm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.norm, self.out = nn.Linear(12, 144), nn.LayerNorm(48), nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (batch, tokens, 12) to (batch, tokens, 4)."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, 6, 8).permute(2, 0, 3, 1, 4).reshape(3, batch * 6, tokens, 8)
+        q, k, v = qkv.unbind(0)
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        out: Tensor = self.out(self.norm(y.view(batch, 6, tokens, 8).permute(0, 2, 1, 3).reshape(batch, tokens, 48)))
+        return out
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_axes_that_hold_the_batch_are_verified_at_two_samples(batch: int) -> None:
+    result = torchshear.prune(randomise(BatchedHeads()), (torch.randn(batch, 5, 12),))
+    assert result.verification.reference == "kept positions"
+    assert result.verification.max_error <= 1e-9
+    assert {len(kept) for kept in result.plan.kept.values()} == {3, 4}
+
+
+# -- a reference that shares nothing with the rules --------------------------------------------------------------------
+
+
+class Running(nn.Module):
+    """A running sum over features that can be cut, and a norm behind it if asked."""
+
+    def __init__(self, *, normed: bool) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 12), nn.Linear(12, 3)
+        self.norm = nn.LayerNorm(12) if normed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three values a sample."""
+        return self.two(self.norm(self.one(x).cumsum(-1)))
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_mirrored_rule_of_a_mixing_operator_is_caught(normed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = randomise(Running(normed=normed)), torch.randn(4, 5)
+    assert torchshear.prune(model, (x,)).verification.max_error < 1e-12
+    rule = _registry._RULES["aten.cumsum"]
+
+    def mirrored(call):  # type: ignore[no-untyped-def]
+        *others, last = rule(call)  # type: ignore[misc]
+        return (*others, call.algebra.take(last, slice(None, None, -1)))
+
+    monkeypatch.setitem(_registry._RULES, "aten.cumsum", mirrored)
+    with pytest.raises(VerificationError, match="'cumsum', aten.cumsum.default"):
+        torchshear.prune(model, (x,))
+
+
+def test_an_operator_for_which_zeros_are_exact_is_not_excused() -> None:
+    verification = torchshear.prune(randomise(Running(normed=False)), (torch.randn(4, 5),)).verification
+    assert (verification.reference, verification.operators) == ("masked", ())
+
+
+def test_what_is_excused_is_named() -> None:
+    verification = torchshear.prune(randomise(Running(normed=True)), (torch.randn(4, 5),)).verification
+    assert verification.reference == "kept positions"
+    assert len(verification.operators) == 1
+    assert verification.operators[0].startswith("layer_norm (aten.layer_norm.default in module 'norm'")
+
+
+class Centred(nn.Module):
+    """A norm over channels written by hand: what is cut takes on the mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 4, 1)
+        self.scale = nn.Parameter(torch.rand(12, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of four channels."""
+        x = self.one(x)
+        x = x - x.mean(1, keepdim=True)
+        return self.two(self.scale * x / (x.pow(2).mean(1, keepdim=True) + 1e-6).sqrt())
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.09])  # six channels go, and one
+def test_a_norm_by_hand_is_proved(ratio: float) -> None:
+    result = torchshear.prune(randomise(Centred()), (torch.randn(2, 3, 4, 4),), ratio=ratio)
+    assert result.verification.reference == "kept positions"
+    assert result.verification.max_error < 1e-12
+
+
+def test_cut_positions_that_are_alive_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that drops a living position, and a graph that drops it as well, agree with each other and are wrong."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 12), nn.Linear(11, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(nn.functional.layer_norm(self.one(x)[:, 1:], (11,)))
+
+    rule = _registry._RULES["aten.slice.Tensor"]
+
+    def swapped(call):  # type: ignore[no-untyped-def]
+        *others, last = rule(call)  # type: ignore[misc]
+        order = [1, 0, *range(2, last.size)]
+        return (*others, call.algebra.take(last, torch.tensor(order).numpy()))
+
+    model = randomise(Sliced())
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(4, 5),)))
+    kept = {groups[0].name: [0, 1, 3, 5, 6, 9]}
+    assert torchshear.verify(
+        model, torchshear.shrink(model, plan_from_kept(groups, kept)), plan_from_kept(groups, kept)
+    )
+    monkeypatch.setitem(_registry._RULES, "aten.slice.Tensor", swapped)
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(4, 5),)))
+    plan = plan_from_kept(groups, {group.name: [0, 2, 4, 5, 8, 10] for group in groups if group.width == 11})
+    with pytest.raises(VerificationError, match="is said to be cut, but its value follows the inputs"):
+        torchshear.verify(model, torchshear.shrink(model, plan), plan, (torch.randn(4, 5),))
+
+
+# -- inputs that exercise the model ------------------------------------------------------------------------------------
+
+
+class Language(nn.Module):
+    """A small language model without rotary embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.tokens = 4, nn.Embedding(60, 32)
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+        self.out = nn.Linear(32, 60)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of each token."""
+        x = self.tokens(tokens)
+        q, k, v = (f(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(x + self.o(y.transpose(1, 2).reshape(x.shape)))
+
+
+def masked_copy(model: nn.Module, plan: torchshear.PruningPlan) -> nn.Module:
+    twin = copy.deepcopy(model)
+    tensors = dict(twin.named_parameters())
+    with torch.no_grad():
+        for name, mask in plan.masks().items():
+            tensors[name].mul_(mask)
+    return twin
+
+
+def test_equal_tokens_prove_nothing() -> None:
+    torch.manual_seed(0)
+    model, tokens = Language().eval(), torch.randint(0, 60, (2, 8))
+    with torch.no_grad():
+        model.q.weight.mul_(8)
+    result = torchshear.prune(model, (torch.zeros(2, 8, dtype=torch.long),), axes="heads")
+    torch.testing.assert_close(result.model(tokens), masked_copy(model, result.plan)(tokens), rtol=1e-5, atol=1e-5)
+    wrong = copy.deepcopy(result.model)
+    if isinstance(wrong, Language):
+        wrong.heads = 4
+        with pytest.raises(VerificationError):
+            torchshear.verify(model, wrong, result.plan, (torch.zeros(2, 8, dtype=torch.long),))
+
+
+def test_a_branch_that_a_zero_switches_off_is_compared() -> None:
+    class Gated(nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 2)
+            if kind == "buffer":
+                self.register_buffer("gate", torch.zeros(()))
+            else:
+                self.gate = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x).relu()
+            return self.two(h) + self.gate * h.reshape(len(h), 2, -1).shape[2] * x[:, :2]
+
+    for kind in ("buffer", "parameter"):
+        model, x = Gated(kind).eval(), torch.randn(3, 4)
+        result = torchshear.prune(model, (x,))
+        switched_on = masked_copy(model, result.plan)
+        for one in (switched_on, result.model):
+            dict([*one.named_parameters(), *one.named_buffers()])["gate"].data.fill_(1)
+        torch.testing.assert_close(result.model(x), switched_on(x))
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [(torch.randn(0, 4), "no values"), (torch.empty(2, 4, device="meta"), "on the meta device")],
+    ids=["empty", "meta"],
+)
+def test_inputs_that_prove_nothing_are_refused(x: Tensor, said: str) -> None:
+    model = randomise(Normed())
+    plan = torchshear.prune(model, (torch.randn(2, 4),)).plan
+    with pytest.raises(ArgumentError, match=said):
+        torchshear.verify(model, model, plan, (x,))
+
+
+# -- comparing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_huge_filler_hides_nothing() -> None:
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 32), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
+            h = self.one(x).relu()
+            return self.two(h / h.shape[-1]).masked_fill(~allowed, -1e9)
+
+    torch.manual_seed(0)
+    model, x, allowed = Policy().eval(), torch.randn(4, 6), torch.ones(4, 4, dtype=torch.bool)
+    allowed[:, 3] = False
+    result = torchshear.prune(model, (x, allowed))
+    torch.testing.assert_close(result.model(x, allowed), masked_copy(model, result.plan)(x, allowed))
+    expected = model(x, allowed).detach()
+    assert relative_error([expected], [torch.where(allowed, 2 * expected, expected)]) > 0.1
+    assert relative_error([expected], [expected.clone()]) == 0
+
+
+def test_complex_outputs_are_compared() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft(self.two(self.one(x).relu()))
+
+    result = torchshear.prune(randomise(Spectrum()), (torch.randn(2, 6),))
+    assert result.verification.max_error < 1e-12
+    with torch.no_grad():
+        result.model.two.bias[0] += 1e-3
+    with pytest.raises(VerificationError):
+        torchshear.verify(randomise(Spectrum()), result.model, result.plan, (torch.randn(2, 6),))
+
+
+def test_train_mode_is_compared() -> None:
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x).relu()
+            return self.two(h / h.shape[1] if self.training else h)
+
+    model, x = randomise(Divided()).train(), torch.randn(4, 6)
+    result = torchshear.prune(model, (x,))
+    assert result.verification.modes == ("eval", "train")
+    torch.testing.assert_close(result.model.train()(x), masked_copy(model, result.plan).train()(x))
+    wrong = torchshear.speedup.shrink_to_form(model, result.plan).model
+    wrong.forward = lambda x: Divided.forward(wrong, x)  # type: ignore[method-assign]
+    native = Divided()
+    native.one, native.two = nn.Linear(6, 6), nn.Linear(6, 4)
+    native.load_state_dict(result.model.state_dict())
+    with pytest.raises(VerificationError, match="in train mode the shrunk model differs"):
+        torchshear.verify(model, native, result.plan, (x,))
+
+
+def test_gradients_are_compared() -> None:
+    class Detached(nn.Module):
+        def __init__(self, is_detached: bool) -> None:
+            super().__init__()
+            self.one, self.two, self.is_detached = nn.Linear(6, 12), nn.Linear(12, 4), is_detached
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x).relu()
+            return self.two(h.detach() if self.is_detached else h)
+
+    model, x = randomise(Detached(False)), torch.randn(4, 6)
+    result = torchshear.prune(model, (x,))
+    assert result.verification.max_gradient_error is not None
+    assert result.verification.max_gradient_error < 1e-10
+    result.model.is_detached = True
+    with pytest.raises(VerificationError, match="gradient of 'one"):
+        torchshear.verify(model, result.model, result.plan, (x,))
+
+
+def test_random_numbers_are_made_equal() -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.Dropout(0.5), nn.ReLU(), nn.Linear(12, 4)).train()
+    verification = torchshear.prune(model, (torch.randn(4, 6),)).verification
+    assert verification.modes == ("eval", "train")
+    assert verification.max_error < 1e-12
+
+
+def test_a_stateful_model_is_called_so() -> None:
+    class Averaged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.norm, self.two = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 4)
+            self.seen = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return self.two(self.norm(self.one(x))) * self.seen
+
+    with pytest.raises(VerificationError, match="is stateful: two runs of the model on the same inputs differ"):
+        torchshear.prune(Averaged(), (torch.randn(4, 6),))

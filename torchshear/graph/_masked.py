@@ -1,0 +1,144 @@
+"""What an operator computes on the kept positions of its operands alone, told without any rule of the axis algebra.
+
+Where a norm, a softmax or a mean runs over positions of which some are cut, setting these to zero is not removing them.
+The proof of a cut runs the original graph on tensors of their full sizes and asks here what such an operator would give
+if the cut positions were not there. Nothing here imports the rules, so that what proves shares nothing with what is
+proved.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from torchshear.errors import ArgumentError
+from torchshear.graph._run import bound_arguments
+
+Kept = Mapping[int, Tensor]  # dimension -> bool mask over its positions, for dimensions that lose some
+
+
+class MaskedCall:
+    """A call of an operator, with operands of their full sizes of which some positions are cut.
+
+    Args:
+        node: the call.
+        args: values of its arguments by position.
+        kwargs: values of its arguments by name.
+        kept: gives, for an operand, the mask of kept positions of each dimension that loses some.
+    """
+
+    def __init__(
+        self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Callable[[fx.Node], Kept]
+    ) -> None:
+        self.node = node
+        self._values = bound_arguments(node.target, args, kwargs)
+        self._nodes = bound_arguments(node.target, node.args, node.kwargs)
+        self._kept = kept
+
+    def arg(self, name: str) -> Any:
+        """Value of an argument by its name in the operator's schema; operands are of full size."""
+        return self._values.get(name)
+
+    def kept(self, name: str) -> Kept:
+        """Masks of the kept positions of an operand, for each dimension that loses some."""
+        node = self._nodes.get(name)
+        return self._kept(node) if isinstance(node, fx.Node) else {}
+
+    def dims(self, name: str, operand: str) -> list[int]:
+        """Dimensions that an argument names, counted from the front; all of the operand's if it names none."""
+        given, rank = self.arg(name), self.arg(operand).ndim
+        some = [given] if isinstance(given, int) else list(given) if given else range(rank)
+        return [int(dim) % rank for dim in some]
+
+    def restricted(self, name: str, dims: Iterable[int] | None = None) -> Tensor:
+        """The operand at the kept positions of some dimensions; of all if none are named."""
+        value: Tensor = self.arg(name)
+        for dim, mask in self.kept(name).items():
+            if dims is None or dim in dims:
+                value = value.index_select(dim, mask.nonzero().flatten())
+        return value
+
+    def filled(self, name: str, dims: Iterable[int], number: int | None = None, *, value: float = 0) -> Tensor:
+        """The operand with a number at the cut positions of some dimensions.
+
+        Args:
+            name: name of the argument.
+            dims: dimensions; negative ones count from the last.
+            value: the number.
+            number: which operand, where the argument is a list of them.
+        """
+        node: Any = self._nodes[name] if number is None else self._nodes[name][number]
+        operand: Tensor = self._values[name] if number is None else self._values[name][number]
+        over = {dim % operand.ndim for dim in dims}
+        for dim, mask in (self._kept(node) if isinstance(node, fx.Node) else {}).items():
+            if dim in over:
+                operand = operand.masked_fill(_along(~mask, dim, operand.ndim), value)
+        return operand
+
+    def put_back(self, value: Tensor, name: str, dims: Iterable[int] | None = None) -> Tensor:
+        """The reverse of `restricted`: positions of a value back where they were in the operand, among zeros."""
+        for dim, mask in self.kept(name).items():
+            if dims is None or dim in dims:
+                value = among_zeros(value, mask, dim)
+        return value
+
+    def run(self, /, **replaced: Any) -> Any:
+        """Run the operator itself, with other values for some of its arguments."""
+        return self.node.target(**{**self._values, **replaced})  # type: ignore[operator]
+
+
+MaskedForm = Callable[[MaskedCall], Any]
+
+_FORMS: dict[str, MaskedForm] = {}
+
+
+def masked_operator(*names: str) -> Callable[[MaskedForm], MaskedForm]:
+    """Register what operators compute on kept positions, for operators that mix positions.
+
+    The function gives the value of the call at its full size; what stands at cut positions of it does not matter.
+
+    Args:
+        names: operator names with namespace and without overload, as in "aten.mean".
+
+    Raises:
+        ArgumentError: an operator has a masked form already.
+    """
+
+    def add(form: MaskedForm) -> MaskedForm:
+        for name in names:
+            if name in _FORMS:
+                raise ArgumentError(f"operator {name!r} has a masked form already: {_FORMS[name].__name__}.")
+            _FORMS[name] = form
+        return form
+
+    return add
+
+
+def masked_form(node: fx.Node) -> MaskedForm | None:
+    """What is registered for the operator of a call, or None."""
+    target = node.target
+    return _FORMS.get(str(target).rpartition(".")[0]) if isinstance(target, torch._ops.OpOverload) else None
+
+
+def forget_masked_form(name: str) -> None:
+    """Forget the masked form of an operator, if it has one."""
+    _FORMS.pop(name, None)
+
+
+def among_zeros(value: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """Put the positions of a value along a dimension where a mask is true, and zeros elsewhere.
+
+    Args:
+        value: as many positions as the mask has true values.
+        mask: bool, one for each position of the result.
+        dim: the dimension.
+    """
+    dim = dim % value.ndim
+    shape = [*value.shape[:dim], len(mask), *value.shape[dim + 1 :]]
+    return value.new_zeros(shape).index_copy(dim, mask.nonzero().flatten(), value)
+
+
+def _along(mask: Tensor, dim: int, rank: int) -> Tensor:
+    """A mask over one dimension in a shape that broadcasts."""
+    return mask.reshape([-1 if i == dim else 1 for i in range(rank)])

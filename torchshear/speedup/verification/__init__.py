@@ -1,0 +1,5 @@
+"""Proof by comparison: a shrunk model computes what the masked model computes."""
+
+from torchshear.speedup.verification._verify import Verification, verify
+
+__all__ = ["Verification", "verify"]

@@ -1,0 +1,57 @@
+"""Comparing gradients of parameters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchshear.errors import VerificationError
+from torchshear.speedup._compare import tolerance
+from torchshear.speedup.verification._runs import Run
+from torchshear.speedup.verification._weights import Values
+
+_SLACK = 100  # times the tolerance of outputs: sums over samples and positions cancel
+
+
+def compare_gradients(values: Values, expected: Run, actual: Run, where: str) -> float | None:
+    """Largest difference of a gradient; None where there are none.
+
+    Raises:
+        VerificationError: it is too large.
+    """
+    if expected.gradients is None or actual.gradients is None:
+        return None
+    own = {values.canonical(name): gradient for name, gradient in expected.gradients.items()}
+    sliced = values.sliced({name: g for name, g in own.items() if name in values.groups.graph.state})
+    worst, name_of_worst = 0.0, ""
+    smallest = _smallest_size(list(sliced.values()))
+    for name, gradient in actual.gradients.items():
+        wanted = sliced.get(values.canonical(name))
+        if wanted is not None:
+            error = _gradient_error(wanted, gradient, smallest)
+            worst, name_of_worst = max((worst, name_of_worst), (error, name))
+    if worst > _SLACK * tolerance(list(sliced.values())):
+        raise VerificationError(
+            f"{where} the gradient of {name_of_worst!r} differs from that of the masked model by {worst:.2g} "
+            f"relative, though the outputs do not: what the shrunk model computes has another derivative."
+        )
+    return worst
+
+
+def _smallest_size(gradients: Sequence[Tensor]) -> float:
+    """What counts as the least size of a gradient: behind a norm some are zero but for rounding."""
+    sizes = [float(g.abs().mean()) for g in gradients if g.numel() and (g.is_floating_point() or g.is_complex())]
+    sizes = sorted(size for size in sizes if size > 0)
+    return max(1e-2 * sizes[len(sizes) // 2], 1e-6 * sizes[-1]) if sizes else 0.0
+
+
+def _gradient_error(expected: Tensor, actual: Tensor, smallest: float) -> float:
+    """Largest difference of an element, relative to it, to its tensor and to the least size of a gradient."""
+    if expected.shape != actual.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    difference = (expected - actual).abs().masked_fill(expected.isnan() & actual.isnan(), 0)
+    scale = (expected.abs() + expected.abs().mean() + smallest).clamp_min(torch.finfo(torch.float64).tiny)
+    error = float((difference / scale).max())
+    return error if error == error else float("inf")

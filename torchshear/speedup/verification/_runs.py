@@ -1,0 +1,157 @@
+"""Running a module for a comparison: copies, modes, given weights, outputs and gradients."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from torchshear.dependency import PruningPlan
+from torchshear.graph import Cache, ExampleInputs, Mode, caches_of, copy_model, forget, output_leaves
+from torchshear.graph._mode import in_mode
+from torchshear.speedup._precision import computing_in, to_float64
+from torchshear.speedup.verification._random import EqualRandomness
+
+Keep = Callable[[list[Any]], list[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """What a model gave.
+
+    Attributes:
+        outputs: flat outputs, those that shrink at their kept positions.
+        gradients: name of a parameter -> gradient of a fixed sum over the outputs; None if none was asked for, or no
+            output has one.
+    """
+
+    outputs: list[Any]
+    gradients: dict[str, Tensor] | None = None
+
+
+def own_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating parameter; float32 if it has none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def fresh_copy(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
+    """A copy without what its modules keep of parameters that may be about to change, in float64 if that is asked."""
+    twin = copy_model(model)
+    forget(twin, caches_of(model, example))
+    return twin.to(dtype) if dtype is torch.float64 else twin
+
+
+def in_dtype(inputs: ExampleInputs, dtype: torch.dtype) -> ExampleInputs:
+    """Copies of the inputs, in float64 if that is asked."""
+    return to_float64(inputs) if dtype is torch.float64 else inputs.copy()
+
+
+def leaves_of(inputs: ExampleInputs) -> list[Any]:
+    """Arguments and keyword arguments, flat, in the order of a captured graph."""
+    return pytree.tree_leaves((inputs.args, inputs.kwargs))
+
+
+def kept_outputs(plan: PruningPlan, leaves: list[Any]) -> list[Any]:
+    """Outputs of the original, those that shrink at their kept positions."""
+    leaves = list(leaves)
+    for output in plan.outputs:
+        for dim, kept in output.kept.items():
+            leaves[output.index] = leaves[output.index].index_select(
+                dim, torch.from_numpy(kept.copy()).to(leaves[output.index].device)
+            )
+    return leaves
+
+
+@contextmanager
+def conditions(dtype: torch.dtype, *, gradients: bool = False) -> Iterator[None]:
+    """What a run is compared under: one dtype throughout, random numbers that are equal, gradients or none."""
+    equal = EqualRandomness()  # type: ignore[no-untyped-call]
+    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), computing_in(dtype), equal:
+        yield
+
+
+def run_module(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    dtype: torch.dtype,
+    mode: Mode = "eval",
+    keep: Keep | None = None,
+    *,
+    gradients: bool = False,
+) -> Run:
+    """Run a module on copies of inputs. Its mode, attributes and buffers are the same afterwards.
+
+    Args:
+        model: the module, with parameters in `dtype`.
+        inputs: what to run on.
+        dtype: dtype to compute in.
+        mode: mode to run in.
+        keep: takes the flat outputs to what is compared of them.
+        gradients: whether to compute gradients of all floating parameters.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    given = in_dtype(inputs, dtype)
+    leaves = {name: p for name, p in model.named_parameters() if p.is_floating_point()} if gradients else {}
+    flags = [(leaf, leaf.requires_grad) for leaf in leaves.values()]
+    try:
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        with in_mode(model, mode), conditions(dtype, gradients=gradients):
+            outputs = output_leaves(model(*given.args, **given.kwargs))
+            outputs = outputs if keep is None else keep(outputs)
+            return Run(detached(outputs), gradients_of(outputs, leaves) if gradients else None)
+    finally:
+        for leaf, needs in flags:
+            leaf.requires_grad_(needs)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def detached(outputs: list[Any]) -> list[Any]:
+    """Outputs without what computed them."""
+    return [value.detach() if isinstance(value, Tensor) else value for value in outputs]
+
+
+def gradients_of(outputs: list[Any], leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Gradients of a sum over all floating outputs, each element with a weight of its own; zero where there is none."""
+    total: Tensor | None = None
+    for value in outputs:
+        if isinstance(value, Tensor) and value.requires_grad:
+            real = torch.view_as_real(value) if value.is_complex() else value
+            places = torch.arange(1, real.numel() + 1, dtype=torch.float64, device=real.device)
+            weights = torch.cos(places * 2**0.5).reshape(real.shape).to(real.dtype)
+            finite = torch.where(real.isfinite(), real, 0)
+            total = (finite * weights).sum() + (0 if total is None else total)
+    if total is None or not leaves:
+        return None
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves.items(), found, strict=True)
+    return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in pairs}
+
+
+@contextmanager
+def given(model: nn.Module, values: Mapping[str, Tensor] | None, caches: tuple[Cache, ...] = ()) -> Iterator[None]:
+    """Have a model compute with other values of parameters and buffers for a while; those not named keep theirs.
+
+    Args:
+        model: the model.
+        values: name -> tensor of the same shape; None: all keep theirs.
+        caches: what the model keeps of values that it computed from its weights.
+    """
+    if values is None:
+        yield
+        return
+    own = [(t, t.data, values[n]) for n, t in (*model.named_parameters(), *model.named_buffers()) if n in values]
+    forget(model, caches)
+    try:
+        for tensor, _, value in own:
+            tensor.data = value.to(tensor.dtype)
+        yield
+    finally:
+        for tensor, data, _ in own:
+            tensor.data = data
+        forget(model, caches)

@@ -1,0 +1,117 @@
+"""The public proof: outputs and gradients of a shrunk model against those of the masked model, in both modes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from torchshear.dependency import PruningPlan
+from torchshear.errors import VerificationError
+from torchshear.graph import ExampleInputs, Mode, PartRun, failure_of, whole_of
+from torchshear.speedup._shrink import analysis_of, recorded_run
+from torchshear.speedup.verification._proof import prove
+from torchshear.speedup.verification._setting import Setting
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was compared, and how closely it agreed.
+
+    Attributes:
+        reference: "masked" for the original module with the cut parameters set to zero; "kept positions" where an
+            operator mixes positions (norms, softmax, means), for the original graph with masked parameters in which
+            those operators, and no others, see the kept positions only.
+        max_error: largest difference of any element of an output, relative to that element and to the ordinary values
+            of its output.
+        dtype: dtype in which both were computed.
+        n_inputs: number of inputs compared: the example, random ones, and random ones with weights drawn anew.
+        operators: the calls that were compared on kept positions only, with module and source line.
+        modes: the modes in which outputs and gradients were compared.
+        max_gradient_error: largest difference of a gradient of a parameter, likewise; None where none was compared.
+        left_out: what could not be compared, and why.
+    """
+
+    reference: Literal["masked", "kept positions"]
+    max_error: float
+    dtype: torch.dtype
+    n_inputs: int
+    operators: tuple[str, ...] = ()
+    modes: tuple[Mode, ...] = ("eval",)
+    max_gradient_error: float | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def verify(
+    model: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+) -> Verification:
+    """Prove that a shrunk model is the masked model, on the example inputs and on random ones of their shapes.
+
+    Of a plan for parts, each call of each part is compared: those that the original makes of them in a run on the
+    example inputs, or the captured ones if none are given; then the shrunk model is run whole.
+
+    Both are computed in float64, or in their own dtype where an operator refuses that: outputs in eval and in train
+    mode, with random numbers made equal, and gradients of all parameters. Outputs that shrink are compared at the
+    positions that they keep. Nothing is changed.
+
+    Args:
+        model: the original model.
+        small: the shrunk one.
+        plan: the plan between them.
+        args: example arguments; without any, those of the plan.
+        kwargs: example keyword arguments.
+        seed: seed of the random inputs and weights.
+
+    Returns:
+        The reference that was used and the largest relative difference, at most 1e-9 in float64.
+
+    Raises:
+        ArgumentError: the example inputs are empty or without values.
+        VerificationError: outputs or gradients differ; names the first value in the graph that does. Or a model with
+            smaller parts does not run whole.
+    """
+    is_given = bool(args or kwargs)
+    example = ExampleInputs.of(args, kwargs)
+    groups = analysis_of(model, plan, *((args, kwargs) if is_given else (None, None)))
+    if groups.graph.parts is None:
+        inputs = example if is_given else recorded_run(model, plan, None, None)[1]
+        setting = Setting(model, small, plan, groups, inputs, seed)
+    else:
+        whole, smaller = (PartRun(whole_of(one), groups.graph.parts) for one in (model, small))
+        setting = Setting(whole, smaller, plan, groups, groups.graph.inputs, seed)
+    found = prove(setting)
+    if groups.graph.parts is not None:
+        _check_whole(small, plan, example)
+    return Verification(
+        reference="kept positions" if found.excused else "masked",
+        max_error=found.max_error,
+        dtype=setting.dtype,
+        n_inputs=len(setting.trials),
+        operators=found.excused,
+        modes=found.modes,
+        max_gradient_error=found.max_gradient_error,
+        left_out=tuple(setting.left_out),
+    )
+
+
+def _check_whole(small: nn.Module, plan: PruningPlan, example: ExampleInputs) -> None:
+    """See that a model runs whole with its smaller parts, where its example inputs are known.
+
+    Raises:
+        VerificationError: it does not.
+    """
+    if not (example.args or example.kwargs) or any(tensor.is_meta for tensor in small.parameters()):
+        return
+    failure = failure_of(small, example, "eval")
+    if failure is not None:
+        raise VerificationError(
+            f"each part of {plan.model_type} equals the masked one, but the model no longer runs whole: {failure}. Its "
+            f"code outside the parts depends on what is inside them; name smaller modules as parts."
+        )

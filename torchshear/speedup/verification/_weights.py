@@ -1,0 +1,74 @@
+"""Values of parameters and buffers to compare two models with: masked, sliced, and drawn anew."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from torchshear.dependency import ChannelGroups, Cut, make_state_plan
+from torchshear.speedup._redrawn import redraw
+from torchshear.speedup._state import slice_state
+
+State = Mapping[str, Tensor]
+
+
+class Values:
+    """The tensors of a network by canonical name, and what a cut makes of them.
+
+    Args:
+        groups: the analysed network.
+        cut: the units that are cut.
+        masks: canonical name -> what is kept of the floating tensors, of their full shapes.
+    """
+
+    def __init__(self, groups: ChannelGroups, cut: Cut) -> None:
+        self.groups = groups
+        self.cut = cut
+        self.masks: dict[str, Tensor] = {}
+        for name, entry in groups.graph.state.items():
+            made = make_state_plan(cut, name)
+            is_number = entry.tensor.is_floating_point() or entry.tensor.is_complex()
+            if made is not None and made.kept and is_number:
+                self.masks[name] = made.mask()
+
+    def of(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors of the original, floating ones in a dtype; constants as the graph holds them."""
+        named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        state = {name: named.get(name, entry.tensor).detach() for name, entry in self.groups.graph.state.items()}
+        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+
+    def masked(self, state: State) -> dict[str, Tensor]:
+        """The same with zeros at all that is cut."""
+        return {n: t.masked_fill(~self.masks[n].to(t.device), 0) if n in self.masks else t for n, t in state.items()}
+
+    def sliced(self, state: State) -> dict[str, Tensor]:
+        """What is kept of each."""
+        return slice_state(self.cut, dict(state))
+
+    def named(self, model: nn.Module, state: State) -> dict[str, Tensor]:
+        """Those that a model has, by its own names for them."""
+        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        canonical = {name: self.canonical(name) for name in names}
+        return {name: state[own] for name, own in canonical.items() if own in state}
+
+    def canonical(self, name: str) -> str:
+        """The one name of a tensor that has several."""
+        return self.groups.graph.aliases.get(name, name)
+
+    def drawn(self, state: State, seed: int, *, buffers: bool) -> dict[str, Tensor]:
+        """Tensors of the same shapes with which every layer has a say: see `redraw`. Constants stay.
+
+        Args:
+            state: canonical name -> tensor.
+            seed: seed of the draw.
+            buffers: whether to change floating buffers too.
+        """
+        kinds = {name: entry.kind for name, entry in self.groups.graph.state.items()}
+        drawn = redraw({name: t for name, t in state.items() if kinds[name] == "parameter"}, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        for name, tensor in state.items():
+            is_scalar = kinds[name] == "parameter" and not tensor.ndim
+            if tensor.is_floating_point() and (is_scalar or (buffers and kinds[name] == "buffer")):
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() * 0.1
+                drawn[name] = tensor + noise.to(tensor.device, tensor.dtype)  # upwards: a variance stays one
+        return {**state, **drawn}
