@@ -9,6 +9,8 @@ from torch import fx
 from torch.amp import autocast_mode
 from torch.export import ExportedProgram
 
+from torchshear.graph._functions import carry_marks
+
 # Nodes that check or describe, and compute nothing that anything uses.
 _CHECKS = frozenset(
     {
@@ -78,6 +80,8 @@ class _Copier:
         if name not in self._state:
             self._state[name] = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
             self._state[name].meta = dict(node.meta)
+        else:
+            carry_marks(node, self._state[name])
         return self._state[name]
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
@@ -96,7 +100,9 @@ class _Copier:
             self.graph.call_function(autocast_mode._exit_autocast, (entered,))
             return result
         if node.target is operator.getitem and isinstance(env[node.args[0]], list | tuple):  # type: ignore[index]
-            return env[node.args[0]][node.args[1]]  # type: ignore[index]
+            inner: fx.Node = env[node.args[0]][node.args[1]]  # type: ignore[index]
+            carry_marks(node, inner)
+            return inner
         return self.graph.node_copy(node, lambda n: env[n])
 
     def _values(self, arguments: tuple[Any, ...], env: dict[fx.Node, Any]) -> tuple[Any, ...]:
