@@ -1,5 +1,6 @@
 """Whether the backward of a function is that of its operators, found by running both on the same numbers."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,13 +68,13 @@ class _Comparison:
         order = {node.name: number for number, node in enumerate(graph)}
         self._calls: dict[str, list[int]] = {}
         self._pieces: dict[int, _Piece] = {}
-        self._read: set[str] = set()
+        self._n_readers: Counter[str] = Counter()
         for number, call in enumerate(graph.functions):
             made = [name for name in call.outputs if name]
             if made and call.is_known:
                 self._pieces[number] = _Piece.of(call, graph)
                 self._calls.setdefault(max(made, key=order.__getitem__), []).append(number)
-                self._read.update(self._pieces[number].read)
+                self._n_readers.update(self._pieces[number].read)
 
     def run(self) -> dict[int, bool]:
         """Number of a call -> whether its backward is another one than that of its operators."""
@@ -83,24 +84,23 @@ class _Comparison:
         for node, value in graph_values(self._graph.fx_graph, self._state(), self._leaves()):
             if self._follows_parameters(node, learning):
                 learning.add(node.name)
-            if node.name in self._read:
+            if node.name in self._n_readers:
                 held[node.name] = value.detach().clone() if isinstance(value, Tensor) else value
             for number in self._calls.get(node.name, ()):
                 piece = self._pieces[number]
                 by = learning.intersection(piece.read) if torch.is_grad_enabled() else set()
                 found[number] = bool(by) and piece.is_own({name: held[name] for name in piece.read}, sorted(by))
+                self._n_readers.subtract(piece.read)
+                held = {name: value for name, value in held.items() if self._n_readers[name]}
         return found
 
     def _state(self) -> dict[str, Tensor]:
         return {name: entry.tensor for name, entry in self._graph.state.items()}
 
     def _leaves(self) -> list[Any]:
-        """The example; at most four samples of it where the batch is free."""
+        """The example; two samples of it where the batch is free, as batch norms need in train mode."""
         inputs = self._graph.inputs
-        batch = inputs.batch_size()
-        own = (
-            inputs.with_batch(min(max(batch, 2), 4)) if self._graph.batch_hint is not None and batch else inputs.copy()
-        )
+        own = inputs.with_batch(2) if self._graph.batch_hint is not None else inputs.copy()
         return pytree.tree_leaves((own.args, own.kwargs))
 
     def _follows_parameters(self, node: fx.Node, learning: set[str]) -> bool:
