@@ -75,6 +75,48 @@ class Product(torch.autograd.Function):
         return gradient @ weight + 2 * of_double, gradient.t() @ x, gradient.sum(0)
 
 
+class Masked(torch.autograd.Function):
+    """A softmax over what is not negative, with its derivative; its operators give none, since one writes over y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.softmax(x.masked_fill(x < 0, torch.tensor(torch.finfo(x.dtype).min)), -1)
+        y.masked_fill_(x < 0, 0)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return y * (gradient - (gradient * y).sum(-1, keepdim=True))
+
+
+class Doubled(torch.autograd.Function):
+    """Multiplies by a tensor that its forward makes; gives the derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * torch.tensor(2.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+class Root(torch.autograd.Function):
+    """A square root whose derivative is kept from growing above 1000."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.sqrt(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient / torch.sqrt(torch.clip(4 * x, min=1e-6))
+
+
 class Pointwise(torch.autograd.Function):
     """A convolution over single places, with a third of the gradient of its weight."""
 

@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchshear
-from tests.functions import Adversarial, Clamped, Itself, Product, Quantized, ReluInPlace, Reversed, Rounded, Swish
+from tests.functions import (
+    Adversarial,
+    Clamped,
+    Doubled,
+    Itself,
+    Masked,
+    Product,
+    Quantized,
+    ReluInPlace,
+    Reversed,
+    Root,
+    Rounded,
+    Swish,
+)
 from torchshear.graph import ExampleInputs, Graph, capture, parameters_on_meta
 from torchshear.graph._functions import Operand, watched_functions
 
@@ -38,9 +51,12 @@ def traced(function: Callable[[Tensor], Tensor], *, x: Tensor | None = None) -> 
         (Rounded.apply, True),
         (lambda h: Clamped.apply(h * 1e-3), True),  # on the example nothing is clamped
         (Itself.apply, True),
+        (lambda h: Root.apply(h.square() + 1), True),  # on the example it is the derivative
         (lambda h: ReluInPlace.apply(h * 1, 2.0), True),
         (lambda h: ReluInPlace.apply(h * 1, 1.0), False),
         (Swish.apply, False),
+        (Masked.apply, True),
+        (Doubled.apply, False),
         (lambda h: Reversed.apply(h, -1.0), False),
         (lambda h: sum(Product.apply(h, torch.eye(6), torch.ones(6))), False),
     ],

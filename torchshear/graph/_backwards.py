@@ -1,4 +1,4 @@
-"""Whether the backward of a function is that of its operators, found by running both on the same numbers."""
+"""Whether the operators of a function give its backward, found by running both on the same numbers."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -22,11 +22,11 @@ _TOLERANCE = 1e-3
 
 
 def with_own_backwards(graph: Graph) -> Graph:
-    """Say of each function that a model calls whether its backward is another one than that of its operators.
+    """Say of each function that a model calls whether its backward is its own: its operators do not give it.
 
     Only gradients that reach a parameter count. They are compared in float64 where the function runs in it, near the
     example and on random numbers, since an example may lie where both are the same. What cannot be compared, as on the
-    meta device, is taken for another.
+    meta device, is taken for its own.
 
     Args:
         graph: the captured model, in whose mode the model is.
@@ -77,7 +77,7 @@ class _Comparison:
                 self._n_readers.update(self._pieces[number].read)
 
     def run(self) -> dict[int, bool]:
-        """Number of a call -> whether its backward is another one than that of its operators."""
+        """Number of a call -> whether its backward is its own."""
         found = {number: not call.is_known for number, call in enumerate(self._graph.functions)}
         held: Values = {}
         learning: set[str] = set()  # names of nodes whose values follow parameters
@@ -107,7 +107,7 @@ class _Comparison:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
             return False
-        if node.target is torch.ops.aten.detach.default:
+        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.detach_.default):
             return False
         if node.op == "get_attr":
             return self._graph.state[str(node.target)].kind == "parameter"
@@ -228,9 +228,11 @@ def _gradients(outputs: list[Tensor], leaves: Mapping[str, Tensor], slopes: list
 
 
 def _are_different(one: Tensor, other: Tensor) -> bool:
-    """Whether two gradients differ by more than rounding, where both are finite."""
+    """Whether two gradients differ by more than rounding, or only one is finite, as that of a root kept from zero."""
     tolerance = _TOLERANCES.get(one.dtype, _TOLERANCE)
     known = one.isfinite() & other.isfinite()
+    if bool((one.isfinite() != other.isfinite()).any()):
+        return True
     one, other = (gradient[known].to(torch.complex128) for gradient in (one, other))
     if not one.numel():
         return False

@@ -40,7 +40,7 @@ class FunctionCall:
         inside: names of the nodes of its operators.
         module: name of the module that calls it; "" is the model itself.
         is_known: whether a node is known for each of its tensors, so that it can be called in place of its operators.
-        is_own: whether its backward is another one than that of its operators, or cannot be compared with it.
+        is_own: whether its operators do not give its backward, or could not be compared with it.
     """
 
     function: type[Function]
@@ -253,7 +253,7 @@ def _call(number: int, seen: SeenCall, marked: Mapping[_Mark, list[fx.Node]]) ->
     leaves, spec = pytree.tree_flatten((seen.args, seen.kwargs))
     named = [Operand(name("input", n)) if isinstance(leaf, Operand) else leaf for n, leaf in enumerate(leaves)]
     args, kwargs = pytree.tree_unflatten(named, spec)
-    inside = marked.get(_Mark(number, "inside", 0), [])
+    inside = [node for node in marked.get(_Mark(number, "inside", 0), ()) if node.op == "call_function"]
     outputs = tuple(name("output", place) for place in range(seen.n_outputs))
     module = locate(inside[0]).module if inside else ""
     names = tuple(node.name for node in inside)

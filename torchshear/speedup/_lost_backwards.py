@@ -18,12 +18,12 @@ def lost_backwards(graph: Graph) -> str:
         return ""
     more = f" and {len(calls) - 1} more" if len(calls) > 1 else ""
     is_unsure = any(entry.tensor.is_meta for entry in graph.state.values())
-    unsure = ", or could not be compared with it on the meta device" if is_unsure else ""
+    unsure = ", or may not give on the meta device, where nothing was compared" if is_unsure else ""
     return (
-        f"a captured graph does not hold the backward of {calls[0]}{more}, which is another than that of the operators "
-        f"in its forward{unsure}, so that it would be trained with wrong gradients. To train the pruned model have it "
-        f"in native form: keep whole what the reason for the traced form names, by exclude=[...], or prune other "
-        f"modules only, by submodules=[...]."
+        f"a captured graph does not hold the backward of {calls[0]}{more}, which the operators in its forward do not "
+        f"give{unsure}, so that it would be trained with wrong gradients. To train the pruned model have it in native "
+        f"form: keep whole what the reason for the traced form names, by exclude=[...], or prune other modules only, by "
+        f"submodules=[...]."
     )
 
 
