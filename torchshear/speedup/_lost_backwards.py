@@ -22,8 +22,8 @@ def lost_backwards(graph: Graph) -> str:
     return (
         f"a captured graph does not hold the backward of {calls[0]}{more}, which the operators in its forward do not "
         f"give{unsure}, so that it would be trained with wrong gradients. To train the pruned model have it in native "
-        f"form: keep whole what the reason for the traced form names, by exclude=[...], or prune other modules only, by "
-        f"submodules=[...]."
+        f"form: keep whole what the reason for the traced form names, by exclude=[...], or prune other modules only, "
+        f"by submodules=[...]."
     )
 
 
