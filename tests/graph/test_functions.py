@@ -84,6 +84,44 @@ def test_calls_are_found_with_their_operands_and_results() -> None:
     assert str(call).startswith("Product (functions.py:")
 
 
+def test_a_tied_weight_is_found_under_its_first_name() -> None:
+    model = Between(Swish.apply)
+    model.first = nn.Parameter(torch.randn(6, 6))
+    model.product = nn.Linear(6, 6)
+    model.product.weight = model.first
+    model.function = lambda h: sum(Product.apply(h @ model.first, model.product.weight, model.product.bias))
+    (call,) = torchshear.trace(model, (torch.randn(2, 4),)).functions
+    assert call.args == (Operand("matmul"), Operand("first"), Operand("product_bias"))
+    assert call.is_known
+    assert not call.is_own
+
+
+@pytest.mark.parametrize(("factor", "is_own"), [(1.0, False), (3.0, True)])
+def test_gradients_that_a_function_itself_gives_to_parameters_are_compared_and_taken_back(
+    factor: float, is_own: bool
+) -> None:
+    model = Between(Swish.apply)
+    model.scale, added = nn.Parameter(torch.rand(6) + 1), []
+
+    class Adding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * model.scale
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            added.append(1)
+            model.scale.grad = (gradient * x).sum(0).to(model.scale.dtype) * factor
+            return gradient * model.scale
+
+    model.function = Adding.apply
+    assert [call.is_own for call in torchshear.trace(model, (torch.randn(2, 4),)).functions] == [is_own]
+    assert added
+    assert model.scale.grad is None
+
+
 def test_wrong_weight_gradients_are_found_behind_right_ones_of_the_input() -> None:
     class Halved(Product):
         @staticmethod

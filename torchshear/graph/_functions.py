@@ -224,8 +224,7 @@ def _mark(node: fx.Node, *marks: _Mark) -> None:
 
 def carry_marks(source: fx.Node, target: fx.Node) -> None:
     """Have a node stand for another one in the calls that this one belongs to."""
-    if source is not target:
-        _mark(target, *source.meta.get(_MARKS, ()))
+    _mark(target, *source.meta.get(_MARKS, ()))
 
 
 # -- calls in a finished graph -----------------------------------------------------------------------------------------

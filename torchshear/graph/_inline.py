@@ -100,9 +100,7 @@ class _Copier:
             self.graph.call_function(autocast_mode._exit_autocast, (entered,))
             return result
         if node.target is operator.getitem and isinstance(env[node.args[0]], list | tuple):  # type: ignore[index]
-            inner: fx.Node = env[node.args[0]][node.args[1]]  # type: ignore[index]
-            carry_marks(node, inner)
-            return inner
+            return env[node.args[0]][node.args[1]]  # type: ignore[index]
         return self.graph.node_copy(node, lambda n: env[n])
 
     def _values(self, arguments: tuple[Any, ...], env: dict[fx.Node, Any]) -> tuple[Any, ...]:
