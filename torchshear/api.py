@@ -200,4 +200,5 @@ def shrink_and_verify(
             raise
     traced = shrink_to_form(model, made, form="traced")
     verification = verify(model, traced.model, made, args, kwargs)
-    return replace(traced, reason="its own forward is not the masked model on the smaller tensors"), verification
+    reason = traced.reason.replace("asked for", "its own forward is not the masked model on the smaller tensors", 1)
+    return replace(traced, reason=reason), verification

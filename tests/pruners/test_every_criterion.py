@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.functions import Pointwise, ReluInPlace, Reversed, Rounded
 from tests.models import randomise
 from tests.pruners import naive
 from tests.pruners.kinds import LAYERS, Experts, Pooled, Recurrent
@@ -64,7 +65,34 @@ def test_docstring_says_formula_shape_direction_data_and_source(name: str) -> No
 
 # -- against the definitions ------------------------------------------------------------------------------------------
 
-TOYS = {"residual": naive.Residual, "grouped": naive.Grouped}
+
+class Adversarial(naive.Residual):
+    """A second head behind a reversal of gradients, and a stream that is rounded where gradients do not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.domain = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.show("first", torch.relu(self.norm(self.made("stem", x))))
+        y = self.show("middle", torch.relu(self.up_norm(self.made("up", Rounded.apply(x)))))
+        x = self.show("last", ReluInPlace.apply(x + self.made("down", y), 0.5))
+        x = x.mean((2, 3))
+        return self.head(x) + self.domain(Reversed.apply(x, 0.7))
+
+
+class Fused(naive.Residual):
+    """The last layer of the branch is a function that is given its weights, whose backward is not the derivative."""
+
+    def made(self, layer: str, x: Tensor) -> Tensor:
+        if layer != "up":
+            return super().made(layer, x)
+        self.seen.setdefault(f"input of {layer}", []).append(x.detach())
+        y = Pointwise.apply(x, self.up.weight, self.up.bias)
+        return y * self.gates[layer][:, :, None, None] if layer in self.gates else y
+
+
+TOYS = {"residual": naive.Residual, "grouped": naive.Grouped, "adversarial": Adversarial, "fused": Fused}
 
 
 def images(count: int = 3, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ from torchshear.graph._check import failure_of
 from torchshear.graph._contract import output_leaves, plain_outputs
 from torchshear.graph._copy import copy_model
 from torchshear.graph._cost import Cost, node_macs
+from torchshear.graph._functions import FunctionCall
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, enclosing_modules, first_names, locate, module_outputs
@@ -24,6 +25,7 @@ __all__ = [
     "Cache",
     "Cost",
     "ExampleInputs",
+    "FunctionCall",
     "Graph",
     "Location",
     "MaskedCall",

@@ -15,11 +15,13 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
+from torchshear.graph._backwards import with_own_backwards
 from torchshear.graph._batch import free_batch, probe_batches
 from torchshear.graph._caches import caches_of, forget
 from torchshear.graph._check import agrees, differs_in_training
 from torchshear.graph._contract import plain_outputs
 from torchshear.graph._deciding import MaskedAssignments, RefusedBranches
+from torchshear.graph._functions import SeenCall, function_calls, watched_functions
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
@@ -135,6 +137,7 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
     with in_mode(model, mode), plain_outputs(model) as dropped:
         forget(model, caches)
         graph = _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
+        graph = with_own_backwards(graph)
     if dropped and not any(node.all_input_nodes for node in graph if node.op == "output"):
         raise CaptureError(
             f"{type(model).__name__} returns no tensor that torch can see: {', '.join(dropped)}. Expected tensors, or "
@@ -167,7 +170,7 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Gr
     """A graph that takes any batch and is the model, or None if there is no such graph."""
     for probe in probe_batches(model, inputs):
         try:
-            graph = _to_graph(_export(model, inputs.unfilled(probe)), model, inputs, mode, probe)
+            graph = _to_graph(*_export(model, inputs.unfilled(probe)), model, inputs, mode, probe)
         except Exception:  # any failure here only means that another batch does not suit the model
             return None
         free_batch(graph.fx_graph, probe)
@@ -180,24 +183,28 @@ def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
     """A graph of the sizes as given."""
     own = inputs.copy()  # torch.export would take one tensor that is given twice for one input
     try:
-        program = _export(model, own)
+        program, seen = _export(model, own)
     except Exception as error:
         raise _capture_error(model, error) from error
-    return _to_graph(program, model, inputs, mode, None)
+    return _to_graph(program, seen, model, inputs, mode, None)
 
 
-def _export(model: nn.Module, inputs: ExampleInputs) -> ExportedProgram:
-    """Run torch.export; the Python code of the graphs that it makes on its way is not needed, and not compiled."""
-    with _use_lazy_graph_module(True), MaskedAssignments():
+def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, list[SeenCall]]:
+    """Run torch.export; gives the program, and the functions with a backward of their own that the model called.
+
+    The Python code of the graphs that it makes on its way is not needed, and not compiled.
+    """
+    with _use_lazy_graph_module(True), MaskedAssignments(), watched_functions() as seen:
         if not is_on_meta(model):
-            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
+            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), seen
         inputs = inputs.map(lambda tensor: tensor.to("meta"))
         with buffers_on_meta(model):
-            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
+            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), seen
 
 
 def _to_graph(
     program: ExportedProgram,
+    seen: list[SeenCall],
     model: nn.Module,
     inputs: ExampleInputs,
     mode: Mode,
@@ -221,6 +228,7 @@ def _to_graph(
         mode=mode,
         batch_hint=batch_hint,
         parts=parts_of(model),
+        functions=function_calls(fx_graph, seen),
     )
 
 

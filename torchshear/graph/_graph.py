@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from torchshear.graph._functions import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._parts import Parts
 
@@ -62,6 +63,8 @@ class Graph:
         parts: where only some modules of the model were captured, which ones; the graph then holds all of their calls,
             one after another, its inputs are `(args, kwargs)` of each call, and its outputs the results of all. None
             where the model was captured whole.
+        functions: calls of functions that define their own backward (`torch.autograd.Function`), of which the graph
+            holds the operators only.
     """
 
     fx_graph: fx.Graph
@@ -77,6 +80,7 @@ class Graph:
     left_out: tuple[str, ...] = ()
     is_assumed: bool = False
     parts: Parts | None = None
+    functions: tuple[FunctionCall, ...] = ()
 
     def __iter__(self) -> Iterator[fx.Node]:
         return iter(self.fx_graph.nodes)
@@ -110,6 +114,11 @@ class Graph:
         if isinstance(size, torch.SymInt):
             return True
         return self.batch_hint is not None and size > 0 and size % self.batch_hint == 0
+
+    @property
+    def lost_backwards(self) -> tuple[FunctionCall, ...]:
+        """Calls of functions whose gradients are others than those of the operators in the graph."""
+        return tuple(call for call in self.functions if call.is_own)
 
     def input_phrases(self) -> dict[str, str]:
         """What the inputs are called in messages: name of a node -> a phrase."""

@@ -9,6 +9,8 @@ from torch import fx
 from torch.amp import autocast_mode
 from torch.export import ExportedProgram
 
+from torchshear.graph._functions import carry_marks
+
 # Nodes that check or describe, and compute nothing that anything uses.
 _CHECKS = frozenset(
     {
@@ -78,6 +80,8 @@ class _Copier:
         if name not in self._state:
             self._state[name] = self.graph.create_node("get_attr", name, name=name.replace(".", "_"))
             self._state[name].meta = dict(node.meta)
+        else:
+            carry_marks(node, self._state[name])
         return self._state[name]
 
     def _call(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:

@@ -12,6 +12,7 @@ from torchshear.dependency import ChannelGroups, Cut, PruningPlan
 from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_of
+from torchshear.speedup._lost_backwards import check_backwards, lost_backwards, untrainable
 from torchshear.speedup._native_form import own_constants
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._shrink import (
@@ -79,7 +80,8 @@ def _part_by_part(job: _Job, problem: str, *, try_native: bool) -> Shrunk:
         forms[name] = "traced" if native is None else "native"
         original = job.model.get_submodule(name)
         if native is None:
-            reasons.append(f"part {name!r} is traced: {reason}")
+            lost = [call for call in job.cut.groups.graph.lost_backwards if f"{call.module}.".startswith(f"{name}.")]
+            reasons.append(f"part {name!r} is traced: {reason}{untrainable(lost)}")
             memo[id(original)] = _traced_part(job, name)
         else:
             memo |= {id(module): native.get_submodule(inner) for inner, module in original.named_modules()}
@@ -123,6 +125,7 @@ def _traced_part(job: _Job, name: str) -> TracedModule:
         error = ""
         try:
             train, again, facts = training_cut(run, cut.groups.graph, cut)
+            check_backwards(train)
             sources["train"] = (train, facts, again)
         except (CaptureError, PlanError) as failure:
             error = str(failure)
@@ -132,7 +135,7 @@ def _traced_part(job: _Job, name: str) -> TracedModule:
             graphs[mode] = _renamed(rewrite_graph(graph.fx_graph, facts, own_cut), renamed)
             entries += _constants(graph, own_cut, renamed)
         spec = _part_spec(part, {mode: source[0] for mode, source in sources.items()}, given)
-        calls.append(TracedCall.of(graphs, spec, error))
+        calls.append(TracedCall.of(graphs, spec, error, lost_backwards(cut.groups.graph)))
     return TracedModule(entries, calls)
 
 

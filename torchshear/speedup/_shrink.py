@@ -24,6 +24,7 @@ from torchshear.graph import (
     whole_of,
 )
 from torchshear.speedup._fold_record import Fold
+from torchshear.speedup._lost_backwards import check_backwards, lost_backwards, untrainable
 from torchshear.speedup._native_form import native_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
@@ -67,6 +68,7 @@ def shrink_whole(
         return Shrunk(in_mode_of(native, model), "native", reason)
     if form == "native":
         raise PlanError(f"the native form is not equal to the rewritten graph: {reason}")
+    reason += untrainable(graph.lost_backwards)
     return Shrunk(in_mode_of(_both_modes(model, graph, cut, sliced), model), "traced", reason)
 
 
@@ -199,13 +201,15 @@ def _both_modes(model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tens
     error = ""
     try:
         train, again, facts = training_cut(model, graph, cut)
+        check_backwards(train)
         rewritten["train"] = rewrite_graph(train.fx_graph, facts, again)
         sources["train"] = train
         sliced = sliced | slice_state(again, {n: e.tensor for n, e in train.state.items() if n not in sliced})
         graph = replace(graph, state={**train.state, **graph.state})
     except (CaptureError, PlanError) as failure:
         error = str(failure)
-    return TracedModule(_entries(model, graph, sliced), [TracedCall.of(rewritten, _call_spec(model, sources), error)])
+    call = TracedCall.of(rewritten, _call_spec(model, sources), error, lost_backwards(sources["eval"]))
+    return TracedModule(_entries(model, graph, sliced), [call])
 
 
 def training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut, Facts]:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError
 from torchshear.speedup._devices import follow_device
+from torchshear.speedup._lost_backwards import without_gradients
 
 Forward = Callable[..., Any]
 
@@ -56,20 +57,24 @@ class TracedCall:
         forwards: mode -> function of the module and the flat inputs.
         spec: how it is called.
         train_error: why there is no graph for train mode; "" where there is one.
+        gradient_error: why the graph for eval mode gives no gradients; "" where it does.
     """
 
     forwards: Mapping[str, Forward]
     spec: CallSpec
     train_error: str
+    gradient_error: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedCall":
         """Nothing in it ever changes, so copies of a module share it."""
         return self
 
     @classmethod
-    def of(cls, graphs: Mapping[str, fx.Graph], spec: CallSpec, train_error: str = "") -> "TracedCall":
+    def of(
+        cls, graphs: Mapping[str, fx.Graph], spec: CallSpec, train_error: str = "", gradient_error: str = ""
+    ) -> "TracedCall":
         """Compile the graphs of the modes."""
-        return cls({mode: _compile(graph) for mode, graph in graphs.items()}, spec, train_error)
+        return cls({mode: _compile(graph) for mode, graph in graphs.items()}, spec, train_error, gradient_error)
 
     def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         """Flat inputs of the graphs.
@@ -100,7 +105,8 @@ class TracedCall:
                 f"this model has no graph for train mode: {self.train_error} Use it in eval mode, after model.eval()."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled()):
-            return pytree.tree_unflatten(list(self.forwards[mode](module, *leaves)), self.spec.out_specs[mode])
+            outputs = pytree.tree_unflatten(list(self.forwards[mode](module, *leaves)), self.spec.out_specs[mode])
+        return without_gradients(outputs, self.gradient_error) if self.gradient_error else outputs
 
     def _check_shapes(self, leaves: list[Any]) -> None:
         """The graph holds sizes of its inputs as constants, so others would be computed wrongly."""

@@ -15,6 +15,7 @@ from torchshear.graph import locate
 from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.pruners.statistics._batches import described
+from torchshear.pruners.statistics._functions import Functions
 from torchshear.pruners.statistics._gates import Gates
 from torchshear.pruners.statistics._layers import find_layers
 from torchshear.pruners.statistics._recurrent import is_recurrent
@@ -65,6 +66,7 @@ class Run:
         self._source = sample_input(self.graph)
         self._read_state()
         self.gates = self._gates(taps)
+        self.functions = Functions(self.graph, self.gates.names) if self.loss_fn else None
         seen = {name.partition(":")[0] for name in (*self.watched, *self.gates.names) if ":" in name}
         # Recurrent calls that are run layer by layer: those to be looked into, and all where there are gradients.
         self.opened = {n.name for n in self.graph if n.name in seen or (self.loss_fn and is_recurrent(n))}
@@ -148,12 +150,14 @@ class Run:
                 leaves,
                 lambda name: self._load(name, held),
                 self._apply,
-                lambda node, value: self._see(node, node.name, value) if isinstance(value, Tensor) else value,
+                self._go_on,
             ):
                 output = value
             if self.loss_fn is not None:
                 result = pytree.tree_unflatten(pytree.tree_leaves(output), self.graph.out_spec)
                 self._backward(self._loss(result, target), held)
+            if self.functions is not None:
+                self.functions.finish()
         self.n_batches += 1
         self.n_samples += size
 
@@ -179,6 +183,16 @@ class Run:
                 f"{place.module or 'the model itself'!r}: {type(error).__name__}: {first_line(error)}. Check the data: "
                 f"indices in range, and the same number of samples in every input."
             ) from error
+
+    def _go_on(self, node: fx.Node, value: Any) -> Any:
+        """Give the value to go on with behind a node."""
+        if self.functions is not None:
+            value = self.functions.result(node, value)
+        if isinstance(value, Tensor):
+            value = self._see(node, node.name, value)
+        if self.functions is not None:
+            self.functions.keep(node, value)
+        return value
 
     def _see(self, node: fx.Node, name: str, value: Tensor) -> Tensor:
         """Count a value in where it is to be; gives the value to go on with."""
