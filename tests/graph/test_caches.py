@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.models import randomise
+from torchshear.dependency import FormKind
 from torchshear.speedup import shrink_to_form
-from torchshear.speedup._parts import Form
 
 
 class Remembering(nn.Module):
@@ -43,7 +43,7 @@ class Remembering(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["native", "traced"])
-def test_what_a_model_computed_before_is_computed_again(form: Form) -> None:
+def test_what_a_model_computed_before_is_computed_again(form: FormKind) -> None:
     model, x = randomise(Remembering()).eval(), torch.randn(2, 5, 8)
     with torch.no_grad():
         model(x)

@@ -8,6 +8,7 @@ from torchshear.graph._copy import copy_model
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._keeping import kept_state
 from torchshear.graph._location import Location, enclosing_modules, first_names, locate, module_outputs
 from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
@@ -38,6 +39,7 @@ __all__ = [
     "first_names",
     "forget",
     "is_on_meta",
+    "kept_state",
     "locate",
     "matches",
     "module_outputs",

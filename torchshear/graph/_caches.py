@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchshear.graph._check import run_model
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._meta import is_on_meta
 from torchshear.graph._mode import in_mode
@@ -35,8 +34,10 @@ def caches_of(model: nn.Module, inputs: ExampleInputs) -> tuple[Cache, ...]:
         return ()
     with in_mode(model, "eval"):
         forget(model, held)
+        own = inputs.copy()
         try:
-            run_model(model, inputs)
+            with torch.no_grad():
+                model(*own.args, **own.kwargs)
         except Exception:  # a forward that needs what one of them held may raise anything
             return ()
         modules = dict(model.named_modules())

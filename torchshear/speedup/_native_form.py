@@ -361,7 +361,10 @@ def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> s
     batch = inputs.batch_size()
     if graph.batch_hint is not None and batch == 1:
         inputs = inputs.with_batch(2)  # batch norms need two values a channel
-    failure = failure_of(native, inputs, "train")
+    twin = copy_model(
+        native, {id(parameter): parameter for parameter in native.parameters()}
+    )  # the result is never run
+    failure = failure_of(twin, inputs, "train")
     if failure is None or failure_of(model, inputs, "train") is not None:
         return None
     return f"its own forward does not run in train mode on the smaller tensors ({failure})"
