@@ -164,9 +164,10 @@ def _check_shapes(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def tensors_of(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    """The model's own tensors by canonical name; constants as the graph holds them."""
+    """The model's own tensors by canonical name; constants, and buffers that are caches, as the graph holds them."""
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: named.get(name, entry.tensor) for name, entry in graph.state.items()}
+    own = {name: named.get(name, entry.tensor) for name, entry in graph.state.items()}
+    return {n: t if t.shape == graph.state[n].tensor.shape else graph.state[n].tensor for n, t in own.items()}
 
 
 def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> list[StateEntry]:
