@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.models import Residual, image, randomise
-from torchshear import api
 from torchshear.errors import ArgumentError, VerificationError, WeightError
+from torchshear.speedup import _apply
 
 
 def test_one_call_gives_model_plan_report_and_proof() -> None:
@@ -65,8 +65,8 @@ def test_a_native_form_that_verify_refuses_gives_way_as_well(monkeypatch: pytest
             raise VerificationError("not equal")
         return verify(*args, **kwargs)
 
-    verify = api.verify
-    monkeypatch.setattr(api, "verify", refusing_the_first)
+    verify = _apply.prove
+    monkeypatch.setattr(_apply, "prove", refusing_the_first)
     result = torchshear.prune(randomise(Residual()).eval(), (image(),))
     assert result.form == "traced"
     assert len(asked) == 2

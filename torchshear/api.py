@@ -11,7 +11,6 @@ from torchshear._batches import LikeExample
 from torchshear._words import Choice, Selection, check_keywords
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
-from torchshear.errors import VerificationError
 from torchshear.graph import trace
 from torchshear.pruners import Criterion, Ratio, Request, ResolvedConfig, WeightSource, plan_units
 from torchshear.pruners.statistics import Statistics
@@ -25,7 +24,6 @@ from torchshear.speedup import (
     recalibrate,
     resolve_alignment,
     shrink_to_form,
-    verify,
 )
 
 __all__ = ["Choice", "PruneResult", "Selection", "plan", "prune"]
@@ -40,9 +38,10 @@ class PruneResult:
 
     Attributes:
         model: the pruned model, really smaller.
-        plan: what was kept; can be saved and replayed on a fresh model.
+        plan: what was kept, and what made the form of the model; can be saved and replayed on a fresh model.
         report: requested and achieved ratio, parameters and MACs before and after, group by group.
-        verification: how closely the pruned model agrees with the masked one.
+        verification: how closely the pruned model agrees with the masked one; None for a model on the meta device,
+            which has no values to compare.
         form: "native", a copy of the original module; or "traced", the rewritten graphs. Where parts were pruned,
             "traced" if any of them is; `report.parts` has the form of each.
         fold: where the constants of removed channels went; None without `fold_bias`. The verification is of the model
@@ -54,7 +53,7 @@ class PruneResult:
     model: nn.Module
     plan: PruningPlan
     report: PruningReport
-    verification: Verification
+    verification: Verification | None
     form: str
     fold: Fold | None = None
     config: ResolvedConfig | None = None
@@ -176,7 +175,7 @@ def prune(
         check_recalibration(model, asked.data.batches)
     groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
     made, resolved = asked.plan(model, groups)
-    shrunk, verification = shrink_and_verify(model, made, args, kwargs)
+    shrunk, made = shrink_and_record(model, made, args, kwargs)
     if fold_bias:
         shrunk = fold_constants(model, shrunk, made, means=asked.means(groups))
     small = shrunk.model
@@ -185,20 +184,12 @@ def prune(
         loader = LikeExample(asked.data.loader, (args, dict(kwargs or {})))
         small = recalibrate(small, loader, asked.data.batches, progress=False)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-    return PruneResult(small, made, report, verification, shrunk.form, shrunk.fold, resolved, asked.recalibrates)
+    return PruneResult(small, made, report, shrunk.verification, shrunk.form, shrunk.fold, resolved, asked.recalibrates)
 
 
-def shrink_and_verify(
+def shrink_and_record(
     model: nn.Module, made: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
-) -> tuple[Shrunk, Verification]:
-    """Shrink, and prove the result; a native form that turns out not to be the masked model gives way to the traced."""
-    shrunk = shrink_to_form(model, made)
-    try:
-        return shrunk, verify(model, shrunk.model, made, args, kwargs)
-    except VerificationError:
-        if shrunk.form == "traced":
-            raise
-    traced = shrink_to_form(model, made, form="traced")
-    verification = verify(model, traced.model, made, args, kwargs)
-    reason = traced.reason.replace("asked for", "its own forward is not the masked model on the smaller tensors", 1)
-    return replace(traced, reason=reason), verification
+) -> tuple[Shrunk, PruningPlan]:
+    """Shrink and prove, and write into the plan what made the form of the result."""
+    shrunk = shrink_to_form(model, made, args, kwargs)
+    return shrunk, replace(made, form=shrunk.made_by)

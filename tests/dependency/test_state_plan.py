@@ -25,7 +25,7 @@ class Shuffled(nn.Module):
         self.register_buffer("scale", torch.rand(8) + 0.5, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.two((self.one(x) * self.scale).index_select(1, self.order))
+        return self.two((self.one(x) * self.scale)[:, self.order])  # takes negative positions, too
 
 
 def reloaded(plan: PruningPlan, tmp_path: Path) -> PruningPlan:

@@ -1,13 +1,15 @@
 """Models that keep tensors of earlier runs in dictionaries."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchshear
 from tests.models import randomise
+from torchshear.dependency import FormKind
 from torchshear.speedup import shrink_to_form
-from torchshear.speedup._parts import Form
 
 
 class Remembering(nn.Module):
@@ -43,7 +45,7 @@ class Remembering(nn.Module):
 
 
 @pytest.mark.parametrize("form", ["native", "traced"])
-def test_what_a_model_computed_before_is_computed_again(form: Form) -> None:
+def test_what_a_model_computed_before_is_computed_again(form: FormKind) -> None:
     model, x = randomise(Remembering()).eval(), torch.randn(2, 5, 8)
     with torch.no_grad():
         model(x)
@@ -74,3 +76,45 @@ def test_tensors_that_a_forward_needs_are_no_cache() -> None:
     result = torchshear.prune(model, (x,), ratio=0.5)
     assert result.form == "native"
     assert torch.equal(result.model.shifts["in"], torch.ones(3))
+
+
+class Lazy(nn.Module):
+    """Builds a table of positions, and weights merged from two, when it is first called, and keeps both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+        self.merged: Tensor | None = None
+        self.steps = torch.zeros(2)  # assigned by a method, and no cache
+
+    def reset(self) -> None:
+        self.steps = torch.zeros(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[1] != x.shape[1]:
+            self.table = torch.arange(x.shape[1]).float()[None, :]
+        if self.merged is None:
+            self.merged = (self.one.weight + self.two.weight).detach()
+        out: Tensor = self.out(((x + self.table) @ self.merged.T + self.steps.sum()).relu())
+        return out
+
+
+def test_a_model_that_ran_is_the_network_of_a_fresh_one(tmp_path: Path) -> None:
+    x = torch.randn(2, 4)
+    graphs = []
+    for ran in (False, True):
+        model = randomise(Lazy()).eval()
+        if ran:
+            model(x)
+            kept = model.table, model.merged
+        graphs.append(torchshear.trace(model, (x,)))
+    assert (model.table, model.merged) == kept
+    assert graphs[0].fingerprint == graphs[1].fingerprint
+    result = torchshear.prune(model, (x,), ratio=0.5)
+    result.plan.save(tmp_path / "plan.json")
+    small = torchshear.shrink(randomise(Lazy(), 5).eval(), torchshear.PruningPlan.load(tmp_path / "plan.json"))
+    small.load_state_dict(result.model.state_dict())
+    assert torch.equal(small(x), result.model(x))
+    assert result.model.merged.shape == (4, 4)
+    assert torch.equal(small.steps, model.steps)

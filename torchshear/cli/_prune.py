@@ -21,7 +21,7 @@ from torchshear.cli._options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.pruners.configs import render_config
 from torchshear.report import render_report
-from torchshear.speedup import OnnxFile
+from torchshear.speedup import OnnxFile, Verification
 
 Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
 
@@ -102,11 +102,16 @@ def _print_result(console: Console, result: torchshear.PruneResult) -> None:
     if result.config is not None:
         print_lines(console, render_config(result.config, console.width))
     print_lines(console, render_report(result.report, console.width))
-    proof = result.verification
+    proof = _proof(result)
     error = f"error {proof.max_error:.1e} in {str(proof.dtype).removeprefix('torch.')}"
     print_lines(console, f"verified    equal to the original ({proof.reference}): {error}")
     for line in _steps_after(result):
         print_lines(console, line)
+
+
+def _proof(result: torchshear.PruneResult) -> Verification:
+    assert result.verification is not None, "weights that were just written are not on the meta device"
+    return result.verification
 
 
 def _measured(console: Console, output: Path, suffixes: list[str]) -> dict[str, Any]:
@@ -155,7 +160,7 @@ def _report_document(target: str, result: torchshear.PruneResult, files: Mapping
         "target": target,
         "request": dict(result.plan.request),
         "report": result.report.to_dict(),
-        "verification": asdict(result.verification) | {"dtype": str(result.verification.dtype)},
+        "verification": asdict(_proof(result)) | {"dtype": str(_proof(result).dtype)},
         "fold": None if result.fold is None else asdict(result.fold) | {"dtype": str(result.fold.dtype)},
         "is_recalibrated": result.is_recalibrated,
         "onnx": {name: asdict(file) | {"path": file.path.name} for name, file in files.items()},

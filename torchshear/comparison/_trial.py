@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchshear._asking import Data
 from torchshear._batches import LikeExample
-from torchshear.api import shrink_and_verify
+from torchshear.api import shrink_and_record
 from torchshear.comparison._asked import Budget, Contender
 from torchshear.comparison._row import Row
 from torchshear.dependency import ChannelGroups, PruningPlan
@@ -56,7 +56,7 @@ class Trial:
         start = time.perf_counter()
         try:
             plans = [plan_units(self.groups, request, statistics=self.statistics) for request in asked]
-            models = [shrink_and_verify(self.model, plan, self.args, self.kwargs)[0].model for plan in plans]
+            models = [shrink_and_record(self.model, plan, self.args, self.kwargs)[0].model for plan in plans]
         except TorchshearError as error:
             self.first_error = self.first_error or error
             return _without(row, first_line(error))

@@ -4,6 +4,7 @@ from torchshear.dependency._analysis import analyze
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._cut import Cut, dense_cost
+from torchshear.dependency._form import Form, FormKind, Part, Scales, Sizes, Slot
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._network import Dimension, Value
 from torchshear.dependency._outputs import OutputPlan
@@ -27,14 +28,20 @@ __all__ = [
     "Cut",
     "Dimension",
     "FixedDimension",
+    "Form",
+    "FormKind",
     "GroupPlan",
     "Keep",
     "MaskedCall",
     "Member",
     "OutputPlan",
+    "Part",
     "PruningPlan",
     "Renumbering",
     "Result",
+    "Scales",
+    "Sizes",
+    "Slot",
     "StatePlan",
     "Value",
     "WidthCost",

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from torchshear.dependency._composition import composed_units
 from torchshear.dependency._cut import Cut
+from torchshear.dependency._form import Form, read_form, write_form
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._outputs import OutputPlan, output_plans, read_outputs, write_outputs
 from torchshear.dependency._plan_file import IndexReader, IndexWriter, damaged, read_document, write_document
 from torchshear.dependency._state_plan import StatePlan, are_ascending, make_state_plan, read_state, write_state
 from torchshear.errors import PlanError
-from torchshear.graph import Parts
+from torchshear.graph import ExampleInputs, Parts
 
 Indices = npt.NDArray[np.int64]
 
@@ -64,6 +65,8 @@ class PruningPlan:
         prunable_outputs: names or patterns of outputs that may shrink.
         outputs: what is kept of each of these.
         parts: which modules of the model the plan is for, and what of them must stay whole; None for a whole model.
+        form: what made the form of the result of `torchshear.prune`, for the same form again on a fresh model; None
+            where no form was made yet, so that `torchshear.shrink` looks for one.
         analysis: the analysed network, while the plan lives in the process that made it; not saved.
     """
 
@@ -80,6 +83,7 @@ class PruningPlan:
     prunable_outputs: tuple[str, ...] = ()
     outputs: tuple[OutputPlan, ...] = ()
     parts: Parts | None = None
+    form: Form | None = None
     analysis: ChannelGroups | None = field(default=None, repr=False)
 
     def masks(self) -> dict[str, Tensor]:
@@ -126,6 +130,8 @@ class PruningPlan:
 
     def then(self, second: "PruningPlan") -> "PruningPlan":
         """Compose with a plan for the model that this plan gives: both in one, for the original model.
+
+        The result holds no form: that of either does not say what both need.
 
         Raises:
             PlanError: `second` is not a plan for the pruned model.
@@ -246,6 +252,7 @@ def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:
         **write_outputs(plan.prunable_outputs, plan.outputs, writer),
         "aliases": dict(plan.aliases),
         "refused": dict(plan.refused),
+        **({} if plan.form is None else {"form": write_form(plan.form, writer)}),
     }
 
 
@@ -268,13 +275,14 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
             aliases=dict(document["aliases"]),
             fingerprint=str(document["model"]["fingerprint"]),
             model_type=str(document["model"]["type"]),
-            inputs=document["model"]["inputs"],
+            inputs=_read_inputs(document["model"]["inputs"]),
             request=dict(document["request"]),
             refused=dict(document["refused"]),
             versions=dict(document["versions"]),
             prunable_outputs=tuple(str(name) for name in document.get("prunable_outputs", ())),
             outputs=read_outputs(document.get("outputs", []), reader),
             parts=_read_parts(document["model"].get("parts")),
+            form=read_form(document["form"], reader) if "form" in document else None,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, PlanError):
@@ -282,6 +290,13 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
         raise damaged(path, f"entry {error} is missing or of the wrong kind") from error
     _check_ranges(path, plan)
     return plan
+
+
+def _read_inputs(entry: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A description of inputs, of which inputs without values are made, to see that it is whole."""
+    if entry is not None:
+        ExampleInputs.from_json(entry, "meta")
+    return entry
 
 
 def _read_parts(entry: Any) -> Parts | None:
@@ -304,7 +319,8 @@ def _check_ranges(path: Path, plan: PruningPlan) -> None:
         damage = entry.damage()
         if damage is not None:
             raise damaged(path, f"{name!r} {damage}")
-
+    if plan.form is not None and set(plan.form.parts) != set(plan.parts.names if plan.parts else ()):
+        raise damaged(path, "its form is of other parts of the model than the plan")
     for output in plan.outputs:
         for dim, kept in output.kept.items():
             size = output.shape[dim] if 0 <= dim < len(output.shape) else None

@@ -23,7 +23,7 @@ from torchshear.errors import PlanError
 Indices = npt.NDArray[np.int64]
 
 FORMAT = "torchshear.plan"
-VERSION = 2
+VERSION = 3
 _LONGEST_TEXT = 2000  # characters of runs; longer lists go to the tensor file
 
 

@@ -10,6 +10,7 @@ from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._functions import FunctionCall
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._keeping import kept_state
 from torchshear.graph._location import Location, enclosing_modules, first_names, locate, module_outputs
 from torchshear.graph._masked import MaskedCall, among_zeros, masked_form, masked_operator
 from torchshear.graph._meta import is_on_meta, parameters_on_meta
@@ -46,6 +47,7 @@ __all__ = [
     "first_names",
     "forget",
     "is_on_meta",
+    "kept_state",
     "locate",
     "masked_form",
     "masked_operator",

@@ -10,6 +10,7 @@ from torchshear.errors import first_line
 from torchshear.graph._contract import output_leaves
 from torchshear.graph._graph import Graph, Mode
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._keeping import kept_state
 from torchshear.graph._mode import in_mode
 from torchshear.graph._run import graph_output
 
@@ -71,15 +72,10 @@ def differs_in_training(model: nn.Module, inputs: ExampleInputs) -> bool:
 
 
 def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
-    """The model's outputs; buffers that it writes to are put back."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    """The model's outputs; its state is put back."""
     own = inputs.copy()
-    with torch.no_grad():
-        try:
-            return model(*own.args, **own.kwargs)
-        finally:
-            for buffer, value in buffers:
-                buffer.copy_(value)
+    with torch.no_grad(), kept_state(model):
+        return model(*own.args, **own.kwargs)
 
 
 def _are_close(left: list[Any], right: list[Any]) -> bool:

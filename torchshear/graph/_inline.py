@@ -41,6 +41,7 @@ def clean_copy(program: ExportedProgram, aliases: Mapping[str, str]) -> fx.Graph
     copier = _Copier(aliases, lifted)
     result = copier.run(program.graph_module)
     copier.graph.output(result)
+    copier.drop_new_buffers()
     copier.drop_unused_state()
     return copier.graph
 
@@ -106,8 +107,26 @@ class _Copier:
     def _values(self, arguments: tuple[Any, ...], env: dict[fx.Node, Any]) -> tuple[Any, ...]:
         return tuple(env[a] if isinstance(a, fx.Node) else a for a in arguments)
 
+    def drop_new_buffers(self) -> None:
+        """Remove copies into buffers that do not take them.
+
+        Where a forward assigns a buffer, torch.export writes into the one that was there in the end. One that is built
+        by the first run has another shape by then; the graph builds it in each run and needs it nowhere else.
+        """
+        for node in self._state.values():
+            for user in list(node.users):
+                is_copy = str(user.target) == "aten.copy_.default" and user.args[0] is node and not user.users
+                if is_copy and not _takes(node, user.args[1]):
+                    self.graph.erase_node(user)
+
     def drop_unused_state(self) -> None:
         """Remove `get_attr` nodes that nothing reads."""
         for node in self._state.values():
             if not node.users:
                 self.graph.erase_node(node)
+
+
+def _takes(buffer: fx.Node, source: Any) -> bool:
+    """Whether a buffer has a shape into which a value can be copied."""
+    own, other = buffer.meta["val"].shape, source.meta["val"].shape
+    return len(other) <= len(own) and all(b in (a, 1) for a, b in zip(reversed(own), reversed(other), strict=False))

@@ -1,6 +1,5 @@
 """Example inputs of a model: checked, rebatched, described as JSON and made again from the description."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +10,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
 from torchshear.graph._contract import register_dataclasses
-
-Json = dict[str, Any]
+from torchshear.graph._input_values import InputMaker, Json, describe_input
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,54 +76,27 @@ class ExampleInputs:
         )
 
     def to_json(self) -> Json | None:
-        """Describe structure, shapes and dtypes; None if an argument is not plain data."""
+        """Describe structure, shapes, dtypes and the values of integers; None if an argument is not plain data."""
         try:
-            return {"args": [_describe(value) for value in self.args], "kwargs": _describe(self.kwargs)}
+            return {"args": [describe_input(value) for value in self.args], "kwargs": describe_input(self.kwargs)}
         except TypeError:
             return None
 
     @classmethod
     def from_json(cls, description: Json, device: torch.device | str = "cpu") -> "ExampleInputs":
-        """Make inputs of the described shapes: zeros, since tracing reads no values.
+        """Make inputs as described: integers and truth values as they were, other numbers at random, each time alike.
 
         Raises:
             KeyError, TypeError, ValueError: the description is damaged.
         """
-        args = tuple(_make(value, device) for value in description["args"])
-        return cls(args, _make(description["kwargs"], device))
+        maker = InputMaker(device)
+        args, kwargs = tuple(maker.make(value) for value in description["args"]), maker.make(description["kwargs"])
+        if not isinstance(kwargs, dict):
+            raise TypeError(f"kwargs of kind {type(kwargs).__name__}")
+        return cls(args, kwargs)
 
 
 def _unfilled(tensor: Tensor, size: int) -> Tensor:
     outermost_first = sorted(range(1, tensor.ndim), key=lambda dim: -tensor.stride()[dim])
     shape = (size, *tensor.shape[1:])
     return torch.empty_permuted(shape, (0, *outermost_first), dtype=tensor.dtype, device=tensor.device)
-
-
-def _describe(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if type(value) in (list, tuple):
-        return {type(value).__name__: [_describe(item) for item in value]}
-    if type(value) in (dict, OrderedDict) and all(isinstance(key, str) for key in value):
-        kind = "dict" if type(value) is dict else "ordered_dict"
-        return {kind: {key: _describe(item) for key, item in value.items()}}
-    raise TypeError(f"cannot describe {type(value).__name__}")
-
-
-def _make(value: Any, device: torch.device | str) -> Any:
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        dtype = getattr(torch, value["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{value['dtype']!r} is not a dtype")
-        return torch.zeros(value["tensor"], dtype=dtype, device=device)
-    if "ordered_dict" in value:
-        return OrderedDict((key, _make(item, device)) for key, item in value["ordered_dict"].items())
-    if "dict" in value:
-        return {key: _make(item, device) for key, item in value["dict"].items()}
-    if "tuple" in value:
-        return tuple(_make(item, device) for item in value["tuple"])
-    return [_make(item, device) for item in value["list"]]

@@ -6,7 +6,7 @@ from torchshear.speedup._fold_record import Fold, FoldedConstants, SkippedConsta
 from torchshear.speedup._kept_scale import KeptScale
 from torchshear.speedup._load import load_checkpoint
 from torchshear.speedup._recalibrate import check_recalibration, recalibrate
-from torchshear.speedup._shrink import Shrunk
+from torchshear.speedup._shrunk import Shrunk
 from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
 from torchshear.speedup._traced import TracedModule
 from torchshear.speedup.alignment import detect_profile, profiles, resolve_alignment

@@ -1,14 +1,19 @@
-"""Apply a plan to a model: to the whole of it, or to the parts of it that the plan is for."""
+"""Apply a plan to a model: to the whole of it, or to the parts of it that the plan is for; and prove the result."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from torchshear.dependency import PruningPlan
+from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
+from torchshear.errors import VerificationError
+from torchshear.graph import is_on_meta
 from torchshear.speedup._fold import fold_constants
 from torchshear.speedup._parts import shrink_parts
-from torchshear.speedup._shrink import Shrunk, analysis_of, shrink_whole
+from torchshear.speedup._shrink import Made, analysis_of, shrink_whole
+from torchshear.speedup._shrunk import Shrunk
+from torchshear.speedup.verification import verify_analyzed
 
 
 def shrink(
@@ -17,30 +22,38 @@ def shrink(
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     fold_bias: bool = False,
+    verify: bool = True,
 ) -> nn.Module:
-    """Cut a model to what a plan keeps.
+    """Cut a model to what a plan keeps, and prove the result.
 
     The result keeps names, dtypes, devices, ties, `requires_grad` and the mode of the original, which is unchanged.
+    The plan that `torchshear.prune` gave records the form of its result, with all attributes and hooks that were set:
+    that form is made again, and once it has loaded the `state_dict` of the result it is that model. A plan that records
+    none, as one of `torchshear.plan`, has its form looked for.
 
     Args:
         model: the model that the plan was made for, or a fresh one of the same class and configuration.
         plan: what to keep.
-        args: example arguments to trace with, if the plan does not describe them.
+        args: example arguments to trace and to prove with; left away, those of the plan. A plan from a file has the
+            integers and truth values that it was made with, and random numbers.
         kwargs: example keyword arguments, likewise.
         fold_bias: whether a removed channel counts for the constant that its norm's shift or its bias makes of it,
             rather than for zero. The constants go into the biases of the layers that read them, and the result is
             proved; see `torchshear.speedup.fold_constants` for where that can be. No tensor changes its shape.
+        verify: whether to prove that the result is the masked model, as `torchshear.verify` does. A model on the meta
+            device has no values to compare, and is not proved.
 
     Returns:
         A new, smaller model. Of a plan for parts: a copy of the whole model with smaller parts.
 
     Raises:
-        PlanError: the plan is for another model.
+        PlanError: the plan is for another model, or the form that it records is not equal to the rewritten graph.
         CaptureError: the model cannot be traced.
-        VerificationError: the folded model is not the original with constants on the removed channels.
+        VerificationError: the result is not the masked model; or the folded one not the original with constants on the
+            removed channels.
         WeightError: constants of a model on the meta device are to be folded.
     """
-    return shrink_to_form(model, plan, args, kwargs, fold_bias=fold_bias).model
+    return shrink_to_form(model, plan, args, kwargs, fold_bias=fold_bias, verify=verify).model
 
 
 def shrink_to_form(
@@ -48,18 +61,58 @@ def shrink_to_form(
     plan: PruningPlan,
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    form: Literal["native", "traced"] | None = None,
+    form: FormKind | None = None,
     fold_bias: bool = False,
+    verify: bool = True,
 ) -> Shrunk:
     """As `shrink`, and say which form the result has; or insist on one form, of all parts where the plan has some.
 
-    `fold` of the result says which constants were folded.
+    `verification` of the result says how closely it agrees with the masked model, before constants are folded; `fold`
+    says which were.
 
     Raises:
-        PlanError: the plan is for another model, or `form="native"` is not equal to the rewritten graph.
+        PlanError: the plan is for another model, or the form that is asked for or recorded is not equal to the
+            rewritten graph.
         CaptureError: the model cannot be traced.
+        VerificationError: the result is not the masked model.
     """
     groups = analysis_of(model, plan, args, kwargs)
-    cut_down = shrink_whole if groups.graph.parts is None else shrink_parts
-    shrunk = cut_down(model, groups, plan, form)
+    made = _make(model, groups, plan, form)
+    if verify and not is_on_meta(model):
+        shrunk = _proved(model, groups, plan, made, args, kwargs, is_free=form is None and plan.form is None)
+    else:
+        shrunk = Shrunk(made.model, made.form)
     return fold_constants(model, shrunk, plan, args, kwargs) if fold_bias else shrunk
+
+
+def _make(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None) -> Made:
+    cut_down = shrink_whole if groups.graph.parts is None else shrink_parts
+    return cut_down(model, groups, plan, kind)
+
+
+def _proved(
+    model: nn.Module,
+    groups: ChannelGroups,
+    plan: PruningPlan,
+    made: Made,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    *,
+    is_free: bool,
+) -> Shrunk:
+    """A shrunk model with its proof; a native form that fails gives way to the traced one, if the form `is_free`.
+
+    Raises:
+        VerificationError: the model is not the masked one.
+    """
+    try:
+        return Shrunk(made.model, made.form, verify_analyzed(model, made.model, plan, groups, args, kwargs))
+    except VerificationError:
+        if made.form.kind == "traced" or not is_free:
+            raise
+    traced = _make(model, groups, plan, "traced")
+    verification = verify_analyzed(model, traced.model, plan, groups, args, kwargs)
+    reason = traced.form.reason.replace(
+        "asked for", "its own forward is not the masked model on the smaller tensors", 1
+    )
+    return Shrunk(traced.model, replace(traced.form, reason=reason), verification)

@@ -15,7 +15,8 @@ from torchshear.speedup._constants import ConstantNetwork, Decide, Look
 from torchshear.speedup._fold_means import Means, find_places_of_means
 from torchshear.speedup._fold_places import Places, find_places, kept_as_is, writes
 from torchshear.speedup._fold_record import Fold
-from torchshear.speedup._shrink import Shrunk, analysis_of
+from torchshear.speedup._shrink import analysis_of
+from torchshear.speedup._shrunk import Shrunk
 from torchshear.speedup._state import slice_state
 from torchshear.speedup._varied_inputs import random_like
 from torchshear.speedup.verification._runs import (

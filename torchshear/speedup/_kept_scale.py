@@ -4,15 +4,16 @@ Such code divides scores by the square root of the smaller head dimension, where
 larger one. Scores are linear in queries and in keys, so a factor on either makes up for it.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from itertools import chain, count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from torchshear.dependency import Part, Scales
 
 
 class KeptScale:
@@ -65,42 +66,6 @@ class KeptScale:
         RemovableHandle.next_id = max(RemovableHandle.next_id, self._key + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Part of what a module gives.
-
-    Attributes:
-        module: qualified name of the module.
-        dim: the dimension that is divided, counted from the last.
-        size: its number of positions.
-        positions: positions that belong to the part; None for the whole output.
-    """
-
-    module: str
-    dim: int = -1
-    size: int = 0
-    positions: tuple[int, ...] | None = None
-
-    def meets(self, other: "Part") -> bool:
-        """Whether two parts have a position in common, or may have."""
-        if self.module != other.module:
-            return False
-        if self.positions is None or other.positions is None or self.dim != other.dim:
-            return True
-        return not set(self.positions).isdisjoint(other.positions)
-
-    def mask(self, like: Tensor) -> Tensor | None:
-        """1 at the positions and 0 elsewhere, of a shape that broadcasts; None for the whole output."""
-        if self.positions is None:
-            return None
-        mask = torch.zeros(self.size, dtype=like.dtype, device=like.device)
-        mask[list(self.positions)] = 1
-        return mask.reshape(self.size, *[1] * (-self.dim - 1))
-
-
-Scales = Mapping[Part, float]
-
-
 def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None]:
     """Have a module multiply part of what it gives; a hook that does so already gets the product of both factors.
 
@@ -115,7 +80,7 @@ def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None
     module = model.get_submodule(part.module)
     numbers = (p for owner in (module, model) for p in owner.parameters() if p.is_floating_point())
     like = next(numbers, torch.empty(0))
-    mask = part.mask(like)
+    mask = _mask(part, like)
     for hook in module._forward_hooks.values():
         if isinstance(hook, KeptScale) and _is_same(None if hook.share is None else getattr(module, hook.share), mask):
             return _multiplied(hook, factor)
@@ -131,6 +96,18 @@ def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None
         delattr(module, name)
 
     return undo
+
+
+def _mask(part: Part, like: Tensor) -> Tensor | None:
+    """1 at the positions and 0 elsewhere, of a shape that broadcasts; None for the whole output.
+
+    It has values also in a model on the meta device: no checkpoint would bring them.
+    """
+    if part.positions is None:
+        return None
+    mask = torch.zeros(part.size, dtype=like.dtype, device="cpu" if like.is_meta else like.device)
+    mask[list(part.positions)] = 1
+    return mask.reshape(part.size, *[1] * (-part.dim - 1))
 
 
 def _multiplied(hook: KeptScale, factor: float) -> Callable[[], None]:

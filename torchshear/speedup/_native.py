@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from torchshear.dependency import Scales, Sizes
 from torchshear.graph import copy_model, first_names, locate
-from torchshear.speedup._kept_scale import Scales, keep_scale
+from torchshear.speedup._kept_scale import keep_scale
 from torchshear.speedup._rewrite import Change
-from torchshear.speedup._sizes import Sizes, assign
+from torchshear.speedup._sizes import assign
 
 # What the modules of torch.nn call the sizes of their own tensors: attribute -> (tensor, dimension).
 _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ...] = (

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import Cut
+from torchshear.dependency import Cut, Form, Scales, Sizes
+from torchshear.errors import PlanError
 from torchshear.graph import (
     Cache,
     ExampleInputs,
@@ -20,18 +21,20 @@ from torchshear.graph import (
     copy_model,
     failure_of,
     forget,
+    is_on_meta,
     locate,
+    whole_of,
 )
 from torchshear.graph._run import graph_values
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
-from torchshear.speedup._kept_scale import Scales, explain_scales, scaled
+from torchshear.speedup._kept_scale import explain_scales, scaled
 from torchshear.speedup._native import native_copy
 from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._redrawn import Redrawn, redraw
 from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._scales import Scaling
-from torchshear.speedup._sizes import Choice, Sizes, choices, explain
+from torchshear.speedup._sizes import Choice, check_slots, choices, explain
 from torchshear.speedup._varied_inputs import random_like
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
@@ -39,7 +42,7 @@ _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 def native_form(
     model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
-) -> tuple[nn.Module | None, str]:
+) -> tuple[nn.Module | None, Form]:
     """A copy of the user's module that equals the rewritten graph.
 
     Both are compared in float64 on the example and on random inputs, also with the branches that code takes while it
@@ -52,26 +55,62 @@ def native_form(
         sliced: canonical name -> shrunk tensor.
 
     Returns:
-        The copy, or None; and why.
+        The copy with what made it; or None, with a traced form that says why.
     """
     making = _Making.of(model, cut, tensors, sliced)
     unsaid = implied_arguments(cut.groups.graph.fx_graph, cut.groups.facts, cut)
     scaling = Scaling(cut, [node for node, _ in unsaid], making.run, (torch.float64, making.own_dtype))
     scales = next(iter(scaling.of_implied()), None) if unsaid else {}
     if scales is None:
-        return None, _unsaid_reason(unsaid)
+        return None, Form("traced", _unsaid_reason(unsaid))
     try:
         work = making.native()
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
-        return None, f"the model cannot be copied: {type(error).__name__}: {error}"
+        return None, Form("traced", f"the model cannot be copied: {type(error).__name__}: {error}")
     found = making.find(work, scaling, scales)
     native = making.native(found.repair.sizes, found.scales)
     if found.repair.fault is not None:
-        return None, _reason(found.repair.fault, making)
+        return None, Form("traced", _reason(found.repair.fault, making))
     failure = _failure_in_training(native, model, cut.groups.graph)
     if failure is not None:
-        return None, failure
-    return native, f"{_description(found)}; equal to the rewritten graph on all inputs tried"
+        return None, Form("traced", failure)
+    reason = f"{_description(found.repair.sizes, found.scales)}; equal to the rewritten graph on all inputs tried"
+    return native, Form("native", reason, found.repair.sizes, found.scales)
+
+
+def recorded_form(
+    model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor], form: Form
+) -> nn.Module:
+    """A copy of the user's module with the sizes and factors of a recorded form, compared as in `native_form`.
+
+    On the meta device there are no values to compare; the copy is made nevertheless.
+
+    Args:
+        model: the original.
+        cut: the units that go.
+        tensors: canonical name -> tensor of the original.
+        sliced: canonical name -> shrunk tensor.
+        form: what to make.
+
+    Raises:
+        PlanError: the model has no such attributes or modules, or the copy does not equal the rewritten graph.
+    """
+    check_slots(model, form)
+    making = _Making.of(model, cut, tensors, sliced)
+    native = making.native(form.sizes, form.scales)
+    if is_on_meta(model):
+        return native
+    fault = making.fault_of(form)
+    problem = _failure_in_training(native, model, cut.groups.graph) if fault is None else _reason(fault, making)
+    if problem is not None:
+        what = _description(form.sizes, form.scales)
+        raise PlanError(
+            f"the plan says that {type(whole_of(model)).__name__} has the native form, {what}; made so, it is not "
+            f"equal to the rewritten graph: {problem}. Expected the same class, configuration and library versions as "
+            f"when the plan was made; make a new plan, or take the traced form with "
+            f'torchshear.speedup.shrink_to_form(model, plan, form="traced").'
+        )
+    return native
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +188,26 @@ class _Making:
             trials = self._trials(trials[0].dtype, remember=True)
         search = _Search(work, choices(self.model, self.graph, self.cut), self._possible(trials), scaling)
         return search.run(scales)
+
+    def fault_of(self, form: Form) -> Fault | None:
+        """What is wrong with a copy of which all that makes it is known, on the inputs that `find` tries."""
+        work = self.native(form.sizes)
+        for module in work.modules():
+            module.training = False
+        wide = copy_model(work, {}).to(torch.float64)
+        try:
+            fault = self._first_fault(wide, form.scales, self._trials(torch.float64, remember=False))
+            if fault is None or fault.check or not self._refuses_float64():
+                return fault
+        except (RuntimeError, TypeError, NotImplementedError):  # an operator of the graph refuses float64
+            pass
+        return self._first_fault(work, form.scales, self._trials(self.own_dtype, remember=False))
+
+    def _first_fault(self, model: nn.Module, scales: Scales, trials: list[Trial]) -> Fault | None:
+        faults = {id(trial): self._fault(model, scales, trial) for trial in trials}
+        if not any(faults.values()):
+            return None
+        return next((faults[id(trial)] for trial in self._possible(trials) if faults[id(trial)] is not None), None)
 
     @staticmethod
     def _fault(model: nn.Module, scales: Scales, trial: Trial) -> Fault | None:
@@ -256,9 +315,8 @@ class _Search:
         return None
 
 
-def _description(found: _Found) -> str:
+def _description(sizes: Sizes, scales: Scales) -> str:
     """What the native form is, beside a copy."""
-    sizes, scales = found.repair.sizes, found.scales
     changed = f", with other values of {explain(sizes)}" if sizes else ""
     kept = f", with the scale of attention kept by a factor on the output of {explain_scales(scales)}" if scales else ""
     return f"its own module with smaller tensors{changed}{kept}"
@@ -303,7 +361,10 @@ def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> s
     batch = inputs.batch_size()
     if graph.batch_hint is not None and batch == 1:
         inputs = inputs.with_batch(2)  # batch norms need two values a channel
-    failure = failure_of(native, inputs, "train")
+    twin = copy_model(
+        native, {id(parameter): parameter for parameter in native.parameters()}
+    )  # the result is never run
+    failure = failure_of(twin, inputs, "train")
     if failure is None or failure_of(model, inputs, "train") is not None:
         return None
     return f"its own forward does not run in train mode on the smaller tensors ({failure})"

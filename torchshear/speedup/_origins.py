@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchshear.dependency import Cut
+from torchshear.dependency import Cut, Part
 from torchshear.graph import module_outputs
-from torchshear.speedup._kept_scale import Part
 from torchshear.speedup._precision import computing_in
 
 Pair = tuple[fx.Node, fx.Node]

@@ -2,13 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import ChannelGroups, Cut, PruningPlan
+from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
 from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_of
@@ -16,18 +16,16 @@ from torchshear.speedup._lost_backwards import check_backwards, lost_backwards, 
 from torchshear.speedup._native_form import own_constants
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._shrink import (
-    Shrunk,
+    Made,
     in_mode_of,
     input_shapes,
+    make_native,
     tensors_of,
     training_cut,
     transient_names,
-    try_native,
 )
 from torchshear.speedup._state import slice_state
 from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, signature_of
-
-Form = Literal["native", "traced"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,49 +44,65 @@ class _Job:
         return found | {id(own): self.sliced[name] for name, own in constants if name in self.sliced}
 
 
-def shrink_parts(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, form: Form | None) -> Shrunk:
+def shrink_parts(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None) -> Made:
     """Cut the parts of a model that a plan is for, each in its native form where that holds.
 
     Raises:
-        PlanError: the plan does not fit the groups, or `form="native"` is not equal to the rewritten graph.
+        PlanError: the plan does not fit the groups, or the form that is asked for or recorded is not equal to the
+            rewritten graph.
     """
     cut = Cut(groups, plan.kept)
-    graph = groups.graph
-    assert graph.parts is not None
-    tensors = tensors_of(model, graph)
+    parts = groups.graph.parts
+    assert parts is not None
+    tensors = tensors_of(model, groups.graph)
     job = _Job(model, cut, tensors, slice_state(cut, tensors))
-    problem = "asked for"
-    if form != "traced":
-        native, problem = try_native(PartRun(model, graph.parts), cut, tensors, job.sliced)
-        if native is not None:
-            forms: dict[str, Form] = dict.fromkeys(graph.parts.names, "native")
-            return Shrunk(in_mode_of(whole_of(native), model), "native", problem, forms)
-        if form == "native":
-            raise PlanError(f"the native form is not equal to the rewritten graph: {problem}")
-    return _part_by_part(job, problem, try_native=form != "traced" and len(graph.parts.names) > 1)
+    recorded = plan.form if plan.form is not None and kind in (None, plan.form.kind) else None
+    if recorded is not None and len(set(recorded.parts.values())) > 1:
+        return _part_by_part(job, dict(recorded.parts), recorded)
+    native, form = make_native(PartRun(model, parts), cut, tensors, job.sliced, recorded, kind)
+    kinds: dict[str, FormKind] = dict.fromkeys(parts.names, form.kind)
+    if native is not None:
+        return Made(in_mode_of(whole_of(native), model), replace(form, parts=kinds))
+    looks_further = recorded is None and kind != "traced" and len(parts.names) > 1
+    return _part_by_part(job, {} if looks_further else kinds, form)
 
 
-def _part_by_part(job: _Job, problem: str, *, try_native: bool) -> Shrunk:
-    """Give each part the form that it can have, and put all of them into one copy of the model."""
+def _part_by_part(job: _Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
+    """Give each part the form that it can have, and put all of them into one copy of the model.
+
+    Args:
+        job: the cut.
+        kinds: what is known of the forms of the parts; of those not named the native form is looked for.
+        whole: what is known of the form of all together: a recorded one, or why none is native.
+    """
     parts = job.cut.groups.graph.parts
     assert parts is not None
-    forms: dict[str, Form] = {}
-    reasons: list[str] = []
+    found: dict[str, Form] = {}
     memo = job.replacements()
     for name in parts.names:
-        native, reason = _native_part(job, name) if try_native else (None, problem)
-        forms[name] = "traced" if native is None else "native"
+        native, found[name] = (None, whole) if kinds.get(name) == "traced" else _native_part(job, name, kinds, whole)
         original = job.model.get_submodule(name)
         if native is None:
             lost = [call for call in job.cut.groups.graph.lost_backwards if f"{call.module}.".startswith(f"{name}.")]
-            reasons.append(f"part {name!r} is traced: {reason}{untrainable(lost)}")
+            found[name] = replace(found[name], reason=f"{found[name].reason}{untrainable(lost)}")
             memo[id(original)] = _traced_part(job, name)
         else:
             memo |= {id(module): native.get_submodule(inner) for inner, module in original.named_modules()}
-    whole = copy_model(job.model, memo)
-    form: Form = "traced" if "traced" in forms.values() else "native"
-    return Shrunk(
-        in_mode_of(whole, job.model), form, "; ".join(reasons) or "each part equals its rewritten graph", forms
+    copied = in_mode_of(copy_model(job.model, memo), job.model)
+    is_recorded = set(kinds.values()) == {"native", "traced"}
+    return Made(copied, whole if is_recorded else _joined(found))
+
+
+def _joined(found: Mapping[str, Form]) -> Form:
+    """What made the forms of all parts."""
+    kinds = {name: form.kind for name, form in found.items()}
+    reasons = [f"part {name!r} is traced: {form.reason}" for name, form in found.items() if form.kind == "traced"]
+    return Form(
+        "traced" if reasons else "native",
+        "; ".join(reasons) or "each part equals its rewritten graph",
+        {slot: value for form in found.values() for slot, value in form.sizes.items()},
+        {part: factor for form in found.values() for part, factor in form.scales.items()},
+        kinds,
     )
 
 
@@ -107,11 +121,12 @@ def _captured(job: _Job, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
     return run, Cut(with_graph(groups, graph), job.cut.kept)
 
 
-def _native_part(job: _Job, name: str) -> tuple[nn.Module | None, str]:
-    """One part in its native form, or why it has none."""
+def _native_part(job: _Job, name: str, kinds: Mapping[str, FormKind], whole: Form) -> tuple[nn.Module | None, Form]:
+    """One part in its native form, or why it has none; as it is recorded if its kind is known."""
     run, cut = _captured(job, name, _calls_of(job.cut.groups.graph, name))
-    made, reason = try_native(run, cut, job.tensors, job.sliced)
-    return (None if made is None else whole_of(made).get_submodule(name)), reason
+    recorded = replace(whole, kind="native") if name in kinds else None
+    made, form = make_native(run, cut, job.tensors, job.sliced, recorded, None)
+    return (None if made is None else whole_of(made).get_submodule(name)), form
 
 
 def _traced_part(job: _Job, name: str) -> TracedModule:

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from torchshear.speedup._sizes import Slot, is_record
+from torchshear.dependency import Slot
+from torchshear.speedup._sizes import is_record
 
 Reads = set[tuple[int, str]]  # id of the object, name of the attribute
 _LOCK = threading.Lock()  # classes are watched by one search at a time

@@ -14,9 +14,10 @@ from types import MappingProxyType
 
 from torch import nn
 
+from torchshear.dependency import Slot
 from torchshear.speedup._judge import Fault, Trial, find_fault
 from torchshear.speedup._reads import Reads, is_read, recorded
-from torchshear.speedup._sizes import Choice, Slot, assigned, shared_by
+from torchshear.speedup._sizes import Choice, assigned, shared_by
 
 _MOST_TRIED = 200  # ways to change the attributes of one module that are tried
 _MOST_SKIPPED = 4  # values that the graph does not have and that are taken for right

@@ -9,9 +9,8 @@ from math import sqrt
 import torch
 from torch import fx
 
-from torchshear.dependency import Cut
+from torchshear.dependency import Cut, Part, Scales
 from torchshear.graph import enclosing_modules
-from torchshear.speedup._kept_scale import Part, Scales
 from torchshear.speedup._origins import Pair, Run, Sides, find_origins
 
 _MOST_WAYS = 3  # ways to place factors that are offered

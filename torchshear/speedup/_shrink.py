@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import ChannelGroups, Cut, PruningPlan, analyze
+from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
 from torchshear.errors import ArgumentError, CaptureError, PlanError
@@ -23,53 +23,71 @@ from torchshear.graph import (
     trace_inputs,
     whole_of,
 )
-from torchshear.speedup._fold_record import Fold
 from torchshear.speedup._lost_backwards import check_backwards, lost_backwards, untrainable
-from torchshear.speedup._native_form import native_form
+from torchshear.speedup._native_form import native_form, recorded_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
 from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, signature_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Shrunk:
-    """A shrunk model and the form that it has.
-
-    Attributes:
-        model: the smaller model.
-        form: "native", a copy of the original module with smaller tensors; or "traced", the rewritten graphs.
-        reason: why it has this form.
-        parts: where only parts of the model were shrunk, name of each -> its form; the model is a copy of the original
-            then, in which parts in traced form stand in place of the original modules; `form` is "traced" if any does.
-        fold: what became of the constants of removed channels; None where they are zero, as without `fold_bias`.
-    """
+class Made:
+    """A shrunk model, before it is proved, and what made its form."""
 
     model: nn.Module
-    form: Literal["native", "traced"]
-    reason: str
-    parts: Mapping[str, Literal["native", "traced"]] = field(default_factory=dict)
-    fold: Fold | None = None
+    form: Form
 
 
-def shrink_whole(
-    model: nn.Module, groups: ChannelGroups, plan: PruningPlan, form: Literal["native", "traced"] | None
-) -> Shrunk:
+def shrink_whole(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None) -> Made:
     """Cut a model that was captured whole.
 
+    Args:
+        model: the original.
+        groups: its analysis.
+        plan: what to keep.
+        kind: the form that it must have; None: the one that the plan records, else native if that can be.
+
     Raises:
-        PlanError: the plan does not fit the groups, or `form="native"` is not equal to the rewritten graph.
+        PlanError: the plan does not fit the groups, or the form that is asked for or recorded is not equal to the
+            rewritten graph.
     """
     cut = Cut(groups, plan.kept)
     graph = groups.graph
     tensors = tensors_of(model, graph)
     sliced = slice_state(cut, tensors)
-    native, reason = (None, "asked for") if form == "traced" else try_native(model, cut, tensors, sliced)
+    native, form = make_native(model, cut, tensors, sliced, plan.form, kind)
     if native is not None:
-        return Shrunk(in_mode_of(native, model), "native", reason)
-    if form == "native":
-        raise PlanError(f"the native form is not equal to the rewritten graph: {reason}")
-    reason += untrainable(graph.lost_backwards)
-    return Shrunk(in_mode_of(_both_modes(model, graph, cut, sliced), model), "traced", reason)
+        return Made(in_mode_of(native, model), form)
+    lost = "" if form is plan.form else untrainable(graph.lost_backwards)
+    form = replace(form, reason=f"{form.reason}{lost}")
+    return Made(in_mode_of(_both_modes(model, graph, cut, sliced), model), form)
+
+
+def make_native(
+    model: nn.Module,
+    cut: Cut,
+    tensors: Mapping[str, Tensor],
+    sliced: Mapping[str, Tensor],
+    recorded: Form | None,
+    kind: FormKind | None,
+) -> tuple[nn.Module | None, Form]:
+    """The native form that is recorded, or found; or None, and the form that it is to be instead.
+
+    Raises:
+        PlanError: the recorded form does not fit, or `kind="native"` is not equal to the rewritten graph.
+    """
+    if recorded is not None and kind in (None, recorded.kind):
+        if recorded.kind == "traced":
+            return None, recorded
+        native = recorded_form(model, cut, tensors, sliced, recorded)
+        unseen = "; not compared again on the meta device, where there are no values" if is_on_meta(model) else ""
+        return native, replace(recorded, reason=f"{recorded.reason}{unseen}")
+    if kind == "traced":
+        return None, Form("traced", "asked for")
+    found, form = _try_native(model, cut, tensors, sliced)
+    if found is None and kind == "native":
+        raise PlanError(f"the native form is not equal to the rewritten graph: {form.reason}")
+    return found, form
 
 
 def analysis_of(
@@ -149,9 +167,10 @@ def _check_shapes(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def tensors_of(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    """The model's own tensors by canonical name; constants as the graph holds them."""
+    """The model's own tensors by canonical name; constants, and buffers that are caches, as the graph holds them."""
     named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: named.get(name, entry.tensor) for name, entry in graph.state.items()}
+    own = {name: named.get(name, entry.tensor) for name, entry in graph.state.items()}
+    return {n: t if t.shape == graph.state[n].tensor.shape else graph.state[n].tensor for n, t in own.items()}
 
 
 def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> list[StateEntry]:
@@ -233,10 +252,11 @@ def in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
     return small
 
 
-def try_native(
+def _try_native(
     model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
-) -> tuple[nn.Module | None, str]:
+) -> tuple[nn.Module | None, Form]:
     """As `native_form`, which needs values to compare."""
     if is_on_meta(model):
-        return None, "without values on the meta device, its own forward cannot be compared with the rewritten graph"
+        reason = "without values on the meta device, its own forward cannot be compared with the rewritten graph"
+        return None, Form("traced", reason)
     return native_form(model, cut, tensors, sliced)

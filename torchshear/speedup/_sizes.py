@@ -12,41 +12,14 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from torchshear.dependency import Cut
+from torchshear.dependency import Cut, Form, Sizes, Slot
+from torchshear.errors import PlanError
 from torchshear.graph import Graph, enclosing_modules, first_names
 from torchshear.speedup._rewrite import changed_integers
 
 _NO_RECORDS = (nn.Module, Tensor, ModuleType, Enum)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _WORD = re.compile(r"[A-Za-z_]\w*")
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place that holds an integer.
-
-    Attributes:
-        module: qualified name of a module.
-        attribute: its attribute: the integer itself, a tuple or list of integers, or an object with integers.
-        item: index into the tuple or list, name of the object's attribute, or None.
-    """
-
-    module: str
-    attribute: str
-    item: int | str | None = None
-
-    @property
-    def name(self) -> str:
-        """The name by which code reads the integer."""
-        return self.item if isinstance(self.item, str) else self.attribute
-
-    def __str__(self) -> str:
-        """The place as code would write it."""
-        end = f".{self.item}" if isinstance(self.item, str) else "" if self.item is None else f"[{self.item}]"
-        return f"{self.module}.{self.attribute}{end}".lstrip(".")
-
-
-Sizes = Mapping[Slot, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +44,25 @@ def assign(module: nn.Module, slot: Slot, value: int) -> None:
         items[slot.item] = value
         holder = type(holder)(items)
     setattr(module, slot.attribute, holder)
+
+
+def check_slots(model: nn.Module, form: Form) -> None:
+    """See that a model has all that a recorded form changes, since a file may name anything.
+
+    Raises:
+        PlanError: a module is not there, or an attribute that holds an integer.
+    """
+    modules = dict(model.named_modules())
+    for name in (*(slot.module for slot in form.sizes), *(part.module for part in form.scales)):
+        if name not in modules:
+            raise PlanError(f"the form that the plan records changes module {name!r}, which the model has not.")
+    known = {slot for name in {slot.module for slot in form.sizes} for slot, _ in _integers(name, modules[name])}
+    for slot in form.sizes:
+        if slot not in known:
+            raise PlanError(
+                f"the form that the plan records changes {str(slot)!r}, which holds no integer in the model. Expected "
+                f"the same class, configuration and library versions as when the plan was made."
+            )
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
-from torchshear.graph import plain_outputs
+from torchshear.graph import kept_state, plain_outputs
 from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._decompositions import decomposed
 from torchshear.speedup._example_call import ExampleCall
@@ -328,13 +328,13 @@ def _cause(error: BaseException) -> str:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode without gradients; mode and random state are restored."""
+    """Run the block in evaluation mode without gradients; mode, state and random state are restored."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     for module, _ in modes:
         module.training = False
     try:
-        with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+        with kept_state(model), torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
             yield
     finally:
         for module, mode in modes:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from torchshear.dependency import PruningPlan
+from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs, Mode, PartRun, failure_of, whole_of
 from torchshear.speedup._shrink import analysis_of, recorded_run
@@ -77,17 +77,30 @@ def verify(
         VerificationError: outputs or gradients differ; names the first value in the graph that does. Or a model with
             smaller parts does not run whole.
     """
-    is_given = bool(args or kwargs)
-    example = ExampleInputs.of(args, kwargs)
-    groups = analysis_of(model, plan, *((args, kwargs) if is_given else (None, None)))
+    given = (args, kwargs) if args or kwargs else (None, None)
+    return verify_analyzed(model, small, plan, analysis_of(model, plan, *given), *given, seed=seed)
+
+
+def verify_analyzed(
+    model: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    groups: ChannelGroups,
+    args: tuple[Any, ...] | None,
+    kwargs: Mapping[str, Any] | None,
+    *,
+    seed: int = 0,
+) -> Verification:
+    """As `verify`, where the network is analyzed already; without arguments on those of the plan."""
+    is_given = args is not None or kwargs is not None
+    example = ExampleInputs.of(args or (), kwargs) if is_given else recorded_run(model, plan, None, None)[1]
     if groups.graph.parts is None:
-        inputs = example if is_given else recorded_run(model, plan, None, None)[1]
-        setting = Setting(model, small, plan, groups, inputs, seed)
+        setting = Setting(model, small, plan, groups, example, seed)
     else:
         whole, smaller = (PartRun(whole_of(one), groups.graph.parts) for one in (model, small))
         setting = Setting(whole, smaller, plan, groups, groups.graph.inputs, seed)
     found = prove(setting)
-    if groups.graph.parts is not None:
+    if groups.graph.parts is not None and is_given:
         _check_whole(small, plan, example)
     return Verification(
         reference="kept positions" if found.excused else "masked",
