@@ -118,7 +118,7 @@ network(
 )  # fmt: skip
 between("conv1d", lambda x: functional.conv1d(x, x.new_ones(5, 5, 1)), "tokens")
 network(
-    "conv_tbc", lambda m, x: m.two(torch.conv_tbc(m.one(x).mT.mT.transpose(0, 1), m.w, m.b).transpose(0, 1).relu()),
+    "conv_tbc", lambda m, x: m.two(torch.conv_tbc(m.one(x).transpose(0, 1).contiguous(), m.w, m.b).transpose(0, 1).relu()),
     (3, 6, 4), one=linear(4, 10), w=parameter(3, 10, 12), b=parameter(12), two=linear(12, 3),
 )  # fmt: skip
 
@@ -239,7 +239,6 @@ for shape in ((3, 4, 3, 3),):
         "pixel_shuffle", lambda m, x: m.two(functional.pixel_shuffle(m.one(x), 2)), shape,
         one=lambda: CONV[2](4, 48, 1), two=lambda: CONV[2](12, 3, 1),
     )  # fmt: skip
-between("pixel_unshuffle", lambda x: functional.pixel_unshuffle(x, 2), "maps")
 network(
     "pixel_unshuffle", lambda m, x: m.two(functional.pixel_unshuffle(m.one(x), 2)), (3, 4, 6, 6),
     one=lambda: CONV[2](4, 12, 1), two=lambda: CONV[2](48, 3, 1),

@@ -93,7 +93,7 @@ def watched() -> Iterator[Watched]:
     seen = Watched()
 
     def around(call: Call, run: Callable[[], Result]) -> Result:
-        counts = seen.demands.setdefault(call.node.name, {})
+        counts = seen.demands[call.node.name] = {}  # in the graph for train mode, too, which has the same demands
 
         def counting(name: str) -> None:
             method = getattr(call, name)
