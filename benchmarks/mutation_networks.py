@@ -223,9 +223,14 @@ for op in "sum mean amax amin logsumexp nansum nanmean std var prod median nanme
 for op in "sum mean std var prod median nanmedian max min nansum".split():
     name = f"{op}.default" if op in ("median", "nanmedian", "max", "min") else op
     between(name, lambda x, op=op: x * getattr(torch, op)(x))
-for op in "any all".split():
-    between(op, lambda x, op=op: to(getattr(torch, op)(x > 0, 1), x), "tokens")
-    between(op, lambda x, op=op: x * (1 + to(getattr(torch, op)(x > 0.9, 2, keepdim=True), x)), "tokens")
+for op, least in (("any", 0.8), ("all", -0.8)):
+
+    def holds(x: Tensor, dim: int, op: str = op, least: float = least) -> Tensor:
+        """Whether any or all are above a number that makes both answers usual."""
+        return to(getattr(torch, op)(x > least, dim), x)
+
+    between(op, lambda x, f=holds: f(x, 1), "tokens")
+    between(op, lambda x, f=holds: x * (1 + f(x, 2)).unsqueeze(2), "tokens")
 between("count_nonzero", lambda x: to(torch.count_nonzero(x > 0, 1), x), "tokens")
 between("count_nonzero", lambda x: x * to(torch.count_nonzero(x > 0, 2), x).unsqueeze(2), "tokens")
 for op in ("linalg.norm", "linalg.vector_norm", "norm"):

@@ -84,7 +84,7 @@ def _marked(case: Case) -> Any:
     return pytest.param(case, marks=marks, id=f"{case.operator} {case.wrong}")
 
 
-@pytest.mark.parametrize("case", map(_marked, CASES))
+@pytest.mark.parametrize("case", [_marked(case) for case in CASES])
 def test_a_wrong_rule_is_noticed(case: Case) -> None:
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     model = randomise(Between(case.call, case.n_read).double().eval())
