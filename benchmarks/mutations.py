@@ -30,10 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mutation_explained import EXPLAINED
-from mutation_routers import CASES, WITHOUT_CASE, Case, Network
+from mutation_networks import CASES, EXPLAINED, WITHOUT_CASE, Case, Network
 
 import torchshear
 import torchshear.api
@@ -95,7 +94,7 @@ class Trial:
     def prune(self) -> torchshear.PruneResult:
         """Prune it by half, by scores that the seed gives; it is captured only once, since rules come afterwards."""
         graph = self.groups.graph
-        with mock.patch.object(torchshear.api, "trace", lambda *_, **__: graph):
+        with mock.patch.object(torchshear.api, "trace", return_value=graph):
             return torchshear.prune(self.model, self.inputs, criterion=random_criterion(self.seed), ratio=0.5)
 
 
@@ -354,7 +353,10 @@ def main() -> int:
         useless += no_good
         bad = [o for o in found if options.verbose or o.outcome in ("survived", "crashed")]
         for outcome in bad:
-            print(f"{operator} {outcome.mutation.node} {outcome.mutation}: {outcome.outcome} {outcome.message}", flush=True)
+            print(
+                f"{operator} {outcome.mutation.node} {outcome.mutation}: {outcome.outcome} {outcome.message}",
+                flush=True,
+            )
     print(_summary(outcomes), f"{time.perf_counter() - started:.0f} s")
     print("\n".join(useless))
     judged = {outcome.operator for outcome in outcomes}

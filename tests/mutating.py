@@ -5,6 +5,7 @@ of its positions exchanged, two rows change places, a row is made of units that 
 forgotten. The proof of `torchshear.prune` has to notice.
 """
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -230,6 +231,8 @@ def mutations_of(groups: ChannelGroups, cut: Cut, node: fx.Node, seen: Watched) 
     found = []
     result = groups.facts.axes.get(node.name)
     for number, axes in enumerate(result if isinstance(result, list) else [result or ()]):
+        if isinstance(result, list) and number not in _read_results(node):
+            continue
         for dim, axis in enumerate(axes):
             if cut.changes(axis):
                 found += _of_axis(node, number, dim, cut.keep(axis))
@@ -241,6 +244,11 @@ def mutations_of(groups: ChannelGroups, cut: Cut, node: fx.Node, seen: Watched) 
     return found
 
 
+def _read_results(node: fx.Node) -> set[Any]:
+    """Which of several results of a call anything uses."""
+    return {user.args[1] for user in node.users if user.target is operator.getitem and user.users}
+
+
 def _of_axis(node: fx.Node, result: int, dim: int, keep: Any) -> list[Mutation]:
     kept, gone = np.flatnonzero(keep), np.flatnonzero(~keep)
     places = (int(kept[0]), int(gone[-1]))
@@ -248,17 +256,17 @@ def _of_axis(node: fx.Node, result: int, dim: int, keep: Any) -> list[Mutation]:
 
 
 def _exchanges(node: fx.Node, result: int, dim: int, axes: Axes) -> list[Mutation]:
-    """Two rows of one size change places; the batch, which is a prime while a network is captured, is of no such size."""
+    """Two rows of one size change places."""
     others = [at for at, axis in enumerate(axes) if at != dim and axis.size == axes[dim].size > 1]
     return [Mutation(node.name, "exchange", result, dim, (dim, at)) for at in others[:1]]
 
 
-def calls_of(groups: ChannelGroups, operator: str) -> list[fx.Node]:
+def calls_of(groups: ChannelGroups, name: str) -> list[fx.Node]:
     """Calls of an operator in a captured network, by a name with or without overload."""
     return [
         node
         for node in groups.graph
-        if node.op == "call_function" and operator in (operator_name(node), ".".join(operator_name(node).split(".")[:2]))
+        if node.op == "call_function" and name in (operator_name(node), ".".join(operator_name(node).split(".")[:2]))
     ]
 
 
