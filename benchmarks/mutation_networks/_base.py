@@ -80,7 +80,9 @@ def full_name(name: str) -> str:
     return name if name.split(".")[0] in ("python", "torchvision", "mutations") else f"aten.{name}"
 
 
-def between(operators: str, call: Callable[[Tensor], Tensor], kind: str = "features", read: Any = None) -> None:
+def between(
+    operators: str, call: Callable[[Tensor], Tensor], kind: str = "features", read: Any = None, mixes: bool = True
+) -> None:
     """Add two networks: a layer, the call and a layer; and the same with a softmax over the units behind the call.
 
     Args:
@@ -88,6 +90,8 @@ def between(operators: str, call: Callable[[Tensor], Tensor], kind: str = "featu
         call: what is made of the hidden values.
         kind: one of `KINDS`.
         read: makes the layer behind the call, where it is not that of the kind; its units are then the last dimension.
+        mixes: whether the second network is added. Not where the result has one value throughout: a softmax of that
+            is the same whichever positions go.
     """
     given = KINDS[kind]
     dim = given.dim if read is None else -1
@@ -103,7 +107,19 @@ def between(operators: str, call: Callable[[Tensor], Tensor], kind: str = "featu
 
     names = tuple(map(full_name, operators.split()))
     CASES.append(Case(names, plain, parts, (given.shape,), "plain"))
-    CASES.append(Case(names, mixed, parts, (given.shape,), "before a softmax"))
+    if mixes:
+        CASES.append(Case(names, mixed, parts, (given.shape,), "before a softmax"))
+
+
+def branches(operators: str, call: Callable[[Tensor, Tensor], Tensor], kind: str = "features") -> None:
+    """Add a network in which the call joins two layers of units that nothing else ties."""
+    given = KINDS[kind]
+
+    def parts() -> dict[str, nn.Module]:
+        return {"a": given.layer(4, UNITS), "b": given.layer(4, UNITS), "two": given.layer(UNITS, 3)}
+
+    names = tuple(map(full_name, operators.split()))
+    CASES.append(Case(names, lambda m, x: m.two(call(m.a(x), m.b(x))), parts, (given.shape,), "two branches"))
 
 
 def network(operators: str, run: Run, *inputs: Any, **parts: Callable[[], Any]) -> None:

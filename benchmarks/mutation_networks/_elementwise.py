@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional
 
-from mutation_networks._base import UNITS, A, between, linear, network, parameter, to
+from mutation_networks._base import UNITS, A, between, branches, linear, network, parameter, to
 
 for op in [
     "relu",
@@ -71,11 +71,11 @@ for op in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout
     between(f"{op}_", lambda x, op=op: getattr(A, f"{op}_")(x.clone(), 0.5, False), "tokens")
 for op in ("ones_like", "zeros_like"):
     between(op, lambda x, op=op: getattr(A, op)(x) + 0.5 * x)
-    between(op, lambda x, op=op: getattr(A, op)(x) + 0.5)
-between("empty_like fill_", lambda x: A.fill_(torch.empty_like(x), 0.5))
-between("full_like", lambda x: torch.full_like(x, 2.0))
-between("zero_", lambda x: A.zero_(x.clone()) + 0.3)
-between("fill_", lambda x: x.clone().fill_(0.3))
+    between(op, lambda x, op=op: getattr(A, op)(x) + 0.5, mixes=False)
+between("empty_like fill_", lambda x: A.fill_(torch.empty_like(x), 0.5), mixes=False)
+between("full_like", lambda x: torch.full_like(x, 2.0), mixes=False)
+between("zero_", lambda x: A.zero_(x.clone()) + 0.3, mixes=False)
+between("fill_", lambda x: x.clone().fill_(0.3), mixes=False)
 between("to", lambda x: (4 * x).to(torch.int64).to(x.dtype))
 between("_to_copy", lambda x: A._to_copy(4 * x, dtype=torch.int32).double())
 between("type_as", lambda x: (x > 0).type_as(x))
@@ -122,3 +122,14 @@ for op in ("exponential_", "normal_", "uniform_", "random_", "bernoulli_"):
 between("tril", lambda x: x.movedim(2, 1).unsqueeze(3).mul(torch.ones(5, 5, dtype=x.dtype)).tril().sum(3).mT, "tokens")
 between("triu", lambda x: x.movedim(2, 1).unsqueeze(3).mul(torch.ones(5, 5, dtype=x.dtype)).triu().sum(3).mT, "tokens")
 network("sym_size", lambda m, x: m.two(m.one(x) * x.shape[0]), (3, 4), one=linear(4, 12), two=linear(12, 3))
+
+# --- two branches -----------------------------------------------------------------------------------------------------
+branches("add.Tensor", lambda a, b: a + b)
+branches("mul.Tensor", lambda a, b: a * b, "tokens")
+branches("where.self", lambda a, b: torch.where(a > 0, a, b))
+branches("maximum", torch.maximum, "tokens")
+branches("copy_", lambda a, b: a.clone().copy_(b))
+branches("masked_fill_", lambda a, b: a.clone().masked_fill_(b > 0, 0.5))
+branches("isclose", lambda a, b: to(torch.isclose(a, b, 0.5), a))
+branches("complex", lambda a, b: torch.complex(a, b).abs())
+branches("expand_as", lambda a, b: a[:, :1].expand_as(b) + b, "tokens")

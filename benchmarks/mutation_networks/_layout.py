@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from mutation_networks._base import UNITS, A, between, linear, network, parameter
+from mutation_networks._base import UNITS, A, between, branches, linear, network, parameter
 
 between("permute", lambda x: x.permute(0, 2, 3, 1).relu().permute(0, 3, 1, 2), "maps")
-between("permute", lambda x: x.permute(0, 2, 1), "square", lambda: nn.Linear(12, 3))
+between("permute", lambda x: x.permute(0, 2, 1).cumsum(2).permute(0, 2, 1), "square")
 between("transpose.int", lambda x: x.transpose(1, 2).cumsum(2).transpose(1, 2), "square")
 for op in ("swapaxes", "swapdims"):
     between(op, lambda x, op=op: getattr(x, op)(1, 2).cumsum(2).swapaxes(1, 2), "square")
@@ -34,11 +34,11 @@ between("repeat_interleave.self_int", lambda x: x.mean(1, keepdim=True).repeat_i
 between("flip", lambda x: x.flip(2), "square")
 between("flipud", lambda x: x.movedim(2, 0).flipud().movedim(0, 2), "tokens")
 between("fliplr", lambda x: x.fliplr())
-between("rot90", lambda x: x.rot90(1, (1, 2)), "square", lambda: nn.Linear(12, 3))
+between("rot90", lambda x: x.rot90(1, (1, 2)).mT, "square")
 between("rot90", lambda x: x.rot90(1, (1, 2)).rot90(2, (1, 2)), "square")
 between("diagonal", lambda x: x.diagonal(dim1=1, dim2=2), "square")
 between("diag_embed", lambda x: torch.diag_embed(x).sum(1), "features")
-between("diag_embed", lambda x: torch.diag_embed(x).cumsum(2), "features")
+between("diag_embed", lambda x: torch.diag_embed(x).cumsum(2).sum(1), "features")
 between("view_as_real", lambda x: torch.view_as_real(torch.complex(x, x.sin())).sum(2))
 between("view_as_complex", lambda x: torch.view_as_complex(torch.stack([x, x.sin()], 2)).abs())
 between("view_as_real", lambda x: torch.view_as_real(torch.complex(x, x.sin()))[..., 1])
@@ -122,3 +122,13 @@ between("unfold.default", lambda x: x.unfold(1, 2, 2).sum((1, 3)), "tokens")
 between("pad", lambda x: functional.pad(x, (1, 2)), "features", lambda: nn.Linear(15, 3))
 between("pad", lambda x: functional.pad(x, (0, 0, 1, 2)), "tokens")
 between("constant_pad_nd", lambda x: A.constant_pad_nd(x, [1, 2], 0.3), "features", lambda: nn.Linear(15, 3))
+branches("stack", lambda a, b: torch.stack([a, b], 1), "tokens")
+branches("dstack", lambda a, b: torch.dstack([a, b]).sum(2))
+branches("vstack", lambda a, b: torch.vstack([a, b]))
+branches("row_stack", lambda a, b: A.row_stack([a, b]))
+branches("hstack", lambda a, b: torch.hstack([a, b]), "tokens")
+branches("select_scatter", lambda a, b: a.select_scatter(b[:, 3], 1, 4), "tokens")
+branches("slice_scatter", lambda a, b: a.slice_scatter(b[:, :2], 1, 2, 4), "tokens")
+branches("slice_scatter", lambda a, b: a.slice_scatter(b[..., :4], 2, 8, 12), "tokens")
+branches("view_as", lambda a, b: a.unflatten(2, (3, 4)).sin().view_as(b) + b, "tokens")
+branches("reshape_as", lambda a, b: a.unflatten(2, (3, 4)).sin().reshape_as(b) + b, "tokens")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mutation_networks._base import A, along, between, index, linear, network, to
+from mutation_networks._base import A, along, between, branches, index, linear, network, to
 
 MAPS = {1: "signals", 2: "maps", 3: "volumes"}
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -124,3 +124,14 @@ network(
     "col2im", lambda m, x: m.two(functional.fold(m.one(x).mT, 6, 2, stride=2)), (3, 9, 4),
     one=linear(4, 48), two=lambda: CONV[2](12, 3, 1),
 )  # fmt: skip
+
+# --- two branches -----------------------------------------------------------------------------------------------------
+branches("index_add", lambda a, b: a.index_add(1, index(1, 3), b[:, 1:3]), "tokens")
+branches("index_copy", lambda a, b: a.index_copy(1, index(1, 3), b[:, 1:3]), "tokens")
+branches("index_reduce", lambda a, b: A.index_reduce(a, 1, index(1, 3), b[:, 1:3], "prod"), "tokens")
+branches("index_put", lambda a, b: A.index_put(a, [None, index(0, 2)], b[:, :2]), "tokens")
+branches("scatter", lambda a, b: a.scatter(1, along(a, 1, 3), b[:, :2]), "tokens")
+branches("scatter_add", lambda a, b: a.scatter_add(1, along(a, 1, 3), b[:, :2]), "tokens")
+branches("scatter_reduce", lambda a, b: a.scatter_reduce(1, along(a, 1, 3), b[:, :2], "amax"), "tokens")
+branches("gather", lambda a, b: a.gather(1, to(b > 0, index(1))), "tokens")
+branches("take_along_dim", lambda a, b: a.take_along_dim(to(b > 0, index(1)), 1), "tokens")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mutation_networks._base import A, between, index, linear, network, parameter
+from mutation_networks._base import A, between, branches, index, linear, network, parameter
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BACK = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -27,9 +27,9 @@ network(
     (3, 4), v=parameter(4, 12), w=parameter(12, 3), b=parameter(12), c=parameter(3),
 )  # fmt: skip
 between("matmul", lambda x: (x @ x.mT).softmax(2) @ x, "tokens")
-between("matmul", lambda x: x.mT @ x, "tokens")
+between("matmul", lambda x: (x.mT @ x).sin().sum(1), "tokens")
 between("bmm", lambda x: torch.bmm(torch.bmm(x, x.mT), x), "tokens")
-between("bmm", lambda x: torch.bmm(x.mT, x.sin()), "tokens")
+between("bmm", lambda x: torch.bmm(x.mT, x.sin()).sin().sum(1), "tokens")
 between("baddbmm", lambda x: torch.baddbmm(x.sin(), x @ x.mT, x), "tokens")
 between("addbmm", lambda x: torch.addbmm(x[0], x @ x.mT, x), "tokens")
 network(
@@ -66,7 +66,7 @@ network(
 )  # fmt: skip
 between("einsum", lambda x: torch.einsum("bti,bsi,bsj->btj", x, x, x), "tokens")
 between("einsum", lambda x: torch.einsum("...i,...i->...i", x, x), "tokens")
-between("einsum", lambda x: torch.einsum("bti,btj->bji", x, x.sin()), "tokens")
+between("einsum", lambda x: torch.einsum("bti,btj->bji", x, x.sin()).sin().sum(1), "tokens")
 network(
     "bilinear", lambda m, x: m.two(m.both(m.a(x), m.b(x)).relu()), (3, 4),
     a=linear(4, 12), b=linear(4, 10), both=lambda: nn.Bilinear(12, 10, 8), two=linear(8, 3),
@@ -144,3 +144,23 @@ between(
     lambda x: functional.scaled_dot_product_attention(x.mT, x.mT.sin(), x.mT.cos()).mT,
     "tokens",
 )
+
+# --- two branches -----------------------------------------------------------------------------------------------------
+branches("matmul", lambda a, b: a @ b.mT @ b, "tokens")
+branches("bmm", lambda a, b: torch.bmm(torch.bmm(a, b.mT), b), "tokens")
+branches("baddbmm", lambda a, b: torch.baddbmm(a, a @ a.mT, b), "tokens")
+branches("addbmm", lambda a, b: torch.addbmm(a[0], a @ a.mT, b), "tokens")
+branches("einsum", lambda a, b: torch.einsum("bti,bsi->bts", a, b) @ b, "tokens")
+branches("einsum", lambda a, b: torch.einsum("bti,bti->bti", a, b), "tokens")
+branches("dot vdot", lambda a, b: b * torch.dot(a[0], b[0]) + torch.vdot(a[0], b[2]))
+branches("mv", lambda a, b: b * torch.mv(a, b.sum(0)).unsqueeze(1))
+branches("addmv", lambda a, b: b * torch.addmv(a.sum(1), a, b.sum(0)).unsqueeze(1))
+branches("inner", lambda a, b: b * torch.inner(a, b).sum(1, True))
+branches("tensordot", lambda a, b: b * torch.tensordot(a, b, ([1], [1])).sum(1, True))
+branches("linalg_multi_dot", lambda a, b: torch.linalg.multi_dot([a, b.T, b]))
+branches("chain_matmul", lambda a, b: A.chain_matmul([a, b.T, b]))
+branches("addr", lambda a, b: torch.addr(a, a.sum(1), b.sum(0)))
+branches("outer", lambda a, b: torch.outer(a.sum(1), b.sum(0)))
+branches(
+    "scaled_dot_product_attention", lambda a, b: functional.scaled_dot_product_attention(a, b, b.sin()), "tokens"
+)  # fmt: skip

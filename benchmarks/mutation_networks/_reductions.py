@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mutation_networks._base import KINDS, UNITS, A, between, linear, network, parameter, to
+from mutation_networks._base import KINDS, UNITS, A, between, branches, linear, network, parameter, to
 
 for op in [
     "sum",
@@ -88,7 +88,7 @@ for op, name in ((functional.cosine_similarity, "cosine_similarity"), (torch.lin
 between("pairwise_distance", lambda x: x * functional.pairwise_distance(x, x.sin()).unsqueeze(2), "tokens")
 between("pairwise_distance", lambda x: functional.pairwise_distance(x.mT, x.mT.sin()), "tokens")
 between("cdist", lambda x: torch.cdist(x, x.sin()) @ x, "tokens")
-between("cdist", lambda x: torch.cdist(x.mT, x.mT.sin()), "tokens")
+between("cdist", lambda x: torch.cdist(x.mT, x.mT.sin()).sum(1), "tokens")
 
 for op in ("softmax", "log_softmax"):
     between(op, lambda x, op=op: getattr(torch, op)(x, 2), "tokens")
@@ -130,3 +130,11 @@ network(
     "_weight_norm", lambda m, x: functional.linear(m.one(x).relu(), torch._weight_norm(m.v, m.g, 0)),
     (3, 4), v=parameter(3, 12), g=parameter(3, 1), one=linear(4, 12),
 )  # fmt: skip
+
+# --- two branches -----------------------------------------------------------------------------------------------------
+branches("cdist", lambda a, b: torch.cdist(a, b) @ b, "tokens")
+branches("cosine_similarity", lambda a, b: functional.cosine_similarity(a, b, 1), "tokens")
+branches("cosine_similarity", lambda a, b: b * functional.cosine_similarity(a, b, 2).unsqueeze(2), "tokens")
+branches("pairwise_distance", lambda a, b: b * functional.pairwise_distance(a, b).unsqueeze(2), "tokens")
+branches("linalg_vecdot", lambda a, b: b * torch.linalg.vecdot(a, b, dim=2).unsqueeze(2), "tokens")
+branches("diff", lambda a, b: a.diff(dim=1, prepend=b[:, :1]), "tokens")

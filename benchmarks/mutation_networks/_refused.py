@@ -7,25 +7,33 @@ from torch.nn import functional
 from mutation_networks._base import A, between, index, to
 
 
-def square(x: Tensor) -> Tensor:
-    """A matrix that is positive definite, of twelve units."""
-    return x.mT @ x + torch.eye(12, dtype=x.dtype) * 3
+def total(x: Tensor) -> Tensor:
+    """One number for each sample, from whatever was made of it."""
+    return x.flatten(1).sum(1)[:, None, None]
+
+
+def pairs(x: Tensor) -> Tensor:
+    """A positive definite matrix of all pairs of units."""
+    return x.mT @ x * 0.1 + torch.diag_embed(x.square().mean(1) + 1)
 
 
 T = "tokens"
-between("linalg_cholesky", lambda x: x @ torch.linalg.cholesky(square(x)), T)
-between("linalg_det", lambda x: x * torch.linalg.det(square(x))[:, None, None], T)
-between("linalg_slogdet", lambda x: x * torch.linalg.slogdet(square(x))[1][:, None, None], T)
-between("linalg_eigh", lambda x: x * torch.linalg.eigh(square(x))[0][:, None], T)
-between("linalg_householder_product", lambda x: torch.linalg.householder_product(x.mT, x[:, :, 0]).mT, T)
-between("linalg_inv", lambda x: x @ torch.linalg.inv(square(x)), T)
-between("linalg_matrix_exp", lambda x: x @ torch.linalg.matrix_exp(square(x) * 0.01), T)
-between("matrix_exp", lambda x: x @ A.matrix_exp(square(x) * 0.01), T)
-between("linalg_pinv", lambda x: x @ torch.linalg.pinv(square(x)), T)
-between("linalg_qr", lambda x: torch.linalg.qr(x)[1], T)
-between("linalg_solve", lambda x: torch.linalg.solve(square(x), x.mT).mT, T)
-between("linalg_svd", lambda x: x * torch.linalg.svd(square(x))[1][:, None], T)
-between("linalg_svdvals", lambda x: x * torch.linalg.svdvals(square(x))[:, None], T)
+for name, made in {
+    "linalg_cholesky": torch.linalg.cholesky,
+    "linalg_det": torch.linalg.det,
+    "linalg_slogdet": lambda g: torch.linalg.slogdet(g)[1],
+    "linalg_eigh": lambda g: torch.linalg.eigh(g)[0].sqrt(),
+    "linalg_inv": torch.linalg.inv,
+    "linalg_matrix_exp": lambda g: torch.linalg.matrix_exp(g * 0.01),
+    "matrix_exp": lambda g: A.matrix_exp(g * 0.01),
+    "linalg_pinv": torch.linalg.pinv,
+    "linalg_qr": lambda g: torch.linalg.qr(g)[1].abs(),
+    "linalg_svd": lambda g: torch.linalg.svd(g)[1].sqrt(),
+    "linalg_svdvals": lambda g: torch.linalg.svdvals(g).sqrt(),
+    "linalg_solve": lambda g: torch.linalg.solve(g, g.sin()),
+    "linalg_householder_product": lambda g: torch.linalg.householder_product(g, g[:, 0]),
+}.items():  # of a matrix of all pairs of units
+    between(name, lambda x, f=made: x * total(f(pairs(x)).unsqueeze(-1)), "square")
 between("linalg_cross", lambda x: torch.cat([torch.linalg.cross(x[..., :3], x[..., 3:6]), x[..., :9]], 2), T)
 between("as_strided", lambda x: x.as_strided((3, 4), (12, 3)), "features", lambda: nn.Linear(4, 3))
 between("view.dtype", lambda x: to(x.view(torch.int64) % 7, x))
