@@ -205,6 +205,8 @@ def _kept_by(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> dict[str, li
     """Units of which any position of a parameter is left, by the right rules."""
     store, alive = groups.algebra.store, set()
     for name, axes in groups.facts.state_axes.items():
+        if groups.graph.state[name].kind == "constant":  # of which a plan has no mask
+            continue
         for dim, axis in enumerate(axes):
             keep = np.ones(axis.size, bool)
             if name in masks:
