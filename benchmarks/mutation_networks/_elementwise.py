@@ -31,7 +31,8 @@ between("where.self", lambda x: torch.where(x > 0, x, x.cos()))
 between("gt.Scalar", lambda x: to(x > 0, x))
 between("masked_fill.Scalar", lambda x: x.masked_fill(x < 0, 0.5))
 between("clamp pow.Tensor_Scalar", lambda x: x.clamp(-0.4, 0.5) ** 2)
-between("lerp.Tensor addcmul", lambda x: torch.addcmul(torch.lerp(x, x.sin(), x.cos()), x, x.sin()))
+between("lerp.Tensor", lambda x: torch.lerp(x, x.sin(), x.cos()))
+between("addcmul", lambda x: torch.addcmul(x.cos(), x, x.sin()))
 between("maximum", lambda x: torch.maximum(x, x.cos()))
 network(
     "add.Tensor mul.Tensor",

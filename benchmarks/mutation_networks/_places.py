@@ -35,6 +35,7 @@ between("index_put", lambda x: x.index_put((torch.arange(1), index(2)), x[:1, 0]
 between("index_put_", lambda x: _written(x), "tokens")
 between("index_put", lambda x: A.index_put(x.cos(), [None, index(0, 2)], x[:, :2]), "tokens")
 between("one_hot", lambda x: x.sin() + to(functional.one_hot(torch.arange(5) % 3, 12), x), "tokens")
+between("one_hot", lambda x: to(functional.one_hot((x > 0).to(torch.int64) + 2 * (x > 0.5), 4)[..., 1], x))
 between("bucketize.Tensor", lambda x: to(torch.bucketize(x, torch.tensor([-0.2, 0.3], dtype=x.dtype)), x))
 
 
