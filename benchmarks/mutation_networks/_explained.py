@@ -1,0 +1,24 @@
+"""Why some wrong rules of `mutations.py` go unnoticed: (operator or "*", beginning of the mutation) -> reason."""
+
+EXPLAINED: dict[tuple[str, str], str] = {}
+
+MADE = "it makes values of sizes that are not cut; it reads nothing and demands nothing"
+WITHOUT_CASE = {
+    **dict.fromkeys(
+        (
+            "aten.arange",
+            "aten.eye",
+            "aten.linspace",
+            "aten.rand",
+            "aten.randn",
+            "aten.scalar_tensor",
+            "aten.tril_indices",
+            "aten.triu_indices",
+        ),
+        MADE,
+    ),
+    "torchvision.deform_conv2d": "torchvision is an extra; the rule refuses, tests/dependency/test_deformable.py",
+    "transformers.grouped_mm_fallback": "its own package registers it, which is an extra; it has the rule of "
+    "aten._grouped_mm, which torch.export takes in bfloat16 alone. An operator of this script stands for both.",
+    "aten._grouped_mm": "see transformers.grouped_mm_fallback",
+}

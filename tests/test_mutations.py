@@ -1,0 +1,94 @@
+"""Wrong operator rules must make `prune` raise: the proof may not believe what the rules say.
+
+A few of what `benchmarks/mutations.py` does with all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from tests.models import randomise
+from tests.mutating import Mutation, calls_of, mutated, mutations_of, watched
+from torchshear.dependency import Cut
+from torchshear.errors import TorchshearError
+from torchshear.pruners import random_criterion
+
+
+class Between(nn.Module):
+    """A layer, a call, a layer that reads each of its results."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor], n_read: int = 12) -> None:
+        super().__init__()
+        self.call = call
+        self.one, self.two = nn.Linear(4, 12), nn.Linear(n_read, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three features of each token."""
+        return self.two(self.call(self.one(x)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call between two layers, and what is made wrong of the rule of one operator in it; `missed` if not noticed."""
+
+    operator: str
+    wrong: str
+    call: Callable[[Tensor], Tensor]
+    n_read: int = 12
+    missed: str = ""
+
+
+CIRCULAR = "where an axis is mixed the reference believes the rules"
+NOT_RUN = "a rewritten graph that does not run is torch's error, not one that names the rule"
+CASES = (
+    Case("aten.cumsum", "mirror", lambda x: x.cumsum(2), missed=CIRCULAR),
+    Case("aten.softmax", "swap", lambda x: x.softmax(2), missed=CIRCULAR),
+    Case("aten.layer_norm", "shift", lambda x: functional.layer_norm(x, (12,)), missed=CIRCULAR),
+    Case("aten.layer_norm", "fresh", lambda x: functional.layer_norm(x, (12,)), missed=CIRCULAR),
+    Case("aten.sum", "mirror", lambda x: x.sum(1)),
+    Case("aten.relu", "fresh", lambda x: x.relu()),
+    Case("aten.relu", "shift", lambda x: x.relu().softmax(2)),
+    Case("aten.cat", "swap", lambda x: torch.cat([x, x.sin()], 2), 24),
+    Case("aten.flip", "shift", lambda x: x.flip(2)),
+    Case("aten.reshape", "mirror", lambda x: x.reshape(-1, 5, 3, 4).reshape(-1, 5, 12)),
+    Case("aten.linear", "forget tie", lambda x: x.tanh(), missed=NOT_RUN),
+    Case("aten.softmax", "forget mix", lambda x: x.softmax(2)),
+    Case("aten.mean", "forget mix", lambda x: x - x.mean(2, keepdim=True)),
+    Case("aten.roll", "no edit", lambda x: x.roll(5, 2)),
+    Case("aten.slice.Tensor", "no edit", lambda x: x[..., 2:9], 7, missed=NOT_RUN),
+)
+
+
+def _prune(model: nn.Module, x: Tensor) -> torchshear.PruneResult:
+    return torchshear.prune(model, (x,), criterion=random_criterion(1), ratio=0.5)
+
+
+def _mutation(case: Case, model: nn.Module, x: Tensor) -> Mutation:
+    """What the case says, at the last call of its operator; pruning with the right rules must work."""
+    with watched() as seen:
+        plan = _prune(model, x).plan
+    assert plan.analysis is not None
+    node = calls_of(plan.analysis, case.operator)[-1]
+    found = mutations_of(plan.analysis, Cut(plan.analysis, plan.kept), node, seen)
+    return next(mutation for mutation in found if str(mutation).startswith(case.wrong))
+
+
+def _marked(case: Case) -> Any:
+    marks = [pytest.mark.xfail(strict=True, reason=case.missed)] if case.missed else []
+    return pytest.param(case, marks=marks, id=f"{case.operator} {case.wrong}")
+
+
+@pytest.mark.parametrize("case", [_marked(case) for case in CASES])
+def test_a_wrong_rule_is_noticed(case: Case) -> None:
+    x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    model = randomise(Between(case.call, case.n_read).double().eval())
+    mutation = _mutation(case, model, x)
+    with mutated(mutation), pytest.raises(TorchshearError):
+        _prune(model, x)
+    assert _prune(model, x).verification.max_error < 1e-9, "the rules are right again"
