@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import VerificationError, WeightError
 from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, whole_of
+from torchshear.graph._precision import computing_in, to_float64
 from torchshear.speedup._compare import random_like, relative_error, tolerance
 from torchshear.speedup._constants import ConstantNetwork, Decide, Look
 from torchshear.speedup._fold_means import Means, find_places_of_means
 from torchshear.speedup._fold_places import Places, find_places, kept_as_is, writes
 from torchshear.speedup._fold_record import Fold
-from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._shrink import Shrunk, analysis_of
 from torchshear.speedup._state import slice_state
 from torchshear.speedup._verify import eval_copy, kept_outputs, leaves_of, outputs_of, state_in, widest

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 
 from torchshear.dependency import Cut
 from torchshear.graph import module_outputs
+from torchshear.graph._precision import computing_in
 from torchshear.speedup._kept_scale import Part
-from torchshear.speedup._precision import computing_in
 
 Pair = tuple[fx.Node, fx.Node]
 Run = Callable[[torch.dtype, Callable[[fx.Node, Any], Any]], Iterator[tuple[fx.Node, Any]]]

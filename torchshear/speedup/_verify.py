@@ -23,9 +23,9 @@ from torchshear.graph import (
     whole_of,
 )
 from torchshear.graph._parts import parts_of
+from torchshear.graph._precision import computing_in, to_float64
 from torchshear.graph._run import graph_output, graph_values
 from torchshear.speedup._compare import random_like, relative_error, tolerance
-from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._reference import gather, masked_values, mixes
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._shrink import analysis_of, recorded_run
