@@ -1,5 +1,6 @@
 """One operator call as its rule sees it: arguments by name, axes of the operands, and what the rule can demand."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -370,11 +371,16 @@ class Call:
         self.edit(name, lambda keep: UNCHANGED if keep(axis).all() else int(keep(counted).sum()), index)
 
     def edit_size(self, name: str, axis: Axis, index: int | None = None) -> None:
-        """Have a size argument follow an axis. A computed size is scaled; -1 and fixed sizes stay as they are."""
+        """Have a size argument follow an axis. A computed size is scaled; -1 and fixed sizes stay as they are.
+
+        A sum is not scaled, as a batch with some rows more: its axis is fixed.
+        """
         given = self.arg(name) if index is None else self.arg(name)[index]
         if isinstance(given, int) and given < 0:
             return
-        if isinstance(given, fx.Node):
+        if isinstance(given, fx.Node) and given.target is operator.add:
+            self.fix([axis], "a size that is computed as a sum")
+        elif isinstance(given, fx.Node):
             self.edit(name, lambda keep: Scaled(axis.size, int(keep(axis).sum())), index)
         else:
             self.edit(name, lambda keep: UNCHANGED if keep(axis).all() else int(keep(axis).sum()), index)

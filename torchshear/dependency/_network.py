@@ -26,7 +26,8 @@ class Dimension:
     """One dimension of a value.
 
     Attributes:
-        size: number of positions; "batch" or "49*batch" where it follows the batch, a symbol where it follows data.
+        size: number of positions; "batch", "49*batch" or "batch+1" where it follows the batch, "by batch" where it does
+            in another way, a symbol where it follows data.
         groups: numbers of the channel groups of which units lie along it.
         fixed: why positions of it cannot be cut, "" if none is fixed.
     """
@@ -79,21 +80,21 @@ def describe_network(graph: Graph, algebra: Algebra, facts: Facts, group_of: Ids
     """
     found: dict[int, tuple[Axis, tuple[int, ...], str]] = {}
 
-    def dimension(axis: Axis, size: Any) -> Dimension:
+    def dimension(axis: Axis, size: int | str) -> Dimension:
         known = found.get(id(axis.units))
         if known is None:  # the axis is kept with the answer, so that its id is not given to another
             known = found[id(axis.units)] = (axis, _groups_along(algebra, axis, group_of), _reason(algebra, axis))
-        return Dimension(_size(graph, size), known[1], known[2])
+        return Dimension(size, known[1], known[2])
 
     def tensors(node: fx.Node) -> tuple[tuple[Dimension, ...], ...]:
         axes, value = facts.axes.get(node.name), node.meta.get("val")
         if isinstance(axes, tuple) and isinstance(value, Tensor):
             own = _with_blocked(facts, node, axes)
-            return (tuple(map(dimension, own, value.shape)),)
+            return (tuple(map(dimension, own, _sizes(graph, node, value))),)
         if isinstance(axes, list) and isinstance(value, list | tuple):
             return tuple(
-                tuple(map(dimension, own, item.shape))
-                for own, item in zip(axes, value, strict=True)
+                tuple(map(dimension, own, _sizes(graph, node, item, number)))
+                for number, (own, item) in enumerate(zip(axes, value, strict=True))
                 if isinstance(item, Tensor)
             )
         return ()
@@ -186,13 +187,18 @@ def _reason(algebra: Algebra, axis: Axis) -> str:
     return str(algebra.store.first_reason(axis.units) or "")
 
 
-def _size(graph: Graph, size: Any) -> int | str:
-    """A size as people read it: free ones by what they follow, not by the number that the capture chose."""
-    number = size.node.hint if isinstance(size, torch.SymInt) else int(size)
-    if graph.batch_hint is not None and number and number % graph.batch_hint == 0:
-        times = number // graph.batch_hint
-        return "batch" if times == 1 else f"{times}*batch"
-    return str(size) if isinstance(size, torch.SymInt) else int(size)
+def _sizes(graph: Graph, node: fx.Node, value: Tensor, item: int | None = None) -> list[int | str]:
+    """Sizes of one tensor of a node as people read them: free ones by what they follow, not as they were captured."""
+    sizes: list[int | str] = []
+    for dim, size in enumerate(value.shape):
+        place = dim if item is None else (item, dim)
+        if isinstance(size, torch.SymInt):
+            sizes.append(str(size))
+        elif graph.is_free(node, place):
+            sizes.append(str(graph.follows(node, place) or "by batch"))
+        else:
+            sizes.append(int(size))
+    return sizes
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

@@ -3,20 +3,21 @@
 import os
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
 from torchshear.graph._backwards import with_own_backwards
-from torchshear.graph._batch import free_batch, probe_batches
+from torchshear.graph._batch import free_batch, hides_batch, probe_prime, second_batch
 from torchshear.graph._caches import caches_of, forget
 from torchshear.graph._check import agrees, differs_in_training
 from torchshear.graph._contract import plain_outputs
@@ -96,16 +97,28 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
     """
     graph = capture(model, inputs, "eval")
     own = {name for name, entry in graph.state.items() if entry.tensor.ndim and is_inside(name, graph.parts)}
-    other_outputs = differs_in_training(model, inputs)
-    if not other_outputs and own <= _reads(graph):
+    other_outputs = differs_in_training(graph, model)
+    unread = own - _reads(graph)
+    if not other_outputs and not (unread and _may_read_in_training(model, inputs, unread)):
         return graph
     training = _training_graph(model, inputs)
     if training is None:  # what only training reads then stays whole, which the report lists as unread
         return graph
-    if not other_outputs and not own & (_reads(training) - _reads(graph)):
+    if not other_outputs and not unread & _reads(training):
         return graph
     state = types.MappingProxyType({**training.state, **graph.state})  # the graphs have constants of their own
     return replace(graph, training=training, state=state)
+
+
+def _may_read_in_training(model: nn.Module, inputs: ExampleInputs, names: set[str]) -> bool:
+    """Whether any of some parameters and buffers is read in train mode, as one capture tells."""
+    given = inputs.unfilled(second_batch(inputs)) if inputs.batch_size() else inputs.copy()
+    try:
+        with in_mode(model, "train"), plain_outputs(model), _without_traces():
+            graph = _to_graph(*_export(model, given), model, inputs, "train", None)
+    except Exception:  # it cannot be captured without more ado, as where branches are drawn at random
+        return True
+    return bool(names & _reads(graph))
 
 
 def _training_graph(model: nn.Module, inputs: ExampleInputs) -> Graph | None:
@@ -168,15 +181,38 @@ def _check_model(model: nn.Module) -> None:
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:
     """A graph that takes any batch and is the model, or None if there is no such graph."""
-    for probe in probe_batches(model, inputs):
-        try:
-            graph = _to_graph(*_export(model, inputs.unfilled(probe)), model, inputs, mode, probe)
-        except Exception:  # any failure here only means that another batch does not suit the model
-            return None
-        free_batch(graph.fx_graph, probe)
-        if agrees(graph, model):
-            return graph
-    return None
+    prime = probe_prime(model, inputs)
+    if prime is None:
+        return None
+    try:
+        first = _to_graph(*_export(model, inputs.unfilled(prime)), model, inputs, mode, prime)
+        with _without_traces():
+            other = _to_graph(*_export(model, inputs.unfilled(second_batch(inputs))), model, inputs, mode, None)
+        graph = _freed(first, other)
+        prime = probe_prime(model, inputs, other)
+        if graph is not None and hides_batch(graph) and prime is not None:
+            first = _to_graph(*_export(model, inputs.unfilled(prime)), model, inputs, mode, prime)
+            graph = _freed(first, other)
+    except Exception:  # any failure here only means that another batch does not suit the model
+        return None
+    return graph if graph is not None and agrees(graph, model) else None
+
+
+def _freed(graph: Graph, other: Graph) -> Graph | None:
+    """A graph with a free batch, from captures at two batches; None if they are not of one network."""
+    second = free_batch(graph, other)
+    return None if second is None else replace(graph, second=second)
+
+
+@contextmanager
+def _without_traces() -> Iterator[None]:
+    """Have torch.export not note the source line of each node, which takes time."""
+    before = fx.config.do_not_emit_stack_traces
+    fx.config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx.config.do_not_emit_stack_traces = before
 
 
 def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:

@@ -20,7 +20,13 @@ _MARKS = ".[]'\""
 
 def output_leaves(output: Any) -> list[Any]:
     """The flat outputs of a model, in which objects that are neither tensors nor plain values count as None."""
-    return pytree.tree_leaves(_plain(output))
+    return flat_output(output)[0]
+
+
+def flat_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """As `output_leaves`, with the structure that they are taken from."""
+    leaves, spec = pytree.tree_flatten(_plain(output))
+    return list(leaves), spec
 
 
 def register_dataclasses(value: Any) -> None:

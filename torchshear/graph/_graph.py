@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from torchshear.graph._follow import Follows, Place, SecondShapes
 from torchshear.graph._functions import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._parts import Parts
@@ -52,8 +53,8 @@ class Graph:
         out_spec: tree structure of the outputs.
         model_type: qualified class name of the model.
         mode: "eval" or "train", the mode in which the model was captured.
-        batch_hint: size of the free batch dimension during capture, which divides no other size; None if the batch is
-            static.
+        batch_hint: size of the free batch dimension during capture; None if the batch is static.
+        second: which sizes follow the batch, as a second capture tells; None if the batch is static.
         training: the same model captured in train mode, if that reads parameters or buffers which the eval graph leaves
             unread, as auxiliary heads are, or gives other outputs, as raw maps for a loss are; else None.
         left_out: outputs that are not captured, with their types: objects that torch.export does not know, such as a
@@ -76,6 +77,7 @@ class Graph:
     model_type: str
     mode: Mode
     batch_hint: int | None
+    second: SecondShapes | None = None
     training: "Graph | None" = None
     left_out: tuple[str, ...] = ()
     is_assumed: bool = False
@@ -105,15 +107,21 @@ class Graph:
             digest.update(f"{name}|{entry.shape}\n".encode())
         return digest.hexdigest()
 
-    def is_free(self, node: fx.Node, dim: int) -> bool:
-        """Whether the size of a dimension of a node's value follows the batch, or data."""
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor):
-            return False
-        size = value.shape[dim]
+    def is_free(self, node: fx.Node, place: Place) -> bool:
+        """Whether the size of a dimension of a node's value, or of one of its values, follows the batch, or data."""
+        size = _size_at(node, place)
         if isinstance(size, torch.SymInt):
             return True
-        return self.batch_hint is not None and size > 0 and size % self.batch_hint == 0
+        second = self.second.size(node.name, place) if self.second is not None and size is not None else None
+        return second is not None and second != size
+
+    def follows(self, node: fx.Node, place: Place) -> Follows | None:
+        """How a size that is free follows the batch; None if it does in no simple way, or follows data."""
+        size = _size_at(node, place)
+        second = self.second.size(node.name, place) if self.second is not None else None
+        if self.second is None or second is None or size is None or isinstance(size, torch.SymInt):
+            return None
+        return self.second.batches.follow(size, second)
 
     @property
     def lost_backwards(self) -> tuple[FunctionCall, ...]:
@@ -175,6 +183,15 @@ def _written(value: Any, labels: Mapping[fx.Node, str]) -> str:
     if isinstance(value, list | tuple):
         return "(" + ",".join(_written(item, labels) for item in value) + ")"
     return str(value)
+
+
+def _size_at(node: fx.Node, place: Place) -> int | torch.SymInt | None:
+    """A size of a node's value; None where it is no tensor."""
+    value = node.meta.get("val")
+    if not isinstance(place, int):
+        item, place = place
+        value = value[item] if isinstance(value, list | tuple) else None
+    return value.shape[place] if isinstance(value, Tensor) else None
 
 
 def shape_of(node: fx.Node) -> Any:

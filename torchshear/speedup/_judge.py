@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import first_line
 from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
 from torchshear.graph._mode import in_mode
+from torchshear.graph._precision import computing_in, to_float64
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._kept_scale import KeptScale
-from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._redrawn import Redrawn
 
 Fingerprint = tuple[float, float]

@@ -25,11 +25,11 @@ from torchshear.graph import (
     locate,
     whole_of,
 )
+from torchshear.graph._precision import computing_in, to_float64
 from torchshear.graph._run import graph_values
 from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
 from torchshear.speedup._kept_scale import explain_scales, scaled
 from torchshear.speedup._native import native_copy
-from torchshear.speedup._precision import computing_in, to_float64
 from torchshear.speedup._redrawn import Redrawn, redraw
 from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph

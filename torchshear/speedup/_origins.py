@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency import Cut, Part
 from torchshear.graph import module_outputs
-from torchshear.speedup._precision import computing_in
+from torchshear.graph._precision import computing_in
 
 Pair = tuple[fx.Node, fx.Node]
 Run = Callable[[torch.dtype, Callable[[fx.Node, Any], Any]], Iterator[tuple[fx.Node, Any]]]

@@ -129,10 +129,15 @@ def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:
     found: set[tuple[int, int]] = set()
     for value in (node, *node.all_input_nodes):
         axes = cut.groups.facts.axes.get(value.name)
-        for part in axes if isinstance(axes, list) else [axes or ()]:
-            found |= {(axis.size, int(cut.keep(axis).sum())) for axis in part if cut.changes(axis)}
-    batch = graph.batch_hint or 1
-    return found | {(old // batch, new // batch) for old, new in found if old % batch == 0 and new % batch == 0}
+        for item, part in enumerate(axes) if isinstance(axes, list) else [(None, axes or ())]:
+            for dim, axis in enumerate(part):
+                if cut.changes(axis):
+                    old, new = axis.size, int(cut.keep(axis).sum())
+                    follows = graph.follows(value, dim if item is None else (item, dim))
+                    found.add((old, new))
+                    if follows is not None and not follows.more and new % (old // follows.times) == 0:
+                        found.add((follows.times, new * follows.times // old))
+    return found
 
 
 def _integers(name: str, module: nn.Module) -> Iterator[tuple[Slot, int]]:

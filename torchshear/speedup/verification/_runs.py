@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import PruningPlan
 from torchshear.graph import Cache, ExampleInputs, Mode, caches_of, copy_model, forget, output_leaves
 from torchshear.graph._mode import in_mode
-from torchshear.speedup._precision import computing_in, to_float64
+from torchshear.graph._precision import computing_in, to_float64
 from torchshear.speedup.verification._random import EqualRandomness
 
 Keep = Callable[[list[Any]], list[Any]]
