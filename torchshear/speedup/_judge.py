@@ -1,5 +1,6 @@
 """Judging a native form: run beside what it should compute, until the first module that goes wrong is known."""
 
+import copy
 import math
 import os
 import traceback
@@ -53,6 +54,23 @@ class Trial:
     redrawn: Redrawn | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A call of one module in a run, which can be made again without the rest of the model.
+
+    Attributes:
+        module: name of the module.
+        progress: number of modules that were entered and left well before.
+        args: what it was given.
+        kwargs: likewise, by name.
+    """
+
+    module: str
+    progress: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Fault:
     """Where a native form goes wrong.
@@ -62,12 +80,18 @@ class Fault:
         progress: number of modules that were entered and left well before.
         message: what is wrong.
         check: name of the check that failed, to be skipped if the check is what is wrong; "" if it did not run.
+        calls: the calls of `modules` that did not end.
     """
 
     modules: tuple[str, ...]
     progress: int
     message: str
     check: str = ""
+    calls: tuple[Call, ...] = field(default=(), compare=False)
+
+    def is_like(self, other: "Fault | None") -> bool:
+        """Whether the same is wrong at the same place, in a run of which more or less lies around it."""
+        return other is not None and (self.progress, self.message) == (other.progress, other.message)
 
 
 def run_trial(
@@ -128,13 +152,14 @@ class _Watch:
     trial: Trial
     skipped: frozenset[str]
     trusted: int
-    running: list[str] = field(default_factory=list)
+    running: list[Call] = field(default_factory=list)
     progress: int = 0
 
-    def enter(self, name: str, args: Any) -> None:
+    def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called: what it is given must be right, or the module that calls it is wrong."""
+        call = Call(name, self.progress, args, kwargs)
         self._judge(f"input of {name}", args)
-        self.running.append(name)
+        self.running.append(call)
 
     def leave(self, name: str, output: Any) -> None:
         """A module ends: what it gives must be right."""
@@ -148,10 +173,10 @@ class _Watch:
                 raise _StopError(check)
         self.progress += 1
 
-    @property
-    def chain(self) -> tuple[str, ...]:
-        """The modules that are running, innermost first; the model itself if none is."""
-        return tuple(reversed(self.running)) or ("",)
+    def fault(self, message: str, check: str = "") -> Fault:
+        """What goes wrong now: in the modules that are running, in the model itself if none is."""
+        calls = tuple(reversed(self.running))
+        return Fault(tuple(call.module for call in calls) or ("",), self.progress, message, check, calls)
 
     def _was_seen(self, tensor: Tensor) -> bool:
         """Whether the graph has such a value, too."""
@@ -168,7 +193,13 @@ class _StopError(BaseException):
     """Ends a run that is known to go wrong; code of the model that catches exceptions does not catch it."""
 
 
-def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozenset(), trusted: int = 0) -> Fault | None:
+def find_fault(
+    model: nn.Module,
+    trial: Trial,
+    skipped: frozenset[str] = frozenset(),
+    trusted: int = 0,
+    inside: Call | None = None,
+) -> Fault | None:
     """Run a model on a trial; say where it goes wrong first, or None if it gives what the graph gives.
 
     Args:
@@ -176,18 +207,21 @@ def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozens
         trial: what it should give.
         skipped: checks that are left out.
         trusted: number of values, from the first on, that are taken for right without a look.
+        inside: a call to make in place of the whole run; None then means that this call gives what it should.
     """
-    watch = _Watch(trial, skipped, trusted)
+    name = "" if inside is None else inside.module
+    watch = _Watch(trial, skipped, trusted, progress=0 if inside is None else inside.progress)
     try:
-        with _hooked(model, watch), _conditions(model, trial):
-            given = trial.inputs.copy()
-            actual = output_leaves(model(*given.args, **given.kwargs))
+        with _hooked(model, name, watch), _conditions(model, name, trial):
+            args, kwargs = _given(trial, inside)
+            actual = output_leaves(model.get_submodule(name)(*args, **kwargs))
     except _StopError as stop:
-        message = f"its own forward gives other results on the smaller tensors ({stop})"
-        return Fault(watch.chain, watch.progress, message, str(stop))
+        return watch.fault(f"its own forward gives other results on the smaller tensors ({stop})", str(stop))
     except Exception as error:  # the module's own code may fail in any way on sizes that it did not expect
-        message = f"its own forward does not run on the smaller tensors ({type(error).__name__}: {_short(error)})"
-        return Fault(watch.chain, watch.progress, message)
+        what = f"{type(error).__name__}: {_short(error)}"
+        return watch.fault(f"its own forward does not run on the smaller tensors ({what})")
+    if inside is not None:
+        return None
     difference = relative_error(trial.outputs, actual)
     if difference <= tolerance(trial.outputs):
         return None
@@ -195,12 +229,20 @@ def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozens
     return Fault(("",), watch.progress, message, "output of the model")
 
 
+def _given(trial: Trial, inside: Call | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of their own for a run, which may write to them."""
+    if inside is not None:
+        return copy.deepcopy((inside.args, inside.kwargs))
+    inputs = trial.inputs.copy()
+    return inputs.args, inputs.kwargs
+
+
 @contextmanager
-def _conditions(model: nn.Module, trial: Trial) -> Iterator[None]:
-    """Weights, dtype, branches and random numbers of a trial; what the model keeps of a run is forgotten behind it."""
+def _conditions(model: nn.Module, name: str, trial: Trial) -> Iterator[None]:
+    """Weights, dtype, branches and random numbers of a trial; what a module keeps of a run is forgotten behind it."""
     exporting = as_if_exporting() if trial.exporting else nullcontext()
     weights = trial.redrawn.given_to(model) if trial.redrawn is not None else nullcontext()
-    with weights, torch.no_grad(), computing_in(trial.dtype), in_mode(model, "eval"), exporting:
+    with weights, torch.no_grad(), computing_in(trial.dtype), in_mode(model.get_submodule(name), "eval"), exporting:
         yield
 
 
@@ -214,12 +256,13 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
-    """Watch every module of a model while it runs."""
+def _hooked(model: nn.Module, inside: str, watch: _Watch) -> Iterator[None]:
+    """Watch a module of a model, and every module in it, while it runs."""
     handles: list[Any] = []
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _, given, name=name: watch.enter(name, given)))
+        for name, module in model.get_submodule(inside).named_modules(prefix=inside):
+            enter: Any = lambda _, args, kwargs, name=name: watch.enter(name, args, kwargs)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             is_kept = any(isinstance(hook, KeptScale) for hook in module._forward_hooks.values())
             leave: Any = lambda _, __, out, name=name: watch.leave(name, out)  # noqa: E731
             handles.append(module.register_forward_hook(leave, prepend=is_kept))  # what it gives without the factor
