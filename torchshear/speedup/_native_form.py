@@ -127,7 +127,8 @@ class _Making:
             module.training = False
         own = self.own_dtype
         example = run_trial(self._inputs, own, self._values(self._state(own)), remember=False)
-        is_right = self._fault(work, scales, example) is None
+        narrow = self._fault(work, scales, example)
+        is_right = narrow is None
         forget(work, self.caches)
         wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
         try:
@@ -137,7 +138,7 @@ class _Making:
         if trials:
             found = self._find_in(wide, trials, scaling, scales)
             fault = found.repair.fault
-            if fault is None or fault.check or not self._refuses_float64():
+            if fault is None or fault.check or fault.is_like(narrow) or not self._refuses_float64():
                 return found
         return self._find_in(work, self._trials(own, remember=not is_right), scaling, scales)
 
@@ -241,9 +242,14 @@ class _Search:
             return _Found(repair(self.wide, self.choices, trials, known), scales)
 
     def _better(self, found: _Found) -> _Found | None:
-        """The innermost module that goes wrong, and all of its class, with factors in other places."""
+        """The innermost module that goes wrong, and all of its class, with factors in other places.
+
+        A factor changes numbers. It helps where they are wrong, not where the code does not run on the sizes.
+        """
+        if found.repair.fault is None or not found.repair.fault.check:
+            return None
         modules = dict(self.wide.named_modules())
-        for name in found.repair.fault.modules if found.repair.fault is not None else ():
+        for name in found.repair.fault.modules:
             twins = [other for other, module in modules.items() if type(module) is type(modules[name])]
             ways = self.scaling.of_modules(twins)
             kept = {p: c for p, c in found.scales.items() if not any(f"{p.module}.".startswith(f"{n}.") for n in twins)}
