@@ -6,8 +6,8 @@ Each model is built and pruned by half (L1) in a fresh process, with the example
 sentences of 64 tokens). For each stage (trace, analyze, plan, shrink with its trials of the native form, verify):
 
 - seconds of wall time, and of processor time of all threads: medians of the rounds;
-- forward passes: how often the model, a copy of it or a captured graph was run, in samples over those of the example;
-  a run that ends half-way counts as the share of its modules or operators that ran;
+- forward passes: how often the model, a copy of it or a captured graph was run, in samples and pixels over those of
+  the example; a run that ends half-way counts as the share of its modules or operators that ran;
 - how far the process's memory grows above what it has with the model built and run once, in copies of the weights: of
   a first round, which is not timed, and in which the allocator gives back what is freed at once.
 
@@ -105,7 +105,7 @@ class Cost:
 class Meter:
     """Counts what a run of `prune` costs, by stage."""
 
-    example_batch: int
+    example_size: int
     calls_a_pass: int
     n_calls: int = 0
     depth: int = 0
@@ -148,8 +148,7 @@ class Meter:
         """Count a run, or part of one, on some inputs; one on tensors without values costs nothing."""
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
         if tensors and not any(isinstance(t, FakeTensor) or t.is_meta for t in tensors):
-            batch = next((t.shape[0] for t in tensors if t.ndim), 1)
-            self.costs[self.stage].passes += share * batch / self.example_batch
+            self.costs[self.stage].passes += share * size_of(tensors) / self.example_size
 
     def interpret(self, graph: torch.fx.Graph, leaves: list[Any], *rest: Any, **more: Any) -> Iterator[Any]:
         """Run a graph, and count the share of its operators that ran."""
@@ -182,6 +181,11 @@ class Meter:
 
 
 INTERPRET = _run.interpret
+
+
+def size_of(tensors: list[Tensor]) -> int:
+    """Numbers in the first input that has a batch: samples times pixels or tokens."""
+    return next((t.numel() for t in tensors if t.ndim), 1)
 
 
 @contextmanager
@@ -244,7 +248,7 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
     for number in range(rounds + 1):
         GLIBC.mallopt(M_MMAP_THRESHOLD, 2**16 if number == 0 else 2**25)
         GLIBC.mallopt(M_TRIM_THRESHOLD, 2**22 if number == 0 else 2**26)
-        meter = Meter(len(tensors[0]), calls)
+        meter = Meter(size_of(tensors), calls)
         with watching(meter, model):
             meter.start()
             result = torchshear.prune(model, args, kwargs)
