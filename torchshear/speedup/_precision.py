@@ -1,10 +1,11 @@
 """Running a model in float64 throughout, also where its code casts to narrower types."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchshear.graph import ExampleInputs
@@ -47,6 +48,29 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+class InDtype(Mapping[str, Tensor]):
+    """Tensors by name, floating ones in another dtype, converted one by one when they are read.
+
+    Args:
+        tensors: what to convert; not held twice.
+        dtype: the dtype.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self._tensors = tensors
+        self._dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name].detach()
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def to_float64(inputs: ExampleInputs) -> ExampleInputs:

@@ -7,7 +7,7 @@ alone, on what it was given; what helps is then tried in the whole model, and at
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from types import MappingProxyType
@@ -34,7 +34,7 @@ class Repair:
 
     sizes: dict[Slot, int]
     fault: Fault | None
-    n_right: int
+    n_right: int = 0
 
     def is_further_than(self, other: "Repair") -> bool:
         """Whether the fault, if any, comes later than another."""
@@ -46,7 +46,7 @@ class Repair:
 def repair(
     model: nn.Module,
     found: Mapping[str, Sequence[Choice]],
-    trials: Sequence[Trial],
+    trials: Iterable[Trial],
     known: Mapping[Slot, int] = MappingProxyType({}),
 ) -> Repair:
     """Find sizes with which a model gives what the rewritten graph gives.
@@ -70,7 +70,7 @@ class _Search:
         self,
         model: nn.Module,
         found: Mapping[str, Sequence[Choice]],
-        trials: Sequence[Trial],
+        trials: Iterable[Trial],
         known: Mapping[Slot, int],
     ) -> None:
         self.model = model
@@ -99,7 +99,7 @@ class _Search:
                 # A value that the graph does not have may be right all the same: go on behind it.
                 self.skipped |= {fault.check}
                 fault = self._fault(trial, self.sizes)
-        return Repair(self.sizes, None, len(self.trials))
+        return Repair(self.sizes, None)
 
     def _fault(
         self, trial: Trial, sizes: Mapping[Slot, int], trusted: int = 0, inside: Call | None = None
