@@ -9,7 +9,7 @@ sentences of 64 tokens). For each stage (trace, analyze, plan, shrink with its t
 - forward passes: how often the model, a copy of it or a captured graph was run, in samples and pixels over those of
   the example; a run that ends half-way counts as the share of its modules or operators that ran;
 - how far the process's memory grows above what it has with the model built and run once, in copies of the weights: of
-  a first round, which is not timed, and in which the allocator gives back what is freed at once.
+  a first round, which is not timed (but with --rounds 0), and in which freed memory goes back to the system at once.
 
 `passes by time` is the total over the time of one plain forward of the dense model on the example in float32. Proofs
 run in float64, in which a pass alone takes twice as long.
@@ -261,8 +261,8 @@ def measure(name: str, threads: int, rounds: int) -> dict[str, Any]:
 
 
 def summary(rounds: list[dict[str, dict[str, float]]], forward: float, weights: int) -> dict[str, Any]:
-    """Medians over the timed rounds, of each stage and of the whole; memory of the first round."""
-    first, *runs = rounds
+    """Medians over the timed rounds, or of the first if there are none, by stage and in all; memory of the first."""
+    first, runs = rounds[0], rounds[1:] or rounds
     stages = {
         stage: {key: statistics.median(run[stage][key] for run in runs) for key in runs[0][stage]} for stage in STAGES
     }
