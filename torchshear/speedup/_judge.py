@@ -42,11 +42,22 @@ class Expected:
         inputs: what to run on, in the dtype to compute in.
         dtype: dtype to compute in.
         values: gives the values of the graph's nodes on flat inputs; the last is the output.
+        weights: what the graph computes with.
+        seed: of the draw of these weights; None for the model's own.
     """
 
-    def __init__(self, inputs: ExampleInputs, dtype: torch.dtype, values: Callable[[list[Any]], Iterator[Any]]) -> None:
+    def __init__(
+        self,
+        inputs: ExampleInputs,
+        dtype: torch.dtype,
+        values: Callable[[list[Any]], Iterator[Any]],
+        weights: SharedWeights,
+        seed: int | None,
+    ) -> None:
         self.inputs = inputs
         self.dtype = dtype
+        self.weights = weights
+        self.seed = seed
         self._values = values
         self._outputs: list[Any] | None = None
         self._seen: dict[tuple[int, ...], list[Fingerprint]] | None = None
@@ -75,6 +86,7 @@ class Expected:
 
     def _run(self, note: Callable[[Any], None]) -> list[Any]:
         given, value = self.inputs.copy(), None
+        self.weights.draw(self.seed)
         try:
             with torch.no_grad(), computing_in(self.dtype), torch.random.fork_rng(devices=[]):
                 for value in self._values(pytree.tree_leaves((given.args, given.kwargs))):
@@ -90,8 +102,6 @@ class Trial:
 
     Attributes:
         expected: what the rewritten graph gives.
-        weights: what both compute with.
-        seed: of the draw of these weights; None for the model's own.
         is_searched: whether all values are compared, to find out which module goes wrong; else the outputs only.
         exporting: whether the code is to believe that it is being exported.
         factors: numbers that values may be multiplied with inside, where a factor keeps the scale of attention.
@@ -99,8 +109,6 @@ class Trial:
     """
 
     expected: Expected
-    weights: SharedWeights
-    seed: int | None = None
     is_searched: bool = False
     exporting: bool = False
     factors: tuple[float, ...] = ()
@@ -279,7 +287,7 @@ def _given(trial: Trial, inside: Call | None) -> tuple[tuple[Any, ...], dict[str
 def _conditions(model: nn.Module, name: str, trial: Trial) -> Iterator[None]:
     """Weights, dtype, branches and random numbers of a trial; what a module keeps of a run is forgotten behind it."""
     exporting = as_if_exporting() if trial.exporting else noting_questions(trial.questions)
-    trial.weights.draw(trial.seed, model)
+    trial.expected.weights.draw(trial.expected.seed, model)
     with torch.no_grad(), computing_in(trial.expected.dtype), in_mode(model.get_submodule(name), "eval"), exporting:
         yield
 

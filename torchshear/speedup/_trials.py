@@ -84,12 +84,11 @@ class Trials:
 
     def _trial(self, inputs: ExampleInputs, seed: int | None) -> Trial:
         def values(leaves: list[object]) -> Iterator[object]:
-            self._weights.draw(seed)
             for _, value in graph_values(self._rewritten, self._weights.tensors, leaves):
                 yield value
 
         own = to_float64(inputs) if self.dtype is torch.float64 else inputs.copy()
-        return Trial(Expected(own, self.dtype, values), self._weights, seed)
+        return Trial(Expected(own, self.dtype, values, self._weights, seed))
 
 
 def example_of(graph: Graph) -> ExampleInputs:
