@@ -212,15 +212,39 @@ def test_what_one_module_needs_is_tried_at_once_for_all_of_its_class(monkeypatch
 
 
 def test_what_was_right_before_is_not_looked_at_in_every_try(monkeypatch: pytest.MonkeyPatch) -> None:
-    trusted: list[int] = []
+    tries = tried(monkeypatch, Sequence(*(nn.Linear(24, 24) for _ in range(4)), Attention(24, 4)))
+    assert sum(trusted > 8 for trusted, _ in tries) > 2  # tries at the last module, behind four that are right
 
-    def note(model: nn.Module, trial: Any, skipped: Any, known: int) -> Any:
-        trusted.append(known)
-        return find_fault(model, trial, skipped, known)
+
+def tried(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[tuple[int, str | None]]:
+    """For each run of a search, the number of values that were trusted, and the module that was called alone."""
+    tries: list[tuple[int, str | None]] = []
+
+    def note(model: nn.Module, trial: Any, skipped: Any, trusted: int, inside: Any) -> Any:
+        tries.append((trusted, None if inside is None else inside.module))
+        return find_fault(model, trial, skipped, trusted, inside)
 
     monkeypatch.setattr(_repair, "find_fault", note)
-    assert pruned(Sequence(*(nn.Linear(24, 24) for _ in range(4)), Attention(24, 4)), X).form == "native"
-    assert sum(known > 8 for known in trusted) > 2  # tries at the last module, behind four that are right
+    assert pruned(model, X).form == "native"
+    return tries
+
+
+def test_sizes_are_tried_in_calls_of_the_module_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = tried(monkeypatch, Sequence(*(nn.Linear(24, 24) for _ in range(4)), *(Attention(24, 4) for _ in range(3))))
+    assert {module for trusted, module in tries if trusted} == {"blocks.4"}
+    assert sum(module is None for _, module in tries) <= 5  # once at first, with what helped, and once each other trial
+
+
+class Writing(Attention):
+    """What it is given is no longer there for a second call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mul_(2))
+
+
+def test_sizes_are_tried_in_the_whole_model_where_a_call_cannot_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = tried(monkeypatch, Sequence(nn.Linear(24, 24), Writing(24, 4)))
+    assert {module for trusted, module in tries if trusted} == {None}
 
 
 def test_a_shared_object_of_settings_is_copied_before_it_is_changed() -> None:

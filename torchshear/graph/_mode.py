@@ -1,8 +1,11 @@
 """Running a model in a mode that is not its own, and leaving it as it was."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +13,9 @@ from torch import nn
 from torchshear.graph._graph import Mode
 from torchshear.graph._keeping import kept_state
 from torchshear.graph._quiet import quiet_torch
+
+# Files of torch that ask in every call, and compute the same either way.
+_ASK_ALWAYS = (nn.Module.__call__.__code__.co_filename, str(Path(torch.__file__).parent / "_dynamo"))
 
 
 @contextmanager
@@ -34,12 +40,42 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
 @contextmanager
 def as_if_exporting() -> Iterator[None]:
     """Have `torch.compiler.is_exporting()` say yes, so that code takes the branches that a capture takes."""
+    with _flags_of_compiler(True):
+        yield
+
+
+@contextmanager
+def _flags_of_compiler(value: Any) -> Iterator[None]:
     flags = ("_is_compiling_flag", "_is_exporting_flag")
     before = {name: getattr(torch.compiler, name) for name in flags if hasattr(torch.compiler, name)}
     try:
         for name in before:
-            setattr(torch.compiler, name, True)
+            setattr(torch.compiler, name, value)
         yield
     finally:
         for name, value in before.items():
             setattr(torch.compiler, name, value)
+
+
+class _Question:
+    """A flag that is false, and notes the files of those who read it."""
+
+    def __init__(self, askers: list[str]) -> None:
+        self._askers = askers
+
+    def __bool__(self) -> bool:
+        asker = sys._getframe(1).f_code.co_filename
+        if not asker.startswith(_ASK_ALWAYS):
+            self._askers.append(asker)
+        return False
+
+
+@contextmanager
+def noting_questions(askers: list[str]) -> Iterator[None]:
+    """Note who asks `torch.compiler` whether it is compiling or exporting, and answer no.
+
+    Args:
+        askers: gets the file of the code that asks, each time.
+    """
+    with _flags_of_compiler(_Question(askers)):
+        yield

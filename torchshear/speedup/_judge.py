@@ -1,12 +1,13 @@
 """Judging a native form: run beside what it should compute, until the first module that goes wrong is known."""
 
+import copy
 import math
 import os
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,11 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
 from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
-from torchshear.graph._mode import in_mode
-from torchshear.graph._precision import computing_in, to_float64
+from torchshear.graph._mode import in_mode, noting_questions
+from torchshear.graph._precision import computing_in
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._kept_scale import KeptScale
-from torchshear.speedup._redrawn import Redrawn
+from torchshear.speedup._redrawn import SharedWeights
 
 Fingerprint = tuple[float, float]
 _INNER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
@@ -30,27 +31,109 @@ _SAME = {torch.float64: 1e-11}  # relative difference of the fingerprints of equ
 _SAME_IN_NARROWER = 1e-6
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Trial:
-    """Inputs, and what every value of the rewritten graph is on them.
+class RefusedDtypeError(Exception):
+    """The rewritten graph does not run in a dtype."""
 
-    Attributes:
-        inputs: what to run on.
-        outputs: flat outputs of the rewritten graph.
-        seen: shape -> fingerprints of all values of that shape; None if only the outputs are to be compared.
+
+class Expected:
+    """What the rewritten graph computes on some inputs: run when it is asked for, and once more for fingerprints.
+
+    Args:
+        inputs: what to run on, in the dtype to compute in.
         dtype: dtype to compute in.
-        exporting: whether the code is to believe that it is being exported.
-        factors: numbers that values may be multiplied with inside, where a factor keeps the scale of attention.
-        redrawn: weights to compute with in place of the model's own, or None.
+        values: gives the values of the graph's nodes on flat inputs; the last is the output.
+        weights: what the graph computes with.
+        seed: of the draw of these weights; None for the model's own.
     """
 
-    inputs: ExampleInputs
-    outputs: list[Any]
-    seen: Mapping[tuple[int, ...], Sequence[Fingerprint]] | None
-    dtype: torch.dtype
+    def __init__(
+        self,
+        inputs: ExampleInputs,
+        dtype: torch.dtype,
+        values: Callable[[list[Any]], Iterator[Any]],
+        weights: SharedWeights,
+        seed: int | None,
+    ) -> None:
+        self.inputs = inputs
+        self.dtype = dtype
+        self.weights = weights
+        self.seed = seed
+        self._values = values
+        self._outputs: list[Any] | None = None
+        self._seen: dict[tuple[int, ...], list[Fingerprint]] | None = None
+
+    @property
+    def outputs(self) -> list[Any]:
+        """Flat outputs."""
+        if self._outputs is None:
+            self._outputs = self._run(lambda value: None)
+        return self._outputs
+
+    @property
+    def seen(self) -> Mapping[tuple[int, ...], Sequence[Fingerprint]]:
+        """Shape -> fingerprints of all values of that shape."""
+        if self._seen is None:
+            seen: dict[tuple[int, ...], list[Fingerprint]] = defaultdict(list)
+
+            def note(value: Any) -> None:
+                for tensor in pytree.tree_leaves(value):
+                    if isinstance(tensor, Tensor):
+                        seen[tuple(tensor.shape)].append(_fingerprint(tensor))
+
+            self._outputs = self._run(note)
+            self._seen = seen
+        return self._seen
+
+    def _run(self, note: Callable[[Any], None]) -> list[Any]:
+        given, value = self.inputs.copy(), None
+        self.weights.draw(self.seed)
+        try:
+            with torch.no_grad(), computing_in(self.dtype), torch.random.fork_rng(devices=[]):
+                for value in self._values(pytree.tree_leaves((given.args, given.kwargs))):
+                    note(value)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise RefusedDtypeError(f"an operator of the graph does not run in {self.dtype}") from error
+        return output_leaves(value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trial:
+    """What a native form is run on, and what it should give.
+
+    Attributes:
+        expected: what the rewritten graph gives.
+        is_searched: whether all values are compared, to find out which module goes wrong; else the outputs only.
+        exporting: whether the code is to believe that it is being exported.
+        factors: numbers that values may be multiplied with inside, where a factor keeps the scale of attention.
+        questions: whether the code asked if it is being exported, in any run that was not to be taken for one.
+    """
+
+    expected: Expected
+    is_searched: bool = False
     exporting: bool = False
     factors: tuple[float, ...] = ()
-    redrawn: Redrawn | None = None
+    questions: list[str] = field(default_factory=list)
+
+    def varied(self, **changes: Any) -> "Trial":
+        """The same with other attributes; what the graph gives is computed once for both."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """A call of one module in a run, which can be made again without the rest of the model.
+
+    Attributes:
+        module: name of the module.
+        progress: number of modules that were entered and left well before.
+        args: what it was given.
+        kwargs: likewise, by name.
+    """
+
+    module: str
+    progress: int
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,34 +145,18 @@ class Fault:
         progress: number of modules that were entered and left well before.
         message: what is wrong.
         check: name of the check that failed, to be skipped if the check is what is wrong; "" if it did not run.
+        calls: the calls of `modules` that did not end.
     """
 
     modules: tuple[str, ...]
     progress: int
     message: str
     check: str = ""
+    calls: tuple[Call, ...] = field(default=(), compare=False)
 
-
-def run_trial(
-    inputs: ExampleInputs, dtype: torch.dtype, values: Callable[[list[Any]], Iterator[Any]], remember: bool
-) -> Trial:
-    """Run the rewritten graph on inputs and keep what it computes.
-
-    Args:
-        inputs: what to run on.
-        dtype: dtype to compute in.
-        values: gives the values of the graph's nodes on flat inputs; the last is the output.
-        remember: whether to keep fingerprints of all values, to find out which module goes wrong.
-    """
-    inputs = to_float64(inputs) if dtype is torch.float64 else inputs.copy()
-    seen: dict[tuple[int, ...], list[Fingerprint]] = defaultdict(list)
-    given, value = inputs.copy(), None
-    with torch.no_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
-        for value in values(pytree.tree_leaves((given.args, given.kwargs))):
-            for tensor in pytree.tree_leaves(value) if remember else ():
-                if isinstance(tensor, Tensor):
-                    seen[tuple(tensor.shape)].append(_fingerprint(tensor))
-    return Trial(inputs, output_leaves(value), seen if remember else None, dtype)
+    def is_like(self, other: "Fault | None") -> bool:
+        """Whether the same is wrong at the same place, in a run of which more or less lies around it."""
+        return other is not None and (self.progress, self.message) == (other.progress, other.message)
 
 
 def _fingerprint(tensor: Tensor) -> Fingerprint:
@@ -128,13 +195,14 @@ class _Watch:
     trial: Trial
     skipped: frozenset[str]
     trusted: int
-    running: list[str] = field(default_factory=list)
+    running: list[Call] = field(default_factory=list)
     progress: int = 0
 
-    def enter(self, name: str, args: Any) -> None:
+    def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called: what it is given must be right, or the module that calls it is wrong."""
+        call = Call(name, self.progress, args, kwargs)
         self._judge(f"input of {name}", args)
-        self.running.append(name)
+        self.running.append(call)
 
     def leave(self, name: str, output: Any) -> None:
         """A module ends: what it gives must be right."""
@@ -148,18 +216,18 @@ class _Watch:
                 raise _StopError(check)
         self.progress += 1
 
-    @property
-    def chain(self) -> tuple[str, ...]:
-        """The modules that are running, innermost first; the model itself if none is."""
-        return tuple(reversed(self.running)) or ("",)
+    def fault(self, message: str, check: str = "") -> Fault:
+        """What goes wrong now: in the modules that are running, in the model itself if none is."""
+        calls = tuple(reversed(self.running))
+        return Fault(tuple(call.module for call in calls) or ("",), self.progress, message, check, calls)
 
     def _was_seen(self, tensor: Tensor) -> bool:
         """Whether the graph has such a value, too."""
-        if self.trial.seen is None:
+        if not self.trial.is_searched:
             return True
         wave, size = _fingerprint(tensor)
-        limit = _SAME.get(self.trial.dtype, _SAME_IN_NARROWER) * (size + 1e-12)
-        known = self.trial.seen.get(tuple(tensor.shape), ())
+        limit = _SAME.get(self.trial.expected.dtype, _SAME_IN_NARROWER) * (size + 1e-12)
+        known = self.trial.expected.seen.get(tuple(tensor.shape), ())
         factors = (1.0, *self.trial.factors)
         return any(abs(a * c - wave) <= limit and abs(b * c - size) <= limit for a, b in known for c in factors)
 
@@ -168,7 +236,13 @@ class _StopError(BaseException):
     """Ends a run that is known to go wrong; code of the model that catches exceptions does not catch it."""
 
 
-def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozenset(), trusted: int = 0) -> Fault | None:
+def find_fault(
+    model: nn.Module,
+    trial: Trial,
+    skipped: frozenset[str] = frozenset(),
+    trusted: int = 0,
+    inside: Call | None = None,
+) -> Fault | None:
     """Run a model on a trial; say where it goes wrong first, or None if it gives what the graph gives.
 
     Args:
@@ -176,31 +250,45 @@ def find_fault(model: nn.Module, trial: Trial, skipped: frozenset[str] = frozens
         trial: what it should give.
         skipped: checks that are left out.
         trusted: number of values, from the first on, that are taken for right without a look.
+        inside: a call to make in place of the whole run; None then means that this call gives what it should.
     """
-    watch = _Watch(trial, skipped, trusted)
+    if trial.is_searched:
+        _ = trial.expected.seen  # computed before the model runs, not in the middle of it
+    name = "" if inside is None else inside.module
+    watch = _Watch(trial, skipped, trusted, progress=0 if inside is None else inside.progress)
     try:
-        with _hooked(model, watch), _conditions(model, trial):
-            given = trial.inputs.copy()
-            actual = output_leaves(model(*given.args, **given.kwargs))
+        with _hooked(model, name, watch), _conditions(model, name, trial):
+            args, kwargs = _given(trial, inside)
+            actual = output_leaves(model.get_submodule(name)(*args, **kwargs))
     except _StopError as stop:
-        message = f"its own forward gives other results on the smaller tensors ({stop})"
-        return Fault(watch.chain, watch.progress, message, str(stop))
+        return watch.fault(f"its own forward gives other results on the smaller tensors ({stop})", str(stop))
     except Exception as error:  # the module's own code may fail in any way on sizes that it did not expect
-        message = f"its own forward does not run on the smaller tensors ({type(error).__name__}: {_short(error)})"
-        return Fault(watch.chain, watch.progress, message)
-    difference = relative_error(trial.outputs, actual)
-    if difference <= tolerance(trial.outputs):
+        what = f"{type(error).__name__}: {_short(error)}"
+        return watch.fault(f"its own forward does not run on the smaller tensors ({what})")
+    if inside is not None:
+        return None
+    expected = trial.expected.outputs
+    difference = relative_error(expected, actual)
+    if difference <= tolerance(expected):
         return None
     message = f"its own forward gives other results on the smaller tensors (relative difference {difference:.2g})"
     return Fault(("",), watch.progress, message, "output of the model")
 
 
+def _given(trial: Trial, inside: Call | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of their own for a run, which may write to them."""
+    if inside is not None:
+        return copy.deepcopy((inside.args, inside.kwargs))
+    inputs = trial.expected.inputs.copy()
+    return inputs.args, inputs.kwargs
+
+
 @contextmanager
-def _conditions(model: nn.Module, trial: Trial) -> Iterator[None]:
-    """Weights, dtype, branches and random numbers of a trial; what the model keeps of a run is forgotten behind it."""
-    exporting = as_if_exporting() if trial.exporting else nullcontext()
-    weights = trial.redrawn.given_to(model) if trial.redrawn is not None else nullcontext()
-    with weights, torch.no_grad(), computing_in(trial.dtype), in_mode(model, "eval"), exporting:
+def _conditions(model: nn.Module, name: str, trial: Trial) -> Iterator[None]:
+    """Weights, dtype, branches and random numbers of a trial; what a module keeps of a run is forgotten behind it."""
+    exporting = as_if_exporting() if trial.exporting else noting_questions(trial.questions)
+    trial.expected.weights.draw(trial.expected.seed, model)
+    with torch.no_grad(), computing_in(trial.expected.dtype), in_mode(model.get_submodule(name), "eval"), exporting:
         yield
 
 
@@ -214,12 +302,13 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def _hooked(model: nn.Module, watch: _Watch) -> Iterator[None]:
-    """Watch every module of a model while it runs."""
+def _hooked(model: nn.Module, inside: str, watch: _Watch) -> Iterator[None]:
+    """Watch a module of a model, and every module in it, while it runs."""
     handles: list[Any] = []
     try:
-        for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(lambda _, given, name=name: watch.enter(name, given)))
+        for name, module in model.get_submodule(inside).named_modules(prefix=inside):
+            enter: Any = lambda _, args, kwargs, name=name: watch.enter(name, args, kwargs)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             is_kept = any(isinstance(hook, KeptScale) for hook in module._forward_hooks.values())
             leave: Any = lambda _, __, out, name=name: watch.leave(name, out)  # noqa: E731
             handles.append(module.register_forward_hook(leave, prepend=is_kept))  # what it gives without the factor

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -27,14 +27,14 @@ from torchshear.graph import (
 )
 from torchshear.graph._precision import computing_in, to_float64
 from torchshear.graph._run import graph_values
-from torchshear.speedup._judge import Fault, Trial, find_fault, run_trial
+from torchshear.speedup._judge import Fault, RefusedDtypeError, Trial, find_fault
 from torchshear.speedup._kept_scale import explain_scales, scaled
 from torchshear.speedup._native import native_copy
-from torchshear.speedup._redrawn import Redrawn, redraw
 from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._scales import Scaling
-from torchshear.speedup._sizes import Choice, check_slots, choices, explain
+from torchshear.speedup._sizes import Choice, assigned, check_slots, choices, explain
+from torchshear.speedup._trials import Trials, example_of
 from torchshear.speedup._varied_inputs import random_like
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
@@ -164,29 +164,25 @@ class _Making:
         """Sizes and factors with which a copy is right, and what is wrong nevertheless."""
         for module in work.modules():
             module.training = False
-        own = self.own_dtype
-        example = run_trial(self._inputs, own, self._values(self._state(own)), remember=False)
-        is_right = self._fault(work, scales, example) is None
-        forget(work, self.caches)
-        wide = copy_model(work, {}).to(torch.float64)  # a copy, since the first one has the tensors of the result
+        trials = self.trials(torch.float64)
         try:
-            trials = self._trials(torch.float64, remember=not is_right)
-        except (RuntimeError, TypeError, NotImplementedError):  # an operator of the graph refuses float64
-            trials = []
-        if trials:
-            found = self._find_in(wide, trials, scaling, scales)
-            fault = found.repair.fault
-            if fault is None or fault.check or not self._refuses_float64():
+            found = self._find_in(work, trials, scaling, scales)
+            if found.repair.fault is None or found.repair.fault.check or not self._is_of_dtype(work, found):
                 return found
-        return self._find_in(work, self._trials(own, remember=not is_right), scaling, scales)
+        except RefusedDtypeError:
+            pass
+        return self._find_in(work, self.trials(self.own_dtype), scaling, scales)
 
-    def _find_in(self, work: nn.Module, trials: list[Trial], scaling: Scaling, scales: Scales) -> _Found:
-        """As `find`, by trials in the dtype of a copy."""
-        if not any(self._fault(work, scales, trial) for trial in trials):
-            return _Found(Repair({}, None, len(trials)), scales)
-        if trials[0].seen is None:
-            trials = self._trials(trials[0].dtype, remember=True)
-        search = _Search(work, choices(self.model, self.graph, self.cut), self._possible(trials), scaling)
+    def trials(self, dtype: torch.dtype) -> Trials:
+        """What a copy has to pass, computed in a dtype."""
+        return Trials(self.model, self.graph, self.rewritten, self.sliced, self.caches, dtype)
+
+    def _find_in(self, work: nn.Module, trials: Trials, scaling: Scaling, scales: Scales) -> _Found:
+        """As `find`, by trials in one dtype."""
+        twin = trials.twin(work)
+        if all(self._fault(twin, scales, trial) is None for trial in trials):
+            return _Found(Repair({}, None), scales)
+        search = _Search(twin, choices(self.model, self.graph, self.cut), trials, scaling)
         return search.run(scales)
 
     def fault_of(self, form: Form) -> Fault | None:
@@ -194,87 +190,49 @@ class _Making:
         work = self.native(form.sizes)
         for module in work.modules():
             module.training = False
-        wide = copy_model(work, {}).to(torch.float64)
         try:
-            fault = self._first_fault(wide, form.scales, self._trials(torch.float64, remember=False))
+            fault = self._first_fault(work, form.scales, self.trials(torch.float64))
             if fault is None or fault.check or not self._refuses_float64():
                 return fault
-        except (RuntimeError, TypeError, NotImplementedError):  # an operator of the graph refuses float64
+        except RefusedDtypeError:
             pass
-        return self._first_fault(work, form.scales, self._trials(self.own_dtype, remember=False))
+        return self._first_fault(work, form.scales, self.trials(self.own_dtype))
 
-    def _first_fault(self, model: nn.Module, scales: Scales, trials: list[Trial]) -> Fault | None:
-        faults = {id(trial): self._fault(model, scales, trial) for trial in trials}
-        if not any(faults.values()):
-            return None
-        return next((faults[id(trial)] for trial in self._possible(trials) if faults[id(trial)] is not None), None)
+    def _first_fault(self, work: nn.Module, scales: Scales, trials: Trials) -> Fault | None:
+        twin = trials.twin(work)
+        return next((fault for trial in trials if (fault := self._fault(twin, scales, trial)) is not None), None)
+
+    def _is_of_dtype(self, work: nn.Module, found: _Found) -> bool:
+        """Whether code fails in float64 that does not fail in the model's own dtype."""
+        trials, fault = self.trials(self.own_dtype), found.repair.fault
+        twin = trials.twin(work)
+        with assigned(dict(twin.named_modules()), found.repair.sizes):
+            narrow = self._fault(twin, found.scales, next(iter(trials)))
+        return not (fault is not None and fault.is_like(narrow)) and self._refuses_float64()
 
     @staticmethod
     def _fault(model: nn.Module, scales: Scales, trial: Trial) -> Fault | None:
         with scaled(model, scales):
-            return find_fault(model, replace(trial, factors=tuple(set(scales.values()))))
+            return find_fault(model, trial.varied(factors=tuple(set(scales.values()))))
 
     def run(self, dtype: torch.dtype, change: Callable[[fx.Node, Any], Any]) -> Iterator[tuple[fx.Node, Any]]:
         """Nodes of the rewritten graph with their values on the example, some of which are replaced."""
-        inputs = to_float64(self._inputs) if dtype is torch.float64 else self._inputs.copy()
+        inputs = example_of(self.graph)
+        inputs = to_float64(inputs) if dtype is torch.float64 else inputs.copy()
         leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
-        return graph_values(self.rewritten, self._state(dtype), leaves, change)
+        return graph_values(self.rewritten, self.sliced, leaves, change)
 
     def _refuses_float64(self) -> bool:
         """Whether the original does not run in float64 either: some fast kernels take narrower types alone."""
-        wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(self._inputs)
+        example = example_of(self.graph)
+        wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(example)
         for branch in (nullcontext, as_if_exporting):
             with branch():
-                if failure_of(self.model, self._inputs, "eval") is None:
+                if failure_of(self.model, example, "eval") is None:
                     with computing_in(torch.float64):
                         if failure_of(wide, inputs, "eval") is not None:
                             return True
         return False
-
-    @property
-    def _inputs(self) -> ExampleInputs:
-        """The example; at most four samples of it where the batch is free, which the graph is known to run on."""
-        graph = self.graph
-        batch = graph.inputs.batch_size()
-        return graph.inputs.with_batch(4) if graph.batch_hint is not None and batch and batch > 4 else graph.inputs
-
-    def _trials(self, dtype: torch.dtype, remember: bool) -> list[Trial]:
-        """The example, also as if it were exported, and random inputs, with one sample more where the batch is free.
-
-        One input is not enough: an activation may be saturated throughout, a size may fit one batch by accident. Nor
-        are the weights that the model has; the random inputs meet others.
-        """
-        inputs, state = self._inputs, self._state(dtype)
-        batch = inputs.batch_size()
-        more = inputs.with_batch(batch + 1) if self.graph.batch_hint is not None and batch else inputs
-        example = run_trial(inputs, dtype, self._values(state), remember)
-        return [example, replace(example, exporting=True), self._redrawn(random_like(more, seed=1), state, remember)]
-
-    def _redrawn(self, inputs: ExampleInputs, state: dict[str, Tensor], remember: bool) -> Trial:
-        """A trial with other weights; with the model's own where the network does not compute numbers with others."""
-        dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
-        kinds = self.graph.state
-        weights = redraw({n: t for n, t in state.items() if kinds[n].kind == "parameter"}, seed=1)
-        trial = run_trial(inputs, dtype, self._values({**state, **weights}), remember)
-        if all(bool(out.isfinite().all()) for out in trial.outputs if isinstance(out, Tensor)):
-            return replace(trial, redrawn=Redrawn(weights, self.caches))
-        return run_trial(inputs, dtype, self._values(state), remember)
-
-    def _values(self, state: Mapping[str, Tensor]) -> Callable[[list[Any]], Iterator[Any]]:
-        """A function that gives the values of all nodes of the rewritten graph on flat inputs."""
-        return lambda leaves: (value for _, value in graph_values(self.rewritten, state, leaves))
-
-    def _state(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {
-            name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-            for name, tensor in self.sliced.items()
-        }
-
-    def _possible(self, trials: list[Trial]) -> list[Trial]:
-        """Trials without those that the original does not run on either."""
-        with as_if_exporting():
-            refused = failure_of(self.model, self.graph.inputs, "eval") is not None
-        return [trial for trial in trials if not (trial.exporting and refused)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +241,7 @@ class _Search:
 
     wide: nn.Module
     choices: Mapping[str, Sequence[Choice]]
-    trials: Sequence[Trial]
+    trials: Trials
     scaling: Scaling
 
     def run(self, scales: Scales) -> _Found:
@@ -295,14 +253,20 @@ class _Search:
         return best
 
     def _try(self, scales: Scales, known: Sizes) -> _Found:
-        trials = [replace(trial, factors=tuple(set(scales.values()))) for trial in self.trials]
+        factors = tuple(set(scales.values()))
+        trials = (trial.varied(factors=factors, is_searched=True) for trial in self.trials)
         with scaled(self.wide, scales):
             return _Found(repair(self.wide, self.choices, trials, known), scales)
 
     def _better(self, found: _Found) -> _Found | None:
-        """The innermost module that goes wrong, and all of its class, with factors in other places."""
+        """The innermost module that goes wrong, and all of its class, with factors in other places.
+
+        A factor changes numbers. It helps where they are wrong, not where the code does not run on the sizes.
+        """
+        if found.repair.fault is None or not found.repair.fault.check:
+            return None
         modules = dict(self.wide.named_modules())
-        for name in found.repair.fault.modules if found.repair.fault is not None else ():
+        for name in found.repair.fault.modules:
             twins = [other for other, module in modules.items() if type(module) is type(modules[name])]
             ways = self.scaling.of_modules(twins)
             kept = {p: c for p, c in found.scales.items() if not any(f"{p.module}.".startswith(f"{n}.") for n in twins)}
@@ -357,14 +321,12 @@ def own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
 
 def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> str | None:
     """Why a native form does not run in train mode though its original does, or None."""
-    inputs: ExampleInputs = random_like(graph.inputs, seed=0)
-    batch = inputs.batch_size()
-    if graph.batch_hint is not None and batch == 1:
-        inputs = inputs.with_batch(2)  # batch norms need two values a channel
-    twin = copy_model(
-        native, {id(parameter): parameter for parameter in native.parameters()}
-    )  # the result is never run
+    inputs: ExampleInputs = random_like(example_of(graph), seed=0)
+    twin = copy_model(native, {id(parameter): parameter for parameter in native.parameters()})  # no run leaves traces
     failure = failure_of(twin, inputs, "train")
+    if failure is not None and graph.batch_hint is not None and inputs.batch_size() == 1:
+        inputs = inputs.with_batch(2)  # batch norms need two values a channel
+        failure = failure_of(twin, inputs, "train")
     if failure is None or failure_of(model, inputs, "train") is not None:
         return None
     return f"its own forward does not run in train mode on the smaller tensors ({failure})"

@@ -5,6 +5,7 @@ gradient there, and grows with it in proportion if it equals the output times th
 reshapes, splits and rotations, false of a sum with a bias and of a norm.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class _Tracking:
         operands = {operand for some in pairs.values() for both in some for operand in both}
         self.ends = {operand.name: {end.name for end in self._ends(operand)} for operand in operands}
         self.replaced = frozenset().union(*self.ends.values())
+        self.uses = Counter(operand.name for some in pairs.values() for both in some for operand in both)
         self.generator = torch.Generator().manual_seed(0)
         self.leaves: dict[str, Tensor] = {}
         self.values: dict[str, Any] = {}
@@ -65,10 +67,18 @@ class _Tracking:
                     self.values[node.name] = value
                 for both in self.pairs.get(node.name, ()):
                     found[both] = self._sides(*both)
+                    self._drop(both)
                 left -= node.name in self.pairs
                 if not left:
                     break
         return found
+
+    def _drop(self, both: Pair) -> None:
+        """Forget operands, and all that was kept for their gradients, after the last product."""
+        for operand in both:
+            self.uses[operand.name] -= 1
+            if not self.uses[operand.name]:
+                self.values.pop(operand.name, None)
 
     def _ends(self, node: fx.Node) -> set[fx.Node]:
         """Outputs of modules, and parameters, that a value is computed from with no other output in between."""

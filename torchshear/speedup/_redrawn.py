@@ -1,8 +1,6 @@
 """Other weights for a comparison: those that a model has may hide what is wrong with it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from math import sqrt
 
 import torch
@@ -11,52 +9,63 @@ from torch import Tensor, nn
 from torchshear.graph import Cache, forget
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Redrawn:
-    """Weights drawn anew.
+class SharedWeights:
+    """Tensors that a graph and a native form compute with in turn: the model's own, or others drawn in their place.
 
     Attention that is nearly even does not show that its heads have a wrong size, and a layer that is all zeros shows
-    nothing of what comes before it; after some training both would.
+    nothing of what comes before it; after some training both would. There is one copy of them, whoever uses them.
 
     Attributes:
-        weights: canonical name of a parameter -> tensor of its shape.
-        caches: what the model keeps of values that it has computed from its weights.
-    """
-
-    weights: Mapping[str, Tensor]
-    caches: tuple[Cache, ...]
-
-    @contextmanager
-    def given_to(self, model: nn.Module) -> Iterator[None]:
-        """Have a model compute with these weights for a while; parameters that are not named keep theirs."""
-        own = [(parameter, parameter.data) for name, parameter in model.named_parameters() if name in self.weights]
-        forget(model, self.caches)
-        try:
-            for name, parameter in model.named_parameters():
-                if name in self.weights:
-                    parameter.data = self.weights[name].to(parameter.dtype)
-            yield
-        finally:
-            for parameter, data in own:
-                parameter.data = data
-            forget(model, self.caches)
-
-
-def redraw(weights: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Weights with which every layer has a say: matrices keep the size of what passes them, vectors move a little.
+        tensors: canonical name -> tensor in the dtype to compute in; parameters are modules' parameters.
 
     Args:
-        weights: canonical name -> parameter.
-        seed: seed of the draw.
-
-    Returns:
-        Name -> tensor of the same shape, dtype and device, for floating parameters of one dimension and more.
+        own: canonical name -> tensor of the model.
+        dtype: dtype to compute in.
+        drawn: names of those that may be drawn anew: floating parameters of one dimension and more.
+        caches: what a model keeps of values that it has computed from its weights.
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, Tensor] = {}
-    for name, weight in weights.items():
-        if weight.is_floating_point() and weight.ndim:
-            noise = torch.randn(weight.shape, generator=generator).to(weight.device, weight.dtype)
-            per_row = max(1, weight[0].numel())
-            drawn[name] = noise.mul_(sqrt(2 / per_row)) if weight.ndim > 1 else weight.detach() + noise.mul_(0.1)
-    return drawn
+
+    def __init__(
+        self, own: Mapping[str, Tensor], dtype: torch.dtype, drawn: Sequence[str], caches: Sequence[Cache]
+    ) -> None:
+        self._own = own
+        self._drawn = drawn
+        self._caches = caches
+        self._seed: int | None = None
+        self.tensors = {name: _twin(tensor, dtype) for name, tensor in own.items()}
+
+    def draw(self, seed: int | None, model: nn.Module | None = None) -> None:
+        """Give the tensors the values of a draw, or the model's own.
+
+        Args:
+            seed: of the draw; None for the model's own values.
+            model: the model that computes with them next, which forgets what it has computed with others.
+        """
+        if seed != self._seed:
+            with torch.no_grad():
+                generator = None if seed is None else torch.Generator().manual_seed(seed)
+                for name in self._drawn:
+                    fill(self.tensors[name], self._own[name], generator)
+            self._seed = seed
+        if model is not None and self._caches:
+            forget(model, self._caches)
+
+
+def _twin(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    value = tensor.detach().to(dtype, copy=True) if tensor.is_floating_point() else tensor.detach()
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
+def fill(tensor: Tensor, own: Tensor, generator: torch.Generator | None) -> None:
+    """Give a tensor its own values, or such that every layer has a say.
+
+    Matrices keep the size of what passes them, vectors move a little.
+    """
+    if generator is None:
+        tensor.copy_(own)
+        return
+    noise = torch.randn(own.shape, generator=generator)
+    if own.ndim > 1:
+        tensor.copy_(noise.mul_(sqrt(2 / max(1, own[0].numel()))))
+    else:
+        tensor.copy_(own).add_(noise.mul_(0.1).to(own.device))

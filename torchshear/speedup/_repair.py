@@ -2,12 +2,12 @@
 
 The first module that goes wrong is known from its output, since every value of the rewritten graph is known. Only its
 own attributes, and then those of the modules around it, are tried: those that the model has read, with sizes that
-things in the module have after the cut, and the fewest that make it right. What is found for one module is tried at
-once for the others of its class.
+things in the module have after the cut, and the fewest that make it right. They are tried in a call of this module
+alone, on what it was given; what helps is then tried in the whole model, and at once for the others of its class.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from types import MappingProxyType
@@ -15,7 +15,7 @@ from types import MappingProxyType
 from torch import nn
 
 from torchshear.dependency import Slot
-from torchshear.speedup._judge import Fault, Trial, find_fault
+from torchshear.speedup._judge import Call, Fault, Trial, find_fault
 from torchshear.speedup._reads import Reads, is_read, recorded
 from torchshear.speedup._sizes import Choice, assigned, shared_by
 
@@ -35,7 +35,7 @@ class Repair:
 
     sizes: dict[Slot, int]
     fault: Fault | None
-    n_right: int
+    n_right: int = 0
 
     def is_further_than(self, other: "Repair") -> bool:
         """Whether the fault, if any, comes later than another."""
@@ -47,7 +47,7 @@ class Repair:
 def repair(
     model: nn.Module,
     found: Mapping[str, Sequence[Choice]],
-    trials: Sequence[Trial],
+    trials: Iterable[Trial],
     known: Mapping[Slot, int] = MappingProxyType({}),
 ) -> Repair:
     """Find sizes with which a model gives what the rewritten graph gives.
@@ -61,6 +61,9 @@ def repair(
     return _Search(model, found, trials, known).run()
 
 
+_Mended = tuple[dict[Slot, int], Fault | None]  # sizes, and what is wrong with them
+
+
 class _Search:
     """State of one search."""
 
@@ -68,7 +71,7 @@ class _Search:
         self,
         model: nn.Module,
         found: Mapping[str, Sequence[Choice]],
-        trials: Sequence[Trial],
+        trials: Iterable[Trial],
         known: Mapping[Slot, int],
     ) -> None:
         self.model = model
@@ -89,53 +92,67 @@ class _Search:
             while fault is not None:
                 better = self._mend(trial, fault)
                 if better is not None:
-                    self.sizes = better
-                elif not fault.check or fault.check in self.skipped or len(self.skipped) == _MOST_SKIPPED:
+                    self.sizes, fault = better
+                    first = fault
+                    continue
+                if not fault.check or fault.check in self.skipped or len(self.skipped) == _MOST_SKIPPED:
                     return Repair(self.sizes, first, number)
-                else:  # a value that the graph does not have may be right all the same: go on behind it
-                    self.skipped |= {fault.check}
+                # A value that the graph does not have may be right all the same: go on behind it.
+                self.skipped |= {fault.check}
                 fault = self._fault(trial, self.sizes)
-                first = fault if better is not None else first
-        return Repair(self.sizes, None, len(self.trials))
+        return Repair(self.sizes, None)
 
-    def _fault(self, trial: Trial, sizes: Mapping[Slot, int], trusted: int = 0) -> Fault | None:
+    def _fault(
+        self, trial: Trial, sizes: Mapping[Slot, int], trusted: int = 0, inside: Call | None = None
+    ) -> Fault | None:
         with assigned(self.modules, sizes):
-            return find_fault(self.model, trial, self.skipped, trusted)
+            return find_fault(self.model, trial, self.skipped, trusted, inside)
 
-    def _mends(self, trial: Trial, fault: Fault, sizes: Mapping[Slot, int]) -> bool:
-        """Whether the run gets further with these sizes: first without a second look at what was right before."""
-        return all(_is_mended(fault, self._fault(trial, sizes, trusted)) for trusted in (fault.progress, 0))
-
-    def _mend(self, trial: Trial, fault: Fault) -> dict[Slot, int] | None:
-        """All sizes with those added that let the run get further, or None."""
+    def _mend(self, trial: Trial, fault: Fault) -> _Mended | None:
+        """All sizes with those added that let the run get further, and what is wrong then; or None."""
         with recorded(self.model) as reads:
-            self._fault(trial, self.sizes)
-            for module in fault.modules:
-                more = self._mend_in(module, trial, fault, reads)
-                if more is not None:
-                    siblings = shared_by(self.of_class[type(self.modules[module])], more, self.found)
-                    both = self.sizes | siblings | more
-                    is_well = _is_mended(fault, self._fault(trial, both))
-                    return both if is_well else self.sizes | more
+            for call in fault.calls:
+                if call.module not in self.found:
+                    continue
+                inside: Call | None = call
+                if not fault.is_like(self._fault(trial, self.sizes, inside=call)):
+                    inside = None  # it changes what it is given, or depends on what ran before
+                    self._fault(trial, self.sizes)
+                better = self._mend_in(call.module, trial, fault, reads, inside)
+                if better is not None:
+                    return better
         return None
 
-    def _mend_in(self, module: str, trial: Trial, fault: Fault, reads: Reads) -> dict[Slot, int] | None:
+    def _mend_in(self, module: str, trial: Trial, fault: Fault, reads: Reads, inside: Call | None) -> _Mended | None:
         """Sizes of one module that let the run get further. What a run reads after the first is tried as well."""
         tried: list[dict[Slot, int]] = [{}]
         pool: list[Choice] = []
         while len(tried) < _MOST_TRIED:
             owner = self.modules[module]
-            known, pool = pool, [c for c in self.found.get(module, ()) if is_read(owner, c.slot, reads)]
+            known, pool = pool, [c for c in self.found[module] if is_read(owner, c.slot, reads)]
             if len(pool) == len(known):
                 return None
             for more in _ways(pool):
                 if more in tried or self.sizes | more == self.sizes:
                     continue
                 tried.append(more)
-                if self._mends(trial, fault, self.sizes | more):
-                    return more
+                # First without a second look at what was right before.
+                if _is_mended(fault, self._fault(trial, self.sizes | more, fault.progress, inside)):
+                    better = self._confirmed(module, trial, fault, more)
+                    if better is not None:
+                        return better
                 if len(tried) == _MOST_TRIED:
                     break
+        return None
+
+    def _confirmed(self, module: str, trial: Trial, fault: Fault, more: dict[Slot, int]) -> _Mended | None:
+        """All sizes with those of a module added, and those of its class if that is well, too, in the whole model."""
+        siblings = shared_by(self.of_class[type(self.modules[module])], more, self.found)
+        ways = [self.sizes | siblings | more, self.sizes | more]
+        for sizes in ways if ways[0] != ways[1] else ways[:1]:
+            after = self._fault(trial, sizes)
+            if _is_mended(fault, after):
+                return sizes, after
         return None
 
 

@@ -59,6 +59,7 @@ class Scaling:
         self._run = run
         self._dtypes = dtypes
         self._implied = frozenset(implied)
+        self._known: dict[Pair, Sides] = {}
         self._products: dict[str, list[Product]] = defaultdict(list)
         for node in cut.groups.graph:
             self._products[(enclosing_modules(node) or ("",))[-1]] += _products_of(node, cut, node in implied)
@@ -89,8 +90,10 @@ class Scaling:
                 pairs[each.node].append(each.operands)
         if not pairs:
             return []
-        origins = self._origins(pairs)
-        options = [list(islice(_placements(found, origins), _MOST_WAYS)) for found in by_module.values()]
+        missing = {node: some for node, some in pairs.items() if not self._known.keys() >= set(some)}
+        if missing:
+            self._known |= self._origins(missing)
+        options = [list(islice(_placements(found, self._known), _MOST_WAYS)) for found in by_module.values()]
         if not all(options):
             return []
         return [_joined([some[min(i, len(some) - 1)] for some in options]) for i in range(max(map(len, options)))]

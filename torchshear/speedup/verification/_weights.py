@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.dependency import ChannelGroups, Cut, make_state_plan
-from torchshear.speedup._redrawn import redraw
+from torchshear.speedup._redrawn import fill
 from torchshear.speedup._state import slice_state
 
 State = Mapping[str, Tensor]
@@ -56,19 +56,21 @@ class Values:
         return self.groups.graph.aliases.get(name, name)
 
     def drawn(self, state: State, seed: int, *, buffers: bool) -> dict[str, Tensor]:
-        """Tensors of the same shapes with which every layer has a say: see `redraw`. Constants stay.
+        """Tensors of the same shapes with which every layer has a say: see `fill`. Constants stay.
 
         Args:
             state: canonical name -> tensor.
             seed: seed of the draw.
-            buffers: whether to change floating buffers too.
+            buffers: whether to change floating buffers too; upwards, so that a variance stays one.
         """
-        kinds = {name: entry.kind for name, entry in self.groups.graph.state.items()}
-        drawn = redraw({name: t for name, t in state.items() if kinds[name] == "parameter"}, seed)
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = dict(state)
         for name, tensor in state.items():
-            is_scalar = kinds[name] == "parameter" and not tensor.ndim
-            if tensor.is_floating_point() and (is_scalar or (buffers and kinds[name] == "buffer")):
+            kind = self.groups.graph.state[name].kind
+            if kind == "parameter" and tensor.is_floating_point():
+                drawn[name] = torch.empty_like(tensor)
+                fill(drawn[name], tensor, generator)
+            elif kind == "buffer" and tensor.is_floating_point() and buffers:
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() * 0.1
-                drawn[name] = tensor + noise.to(tensor.device, tensor.dtype)  # upwards: a variance stays one
-        return {**state, **drawn}
+                drawn[name] = tensor + noise.to(tensor.device, tensor.dtype)
+        return drawn
