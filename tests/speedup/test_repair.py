@@ -235,6 +235,28 @@ def test_sizes_are_tried_in_calls_of_the_module_alone(monkeypatch: pytest.Monkey
     assert sum(module is None for _, module in tries) <= 5  # once at first, with what helped, and once each other trial
 
 
+class Late(Attention):
+    """One class in two stages: what counts the heads in the later one is something else in the earlier one."""
+
+    def __init__(self, is_late: bool) -> None:
+        super().__init__(24, 4)
+        self.is_late = is_late
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        heads, scale = (self.number, 1.0) if self.is_late else (self.banana, self.number / 4)
+        q, k, v = self.all(x).view(batch, length, 3, heads, self.cherry).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.transpose(-1, -2) * self.factor).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.out(mixed) * scale
+
+
+def test_what_one_stage_needs_does_not_undo_what_another_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = [[Late(stage == 1) for stage in (0, 1) for _ in range(depth)] for depth in (2, 5)]
+    tries = [tried(monkeypatch, Sequence(*blocks)) for blocks in stages]
+    whole = [sum(module is None for _, module in some) for some in tries]
+    assert whole[0] == whole[1]
+
+
 class Writing(Attention):
     """What it is given is no longer there for a second call."""
 

@@ -146,6 +146,7 @@ class Fault:
         message: what is wrong.
         check: name of the check that failed, to be skipped if the check is what is wrong; "" if it did not run.
         calls: the calls of `modules` that did not end.
+        passed: modules of which a call ended well before.
     """
 
     modules: tuple[str, ...]
@@ -153,6 +154,7 @@ class Fault:
     message: str
     check: str = ""
     calls: tuple[Call, ...] = field(default=(), compare=False)
+    passed: frozenset[str] = field(default=frozenset(), compare=False)
 
     def is_like(self, other: "Fault | None") -> bool:
         """Whether the same is wrong at the same place, in a run of which more or less lies around it."""
@@ -197,6 +199,7 @@ class _Watch:
     trusted: int
     running: list[Call] = field(default_factory=list)
     progress: int = 0
+    passed: set[str] = field(default_factory=set)
 
     def enter(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is called: what it is given must be right, or the module that calls it is wrong."""
@@ -207,7 +210,7 @@ class _Watch:
     def leave(self, name: str, output: Any) -> None:
         """A module ends: what it gives must be right."""
         self._judge(f"output of {name}", output)
-        self.running.pop()
+        self.passed.add(self.running.pop().module)
 
     def _judge(self, check: str, value: Any) -> None:
         if self.progress >= self.trusted and check not in self.skipped:
@@ -219,7 +222,8 @@ class _Watch:
     def fault(self, message: str, check: str = "") -> Fault:
         """What goes wrong now: in the modules that are running, in the model itself if none is."""
         calls = tuple(reversed(self.running))
-        return Fault(tuple(call.module for call in calls) or ("",), self.progress, message, check, calls)
+        names = tuple(call.module for call in calls) or ("",)
+        return Fault(names, self.progress, message, check, calls, frozenset(self.passed))
 
     def _was_seen(self, tensor: Tensor) -> bool:
         """Whether the graph has such a value, too."""

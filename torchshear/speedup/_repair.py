@@ -146,8 +146,12 @@ class _Search:
         return None
 
     def _confirmed(self, module: str, trial: Trial, fault: Fault, more: dict[Slot, int]) -> _Mended | None:
-        """All sizes with those of a module added, and those of its class if that is well, too, in the whole model."""
-        siblings = shared_by(self.of_class[type(self.modules[module])], more, self.found)
+        """All sizes with those of a module added, and those of its class if that is well, too, in the whole model.
+
+        Modules that were passed keep what they have: in models of several stages it may be another size.
+        """
+        twins = [name for name in self.of_class[type(self.modules[module])] if name not in fault.passed]
+        siblings = shared_by(twins, more, self.found)
         ways = [self.sizes | siblings | more, self.sizes | more]
         for sizes in ways if ways[0] != ways[1] else ways[:1]:
             after = self._fault(trial, sizes)
