@@ -1,17 +1,20 @@
 """Verification finds what is wrong, and names where."""
 
 import copy
+from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchshear
 from tests.models import Residual, image, randomise
-from torchshear.dependency import _registry
+from torchshear.dependency import Cut, _registry
 from torchshear.errors import ArgumentError, VerificationError
-from torchshear.pruners import plan_from_kept
 from torchshear.speedup._compare import relative_error
+from torchshear.speedup.verification._reference import MaskedNetwork
+from torchshear.speedup.verification._weights import Values
 
 
 class Flipped(nn.Module):
@@ -187,35 +190,20 @@ def test_a_norm_by_hand_is_proved(ratio: float) -> None:
     assert result.verification.max_error < 1e-12
 
 
-def test_cut_positions_that_are_alive_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rule that drops a living position, and a graph that drops it as well, agree with each other and are wrong."""
-
-    class Sliced(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(5, 12), nn.Linear(11, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.two(nn.functional.layer_norm(self.one(x)[:, 1:], (11,)))
-
-    rule = _registry._RULES["aten.slice.Tensor"]
-
-    def swapped(call):  # type: ignore[no-untyped-def]
-        *others, last = rule(call)  # type: ignore[misc]
-        order = [1, 0, *range(2, last.size)]
-        return (*others, call.algebra.take(last, torch.tensor(order).numpy()))
-
-    model = randomise(Sliced())
-    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(4, 5),)))
-    kept = {groups[0].name: [0, 1, 3, 5, 6, 9]}
-    assert torchshear.verify(
-        model, torchshear.shrink(model, plan_from_kept(groups, kept)), plan_from_kept(groups, kept)
-    )
-    monkeypatch.setitem(_registry._RULES, "aten.slice.Tensor", swapped)
-    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(4, 5),)))
-    plan = plan_from_kept(groups, {group.name: [0, 2, 4, 5, 8, 10] for group in groups if group.width == 11})
-    with pytest.raises(VerificationError, match="is said to be cut, but its value follows the inputs"):
-        torchshear.verify(model, torchshear.shrink(model, plan), plan, (torch.randn(4, 5),))
+def test_cut_positions_that_are_alive_are_found() -> None:
+    """Whatever the rules say of a value: what is called cut may not follow the inputs."""
+    model = randomise(Normed()).double()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(3, 4, dtype=torch.float64),)))
+    cut = Cut(groups, {groups[0].name: np.array([0, 1, 2, 4, 7, 8])})
+    values = Values(groups, cut)
+    masked = values.masked(values.of(model, torch.float64))
+    facts = groups.facts.copy()
+    inputs = [[torch.randn(3, 4, dtype=torch.float64)] for _ in range(2)]
+    assert list(MaskedNetwork(groups.graph.fx_graph, facts, cut, masked).values(inputs))
+    *others, last = facts.axes["linear"]  # type: ignore[misc]
+    facts.axes["linear"] = (*others, groups.algebra.take(last, np.arange(12)[::-1]))
+    with pytest.raises(VerificationError, match="position 0 of dimension 1 of 'linear'.* but its value follows the"):
+        list(MaskedNetwork(groups.graph.fx_graph, facts, cut, masked).values(inputs))
 
 
 # -- inputs that exercise the model ------------------------------------------------------------------------------------
@@ -385,16 +373,29 @@ def test_random_numbers_are_made_equal() -> None:
     assert verification.max_error < 1e-12
 
 
-def test_a_stateful_model_is_called_so() -> None:
-    class Averaged(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.norm, self.two = nn.Linear(6, 12), nn.LayerNorm(12), nn.Linear(12, 4)
-            self.seen = 0
+class Counting(nn.Module):
+    """Multiplies by the number of its runs, counted in an attribute or elsewhere."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.seen += 1
-            return self.two(self.norm(self.one(x))) * self.seen
+    counted: ClassVar[list[int]] = []
 
+    def __init__(self, *, elsewhere: bool, normed: bool = True) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(6, 12), nn.Linear(12, 4), nn.LayerNorm(12) if normed else nn.ReLU()
+        self.elsewhere, self.seen = elsewhere, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Four values."""
+        self.seen += 1
+        self.counted.append(1)
+        return self.two(self.norm(self.one(x))) * (len(self.counted) if self.elsewhere else self.seen)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_model_whose_runs_cannot_be_repeated_is_called_stateful(normed: bool) -> None:
     with pytest.raises(VerificationError, match="is stateful: two runs of the model on the same inputs differ"):
-        torchshear.prune(Averaged(), (torch.randn(4, 6),))
+        torchshear.prune(Counting(elsewhere=True, normed=normed), (torch.randn(4, 6),))
+
+
+def test_a_model_that_counts_its_runs_is_proved() -> None:
+    result = torchshear.prune(Counting(elsewhere=False), (torch.randn(4, 6),))
+    assert (result.verification.reference, result.model.seen) == ("kept positions", 0)

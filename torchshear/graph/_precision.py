@@ -61,7 +61,8 @@ class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = pytree.tree_map_only(torch.dtype, lambda dtype: _WIDER.get(dtype, dtype), (args, kwargs))
+        if torch._C._current_graph_task_id() < 0:  # in a backward the engine asks for the dtype of each parameter
+            args, kwargs = pytree.tree_map_only(torch.dtype, lambda dtype: _WIDER.get(dtype, dtype), (args, kwargs))
         if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor(number, dtype=...) gives
             return _wide(args[0])
         if _is_view(func) or func.overloadpacket is torch.ops.aten.set_:

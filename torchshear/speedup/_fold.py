@@ -82,7 +82,7 @@ def fold_constants(
     trials = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
     dtype = _widest(small, trials[0])
     trials = [in_dtype(trial, dtype) for trial in trials]
-    network = ConstantNetwork(graph, cut, Values(groups, cut).of(model, dtype))
+    network = ConstantNetwork(graph, cut, _in_dtype(Values(groups, cut).of(model), dtype))
     try:
         with conditions(dtype):
             inputs = [leaves_of(trial.copy()) for trial in trials[:2]]
@@ -96,6 +96,10 @@ def fold_constants(
     _put(shrunk.model, exact)
     kind: Literal["constants", "means"] = "constants" if means is None else "means"
     return replace(shrunk, fold=Fold(kind, tuple(places.folded), tuple(places.skipped), worst, dtype))
+
+
+def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
 
 
 def _widest(small: nn.Module, example: ExampleInputs) -> torch.dtype:

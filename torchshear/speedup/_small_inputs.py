@@ -14,7 +14,7 @@ _LARGE = 128  # rows and columns from which on an image is cut
 _SMALL = 64
 
 
-def smaller_inputs(graph: Graph, model: nn.Module) -> ExampleInputs:
+def smaller_inputs(graph: Graph, model: nn.Module, example: ExampleInputs | None = None) -> ExampleInputs:
     """The example with images cut to fewer pixels, if the graph takes them and gives then what the model gives.
 
     It does not where sizes of the images are numbers in the graph, as numbers of patches are in transformers. The
@@ -23,11 +23,13 @@ def smaller_inputs(graph: Graph, model: nn.Module) -> ExampleInputs:
     Args:
         graph: the captured model.
         model: the model; it is run, and left as it was.
+        example: what to cut; None for the example that the graph was captured with.
     """
-    small = graph.inputs.map(_cut)
-    shapes = [[tensor.shape for tensor in inputs.tensors()] for inputs in (graph.inputs, small)]
+    example = graph.inputs if example is None else example
+    small = example.map(_cut)
+    shapes = [[tensor.shape for tensor in inputs.tensors()] for inputs in (example, small)]
     if graph.parts is not None or shapes[0] == shapes[1]:
-        return graph.inputs
+        return example
     one = small.with_batch(1) if graph.batch_hint is not None else small
     state = {name: entry.tensor for name, entry in graph.state.items()}
     try:
@@ -35,8 +37,8 @@ def smaller_inputs(graph: Graph, model: nn.Module) -> ExampleInputs:
             found = output_leaves(graph_output(graph.fx_graph, state, pytree.tree_leaves((one.args, one.kwargs))))
             expected = output_leaves(run_model(model, one))
     except Exception:  # the code, or a call in the graph, does not take this size, and may say so in any way
-        return graph.inputs
-    return small if relative_error(expected, found) <= tolerance(expected) else graph.inputs
+        return example
+    return small if relative_error(expected, found) <= tolerance(expected) else example
 
 
 def _cut(tensor: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
 """The proof of one cut: which reference holds, and all comparisons with it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchshear.errors import CaptureError, PlanError, VerificationError, WeightError, first_line
 from torchshear.graph import Mode, locate, output_leaves
+from torchshear.graph._ties import Choices
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._shrink import training_cut
 from torchshear.speedup._traced import TracedModule
@@ -18,7 +19,6 @@ from torchshear.speedup.verification._runs import (
     Run,
     conditions,
     detached,
-    fresh_copy,
     given,
     gradients_of,
     in_dtype,
@@ -27,7 +27,7 @@ from torchshear.speedup.verification._runs import (
     run_module,
 )
 from torchshear.speedup.verification._setting import Setting, Trial
-from torchshear.speedup.verification._weights import State, Values
+from torchshear.speedup.verification._weights import Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,74 +63,39 @@ class _Proof:
     Attributes:
         setting: what is compared.
         excused: name of a call -> where it is, for calls whose operator sees kept positions only.
+        has_gradients: whether the reference can be run with gradients; an operator need not have a derivative.
     """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.excused: dict[str, str] = {}
+        self.has_gradients = True
 
     def run(self) -> Found:
         trials, last = self.setting.trials, self.setting.trials[-1]
-        expected, is_module = self._expected()
-        actual = [self._candidate(trial) for trial in trials[:-1]]
-        actual.append(self._candidate(last, gradients=self.setting.has_gradients))
-        beside = [expected[1], *[expected[0]] * (len(expected) - 1)]
-        errors = []
-        for trial, one, other, near in zip(trials, expected, actual, beside, strict=True):
-            error = relative_error(one.outputs, other.outputs, near.outputs)
-            if error > tolerance(one.outputs):
-                self._refuse(trial, error)
-            errors.append(error)
-        gradient_errors = [compare_gradients(self.setting.values, expected[-1], actual[-1], "in eval mode")]
-        trained = self._expected_in_training(expected[-1], is_module)
+        is_module = not self.setting.mixes or self._is_masked_module()
+        expected = [self._reference(trial, is_module) for trial in trials[:-1]]
+        expected.append(self._reference_with_gradients(last, is_module))
+        errors, actual = [], Run([])
+        for number, (trial, one) in enumerate(zip(trials, expected, strict=True)):
+            actual = self._candidate(trial, gradients=trial is last and self.has_gradients)
+            errors.append(self._compare(trial, one, actual, expected[number - 1], is_module=is_module))
+        values, is_wide = self.setting.values, last.dtype is torch.float64
+        gradient_errors = [compare_gradients(values, expected[-1], actual, "in eval mode", is_wide=is_wide)]
+        trained = self._reference_in_training(expected[-1], is_module)
         if trained is not None:
-            other = self._candidate(last, "train", gradients=self.setting.has_gradients)
-            errors.append(_compare_in_training(trained, other))
-            gradient_errors.append(compare_gradients(self.setting.values, trained, other, "in train mode"))
+            actual = self._candidate(last, "train", gradients=self.has_gradients)
+            errors.append(_compare_in_training(trained, actual))
+            gradient_errors.append(compare_gradients(values, trained, actual, "in train mode", is_wide=is_wide))
         known = [error for error in gradient_errors if error is not None]
         modes: tuple[Mode, ...] = ("eval",) if trained is None else ("eval", "train")
         return Found(max(errors), max(known, default=None), tuple(self.excused.values()), modes)
 
     # -- the reference ------------------------------------------------------------------------------------------------
 
-    def _expected(self) -> tuple[list[Run], bool]:
-        """What the reference gives on each trial, and whether it is the user's own module with masked parameters.
-
-        Where operators mix positions of which some are cut, it may be the network on fewer channels instead.
-        """
-        setting = self.setting
-        network = MaskedNetwork(setting.graph.fx_graph, setting.groups.facts, setting.cut, {})
-        mixes = any(network.is_mixed(node) for node in setting.graph)
-        if mixes and not self._is_masked_module(setting.trials):
-            return self._kept_positions(), False
-        last = self._masked_module(setting.trials[-1], gradients=setting.has_gradients)
-        return [*(self._masked_module(trial) for trial in setting.trials[:-1]), last], True
-
-    def _kept_positions(self) -> list[Run]:
-        """What the network on fewer channels gives on each trial."""
-        setting = self.setting
-        runs: list[Run] = []
-        for number, trial in enumerate(setting.trials):
-            if number:
-                self._check_graph(trial)
-            beside = setting.trials[1 if number != 1 else 0]
-            grad = setting.has_gradients and trial is setting.trials[-1]
-            runs.append(self._masked_network(trial, beside, setting.values, grad=grad))
-        return runs
-
-    def _masked_module(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
-        """The user's own module with the cut weights set to zero."""
-        setting = self.setting
-        masked = setting.values.masked(trial.state or setting.state)
-        with given(setting.original, setting.own(setting.original, masked), setting.caches[0]):
-            return run_module(setting.original, trial.inputs, setting.dtype, mode, self._keep, gradients=gradients)
-
-    def _keep(self, leaves: list[Any]) -> list[Any]:
-        return kept_outputs(self.setting.plan, leaves)
-
-    def _is_masked_module(self, trials: Sequence[Trial]) -> bool:
+    def _is_masked_module(self) -> bool:
         """Whether the shrunk model gives what the masked module does, though operators mix positions."""
-        for trial in trials:
+        for trial in self.setting.trials:
             try:
                 expected = self._masked_module(trial).outputs
                 if relative_error(expected, self._candidate(trial).outputs) > tolerance(expected):
@@ -139,30 +104,58 @@ class _Proof:
                 return False
         return True
 
-    def _masked_network(self, trial: Trial, beside: Trial, values: Values, *, grad: bool) -> Run:
-        """The network on fewer channels, node by node on tensors of full size, on two inputs at once."""
+    def _reference(self, trial: Trial, is_module: bool, *, gradients: bool = False) -> Run:
+        """What the user's own module gives with masked parameters; or the network on fewer channels."""
+        if is_module:
+            return self._masked_module(trial, gradients=gradients)
+        if trial is not self.setting.trials[0]:
+            self._check_graph(trial)
+        beside = self.setting.trials[0 if trial is self.setting.trials[1] else 1]
+        return self._masked_network(trial, beside, self.setting.values, gradients=gradients)
+
+    def _reference_with_gradients(self, trial: Trial, is_module: bool) -> Run:
+        """As `_reference`; without gradients if there are none."""
+        try:
+            found = self._reference(trial, is_module, gradients=True)
+        except (RuntimeError, NotImplementedError, CaptureError) as error:
+            found = self._reference(trial, is_module)
+            self.setting.left_out.append(f"gradients: the original has none: {first_line(error)[:160]}")
+        self.has_gradients = found.gradients is not None
+        return found
+
+    def _masked_module(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+        """The user's own module with the cut weights set to zero."""
+        setting = self.setting
+        masked = setting.values.masked(trial.state or setting.state)
+        with given(setting.original, setting.own(setting.original, masked), setting.caches[0]):
+            return run_module(setting.original, trial.inputs, trial.dtype, mode, self._keep, gradients=gradients)
+
+    def _keep(self, leaves: list[Any]) -> list[Any]:
+        return kept_outputs(self.setting.plan, leaves)
+
+    def _masked_network(self, trial: Trial, beside: Trial | None, values: Values, *, gradients: bool = False) -> Run:
+        """The network on fewer channels, node by node on tensors of full size; on two inputs, of which one is given."""
         setting, graph = self.setting, values.groups.graph
-        state: State = trial.state or setting.state
-        kinds = {name: entry.kind for name, entry in graph.state.items()}
-        state = {name: state.get(name, entry.tensor) for name, entry in graph.state.items()}
+        own = trial.state or setting.state
+        masked = values.masked({name: own.get(name, entry.tensor) for name, entry in graph.state.items()})
         leaves = {
-            name: tensor.clone().requires_grad_()
-            for name, tensor in values.masked(state).items()
-            if grad and tensor.is_floating_point() and kinds[name] == "parameter"
+            name: tensor.detach().clone().requires_grad_()
+            for name, tensor in masked.items()
+            if gradients and tensor.is_floating_point() and graph.state[name].kind == "parameter"
         }
-        masked = {**values.masked(state), **leaves}
-        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, masked)
-        inputs = [leaves_of(in_dtype(one.inputs, setting.dtype)) for one in (trial, beside)]
-        with conditions(setting.dtype, gradients=grad):
+        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves})
+        both = [trial] if beside is None else [trial, beside]
+        inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in both]
+        with conditions(trial.dtype, gradients=gradients):
             *_, (_, outputs) = network.values(inputs)
             kept = self._keep(output_leaves(outputs[0]))
-            gradients = gradients_of(kept, leaves) if grad else None
+            found = gradients_of(kept, leaves) if gradients else None
         self.excused |= {name: f"{name} ({locate(node)})" for name, node in network.excused.items()}
-        return Run(detached(kept), gradients)
+        return Run(detached(kept), found)
 
     # -- train mode ---------------------------------------------------------------------------------------------------
 
-    def _expected_in_training(self, in_eval: Run, is_module: bool) -> Run | None:
+    def _reference_in_training(self, in_eval: Run, is_module: bool) -> Run | None:
         """What the reference gives in train mode on the last trial; None where nothing can be compared."""
         setting, trial = self.setting, self.setting.trials[-1]
         small = setting.small
@@ -171,17 +164,18 @@ class _Proof:
             return None
         try:
             with given(setting.original, setting.own(setting.original, trial.state), setting.caches[0]):
-                dense = run_module(setting.original, trial.inputs, setting.dtype, "train")
+                modes: tuple[Mode, ...] = ("train",) if is_module else ("train", "eval")
+                runs = [run_module(setting.original, trial.inputs, trial.dtype, mode).outputs for mode in modes]
         except Exception as error:  # a forward may raise anything
             setting.left_out.append(f"train mode: the original does not run in it: {first_line(error)[:160]}")
             return None
         if is_module:
-            return self._masked_module(trial, "train", gradients=setting.has_gradients)
-        if relative_error(trial.dense.outputs, dense.outputs) <= tolerance(dense.outputs):
+            return self._masked_module(trial, "train", gradients=self.has_gradients)
+        if relative_error(runs[1], runs[0]) <= tolerance(runs[0]):
             return in_eval  # the original computes the same in both modes, and so does the reference
-        return self._kept_positions_in_training(replace(trial, dense=dense))
+        return self._network_in_training(trial)
 
-    def _kept_positions_in_training(self, trial: Trial) -> Run | None:
+    def _network_in_training(self, trial: Trial) -> Run | None:
         """What the network on fewer channels gives by the graph of train mode."""
         setting = self.setting
         try:
@@ -191,7 +185,7 @@ class _Proof:
             return None
         graph = replace(train, state={**train.state, **setting.graph.state})
         values = Values(replace(cut.groups, graph=graph, facts=facts), cut)
-        return self._masked_network(trial, trial, values, grad=setting.has_gradients)
+        return self._masked_network(trial, None, values, gradients=self.has_gradients)
 
     # -- comparing ----------------------------------------------------------------------------------------------------
 
@@ -205,25 +199,44 @@ class _Proof:
         state = None if trial.state is None else setting.values.sliced(trial.state)
         try:
             with given(setting.candidate, setting.own(setting.candidate, state), setting.caches[1]):
-                return run_module(setting.candidate, trial.inputs, setting.dtype, mode, gradients=gradients)
+                return run_module(setting.candidate, trial.inputs, trial.dtype, mode, gradients=gradients)
         except Exception as error:  # a forward may raise anything
             what = f"the shrunk model does not run in {mode} mode: {type(error).__name__}: {first_line(error)[:160]}."
             raise VerificationError(f"{what} {self._difference(trial, float('inf'))}") from error
 
-    def _difference(self, trial: Trial, error: float) -> str:
-        setting = self.setting
-        inputs = in_dtype(trial.inputs, setting.dtype)
-        return first_difference(setting.values, trial.state or setting.state, inputs, setting.dtype, error)
-
-    def _refuse(self, trial: Trial, error: float) -> None:
-        """Say why a candidate is refused.
+    def _compare(self, trial: Trial, expected: Run, actual: Run, beside: Run, *, is_module: bool) -> float:
+        """Largest difference of an output.
 
         Raises:
-            VerificationError: always, unless
+            VerificationError: it is too large, also where both choose alike among values that are equal.
             WeightError: no model would be equal, since weights are NaN or infinite.
         """
-        _check_weights(self.setting)
-        raise VerificationError(self._difference(trial, error))
+        limit = tolerance(expected.outputs)
+        error = relative_error(expected.outputs, actual.outputs, beside.outputs)
+        if error > limit:
+            _check_weights(self.setting)
+            _check_state(self.setting, trial)
+            error = min(error, self._error_without_ties(trial, beside, limit, is_module=is_module))
+        if error > limit:
+            raise VerificationError(self._difference(trial, error))
+        return error
+
+    def _error_without_ties(self, trial: Trial, beside: Run, limit: float, *, is_module: bool) -> float:
+        """Largest difference of an output if the candidate chooses as the reference does where values are equal."""
+        choices = Choices()
+        with choices.kept():
+            if is_module:
+                expected = self._masked_module(trial)
+            else:
+                expected = self._masked_network(trial, None, self.setting.values)
+        with choices.followed(limit):
+            actual = self._candidate(trial)
+        return relative_error(expected.outputs, actual.outputs, beside.outputs)
+
+    def _difference(self, trial: Trial, error: float) -> str:
+        setting = self.setting
+        inputs = in_dtype(trial.inputs, trial.dtype)
+        return first_difference(setting.values, trial.state or setting.state, inputs, trial.dtype, error)
 
     def _check_graph(self, trial: Trial) -> None:
         """The captured graph may stand for the model only if it computes, uncut, what the model does.
@@ -232,19 +245,14 @@ class _Proof:
             VerificationError: it does not.
             WeightError: nor could it, since its weights are NaN or infinite.
         """
-        setting = self.setting
-        if setting.is_captured(trial):
+        if self.setting.is_captured(trial):
             return
-        _check_weights(setting)
-        again = _second_run(setting, trial)
-        if again > tolerance(trial.dense.outputs):
-            raise VerificationError(
-                f"{setting.plan.model_type} is stateful: two runs of the model on the same inputs differ by "
-                f"{again:.2g} relative, since its forward changes what it holds. Prune it without that."
-            )
+        _check_weights(self.setting)
+        _check_state(self.setting, trial)
         raise VerificationError(
             f"the captured graph is not the model: on inputs of the shapes of the example they differ. The forward of "
-            f"{setting.plan.model_type} depends on what a graph cannot hold, such as values of its inputs in Python."
+            f"{self.setting.plan.model_type} depends on what a graph cannot hold, such as values of its inputs in "
+            f"Python."
         )
 
 
@@ -264,17 +272,21 @@ def _compare_in_training(expected: Run, actual: Run) -> float:
     return error
 
 
-def _second_run(setting: Setting, trial: Trial) -> float:
-    """By how much a second run on the same inputs differs, if what the first one left behind is not put back."""
-    twin = fresh_copy(setting.original, trial.inputs, setting.dtype)
-    for module in twin.modules():
-        module.training = False
-    inputs, runs = in_dtype(trial.inputs, setting.dtype), []
-    for _ in range(2):
-        own = inputs.copy()
-        with conditions(setting.dtype):
-            runs.append(detached(output_leaves(twin(*own.args, **own.kwargs))))
-    return relative_error(*runs)
+def _check_state(setting: Setting, trial: Trial) -> None:
+    """Raise VerificationError if a second run of the original on the same inputs gives something else.
+
+    Attributes and buffers are put back after every run, so that models which count their runs can be compared. What
+    lies elsewhere cannot be.
+    """
+    with given(setting.original, setting.own(setting.original, trial.state), setting.caches[0]):
+        runs = [run_module(setting.original, trial.inputs, trial.dtype).outputs for _ in range(2)]
+    error = relative_error(*runs)
+    if error > tolerance(runs[0]):
+        raise VerificationError(
+            f"{setting.plan.model_type} is stateful: two runs of the model on the same inputs differ by {error:.2g} "
+            f"relative, since its forward changes something outside its attributes and buffers. Nothing can be "
+            f"compared with it; keep that in an attribute, or prune the model without it."
+        )
 
 
 def _check_weights(setting: Setting) -> None:

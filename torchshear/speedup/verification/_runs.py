@@ -37,6 +37,14 @@ def own_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+def twin_of(model: nn.Module, caches: tuple[Cache, ...]) -> nn.Module:
+    """A copy of a model with parameters of its own that share the values of the model's, which takes no memory."""
+    shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
+    twin = copy_model(model, shared)
+    forget(twin, caches)
+    return twin
+
+
 def fresh_copy(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
     """A copy without what its modules keep of parameters that may be about to change, in float64 if that is asked."""
     twin = copy_model(model)
@@ -69,7 +77,7 @@ def kept_outputs(plan: PruningPlan, leaves: list[Any]) -> list[Any]:
 def conditions(dtype: torch.dtype, *, gradients: bool = False) -> Iterator[None]:
     """What a run is compared under: one dtype throughout, random numbers that are equal, gradients or none."""
     equal = EqualRandomness()  # type: ignore[no-untyped-call]
-    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), computing_in(dtype), equal:
+    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), equal, computing_in(dtype):
         yield
 
 
@@ -92,7 +100,6 @@ def run_module(
         keep: takes the flat outputs to what is compared of them.
         gradients: whether to compute gradients of all floating parameters.
     """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     given = in_dtype(inputs, dtype)
     leaves = {name: p for name, p in model.named_parameters() if p.is_floating_point()} if gradients else {}
     flags = [(leaf, leaf.requires_grad) for leaf in leaves.values()]
@@ -106,9 +113,6 @@ def run_module(
     finally:
         for leaf, needs in flags:
             leaf.requires_grad_(needs)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def detached(outputs: list[Any]) -> list[Any]:

@@ -31,11 +31,10 @@ class Values:
             if made is not None and made.kept and is_number:
                 self.masks[name] = made.mask()
 
-    def of(self, model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors of the original, floating ones in a dtype; constants as the graph holds them."""
+    def of(self, model: nn.Module) -> dict[str, Tensor]:
+        """The tensors of the original; constants as the graph holds them."""
         named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        state = {name: named.get(name, entry.tensor).detach() for name, entry in self.groups.graph.state.items()}
-        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+        return {name: named.get(name, entry.tensor).detach() for name, entry in self.groups.graph.state.items()}
 
     def masked(self, state: State) -> dict[str, Tensor]:
         """The same with zeros at all that is cut."""
