@@ -160,6 +160,26 @@ def test_what_follows_the_batch_in_another_way_fixes_it(function: Callable[[Tens
     torch.testing.assert_close(outputs(graph, x), model(x).detach())
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: h * float(h.shape[0]),
+        lambda h: h[: (h.shape[0] + 1) // 2],
+        lambda h: h * torch.tensor(float(h.shape[0])),
+        lambda h: h * h.shape[0] ** 2,
+        lambda h: h.sum(0, keepdim=True) if h.shape[0] > 10 else h,
+        lambda h: h.squeeze(0) if h.shape[0] < 10 else h,
+        lambda h: h.relu() if h.shape[0] < 10 else h.tanh(),
+        lambda h: h[None] if h.shape[0] < 10 else h,
+    ],
+)
+def test_the_captures_alone_say_what_follows_the_batch(
+    monkeypatch: pytest.MonkeyPatch, function: Callable[[Tensor], Tensor]
+) -> None:
+    monkeypatch.setattr("torchshear.graph._capture.agrees", lambda graph, model: True)
+    assert torchshear.trace(Wrapped(function), (torch.randn(2, 8, 6),)).batch_hint is None
+
+
 def test_a_dimension_that_the_probed_batch_divides_is_not_free() -> None:
     model = Wrapped(lambda h: h.repeat(1, 118 // h.shape[1] + 1, 1)[:, :118])
     graph = assert_free(model, torch.randn(2, 6, 6))

@@ -1,6 +1,7 @@
 """Comparing a captured graph with its model."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -69,16 +70,30 @@ def test_top_k_is_compared_in_float64() -> None:
     assert difference > 1e-3, "float32 does not reorder anything; the test needs more tokens"
 
 
-def test_ties_are_no_difference() -> None:
-    class Tied(Fused):
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.layer(self.one(x).flatten(0, 1)).reshape(x.shape[0], -1, 32)
-            score = 1 + 1e-13 * self.score(h).squeeze(-1)
-            best = score.topk(20, 1).indices
-            return self.out(h.gather(1, best[..., None].expand(-1, -1, 32)))
+class Tied(nn.Module):
+    """Picks rows by scores that are equal but for rounding, which is another when it is captured."""
 
-    torch.manual_seed(0)
-    traced(Tied(), torch.randn(1, 20, 16, 8))
+    spread = 1e-13
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.out = nn.Linear(8, 16).double(), nn.Linear(16, 5).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.arange(x.shape[1], dtype=x.dtype) * self.spread
+        score = 1 + (noise if torch.compiler.is_exporting() else -noise)
+        best = score.expand(x.shape[0], -1).topk(3, 1).indices
+        y: Tensor = self.out(self.one(x).gather(1, best[..., None].expand(-1, -1, 16)))
+        return y
+
+
+def test_ties_are_no_difference() -> None:
+    traced(Tied(), torch.randn(2, 6, 8, dtype=torch.float64))
+
+
+def test_another_choice_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tied, "spread", 1e-3)
+    assert torchshear.trace(Tied().eval(), (torch.randn(2, 6, 8, dtype=torch.float64),)).batch_hint is None
 
 
 class Refusing(nn.Module):
@@ -130,3 +145,59 @@ def test_numbers_that_count_are_compared_exactly() -> None:
     assert not _check._are_close([one > 5], [one > 1], 1e-3)
     assert not _check._are_close([one], [one, one], 1e-3)
     assert not _check._are_close([one], [one[:1]], 1e-3)
+
+
+class Auxiliary(nn.Module):
+    """Pools to one value a channel before a batch norm, and gives more, or other sizes, in train mode."""
+
+    def __init__(self, more: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+        self.more = more
+
+    def forward(self, x: Tensor) -> Any:
+        h: Tensor = self.two(self.norm(self.one(x).mean((2, 3), keepdim=True)))
+        return self.more(h) if self.training else h
+
+
+@pytest.mark.parametrize(
+    ("more", "differs"),
+    [
+        (lambda h: h, False),
+        (lambda h: 2 * h, False),
+        (lambda h: (h, h), True),
+        (lambda h: {"out": h}, True),
+        (lambda h: h.flatten(1), True),
+        (lambda h: h[..., 0], True),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("is_free", [True, False])
+def test_other_outputs_in_train_mode_are_captured_too(
+    monkeypatch: pytest.MonkeyPatch, more: Callable[[Tensor], Any], differs: bool, batch: int, is_free: bool
+) -> None:
+    if not is_free:
+        monkeypatch.setattr("torchshear.graph._capture.probe_prime", lambda *_: None)
+    graph = torchshear.trace(Auxiliary(more), (torch.randn(batch, 3, 8, 8),))
+    assert (graph.batch_hint is not None) == is_free
+    assert _check.differs_in_training(graph, Auxiliary(more)) == differs
+    assert (graph.training is not None) == (differs and (is_free or batch > 1))
+
+
+class Reading(nn.Module):
+    """Has a second layer that is read in train mode alone, if at all; the outputs are of one shape."""
+
+    def __init__(self, is_read: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.is_read = nn.Linear(6, 8), nn.Linear(6, 8), is_read
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.one(x)
+        return y + self.two(x) if self.training and self.is_read else y
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_only_training_reads_is_captured(is_read: bool, batch: int) -> None:
+    graph = torchshear.trace(Reading(is_read), (torch.randn(batch, 6),))
+    assert (graph.training is not None) == is_read
