@@ -12,7 +12,7 @@ from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._keeping import kept_state
 from torchshear.graph._location import Location, enclosing_modules, first_names, locate, module_outputs
-from torchshear.graph._masked import MaskedCall, among_zeros, masked_form, masked_operator
+from torchshear.graph._masked import MaskedCall, among_zeros, masked_form, masked_operator, zeros_are_exact
 from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
 from torchshear.graph._names import as_names, close_to, matches
@@ -64,4 +64,5 @@ __all__ = [
     "trace",
     "trace_inputs",
     "whole_of",
+    "zeros_are_exact",
 ]

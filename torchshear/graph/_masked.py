@@ -91,15 +91,17 @@ class MaskedCall:
 MaskedForm = Callable[[MaskedCall], Any]
 
 _FORMS: dict[str, MaskedForm] = {}
+_EXACT: set[str] = set()
 
 
-def masked_operator(*names: str) -> Callable[[MaskedForm], MaskedForm]:
+def masked_operator(*names: str, zeros_are_exact: bool = False) -> Callable[[MaskedForm], MaskedForm]:
     """Register what operators compute on kept positions, for operators that mix positions.
 
     The function gives the value of the call at its full size; what stands at cut positions of it does not matter.
 
     Args:
         names: operator names with namespace and without overload, as in "aten.mean".
+        zeros_are_exact: whether the operator itself gives that where the cut positions are zero, as a sum does.
 
     Raises:
         ArgumentError: an operator has a masked form already.
@@ -110,6 +112,7 @@ def masked_operator(*names: str) -> Callable[[MaskedForm], MaskedForm]:
             if name in _FORMS:
                 raise ArgumentError(f"operator {name!r} has a masked form already: {_FORMS[name].__name__}.")
             _FORMS[name] = form
+        _EXACT.update(names if zeros_are_exact else ())
         return form
 
     return add
@@ -121,9 +124,15 @@ def masked_form(node: fx.Node) -> MaskedForm | None:
     return _FORMS.get(str(target).rpartition(".")[0]) if isinstance(target, torch._ops.OpOverload) else None
 
 
+def zeros_are_exact(node: fx.Node) -> bool:
+    """Whether the operator of a call gives what its masked form does where the cut positions are zero."""
+    return str(node.target).rpartition(".")[0] in _EXACT
+
+
 def forget_masked_form(name: str) -> None:
     """Forget the masked form of an operator, if it has one."""
     _FORMS.pop(name, None)
+    _EXACT.discard(name)
 
 
 def among_zeros(value: Tensor, mask: Tensor, dim: int) -> Tensor:

@@ -29,19 +29,19 @@ _CONTRACTED: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
-@masked_operator(*_CONTRACTED)
+@masked_operator(*_CONTRACTED, zeros_are_exact=True)
 def _product(call: MaskedCall) -> Any:
     """A term of a sum of products is gone if one of its factors is zero."""
     name = str(call.node.target).rpartition(".")[0]
     return call.run(**{operand: call.filled(operand, dims) for operand, dims in _CONTRACTED[name].items()})
 
 
-@masked_operator("aten.tensordot")
+@masked_operator("aten.tensordot", zeros_are_exact=True)
 def _tensordot(call: MaskedCall) -> Any:
     return call.run(self=call.filled("self", call.arg("dims_self")))
 
 
-@masked_operator("aten.linalg_multi_dot", "aten.chain_matmul")
+@masked_operator("aten.linalg_multi_dot", "aten.chain_matmul", zeros_are_exact=True)
 def _chain(call: MaskedCall) -> Any:
     """A product of matrices: each is summed over with the one before it, a vector in front with the one behind it."""
     name = "tensors" if call.arg("matrices") is None else "matrices"
@@ -50,7 +50,7 @@ def _chain(call: MaskedCall) -> Any:
     )
 
 
-@masked_operator("aten.einsum")
+@masked_operator("aten.einsum", zeros_are_exact=True)
 def _einsum(call: MaskedCall) -> Any:
     """Summed over is every letter that the result does not have."""
     inputs, arrow, output = call.arg("equation").replace(" ", "").partition("->")
@@ -78,6 +78,7 @@ def _einsum(call: MaskedCall) -> Any:
     "aten.scatter",
     "aten.scatter_",
     "transformers.grouped_mm_fallback",
+    zeros_are_exact=True,
 )
 def _by_position(call: MaskedCall) -> Any:
     """Positions chosen by data are looked up in the full row, where the kept ones still have their numbers."""
@@ -85,25 +86,28 @@ def _by_position(call: MaskedCall) -> Any:
 
 
 @masked_operator(
-    "aten.all",
-    "aten.amax",
-    "aten.amin",
     "aten.any",
     "aten.count_nonzero",
     "aten.linalg_matrix_norm",
     "aten.linalg_norm",
     "aten.linalg_vector_norm",
+    "aten.nansum",
+    "aten.norm",
+    "aten.sum",
+    zeros_are_exact=True,
+)
+@masked_operator(
+    "aten.all",
+    "aten.amax",
+    "aten.amin",
     "aten.logsumexp",
     "aten.mean",
     "aten.nanmean",
     "aten.nanquantile",
-    "aten.nansum",
-    "aten.norm",
     "aten.prod",
     "aten.quantile",
     "aten.std",
     "aten.std_mean",
-    "aten.sum",
     "aten.var",
     "aten.var_mean",
     "aten.aminmax",
@@ -147,20 +151,24 @@ def _along_one(call: MaskedCall) -> Any:
     return tuple(call.put_back(one, "self", dims) for one in found)
 
 
-# What adds nothing to a running sum, product or extreme: it stands still at cut positions.
+# What adds nothing to a running product or extreme, which then stands still at cut positions.
 _NEUTRAL = {
     "aten.cummax": -torch.inf,
     "aten.cummin": torch.inf,
     "aten.cumprod": 1,
-    "aten.cumsum": 0,
     "aten.logcumsumexp": -torch.inf,
 }
 
 
 @masked_operator(*_NEUTRAL)
 def _running(call: MaskedCall) -> Any:
-    (dim,) = call.dims("dim", "self")
-    return call.run(self=call.filled("self", [dim], value=_NEUTRAL[str(call.node.target).rpartition(".")[0]]))
+    value = _NEUTRAL[str(call.node.target).rpartition(".")[0]]
+    return call.run(self=call.filled("self", call.dims("dim", "self"), value=value))
+
+
+@masked_operator("aten.cumsum", zeros_are_exact=True)
+def _running_sum(call: MaskedCall) -> Any:
+    return call.run(self=call.filled("self", call.dims("dim", "self")))
 
 
 @masked_operator("aten.cosine_similarity", "aten.linalg_vecdot", "aten.pairwise_distance", "aten.cdist")

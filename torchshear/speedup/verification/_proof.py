@@ -1,5 +1,6 @@
 """The proof of one cut: which reference holds, and all comparisons with it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from torchshear.speedup._shrink import training_cut
 from torchshear.speedup._traced import TracedModule
 from torchshear.speedup.verification._difference import first_difference
 from torchshear.speedup.verification._gradients import compare_gradients
-from torchshear.speedup.verification._reference import MaskedNetwork
+from torchshear.speedup.verification._reference import MaskedNetwork, Zeros
 from torchshear.speedup.verification._runs import (
     Run,
     conditions,
@@ -70,19 +71,19 @@ class _Proof:
         self.setting = setting
         self.excused: dict[str, str] = {}
         self.has_gradients = True
+        self._zeros: Zeros = {}
 
     def run(self) -> Found:
         trials, last = self.setting.trials, self.setting.trials[-1]
-        is_module = not self.setting.mixes or self._is_masked_module()
-        expected = [self._reference(trial, is_module) for trial in trials[:-1]]
-        expected.append(self._reference_with_gradients(last, is_module))
+        is_module = self.setting.mixes == "no" or (self.setting.mixes == "exactly" and self._is_masked_module())
+        expected = self._of_module(trials) if is_module else self._of_network(trials)
         errors, actual = [], Run([])
         for number, (trial, one) in enumerate(zip(trials, expected, strict=True)):
             actual = self._candidate(trial, gradients=trial is last and self.has_gradients)
             errors.append(self._compare(trial, one, actual, expected[number - 1], is_module=is_module))
         values, is_wide = self.setting.values, last.dtype is torch.float64
         gradient_errors = [compare_gradients(values, expected[-1], actual, "in eval mode", is_wide=is_wide)]
-        trained = self._reference_in_training(expected[-1], is_module)
+        trained = self._of_module_in_training() if is_module else self._of_network_in_training(expected[-1])
         if trained is not None:
             actual = self._candidate(last, "train", gradients=self.has_gradients)
             errors.append(_compare_in_training(trained, actual))
@@ -91,7 +92,7 @@ class _Proof:
         modes: tuple[Mode, ...] = ("eval",) if trained is None else ("eval", "train")
         return Found(max(errors), max(known, default=None), tuple(self.excused.values()), modes)
 
-    # -- the reference ------------------------------------------------------------------------------------------------
+    # -- the user's own module with masked parameters -----------------------------------------------------------------
 
     def _is_masked_module(self) -> bool:
         """Whether the shrunk model gives what the masked module does, though operators mix positions."""
@@ -104,27 +105,21 @@ class _Proof:
                 return False
         return True
 
-    def _reference(self, trial: Trial, is_module: bool, *, gradients: bool = False) -> Run:
-        """What the user's own module gives with masked parameters; or the network on fewer channels."""
-        if is_module:
-            return self._masked_module(trial, gradients=gradients)
-        if trial is not self.setting.trials[0]:
-            self._check_graph(trial)
-        beside = self.setting.trials[0 if trial is self.setting.trials[1] else 1]
-        return self._masked_network(trial, beside, self.setting.values, gradients=gradients)
+    def _of_module(self, trials: Sequence[Trial]) -> list[Run]:
+        first = [self._masked_module(trial) for trial in trials[:-1]]
+        return [*first, self._with_gradients(lambda gradients: self._masked_module(trials[-1], gradients=gradients))]
 
-    def _reference_with_gradients(self, trial: Trial, is_module: bool) -> Run:
-        """As `_reference`; without gradients if there are none."""
+    def _with_gradients(self, run: Callable[[bool], Run]) -> Run:
+        """A run with gradients, or without if there are none."""
         try:
-            found = self._reference(trial, is_module, gradients=True)
+            found = run(True)
         except (RuntimeError, NotImplementedError, CaptureError) as error:
-            found = self._reference(trial, is_module)
+            found = run(False)
             self.setting.left_out.append(f"gradients: the original has none: {first_line(error)[:160]}")
         self.has_gradients = found.gradients is not None
         return found
 
     def _masked_module(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
-        """The user's own module with the cut weights set to zero."""
         setting = self.setting
         masked = setting.values.masked(trial.state or setting.state)
         with given(setting.original, setting.own(setting.original, masked), setting.caches[0]):
@@ -133,9 +128,40 @@ class _Proof:
     def _keep(self, leaves: list[Any]) -> list[Any]:
         return kept_outputs(self.setting.plan, leaves)
 
-    def _masked_network(self, trial: Trial, beside: Trial | None, values: Values, *, gradients: bool = False) -> Run:
-        """The network on fewer channels, node by node on tensors of full size; on two inputs, of which one is given."""
-        setting, graph = self.setting, values.groups.graph
+    def _of_module_in_training(self) -> Run | None:
+        """What it gives in train mode on the last trial; None where nothing can be compared."""
+        if not self._can_train():
+            return None
+        trial = self.setting.trials[-1]
+        try:
+            return self._masked_module(trial, "train", gradients=self.has_gradients)
+        except Exception as error:  # a forward may raise anything
+            self._note_no_training(error)
+            return None
+
+    def _can_train(self) -> bool:
+        small = self.setting.small
+        if isinstance(small, TracedModule) and any("train" not in call.forwards for call in small._calls):
+            self.setting.left_out.append("train mode: the traced form has no graph for it")
+            return False
+        return True
+
+    def _note_no_training(self, error: Exception) -> None:
+        self.setting.left_out.append(f"train mode: the original does not run in it: {first_line(error)[:160]}")
+
+    # -- the network on fewer channels --------------------------------------------------------------------------------
+
+    def _of_network(self, trials: Sequence[Trial]) -> list[Run]:
+        """The first two trials side by side, so that what is cut can be checked; the graph is checked on the last."""
+        first, second, last = trials
+        values = self.setting.values
+        runs = self._masked_network([first, second], values)
+        self._check_graph(last)
+        return [*runs, self._with_gradients(lambda grad: self._masked_network([last], values, gradients=grad)[0])]
+
+    def _masked_network(self, trials: Sequence[Trial], values: Values, *, gradients: bool = False) -> list[Run]:
+        """What the original graph gives on tensors of full size, if operators see kept positions; gradients of one."""
+        setting, graph, trial = self.setting, values.groups.graph, trials[0]
         own = trial.state or setting.state
         masked = values.masked({name: own.get(name, entry.tensor) for name, entry in graph.state.items()})
         leaves = {
@@ -143,41 +169,28 @@ class _Proof:
             for name, tensor in masked.items()
             if gradients and tensor.is_floating_point() and graph.state[name].kind == "parameter"
         }
-        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves})
-        both = [trial] if beside is None else [trial, beside]
-        inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in both]
+        zeros = self._zeros if graph is setting.graph else None
+        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves}, zeros)
+        inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in trials]
         with conditions(trial.dtype, gradients=gradients):
             *_, (_, outputs) = network.values(inputs)
-            kept = self._keep(output_leaves(outputs[0]))
-            found = gradients_of(kept, leaves) if gradients else None
+            kept = [self._keep(output_leaves(one)) for one in outputs]
+            found = gradients_of(kept[0], leaves) if gradients else None
         self.excused |= {name: f"{name} ({locate(node)})" for name, node in network.excused.items()}
-        return Run(detached(kept), found)
+        return [Run(detached(one), found) for one in kept]
 
-    # -- train mode ---------------------------------------------------------------------------------------------------
-
-    def _reference_in_training(self, in_eval: Run, is_module: bool) -> Run | None:
-        """What the reference gives in train mode on the last trial; None where nothing can be compared."""
+    def _of_network_in_training(self, in_eval: Run) -> Run | None:
+        """What it gives in train mode on the last trial; None where nothing can be compared."""
         setting, trial = self.setting, self.setting.trials[-1]
-        small = setting.small
-        if isinstance(small, TracedModule) and any("train" not in call.forwards for call in small._calls):
-            setting.left_out.append("train mode: the traced form has no graph for it")
+        if not self._can_train():
             return None
         try:
-            with given(setting.original, setting.own(setting.original, trial.state), setting.caches[0]):
-                modes: tuple[Mode, ...] = ("train",) if is_module else ("train", "eval")
-                runs = [run_module(setting.original, trial.inputs, trial.dtype, mode).outputs for mode in modes]
+            dense = setting.dense(trial, "train")
         except Exception as error:  # a forward may raise anything
-            setting.left_out.append(f"train mode: the original does not run in it: {first_line(error)[:160]}")
+            self._note_no_training(error)
             return None
-        if is_module:
-            return self._masked_module(trial, "train", gradients=self.has_gradients)
-        if relative_error(runs[1], runs[0]) <= tolerance(runs[0]):
-            return in_eval  # the original computes the same in both modes, and so does the reference
-        return self._network_in_training(trial)
-
-    def _network_in_training(self, trial: Trial) -> Run | None:
-        """What the network on fewer channels gives by the graph of train mode."""
-        setting = self.setting
+        if relative_error(trial.dense or [], dense) <= tolerance(dense):
+            return in_eval  # the original computes the same in both modes, and so does the network
         try:
             train, cut, facts = training_cut(setting.model, setting.graph, setting.cut)
         except (CaptureError, PlanError) as error:
@@ -185,7 +198,12 @@ class _Proof:
             return None
         graph = replace(train, state={**train.state, **setting.graph.state})
         values = Values(replace(cut.groups, graph=graph, facts=facts), cut)
-        return self._masked_network(trial, None, values, gradients=self.has_gradients)
+        both = (
+            [trial]
+            if trial.inputs is setting.trials[1].inputs
+            else [trial, replace(setting.trials[1], state=trial.state)]
+        )
+        return self._masked_network(both, values, gradients=self.has_gradients)[0]
 
     # -- comparing ----------------------------------------------------------------------------------------------------
 
@@ -228,7 +246,7 @@ class _Proof:
             if is_module:
                 expected = self._masked_module(trial)
             else:
-                expected = self._masked_network(trial, None, self.setting.values)
+                (expected,) = self._masked_network([trial], self.setting.values)
         with choices.followed(limit):
             actual = self._candidate(trial)
         return relative_error(expected.outputs, actual.outputs, beside.outputs)

@@ -22,6 +22,7 @@ from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._cut_positions import keep_of
 
 Kept = dict[int, Tensor]
+Zeros = dict[str, list[tuple[int, int, Tensor]]]  # call -> result, dimension, positions
 _SAME = 1e-11  # relative difference of sums over equal numbers
 
 
@@ -32,14 +33,19 @@ class MaskedNetwork:
         graph: nodes in execution order.
         facts: what the rules found out about this graph.
         cut: the units that are cut.
-        state: canonical name -> tensor, masked, in the dtype to compute in.
+        state: canonical name -> tensor, masked.
+        zeros: what a run on two inputs found: name of a call -> positions of its results that are zero, since they
+            depend on cut ones. A run on a single input, which cannot check what is cut, follows that.
 
     Attributes:
         excused: names of the calls whose result at kept positions is another one than that of the operator itself.
     """
 
-    def __init__(self, graph: fx.Graph, facts: Facts, cut: Cut, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, graph: fx.Graph, facts: Facts, cut: Cut, state: Mapping[str, Tensor], zeros: Zeros | None = None
+    ) -> None:
         self.graph = graph
+        self.zeros: Zeros = {} if zeros is None else zeros
         self.facts = facts
         self.cut = cut
         self.state = state
@@ -54,9 +60,12 @@ class MaskedNetwork:
         runs = [_Run(self, leaves) for leaves in inputs]
         for node in self.graph.nodes:
             values = [run.step(node) for run in runs]
-            if node.op == "call_function" and len(runs) > 1:
+            if len(runs) == 1:
+                for place in self.zeros.get(node.name, ()):
+                    runs[0].zero(node, *place)
+            elif node.op == "call_function":
                 self._check(node, runs)
-                values = [run.values[node] for run in runs]
+            values = [run.values[node] for run in runs]
             yield node, values
             for run in runs:
                 run.forget(node)
@@ -135,6 +144,7 @@ class MaskedNetwork:
                 f"position {position} of dimension {dim} of {node.name!r}, {locate(node)}, is said to be cut, but its "
                 f"value follows the inputs: the rule of that operator, or of one before it, does not describe its call."
             )
+        self.zeros.setdefault(node.name, []).append((index, dim, suspects))
         for one in runs:
             one.zero(node, index, dim, suspects)
 
