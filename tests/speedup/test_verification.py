@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import torchshear
 from tests.models import Residual, image, randomise
 from torchshear.dependency import Cut, _registry
-from torchshear.errors import ArgumentError, VerificationError
+from torchshear.errors import ArgumentError, DataError, VerificationError
+from torchshear.pruners import plan_from_kept
 from torchshear.speedup._compare import relative_error
 from torchshear.speedup.verification._reference import MaskedNetwork
 from torchshear.speedup.verification._weights import Values
@@ -196,7 +197,7 @@ def test_cut_positions_that_are_alive_are_found() -> None:
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(3, 4, dtype=torch.float64),)))
     cut = Cut(groups, {groups[0].name: np.array([0, 1, 2, 4, 7, 8])})
     values = Values(groups, cut)
-    masked = values.masked(values.of(model, torch.float64))
+    masked = values.masked(values.of(model))
     facts = groups.facts.copy()
     inputs = [[torch.randn(3, 4, dtype=torch.float64)] for _ in range(2)]
     assert list(MaskedNetwork(groups.graph.fx_graph, facts, cut, masked).values(inputs))
@@ -399,3 +400,43 @@ def test_a_model_whose_runs_cannot_be_repeated_is_called_stateful(normed: bool) 
 def test_a_model_that_counts_its_runs_is_proved() -> None:
     result = torchshear.prune(Counting(elsewhere=False), (torch.randn(4, 6),))
     assert (result.verification.reference, result.model.seen) == ("kept positions", 0)
+
+
+# -- data of the user's ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Normed, Residual])
+def test_batches_of_a_loader_are_compared_too(kind: type[nn.Module]) -> None:
+    model = randomise(kind())
+    x = torch.randn(5, 4) if kind is Normed else image()
+    result = torchshear.prune(model, (x,))
+    loader = [(torch.randn(n, *x.shape[1:]), torch.zeros(n)) for n in (3, 3, 2)]
+    verification = torchshear.verify(model, result.model, result.plan, (x,), data=loader, batches=3)
+    assert verification.n_inputs == 6
+    assert verification.max_error < 1e-9
+    with pytest.raises(DataError, match="3 of 4 batches"):
+        torchshear.verify(model, result.model, result.plan, (x,), data=loader, batches=4)
+
+
+def test_a_fault_that_only_data_shows_is_found() -> None:
+    class Rare(nn.Module):
+        """Divides by the number of its features where an input is large, which random inputs are not."""
+
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, width), nn.Linear(width, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.one(x).relu()
+            return self.two(h) + (x[:, :1] > 50) * h.shape[1]
+
+    torch.manual_seed(0)
+    model = Rare(8).eval()
+    plan = plan_from_kept(
+        torchshear.analyze(torchshear.trace(model, (torch.randn(3, 4),))), {"one.weight[0]": [0, 2, 3, 5]}
+    )
+    small = Rare(4).eval()
+    small.load_state_dict(torchshear.shrink(model, plan, verify=False).state_dict())
+    assert torchshear.verify(model, small, plan, (torch.randn(3, 4),)).max_error < 1e-12
+    with pytest.raises(VerificationError):
+        torchshear.verify(model, small, plan, (torch.randn(3, 4),), data=[torch.full((2, 4), 100.0)], batches=1)

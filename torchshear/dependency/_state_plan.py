@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchshear.dependency._cut import Cut
 from torchshear.dependency._plan_file import IndexReader, IndexWriter
+from torchshear.errors import PlanError
 
 Indices = npt.NDArray[np.int64]
 
@@ -101,7 +102,11 @@ def _spread(line: Tensor, shape: tuple[int, ...], dim: int, n_blocks: int) -> Te
 
 
 def make_state_plan(cut: Cut, name: str) -> StatePlan | None:
-    """What a cut keeps of a parameter, buffer or constant; None if all of it stays as it is."""
+    """What a cut keeps of a parameter, buffer or constant; None if all of it stays as it is.
+
+    Raises:
+        PlanError: blocks of it would keep unequal numbers of positions.
+    """
     if name not in cut.groups.facts.state_axes:
         return None
     masks, blocked = cut.state_keep(name)
@@ -110,6 +115,11 @@ def make_state_plan(cut: Cut, name: str) -> StatePlan | None:
     if not is_renumbered and all(mask.all() for mask in masks):
         return None
     entry = cut.groups.graph.state[name]
+    if blocked is not None and len(set(masks[blocked[0]].reshape(blocked[1], -1).sum(1).tolist())) > 1:
+        raise PlanError(
+            f"{name!r} would keep unequal numbers of positions in its {blocked[1]} blocks; expected equally many. The "
+            f"rule of the operator that reads it forgets to balance them."
+        )
     return StatePlan(
         shape=entry.shape,
         kept={dim: np.flatnonzero(mask) for dim, mask in enumerate(masks) if not mask.all()},

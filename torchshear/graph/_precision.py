@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,48 +61,76 @@ class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self._run(func, args, kwargs or {})
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch._C._current_graph_task_id() < 0:  # in a backward the engine asks for the dtype of each parameter
-            args, kwargs = pytree.tree_map_only(torch.dtype, lambda dtype: _WIDER.get(dtype, dtype), (args, kwargs))
+        plan = _WRITES.get(func)
+        if plan is None:
+            plan = _WRITES[func] = _plan_of(func)
+        widens_dtypes = torch._C._current_graph_task_id() < 0  # a backward asks for the dtype of each parameter
         if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor(number, dtype=...) gives
             return _wide(args[0])
-        if _is_view(func) or func.overloadpacket is torch.ops.aten.set_:
-            return func(*args, **kwargs)
+        if plan.is_view:
+            return func(*_mapped(args, False, widens_dtypes), **_mapped(kwargs, False, widens_dtypes))
         written: list[tuple[Tensor, Tensor]] = []
-        wide_args, wide_kwargs = _widened(func, args, kwargs, written)
+        wide_args = [_mapped(value, True, widens_dtypes) for value in args]
+        wide_kwargs = {name: _mapped(value, True, widens_dtypes) for name, value in kwargs.items()}
+        for place, name in plan.writes:
+            if place < len(args):
+                written += _changed(args[place], wide_args[place])
+            elif name in kwargs:
+                written += _changed(kwargs[name], wide_kwargs[name])
         result = func(*wide_args, **wide_kwargs)
+        if not written:
+            return result
         for narrow, wide in written:
             narrow.copy_(wide)
         own = {id(wide): narrow for narrow, wide in written}
         return pytree.tree_map_only(Tensor, lambda tensor: own.get(id(tensor), tensor), result)
 
 
+class _Plan(NamedTuple):
+    """What is known of an operator: whether it gives views only, and places and names of what it writes to."""
+
+    is_view: bool
+    writes: tuple[tuple[int, str], ...]
+
+
+_WRITES: dict[Any, _Plan] = {}
+
+
+def _plan_of(func: Any) -> _Plan:
+    writes = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info and argument.alias_info.is_write
+    )
+    return _Plan(_is_view(func) or func.overloadpacket is torch.ops.aten.set_, writes)
+
+
+def _mapped(value: Any, is_wide: bool, widens_dtypes: bool) -> Any:
+    """An argument with wide dtypes for narrow ones, and if asked narrow tensors in float64."""
+    if isinstance(value, Tensor):
+        return _wide(value) if is_wide else value
+    if isinstance(value, torch.dtype):
+        return _WIDER.get(value, value) if widens_dtypes else value
+    if isinstance(value, list | tuple):
+        return type(value)(_mapped(item, is_wide, widens_dtypes) for item in value)
+    if isinstance(value, dict):
+        return {name: _mapped(item, is_wide, widens_dtypes) for name, item in value.items()}
+    return value
+
+
+def _changed(narrow: Any, wide: Any) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of tensors of which the second is another one than the first."""
+    if isinstance(narrow, Tensor):
+        return [] if narrow is wide else [(narrow, wide)]
+    if isinstance(narrow, list | tuple):
+        return [pair for one, other in zip(narrow, wide, strict=True) for pair in _changed(one, other)]
+    return []
+
+
 def _is_view(func: Any) -> bool:
     """Whether an operator gives its operand in another shape, and computes and writes nothing."""
     infos = [one.alias_info for one in func._schema.returns]
     return bool(infos) and all(info is not None and not info.is_write for info in infos)
-
-
-def _widened(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[tuple[Tensor, Tensor]]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with narrow tensors in float64; those that the operator writes to are noted, with their wide twins."""
-    arguments = func._schema.arguments
-    writes = {argument.name for argument in arguments if argument.alias_info and argument.alias_info.is_write}
-
-    def wide(value: Any, name: str) -> Any:
-        def convert(tensor: Tensor) -> Tensor:
-            twin = _wide(tensor)
-            if twin is not tensor and name in writes:
-                written.append((tensor, twin))
-            return twin
-
-        return pytree.tree_map_only(Tensor, convert, value)
-
-    names = [argument.name for argument in arguments]
-    return (
-        tuple(wide(value, name) for value, name in zip(args, names, strict=False)),
-        {name: wide(value, name) for name, value in kwargs.items()},
-    )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ _SAME_IN_NARROWER = 1e-6
 
 
 class RefusedDtypeError(Exception):
-    """The rewritten graph does not run in a dtype."""
+    """The rewritten graph does not run in a dtype; says what torch says."""
 
 
 class Expected:
@@ -91,8 +91,8 @@ class Expected:
             with torch.no_grad(), computing_in(self.dtype), torch.random.fork_rng(devices=[]):
                 for value in self._values(pytree.tree_leaves((given.args, given.kwargs))):
                     note(value)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
-            raise RefusedDtypeError(f"an operator of the graph does not run in {self.dtype}") from error
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            raise RefusedDtypeError(f"{type(error).__name__}: {first_line(error)[:160]}") from error
         return output_leaves(value)
 
 

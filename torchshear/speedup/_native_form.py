@@ -67,7 +67,10 @@ def native_form(
         work = making.native()
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
         return None, Form("traced", f"the model cannot be copied: {type(error).__name__}: {error}")
-    found = making.find(work, scaling, scales)
+    try:
+        found = making.find(work, scaling, scales)
+    except RefusedDtypeError as error:  # the proof of the traced form will name the call
+        return None, Form("traced", f"the rewritten graph does not run: {error}")
     native = making.native(found.repair.sizes, found.scales)
     if found.repair.fault is not None:
         return None, Form("traced", _reason(found.repair.fault, making))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchshear.errors import CaptureError, PlanError, VerificationError, WeightError, first_line
-from torchshear.graph import Mode, locate, output_leaves
+from torchshear.graph import ExampleInputs, Mode, locate, output_leaves
 from torchshear.graph._ties import Choices
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._shrink import training_cut
@@ -48,14 +48,18 @@ class Found:
     modes: tuple[Mode, ...]
 
 
-def prove(setting: Setting) -> Found:
+def prove(setting: Setting, extra: Sequence[ExampleInputs] = ()) -> Found:
     """Compare outputs on all trials, and outputs and gradients of both modes on the last.
+
+    Args:
+        setting: what is compared.
+        extra: further inputs on which outputs are compared.
 
     Raises:
         VerificationError: they differ.
         WeightError: they cannot be compared, since weights are NaN or infinite.
     """
-    return _Proof(setting).run()
+    return _Proof(setting).run(extra)
 
 
 class _Proof:
@@ -73,7 +77,7 @@ class _Proof:
         self.has_gradients = True
         self._zeros: Zeros = {}
 
-    def run(self) -> Found:
+    def run(self, extra: Sequence[ExampleInputs]) -> Found:
         trials, last = self.setting.trials, self.setting.trials[-1]
         is_module = self.setting.mixes == "no" or (self.setting.mixes == "exactly" and self._is_masked_module())
         expected = self._of_module(trials) if is_module else self._of_network(trials)
@@ -88,6 +92,7 @@ class _Proof:
             actual = self._candidate(last, "train", gradients=self.has_gradients)
             errors.append(_compare_in_training(trained, actual))
             gradient_errors.append(compare_gradients(values, trained, actual, "in train mode", is_wide=is_wide))
+        errors += [self._compare_extra(Trial(inputs, None, last.dtype), is_module=is_module) for inputs in extra]
         known = [error for error in gradient_errors if error is not None]
         modes: tuple[Mode, ...] = ("eval",) if trained is None else ("eval", "train")
         return Found(max(errors), max(known, default=None), tuple(self.excused.values()), modes)
@@ -238,6 +243,14 @@ class _Proof:
         if error > limit:
             raise VerificationError(self._difference(trial, error))
         return error
+
+    def _compare_extra(self, trial: Trial, *, is_module: bool) -> float:
+        """Largest difference of an output on inputs of the user's."""
+        if is_module:
+            expected = self._masked_module(trial)
+        else:
+            (expected,) = self._masked_network([trial], self.setting.values)
+        return self._compare(trial, expected, self._candidate(trial), expected, is_module=is_module)
 
     def _error_without_ties(self, trial: Trial, beside: Run, limit: float, *, is_module: bool) -> float:
         """Largest difference of an output if the candidate chooses as the reference does where values are equal."""

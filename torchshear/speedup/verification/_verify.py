@@ -1,6 +1,6 @@
 """The public proof: outputs and gradients of a shrunk model against those of the masked model, in both modes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from torchshear.dependency import ChannelGroups, PruningPlan
-from torchshear.errors import VerificationError
+from torchshear.errors import ArgumentError, VerificationError
 from torchshear.graph import ExampleInputs, Mode, PartRun, failure_of, whole_of
+from torchshear.speedup._batches import arguments_of
 from torchshear.speedup._shrink import analysis_of, recorded_run
+from torchshear.speedup._traced import signature_of
 from torchshear.speedup.verification._proof import prove
 from torchshear.speedup.verification._setting import Setting
 
@@ -51,6 +53,8 @@ def verify(
     kwargs: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
+    data: Iterable[Any] | None = None,
+    batches: int = 8,
 ) -> Verification:
     """Prove that a shrunk model is the masked model, on the example inputs and on random ones of their shapes.
 
@@ -68,17 +72,29 @@ def verify(
         args: example arguments; without any, those of the plan.
         kwargs: example keyword arguments.
         seed: seed of the random inputs and weights.
+        data: a second line of defence: a loader whose batches are compared as well, with the model's own weights. Where
+            positions are mixed, batches have the shapes of the example but for the number of samples.
+        batches: how many batches of the data to compare.
 
     Returns:
         The reference that was used and the largest relative difference, at most 1e-9 in float64.
 
     Raises:
-        ArgumentError: the example inputs are empty or without values.
+        ArgumentError: the example inputs are empty or without values, or data is given for parts of a model.
+        DataError: the loader gives fewer batches, or a batch does not fit the model.
         VerificationError: outputs or gradients differ; names the first value in the graph that does. Or a model with
             smaller parts does not run whole.
     """
     given = (args, kwargs) if args or kwargs else (None, None)
-    return verify_analyzed(model, small, plan, analysis_of(model, plan, *given), *given, seed=seed)
+    groups = analysis_of(model, plan, *given)
+    if data is None:
+        return verify_analyzed(model, small, plan, groups, *given, seed=seed)
+    if groups.graph.parts is not None:
+        raise ArgumentError("data is given for a plan of parts, whose inputs it does not hold; leave data out.")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    given_batches = arguments_of(data, batches, signature_of(model), device)
+    extra = [ExampleInputs(*one) for one in given_batches]
+    return verify_analyzed(model, small, plan, groups, *given, seed=seed, extra=extra)
 
 
 def verify_analyzed(
@@ -90,8 +106,9 @@ def verify_analyzed(
     kwargs: Mapping[str, Any] | None,
     *,
     seed: int = 0,
+    extra: Sequence[ExampleInputs] = (),
 ) -> Verification:
-    """As `verify`, where the network is analyzed already; without arguments on those of the plan."""
+    """As `verify`, where the network is analyzed already, on `extra` inputs too; without arguments on the plan's."""
     is_given = args is not None or kwargs is not None
     example = ExampleInputs.of(args or (), kwargs) if is_given else recorded_run(model, plan, None, None)[1]
     if groups.graph.parts is None:
@@ -99,14 +116,14 @@ def verify_analyzed(
     else:
         whole, smaller = (PartRun(whole_of(one), groups.graph.parts) for one in (model, small))
         setting = Setting(whole, smaller, plan, groups, groups.graph.inputs, seed)
-    found = prove(setting)
+    found = prove(setting, extra)
     if groups.graph.parts is not None and is_given:
         _check_whole(small, plan, example)
     return Verification(
         reference="kept positions" if found.excused else "masked",
         max_error=found.max_error,
         dtype=setting.dtype,
-        n_inputs=len(setting.trials),
+        n_inputs=len(setting.trials) + len(extra),
         operators=found.excused,
         modes=found.modes,
         max_gradient_error=found.max_gradient_error,
