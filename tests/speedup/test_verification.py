@@ -273,6 +273,30 @@ def test_a_branch_that_a_zero_switches_off_is_compared() -> None:
         torch.testing.assert_close(result.model(x), switched_on(x))
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_branch_that_an_attribute_switches_off_is_compared(normed: bool) -> None:
+    class Blended(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, width), nn.Linear(width, 3)
+            self.norm = nn.LayerNorm(width) if normed else nn.ReLU()
+            self.blend = 0.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(self.one(x))
+            return self.two(h) + self.blend * h.shape[1] * x[:, :1]
+
+    torch.manual_seed(0)
+    model, x = Blended(8).eval(), torch.randn(3, 4)
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    plan = plan_from_kept(groups, {"one.weight[0]": [0, 2, 3, 5]})
+    small = Blended(4).eval()
+    small.load_state_dict(torchshear.shrink(model, plan, verify=False).state_dict())
+    with pytest.raises(VerificationError):
+        torchshear.verify(model, small, plan, (x,))
+    assert (model.blend, small.blend) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("x", "said"),
     [(torch.randn(0, 4), "no values"), (torch.empty(2, 4, device="meta"), "on the meta device")],

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchshear.dependency import Cut
+from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError, VerificationError, WeightError, first_line
-from torchshear.graph import ExampleInputs, Mode, locate, output_leaves
+from torchshear.graph import ExampleInputs, Mode, capture, locate, output_leaves
 from torchshear.graph._ties import Choices
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._shrink import training_cut
@@ -28,6 +30,7 @@ from torchshear.speedup.verification._runs import (
     run_module,
 )
 from torchshear.speedup.verification._setting import Setting, Trial
+from torchshear.speedup.verification._switches import find_switches, switched_on
 from torchshear.speedup.verification._weights import Values
 
 
@@ -92,6 +95,8 @@ class _Proof:
             actual = self._candidate(last, "train", gradients=self.has_gradients)
             errors.append(_compare_in_training(trained, actual))
             gradient_errors.append(compare_gradients(values, trained, actual, "in train mode", is_wide=is_wide))
+        switched = self._compare_switched(is_module=is_module)
+        errors += [] if switched is None else [switched]
         errors += [self._compare_extra(Trial(inputs, None, last.dtype), is_module=is_module) for inputs in extra]
         known = [error for error in gradient_errors if error is not None]
         modes: tuple[Mode, ...] = ("eval",) if trained is None else ("eval", "train")
@@ -251,6 +256,32 @@ class _Proof:
         else:
             (expected,) = self._masked_network([trial], self.setting.values)
         return self._compare(trial, expected, self._candidate(trial), expected, is_module=is_module)
+
+    def _compare_switched(self, *, is_module: bool) -> float | None:
+        """Largest difference with numbers in attributes that switch something off set to others; None without any."""
+        setting, trial = self.setting, self.setting.trials[-1]
+        switches = find_switches(setting.original, setting.candidate)
+        if not switches or setting.graph.parts is not None:
+            return None
+        try:
+            with switched_on(setting.original, switches):
+                dense = setting.dense(trial)
+                if relative_error(trial.dense or [], dense) <= tolerance(dense):
+                    return None
+                expected = self._masked_module(trial) if is_module else self._network_with_other_graph(trial)
+        except Exception as error:  # code of the model may take no other numbers
+            setting.left_out.append(f"attributes that are 0.0: the original takes no others: {first_line(error)[:160]}")
+            return None
+        with switched_on(setting.candidate, switches):
+            return self._compare(trial, expected, self._candidate(trial), expected, is_module=is_module)
+
+    def _network_with_other_graph(self, trial: Trial) -> Run:
+        """What the network on fewer channels gives by the graph of the original as it is now."""
+        setting = self.setting
+        graph = capture(setting.original, setting.graph.inputs, "eval")
+        groups = with_graph(setting.groups, graph)
+        values = Values(groups, Cut(groups, setting.plan.kept))
+        return self._masked_network([trial, setting.trials[1]], values)[0]
 
     def _error_without_ties(self, trial: Trial, beside: Run, limit: float, *, is_module: bool) -> float:
         """Largest difference of an output if the candidate chooses as the reference does where values are equal."""
