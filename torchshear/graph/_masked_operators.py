@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchshear.errors import VerificationError
+from torchshear.graph._location import locate
 from torchshear.graph._masked import MaskedCall, masked_operator
 
 # What is summed over in products of two: operator -> argument -> dimensions.
@@ -177,8 +179,15 @@ def _comparison(call: MaskedCall) -> Any:
     names = ("x", "y") if call.arg("x1") is None else ("x1", "x2")
     dim = -1 if call.arg("dim") is None else int(call.arg("dim"))
     rank = max(call.arg(name).ndim for name in names)
-    back = dim - rank if dim >= 0 else dim
-    return call.run(**{name: call.restricted(name, [call.arg(name).ndim + back]) for name in names})
+    places = {name: call.arg(name).ndim + (dim - rank if dim >= 0 else dim) for name in names}
+    whole = [torch.ones(call.arg(name).shape[place], dtype=torch.bool) for name, place in places.items()]
+    masks = [call.kept(n).get(place, all_).cpu() for (n, place), all_ in zip(places.items(), whole, strict=True)]
+    if min(map(len, masks)) > 1 and not masks[0].equal(masks[1]):  # a single position is compared with all
+        raise VerificationError(
+            f"{call.node.name!r} compares two operands that are cut at different positions, {locate(call.node)}: the "
+            f"rule of the operator forgets to tie them."
+        )
+    return call.run(**{name: call.restricted(name, [place]) for name, place in places.items()})
 
 
 @masked_operator("aten.layer_norm", "aten.rms_norm")
