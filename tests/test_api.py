@@ -65,8 +65,8 @@ def test_a_native_form_that_verify_refuses_gives_way_as_well(monkeypatch: pytest
             raise VerificationError("not equal")
         return verify(*args, **kwargs)
 
-    verify = _apply.prove
-    monkeypatch.setattr(_apply, "prove", refusing_the_first)
+    verify = _apply.verify_analyzed
+    monkeypatch.setattr(_apply, "verify_analyzed", refusing_the_first)
     result = torchshear.prune(randomise(Residual()).eval(), (image(),))
     assert result.form == "traced"
     assert len(asked) == 2

@@ -76,6 +76,13 @@ class MaskedCall:
                 operand = operand.masked_fill(_along(~mask, dim, operand.ndim), value)
         return operand
 
+    def without_cut(self, value: Tensor, name: str, dims: Iterable[int]) -> Tensor:
+        """A value of the operand's size with zeros at what is cut of some dimensions of the operand."""
+        for dim, mask in self.kept(name).items():
+            if dim in dims:
+                value = value.masked_fill(_along(~mask, dim, value.ndim), 0)
+        return value
+
     def put_back(self, value: Tensor, name: str, dims: Iterable[int] | None = None) -> Tensor:
         """The reverse of `restricted`: positions of a value back where they were in the operand, among zeros."""
         for dim, mask in self.kept(name).items():

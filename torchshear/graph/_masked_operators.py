@@ -164,8 +164,12 @@ _NEUTRAL = {
 
 @masked_operator(*_NEUTRAL)
 def _running(call: MaskedCall) -> Any:
-    value = _NEUTRAL[str(call.node.target).rpartition(".")[0]]
-    return call.run(self=call.filled("self", call.dims("dim", "self"), value=value))
+    dims = call.dims("dim", "self")
+    found = call.run(self=call.filled("self", dims, value=_NEUTRAL[str(call.node.target).rpartition(".")[0]]))
+    mask = call.kept("self").get(dims[0])
+    if mask is None or isinstance(found, Tensor):
+        return found if mask is None else call.without_cut(found, "self", dims)
+    return call.without_cut(found[0], "self", dims), found[1]
 
 
 @masked_operator("aten.cumsum", zeros_are_exact=True)

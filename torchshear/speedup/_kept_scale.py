@@ -143,3 +143,13 @@ def explain_scales(scales: Scales) -> str:
         name = ".".join(words[-2:])
         counts[name] = counts.get(name, 0) + 1
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
+
+
+def share_names(model: nn.Module) -> set[str]:
+    """Qualified names of the buffers that say where outputs are multiplied; they hold zeros and ones, and must."""
+    return {
+        f"{name}.{hook.share}".lstrip(".")
+        for name, module in model.named_modules()
+        for hook in module._forward_hooks.values()
+        if isinstance(hook, KeptScale) and hook.share is not None
+    }

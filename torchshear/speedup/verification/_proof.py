@@ -83,6 +83,7 @@ class _Proof:
     def run(self, extra: Sequence[ExampleInputs]) -> Found:
         trials, last = self.setting.trials, self.setting.trials[-1]
         is_module = self.setting.mixes == "no" or (self.setting.mixes == "exactly" and self._is_masked_module())
+        self.has_gradients = self._is_differentiable(is_module)
         expected = self._of_module(trials) if is_module else self._of_network(trials)
         errors, actual = [], Run([])
         for number, (trial, one) in enumerate(zip(trials, expected, strict=True)):
@@ -119,8 +120,18 @@ class _Proof:
         first = [self._masked_module(trial) for trial in trials[:-1]]
         return [*first, self._with_gradients(lambda gradients: self._masked_module(trials[-1], gradients=gradients))]
 
+    def _is_differentiable(self, is_module: bool) -> bool:
+        """Whether gradients can be compared: a graph does not hold the backward of some functions of the user's."""
+        lost = self.setting.graph.lost_backwards
+        is_graph = not is_module or any(isinstance(module, TracedModule) for module in self.setting.small.modules())
+        if lost and is_graph:
+            self.setting.left_out.append(f"gradients: a graph does not hold the backward of {lost[0]}")
+        return not (lost and is_graph)
+
     def _with_gradients(self, run: Callable[[bool], Run]) -> Run:
         """A run with gradients, or without if there are none."""
+        if not self.has_gradients:
+            return run(False)
         try:
             found = run(True)
         except (RuntimeError, NotImplementedError, CaptureError) as error:
@@ -150,8 +161,8 @@ class _Proof:
             return None
 
     def _can_train(self) -> bool:
-        small = self.setting.small
-        if isinstance(small, TracedModule) and any("train" not in call.forwards for call in small._calls):
+        traced = [module for module in self.setting.small.modules() if isinstance(module, TracedModule)]
+        if any("train" not in call.forwards for module in traced for call in module._calls):
             self.setting.left_out.append("train mode: the traced form has no graph for it")
             return False
         return True

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency import Axes, Cut
 from torchshear.dependency._call import Facts
-from torchshear.errors import VerificationError
+from torchshear.errors import VerificationError, first_line
 from torchshear.graph import MaskedCall, locate, masked_form
 from torchshear.graph._run import is_only_read
 from torchshear.speedup._compare import relative_error, tolerance
@@ -59,7 +59,14 @@ class MaskedNetwork:
         """
         runs = [_Run(self, leaves) for leaves in inputs]
         for node in self.graph.nodes:
-            values = [run.step(node) for run in runs]
+            try:
+                values = [run.step(node) for run in runs]
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise VerificationError(
+                    f"{node.name!r}, {locate(node)}, cannot be computed on kept positions ({type(error).__name__}: "
+                    f"{first_line(error)[:160]}): the rule of that operator, or of one before it, does not describe "
+                    f"its call."
+                ) from error
             if len(runs) == 1:
                 for place in self.zeros.get(node.name, ()):
                     runs[0].zero(node, *place)

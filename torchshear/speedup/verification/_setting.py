@@ -12,7 +12,9 @@ from torchshear.graph import ExampleInputs, Graph, Mode, caches_of, failure_of, 
 from torchshear.graph._run import graph_output
 from torchshear.graph._ties import Choices
 from torchshear.speedup._compare import relative_error, tolerance
+from torchshear.speedup._kept_scale import share_names
 from torchshear.speedup._small_inputs import smaller_inputs
+from torchshear.speedup._traced import TracedModule
 from torchshear.speedup._varied_inputs import check_examples, table_sizes, varied_inputs
 from torchshear.speedup.verification._runs import (
     conditions,
@@ -100,7 +102,9 @@ class Setting:
 
         Of a large model one: two would take twice the time, and the forms of it have been tried with more.
         """
-        batch, small = example.batch_size(), smaller_inputs(self.graph, self.model, example)
+        batch, small = example.batch_size(), example
+        if not any(isinstance(module, TracedModule) for module in self.small.modules()):  # which has sizes of its own
+            small = smaller_inputs(self.graph, self.model, example)
         is_large = small is example and dense_cost(self.graph).macs > _LARGE
         samples = 1 if is_large else _SAMPLES
         if self.graph.batch_hint is None or not batch or batch == samples:
@@ -137,7 +141,8 @@ class Setting:
     def _drawn(self, tables: dict[int, int], seed: int) -> Trial:
         """A trial with weights drawn anew; with the model's own if it does not give numbers with others."""
         for buffers in (True, False):
-            trial = self._varied(tables, self.values.drawn(self.state, seed, buffers=buffers), seed)
+            drawn = self.values.drawn(self.state, seed, buffers=buffers, whole=share_names(self.model))
+            trial = self._varied(tables, drawn, seed)
             try:
                 trial = replace(trial, dense=self.dense(trial))
                 if self._are_numbers(trial) and (self.mixes == "no" or self.is_captured(trial)):

@@ -1,6 +1,6 @@
 """Values of parameters and buffers to compare two models with: masked, sliced, and drawn anew."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,13 +54,14 @@ class Values:
         """The one name of a tensor that has several."""
         return self.groups.graph.aliases.get(name, name)
 
-    def drawn(self, state: State, seed: int, *, buffers: bool) -> dict[str, Tensor]:
+    def drawn(self, state: State, seed: int, *, buffers: bool, whole: Collection[str] = ()) -> dict[str, Tensor]:
         """Tensors of the same shapes with which every layer has a say: see `fill`. Constants stay.
 
         Args:
             state: canonical name -> tensor.
             seed: seed of the draw.
             buffers: whether to change floating buffers too; upwards, so that a variance stays one.
+            whole: names of buffers that stay.
         """
         generator = torch.Generator().manual_seed(seed)
         drawn = dict(state)
@@ -69,7 +70,7 @@ class Values:
             if kind == "parameter" and tensor.is_floating_point():
                 drawn[name] = torch.empty_like(tensor)
                 fill(drawn[name], tensor, generator)
-            elif kind == "buffer" and tensor.is_floating_point() and buffers:
+            elif kind == "buffer" and tensor.is_floating_point() and buffers and name not in whole:
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() * 0.1
                 drawn[name] = tensor + noise.to(tensor.device, tensor.dtype)
         return drawn
