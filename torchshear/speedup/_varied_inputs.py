@@ -160,6 +160,7 @@ def _mask(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """The two values that a tensor consists of, or as many as there are up to three; none for a single number."""
+    """The two values that a floating tensor consists of; others, or none, where it does not."""
     some = tensor.detach().flatten()
-    return torch.unique(some) if some.numel() > 2 and torch.unique(some[:64]).numel() <= 2 else some[:0]
+    few = not tensor.is_complex() and some.numel() > 2 and torch.unique(some[:64]).numel() <= 2
+    return torch.unique(some) if few else some[:0]

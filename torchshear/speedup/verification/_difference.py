@@ -36,7 +36,10 @@ def first_difference(values: Values, state: State, inputs: ExampleInputs, dtype:
         for node, (value,) in _until_failure(network.values([leaves_of(inputs.copy())])):
             if node.name not in right:
                 return f"the rewritten graph fails at {node.name!r}, {locate(node)}: its operator rule is wrong."
-            kept = map_axes(lambda tensor, own: gather(tensor, own, cut), value, facts.axes.get(node.name))
+            try:
+                kept = map_axes(lambda tensor, own: gather(tensor, own, cut), value, facts.axes.get(node.name))
+            except (IndexError, RuntimeError):
+                return f"{node.name!r}, {locate(node)}, has other axes than its operator rule says."
             if node.op == "call_function" and isinstance(kept, Tensor) and kept.is_floating_point():
                 difference = relative_error([kept], [right[node.name][1]])
                 if difference > tolerance([kept]):
