@@ -42,8 +42,16 @@ class _Claimed(TorchFunctionMode):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """A tensor in float64, itself if it is no narrow one."""
-    return tensor.to(_WIDER[tensor.dtype]) if tensor.dtype in _WIDER else tensor
+    """A tensor in float64, itself if it is no narrow one. What an expanded one repeats is widened once."""
+    if tensor.dtype not in _WIDER:
+        return tensor
+    repeated = [dim for dim, size in enumerate(tensor.shape) if size > 1 and tensor.stride(dim) == 0]
+    if not repeated:
+        return tensor.to(_WIDER[tensor.dtype])
+    single = tensor
+    for dim in repeated:
+        single = single.narrow(dim, 0, 1)
+    return single.to(_WIDER[tensor.dtype]).expand(tensor.shape)
 
 
 class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.dependency import Axes, Cut
 from torchshear.dependency._call import Facts
@@ -123,17 +124,22 @@ class MaskedNetwork:
 
     def _check(self, node: fx.Node, runs: "Sequence[_Run]") -> None:
         """See that no position of a value that is said to be cut is alive; what depends on cut ones becomes zero."""
-        for index, one in enumerate(_tensors(runs[0].values[node])):
+        with _disable_current_modes(), torch._C.DisableTorchFunction():  # which take time, and change nothing here
+            suspects = list(self._suspects(node, [_tensors(run.values[node]) for run in runs[:2]]))
+        for place in suspects:
+            self._justify(node, runs, *place)
+
+    def _suspects(self, node: fx.Node, both: Sequence[list[Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
+        """Results, dimensions and positions said to be cut that follow the inputs, and are no copies of others."""
+        for index, (one, other) in enumerate(zip(*both, strict=True)):
             for dim, keep in self._of_result(node, index, one).items():
-                both = [_tensors(run.values[node])[index].detach() for run in runs]
                 gone = (~keep).nonzero().flatten()
-                varying = _varying(both[0].index_select(dim, gone), both[1].index_select(dim, gone), dim)
-                suspects = gone[varying]
-                if not suspects.numel():
-                    continue
-                suspects = suspects[~_are_copies(both[:2], dim, suspects)]
+                left, right = one.detach(), other.detach()
+                suspects = gone[_varying(left.index_select(dim, gone), right.index_select(dim, gone), dim)]
                 if suspects.numel():
-                    self._justify(node, runs, index, dim, suspects)
+                    suspects = suspects[~_are_copies((left, right), dim, suspects)]
+                if suspects.numel():
+                    yield index, dim, suspects
 
     def _justify(self, node: fx.Node, runs: "Sequence[_Run]", index: int, dim: int, suspects: Tensor) -> None:
         """Set positions that depend on cut positions of an operand to zero.
