@@ -153,7 +153,7 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
 def _last_digits(outputs: list[Any]) -> float:
     """How far apart the order of a few sums puts equal computations, by the finest dtype of the outputs."""
     dtypes = {value.dtype for value in outputs if isinstance(value, torch.Tensor)}
-    return 256 * min((torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex), default=0.0)
+    return 16 * min((torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex), default=0.0)
 
 
 def _tolerance(outputs: list[Any]) -> float:
