@@ -17,7 +17,7 @@ from torchshear.speedup._shrink import training_cut
 from torchshear.speedup._traced import TracedModule
 from torchshear.speedup.verification._difference import first_difference
 from torchshear.speedup.verification._gradients import compare_gradients
-from torchshear.speedup.verification._reference import MaskedNetwork, Zeros
+from torchshear.speedup.verification._reference import MaskedNetwork
 from torchshear.speedup.verification._runs import (
     Run,
     conditions,
@@ -78,7 +78,6 @@ class _Proof:
         self.setting = setting
         self.excused: dict[str, str] = {}
         self.has_gradients = True
-        self._zeros: Zeros = {}
 
     def run(self, extra: Sequence[ExampleInputs]) -> Found:
         trials, last = self.setting.trials, self.setting.trials[-1]
@@ -190,8 +189,7 @@ class _Proof:
             for name, tensor in masked.items()
             if gradients and tensor.is_floating_point() and graph.state[name].kind == "parameter"
         }
-        zeros = self._zeros if graph is setting.graph else None
-        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves}, zeros)
+        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves})
         inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in trials]
         with conditions(trial.dtype, gradients=gradients):
             *_, (_, outputs) = network.values(inputs)

@@ -23,7 +23,6 @@ from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._cut_positions import keep_of
 
 Kept = dict[int, Tensor]
-Zeros = dict[str, list[tuple[int, int, Tensor]]]  # call -> result, dimension, positions
 _SAME = 1e-11  # relative difference of sums over equal numbers
 
 
@@ -35,18 +34,13 @@ class MaskedNetwork:
         facts: what the rules found out about this graph.
         cut: the units that are cut.
         state: canonical name -> tensor, masked.
-        zeros: what a run on two inputs found: name of a call -> positions of its results that are zero, since they
-            depend on cut ones. A run on a single input, which cannot check what is cut, follows that.
 
     Attributes:
         excused: names of the calls whose result at kept positions is another one than that of the operator itself.
     """
 
-    def __init__(
-        self, graph: fx.Graph, facts: Facts, cut: Cut, state: Mapping[str, Tensor], zeros: Zeros | None = None
-    ) -> None:
+    def __init__(self, graph: fx.Graph, facts: Facts, cut: Cut, state: Mapping[str, Tensor]) -> None:
         self.graph = graph
-        self.zeros: Zeros = {} if zeros is None else zeros
         self.facts = facts
         self.cut = cut
         self.state = state
@@ -68,12 +62,8 @@ class MaskedNetwork:
                     f"{first_line(error)[:160]}): the rule of that operator, or of one before it, does not describe "
                     f"its call."
                 ) from error
-            if len(runs) == 1:
-                for place in self.zeros.get(node.name, ()):
-                    runs[0].zero(node, *place)
-            elif node.op == "call_function":
+            if node.op == "call_function" and len(runs) > 1:
                 self._check(node, runs)
-            values = [run.values[node] for run in runs]
             yield node, values
             for run in runs:
                 run.forget(node)
@@ -123,11 +113,22 @@ class MaskedNetwork:
     # -- what is said to be cut must be -------------------------------------------------------------------------------
 
     def _check(self, node: fx.Node, runs: "Sequence[_Run]") -> None:
-        """See that no position of a value that is said to be cut is alive; what depends on cut ones becomes zero."""
+        """See that no position of a value that is said to be cut is alive.
+
+        Raises:
+            VerificationError: one is.
+        """
         with _disable_current_modes(), torch._C.DisableTorchFunction():  # which take time, and change nothing here
             suspects = list(self._suspects(node, [_tensors(run.values[node]) for run in runs[:2]]))
-        for place in suspects:
-            self._justify(node, runs, *place)
+        for index, dim, positions in suspects:
+            moved = [run.moved(node, index, dim, positions) for run in runs]
+            alive = positions[~torch.stack(moved).any(0)]
+            if alive.numel():
+                raise VerificationError(
+                    f"position {int(alive[0])} of dimension {dim} of {node.name!r}, {locate(node)}, is said to be cut, "
+                    f"but its value follows the inputs: the rule of that operator, or of one before it, does not "
+                    f"describe its call."
+                )
 
     def _suspects(self, node: fx.Node, both: Sequence[list[Tensor]]) -> Iterator[tuple[int, int, Tensor]]:
         """Results, dimensions and positions said to be cut that follow the inputs, and are no copies of others."""
@@ -140,26 +141,6 @@ class MaskedNetwork:
                     suspects = suspects[~_are_copies((left, right), dim, suspects)]
                 if suspects.numel():
                     yield index, dim, suspects
-
-    def _justify(self, node: fx.Node, runs: "Sequence[_Run]", index: int, dim: int, suspects: Tensor) -> None:
-        """Set positions that depend on cut positions of an operand to zero.
-
-        Raises:
-            VerificationError: one does not.
-        """
-        run = runs[0]
-        probed = _tensors(run.probe(node))[index]
-        before = _tensors(run.values[node])[index].detach()
-        moved = _varying(before.index_select(dim, suspects), probed.index_select(dim, suspects), dim)
-        if not bool(moved.all()):
-            position = int(suspects[~moved][0])
-            raise VerificationError(
-                f"position {position} of dimension {dim} of {node.name!r}, {locate(node)}, is said to be cut, but its "
-                f"value follows the inputs: the rule of that operator, or of one before it, does not describe its call."
-            )
-        self.zeros.setdefault(node.name, []).append((index, dim, suspects))
-        for one in runs:
-            one.zero(node, index, dim, suspects)
 
 
 class _Run:
@@ -197,12 +178,14 @@ class _Run:
             if self._last[operand] is node:
                 self.values.pop(operand, None)
 
-    def probe(self, node: fx.Node) -> Any:
-        """The value of a call with other numbers at the cut positions of its operands; weights keep their zeros."""
+    def moved(self, node: fx.Node, index: int, dim: int, positions: Tensor) -> Tensor:
+        """Which positions of a result change with the numbers at cut positions of the operands; weights keep theirs."""
         seen = {o: self._junk(o, self._before.get(o, self.values[o])) for o in node.all_input_nodes}
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: seen[operand])
         with torch.no_grad():
-            return self.network.call(node, args, kwargs, seen)
+            probed = _tensors(self.network.call(node, args, kwargs, seen))[index]
+        before = _tensors(self.values[node])[index].detach()
+        return _varying(before.index_select(dim, positions), probed.index_select(dim, positions), dim)
 
     def _junk(self, operand: fx.Node, value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -223,27 +206,6 @@ class _Run:
             noise = 1 + 0.5 * torch.cos(places * 3**0.5).reshape(part.shape)
             value.index_copy_(dim, gone, noise.to(value.dtype))
         return value
-
-    def zero(self, node: fx.Node, index: int, dim: int, positions: Tensor) -> None:
-        """Set positions of a value to zero, in place so that values seen through views agree, where that may be."""
-        tensors = _tensors(self.values[node])
-        tensor = tensors[index]
-        with torch.no_grad():
-            if any(stride == 0 for stride in tensor.stride()) or tensor.requires_grad:
-                mask = torch.zeros(tensor.shape[dim], dtype=torch.bool, device=tensor.device)
-                mask[positions] = True
-                mask = mask.reshape([-1 if i == dim else 1 for i in range(tensor.ndim)])
-                with torch.enable_grad():
-                    self._replace(node, index, tensor.masked_fill(mask, 0))
-            else:
-                tensor.index_fill_(dim, positions, 0)
-
-    def _replace(self, node: fx.Node, index: int, tensor: Tensor) -> None:
-        value = self.values[node]
-        new: Any = tensor
-        if isinstance(value, list | tuple):
-            new = [tensor if i == index else one for i, one in enumerate(value)]
-        self.values[node] = new
 
 
 def _writes(node: fx.Node) -> bool:
