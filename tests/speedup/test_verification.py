@@ -224,7 +224,7 @@ class Language(nn.Module):
         x = self.tokens(tokens)
         q, k, v = (f(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(x + self.o(y.transpose(1, 2).reshape(x.shape)))
+        return self.out(x + self.o(y.transpose(1, 2).flatten(2)))
 
 
 def masked_copy(model: nn.Module, plan: torchshear.PruningPlan) -> nn.Module:
