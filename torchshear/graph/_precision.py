@@ -72,7 +72,8 @@ class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plan = _WRITES.get(func)
         if plan is None:
             plan = _WRITES[func] = _plan_of(func)
-        widens_dtypes = torch._C._current_graph_task_id() < 0  # a backward asks for the dtype of each parameter
+        # A backward asks for the dtype of each parameter; what is run anew in it, as by checkpoints, is the model itself.
+        widens_dtypes = torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled()
         if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor(number, dtype=...) gives
             return _wide(args[0])
         if plan.is_view:
