@@ -119,7 +119,7 @@ class BatchedHeads(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [2, 64])
-def test_axes_that_hold_the_batch_are_verified_at_two_samples(batch: int) -> None:
+def test_axes_that_hold_the_batch_are_verified_at_few_samples(batch: int) -> None:
     result = torchshear.prune(randomise(BatchedHeads()), (torch.randn(batch, 5, 12),))
     assert result.verification.reference == "kept positions"
     assert result.verification.max_error <= 1e-9

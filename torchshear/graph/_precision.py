@@ -72,7 +72,7 @@ class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plan = _WRITES.get(func)
         if plan is None:
             plan = _WRITES[func] = _plan_of(func)
-        # A backward asks for the dtype of each parameter; what is run anew in it, as by checkpoints, is the model itself.
+        # A backward asks for the dtype of each parameter; what checkpoints run anew in it is the model itself.
         widens_dtypes = torch._C._current_graph_task_id() < 0 or torch.is_grad_enabled()
         if func is torch.ops.aten.lift_fresh.default:  # what torch.tensor(number, dtype=...) gives
             return _wide(args[0])

@@ -218,12 +218,7 @@ class _Proof:
             return None
         graph = replace(train, state={**train.state, **setting.graph.state})
         values = Values(replace(cut.groups, graph=graph, facts=facts), cut)
-        both = (
-            [trial]
-            if trial.inputs is setting.trials[1].inputs
-            else [trial, replace(setting.trials[1], state=trial.state)]
-        )
-        return self._masked_network(both, values, gradients=self.has_gradients)[0]
+        return self._masked_network([trial, setting.beside(trial)], values, gradients=self.has_gradients)[0]
 
     # -- comparing ----------------------------------------------------------------------------------------------------
 
@@ -291,7 +286,7 @@ class _Proof:
         graph = capture(setting.original, setting.graph.inputs, "eval")
         groups = with_graph(setting.groups, graph)
         values = Values(groups, Cut(groups, setting.plan.kept))
-        return self._masked_network([trial, setting.trials[1]], values)[0]
+        return self._masked_network([trial, setting.beside(trial)], values)[0]
 
     def _error_without_ties(self, trial: Trial, beside: Run, limit: float, *, is_module: bool) -> float:
         """Largest difference of an output if the candidate chooses as the reference does where values are equal."""

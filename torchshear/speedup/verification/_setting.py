@@ -29,7 +29,7 @@ from torchshear.speedup.verification._weights import State, Values
 
 _LARGE = 2e9  # multiply-accumulate operations of a sample
 _CHOOSING = frozenset({"topk", "sort", "argsort", "max", "min", "argmax", "argmin", "median", "kthvalue"})
-_SAMPLES = 2  # samples of a trial where the batch is free: one hides how samples are told apart
+_SAMPLES = (3, 2)  # of trials, and of the last, where the batch is free: one number hides wrong sizes, one sample more
 
 Mixing = Literal["no", "exactly", "yes"]
 
@@ -98,15 +98,15 @@ class Setting:
         self.trials = self._trials(example, seed)
 
     def _base(self, example: ExampleInputs) -> ExampleInputs:
-        """The example with small images, where the graph takes them, and two samples, where the batch is free.
+        """The example with small images, where the graph takes them, and three samples, where the batch is free.
 
-        Of a large model one: two would take twice the time, and the forms of it have been tried with more.
+        Of a large model one: three would take three times as long, and the forms of it have been tried with more.
         """
         batch, small = example.batch_size(), example
         if not any(isinstance(module, TracedModule) for module in self.small.modules()):  # which has sizes of its own
             small = smaller_inputs(self.graph, self.model, example)
         is_large = small is example and dense_cost(self.graph).macs > _LARGE
-        samples = 1 if is_large else _SAMPLES
+        samples = 1 if is_large else _SAMPLES[0]
         if self.graph.batch_hint is None or not batch or batch == samples:
             return small
         few = small.with_batch(samples)
@@ -142,20 +142,27 @@ class Setting:
         """A trial with weights drawn anew; with the model's own if it does not give numbers with others."""
         for buffers in (True, False):
             drawn = self.values.drawn(self.state, seed, buffers=buffers, whole=share_names(self.model))
-            trial = self._varied(tables, drawn, seed)
+            trial = self._varied(tables, drawn, seed, _SAMPLES[1])
             try:
                 trial = replace(trial, dense=self.dense(trial))
                 if self._are_numbers(trial) and (self.mixes == "no" or self.is_captured(trial)):
                     return trial
             except Exception:  # code of the model may take no other values of what it holds
                 continue
-        trial = self._varied(tables, None, seed)
+        trial = self._varied(tables, None, seed, _SAMPLES[1])
         return replace(trial, dense=self.dense(trial))
 
-    def _varied(self, tables: dict[int, int], state: State | None, seed: int) -> Trial:
+    def _varied(self, tables: dict[int, int], state: State | None, seed: int, samples: int | None = None) -> Trial:
+        base = self.base
+        if samples is not None and self.graph.batch_hint is not None and base.batch_size() == _SAMPLES[0]:
+            base = base.with_batch(samples)
         with given(self.original, self.own(self.original, state), self.caches[0]):
-            inputs = varied_inputs(self.base, tables, self._takes, seed)
+            inputs = varied_inputs(base, tables, self._takes, seed)
         return Trial(inputs, state, self.dtype)
+
+    def beside(self, trial: Trial) -> Trial:
+        """The last trial with yet other inputs."""
+        return replace(trial, inputs=self._varied(table_sizes(self.graph), trial.state, 7, _SAMPLES[1]).inputs)
 
     def _takes(self, inputs: ExampleInputs) -> bool:
         return failure_of(self.original, inputs, "eval") is None
