@@ -8,7 +8,7 @@ COUNT ?= 5000
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint browser-setup test-zoo zoo-setup bench bench-setup fuzz clean
+.PHONY: help setup demo test lint browser-setup test-zoo zoo-setup bench bench-setup fuzz mutations replay clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -74,6 +74,12 @@ bench: bench-setup ## planning time against Torch-Pruning
 
 fuzz: setup ## random networks, cut at random: make fuzz COUNT=5000 SEED=0
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --count $(COUNT) --seed $(SEED)
+
+mutations: setup ## make every operator rule wrong, and see prune notice
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutations.py
+
+replay: zoo-setup ## replay the plans of the whole zoo on fresh models
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/replay.py --write
 
 clean: ## remove .venv, results and caches
 	rm -rf .venv out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

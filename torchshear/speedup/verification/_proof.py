@@ -312,7 +312,7 @@ class _Proof:
             VerificationError: it does not.
             WeightError: nor could it, since its weights are NaN or infinite.
         """
-        if self.setting.is_captured(trial):
+        if trial.is_captured or self.setting.is_captured(trial):
             return
         _check_weights(self.setting)
         _check_state(self.setting, trial)

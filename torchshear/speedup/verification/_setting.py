@@ -43,12 +43,14 @@ class Trial:
         state: canonical name -> tensor of the original; None for its own.
         dtype: dtype to compute in.
         dense: outputs of the original, uncut, where they are known.
+        is_captured: whether the graph is known to give those.
     """
 
     inputs: ExampleInputs
     state: State | None
     dtype: torch.dtype
     dense: list[Any] | None = None
+    is_captured: bool = False
 
 
 class Setting:
@@ -146,7 +148,7 @@ class Setting:
             try:
                 trial = replace(trial, dense=self.dense(trial))
                 if self._are_numbers(trial) and (self.mixes == "no" or self.is_captured(trial)):
-                    return trial
+                    return replace(trial, is_captured=self.mixes != "no")
             except Exception:  # code of the model may take no other values of what it holds
                 continue
         trial = self._varied(tables, None, seed, _SAMPLES[1])
