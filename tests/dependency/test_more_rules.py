@@ -87,8 +87,10 @@ def _scattered(x: Tensor) -> Tensor:
 
 
 T, M = "tokens", "maps"
+A = torch.ops.aten
 CASES = (
     Case("hstack", lambda x: torch.hstack([x, x.relu()]).unflatten(1, (2, -1)).sum(1)),
+    Case("reshape_with_strides", lambda x: A._reshape_alias(x, [3, 3, 4], [12, 4, 1]).sin().flatten(1), 2, sizes=True),
     Case("hstack_vectors", lambda x: x * torch.hstack([x[0], x[0]]).sum()),
     Case("vstack", lambda x: x * torch.vstack([x, x.relu()]).sum(0)),
     Case("vstack_vectors", lambda x: x * torch.vstack([x.sum(0), x.relu().sum(0)]).sum(0)),

@@ -2,13 +2,30 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
+from torchshear.dependency._call import UNCHANGED, Call, Keep
 from torchshear.dependency._registry import operator_rule
 
 
-@operator_rule("aten.view.default", "aten.reshape", "aten._unsafe_view", "aten._reshape_alias")
+@operator_rule("aten._reshape_alias")
+def _reshape_alias(call: Call) -> Axes:
+    """A view whose strides are given as well; with other sizes it is a plain reshape, whose strides are its own."""
+    result = reshape_axes(call, call.axes("self"), call.out_shape)
+    source, sizes = call.arg("self"), list(call.arg("size"))
+
+    def smaller(keep: Keep) -> Any:
+        if all(keep(axis).all() for axis in (*call.axes("self"), *result)):
+            return UNCHANGED
+        kept = [int(keep(axis).sum()) if isinstance(n, int) else n for axis, n in zip(result, sizes, strict=True)]
+        return "aten.reshape.default", (source, kept)
+
+    call.edit_call(smaller)
+    return result
+
+
+@operator_rule("aten.view.default", "aten.reshape", "aten._unsafe_view")
 def _reshape(call: Call) -> Axes:
     name = "size" if call.arg("size") is not None else "shape"
     result = reshape_axes(call, call.axes("self"), call.out_shape)
