@@ -177,7 +177,7 @@ def check_random_pruning(
     check_groups(groups)
     kept = kept_sets(groups, kept_seed)
     plan = plan_from_kept(groups, kept)
-    small = torchshear.shrink(model, plan)
+    small = torchshear.shrink(model, plan, verify=False)
     torchshear.verify(model, small, plan, args=args, kwargs=kwargs)
     assert fingerprint(model) == before, "the user's model or the random state was changed"
     assert small is not model

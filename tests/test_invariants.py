@@ -66,7 +66,7 @@ def test_mixed_network_equals_hand_sliced_formula(case: SlicedCase, kept_seed: i
     model, args = case.build()
     groups = torchshear.analyze(torchshear.trace(model, args=args))
     plan = plan_from_kept(groups, kept_sets(groups, kept_seed))
-    small = torchshear.shrink(model, plan)
+    small = torchshear.shrink(model, plan, verify=False)
     masks = {name: torch.ones(t.shape, dtype=torch.bool) for name, t in named_tensors(model).items()} | plan.masks()
     assert_same_function(lambda *inputs: case.reference(model, masks, *inputs), small, args)
     torchshear.verify(model, small, plan, args=args)
@@ -105,7 +105,7 @@ def test_masked_copy_zeroes_what_is_cut_and_leaves_the_model_alone() -> None:
 def test_oracle_sees_a_wrong_weight_and_a_wrong_unit(fault: str) -> None:
     model = randomise(torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)).double(), 0)
     plan = torchshear.prune(model.eval(), args=(torch.ones(2, 3, dtype=torch.float64),), ratio=0.5).plan
-    small = torchshear.shrink(model, plan)
+    small = torchshear.shrink(model, plan, verify=False)
     inputs = (torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),)
     assert_equals_masked(model, small, plan, inputs)
     assert_is_slice(model, small, plan)

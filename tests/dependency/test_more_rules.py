@@ -188,7 +188,7 @@ def test_the_rule_is_exact(case: Case) -> None:
     assert len(groups.prunable) == case.shrinks, [(g.name, g.width) for g in groups] or [f.reason for f in groups.fixed]
     for seed in range(2 if case.shrinks else 0):
         plan = plan_from_kept(groups, kept_sets(groups, seed))
-        small = torchshear.shrink(model, plan)
+        small = torchshear.shrink(model, plan, verify=False)
         assert torchshear.verify(model, small, plan, args=(x,)).max_error <= 1e-9
         assert_is_slice(model, small, plan)
         if not case.sizes and len(plan.masks()) > 1:

@@ -144,7 +144,7 @@ def test_the_rule_is_exact(case: Case) -> None:
     assert len(groups.prunable) == case.shrinks, [(g.name, g.width) for g in groups] or [f.reason for f in groups.fixed]
     for seed in range(3):
         plan = plan_from_kept(groups, kept_sets(groups, seed))
-        small = torchshear.shrink(model, plan)
+        small = torchshear.shrink(model, plan, verify=False)
         assert torchshear.verify(model, small, plan, args=(x,)).max_error <= 1e-9
         assert_is_slice(model, small, plan)
         for batch in (1, 4):
@@ -158,4 +158,4 @@ def test_every_channel_count_down_to_one_runs() -> None:
     groups = torchshear.analyze(torchshear.trace(model, (x,)))
     for kept in range(1, 12):
         plan = plan_from_kept(groups, {groups[0].name: np.arange(kept)})
-        assert torchshear.verify(model, torchshear.shrink(model, plan), plan, args=(x,)).max_error <= 1e-9
+        assert torchshear.verify(model, torchshear.shrink(model, plan, verify=False), plan, (x,)).max_error <= 1e-9
