@@ -45,7 +45,7 @@ from tests.zoo import zoo
 from tests.zoo.torchvision_models import load_torchvision
 from torchshear import api
 from torchshear.graph import PartRun, _run
-from torchshear.speedup import TracedModule
+from torchshear.speedup import TracedModule, _apply
 
 VISION_MODELS = (
     "torchvision:resnet50",
@@ -64,7 +64,12 @@ VISION_MODELS = (
 )
 LANGUAGE_MODELS = ("transformers:bert_base", "transformers:llama_76m")
 STAGES = ("trace", "analyze", "plan", "shrink", "verify")
-CALLS = {"trace": "trace", "analyze": "analyze", "shrink_to_form": "shrink", "verify": "verify"}  # the rest is "plan"
+CALLS = (  # where a stage is called, by what name; the rest is "plan"
+    (api, "trace", "trace"),
+    (api, "analyze", "analyze"),
+    (_apply, "_make", "shrink"),
+    (_apply, "verify_analyzed", "verify"),
+)
 
 GLIBC = ctypes.CDLL(None)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt: from what size on freed memory goes back to the system
@@ -193,8 +198,8 @@ def watching(meter: Meter, model: nn.Module) -> Iterator[None]:
     """Have a meter see all stages, all runs of graphs and all calls of the model and its copies."""
     with ExitStack() as stack:
         stack.callback(register_module_forward_pre_hook(meter.count_module).remove)
-        for name, stage in CALLS.items():
-            _replace(stack, api, name, meter.timed(getattr(api, name), stage))
+        for owner, name, stage in CALLS:
+            _replace(stack, owner, name, meter.timed(getattr(owner, name), stage))
         for module in list(sys.modules.values()):
             if getattr(module, "__name__", "").startswith("torchshear.") and hasattr(module, "interpret"):
                 _replace(stack, module, "interpret", meter.interpret)
