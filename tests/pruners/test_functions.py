@@ -106,7 +106,7 @@ def test_a_function_with_the_derivative_is_left_to_the_graph() -> None:
 def test_a_function_with_the_derivative_is_not_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = torchshear.trace(Swishing(Swish.apply).eval(), (images()[0][0],))
     monkeypatch.setattr(Swish, "forward", None)
-    torchshear.collect(graph, images(), functional.cross_entropy, 2)
+    assert torchshear.collect(graph, images(), functional.cross_entropy, 2).weights
 
 
 # -- what cannot be had -----------------------------------------------------------------------------------------------

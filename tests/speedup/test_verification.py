@@ -376,10 +376,12 @@ def test_gradients_are_compared() -> None:
         def __init__(self, is_detached: bool) -> None:
             super().__init__()
             self.one, self.two, self.is_detached = nn.Linear(6, 12), nn.Linear(12, 4), is_detached
+            self.is_silent = False
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.one(x).relu()
-            return self.two(h.detach() if self.is_detached else h)
+            y = self.two(h.detach() if self.is_detached else h)
+            return y.detach() if self.is_silent else y
 
     model, x = randomise(Detached(False)), torch.randn(4, 6)
     result = torchshear.prune(model, (x,))
@@ -387,6 +389,10 @@ def test_gradients_are_compared() -> None:
     assert result.verification.max_gradient_error < 1e-10
     result.model.is_detached = True
     with pytest.raises(VerificationError, match="gradient of 'one"):
+        torchshear.verify(model, result.model, result.plan, (x,))
+    result.model.is_detached = False
+    result.model.is_silent = True
+    with pytest.raises(VerificationError, match="has no gradients, though the masked model has"):
         torchshear.verify(model, result.model, result.plan, (x,))
 
 

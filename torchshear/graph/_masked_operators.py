@@ -147,10 +147,7 @@ def _with_positions(call: MaskedCall) -> Any:
 )
 def _along_one(call: MaskedCall) -> Any:
     dims = call.dims("dim", "self")
-    found = call.run(self=call.restricted("self", dims))
-    if isinstance(found, Tensor):
-        return call.put_back(found, "self", dims)
-    return tuple(call.put_back(one, "self", dims) for one in found)
+    return call.put_back(call.run(self=call.restricted("self", dims)), "self", dims)
 
 
 # What adds nothing to a running product or extreme, which then stands still at cut positions.

@@ -16,13 +16,15 @@ _TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 0.2, to
 
 
 def compare_gradients(values: Values, expected: Run, actual: Run, where: str, *, is_wide: bool) -> float | None:
-    """Largest difference of a gradient; None where there are none.
+    """Largest difference of a gradient; None where the reference has none.
 
     Raises:
-        VerificationError: it is too large.
+        VerificationError: it is too large, or the shrunk model has none.
     """
-    if expected.gradients is None or actual.gradients is None:
+    if expected.gradients is None:
         return None
+    if actual.gradients is None:
+        raise VerificationError(f"{where} the shrunk model has no gradients, though the masked model has.")
     own = {values.canonical(name): gradient for name, gradient in expected.gradients.items()}
     sliced = values.sliced({name: g for name, g in own.items() if name in values.groups.graph.state})
     worst, name_of_worst = 0.0, ""

@@ -18,6 +18,8 @@ class Values:
     Args:
         groups: the analysed network.
         cut: the units that are cut.
+
+    Attributes:
         masks: canonical name -> what is kept of the floating tensors, of their full shapes.
     """
 
