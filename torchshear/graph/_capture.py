@@ -30,6 +30,7 @@ from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
 from torchshear.graph._parts import PartRun, is_inside, parts_of, whole_of
 from torchshear.graph._recording import record_parts
+from torchshear.graph._second import second_capture
 from torchshear.graph._suggest import advise_parts
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator, or torchvision would be taken for torch
@@ -186,8 +187,7 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Gr
         return None
     try:
         first = _to_graph(*_export(model, inputs.unfilled(prime)), model, inputs, mode, prime)
-        with _without_traces():
-            other = _to_graph(*_export(model, inputs.unfilled(second_batch(inputs))), model, inputs, mode, None)
+        other = _at_second_batch(first, model, inputs)
         graph = _freed(first, other)
         prime = probe_prime(model, inputs, other)
         if graph is not None and hides_batch(graph) and prime is not None:
@@ -196,6 +196,16 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Gr
     except Exception:  # any failure here only means that another batch does not suit the model
         return None
     return graph if graph is not None and agrees(graph, model) else None
+
+
+def _at_second_batch(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph:
+    """The capture at another batch, from a run that is held against the first or from torch.export."""
+    given = inputs.unfilled(second_batch(inputs))
+    found = second_capture(first, model, given)
+    if found is not None:
+        return found
+    with _without_traces():
+        return _to_graph(*_export(model, given), model, inputs, first.mode, None)
 
 
 def _freed(graph: Graph, other: Graph) -> Graph | None:
