@@ -106,7 +106,7 @@ def _recorded(model: nn.Module, inputs: ExampleInputs) -> _Recorded:
     """Run a model on tensors without values that say that they are where the model's are."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = (*model.named_parameters(), *model.named_buffers())
-    state = {name: mode.from_tensor(tensor) for name, tensor in named}
+    state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in named}
     args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (inputs.args, inputs.kwargs))
     leaves = pytree.tree_leaves((args, kwargs))
     recorder = _Recorder()
