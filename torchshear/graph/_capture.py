@@ -30,7 +30,7 @@ from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
 from torchshear.graph._parts import PartRun, is_inside, parts_of, whole_of
 from torchshear.graph._recording import record_parts
-from torchshear.graph._second import second_capture
+from torchshear.graph._second import names_read, second_capture
 from torchshear.graph._suggest import advise_parts
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator, or torchvision would be taken for torch
@@ -102,7 +102,7 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
     unread = own - _reads(graph)
     if not other_outputs and not (unread and _may_read_in_training(model, inputs, unread)):
         return graph
-    training = _training_graph(model, inputs)
+    training = _training_graph(model, inputs, graph)
     if training is None:  # what only training reads then stays whole, which the report lists as unread
         return graph
     if not other_outputs and not unread & _reads(training):
@@ -112,20 +112,23 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
 
 
 def _may_read_in_training(model: nn.Module, inputs: ExampleInputs, names: set[str]) -> bool:
-    """Whether any of some parameters and buffers is read in train mode, as one capture tells."""
+    """Whether any of some parameters and buffers is read in train mode, as one run or capture tells."""
     given = inputs.unfilled(second_batch(inputs)) if inputs.batch_size() else inputs.copy()
     try:
         with in_mode(model, "train"), plain_outputs(model), _without_traces():
-            graph = _to_graph(*_export(model, given), model, inputs, "train", None)
+            forget(model, caches_of(model, inputs))
+            read = names_read(model, given)
+            if read is None:
+                read = _reads(_to_graph(*_export(model, given), model, inputs, "train", None))
     except Exception:  # it cannot be captured without more ado, as where branches are drawn at random
         return True
-    return bool(names & _reads(graph))
+    return bool(names & read)
 
 
-def _training_graph(model: nn.Module, inputs: ExampleInputs) -> Graph | None:
+def _training_graph(model: nn.Module, inputs: ExampleInputs, graph: Graph) -> Graph | None:
     """The model captured in train mode; with branches drawn at random left out where it cannot be otherwise."""
     try:
-        return capture(model, inputs, "train")
+        return capture(model, inputs, "train", graph)
     except CaptureError:
         try:
             with RefusedBranches():
@@ -139,8 +142,14 @@ def _reads(graph: Graph) -> set[str]:
     return {str(node.target) for node in graph if node.op == "get_attr"}
 
 
-def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
+def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: Graph | None = None) -> Graph:
     """Capture a model in the given mode; `trace` is the public form for eval mode.
+
+    Args:
+        model: the model.
+        inputs: its example inputs.
+        mode: the mode.
+        other: the same model captured in the other mode, which makes this one cheap where both call the same operators.
 
     Raises:
         ArgumentError: `model` is not an nn.Module.
@@ -150,7 +159,7 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
     caches = caches_of(model, inputs)
     with in_mode(model, mode), plain_outputs(model) as dropped:
         forget(model, caches)
-        graph = _free_batch_graph(model, inputs, mode) or _static_graph(model, inputs, mode)
+        graph = _free_batch_graph(model, inputs, mode, other) or _static_graph(model, inputs, mode)
         graph = with_own_backwards(graph)
     if dropped and not any(node.all_input_nodes for node in graph if node.op == "output"):
         raise CaptureError(
@@ -180,13 +189,13 @@ def _check_model(model: nn.Module) -> None:
         )
 
 
-def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph | None:
+def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_other_mode: Graph | None) -> Graph | None:
     """A graph that takes any batch and is the model, or None if there is no such graph."""
     prime = probe_prime(model, inputs)
     if prime is None:
         return None
     try:
-        first = _to_graph(*_export(model, inputs.unfilled(prime)), model, inputs, mode, prime)
+        first = _at_first_batch(model, inputs, mode, prime, in_other_mode)
         other = _at_second_batch(first, model, inputs)
         graph = _freed(first, other)
         prime = probe_prime(model, inputs, other)
@@ -196,6 +205,15 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Gr
     except Exception:  # any failure here only means that another batch does not suit the model
         return None
     return graph if graph is not None and agrees(graph, model) else None
+
+
+def _at_first_batch(model: nn.Module, inputs: ExampleInputs, mode: Mode, prime: int, other: Graph | None) -> Graph:
+    """The capture at the first batch, from torch.export, or from a run that is held against that in the other mode."""
+    given = inputs.unfilled(prime)
+    found = second_capture(other, model, given) if other is not None else None
+    if found is None:
+        return _to_graph(*_export(model, given), model, inputs, mode, prime)
+    return replace(found, mode=mode, batch_hint=prime, second=None, training=None)
 
 
 def _at_second_batch(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph:

@@ -1,4 +1,4 @@
-"""A second capture of a network at another batch, at a fraction of the cost of the first.
+"""A second capture of a network, at another batch or in train mode, at a fraction of the cost of the first.
 
 The forward is run once more on tensors without values, and the operators that it calls are held against the graph of
 the first capture, one by one: the same calls in the same order make a graph with the arguments and shapes of the second
@@ -41,12 +41,12 @@ class _OtherCallsError(Exception):
 
 
 def second_capture(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph | None:
-    """Run a captured model on other inputs, and give its graph with the numbers of that run.
+    """Run a captured model once more, and give its graph with the numbers of that run.
 
     Args:
-        first: the capture; only read.
-        model: the model, in the mode of the capture, with outputs as `plain_outputs` makes them.
-        inputs: inputs with another batch. Their values are not read.
+        first: the capture; only read. Its batch may have been made free.
+        model: the model, in the mode to capture, with outputs as `plain_outputs` makes them.
+        inputs: inputs of any batch. Their values are not read.
 
     Returns:
         A graph with one node for each of the first; None if the run is not made of the same calls, or cannot be made
@@ -59,6 +59,21 @@ def second_capture(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Gra
         return replace(first, fx_graph=_Twin(first, run).graph)
     except Exception:  # code of the model may not run on such tensors, and torch may raise anything then
         return None
+
+
+def names_read(model: nn.Module, inputs: ExampleInputs) -> set[str] | None:
+    """Names of the parameters and buffers that a run of a model reads; None if it cannot be run without values.
+
+    Args:
+        model: the model, in the mode to run it in.
+        inputs: what to run it on. Their values are not read.
+    """
+    try:
+        run = _recorded(model, inputs)
+    except Exception:  # see above
+        return None
+    read = {id(leaf) for call in run.calls for leaf in pytree.tree_leaves((call.args, call.kwargs))}
+    return {name for name, tensor in run.state.items() if id(tensor) in read}
 
 
 # -- the second run ----------------------------------------------------------------------------------------------------
@@ -111,16 +126,19 @@ def _recorded(model: nn.Module, inputs: ExampleInputs) -> _Recorded:
     leaves = pytree.tree_leaves((args, kwargs))
     recorder = _Recorder()
     with kept_state(model), mode, as_if_exporting(), _plain_kernels(), recorder, MaskedAssignments():
-        output = torch.func.functional_call(model, state, args, kwargs)
+        output = torch.func.functional_call(model, dict(state), args, kwargs)  # which writes to the dict
     return _Recorded(state, leaves, recorder.calls, output)
 
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Have calls be taken apart, and flags for fast kernels be passed to operators, as torch.export does."""
-    cudnn, mkldnn = torch.backends.cudnn.flags(enabled=False), torch.backends.mkldnn.flags(enabled=False)
-    with cudnn, mkldnn, enable_python_dispatcher():
-        yield
+    mkldnn = torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]  # gives those of before, this one first
+    try:
+        with torch.backends.cudnn.flags(enabled=False), enable_python_dispatcher():
+            yield
+    finally:
+        torch.backends.mkldnn.set_flags(mkldnn[0])  # type: ignore[no-untyped-call]
 
 
 # -- the graph of the second run ---------------------------------------------------------------------------------------
@@ -146,6 +164,8 @@ class _Twin:
                 self._add(node, (), {}, next(leaves))
             elif node.op == "get_attr":
                 self._add(node, (), {}, self._own(str(node.target)))
+            elif isinstance(node.meta.get("val"), int):
+                continue  # a size that is computed from the batch
             elif node.op == "output":
                 self.graph.output(self._outputs(node))
             elif node.target is operator.getitem:
@@ -165,11 +185,11 @@ class _Twin:
 
     def _add(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
         twin = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
-        twin.meta = {"val": value}
+        twin.meta = {**node.meta, "val": value}
         self._twins[node] = twin
         if isinstance(value, Tensor):
             self._nodes[id(value)] = twin
-            if node.op == "call_function" and not node.all_input_nodes:
+            if node.op == "call_function" and not twin.all_input_nodes:
                 self._new[_memory(value)] = twin
 
     def _own(self, name: str) -> Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import is_on_meta
+from torchshear.graph import ExampleInputs, is_on_meta
 from torchshear.speedup._fold import fold_constants
 from torchshear.speedup._parts import shrink_parts
 from torchshear.speedup._shrink import Made, analysis_of, shrink_whole
@@ -79,7 +79,8 @@ def shrink_to_form(
     groups = analysis_of(model, plan, args, kwargs)
     made = _make(model, groups, plan, form)
     if verify and not is_on_meta(model):
-        shrunk = _proved(model, groups, plan, made, args, kwargs, is_free=form is None and plan.form is None)
+        given = ExampleInputs.of(args or (), kwargs) if args is not None or kwargs is not None else None
+        shrunk = _proved(model, groups, plan, made, given, is_free=form is None and plan.form is None)
     else:
         shrunk = Shrunk(made.model, made.form)
     return fold_constants(model, shrunk, plan, args, kwargs) if fold_bias else shrunk
@@ -95,8 +96,7 @@ def _proved(
     groups: ChannelGroups,
     plan: PruningPlan,
     made: Made,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
+    given: ExampleInputs | None,
     *,
     is_free: bool,
 ) -> Shrunk:
@@ -106,12 +106,13 @@ def _proved(
         VerificationError: the model is not the masked one.
     """
     try:
-        return Shrunk(made.model, made.form, verify_analyzed(model, made.model, plan, groups, args, kwargs))
+        proof = verify_analyzed(model, made.model, plan, groups, given, training=made.training)
+        return Shrunk(made.model, made.form, proof)
     except VerificationError:
         if made.form.kind == "traced" or not is_free:
             raise
     traced = _make(model, groups, plan, "traced")
-    verification = verify_analyzed(model, traced.model, plan, groups, args, kwargs)
+    verification = verify_analyzed(model, traced.model, plan, groups, given, training=traced.training)
     reason = traced.form.reason.replace(
         "asked for", "its own forward is not the masked model on the smaller tensors", 1
     )

@@ -139,9 +139,9 @@ def _traced_part(job: _Job, name: str) -> TracedModule:
         sources = {"eval": (cut.groups.graph, cut.groups.facts, cut)}
         error = ""
         try:
-            train, again, facts = training_cut(run, cut.groups.graph, cut)
-            check_backwards(train)
-            sources["train"] = (train, facts, again)
+            training = training_cut(run, cut.groups.graph, cut)
+            check_backwards(training.graph)
+            sources["train"] = (training.graph, training.facts, training.cut)
         except (CaptureError, PlanError) as failure:
             error = str(failure)
         graphs: dict[str, fx.Graph] = {}

@@ -31,11 +31,27 @@ from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedM
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TrainingCut:
+    """A model captured in train mode, with the cut in terms of its axes, and what the rules found out about it."""
+
+    graph: Graph
+    cut: Cut
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """A shrunk model, before it is proved, and what made its form."""
+    """A shrunk model, before it is proved, and what made its form.
+
+    Attributes:
+        model: the smaller model.
+        form: what made its form.
+        training: the original in train mode, where making the form took its capture.
+    """
 
     model: nn.Module
     form: Form
+    training: TrainingCut | None = None
 
 
 def shrink_whole(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None) -> Made:
@@ -60,7 +76,8 @@ def shrink_whole(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kin
         return Made(in_mode_of(native, model), form)
     lost = "" if form is plan.form else untrainable(graph.lost_backwards)
     form = replace(form, reason=f"{form.reason}{lost}")
-    return Made(in_mode_of(_both_modes(model, graph, cut, sliced), model), form)
+    traced, training = _both_modes(model, graph, cut, sliced)
+    return Made(in_mode_of(traced, model), form, training)
 
 
 def make_native(
@@ -213,35 +230,43 @@ def input_shapes(
     return free, given
 
 
-def _both_modes(model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tensor]) -> TracedModule:
-    """The traced form with a graph for train mode beside the one for eval mode."""
+def _both_modes(
+    model: nn.Module, graph: Graph, cut: Cut, sliced: dict[str, Tensor]
+) -> tuple[TracedModule, TrainingCut | None]:
+    """The traced form with a graph for train mode beside the one for eval mode, and what that was made of."""
     rewritten = {"eval": rewrite_graph(graph.fx_graph, cut.groups.facts, cut)}
     sources = {"eval": graph}
-    error = ""
+    error, training = "", None
     try:
-        train, again, facts = training_cut(model, graph, cut)
+        training = training_cut(model, graph, cut)
+        train = training.graph
         check_backwards(train)
-        rewritten["train"] = rewrite_graph(train.fx_graph, facts, again)
+        rewritten["train"] = rewrite_graph(train.fx_graph, training.facts, training.cut)
         sources["train"] = train
-        sliced = sliced | slice_state(again, {n: e.tensor for n, e in train.state.items() if n not in sliced})
+        sliced = sliced | slice_state(training.cut, {n: e.tensor for n, e in train.state.items() if n not in sliced})
         graph = replace(graph, state={**train.state, **graph.state})
     except (CaptureError, PlanError) as failure:
         error = str(failure)
     call = TracedCall.of(rewritten, _call_spec(model, sources), error, lost_backwards(sources["eval"]))
-    return TracedModule(_entries(model, graph, sliced), [call])
+    return TracedModule(_entries(model, graph, sliced), [call]), training
 
 
-def training_cut(model: nn.Module, graph: Graph, cut: Cut) -> tuple[Graph, Cut, Facts]:
-    """The model captured in train mode, with the cut in terms of its axes."""
+def training_cut(model: nn.Module, graph: Graph, cut: Cut) -> TrainingCut:
+    """Capture a model in train mode, with the cut in terms of its axes.
+
+    Raises:
+        CaptureError: the model cannot be captured in that mode.
+        PlanError: the cut does not fit it.
+    """
     groups = cut.groups
     if graph.training is not None and not graph.training.is_assumed and groups.training_facts is not None:
-        return graph.training, cut, groups.training_facts
-    train = capture(model, graph.inputs, "train")
+        return TrainingCut(graph.training, cut, groups.training_facts)
+    train = capture(model, graph.inputs, "train", graph)
     algebra, facts = groups.algebra.copy(), groups.facts.copy()
     of_train = facts.for_other_graph()
     relate(train, algebra, of_train, groups.prunable_outputs)
     both = replace(graph, state={**train.state, **graph.state})  # the graphs have constants of their own
-    return train, Cut(replace(groups, graph=both, algebra=algebra, facts=facts), cut.kept), of_train
+    return TrainingCut(train, Cut(replace(groups, graph=both, algebra=algebra, facts=facts), cut.kept), of_train)
 
 
 def in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:

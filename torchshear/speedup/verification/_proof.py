@@ -212,12 +212,12 @@ class _Proof:
         if relative_error(trial.dense or [], dense) <= tolerance(dense):
             return in_eval  # the original computes the same in both modes, and so does the network
         try:
-            train, cut, facts = training_cut(setting.model, setting.graph, setting.cut)
+            training = setting.training or training_cut(setting.model, setting.graph, setting.cut)
         except (CaptureError, PlanError) as error:
             setting.left_out.append(f"train mode: {first_line(error)[:160]}")
             return None
-        graph = replace(train, state={**train.state, **setting.graph.state})
-        values = Values(replace(cut.groups, graph=graph, facts=facts), cut)
+        graph = replace(training.graph, state={**training.graph.state, **setting.graph.state})
+        values = Values(replace(training.cut.groups, graph=graph, facts=training.facts), training.cut)
         return self._masked_network([trial, setting.beside(trial)], values, gradients=self.has_gradients)[0]
 
     # -- comparing ----------------------------------------------------------------------------------------------------

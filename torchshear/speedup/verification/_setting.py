@@ -13,6 +13,7 @@ from torchshear.graph._run import graph_output
 from torchshear.graph._ties import Choices
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._kept_scale import share_names
+from torchshear.speedup._shrink import TrainingCut
 from torchshear.speedup._small_inputs import smaller_inputs
 from torchshear.speedup._traced import TracedModule
 from torchshear.speedup._varied_inputs import check_examples, table_sizes, varied_inputs
@@ -68,6 +69,7 @@ class Setting:
         state: canonical name -> tensor of the original.
         trials: the example; other inputs; and yet others, with weights drawn anew where the original takes them. Of
             images, these have few pixels where the model takes them.
+        training: the original in train mode, if it has been captured.
         left_out: what could not be compared, and why; added to.
 
     Raises:
@@ -83,8 +85,10 @@ class Setting:
         groups: ChannelGroups,
         example: ExampleInputs,
         seed: int,
+        training: TrainingCut | None = None,
     ) -> None:
         check_examples(example)
+        self.training = training
         self.plan, self.groups, self.model, self.small = plan, groups, model, small
         self.graph = groups.graph
         self.cut = Cut(groups, plan.kept)

@@ -11,7 +11,7 @@ from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, VerificationError
 from torchshear.graph import ExampleInputs, Mode, PartRun, failure_of, whole_of
 from torchshear.speedup._batches import arguments_of
-from torchshear.speedup._shrink import analysis_of, recorded_run
+from torchshear.speedup._shrink import TrainingCut, analysis_of, recorded_run
 from torchshear.speedup._traced import signature_of
 from torchshear.speedup.verification._proof import prove
 from torchshear.speedup.verification._setting import Setting
@@ -85,16 +85,16 @@ def verify(
         VerificationError: outputs or gradients differ; names the first value in the graph that does. Or a model with
             smaller parts does not run whole.
     """
-    given = (args, kwargs) if args or kwargs else (None, None)
-    groups = analysis_of(model, plan, *given)
+    given = ExampleInputs.of(args, kwargs) if args or kwargs else None
+    groups = analysis_of(model, plan, *((given.args, given.kwargs) if given is not None else (None, None)))
     if data is None:
-        return verify_analyzed(model, small, plan, groups, *given, seed=seed)
+        return verify_analyzed(model, small, plan, groups, given, seed=seed)
     if groups.graph.parts is not None:
         raise ArgumentError("data is given for a plan of parts, whose inputs it does not hold; leave data out.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     given_batches = arguments_of(data, batches, signature_of(model), device)
     extra = [ExampleInputs(*one) for one in given_batches]
-    return verify_analyzed(model, small, plan, groups, *given, seed=seed, extra=extra)
+    return verify_analyzed(model, small, plan, groups, given, seed=seed, extra=extra)
 
 
 def verify_analyzed(
@@ -102,22 +102,32 @@ def verify_analyzed(
     small: nn.Module,
     plan: PruningPlan,
     groups: ChannelGroups,
-    args: tuple[Any, ...] | None,
-    kwargs: Mapping[str, Any] | None,
+    given: ExampleInputs | None,
     *,
     seed: int = 0,
     extra: Sequence[ExampleInputs] = (),
+    training: TrainingCut | None = None,
 ) -> Verification:
-    """As `verify`, where the network is analyzed already, on `extra` inputs too; without arguments on the plan's."""
-    is_given = args is not None or kwargs is not None
-    example = ExampleInputs.of(args or (), kwargs) if is_given else recorded_run(model, plan, None, None)[1]
+    """As `verify`, where the network is analyzed already.
+
+    Args:
+        model: the original model.
+        small: the shrunk one.
+        plan: the plan between them.
+        groups: the analyzed network.
+        given: the example inputs; None for those of the plan.
+        seed: seed of the random inputs and weights.
+        extra: further inputs to compare outputs on.
+        training: the original in train mode, if it has been captured.
+    """
+    example = given if given is not None else recorded_run(model, plan, None, None)[1]
     if groups.graph.parts is None:
-        setting = Setting(model, small, plan, groups, example, seed)
+        setting = Setting(model, small, plan, groups, example, seed, training)
     else:
         whole, smaller = (PartRun(whole_of(one), groups.graph.parts) for one in (model, small))
         setting = Setting(whole, smaller, plan, groups, groups.graph.inputs, seed)
     found = prove(setting, extra)
-    if groups.graph.parts is not None and is_given:
+    if groups.graph.parts is not None and given is not None:
         _check_whole(small, plan, example)
     return Verification(
         reference="kept positions" if found.excused else "masked",
