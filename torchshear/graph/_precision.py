@@ -62,6 +62,10 @@ class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
     statistics of batch norms, whose operators do not say that they write, are then not updated.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper around every call that costs as much as the call
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -95,12 +95,14 @@ def varied_inputs(
     Args:
         example: the example inputs.
         tables: see `table_sizes`.
-        runs: whether the model takes some inputs.
+        runs: whether the model takes some inputs; asked where there are others than floating tensors.
         seed: seed of the draw.
 
     Returns:
         The first of these that the model takes: everything drawn; integers in another order; the example's integers.
     """
+    if all(tensor.is_floating_point() or tensor.is_complex() for tensor in example.tensors()):
+        return random_like(example, seed)
     for draw in (_drawn, _shuffled, _as_given):
         generator = torch.Generator().manual_seed(seed)
         numbers = iter(range(len(example.tensors())))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchshear.dependency import Cut
 from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError, VerificationError, WeightError, first_line
-from torchshear.graph import ExampleInputs, Mode, capture, locate, output_leaves
+from torchshear.graph import ExampleInputs, Mode, capture, output_leaves
 from torchshear.graph._ties import Choices
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._shrink import training_cut
@@ -30,7 +30,7 @@ from torchshear.speedup.verification._runs import (
     run_module,
 )
 from torchshear.speedup.verification._setting import Setting, Trial
-from torchshear.speedup.verification._switches import find_switches, switched_on
+from torchshear.speedup.verification._switches import Switch, find_switches, switched_on
 from torchshear.speedup.verification._weights import Values
 
 
@@ -78,15 +78,14 @@ class _Proof:
         self.setting = setting
         self.excused: dict[str, str] = {}
         self.has_gradients = True
+        self._candidates: dict[Trial, Run] = {}
 
     def run(self, extra: Sequence[ExampleInputs]) -> Found:
         trials, last = self.setting.trials, self.setting.trials[-1]
-        is_module = self.setting.mixes == "no" or (self.setting.mixes == "exactly" and self._is_masked_module())
-        self.has_gradients = self._is_differentiable(is_module)
-        expected = self._of_module(trials) if is_module else self._of_network(trials)
+        is_module, expected = self._expected(trials)
         errors, actual = [], Run([])
         for number, (trial, one) in enumerate(zip(trials, expected, strict=True)):
-            actual = self._candidate(trial, gradients=trial is last and self.has_gradients)
+            actual = self._candidate_on(trial)
             error = self._compare(trial, one, actual, expected[number - 1], is_module=is_module)
             errors += [error] if trial.dtype is last.dtype else []  # large images are compared in the model's own dtype
         values, is_wide = self.setting.values, last.dtype is torch.float64
@@ -103,24 +102,35 @@ class _Proof:
         modes: tuple[Mode, ...] = ("eval",) if trained is None else ("eval", "train")
         return Found(max(errors), max(known, default=None), tuple(self.excused.values()), modes)
 
-    # -- the user's own module with masked parameters -----------------------------------------------------------------
-
-    def _is_masked_module(self) -> bool:
-        """Whether the shrunk model gives what the masked module does, though operators mix positions."""
-        for trial in self.setting.trials:
+    def _expected(self, trials: Sequence[Trial]) -> tuple[bool, list[Run]]:
+        """Whether the masked module is the reference, and what the reference gives on the trials."""
+        mixes, n_noted = self.setting.mixes, len(self.setting.left_out)
+        if mixes != "yes":
+            self.has_gradients = self._is_differentiable(is_module=True)
             try:
-                expected = self._masked_module(trial).outputs
-                if relative_error(expected, self._candidate(trial).outputs) > tolerance(expected):
-                    return False
+                expected = self._of_module(trials)
+                if mixes == "no" or self._gives(expected):
+                    return True, expected
             except Exception:  # zeros for weights may be more than the model's own code takes
-                return False
-        return True
+                if mixes == "no":
+                    raise
+            del self.setting.left_out[n_noted:]
+            self._candidates.clear()
+        self.has_gradients = self._is_differentiable(is_module=False)
+        return False, self._of_network(trials)
+
+    def _gives(self, expected: Sequence[Run]) -> bool:
+        """Whether the shrunk model gives on the trials what is expected."""
+        pairs = zip(self.setting.trials, expected, strict=True)
+        return all(relative_error(e.outputs, self._candidate_on(t).outputs) <= tolerance(e.outputs) for t, e in pairs)
+
+    # -- the user's own module with masked parameters -----------------------------------------------------------------
 
     def _of_module(self, trials: Sequence[Trial]) -> list[Run]:
         first = [self._masked_module(trial) for trial in trials[:-1]]
         return [*first, self._with_gradients(lambda gradients: self._masked_module(trials[-1], gradients=gradients))]
 
-    def _is_differentiable(self, is_module: bool) -> bool:
+    def _is_differentiable(self, *, is_module: bool) -> bool:
         """Whether gradients can be compared: a graph does not hold the backward of some functions of the user's."""
         lost = self.setting.graph.lost_backwards
         is_graph = not is_module or any(isinstance(module, TracedModule) for module in self.setting.small.modules())
@@ -190,13 +200,12 @@ class _Proof:
             for name, tensor in masked.items()
             if gradients and tensor.is_floating_point() and graph.state[name].kind == "parameter"
         }
-        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves})
+        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves}, self.excused)
         inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in trials]
         with conditions(trial.dtype, gradients=gradients):
             *_, (_, outputs) = network.values(inputs)
             kept = [self._keep(output_leaves(one)) for one in outputs]
             found = gradients_of(kept[0], leaves) if gradients else None
-        self.excused |= {name: f"{name} ({locate(node)})" for name, node in network.excused.items()}
         return [Run(detached(one), found) for one in kept]
 
     def _of_network_in_training(self, in_eval: Run) -> Run | None:
@@ -222,17 +231,22 @@ class _Proof:
 
     # -- comparing ----------------------------------------------------------------------------------------------------
 
+    def _candidate_on(self, trial: Trial) -> Run:
+        """What the shrunk model gives on one of the trials, of the last with gradients; run once."""
+        if trial not in self._candidates:
+            is_known = trial is self.setting.trials[0] and trial.inputs is self.setting.base and self.setting.on_base
+            is_last = trial is self.setting.trials[-1]
+            self._candidates[trial] = is_known or self._candidate(trial, gradients=is_last and self.has_gradients)
+        return self._candidates[trial]
+
     def _candidate(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
         """What the shrunk model gives.
 
         Raises:
             VerificationError: it does not run.
         """
-        setting = self.setting
-        state = None if trial.state is None else setting.values.sliced(trial.state)
         try:
-            with given(setting.candidate, setting.own(setting.candidate, state), setting.caches[1]):
-                return run_module(setting.candidate, trial.inputs, trial.dtype, mode, gradients=gradients)
+            return self.setting.shrunk(trial, mode, gradients=gradients)
         except Exception as error:  # a forward may raise anything
             what = f"the shrunk model does not run in {mode} mode: {type(error).__name__}: {first_line(error)[:160]}."
             raise VerificationError(f"{what} {self._difference(trial, float('inf'))}") from error
@@ -268,17 +282,26 @@ class _Proof:
         switches = find_switches(setting.original, setting.candidate)
         if not switches or setting.graph.parts is not None:
             return None
+        if self._is_without_effect(switches):
+            return None
         try:
             with switched_on(setting.original, switches):
-                dense = setting.dense(trial)
-                if relative_error(trial.dense or [], dense) <= tolerance(dense):
-                    return None
                 expected = self._masked_module(trial) if is_module else self._network_with_other_graph(trial)
         except Exception as error:  # code of the model may take no other numbers
             setting.left_out.append(f"attributes that are 0.0: the original takes no others: {first_line(error)[:160]}")
             return None
         with switched_on(setting.candidate, switches):
             return self._compare(trial, expected, self._candidate(trial), expected, is_module=is_module)
+
+    def _is_without_effect(self, switches: tuple[Switch, ...]) -> bool:
+        """Whether the shrunk model, whose code is that of the original, gives the same with other attributes."""
+        trial = self.setting.trials[-1]
+        before = self._candidate_on(trial).outputs
+        try:
+            with switched_on(self.setting.candidate, switches):
+                return relative_error(before, self.setting.shrunk(trial).outputs) <= tolerance(before)
+        except Exception:  # whether the original runs is seen next
+            return False
 
     def _network_with_other_graph(self, trial: Trial) -> Run:
         """What the network on fewer channels gives by the graph of the original as it is now."""

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _MEANS = {"rand": 0.5, "rand_like": 0.5, "randn": 0.1, "randn_like": 0.1, "normal_functional": 0.1}
 _IN_PLACE = {"uniform_": 0.5, "normal_": 0.1, "exponential_": 0.5}
+_NAMES = frozenset({"native_dropout", "bernoulli", "bernoulli_", *_MEANS, *_IN_PLACE})
+_DRAWS: dict[Any, str] = {}  # operator -> its name if it draws numbers, else ""
 
 
 class EqualRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -17,11 +19,20 @@ class EqualRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
     A small model draws fewer numbers than the large one, so that equal seeds do not make them equal.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # a wrapper around every call that costs as much as the call
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = str(func).split(".")[1]
+        name = _DRAWS.get(func)
+        if name is None:
+            name = str(func).split(".")[1]
+            name = _DRAWS[func] = name if name in _NAMES else ""
+        if not name:
+            return func(*args, **kwargs)
         if name == "native_dropout":
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         if name == "bernoulli_":
@@ -31,7 +42,7 @@ class EqualRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in _IN_PLACE:
             return args[0].fill_(_IN_PLACE[name])
         result = func(*args, **kwargs)
-        return result.fill_(_MEANS[name]) if name in _MEANS and isinstance(result, Tensor) else result
+        return result.fill_(_MEANS[name]) if isinstance(result, Tensor) else result
 
 
 def _share(p: Any, like: Tensor) -> Tensor:

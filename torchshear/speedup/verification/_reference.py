@@ -34,17 +34,26 @@ class MaskedNetwork:
         facts: what the rules found out about this graph.
         cut: the units that are cut.
         state: canonical name -> tensor, masked.
+        excused: calls that are known to be excused; added to.
 
     Attributes:
-        excused: names of the calls whose result at kept positions is another one than that of the operator itself.
+        excused: name of a call -> where it is, for calls whose result at kept positions is another one than that of the
+            operator itself.
     """
 
-    def __init__(self, graph: fx.Graph, facts: Facts, cut: Cut, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        facts: Facts,
+        cut: Cut,
+        state: Mapping[str, Tensor],
+        excused: dict[str, str] | None = None,
+    ) -> None:
         self.graph = graph
         self.facts = facts
         self.cut = cut
         self.state = state
-        self.excused: dict[str, fx.Node] = {}
+        self.excused = {} if excused is None else excused
 
     def values(self, inputs: Sequence[list[Any]]) -> Iterator[tuple[fx.Node, list[Any]]]:
         """Run on several inputs of the same shapes at once, and give each node with its values.
@@ -92,18 +101,17 @@ class MaskedNetwork:
         form = masked_form(node)
         assert form is not None, f"{node.target} mixes positions and has no masked form"
         value = form(MaskedCall(node, args, kwargs, lambda operand: self.kept(operand, values[operand])))
-        if node.name not in self.excused:
-            self._note(node, value, args, kwargs)
+        if node.name not in self.excused and self._is_another(node, value, args, kwargs):
+            self.excused[node.name] = f"{node.name} ({locate(node)})"
         return value
 
-    def _note(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note a call of which the masked form is another function than the operator itself."""
+    def _is_another(self, node: fx.Node, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the masked form of a call, which gave a value, is another function than the operator itself."""
         with torch.no_grad():
             plain = node.target(*args, **kwargs)  # type: ignore[operator]
         kept = [_at_kept(one, self._of_result(node, i, one)) for i, one in enumerate(_tensors(value))]
         itself = [_at_kept(one, self._of_result(node, i, one)) for i, one in enumerate(_tensors(plain))]
-        if relative_error(itself, kept) > tolerance(itself):
-            self.excused[node.name] = node
+        return relative_error(itself, kept) > tolerance(itself)
 
     def _of_result(self, node: fx.Node, index: int, value: Tensor) -> Kept:
         axes = self.facts.axes.get(node.name)
@@ -136,7 +144,10 @@ class MaskedNetwork:
             for dim, keep in self._of_result(node, index, one).items():
                 gone = (~keep).nonzero().flatten()
                 left, right = one.detach(), other.detach()
-                suspects = gone[_varying(left.index_select(dim, gone), right.index_select(dim, gone), dim)]
+                pair = left.index_select(dim, gone), right.index_select(dim, gone)
+                if torch.equal(*pair):  # as nearly all are
+                    continue
+                suspects = gone[_varying(*pair, dim)]
                 if suspects.numel():
                     suspects = suspects[~_are_copies((left, right), dim, suspects)]
                 if suspects.numel():

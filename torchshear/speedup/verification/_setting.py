@@ -18,6 +18,7 @@ from torchshear.speedup._small_inputs import smaller_inputs
 from torchshear.speedup._traced import TracedModule
 from torchshear.speedup._varied_inputs import check_examples, table_sizes, varied_inputs
 from torchshear.speedup.verification._runs import (
+    Run,
     conditions,
     given,
     in_dtype,
@@ -43,7 +44,7 @@ class Trial:
         inputs: what to run on.
         state: canonical name -> tensor of the original; None for its own.
         dtype: dtype to compute in.
-        dense: outputs of the original, uncut, where they are known.
+        dense: outputs of the original, uncut; known of the last trial, if operators mix positions.
         is_captured: whether the graph is known to give those.
     """
 
@@ -69,6 +70,8 @@ class Setting:
         state: canonical name -> tensor of the original.
         trials: the example; other inputs; and yet others, with weights drawn anew where the original takes them. Of
             images, these have few pixels where the model takes them.
+        base: the example, or the like of it that is cheaper to run.
+        on_base: what the shrunk model gives on that in float64; None if it does not run in it.
         training: the original in train mode, if it has been captured.
         left_out: what could not be compared, and why; added to.
 
@@ -100,6 +103,7 @@ class Setting:
         self.mixes: Mixing = "no" if not mixed else "exactly" if all(map(zeros_are_exact, mixed)) else "yes"
         self.left_out: list[str] = []
         self.base = self._base(example)
+        self.on_base: Run | None = None
         self.dtype = self._dtype()
         self.trials = self._trials(example, seed)
 
@@ -120,9 +124,13 @@ class Setting:
 
     def _dtype(self) -> torch.dtype:
         wide, own = torch.float64, own_dtype(self.small)
-        if self._failure_of(self.candidate, wide) is None or self._failure_of(self.original, wide) is None:
+        try:
+            self.on_base = run_module(self.candidate, self.base, wide)
             return wide
-        failure = self._failure_of(self.original, own)
+        except Exception:  # a forward may raise anything
+            if self._failure_of_original(wide) is None:
+                return wide
+        failure = self._failure_of_original(own)
         if failure is None:
             return own
         raise VerificationError(
@@ -130,9 +138,9 @@ class Setting:
             f"inputs that the plan was made with."
         )
 
-    def _failure_of(self, model: nn.Module, dtype: torch.dtype) -> str | None:
+    def _failure_of_original(self, dtype: torch.dtype) -> str | None:
         try:
-            run_module(model, self.base, dtype)
+            run_module(self.original, self.base, dtype)
         except Exception as error:  # a forward may raise anything
             return f"{type(error).__name__}: {first_line(error)[:160]}"
         return None
@@ -150,13 +158,17 @@ class Setting:
             drawn = self.values.drawn(self.state, seed, buffers=buffers, whole=share_names(self.model))
             trial = self._varied(tables, drawn, seed, _SAMPLES[1])
             try:
+                if self.mixes == "no":
+                    if self._are_numbers(self.shrunk(trial).outputs):
+                        return trial
+                    continue
                 trial = replace(trial, dense=self.dense(trial))
-                if self._are_numbers(trial) and (self.mixes == "no" or self.is_captured(trial)):
-                    return replace(trial, is_captured=self.mixes != "no")
+                if self._are_numbers(trial.dense or []) and self.is_captured(trial):
+                    return replace(trial, is_captured=True)
             except Exception:  # code of the model may take no other values of what it holds
                 continue
         trial = self._varied(tables, None, seed, _SAMPLES[1])
-        return replace(trial, dense=self.dense(trial))
+        return trial if self.mixes == "no" else replace(trial, dense=self.dense(trial))
 
     def _varied(self, tables: dict[int, int], state: State | None, seed: int, samples: int | None = None) -> Trial:
         base = self.base
@@ -178,10 +190,16 @@ class Setting:
         with given(self.original, self.own(self.original, trial.state), self.caches[0]):
             return run_module(self.original, trial.inputs, trial.dtype, mode).outputs
 
-    def _are_numbers(self, trial: Trial) -> bool:
-        """Whether the original gives numbers for a trial, or as many of them as for the example."""
-        found = _n_bad(trial.dense or [])
-        return not found or found <= _n_bad(self.dense(Trial(self.base, None, self.dtype)))
+    def shrunk(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+        """What the shrunk model gives."""
+        state = None if trial.state is None else self.values.sliced(trial.state)
+        with given(self.candidate, self.own(self.candidate, state), self.caches[1]):
+            return run_module(self.candidate, trial.inputs, trial.dtype, mode, gradients=gradients)
+
+    def _are_numbers(self, outputs: list[Any]) -> bool:
+        """Whether outputs with other weights are numbers, or as many of them as for the example."""
+        n_bad = _n_bad(outputs)
+        return not n_bad or n_bad <= _n_bad(self.dense(Trial(self.base, None, self.dtype)))
 
     def own(self, model: nn.Module, state: State | None) -> dict[str, Tensor] | None:
         """Tensors by the names that a model has for them; None for its own."""

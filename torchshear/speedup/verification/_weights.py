@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from torchshear.dependency import ChannelGroups, Cut, make_state_plan
+from torchshear.dependency import ChannelGroups, Cut, StatePlan, make_state_plan
 from torchshear.speedup._redrawn import fill
 from torchshear.speedup._state import slice_state
 
@@ -20,18 +20,18 @@ class Values:
         cut: the units that are cut.
 
     Attributes:
-        masks: canonical name -> what is kept of the floating tensors, of their full shapes.
+        plans: canonical name -> what is kept of it, for floating tensors of which something is cut.
     """
 
     def __init__(self, groups: ChannelGroups, cut: Cut) -> None:
         self.groups = groups
         self.cut = cut
-        self.masks: dict[str, Tensor] = {}
+        self.plans: dict[str, StatePlan] = {}
         for name, entry in groups.graph.state.items():
             made = make_state_plan(cut, name)
             is_number = entry.tensor.is_floating_point() or entry.tensor.is_complex()
             if made is not None and made.kept and is_number:
-                self.masks[name] = made.mask()
+                self.plans[name] = made
 
     def of(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors of the original; constants as the graph holds them."""
@@ -40,7 +40,7 @@ class Values:
 
     def masked(self, state: State) -> dict[str, Tensor]:
         """The same with zeros at all that is cut."""
-        return {n: t.masked_fill(~self.masks[n].to(t.device), 0) if n in self.masks else t for n, t in state.items()}
+        return {n: _masked(t, self.plans[n]) if n in self.plans else t for n, t in state.items()}
 
     def sliced(self, state: State) -> dict[str, Tensor]:
         """What is kept of each."""
@@ -76,3 +76,15 @@ class Values:
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() * 0.1
                 drawn[name] = tensor + noise.to(tensor.device, tensor.dtype)
         return drawn
+
+
+def _masked(tensor: Tensor, plan: StatePlan) -> Tensor:
+    """A copy with zeros at all that is cut."""
+    if plan.blocks:
+        return tensor.masked_fill(~plan.mask().to(tensor.device), 0)
+    masked = tensor.detach().clone()
+    for dim, kept in plan.kept.items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        gone[torch.from_numpy(kept)] = False
+        masked.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
+    return masked
