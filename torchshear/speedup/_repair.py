@@ -87,6 +87,8 @@ class _Search:
     def run(self) -> Repair:
         """Mend fault after fault until there is none, or one that cannot be mended."""
         for number, trial in enumerate(self.trials):
+            if number and self._fault(trial.varied(is_searched=False), self.sizes) is None:
+                continue  # what comes out is right, and a look inside takes longer
             fault = self._fault(trial, self.sizes)
             first = fault
             while fault is not None:
