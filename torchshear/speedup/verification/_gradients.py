@@ -26,7 +26,7 @@ def compare_gradients(values: Values, expected: Run, actual: Run, where: str, *,
     if actual.gradients is None:
         raise VerificationError(f"{where} the shrunk model has no gradients, though the masked model has.")
     own = {values.canonical(name): gradient for name, gradient in expected.gradients.items()}
-    sliced = values.sliced({name: g for name, g in own.items() if name in values.groups.graph.state})
+    sliced = {name: gradient for name, gradient in own.items() if name in values.groups.graph.state}
     worst, name_of_worst = 0.0, ""
     smallest = _smallest_size(list(sliced.values()))
     for name, gradient in actual.gradients.items():

@@ -81,14 +81,14 @@ class _Proof:
         self._candidates: dict[Trial, Run] = {}
 
     def run(self, extra: Sequence[ExampleInputs]) -> Found:
-        trials, last = self.setting.trials, self.setting.trials[-1]
-        is_module, expected = self._expected(trials)
-        errors, actual = [], Run([])
-        for number, (trial, one) in enumerate(zip(trials, expected, strict=True)):
+        setting = self.setting
+        is_module, expected = self._expected()
+        last, errors, actual = setting.last, [], Run([])
+        for number, trial in enumerate((setting.first, setting.second, last)):
             actual = self._candidate_on(trial)
-            error = self._compare(trial, one, actual, expected[number - 1], is_module=is_module)
+            error = self._compare(trial, expected[number], actual, expected[number - 1], is_module=is_module)
             errors += [error] if trial.dtype is last.dtype else []  # large images are compared in the model's own dtype
-        values, is_wide = self.setting.values, last.dtype is torch.float64
+        values, is_wide = setting.values, last.dtype is torch.float64
         gradient_errors = [compare_gradients(values, expected[-1], actual, "in eval mode", is_wide=is_wide)]
         trained = self._of_module_in_training() if is_module else self._of_network_in_training(expected[-1])
         if trained is not None:
@@ -102,13 +102,13 @@ class _Proof:
         modes: tuple[Mode, ...] = ("eval",) if trained is None else ("eval", "train")
         return Found(max(errors), max(known, default=None), tuple(self.excused.values()), modes)
 
-    def _expected(self, trials: Sequence[Trial]) -> tuple[bool, list[Run]]:
-        """Whether the masked module is the reference, and what the reference gives on the trials."""
+    def _expected(self) -> tuple[bool, list[Run]]:
+        """Whether the masked module is the reference, and what the reference gives on the three trials."""
         mixes, n_noted = self.setting.mixes, len(self.setting.left_out)
         if mixes != "yes":
             self.has_gradients = self._is_differentiable(is_module=True)
             try:
-                expected = self._of_module(trials)
+                expected = self._of_module()
                 if mixes == "no" or self._gives(expected):
                     return True, expected
             except Exception:  # zeros for weights may be more than the model's own code takes
@@ -117,18 +117,20 @@ class _Proof:
             del self.setting.left_out[n_noted:]
             self._candidates.clear()
         self.has_gradients = self._is_differentiable(is_module=False)
-        return False, self._of_network(trials)
+        return False, self._of_network()
 
     def _gives(self, expected: Sequence[Run]) -> bool:
         """Whether the shrunk model gives on the trials what is expected."""
-        pairs = zip(self.setting.trials, expected, strict=True)
+        trials = (self.setting.first, self.setting.second, self.setting.last)
+        pairs = zip(trials, expected, strict=True)
         return all(relative_error(e.outputs, self._candidate_on(t).outputs) <= tolerance(e.outputs) for t, e in pairs)
 
     # -- the user's own module with masked parameters -----------------------------------------------------------------
 
-    def _of_module(self, trials: Sequence[Trial]) -> list[Run]:
-        first = [self._masked_module(trial) for trial in trials[:-1]]
-        return [*first, self._with_gradients(lambda gradients: self._masked_module(trials[-1], gradients=gradients))]
+    def _of_module(self) -> list[Run]:
+        first = [self._masked_module(trial) for trial in (self.setting.first, self.setting.second)]
+        last = self.setting.last
+        return [*first, self._with_gradients(lambda gradients: self._masked_module(last, gradients=gradients))]
 
     def _is_differentiable(self, *, is_module: bool) -> bool:
         """Whether gradients can be compared: a graph does not hold the backward of some functions of the user's."""
@@ -152,9 +154,9 @@ class _Proof:
 
     def _masked_module(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
         setting = self.setting
-        masked = setting.values.masked(trial.state or setting.state)
-        with given(setting.original, setting.own(setting.original, masked), setting.caches[0]):
-            return run_module(setting.original, trial.inputs, trial.dtype, mode, self._keep, gradients=gradients)
+        take = setting.values.of_gradient if gradients else None
+        with given(setting.original, setting.own(setting.original, setting.masked(trial)), setting.caches[0]):
+            return run_module(setting.original, trial.inputs, trial.dtype, mode, self._keep, take)
 
     def _keep(self, leaves: list[Any]) -> list[Any]:
         return kept_outputs(self.setting.plan, leaves)
@@ -163,7 +165,7 @@ class _Proof:
         """What it gives in train mode on the last trial; None where nothing can be compared."""
         if not self._can_train():
             return None
-        trial = self.setting.trials[-1]
+        trial = self.setting.last
         try:
             return self._masked_module(trial, "train", gradients=self.has_gradients)
         except Exception as error:  # a forward may raise anything
@@ -182,11 +184,11 @@ class _Proof:
 
     # -- the network on fewer channels --------------------------------------------------------------------------------
 
-    def _of_network(self, trials: Sequence[Trial]) -> list[Run]:
+    def _of_network(self) -> list[Run]:
         """The first two trials side by side, so that what is cut can be checked; the graph is checked on the last."""
-        first, second, last = trials
         values = self.setting.values
-        runs = self._masked_network([first, second], values)
+        runs = self._masked_network([self.setting.first, self.setting.second], values)
+        last = self.setting.last
         self._check_graph(last)
         return [*runs, self._with_gradients(lambda grad: self._masked_network([last], values, gradients=grad)[0])]
 
@@ -196,7 +198,7 @@ class _Proof:
         own = trial.state or setting.state
         masked = values.masked({name: own.get(name, entry.tensor) for name, entry in graph.state.items()})
         leaves = {
-            name: tensor.detach().clone().requires_grad_()
+            name: tensor.detach().requires_grad_()
             for name, tensor in masked.items()
             if gradients and tensor.is_floating_point() and graph.state[name].kind == "parameter"
         }
@@ -205,12 +207,12 @@ class _Proof:
         with conditions(trial.dtype, gradients=gradients):
             *_, (_, outputs) = network.values(inputs)
             kept = [self._keep(output_leaves(one)) for one in outputs]
-            found = gradients_of(kept[0], leaves) if gradients else None
+            found = gradients_of(kept[0], leaves, values.of_gradient) if gradients else None
         return [Run(detached(one), found) for one in kept]
 
     def _of_network_in_training(self, in_eval: Run) -> Run | None:
         """What it gives in train mode on the last trial; None where nothing can be compared."""
-        setting, trial = self.setting, self.setting.trials[-1]
+        setting, trial = self.setting, self.setting.last
         if not self._can_train():
             return None
         try:
@@ -234,8 +236,8 @@ class _Proof:
     def _candidate_on(self, trial: Trial) -> Run:
         """What the shrunk model gives on one of the trials, of the last with gradients; run once."""
         if trial not in self._candidates:
-            is_known = trial is self.setting.trials[0] and trial.inputs is self.setting.base and self.setting.on_base
-            is_last = trial is self.setting.trials[-1]
+            is_known = trial is self.setting.first and trial.inputs is self.setting.base and self.setting.on_base
+            is_last = trial is self.setting.last
             self._candidates[trial] = is_known or self._candidate(trial, gradients=is_last and self.has_gradients)
         return self._candidates[trial]
 
@@ -278,7 +280,7 @@ class _Proof:
 
     def _compare_switched(self, *, is_module: bool) -> float | None:
         """Largest difference with numbers in attributes that switch something off set to others; None without any."""
-        setting, trial = self.setting, self.setting.trials[-1]
+        setting, trial = self.setting, self.setting.last
         switches = find_switches(setting.original, setting.candidate)
         if not switches or setting.graph.parts is not None:
             return None
@@ -295,7 +297,7 @@ class _Proof:
 
     def _is_without_effect(self, switches: tuple[Switch, ...]) -> bool:
         """Whether the shrunk model, whose code is that of the original, gives the same with other attributes."""
-        trial = self.setting.trials[-1]
+        trial = self.setting.last
         before = self._candidate_on(trial).outputs
         try:
             with switched_on(self.setting.candidate, switches):

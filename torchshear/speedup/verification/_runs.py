@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.dependency import PruningPlan
 from torchshear.graph import Cache, ExampleInputs, Mode, caches_of, copy_model, forget, output_leaves
@@ -16,6 +17,7 @@ from torchshear.graph._precision import computing_in, to_float64
 from torchshear.speedup.verification._random import EqualRandomness
 
 Keep = Callable[[list[Any]], list[Any]]
+Take = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +26,8 @@ class Run:
 
     Attributes:
         outputs: flat outputs, those that shrink at their kept positions.
-        gradients: name of a parameter -> gradient of a fixed sum over the outputs; None if none was asked for, or no
-            output has one.
+        gradients: name of a parameter -> what is compared of the gradient of a fixed sum over the outputs; None if none
+            was asked for, or no output has one.
     """
 
     outputs: list[Any]
@@ -87,29 +89,28 @@ def run_module(
     dtype: torch.dtype,
     mode: Mode = "eval",
     keep: Keep | None = None,
-    *,
-    gradients: bool = False,
+    take: Take | None = None,
 ) -> Run:
     """Run a module on copies of inputs. Its mode, attributes and buffers are the same afterwards.
 
     Args:
-        model: the module, with parameters in `dtype`.
+        model: the module, with parameters in `dtype` that have no gradients.
         inputs: what to run on.
         dtype: dtype to compute in.
         mode: mode to run in.
         keep: takes the flat outputs to what is compared of them.
-        gradients: whether to compute gradients of all floating parameters.
+        take: takes the name and gradient of a floating parameter to what is compared of it; None for no gradients.
     """
     given = in_dtype(inputs, dtype)
-    leaves = {name: p for name, p in model.named_parameters() if p.is_floating_point()} if gradients else {}
+    leaves = {name: p for name, p in model.named_parameters() if p.is_floating_point()} if take is not None else {}
     flags = [(leaf, leaf.requires_grad) for leaf in leaves.values()]
     try:
         for leaf in leaves.values():
             leaf.requires_grad_(True)
-        with in_mode(model, mode), conditions(dtype, gradients=gradients):
+        with in_mode(model, mode), conditions(dtype, gradients=take is not None):
             outputs = output_leaves(model(*given.args, **given.kwargs))
             outputs = outputs if keep is None else keep(outputs)
-            return Run(detached(outputs), gradients_of(outputs, leaves) if gradients else None)
+            return Run(detached(outputs), None if take is None else gradients_of(outputs, leaves, take))
     finally:
         for leaf, needs in flags:
             leaf.requires_grad_(needs)
@@ -120,8 +121,16 @@ def detached(outputs: list[Any]) -> list[Any]:
     return [value.detach() if isinstance(value, Tensor) else value for value in outputs]
 
 
-def gradients_of(outputs: list[Any], leaves: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Gradients of a sum over all floating outputs, each element with a weight of its own; zero where there is none."""
+def gradients_of(outputs: list[Any], leaves: Mapping[str, Tensor], take: Take) -> dict[str, Tensor] | None:
+    """Gradients of a sum over all floating outputs, each element with a weight of its own; zero where there is none.
+
+    Only what is compared of each is kept, so that not all are there at once.
+
+    Args:
+        outputs: flat outputs.
+        leaves: name -> parameter without a gradient; as it was afterwards.
+        take: takes a name and a gradient to what is compared of it.
+    """
     total: Tensor | None = None
     for value in outputs:
         if isinstance(value, Tensor) and value.requires_grad:
@@ -132,9 +141,32 @@ def gradients_of(outputs: list[Any], leaves: Mapping[str, Tensor]) -> dict[str, 
             total = (finite * weights).sum() + (0 if total is None else total)
     if total is None or not leaves:
         return None
-    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    pairs = zip(leaves.items(), found, strict=True)
-    return {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in pairs}
+    found: dict[str, Tensor] = {}
+
+    def collect(name: str, leaf: Tensor) -> None:
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():  # types are what they are
+            found[name] = take(name, leaf.grad if leaf.grad is not None else leaf.new_zeros(()).expand(leaf.shape))
+            leaf.grad = None
+
+    handles = [
+        leaf.register_post_accumulate_grad_hook(lambda leaf, name=name: collect(name, leaf))  # type: ignore[no-untyped-call]
+        for name, leaf in leaves.items()
+    ]
+    try:
+        torch.autograd.backward(total, inputs=list(leaves.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for leaf in leaves.values():
+            leaf.grad = None
+    for name in leaves.keys() - found.keys():
+        collect(name, leaves[name])
+    return {name: found[name] for name in leaves}
+
+
+def as_it_is(name: str, gradient: Tensor) -> Tensor:
+    """Compare all of a gradient."""
+    return gradient
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What a proof compares: a model, what a plan made of it, and inputs and weights that exercise both."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torchshear.speedup._traced import TracedModule
 from torchshear.speedup._varied_inputs import check_examples, table_sizes, varied_inputs
 from torchshear.speedup.verification._runs import (
     Run,
+    as_it_is,
     conditions,
     given,
     in_dtype,
@@ -68,8 +70,8 @@ class Setting:
             in any of them, as in a sum, else "yes".
         values: what the cut makes of tensors.
         state: canonical name -> tensor of the original.
-        trials: the example; other inputs; and yet others, with weights drawn anew where the original takes them. Of
-            images, these have few pixels where the model takes them.
+        first: the trial with the example.
+        second: a trial with other inputs. Of images, these have few pixels where the model takes them.
         base: the example, or the like of it that is cheaper to run.
         on_base: what the shrunk model gives on that in float64; None if it does not run in it.
         training: the original in train mode, if it has been captured.
@@ -105,7 +107,8 @@ class Setting:
         self.base = self._base(example)
         self.on_base: Run | None = None
         self.dtype = self._dtype()
-        self.trials = self._trials(example, seed)
+        self._seed = seed
+        self.first, self.second = self._first_trials(example)
 
     def _base(self, example: ExampleInputs) -> ExampleInputs:
         """The example with small images, where the graph takes them, and three samples, where the batch is free.
@@ -145,42 +148,54 @@ class Setting:
             return f"{type(error).__name__}: {first_line(error)[:160]}"
         return None
 
-    def _trials(self, example: ExampleInputs, seed: int) -> list[Trial]:
-        tables = table_sizes(self.graph)
+    def _first_trials(self, example: ExampleInputs) -> tuple[Trial, Trial]:
         first = Trial(self.base, None, self.dtype)
         if self.mixes == "no" and _images(self.base) != _images(example):  # the example itself, once
             first = Trial(example, None, own_dtype(self.small))
-        return [first, self._varied(tables, None, seed), self._drawn(tables, seed + 1)]
+        return first, self._varied(None, self._seed)
 
-    def _drawn(self, tables: dict[int, int], seed: int) -> Trial:
-        """A trial with weights drawn anew; with the model's own if it does not give numbers with others."""
+    @cached_property
+    def last(self) -> Trial:
+        """A trial with yet other inputs and weights drawn anew, or the model's own if it gives no numbers with others.
+
+        Made when it is asked for: its weights take as much memory as the model's. Where no operator mixes positions,
+        what is cut of them is zero.
+        """
+        seed = self._seed + 1
         for buffers in (True, False):
             drawn = self.values.drawn(self.state, seed, buffers=buffers, whole=share_names(self.model))
-            trial = self._varied(tables, drawn, seed, _SAMPLES[1])
             try:
                 if self.mixes == "no":
+                    trial = self._varied(self.values.masked_drawn(drawn, self.state), seed, _SAMPLES[1])
                     if self._are_numbers(self.shrunk(trial).outputs):
                         return trial
                     continue
+                trial = self._varied(drawn, seed, _SAMPLES[1])
                 trial = replace(trial, dense=self.dense(trial))
                 if self._are_numbers(trial.dense or []) and self.is_captured(trial):
                     return replace(trial, is_captured=True)
             except Exception:  # code of the model may take no other values of what it holds
                 continue
-        trial = self._varied(tables, None, seed, _SAMPLES[1])
+        trial = self._varied(None, seed, _SAMPLES[1])
         return trial if self.mixes == "no" else replace(trial, dense=self.dense(trial))
 
-    def _varied(self, tables: dict[int, int], state: State | None, seed: int, samples: int | None = None) -> Trial:
+    def masked(self, trial: Trial) -> State:
+        """The tensors of a trial with zeros at all that is cut."""
+        if trial.state is not None and self.mixes == "no":
+            return trial.state
+        return self.values.masked(trial.state or self.state)
+
+    def _varied(self, state: State | None, seed: int, samples: int | None = None) -> Trial:
         base = self.base
         if samples is not None and self.graph.batch_hint is not None and base.batch_size() == _SAMPLES[0]:
             base = base.with_batch(samples)
         with given(self.original, self.own(self.original, state), self.caches[0]):
-            inputs = varied_inputs(base, tables, self._takes, seed)
+            inputs = varied_inputs(base, table_sizes(self.graph), self._takes, seed)
         return Trial(inputs, state, self.dtype)
 
     def beside(self, trial: Trial) -> Trial:
         """The last trial with yet other inputs."""
-        return replace(trial, inputs=self._varied(table_sizes(self.graph), trial.state, 7, _SAMPLES[1]).inputs)
+        return replace(trial, inputs=self._varied(trial.state, 7, _SAMPLES[1]).inputs)
 
     def _takes(self, inputs: ExampleInputs) -> bool:
         return failure_of(self.original, inputs, "eval") is None
@@ -194,7 +209,8 @@ class Setting:
         """What the shrunk model gives."""
         state = None if trial.state is None else self.values.sliced(trial.state)
         with given(self.candidate, self.own(self.candidate, state), self.caches[1]):
-            return run_module(self.candidate, trial.inputs, trial.dtype, mode, gradients=gradients)
+            take = as_it_is if gradients else None
+            return run_module(self.candidate, trial.inputs, trial.dtype, mode, take=take)
 
     def _are_numbers(self, outputs: list[Any]) -> bool:
         """Whether outputs with other weights are numbers, or as many of them as for the example."""

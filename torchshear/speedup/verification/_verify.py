@@ -133,7 +133,7 @@ def verify_analyzed(
         reference="kept positions" if found.excused else "masked",
         max_error=found.max_error,
         dtype=setting.dtype,
-        n_inputs=len(setting.trials) + len(extra),
+        n_inputs=3 + len(extra),
         operators=found.excused,
         modes=found.modes,
         max_gradient_error=found.max_gradient_error,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from torchshear.dependency import ChannelGroups, Cut, StatePlan, make_state_plan
 from torchshear.speedup._redrawn import fill
-from torchshear.speedup._state import slice_state
+from torchshear.speedup._state import cut_tensor, slice_state
 
 State = Mapping[str, Tensor]
 
@@ -39,12 +39,24 @@ class Values:
         return {name: named.get(name, entry.tensor).detach() for name, entry in self.groups.graph.state.items()}
 
     def masked(self, state: State) -> dict[str, Tensor]:
-        """The same with zeros at all that is cut."""
-        return {n: _masked(t, self.plans[n]) if n in self.plans else t for n, t in state.items()}
+        """Copies of those of which something is cut, with zeros there, and the others."""
+        return {n: _masked(t.detach().clone(), self.plans[n]) if n in self.plans else t for n, t in state.items()}
+
+    def masked_drawn(self, drawn: State, state: State) -> dict[str, Tensor]:
+        """As `masked`, of tensors drawn anew, which are written to; those that are still of `state` are copied."""
+        copied = {
+            name: t.detach().clone() if name in self.plans and t is state[name] else t for name, t in drawn.items()
+        }
+        return {name: _masked(t, self.plans[name]) if name in self.plans else t for name, t in copied.items()}
 
     def sliced(self, state: State) -> dict[str, Tensor]:
         """What is kept of each."""
         return slice_state(self.cut, dict(state))
+
+    def of_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """What is kept of the gradient of a parameter, by any of its names."""
+        plan = self.plans.get(self.canonical(name))
+        return gradient if plan is None else cut_tensor(gradient, plan)
 
     def named(self, model: nn.Module, state: State) -> dict[str, Tensor]:
         """Those that a model has, by its own names for them."""
@@ -79,12 +91,11 @@ class Values:
 
 
 def _masked(tensor: Tensor, plan: StatePlan) -> Tensor:
-    """A copy with zeros at all that is cut."""
+    """The tensor, with all that is cut set to zero."""
     if plan.blocks:
-        return tensor.masked_fill(~plan.mask().to(tensor.device), 0)
-    masked = tensor.detach().clone()
+        return tensor.masked_fill_(~plan.mask().to(tensor.device), 0)
     for dim, kept in plan.kept.items():
         gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
         gone[torch.from_numpy(kept)] = False
-        masked.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
-    return masked
+        tensor.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), 0)
+    return tensor
