@@ -29,16 +29,52 @@ _STRICT = frozenset(
 class _Claimed(TorchFunctionMode):
     """Narrow tensors say that they are in float64, so that code which compares dtypes takes them for what they become.
 
-    Operands of functions that refuse two dtypes are widened before the call.
+    Operands of functions that refuse two dtypes are widened before the call. For a backward they are kept as they were,
+    and widened again when it comes to them: kept wide, all weights of a network would be there twice more.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._widened: list[tuple[Tensor, Tensor]] = []  # of the call under way: what was given, and that in float64
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if getattr(func, "__name__", "").partition(".")[0] in _STRICT:
-            args, kwargs = pytree.tree_map_only(Tensor, _wide, (args, kwargs or {}))
+            return self._strict(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         return _WIDER.get(result, result) if isinstance(result, torch.dtype) else result
+
+    def _strict(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self._widened
+        narrow, spec = pytree.tree_flatten((args, kwargs))
+        wide = [_wide(leaf) if isinstance(leaf, Tensor) else leaf for leaf in narrow]
+        self._widened = [(a, b) for a, b in zip(narrow, wide, strict=True) if a is not b]
+        try:
+            args, kwargs = pytree.tree_unflatten(wide, spec)
+            with torch.autograd.graph.saved_tensors_hooks(self._packed, _unpacked):
+                return func(*args, **kwargs)
+        finally:
+            self._widened = before
+
+    def _packed(self, tensor: Tensor) -> Any:
+        """What is kept of a tensor for the backward: of a widened one, where it came from."""
+        with torch._C.DisableTorchFunction():
+            for narrow, wide in self._widened:
+                is_same = tensor.data_ptr() == wide.data_ptr() and tensor.shape == wide.shape
+                if is_same and tensor.stride() == wide.stride():
+                    return _Narrow(narrow.detach())
+        return tensor
+
+
+class _Narrow(NamedTuple):
+    """Stands for a tensor in float64."""
+
+    tensor: Tensor
+
+
+def _unpacked(kept: Any) -> Tensor:
+    return _wide(kept.tensor) if isinstance(kept, _Narrow) else kept
 
 
 def _wide(tensor: Tensor) -> Tensor:

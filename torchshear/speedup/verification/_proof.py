@@ -1,5 +1,6 @@
 """The proof of one cut: which reference holds, and all comparisons with it."""
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -90,7 +91,9 @@ class _Proof:
             errors += [error] if trial.dtype is last.dtype else []  # large images are compared in the model's own dtype
         values, is_wide = setting.values, last.dtype is torch.float64
         gradient_errors = [compare_gradients(values, expected[-1], actual, "in eval mode", is_wide=is_wide)]
-        trained = self._of_module_in_training() if is_module else self._of_network_in_training(expected[-1])
+        self._candidates[last] = actual = Run(actual.outputs)  # gradients take as much memory as the shrunk model
+        in_eval = Run(expected.pop().outputs) if is_module else expected.pop()
+        trained = self._of_module_in_training() if is_module else self._of_network_in_training(in_eval)
         if trained is not None:
             actual = self._candidate(last, "train", gradients=self.has_gradients)
             errors.append(_compare_in_training(trained, actual))
@@ -205,7 +208,7 @@ class _Proof:
         network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves}, self.excused)
         inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in trials]
         with conditions(trial.dtype, gradients=gradients):
-            *_, (_, outputs) = network.values(inputs)
+            ((_, outputs),) = deque(network.values(inputs), maxlen=1)  # of the last node; others are not kept
             kept = [self._keep(output_leaves(one)) for one in outputs]
             found = gradients_of(kept[0], leaves, values.of_gradient) if gradients else None
         return [Run(detached(one), found) for one in kept]
