@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from torchshear.graph import Cache, forget
 
+_PERIOD = 65537  # a prime, so that no two rows of a matrix are the same
+
 
 class SharedWeights:
     """Tensors that a graph and a native form compute with in turn: the model's own, or others drawn in their place.
@@ -64,8 +66,21 @@ def fill(tensor: Tensor, own: Tensor, generator: torch.Generator | None) -> None
     if generator is None:
         tensor.copy_(own)
         return
-    noise = torch.randn(own.shape, generator=generator)
+    noise = _noise(own.shape, generator)
     if own.ndim > 1:
         tensor.copy_(noise.mul_(sqrt(2 / max(1, own[0].numel()))))
     else:
         tensor.copy_(own).add_(noise.mul_(0.1).to(own.device))
+
+
+def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Numbers of a standard normal distribution; of a large tensor they repeat, since drawing takes long."""
+    size = shape.numel()
+    if size <= _PERIOD:
+        return torch.randn(shape, generator=generator)
+    period = torch.randn(_PERIOD, generator=generator)
+    whole = size // _PERIOD
+    noise = torch.empty(size)
+    noise[: whole * _PERIOD].view(whole, _PERIOD).copy_(period)
+    noise[whole * _PERIOD :] = period[: size % _PERIOD]
+    return noise.view(shape)
