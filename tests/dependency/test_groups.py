@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.models import Attention, Grouped, Residual, Tied, image, randomise
+from tests.strategies import RandomNetwork, example_input
 from torchshear.dependency import ChannelGroups, operator_rule, registered_operators, unregister
 from torchshear.errors import ArgumentError
 from torchshear.pruners import plan_from_kept
@@ -205,3 +206,20 @@ def test_a_block_that_cannot_be_cut_fixes_the_others() -> None:
     assert len(groups) == 0
     reasons = {(f.name, f.dim): f.reason for f in groups.fixed}
     assert "another block of it cannot be cut: aten.conv2d.default in module 'one'" in reasons["two.weight", 1]
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99])
+def test_something_is_left_where_groups_cross(ratio: float) -> None:
+    """Channels of a padded shortcut go with either of two groups, since they are shuffled in blocks behind it."""
+    blocks = [
+        {"kind": "unfold", "width": 4},
+        {"kind": "pad_shortcut", "front": 2, "back": 2, "mid": 3},
+        {"kind": "channel_shuffle", "groups": 2},
+    ]
+    description = {"layout": "map", "input": [2, 5, 4, 4], "seed": 1, "outputs": "head", "blocks": blocks}
+    model, x = RandomNetwork(description), example_input(description)
+    groups = groups_of(model, x)
+    assert [(group.width, group.least) for group in groups][:2] == [(2, 1), (4, 3)]
+    for criterion in ("l1", "random", "fpgm"):
+        plan = torchshear.plan(groups, ratio=ratio, criterion=criterion)
+        assert min(plan.state["blocks.0.a.weight"].new_shape) > 0

@@ -14,7 +14,9 @@ from torchshear.dependency import Cut, _registry
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup._compare import relative_error
+from torchshear.speedup.verification._gradients import compare_gradients
 from torchshear.speedup.verification._reference import MaskedNetwork
+from torchshear.speedup.verification._runs import Run
 from torchshear.speedup.verification._weights import Values
 
 
@@ -469,3 +471,37 @@ def test_a_fault_that_only_data_shows_is_found() -> None:
     assert torchshear.verify(model, small, plan, (torch.randn(3, 4),)).max_error < 1e-12
     with pytest.raises(VerificationError):
         torchshear.verify(model, small, plan, (torch.randn(3, 4),), data=[torch.full((2, 4), 100.0)], batches=1)
+
+
+class Picking(nn.Module):
+    """Picks channels of its input by a list, which shrinks with the layer that reads them."""
+
+    def __init__(self, kept: bool) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1)
+        if kept:
+            self.register_buffer("picked", torch.tensor([0, 3, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of four channels."""
+        return self.two(self.one(x[:, self.picked if hasattr(self, "picked") else [0, 3, 2]]).softmax(1))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_what_a_shorter_list_picks_is_cut(kept: bool) -> None:
+    result = torchshear.prune(randomise(Picking(kept)), (torch.randn(2, 4, 3, 3),), ratio=0.5)
+    assert result.verification.reference == "kept positions"
+    assert result.model.get_parameter("one.weight").shape[:2] == (3, 2)
+
+
+def test_gradients_that_are_zero_but_for_rounding_are_equal() -> None:
+    """Behind a norm over each map, a mean of each map tells nothing of what came before: all but the last are noise."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 4, dtype=torch.float64),)))
+    values = Values(groups, Cut(groups, {}))
+    noise = [{name: 1e-12 * torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(2)]
+    one, two = (Run([], gradients | {"2.bias": torch.full((4,), 0.07).double()}) for gradients in noise)
+    assert compare_gradients(values, one, two, "in eval mode", is_wide=True) < 1e-7
+    two.gradients["1.weight"][0] = 1e-7  # type: ignore[index]
+    with pytest.raises(VerificationError, match=r"in eval mode the gradient of '1\.weight' differs"):
+        compare_gradients(values, one, two, "in eval mode", is_wide=True)

@@ -10,7 +10,7 @@ from torchshear.dependency._axis import Algebra, Axis
 from torchshear.dependency._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
 from torchshear.dependency._call import Facts
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
-from torchshear.dependency._minimums import fix_unclear_minimums, least_units
+from torchshear.dependency._minimums import fix_unclear_minimums, keep_crossings, least_units
 from torchshear.dependency._roles import with_roles
 from torchshear.dependency._scales import with_scales
 from torchshear.dependency._units import PAD, Ids
@@ -56,6 +56,7 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
             break
     members = _members(facts, dimensions, group_of)
     joint, least = _joint_groups(algebra, facts, group_of), least_units(algebra, facts, group_of)
+    keep_crossings(algebra, (dimension.axis for dimension in dimensions), group_of, least, joint)
     mixed = _mixed_groups(algebra, facts, group_of)
     users = _first_users(graph)
     groups: list[ChannelGroup] = []

@@ -1,10 +1,11 @@
 """Minimums: how many units of each group must stay, so that enough positions of an axis do."""
 
+from collections.abc import Iterable, Mapping
 from math import prod
 
 import numpy as np
 
-from torchshear.dependency._axis import Algebra
+from torchshear.dependency._axis import Algebra, Axis
 from torchshear.dependency._balance import is_plain
 from torchshear.dependency._call import Because, Facts
 from torchshear.dependency._units import PAD, Ids
@@ -44,6 +45,53 @@ def least_units(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]
             others = prod(least.get(other, 1) for other, _ in factors if other != group)
             least[group] = max(least.get(group, 1), min(width, -(-count // others)))
     return least
+
+
+def keep_crossings(
+    algebra: Algebra, axes: Iterable[Axis], group_of: Ids, least: dict[int, int], joint: Mapping[int, int]
+) -> None:
+    """Raise minimums so that something is left of axes whose positions go with a unit of any of several groups.
+
+    Of an axis that is a product of whole groups something is left if something is left of each. Where groups cross in
+    another way, as channels and the blocks that they are shuffled in, each may take a share of the positions only.
+
+    Args:
+        algebra: the units.
+        axes: axes of parameters and buffers.
+        group_of: number of the group of each unit, -1 for none.
+        least: number of a group -> units that must stay in each of its dimensions; raised in place.
+        joint: number of a group -> number of dimensions that its units are shared out among, where that is not one.
+    """
+    widths = np.bincount(group_of[group_of >= 0])
+    for units in {id(axis.units): axis.units for axis in axes}.values():
+        rows = algebra.store.resolve(units)
+        if rows.shape[1] < 2 or is_plain(rows):
+            continue
+        groups = np.where(rows == PAD, -1, group_of[rows])
+        if (groups.max(1) < 0).any() or _holds_product(rows, groups, group_of, widths):
+            continue
+        crossing = [int(group) for group in np.unique(groups) if group >= 0]
+        share = {g: int(np.unique(rows[groups == g], return_counts=True)[1].max()) for g in crossing}
+        left = len(rows) - 1  # positions that may go
+        for number, group in enumerate(sorted(crossing, key=lambda group: -share[group])):
+            others = sum(share[other] for other in sorted(crossing, key=lambda group: -share[group])[number + 1 :])
+            fair = left // (len(crossing) - number) // share[group]
+            cut = max(fair, int(share[group] + others <= left))
+            peers = joint.get(group, 1)
+            cut = min(cut, int(widths[group]) - peers * least.get(group, 1))
+            least[group] = -(-(int(widths[group]) - cut) // peers)
+            left -= cut * share[group]
+
+
+def _holds_product(rows: Ids, groups: Ids, group_of: Ids, widths: Ids) -> bool:
+    """Whether some of the positions are a product of whole groups, or all units of one, each once or more often."""
+    kinds, kind_of = np.unique(np.sort(groups, 1), axis=0, return_inverse=True)
+    for kind in range(len(kinds)):
+        here = np.unique(rows[kind_of.reshape(-1) == kind], axis=0)
+        factors = _factors(here[:, (here != PAD).any(0)], group_of)
+        if factors and all(width == widths[group] for group, width in factors):
+            return True
+    return False
 
 
 def _factors(rows: Ids, group_of: Ids) -> list[Factor]:

@@ -190,7 +190,10 @@ class _Run:
                 self.values.pop(operand, None)
 
     def moved(self, node: fx.Node, index: int, dim: int, positions: Tensor) -> Tensor:
-        """Which positions of a result change with the numbers at cut positions of the operands; weights keep theirs."""
+        """Which positions of a result change with the numbers at cut positions of the operands.
+
+        Weights keep theirs, which are zero. Integers, as of a list of channels to pick, are exchanged for kept ones.
+        """
         seen = {o: self._junk(o, self._before.get(o, self.values[o])) for o in node.all_input_nodes}
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: seen[operand])
         with torch.no_grad():
@@ -201,22 +204,31 @@ class _Run:
     def _junk(self, operand: fx.Node, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [self._spoilt(one, self.network._of_result(operand, i, one)) for i, one in enumerate(value)]
-        if not isinstance(value, Tensor) or operand.op == "get_attr":
+        if not isinstance(value, Tensor) or (operand.op == "get_attr" and not _are_integers(value)):
             return value
         return self._spoilt(value, self.network.kept(operand, value))
 
     @staticmethod
     def _spoilt(value: Tensor, kept: Kept) -> Tensor:
         value = value.detach().clone()
-        if not value.is_floating_point() and not value.is_complex():
+        if value.dtype is torch.bool:
             return value
         for dim, keep in kept.items():
             gone = (~keep).nonzero().flatten()
+            if _are_integers(value):
+                left = keep.nonzero().flatten()
+                others = left[torch.arange(len(gone), device=left.device) % len(left)]
+                value.index_copy_(dim, gone, value.index_select(dim, others))
+                continue
             part = value.index_select(dim, gone)
             places = torch.arange(1, part.numel() + 1, dtype=torch.float64, device=value.device)
             noise = 1 + 0.5 * torch.cos(places * 3**0.5).reshape(part.shape)
             value.index_copy_(dim, gone, noise.to(value.dtype))
         return value
+
+
+def _are_integers(value: Tensor) -> bool:
+    return not value.is_floating_point() and not value.is_complex() and value.dtype is not torch.bool
 
 
 def _writes(node: fx.Node) -> bool:
