@@ -28,9 +28,9 @@ help: ## list the targets
 	@touch $@
 
 .venv/.zoo: .venv/.installed
-	@echo "Adding torchvision, timm, transformers and what trains their models."
+	@echo "Adding torchvision, timm, transformers, ultralytics and what trains their models."
 	@$(PIP) pillow transformers accelerate peft lightning
-	@$(PIP) --no-deps torchvision timm
+	@$(PIP) --no-deps torchvision timm ultralytics opencv-python-headless
 	@touch $@
 
 .venv/.bench: .venv/.zoo

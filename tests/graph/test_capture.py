@@ -296,3 +296,32 @@ def test_hooks_that_a_forward_installs_are_gone_with_what_remembers_them() -> No
     torchshear.trace(model, (x,))
     assert len(model.one._forward_hooks) == 1
     assert model(x)[1] == 1
+
+
+class Anchored(nn.Module):
+    """Keeps a table for the shape that it saw last, as detectors keep anchors; of the class before it saw any."""
+
+    shape: tuple[int, ...] = ()
+    table = torch.zeros(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            self.table = torch.arange(x.shape[1], device=x.device).unsqueeze(1) * 0.5
+            self.shape = tuple(x.shape[1:])
+        return self.layer(x) + self.table
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_what_a_capture_leaves_in_a_model_is_no_constant_of_the_next(ran: bool) -> None:
+    model, x = Anchored().eval(), torch.randn(2, 5, 6)
+    if ran:
+        model(x)
+    before = dict(vars(model))
+    graph = torchshear.trace(model, (x,))
+    assert graph.batch_hint is not None
+    assert all(type(entry.tensor) in (Tensor, nn.Parameter) for entry in graph.state.values())
+    assert vars(model) == before

@@ -12,11 +12,12 @@ import torchshear
 from tests.models import Residual, image, randomise
 from torchshear.dependency import Cut, _registry
 from torchshear.errors import ArgumentError, DataError, VerificationError
+from torchshear.graph import ExampleInputs
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup._compare import relative_error
 from torchshear.speedup.verification._gradients import compare_gradients
 from torchshear.speedup.verification._reference import MaskedNetwork
-from torchshear.speedup.verification._runs import Run
+from torchshear.speedup.verification._runs import Run, as_it_is, run_module
 from torchshear.speedup.verification._weights import Values
 
 
@@ -505,3 +506,21 @@ def test_gradients_that_are_zero_but_for_rounding_are_equal() -> None:
     two.gradients["1.weight"][0] = 1e-7  # type: ignore[index]
     with pytest.raises(VerificationError, match=r"in eval mode the gradient of '1\.weight' differs"):
         compare_gradients(values, one, two, "in eval mode", is_wide=True)
+
+
+def test_gradients_of_one_sample_are_those_of_its_layout() -> None:
+    """Channels are innermost, and the stride of the batch, which is one, that of a token: kernels misread it."""
+    model = nn.BatchNorm2d(8).double().eval()
+    seen: list[Tensor] = []
+
+    def odd(gradient: Tensor) -> Tensor:
+        inner = gradient.permute(0, 2, 3, 1).contiguous().as_strided((1, 8, 4, 4), (8, 1, 32, 8))
+        seen.append(inner)
+        return inner
+
+    def watch(_: nn.Module, __: object, output: Tensor) -> None:
+        output.register_hook(odd)
+
+    model.register_forward_hook(watch)
+    run = run_module(model, ExampleInputs.of((torch.randn(1, 8, 4, 4).double(),)), torch.float64, take=as_it_is)
+    torch.testing.assert_close(run.gradients["bias"], seen[0].sum((0, 2, 3)))  # type: ignore[index]

@@ -26,6 +26,7 @@ from torchshear.graph._functions import SeenCall, function_calls, watched_functi
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._keeping import kept_state
 from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
 from torchshear.graph._parts import PartRun, is_inside, parts_of, whole_of
@@ -256,9 +257,10 @@ def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
 def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, list[SeenCall]]:
     """Run torch.export; gives the program, and the functions with a backward of their own that the model called.
 
-    The Python code of the graphs that it makes on its way is not needed, and not compiled.
+    The Python code of the graphs that it makes on its way is not needed, and not compiled. What the model keeps of the
+    run is put back, since its tensors have no values: another capture would take them for constants.
     """
-    with _use_lazy_graph_module(True), MaskedAssignments(), watched_functions() as seen:
+    with kept_state(model), _use_lazy_graph_module(True), MaskedAssignments(), watched_functions() as seen:
         if not is_on_meta(model):
             return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), seen
         inputs = inputs.map(lambda tensor: tensor.to("meta"))

@@ -138,7 +138,7 @@ class _Proof:
     def _is_differentiable(self, *, is_module: bool) -> bool:
         """Whether gradients can be compared: a graph does not hold the backward of some functions of the user's."""
         lost = self.setting.graph.lost_backwards
-        is_graph = not is_module or any(isinstance(module, TracedModule) for module in self.setting.small.modules())
+        is_graph = not is_module or self.setting.is_traced
         if lost and is_graph:
             self.setting.left_out.append(f"gradients: a graph does not hold the backward of {lost[0]}")
         return not (lost and is_graph)

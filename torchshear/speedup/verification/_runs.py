@@ -1,7 +1,7 @@
 """Running a module for a comparison: copies, modes, given weights, outputs and gradients."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torchshear.dependency import PruningPlan
 from torchshear.graph import Cache, ExampleInputs, Mode, caches_of, copy_model, forget, output_leaves
 from torchshear.graph._mode import in_mode
 from torchshear.graph._precision import computing_in, to_float64
+from torchshear.speedup.verification._kernels import SoundKernels
 from torchshear.speedup.verification._random import EqualRandomness
 
 Keep = Callable[[list[Any]], list[Any]]
@@ -79,7 +80,8 @@ def kept_outputs(plan: PruningPlan, leaves: list[Any]) -> list[Any]:
 def conditions(dtype: torch.dtype, *, gradients: bool = False) -> Iterator[None]:
     """What a run is compared under: one dtype throughout, random numbers that are equal, gradients or none."""
     equal = EqualRandomness()  # type: ignore[no-untyped-call]
-    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), equal, computing_in(dtype):
+    sound = SoundKernels() if gradients else nullcontext()  # type: ignore[no-untyped-call]
+    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), equal, sound, computing_in(dtype):
         yield
 
 

@@ -72,6 +72,7 @@ class Setting:
         state: canonical name -> tensor of the original.
         first: the trial with the example.
         second: a trial with other inputs. Of images, these have few pixels where the model takes them.
+        is_traced: whether the shrunk model, or a part of it, is traced.
         base: the example, or the like of it that is cheaper to run.
         on_base: what the shrunk model gives on that in float64; None if it does not run in it.
         training: the original in train mode, if it has been captured.
@@ -104,6 +105,7 @@ class Setting:
         mixed = [n for n in self.graph if any(self.cut.changes(a) for a in groups.facts.mixed.get(n.name, ()))]
         self.mixes: Mixing = "no" if not mixed else "exactly" if all(map(zeros_are_exact, mixed)) else "yes"
         self.left_out: list[str] = []
+        self.is_traced = any(isinstance(module, TracedModule) for module in small.modules())
         self.base = self._base(example)
         self.on_base: Run | None = None
         self.dtype = self._dtype()
@@ -116,7 +118,7 @@ class Setting:
         Of a large model one: three would take three times as long, and the forms of it have been tried with more.
         """
         batch, small = example.batch_size(), example
-        if not any(isinstance(module, TracedModule) for module in self.small.modules()):  # which has sizes of its own
+        if not self.is_traced:  # a traced form has sizes of its own
             small = smaller_inputs(self.graph, self.model, example)
         is_large = small is example and dense_cost(self.graph).macs > _LARGE
         samples = 1 if is_large else _SAMPLES[0]
@@ -126,10 +128,13 @@ class Setting:
         return small if failure_of(self.model, few, "eval") is not None else few
 
     def _dtype(self) -> torch.dtype:
+        """Float64 if the original runs in it. A native form has its code; a traced one took branches of its own."""
         wide, own = torch.float64, own_dtype(self.small)
         try:
             self.on_base = run_module(self.candidate, self.base, wide)
-            return wide
+            if not self.is_traced or self._failure_of_original(wide) is None:
+                return wide
+            self.on_base = None
         except Exception:  # a forward may raise anything
             if self._failure_of_original(wide) is None:
                 return wide
