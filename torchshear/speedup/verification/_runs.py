@@ -96,7 +96,7 @@ def run_module(
     """Run a module on copies of inputs. Its mode, attributes and buffers are the same afterwards.
 
     Args:
-        model: the module, with parameters in `dtype` that have no gradients.
+        model: the module, with parameters in `dtype`; they have no gradients afterwards.
         inputs: what to run on.
         dtype: dtype to compute in.
         mode: mode to run in.
@@ -130,7 +130,7 @@ def gradients_of(outputs: list[Any], leaves: Mapping[str, Tensor], take: Take) -
 
     Args:
         outputs: flat outputs.
-        leaves: name -> parameter without a gradient; as it was afterwards.
+        leaves: name -> parameter, which has no gradient afterwards.
         take: takes a name and a gradient to what is compared of it.
     """
     total: Tensor | None = None
@@ -144,6 +144,8 @@ def gradients_of(outputs: list[Any], leaves: Mapping[str, Tensor], take: Take) -
     if total is None or not leaves:
         return None
     found: dict[str, Tensor] = {}
+    for leaf in leaves.values():
+        leaf.grad = None  # a copy of a parameter of a class of its own may have one
 
     def collect(name: str, leaf: Tensor) -> None:
         with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():  # types are what they are
