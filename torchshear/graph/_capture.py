@@ -211,10 +211,16 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_ot
 def _at_first_batch(model: nn.Module, inputs: ExampleInputs, mode: Mode, prime: int, other: Graph | None) -> Graph:
     """The capture at the first batch, from torch.export, or from a run that is held against that in the other mode."""
     given = inputs.unfilled(prime)
-    found = second_capture(other, model, given) if other is not None else None
+    found = second_capture(other, model, given) if other is not None and not _counts_batches(model) else None
     if found is None:
         return _to_graph(*_export(model, given), model, inputs, mode, prime)
     return replace(found, mode=mode, batch_hint=prime, second=None, training=None)
+
+
+def _counts_batches(model: nn.Module) -> bool:
+    """Whether batch norms count their batches, which they do in train mode alone."""
+    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+    return any(norm.track_running_stats and norm.training for norm in norms)
 
 
 def _at_second_batch(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph:
