@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 _DEEPEST = 3  # containers in containers that are looked into
 _NOT_LOOKED_INTO = (nn.Module, Tensor, type, ModuleType, FunctionType)
+_PLAIN = frozenset({type(None), bool, int, float, str, tuple, nn.Parameter})  # hold nothing that a run changes
 
 
 @contextmanager
@@ -39,6 +40,7 @@ class _Kept:
     def __init__(self) -> None:
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._held: dict[int, tuple[Any, Any]] = {}
+        self._empty: list[dict[Any, Any]] = []  # as most are: of hooks that nobody registered
 
     def look(self, value: Any, depth: int = 0) -> None:
         """Keep a tensor's values, or what a container holds and what is inside that."""
@@ -52,10 +54,15 @@ class _Kept:
         content = dict(holder) if isinstance(holder, dict) else list(holder)
         self._held[id(holder)] = (holder, content)
         for item in content.values() if isinstance(content, dict) else content:
-            self.look(item, depth + 1)
+            if isinstance(item, dict) and not item:
+                self._empty.append(item)
+            elif type(item) not in _PLAIN:
+                self.look(item, depth + 1)
 
     def put_back(self) -> None:
         """Undo all changes."""
+        for holder in self._empty:
+            holder.clear()
         for holder, content in self._held.values():
             if isinstance(holder, dict):
                 _restore(holder, content)
