@@ -118,6 +118,24 @@ def test_other_calls_are_left_to_torch_export(make: type[nn.Module]) -> None:
         assert second_capture(_first(model, inputs, 37, "eval"), model, inputs.unfilled(3)) is None
 
 
+def test_a_call_more_is_left_to_torch_export() -> None:
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("large", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            if x.shape[0] > 10:
+                self.large.add_(1)  # type: ignore[operator]
+            return y
+
+    inputs = ExampleInputs.of((torch.randn(2, 4),))
+    model = Notes()
+    with in_mode(model, "eval"), plain_outputs(model):
+        assert second_capture(_first(model, inputs, 3, "eval"), model, inputs.unfilled(37)) is None
+
+
 def test_other_constants_are_left_to_torch_export() -> None:
     class Scaled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
