@@ -70,11 +70,12 @@ def keep_crossings(
         groups = np.where(rows == PAD, -1, group_of[rows])
         if (groups.max(1) < 0).any() or _holds_product(rows, groups, group_of, widths):
             continue
-        crossing = [int(group) for group in np.unique(groups) if group >= 0]
-        share = {g: int(np.unique(rows[groups == g], return_counts=True)[1].max()) for g in crossing}
+        known = (int(group) for group in np.unique(groups) if group >= 0)
+        share = {group: int(np.unique(rows[groups == group], return_counts=True)[1].max()) for group in known}
+        crossing = sorted(share, key=lambda group: -share[group])  # those whose units take most positions first
         left = len(rows) - 1  # positions that may go
-        for number, group in enumerate(sorted(crossing, key=lambda group: -share[group])):
-            others = sum(share[other] for other in sorted(crossing, key=lambda group: -share[group])[number + 1 :])
+        for number, group in enumerate(crossing):
+            others = sum(share[other] for other in crossing[number + 1 :])
             fair = left // (len(crossing) - number) // share[group]
             cut = max(fair, int(share[group] + others <= left))
             peers = joint.get(group, 1)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchshear.graph._dispatch import LeanDispatchMode
 from torchshear.graph._inputs import ExampleInputs
 
 _WIDER = {
@@ -90,17 +90,13 @@ def _wide(tensor: Tensor) -> Tensor:
     return single.to(_WIDER[tensor.dtype]).expand(tensor.shape)
 
 
-class _Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Widened(LeanDispatchMode):  # type: ignore[no-untyped-call]
     """Every operator that is asked for a narrow floating dtype gets the wide one, and so does every new constant.
 
     Narrow operands are computed with in float64, and stay as they are: weights are widened where they are used, one
     call at a time, so that no copy of the model is needed. What is written to a narrow tensor is rounded to it;
     statistics of batch norms, whose operators do not say that they write, are then not updated.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # a wrapper around every call that costs as much as the call
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

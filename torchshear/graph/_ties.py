@@ -6,7 +6,8 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchshear.graph._dispatch import LeanDispatchMode
 
 _aten = torch.ops.aten
 
@@ -101,7 +102,7 @@ class Choices:
 Step = Callable[[Any, Tensor, int | None, Any], Any]
 
 
-class _Ordering(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Ordering(LeanDispatchMode):
     """Gives the results of operators that order values to a function, and takes what it gives in their place."""
 
     def __init__(self, step: Step) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchshear.graph._dispatch import LeanDispatchMode
 
 _MEANS = {"rand": 0.5, "rand_like": 0.5, "randn": 0.1, "randn_like": 0.1, "normal_functional": 0.1}
 _IN_PLACE = {"uniform_": 0.5, "normal_": 0.1, "exponential_": 0.5}
@@ -13,15 +14,11 @@ _NAMES = frozenset({"native_dropout", "bernoulli", "bernoulli_", *_MEANS, *_IN_P
 _DRAWS: dict[Any, str] = {}  # operator -> its name if it draws numbers, else ""
 
 
-class EqualRandomness(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class EqualRandomness(LeanDispatchMode):  # type: ignore[no-untyped-call]
     """Gives every draw one fixed value, the mean where there is one: dropout then drops nothing.
 
     A small model draws fewer numbers than the large one, so that equal seeds do not make them equal.
     """
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # a wrapper around every call that costs as much as the call
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
