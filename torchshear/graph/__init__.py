@@ -1,6 +1,7 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
 from torchshear.graph import _masked_operators  # registers the masked forms of the ATen operators
+from torchshear.graph._alone import alone
 from torchshear.graph._caches import Cache, caches_of, forget
 from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
@@ -34,6 +35,7 @@ __all__ = [
     "PartRun",
     "Parts",
     "StateTensor",
+    "alone",
     "among_zeros",
     "as_if_exporting",
     "as_names",

@@ -16,6 +16,7 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
+from torchshear.graph._alone import alone
 from torchshear.graph._backwards import with_own_backwards
 from torchshear.graph._batch import free_batch, hides_batch, probe_prime, second_batch
 from torchshear.graph._caches import caches_of, forget
@@ -38,6 +39,7 @@ _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator, or torc
 _HERE = f"{Path(__file__).parent}{os.sep}"
 
 
+@alone()
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] = (),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchshear.graph._alone import alone
 from torchshear.graph._graph import Mode
 from torchshear.graph._keeping import kept_state
 from torchshear.graph._quiet import quiet_torch
@@ -21,10 +22,10 @@ _ASK_ALWAYS = (nn.Module.__call__.__code__.co_filename, str(Path(torch.__file__)
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
     """Put the model into a mode; afterwards its state (see `kept_state`) and the RNG are what they were."""
-    flags = [(module, module.training) for module in model.modules()]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with kept_state(model), torch.random.fork_rng(devices=devices), quiet_torch():
+    with alone(), kept_state(model), torch.random.fork_rng(devices=devices), quiet_torch():
+        flags = [(module, module.training) for module in model.modules()]
+        try:
             warnings.simplefilter("ignore")  # the model's own warnings come when it is run
             # Flags are set directly: a train() of the user's own may do more than that, such as merging weights. A
             # model that is being trained keeps the flags it has, among them those of frozen batch norms.
@@ -32,9 +33,9 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
                 for module, _ in flags:
                     module.training = mode == "train"
             yield
-    finally:
-        for module, training in flags:
-            module.training = training
+        finally:
+            for module, training in flags:
+                module.training = training
 
 
 @contextmanager
@@ -47,14 +48,15 @@ def as_if_exporting() -> Iterator[None]:
 @contextmanager
 def _flags_of_compiler(value: Any) -> Iterator[None]:
     flags = ("_is_compiling_flag", "_is_exporting_flag")
-    before = {name: getattr(torch.compiler, name) for name in flags if hasattr(torch.compiler, name)}
-    try:
-        for name in before:
-            setattr(torch.compiler, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(torch.compiler, name, value)
+    with alone():
+        before = {name: getattr(torch.compiler, name) for name in flags if hasattr(torch.compiler, name)}
+        try:
+            for name in before:
+                setattr(torch.compiler, name, value)
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(torch.compiler, name, value)
 
 
 class _Question:

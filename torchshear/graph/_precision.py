@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from torchshear.graph._alone import alone
 from torchshear.graph._dispatch import LeanDispatchMode
 from torchshear.graph._inputs import ExampleInputs
 
@@ -188,13 +189,14 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
     if dtype is not torch.float64:
         yield
         return
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Claimed(), _Widened():  # type: ignore[no-untyped-call]
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    with alone():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with _Claimed(), _Widened():  # type: ignore[no-untyped-call]
+                yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def to_float64(inputs: ExampleInputs) -> ExampleInputs:

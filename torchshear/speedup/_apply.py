@@ -8,7 +8,7 @@ from torch import nn
 
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, is_on_meta
+from torchshear.graph import ExampleInputs, alone, is_on_meta
 from torchshear.speedup._fold import fold_constants
 from torchshear.speedup._parts import shrink_parts
 from torchshear.speedup._shrink import Made, analysis_of, shrink_whole
@@ -56,6 +56,7 @@ def shrink(
     return shrink_to_form(model, plan, args, kwargs, fold_bias=fold_bias, verify=verify).model
 
 
+@alone()
 def shrink_to_form(
     model: nn.Module,
     plan: PruningPlan,

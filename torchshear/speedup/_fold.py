@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import VerificationError, WeightError
-from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, whole_of
+from torchshear.graph import ExampleInputs, PartRun, alone, is_on_meta, output_leaves, whole_of
 from torchshear.speedup._compare import relative_error, tolerance
 from torchshear.speedup._constants import ConstantNetwork, Decide, Look
 from torchshear.speedup._fold_means import Means, find_places_of_means
@@ -31,6 +31,7 @@ from torchshear.speedup.verification._runs import (
 from torchshear.speedup.verification._weights import Values
 
 
+@alone()
 def fold_constants(
     model: nn.Module,
     shrunk: Shrunk,

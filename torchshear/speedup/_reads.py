@@ -1,6 +1,5 @@
 """Which attributes a model reads while it runs."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from torchshear.dependency import Slot
+from torchshear.graph import alone
 from torchshear.speedup._sizes import is_record
 
 Reads = set[tuple[int, str]]  # id of the object, name of the attribute
-_LOCK = threading.Lock()  # classes are watched by one search at a time
 
 
 @contextmanager
@@ -27,7 +26,7 @@ def recorded(model: nn.Module) -> Iterator[Reads]:
         owners[id(module)] = module
         owners.update((id(value), value) for value in vars(module).values() if is_record(value))
     watched: list[tuple[type, Any]] = []
-    with _LOCK:
+    with alone():
         try:
             for cls in dict.fromkeys(type(owner) for owner in owners.values()):
                 own = vars(cls).get("__getattribute__")

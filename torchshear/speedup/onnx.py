@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
-from torchshear.graph import kept_state, plain_outputs
+from torchshear.graph import alone, kept_state, plain_outputs
 from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._compare import ordinary_scale
 from torchshear.speedup._decompositions import decomposed
@@ -61,6 +61,7 @@ class OnnxFile:
     dynamic_length: bool = False
 
 
+@alone()
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],

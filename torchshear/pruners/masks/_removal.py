@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, make_plan
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import Graph, close_to, output_leaves
+from torchshear.graph import Graph, alone, close_to, output_leaves
 from torchshear.graph._run import graph_output
 from torchshear.pruners.masks._masks import Masks
 from torchshear.pruners.masks._members import by_position, mask_of_units, unit_values
@@ -24,6 +24,7 @@ _N_PROBES: Final = 2  # random inputs, beside the example
 _TOLERANCE: Final = 1e-9  # of the largest output; what is proved is the sum of exact zeros
 
 
+@alone()
 def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> PruningPlan:
     """Plan the removal of units that masks have ended, so that the shrunk model computes what the masked one does.
 

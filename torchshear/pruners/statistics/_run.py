@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torchshear._distributed import n_processes
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError, first_line
-from torchshear.graph import locate
+from torchshear.graph import alone, locate
 from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.pruners.statistics._batches import described
@@ -137,7 +137,7 @@ class Run:
     def batch(self, leaves: list[Any], target: Any) -> None:
         """Run one batch forward, and backward where there is a loss."""
         size = len(leaves[self._source[0]]) if self._source is not None else 1
-        with torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
+        with alone(), torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
             held: dict[str, Tensor] = {}
             if self.loss_fn is not None and torch.is_inference_mode_enabled():
                 raise DataError("no gradients can be taken under torch.inference_mode; collect outside of it.")

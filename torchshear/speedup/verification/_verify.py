@@ -9,7 +9,7 @@ from torch import nn
 
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, VerificationError
-from torchshear.graph import ExampleInputs, Mode, PartRun, failure_of, whole_of
+from torchshear.graph import ExampleInputs, Mode, PartRun, alone, failure_of, whole_of
 from torchshear.speedup._batches import arguments_of
 from torchshear.speedup._shrink import TrainingCut, analysis_of, recorded_run
 from torchshear.speedup._traced import signature_of
@@ -45,6 +45,7 @@ class Verification:
     left_out: tuple[str, ...] = ()
 
 
+@alone()
 def verify(
     model: nn.Module,
     small: nn.Module,
