@@ -224,7 +224,7 @@ def test_a_role_stands_for_narrower_ones_unless_they_are_named() -> None:
         ({"axes": "chanels"}, r"axes: 'chanels' is no role; roles of this model's groups are residual \(2\), "),
         ({"axes": "chanels"}, "Close to it: channels"),
         ({"axes": "heads"}, r"axes: no group has the role 'heads'; .*channels \(2\), ffn \(1\); other roles are"),
-        ({"axes": ["ffn", "heads"]}, "no group has the role 'heads'"),
+        ({"axes": ["state", "heads"]}, "no group has the role 'state' or 'heads'; roles of this model's groups are"),
         ({"axes": []}, "names no role"),
         ({"axes": 5}, "axes=5; expected a string or several"),
         ({"ratio": {}}, "empty mapping"),

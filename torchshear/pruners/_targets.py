@@ -35,7 +35,7 @@ def choose_targets(
         ratio: a fraction for every group, or a mapping; of the keys that fit a group counts, in this order, its name, a
             pattern of names, its role, a role that stands for narrower ones, and "*". What no key fits stays whole, and
             so does a factor of channels of which another shrinks, unless a key is its name.
-        axes: roles that may shrink; None for all.
+        axes: roles that may shrink, of which some group must have one; None for all.
         exclude: patterns of names; a group with a member that one of them fits stays whole. Names of groups, too.
 
     Returns:
@@ -80,9 +80,10 @@ def _as_roles(groups: ChannelGroups, axes: str | Collection[str] | None) -> tupl
     for name in names:
         if name not in ROLES:
             raise ArgumentError(f"axes: {name!r} is no role; {roles_here(groups)}{close_to(name, ROLES)}")
-        if not any(group.role in narrower(name) for group in groups):
-            raise ArgumentError(f"axes: no group has the role {name!r}; {roles_here(groups)}")
-    return frozenset(role for name in names for role in narrower(name)), names
+    allowed = frozenset(role for name in names for role in narrower(name))
+    if not any(group.role in allowed for group in groups):
+        raise ArgumentError(f"axes: no group has the role {' or '.join(map(repr, names))}; {roles_here(groups)}")
+    return allowed, names
 
 
 class _Kept:

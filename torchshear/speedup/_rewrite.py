@@ -43,18 +43,20 @@ class Change:
 def rewrite_graph(graph: fx.Graph, facts: Facts, cut: Cut) -> fx.Graph:
     """Copy a graph with all sizes after the cut. Node names are kept; metadata is not.
 
+    Nodes are made before their arguments, so that calls that compute a size cannot take the name of any of them.
+
     Args:
         graph: the captured graph.
         facts: what the rules noted of this graph.
         cut: the checked choice of units.
     """
     copy = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        call = rewritten_call(node, facts, cut)
-        args = _instantiate(copy, call.args, env)
-        kwargs = _instantiate(copy, call.kwargs, env)
-        env[node] = copy.create_node(node.op, call.target, args, kwargs, name=node.name)
+    calls = {node: rewritten_call(node, facts, cut) for node in graph.nodes}
+    env = {node: copy.create_node(node.op, call.target, name=node.name) for node, call in calls.items()}
+    for node, call in calls.items():
+        with copy.inserting_before(env[node]):
+            env[node].args = _instantiate(copy, call.args, env)
+            env[node].kwargs = _instantiate(copy, call.kwargs, env)
     return copy
 
 

@@ -1,6 +1,7 @@
 """The trials that a native form has to pass, each made when the one before is passed."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,7 +12,7 @@ from torchshear.graph._run import graph_values
 from torchshear.speedup._judge import Expected, Trial
 from torchshear.speedup._redrawn import SharedWeights
 from torchshear.speedup._small_inputs import smaller_inputs
-from torchshear.speedup._varied_inputs import table_sizes, varied_inputs
+from torchshear.speedup._varied_inputs import gives_numbers, table_sizes, varied_inputs
 
 
 class Trials:
@@ -75,15 +76,13 @@ class Trials:
         inputs = smaller_inputs(self._graph, self._model)
         batch = example_of(self._graph).batch_size()
         more = inputs.with_batch(batch + 1) if self._graph.batch_hint is not None and batch else inputs
-        inputs = varied_inputs(more, table_sizes(self._graph), self._takes, seed=1)
+        takes = partial(gives_numbers, self._model, example=example_of(self._graph))
+        inputs = varied_inputs(more, table_sizes(self._graph), takes, seed=1)
         trial = self._trial(inputs, 1)
         outputs = trial.expected.outputs
         if all(bool(out.isfinite().all()) for out in outputs if isinstance(out, Tensor)):
             return trial
         return self._trial(inputs, None)
-
-    def _takes(self, inputs: ExampleInputs) -> bool:
-        return failure_of(self._model, inputs, "eval") is None
 
     def _trial(self, inputs: ExampleInputs, seed: int | None) -> Trial:
         def values(leaves: list[object]) -> Iterator[object]:

@@ -1,12 +1,15 @@
 """Inputs that exercise a model: every tensor of the example drawn anew, within what the model takes."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from torchshear.errors import ArgumentError
-from torchshear.graph import ExampleInputs, Graph
+from torchshear.graph import ExampleInputs, Graph, output_leaves
+from torchshear.graph._check import run_model
+from torchshear.graph._mode import in_mode
 from torchshear.graph._run import bound_arguments
 
 _HANDED_ON = frozenset(
@@ -95,15 +98,16 @@ def varied_inputs(
     Args:
         example: the example inputs.
         tables: see `table_sizes`.
-        runs: whether the model takes some inputs; asked where there are others than floating tensors.
+        runs: whether the model takes some inputs; asked where there are others than finite floating tensors.
         seed: seed of the draw.
 
     Returns:
-        The first of these that the model takes: everything drawn; integers in another order; the example's integers.
+        The first of these that the model takes: everything drawn; with masks the other way round, so that no row hides
+        everything; integers in another order; the example's integers and infinities.
     """
-    if all(tensor.is_floating_point() or tensor.is_complex() for tensor in example.tensors()):
+    if all(_is_plain(tensor) for tensor in example.tensors()):
         return random_like(example, seed)
-    for draw in (_drawn, _shuffled, _as_given):
+    for draw in (_drawn, _turned, _shuffled, _as_given):
         generator = torch.Generator().manual_seed(seed)
         numbers = iter(range(len(example.tensors())))
         inputs = example.map(lambda t, draw=draw: draw(t, tables.get(next(numbers)), generator))  # noqa: B023
@@ -112,8 +116,29 @@ def varied_inputs(
     return inputs
 
 
+def gives_numbers(model: nn.Module, inputs: ExampleInputs, example: ExampleInputs) -> bool:
+    """Whether a model takes some inputs in eval mode, with NaN in no more of its outputs than on the example.
+
+    Args:
+        model: the model.
+        inputs: what it is tried on.
+        example: inputs that it takes.
+    """
+    with in_mode(model, "eval"):
+        try:
+            n_bad = n_outputs_with_nan(output_leaves(run_model(model, inputs)))
+        except Exception:  # a forward may raise anything
+            return False
+        return not n_bad or n_bad <= n_outputs_with_nan(output_leaves(run_model(model, example)))
+
+
+def n_outputs_with_nan(outputs: list[Any]) -> int:
+    """Number of flat outputs that hold a NaN, as attention gives where a mask hides all that it could see."""
+    return sum(bool(v.isnan().any()) for v in outputs if isinstance(v, Tensor) and v.is_floating_point())
+
+
 def random_like(inputs: ExampleInputs, seed: int) -> ExampleInputs:
-    """Inputs of the same shapes: floating tensors drawn anew with the spread of the examples, others as they are.
+    """Inputs of the same shapes: finite floating tensors drawn anew with the spread of the examples, others as given.
 
     Args:
         inputs: the example inputs.
@@ -123,20 +148,17 @@ def random_like(inputs: ExampleInputs, seed: int) -> ExampleInputs:
     return inputs.map(lambda tensor: _as_given(tensor, None, generator))
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether any numbers will do in place of a tensor's: it is floating, and no mask of infinities."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and (tensor.is_meta or bool(tensor.isfinite().all()))
+
+
 def _as_given(tensor: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
-    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-        return tensor.detach().clone()
-    values = _values(tensor)
-    if len(values) == 2:
-        return values[(torch.rand(tensor.shape, generator=generator) < _KEPT).long().to(tensor.device)]
-    spread = float(tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64).std(correction=0))
-    spread = spread if 0 < spread < float("inf") else 1.0
-    kind = torch.complex128 if tensor.is_complex() else torch.float64
-    return (torch.randn(tensor.shape, generator=generator, dtype=kind) * spread).to(tensor.device, tensor.dtype)
+    return _numbers(tensor, generator) if _is_plain(tensor) else tensor.detach().clone()
 
 
 def _shuffled(tensor: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
-    if tensor.is_meta or tensor.is_floating_point() or tensor.is_complex():
+    if tensor.is_meta or _is_plain(tensor):
         return _as_given(tensor, rows, generator)
     order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
     return tensor.detach().flatten()[order].reshape(tensor.shape)
@@ -144,13 +166,26 @@ def _shuffled(tensor: Tensor, rows: int | None, generator: torch.Generator) -> T
 
 def _drawn(tensor: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
     if tensor.is_meta or tensor.is_floating_point() or tensor.is_complex():
-        return _as_given(tensor, rows, generator)
+        return _numbers(tensor, generator)
     low, high = int(tensor.min()), int(tensor.max())
-    if tensor.dtype == torch.bool or (rows is None and 0 <= low <= high <= 1):
+    if _is_mask(tensor, rows):
         return _mask(tensor, generator)
     low, high = (min(low, 0), rows - 1) if rows else (low, high)
     drawn = torch.randint(low, high + 1, tensor.shape, generator=generator)
     return drawn.to(tensor.device, tensor.dtype)
+
+
+def _turned(tensor: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
+    """As drawn, but for masks, whose truth values are exchanged: in some models true means hidden."""
+    drawn = _drawn(tensor, rows, generator)
+    return drawn.logical_not().to(tensor.dtype) if not tensor.is_meta and _is_mask(tensor, rows) else drawn
+
+
+def _is_mask(tensor: Tensor, rows: int | None) -> bool:
+    """Whether integers are truth values: zeros and ones that are looked up in no table."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return False
+    return tensor.dtype == torch.bool or (rows is None and 0 <= int(tensor.min()) <= int(tensor.max()) <= 1)
 
 
 def _mask(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -159,6 +194,19 @@ def _mask(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if tensor.ndim:
         drawn[..., 0] = True
     return drawn.to(tensor.device, tensor.dtype)
+
+
+def _numbers(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Floating numbers with the spread of those given, or their two values where they have no more."""
+    if tensor.is_meta:
+        return tensor.detach().clone()
+    values = _values(tensor)
+    if len(values) == 2:
+        return values[(torch.rand(tensor.shape, generator=generator) < _KEPT).long().to(tensor.device)]
+    kind = torch.complex128 if tensor.is_complex() else torch.float64
+    spread = float(tensor.detach().to(kind).std(correction=0))
+    spread = spread if 0 < spread < float("inf") else 1.0
+    return (torch.randn(tensor.shape, generator=generator, dtype=kind) * spread).to(tensor.device, tensor.dtype)
 
 
 def _values(tensor: Tensor) -> Tensor:

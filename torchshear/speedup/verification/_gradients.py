@@ -46,8 +46,13 @@ def compare_gradients(values: Values, expected: Run, actual: Run, where: str, *,
 
 def _smallest_size(gradients: Sequence[Tensor]) -> float:
     """What counts as the least size of a gradient: behind a norm some, or nearly all, are zero but for rounding."""
-    sizes = [float(g.abs().mean()) for g in gradients if g.numel() and (g.is_floating_point() or g.is_complex())]
+    sizes = [_mean_size(g) for g in gradients if g.numel() and (g.is_floating_point() or g.is_complex())]
     return 1e-2 * max(sizes, default=0.0)
+
+
+def _mean_size(gradient: Tensor) -> float:
+    """Mean magnitude of those elements that are numbers; 0.0 if none is."""
+    return float(gradient.abs().nanmean().nan_to_num(0.0))
 
 
 def _gradient_error(expected: Tensor, actual: Tensor, smallest: float) -> float:
@@ -56,7 +61,6 @@ def _gradient_error(expected: Tensor, actual: Tensor, smallest: float) -> float:
         return float("inf")
     if not expected.numel():
         return 0.0
-    difference = (expected - actual).abs().masked_fill(expected.isnan() & actual.isnan(), 0)
-    scale = (expected.abs() + expected.abs().mean() + smallest).clamp_min(torch.finfo(torch.float64).tiny)
-    error = float((difference / scale).max())
+    scale = (expected.abs() + _mean_size(expected) + smallest).clamp_min(torch.finfo(torch.float64).tiny)
+    error = float(((expected - actual).abs() / scale).masked_fill(expected.isnan() & actual.isnan(), 0).max())
     return error if error == error else float("inf")

@@ -17,7 +17,13 @@ from torchshear.speedup._kept_scale import share_names
 from torchshear.speedup._shrink import TrainingCut
 from torchshear.speedup._small_inputs import smaller_inputs
 from torchshear.speedup._traced import TracedModule
-from torchshear.speedup._varied_inputs import check_examples, table_sizes, varied_inputs
+from torchshear.speedup._varied_inputs import (
+    check_examples,
+    gives_numbers,
+    n_outputs_with_nan,
+    table_sizes,
+    varied_inputs,
+)
 from torchshear.speedup.verification._runs import (
     Run,
     as_it_is,
@@ -203,7 +209,7 @@ class Setting:
         return replace(trial, inputs=self._varied(trial.state, 7, _SAMPLES[1]).inputs)
 
     def _takes(self, inputs: ExampleInputs) -> bool:
-        return failure_of(self.original, inputs, "eval") is None
+        return gives_numbers(self.original, inputs, self.base)
 
     def dense(self, trial: Trial, mode: Mode = "eval") -> list[Any]:
         """Outputs of the original, uncut."""
@@ -219,8 +225,8 @@ class Setting:
 
     def _are_numbers(self, outputs: list[Any]) -> bool:
         """Whether outputs with other weights are numbers, or as many of them as for the example."""
-        n_bad = _n_bad(outputs)
-        return not n_bad or n_bad <= _n_bad(self.dense(Trial(self.base, None, self.dtype)))
+        n_bad = n_outputs_with_nan(outputs)
+        return not n_bad or n_bad <= n_outputs_with_nan(self.dense(Trial(self.base, None, self.dtype)))
 
     def own(self, model: nn.Module, state: State | None) -> dict[str, Tensor] | None:
         """Tensors by the names that a model has for them; None for its own."""
@@ -247,8 +253,3 @@ def _chooses(graph: Graph) -> bool:
 def _images(inputs: ExampleInputs) -> list[tuple[int, ...]]:
     """Sizes of the images among the inputs."""
     return [tuple(tensor.shape[-2:]) for tensor in inputs.tensors() if tensor.ndim > 3]
-
-
-def _n_bad(outputs: list[Any]) -> int:
-    """Number of outputs with NaN."""
-    return sum(bool(v.isnan().any()) for v in outputs if isinstance(v, Tensor) and v.is_floating_point())
