@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency._axis import Algebra, Axes, Axis
+from torchshear.dependency._read_values import digest_of, label_of
 from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
 from torchshear.graph._graph import shape_of, tensor_operands
@@ -99,6 +100,7 @@ class Facts:
     balances: list[Balance] = field(default_factory=list)
     minimums: list[Minimum] = field(default_factory=list)
     positions: dict[str, Axis] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)  # buffer or constant whose values were read -> their digest
     layers: dict[str, str] = field(default_factory=dict)  # weight -> the first weight of its layer, if that has several
     parts: list[Axis] = field(default_factory=list)
     pointers: dict[str, Axis] = field(
@@ -115,6 +117,7 @@ class Facts:
             balances=self.balances,
             minimums=self.minimums,
             positions=self.positions,
+            values=self.values,
             layers=self.layers,
             parts=self.parts,
         )
@@ -131,6 +134,7 @@ class Facts:
             balances=list(self.balances),
             minimums=list(self.minimums),
             positions=dict(self.positions),
+            values=dict(self.values),
             layers=dict(self.layers),
             parts=list(self.parts),
             pointers=dict(self.pointers),
@@ -230,11 +234,15 @@ class Call:
         return None
 
     def constant(self, operand: fx.Node) -> npt.NDArray[Any] | None:
-        """Values of an operand that is a buffer or literal, or None if it is computed or has no data."""
+        """Values of an operand that is a buffer or literal, or None if it is computed or has no data.
+
+        They decide what a plan does from here on: it is refused where a model or a checkpoint has others.
+        """
         name = self.state_name(operand)
         entry = self.graph.state.get(name) if name else None
-        if entry is None or entry.kind == "parameter" or entry.tensor.is_meta:
+        if name is None or entry is None or entry.kind == "parameter" or entry.tensor.is_meta:
             return None
+        self._facts.values[label_of(self.graph, name)] = digest_of(entry.tensor)
         return np.asarray(entry.tensor.detach().cpu().numpy())
 
     # -- demanding ----------------------------------------------------------------------------------------------------

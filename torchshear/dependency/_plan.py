@@ -56,6 +56,8 @@ class PruningPlan:
         whole: canonical name -> shape, for those that a `state_dict` holds and that stay as they are.
         aliases: further names of tied parameters -> canonical name.
         fingerprint: hash of the graph that the plan is for.
+        values: canonical name -> hash of its values, for buffers and constants whose values decide which channels go
+            together, as an order of channels does; the plan is for models that have the same.
         model_type: qualified class name of the model.
         inputs: description of the example inputs, from which a model can be traced again; None if they are not
             plain data. Of a plan for parts of a model: `(args, kwargs)` of each captured call.
@@ -80,6 +82,7 @@ class PruningPlan:
     request: Mapping[str, Any]
     refused: Mapping[str, str]
     versions: Mapping[str, str]
+    values: Mapping[str, str] = field(default_factory=dict)
     prunable_outputs: tuple[str, ...] = ()
     outputs: tuple[OutputPlan, ...] = ()
     parts: Parts | None = None
@@ -142,7 +145,8 @@ class PruningPlan:
         """Plans are equal if they keep the same of the same network."""
         if not isinstance(other, PruningPlan):
             return NotImplemented
-        return self.fingerprint == other.fingerprint and _same_kept(self.kept, other.kept)
+        same_network = self.fingerprint == other.fingerprint and self.values == other.values
+        return same_network and _same_kept(self.kept, other.kept)
 
     def __hash__(self) -> int:
         return hash((self.fingerprint, self.n_cut))
@@ -196,6 +200,7 @@ def make_plan(
         request=dict(request),
         refused=refused,
         versions={"torchshear": version("torchshear"), "torch": str(torch.__version__)},
+        values=dict(groups.facts.values),
         prunable_outputs=groups.prunable_outputs,
         outputs=output_plans(cut),
         parts=graph.parts,
@@ -231,6 +236,7 @@ def _to_document(plan: PruningPlan, writer: IndexWriter) -> dict[str, Any]:
         "model": {
             "type": plan.model_type,
             "fingerprint": plan.fingerprint,
+            **({"values": dict(plan.values)} if plan.values else {}),
             "inputs": plan.inputs,
             **({"parts": {"calls": list(plan.parts.calls), "pinned": dict(plan.parts.pinned)}} if plan.parts else {}),
         },
@@ -279,6 +285,7 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
             request=dict(document["request"]),
             refused=dict(document["refused"]),
             versions=dict(document["versions"]),
+            values={name: str(digest) for name, digest in document["model"].get("values", {}).items()},
             prunable_outputs=tuple(str(name) for name in document.get("prunable_outputs", ())),
             outputs=read_outputs(document.get("outputs", []), reader),
             parts=_read_parts(document["model"].get("parts")),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchshear._checkpoint import match_names, open_checkpoint
 from torchshear.dependency import ChannelGroups
+from torchshear.dependency._read_values import differing_value
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph
 
@@ -24,7 +25,8 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
     Raises:
         ArgumentError: `source` is of another type.
         CheckpointError: it is a path, and there is no checkpoint that can be read.
-        WeightError: it lacks a weight that can shrink, or has it in another shape; the latter when it is looked up.
+        WeightError: it lacks a weight that can shrink, or has it in another shape; the latter when it is looked up. Or
+            it has other values of a buffer that the groups rest on.
     """
     graph = groups.graph
     if source is None:
@@ -36,7 +38,10 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
             f"weights is {type(source).__name__}; expected the folder of a checkpoint, or a mapping from parameter "
             f"names to tensors."
         )
-    given = _GivenWeights(source, _names(source, graph), graph)
+    names = _names(source, graph)
+    _check_values(groups, source, names)
+    parameters = {name: given for name, given in names.items() if graph.state[name].kind == "parameter"}
+    given = _GivenWeights(source, parameters, graph)
     for group in groups.prunable:
         for member in group.members:
             if graph.state[member.name].kind == "parameter" and member.name not in given:
@@ -50,8 +55,20 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
 def _names(source: Mapping[str, Tensor], graph: Graph) -> dict[str, str]:
     """Canonical name -> name in the source, under any of the names of tied parameters."""
     matching = match_names(source, graph.aliases)
-    names = {graph.aliases[known]: given for given, known in matching.names.items()}
-    return {name: given for name, given in names.items() if graph.state[name].kind == "parameter"}
+    return {graph.aliases[known]: given for given, known in matching.names.items()}
+
+
+def _check_values(groups: ChannelGroups, source: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    """Raise if the source has other values of a buffer than those that told which channels go together."""
+    read = {name: digest for name, digest in groups.facts.values.items() if name in names}
+    found = {name: source[names[name]] for name in read}
+    wrong = differing_value(read, {name: value for name, value in found.items() if isinstance(value, Tensor)})
+    if wrong is not None:
+        raise WeightError(
+            f"{wrong} in the weights that were given; the network was analysed with values of it that say which "
+            f"channels go together. Give the model the buffers of these weights (load_state_dict with strict=False "
+            f"takes a dictionary of these alone), then trace and analyze it again."
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torchshear._checkpoint import Checkpoint, match_names
 from torchshear.dependency import PruningPlan, StatePlan
+from torchshear.dependency._read_values import differing_value
 from torchshear.errors import CheckpointError
 
 Unknown = Literal["refuse", "copy", "drop"]
@@ -31,13 +32,14 @@ def fit(plan: PruningPlan, checkpoint: Checkpoint, unknown: Unknown) -> Fit:
 
     Raises:
         CheckpointError: a tensor has another shape than the plan expects, is unknown and is to be refused, or one that
-            the model saves is missing.
+            the model saves is missing; a buffer has other values than those that the plan rests on.
     """
     known = {**plan.state, **plan.whole, **plan.aliases}
     matching = match_names(checkpoint, known)
     canonical = {given: plan.aliases.get(name, name) for given, name in matching.names.items()}
     for given, name in canonical.items():
         _check_shape(plan, checkpoint, given, name)
+    _check_values(plan, checkpoint, canonical)
     strange = tuple(name for name in checkpoint if name not in canonical)
     if strange and unknown == "refuse":
         raise CheckpointError(
@@ -65,6 +67,18 @@ def _check_shape(plan: PruningPlan, checkpoint: Checkpoint, given: str, name: st
         raise CheckpointError(
             f"{given!r} has shape {shape} in the checkpoint in {str(checkpoint.folder)!r}; the plan for "
             f"{plan.model_type} expects {expected}. Give the unpruned checkpoint of the model that the plan is for."
+        )
+
+
+def _check_values(plan: PruningPlan, checkpoint: Checkpoint, canonical: Mapping[str, str]) -> None:
+    """Raise unless buffers hold what the plan was made with; `shrink` checks those that no checkpoint holds."""
+    found = {name: checkpoint[given] for given, name in canonical.items() if name in plan.values}
+    wrong = differing_value({name: plan.values[name] for name in found}, found)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{wrong} in the checkpoint in {str(checkpoint.folder)!r}; the plan for {plan.model_type} was made with "
+            f"values of it that say which channels go together. Make the plan of a model that has the buffers of this "
+            f"checkpoint, or give a checkpoint that holds those of the plan."
         )
 
 

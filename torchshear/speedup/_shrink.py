@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan, analyze
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
+from torchshear.dependency._read_values import differing_value, readable_values
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.graph import (
     ExampleInputs,
@@ -123,6 +124,7 @@ def analysis_of(
         )
     model = whole_of(model)
     if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
+        _check_values(model, plan, plan.analysis.graph)
         return plan.analysis
     _check_shapes(model, plan)
     run, inputs = recorded_run(model, plan, args, kwargs)
@@ -133,6 +135,7 @@ def analysis_of(
             f"{groups.graph.fingerprint[:12]}. Expected the same class, configuration and torch version as when the "
             f"plan was made; make a new plan for this model."
         )
+    _check_values(model, plan, groups.graph)
     return groups
 
 
@@ -181,6 +184,15 @@ def _check_shapes(model: nn.Module, plan: PruningPlan) -> None:
                 f"{type(model).__name__} it {f'has shape {shape}' if shape else 'does not exist'}. Expected an "
                 f"unpruned model of the same class and configuration."
             )
+
+
+def _check_values(model: nn.Module, plan: PruningPlan, graph: Graph) -> None:
+    wrong = differing_value(plan.values, readable_values(graph, tensors_of(model, graph)))
+    if wrong is not None:
+        raise PlanError(
+            f"{wrong} in this {type(model).__name__}; the plan was made with values of it that say which channels go "
+            f"together. Load the buffers that the plan was made with, or make a new plan for this model."
+        )
 
 
 def tensors_of(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
