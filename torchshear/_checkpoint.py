@@ -1,18 +1,20 @@
 """Checkpoints on disk: safetensors shards with their index, of which one tensor is read at a time."""
 
-import json
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchshear.errors import CheckpointError
+from torchshear._reading import UnreadableError, as_path, check_plain, read_json
+from torchshear.errors import ArgumentError, CheckpointError, first_line
 
 _INDEX = ".safetensors.index.json"
+_MAX_INDEX: Final = 1 << 25  # bytes
 _T = TypeVar("_T")
 
 
@@ -90,7 +92,7 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
     Raises:
         CheckpointError: there is no checkpoint, a shard is missing or damaged, or index and shards disagree.
     """
-    main = _main_file(Path(path))
+    main = _main_file(as_path(path, "the path of a checkpoint"))
     if not main.name.endswith(_INDEX):
         entries, metadata = _header(main)
         return Checkpoint(main.parent, entries, {main.name: metadata}, None, {})
@@ -113,12 +115,12 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 
 def _main_file(path: Path) -> Path:
     """The file that names or holds all tensors."""
-    if not path.is_dir():
-        if path.is_file() and path.name.endswith((".safetensors", _INDEX)):
+    if not os.path.isdir(path):
+        if os.path.isfile(path) and path.name.endswith((".safetensors", _INDEX)):
             return path
         raise CheckpointError(
-            f"{str(path)!r} is {'no safetensors file' if path.exists() else 'not there'}. Expected a folder with "
-            f"model.safetensors or with shards and model.safetensors.index.json."
+            f"{str(path)!r} is {'no safetensors file' if os.path.exists(path) else 'not there'}. Expected a folder "
+            f"with model.safetensors or with shards and model.safetensors.index.json."
         )
     for name in ("model.safetensors", f"model{_INDEX}"):
         if (path / name).is_file():
@@ -136,12 +138,16 @@ def _main_file(path: Path) -> Path:
 def _index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     """Name -> shard, and the metadata of an index file."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, _MAX_INDEX)
+    except UnreadableError as error:
+        raise CheckpointError(f"index {str(path)!r} {error}. Expected JSON with a weight_map.") from error
+    try:
         where, metadata = document["weight_map"], document.get("metadata") or {}
-        plain = all(isinstance(file, str) and Path(file).name == file for file in where.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        plain = all(as_path(file, "shard").name == file for file in where.values())
+    except (ArgumentError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"index {str(path)!r} cannot be read: {type(error).__name__}: {error}. Expected JSON with a weight_map."
+            f"index {str(path)!r} is damaged: {type(error).__name__}: {error}. Expected a weight_map from tensor names "
+            f"to files beside the index."
         ) from error
     if not plain or not where or not isinstance(metadata, dict):
         raise CheckpointError(
@@ -163,12 +169,13 @@ def _header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def _read(path: Path, read: Callable[[Any], _T]) -> _T:
     try:
+        check_plain(path)
         with safe_open(str(path), framework="pt") as file:
             return read(file)
-    except (OSError, SafetensorError) as error:
+    except (UnreadableError, OSError, SafetensorError, RuntimeError, ArithmeticError) as error:
+        what = str(error) if isinstance(error, UnreadableError) else f"cannot be read: {first_line(error)}"
         raise CheckpointError(
-            f"shard {str(path)!r} cannot be read: {error}. Expected a whole safetensors file; download or save the "
-            f"checkpoint again."
+            f"shard {str(path)!r} {what}. Expected a whole safetensors file; download or save the checkpoint again."
         ) from error
 
 

@@ -92,8 +92,7 @@ def test_long_lists_go_to_a_tensor_file_that_is_replaced_with_the_plan(
     assert PruningPlan.load(tmp_path / "plan.json") == plan
     other = plan_from_kept(plan.analysis, {"one.weight[0]": [1, 4, 9]})
     other.save(tmp_path / "plan.json")
-    assert len(list(tmp_path.iterdir())) == 2
-    assert {entry.name for entry in tmp_path.iterdir()} != first
+    assert {entry.name for entry in tmp_path.iterdir()} > first, "a copy of the first plan may need its tensors"
     assert PruningPlan.load(tmp_path / "plan.json") == other
 
 
@@ -109,6 +108,7 @@ def test_a_truncated_file_is_damage(plan: PruningPlan, tmp_path: Path, share: fl
 def edited(path: Path, edit) -> None:  # type: ignore[no-untyped-def]
     document = json.loads(path.read_text())
     edit(document)
+    document["sha256"] = _plan_file.content_digest(document)  # as somebody who means harm would
     path.write_text(json.dumps(document))
 
 
@@ -134,7 +134,7 @@ def edited(path: Path, edit) -> None:  # type: ignore[no-untyped-def]
         (lambda d: d.pop("whole"), "entry 'whole' is missing"),
         (lambda d: d["model"]["inputs"]["args"][0].update(tensor="x"), "missing or of the wrong kind"),
         (lambda d: d["model"]["inputs"].pop("kwargs"), "entry 'kwargs' is missing"),
-        (lambda d: d.update(version=99), "format version 99; this torchshear reads 3"),
+        (lambda d: d.update(version=99), "format version 99; this torchshear reads 4"),
         (lambda d: d.update(format="other"), "does not say format"),
         (lambda d: d.update(groups=5), "missing or of the wrong kind"),
     ],
@@ -159,7 +159,7 @@ def test_a_changed_tensor_file_is_damage(plan: PruningPlan, tmp_path: Path, monk
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"cannot read plan file .*nowhere.json.*No such file"):
+    with pytest.raises(PlanError, match=r"plan file .*nowhere.json' cannot be read: No such file"):
         PruningPlan.load(tmp_path / "nowhere.json")
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch import fx
 
 from torchshear.dependency._cut import Cut
-from torchshear.dependency._plan_file import IndexReader, IndexWriter
+from torchshear.dependency._plan_file import IndexReader, IndexWriter, read_dimension, read_name, read_size
 from torchshear.graph import matches, output_nodes, shape_with_batch
 
 Indices = npt.NDArray[np.int64]
@@ -87,11 +87,11 @@ def read_outputs(entries: Sequence[Mapping[str, Any]], reader: IndexReader) -> t
     """
     return tuple(
         OutputPlan(
-            str(entry["name"]),
-            int(entry["index"]),
-            tuple(None if size is None else int(size) for size in entry["shape"]),
-            {int(dim): reader.read(text) for dim, text in entry["kept"].items()},
-            str(entry.get("note", "")),
+            read_name(entry["name"]),
+            read_size(entry["index"]),
+            tuple(None if size is None else read_size(size) for size in entry["shape"]),
+            {read_dimension(dim): reader.read(text) for dim, text in entry["kept"].items()},
+            read_name(entry.get("note", "")),
         )
         for entry in entries
     )

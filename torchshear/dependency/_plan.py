@@ -17,7 +17,15 @@ from torchshear.dependency._cut import Cut
 from torchshear.dependency._form import Form, read_form, write_form
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._outputs import OutputPlan, output_plans, read_outputs, write_outputs
-from torchshear.dependency._plan_file import IndexReader, IndexWriter, damaged, read_document, write_document
+from torchshear.dependency._plan_file import (
+    IndexReader,
+    IndexWriter,
+    damaged,
+    read_document,
+    read_name,
+    read_size,
+    write_document,
+)
 from torchshear.dependency._state_plan import StatePlan, are_ascending, make_state_plan, read_state, write_state
 from torchshear.errors import PlanError
 from torchshear.graph import ExampleInputs, Parts
@@ -267,36 +275,43 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
         plan = PruningPlan(
             groups=tuple(
                 GroupPlan(
-                    g["name"],
-                    int(g["width"]),
+                    read_name(g["name"]),
+                    read_size(g["width"]),
                     reader.read(g["kept"]),
-                    g.get("note", ""),
-                    str(g.get("role", "")),
-                    float(g["ratio"]) if "ratio" in g else None,
+                    read_name(g.get("note", "")),
+                    read_name(g.get("role", "")),
+                    _read_ratio(g.get("ratio")),
                 )
                 for g in document["groups"]
             ),
             state={name: read_state(entry, reader) for name, entry in document["state"].items()},
-            whole={name: tuple(int(size) for size in shape) for name, shape in document["whole"].items()},
-            aliases=dict(document["aliases"]),
-            fingerprint=str(document["model"]["fingerprint"]),
-            model_type=str(document["model"]["type"]),
+            whole={name: tuple(read_size(size) for size in shape) for name, shape in document["whole"].items()},
+            aliases={name: read_name(other) for name, other in document["aliases"].items()},
+            fingerprint=read_name(document["model"]["fingerprint"]),
+            model_type=read_name(document["model"]["type"]),
             inputs=_read_inputs(document["model"]["inputs"]),
             request=dict(document["request"]),
-            refused=dict(document["refused"]),
-            versions=dict(document["versions"]),
-            values={name: str(digest) for name, digest in document["model"].get("values", {}).items()},
-            prunable_outputs=tuple(str(name) for name in document.get("prunable_outputs", ())),
+            refused={name: read_name(reason) for name, reason in document["refused"].items()},
+            versions={name: read_name(version) for name, version in document["versions"].items()},
+            values={name: read_name(digest) for name, digest in document["model"].get("values", {}).items()},
+            prunable_outputs=tuple(read_name(name) for name in document.get("prunable_outputs", ())),
             outputs=read_outputs(document.get("outputs", []), reader),
             parts=_read_parts(document["model"].get("parts")),
             form=read_form(document["form"], reader) if "form" in document else None,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, PlanError):
-            raise
+    except PlanError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise damaged(path, f"entry {error} is missing or of the wrong kind") from error
     _check_ranges(path, plan)
+    _check_whole(path, plan)
     return plan
+
+
+def _read_ratio(value: Any) -> float | None:
+    if not isinstance(value, float | int | None):
+        raise TypeError(f"{str(value)[:40]!r} in place of a ratio")
+    return None if value is None else float(value)
 
 
 def _read_inputs(entry: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -334,6 +349,22 @@ def _check_ranges(path: Path, plan: PruningPlan) -> None:
             if size is None:
                 raise damaged(path, f"output {output.name!r} has no dimension {dim} that can shrink")
             _check_indices(path, f"output {output.name!r} dimension {dim}", kept, size)
+
+
+def _check_whole(path: Path, plan: PruningPlan) -> None:
+    """What says the same twice must say it alike; whether units and positions agree is seen where the network is."""
+    names = [group.name for group in plan.groups]
+    if len(set(names)) < len(names):
+        raise damaged(path, f"group {max(names, key=names.count)!r} stands there twice")
+    both = sorted(plan.state.keys() & plan.whole.keys())
+    if both:
+        raise damaged(path, f"{both[0]!r} is said to shrink and to stay whole")
+    named = sorted(plan.aliases.keys() & (plan.state.keys() | plan.whole.keys()))
+    if named:
+        raise damaged(path, f"{named[0]!r} is said to be a name of another parameter, and has an entry of its own")
+    if bool(plan.n_cut) != bool(plan.state):
+        parts = ("some", "none") if plan.n_cut else ("none", "some")
+        raise damaged(path, f"{parts[0]} of its groups shrink, and {parts[1]} of its parameters and buffers")
 
 
 def _check_indices(path: Path, what: str, kept: Indices, size: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchshear.dependency._cut import Cut
-from torchshear.dependency._plan_file import IndexReader, IndexWriter
+from torchshear.dependency._plan_file import IndexReader, IndexWriter, read_dimension, read_size
 from torchshear.errors import PlanError
 
 Indices = npt.NDArray[np.int64]
@@ -90,7 +90,8 @@ def are_ascending(indices: Indices, size: int) -> bool:
 def _are_blocks(kept: Indices, shape: tuple[int, ...], dim: int, n_blocks: int) -> bool:
     if dim == 0 or n_blocks < 1 or shape[0] % n_blocks:
         return False
-    return len(set(np.bincount(kept // shape[dim], minlength=n_blocks).tolist())) == 1
+    blocks, counts = np.unique(kept // shape[dim], return_counts=True)
+    return len(blocks) == n_blocks and bool((counts == counts[0]).all())
 
 
 def _spread(line: Tensor, shape: tuple[int, ...], dim: int, n_blocks: int) -> Tensor:
@@ -153,9 +154,9 @@ def read_state(entry: Mapping[str, Any], reader: IndexReader) -> StatePlan:
     """
     numbers = entry.get("numbers")
     return StatePlan(
-        shape=tuple(int(size) for size in entry["shape"]),
-        kept={int(dim): reader.read(text) for dim, text in entry["kept"].items()},
-        blocks={int(dim): int(n) for dim, n in entry.get("blocks", {}).items()},
-        numbers=None if numbers is None else Renumbering(int(numbers["size"]), reader.read(numbers["kept"])),
+        shape=tuple(read_size(size) for size in entry["shape"]),
+        kept={read_dimension(dim): reader.read(text) for dim, text in entry["kept"].items()},
+        blocks={read_dimension(dim): read_size(n) for dim, n in entry.get("blocks", {}).items()},
+        numbers=None if numbers is None else Renumbering(read_size(numbers["size"]), reader.read(numbers["kept"])),
         is_saved=bool(entry.get("saved", True)),
     )

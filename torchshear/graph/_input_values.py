@@ -3,14 +3,19 @@
 Zeros would prove nothing: a table that is read at one place only, a mask that hides everything.
 """
 
+import math
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchshear.errors import ArgumentError
+
 Json = dict[str, Any]
 _MOST_VALUES = 4096  # of one tensor; of larger ones the range is described
+_MOST_ELEMENTS = 1 << 62  # of one tensor without values
+_MOST_DRAWN = 1 << 28  # of all tensors that are given values
 _SEED = 0
 
 
@@ -23,6 +28,8 @@ def describe_input(value: Any) -> Any:
     if isinstance(value, Tensor):
         entry = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         return entry | (_describe_values(value) if _is_counted(value.dtype) else {})
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if type(value) in (list, tuple):
@@ -54,12 +61,14 @@ class InputMaker:
     def __init__(self, device: torch.device | str) -> None:
         self._device = torch.device(device)
         self._generator = torch.Generator().manual_seed(_SEED)
+        self._n_left = _MOST_DRAWN
 
     def make(self, value: Any) -> Any:
         """An argument as described.
 
         Raises:
             KeyError, TypeError, ValueError: the description is damaged.
+            ArgumentError: it describes more values than should be drawn.
         """
         if not isinstance(value, dict):
             if value is not None and not isinstance(value, bool | int | float | str):
@@ -67,6 +76,8 @@ class InputMaker:
             return value
         if "tensor" in value:
             return self._tensor(value)
+        if "float" in value:
+            return float(value["float"])
         if "ordered_dict" in value:
             return OrderedDict((key, self.make(item)) for key, item in value["ordered_dict"].items())
         if "dict" in value:
@@ -79,6 +90,12 @@ class InputMaker:
         shape, dtype = _read_shape(entry["tensor"]), getattr(torch, str(entry["dtype"]), None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{entry['dtype']!r} is not a dtype")
+        self._n_left -= 0 if self._device.type == "meta" else shape.numel()
+        if self._n_left < 0:
+            raise ArgumentError(
+                f"the example inputs that are described have more than {_MOST_DRAWN} values; give inputs of your own "
+                f"as args and kwargs."
+            )
         if not _is_counted(dtype):
             return self._random(shape, dtype)
         if "values" not in entry:
@@ -104,8 +121,9 @@ class InputMaker:
 
 
 def _read_shape(sizes: Any) -> torch.Size:
-    if not isinstance(sizes, list) or not all(_is_integer(size) and size >= 0 for size in sizes):
-        raise ValueError(f"{sizes!r} is not a shape")
+    is_shape = isinstance(sizes, list) and all(_is_integer(size) and size >= 0 for size in sizes)
+    if not is_shape or math.prod(size for size in sizes if size) >= _MOST_ELEMENTS:
+        raise ValueError(f"{str(sizes)[:40]} is not a shape")
     return torch.Size(sizes)
 
 

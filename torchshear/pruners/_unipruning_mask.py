@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchshear._files import atomic_path
+from torchshear._reading import UnreadableError, as_path, read_json, shortened
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member, PruningPlan
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.graph import close_to
@@ -20,6 +21,7 @@ from torchshear.pruners._planning import plan_from_kept
 
 Indices = npt.NDArray[np.int64]
 
+_MAX_BYTES: Final = 1 << 25
 _ABOUT: Final = "torchshear"  # the entry that says what the rest belongs to; no module of a layer may have this name
 
 
@@ -64,7 +66,7 @@ def write_unipruning_mask(plan: PruningPlan, path: str | PathLike[str]) -> None:
             removed[name] = sorted({*removed.get(name, []), *channels.tolist()})
             shapes[name] = list(groups.graph.state[member.name].shape)
     about = {"version": version("torchshear"), "fingerprint": plan.fingerprint, "shapes": shapes}
-    with atomic_path(path) as temporary:
+    with atomic_path(as_path(path, "the path of a mask")) as temporary:
         temporary.write_text(json.dumps({_ABOUT: about, **removed}, indent=3) + "\n", encoding="utf-8")
 
 
@@ -81,9 +83,7 @@ def plan_from_unipruning_mask(groups: ChannelGroups, path: str | PathLike[str]) 
         PlanError: the file is missing, damaged or of another network; a layer is unknown; a channel is out of range,
             named twice, or goes without the others that must go with it.
     """
-    if not isinstance(path, str | PathLike):
-        raise ArgumentError(f"the path of a mask is {type(path).__name__}; expected a text or a path.")
-    document = _read(Path(path))
+    document = _read(as_path(path, "the path of a mask"))
     about = document.pop(_ABOUT, {})
     of = about.get("fingerprint") if isinstance(about, Mapping) else None
     if of is not None and of != groups.graph.fingerprint:
@@ -113,18 +113,11 @@ def plan_from_unipruning_mask(groups: ChannelGroups, path: str | PathLike[str]) 
     return plan_from_kept(groups, kept)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in it")
-    return found
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise PlanError(f"cannot read the mask {str(path)!r}: {error}.") from error
+        document = read_json(path, _MAX_BYTES)
+    except UnreadableError as error:
+        raise PlanError(f"cannot read the mask {str(path)!r}: it {error}.") from error
     if not isinstance(document, dict):
         raise PlanError(f"{str(path)!r} holds {type(document).__name__}; expected an object of layer names.")
     return document
@@ -137,7 +130,9 @@ def _units(
     size = dimensions[0][1].size
     is_list = isinstance(channels, list) and all(isinstance(c, int) and not isinstance(c, bool) for c in channels)
     if not is_list or len(set(channels)) < len(channels) or not set(channels) <= set(range(size)):
-        raise PlanError(f"{path!r}: {name!r} must have different whole numbers below {size}; it has {channels!r}.")
+        raise PlanError(
+            f"{path!r}: {name!r} must have different whole numbers below {size}; it has {shortened(channels)}."
+        )
     is_gone = np.zeros(size, bool)
     is_gone[channels] = True
     found, explained = [], np.zeros(size, bool)

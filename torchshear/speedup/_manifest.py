@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 
 from torchshear._checkpoint import Checkpoint
 from torchshear._files import atomic_path
+from torchshear._reading import read_json
 from torchshear.dependency import PruningPlan
 from torchshear.errors import CheckpointError
 
 NAME = "torchshear-shrink.json"
 _FORMAT = "torchshear.shrink"
 _VERSION = 1
+_MAX_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +88,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         CheckpointError: it is damaged, or of another version.
     """
     path = folder / NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        document: dict[str, Any] = read_json(path, _MAX_BYTES)
         if (document["format"], document["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"format {document['format']!r} {document['version']!r}")
         shards = {
@@ -96,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest | None:
             for name, entry in document["shards"].items()
         }
         return Manifest(document["plan"], document["source"], document["unknown"], shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{str(path)!r} cannot be read ({type(error).__name__}: {error}), so nothing says what the files beside it "
             f"are. Expected the record of an earlier run; delete the folder or choose another."

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan, analyze
+from torchshear.dependency._agreement import check_agreement
 from torchshear.dependency._analysis import relate
 from torchshear.dependency._call import Facts
 from torchshear.dependency._read_values import differing_value, readable_values
@@ -125,6 +126,7 @@ def analysis_of(
     model = whole_of(model)
     if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
         _check_values(model, plan, plan.analysis.graph)
+        check_agreement(plan, plan.analysis)
         return plan.analysis
     _check_shapes(model, plan)
     run, inputs = recorded_run(model, plan, args, kwargs)
@@ -136,6 +138,7 @@ def analysis_of(
             f"plan was made; make a new plan for this model."
         )
     _check_values(model, plan, groups.graph)
+    check_agreement(plan, groups)
     return groups
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torchshear._checkpoint import Checkpoint, open_checkpoint
 from torchshear._files import publish
 from torchshear.dependency import PruningPlan, StatePlan
+from torchshear.dependency._agreement import check_agreement
 from torchshear.errors import ArgumentError, CheckpointError, OutputError
 from torchshear.speedup._fit import Fit, Unknown, fit
 from torchshear.speedup._manifest import (
@@ -120,6 +121,8 @@ def _as_plan(plan: PruningPlan | str | PathLike[str]) -> PruningPlan:
         return PruningPlan.load(plan)
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(f"plan is {type(plan).__name__}; expected a PruningPlan or the path of its file.")
+    if plan.analysis is not None:
+        check_agreement(plan, plan.analysis)
     return plan
 
 

@@ -12,6 +12,7 @@ import torchshear
 from tests.models import Tied, randomise
 from torchshear.errors import ArgumentError, MaskError, OutputError, WeightError
 from torchshear.pruners import masks as m
+from torchshear.pruners.masks import _masks
 
 
 def some() -> m.Masks:
@@ -75,24 +76,57 @@ def test_nothing_is_written_where_it_cannot_be(tmp_path: Path) -> None:
 
 
 DOCUMENT = json.dumps({"pattern": "1x1", "layers": []})
+HEADER = {"format": "torchshear.masks", "version": "2"}
 
 
 @pytest.mark.parametrize(
     ("header", "mask", "message"),
     [
         ({"format": "pt"}, True, "its format is 'pt', not 'torchshear.masks'"),
-        ({"format": "torchshear.masks", "version": "2"}, True, "its version is '2', and 1 is known"),
-        ({"format": "torchshear.masks", "version": "1"}, True, "its report is damaged"),
-        ({"format": "torchshear.masks", "version": "1", "document": "{"}, True, "its report is damaged"),
-        ({"format": "torchshear.masks", "version": "1", "document": "[1]"}, True, "its report is damaged"),
-        ({"format": "torchshear.masks", "version": "1", "document": '{"layers": [{}]}'}, True, "its report is damaged"),
-        ({"format": "torchshear.masks", "version": "1", "document": DOCUMENT}, False, "the mask of 'a' is of type"),
+        (HEADER | {"version": "1"}, True, "its version is '1', and 2 is known"),
+        (HEADER | {"document": DOCUMENT}, True, "not what its digest was made of, so it was changed"),
+        (HEADER | {"document": DOCUMENT, "sha256": "0" * 64}, True, "not what its digest was made of"),
+        (HEADER, True, "not what its digest was made of"),
+        (HEADER | {"document": DOCUMENT}, False, "the mask of 'a' is of type F32, not of BOOL"),
     ],
 )
 def test_damage(tmp_path: Path, header: dict[str, str], mask: bool, message: str) -> None:
     save_file({"a": torch.ones(2, dtype=torch.bool if mask else torch.float32)}, tmp_path / "a.safetensors", header)
     with pytest.raises(MaskError, match=f"cannot read masks from .*a.safetensors': .*{message}"):
         m.Masks.load(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    "document", ["{", "[1]", "5", '{"layers": [{}]}', "[" * 100_000, '{"layers": [], "pattern": 1e400}']
+)
+def test_a_damaged_report(tmp_path: Path, document: str) -> None:
+    tensors = {"a": torch.ones(2, dtype=torch.bool)}
+    header = HEADER | {"document": document, "sha256": _masks._digest(document, tensors)}
+    save_file(tensors, tmp_path / "a.safetensors", header)
+    with pytest.raises(MaskError, match="its report is damaged"):
+        m.Masks.load(tmp_path / "a.safetensors")
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path: Path) -> None:
+    masks = some()
+    masks.save(tmp_path / "masks.safetensors")
+    whole = (tmp_path / "masks.safetensors").read_bytes()
+    for at in range(0, len(whole), 3):
+        flipped = whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
+        (tmp_path / "masks.safetensors").write_bytes(flipped)
+        try:
+            back = m.Masks.load(tmp_path / "masks.safetensors")
+        except MaskError:
+            continue
+        assert (back.layers, back.pattern) == (masks.layers, masks.pattern)
+        assert back.tensors.keys() == masks.tensors.keys()
+        assert all(torch.equal(back.tensors[name], mask) for name, mask in masks.tensors.items())
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev", "a" * 5000])
+def test_what_is_no_plain_file_is_not_read(name: str) -> None:
+    with pytest.raises(MaskError, match="cannot read masks from"):
+        m.Masks.load(name)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Masks as a value: what is kept of each weight, layer by layer how that came about, and a file of both."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,10 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchshear._files import atomic_path
-from torchshear.errors import ArgumentError, MaskError, first_line
+from torchshear._reading import UnreadableError, as_path, check_plain, parse_json
+from torchshear.errors import MaskError, first_line
 
 _FORMAT = "torchshear.masks"
-_VERSION = 1
+_VERSION = 2
+_MAX_REPORT = 1 << 24  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +90,17 @@ class Masks:
         Raises:
             OutputError: the folder is missing or not writable, or the disk is full; what was there is unchanged.
         """
-        document = {"pattern": self.pattern, "layers": [asdict(layer) for layer in self.layers]}
-        header = {"format": _FORMAT, "version": str(_VERSION), "document": json.dumps(document)}
+        path = as_path(path, "the path of masks")
+        document = json.dumps({"pattern": self.pattern, "layers": [asdict(layer) for layer in self.layers]})
+        # copies, since tied parameters have one tensor under several names, which a file cannot hold
+        tensors = {name: mask.clone(memory_format=torch.contiguous_format) for name, mask in self.tensors.items()}
+        header = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "document": document,
+            "sha256": _digest(document, tensors),
+        }
         with atomic_path(path) as temporary:
-            # copies, since tied parameters have one tensor under several names, which a file cannot hold
-            tensors = {name: mask.clone(memory_format=torch.contiguous_format) for name, mask in self.tensors.items()}
             save_file(tensors, str(temporary), header)
 
     @classmethod
@@ -102,25 +111,49 @@ class Masks:
             ArgumentError: `path` is no path.
             MaskError: the file is missing, damaged, of a newer version, or holds something else.
         """
-        if not isinstance(path, str | PathLike):
-            raise ArgumentError(f"the path of masks is {type(path).__name__}; expected a text or a path.")
-        try:
-            with safe_open(str(path), "pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        except (SafetensorError, OSError) as error:
-            raise _unreadable(path, first_line(error)) from error
+        path = as_path(path, "the path of masks")
+        header, tensors = _read(path)
         if header.get("format") != _FORMAT:
             raise _unreadable(path, f"its format is {header.get('format')!r}, not {_FORMAT!r}")
         if header.get("version") != str(_VERSION):
             raise _unreadable(path, f"its version is {header.get('version')!r}, and {_VERSION} is known")
+        text = header.get("document", "")
+        if header.get("sha256") != _digest(text, tensors):
+            raise _unreadable(path, "its content is not what its digest was made of, so it was changed")
         try:
-            document = json.loads(header["document"])
+            if len(text) > _MAX_REPORT:
+                raise UnreadableError(f"has {len(text)} characters")
+            document = parse_json(text)
             return cls.of(tensors, tuple(_layer(entry) for entry in document["layers"]), str(document["pattern"]))
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, MaskError):
-                raise _unreadable(path, str(error)) from error
+        except MaskError as error:
+            raise _unreadable(path, str(error)) from error
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             raise _unreadable(path, f"its report is damaged ({first_line(error)})") from error
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header of a file and its tensors, if all of them are masks."""
+    try:
+        check_plain(path)
+        with safe_open(str(path), "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                kind = file.get_slice(name).get_dtype()
+                if kind != "BOOL":
+                    raise _unreadable(path, f"the mask of {name!r} is of type {kind}, not of BOOL")
+            return dict(file.metadata() or {}), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except UnreadableError as error:
+        raise _unreadable(path, f"it {error}") from error
+    except (SafetensorError, OSError, RuntimeError, ArithmeticError) as error:
+        raise _unreadable(path, first_line(error)) from error
+
+
+def _digest(document: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the report and the bytes of all masks."""
+    digest = hashlib.sha256(document.encode("utf-8", "surrogatepass"))
+    for name, mask in sorted(tensors.items()):
+        digest.update(f"|{name!r}|{tuple(mask.shape)}|".encode())
+        digest.update(mask.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _layer(entry: Any) -> LayerReport:
