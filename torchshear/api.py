@@ -11,7 +11,7 @@ from torchshear._batches import LikeExample
 from torchshear._words import Choice, Selection, check_keywords
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
-from torchshear.graph import trace
+from torchshear.graph import outside_inference_mode, trace
 from torchshear.pruners import Criterion, Ratio, Request, ResolvedConfig, WeightSource, plan_units
 from torchshear.pruners.statistics import Statistics
 from torchshear.report import PruningReport, make_report
@@ -125,6 +125,7 @@ def plan(  # noqa: PLR0913 - independent choices, given by name
     return plan_units(groups, request, weights, statistics)
 
 
+@outside_inference_mode()
 def prune(
     model: nn.Module,
     args: tuple[Any, ...] = (),

@@ -1,7 +1,7 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
 from torchshear.graph import _masked_operators  # registers the masked forms of the ATen operators
-from torchshear.graph._alone import alone
+from torchshear.graph._alone import alone, outside_inference_mode
 from torchshear.graph._caches import Cache, caches_of, forget
 from torchshear.graph._capture import capture, trace, trace_inputs
 from torchshear.graph._check import failure_of
@@ -59,6 +59,7 @@ __all__ = [
     "output_leaves",
     "output_names",
     "output_nodes",
+    "outside_inference_mode",
     "parameters_on_meta",
     "plain_outputs",
     "record_parts",

@@ -190,6 +190,12 @@ def _check_model(model: nn.Module) -> None:
             f"model is a {type(model).__name__} around a {type(getattr(model, inner)).__name__}; expected the module "
             f"itself. Give model.{inner}, and wrap the pruned model again."
         )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ArgumentError(
+                f"{name!r} was made in torch.inference_mode(), and so can never be trained again. Build or load the "
+                f"model outside of it; copy.deepcopy(model), called outside of it, gives one with ordinary tensors."
+            )
 
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_other_mode: Graph | None) -> Graph | None:

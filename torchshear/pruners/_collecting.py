@@ -11,7 +11,7 @@ from torch import Tensor
 from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph
+from torchshear.graph import Graph, outside_inference_mode
 from torchshear.pruners._targets import choose_targets
 from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
 from torchshear.pruners.statistics import (
@@ -29,6 +29,7 @@ from torchshear.pruners.statistics import (
 _ANY = 0.5  # a ratio, where only what stays whole is asked
 
 
+@outside_inference_mode()
 def collect(
     network: Graph | ChannelGroups,
     loader: Iterable[Any],

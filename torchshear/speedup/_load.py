@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from torchshear._checkpoint import Checkpoint, match_names, open_checkpoint
 from torchshear.errors import ArgumentError, CheckpointError
+from torchshear.graph import outside_inference_mode
 
 _Slot = tuple[dict[str, Tensor | None], str]  # where a module keeps a tensor
 
 
+@outside_inference_mode()
 def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
     """Give a model the tensors of a checkpoint, which may be on the meta device before.
 

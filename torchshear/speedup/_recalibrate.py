@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchshear._distributed import agree, is_distributed, summed
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
-from torchshear.graph import copy_model
+from torchshear.graph import copy_model, outside_inference_mode
 from torchshear.graph._mode import in_mode
 from torchshear.speedup._batches import arguments_of
 from torchshear.speedup._traced import signature_of
@@ -28,6 +28,7 @@ _BATCH_NORMS: Mapping[Any, tuple[str, ...]] = {
 }
 
 
+@outside_inference_mode()
 def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, progress: bool = True) -> nn.Module:
     """Estimate the running statistics of all batch norms anew, as a model with other weights or widths needs it.
 

@@ -15,7 +15,8 @@ def slice_state(cut: Cut, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors: canonical name -> tensor of the model to be shrunk.
 
     Returns:
-        Canonical name -> new tensor, of the same class (Parameter or Tensor), dtype, device and `requires_grad`.
+        Canonical name -> new tensor, of the same class (Parameter or Tensor), dtype, device, layout in memory (as
+        channels last) and `requires_grad`.
     """
     return {name: _slice(make_state_plan(cut, name), tensor) for name, tensor in tensors.items()}
 
@@ -24,11 +25,21 @@ def _slice(entry: StatePlan | None, tensor: Tensor) -> Tensor:
     with torch.no_grad():
         value = tensor.detach()
         if entry is not None:
-            value = cut_tensor(value, entry)
+            value = _laid_out_as(tensor, cut_tensor(value, entry))
         value = value.clone() if value.data_ptr() == tensor.data_ptr() or value.is_meta else value
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(value, requires_grad=tensor.requires_grad)
     return value.requires_grad_(tensor.requires_grad)
+
+
+def _laid_out_as(tensor: Tensor, value: Tensor) -> Tensor:
+    """A value with its dimensions in memory in the order that they have in a tensor of the same rank."""
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], -tensor.shape[dim]))
+    if 0 in strides or order == list(range(tensor.ndim)):
+        return value
+    back = [order.index(dim) for dim in range(tensor.ndim)]
+    return value.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
 def cut_tensor(value: Tensor, entry: StatePlan) -> Tensor:

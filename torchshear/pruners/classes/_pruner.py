@@ -14,7 +14,7 @@ from torchshear._files import atomic_path
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.graph import copy_model, trace
+from torchshear.graph import copy_model, outside_inference_mode, trace
 from torchshear.pruners._collecting import collect
 from torchshear.pruners._dependency_aware import LayerMask
 from torchshear.pruners.classes._choice import Widths, mask_weights, plan_config
@@ -182,6 +182,7 @@ class Pruner:
         self._choose()
         return self._layer_masks
 
+    @outside_inference_mode()
     def compress(self) -> nn.Module:
         """Mask a copy of the model.
 
@@ -202,6 +203,7 @@ class Pruner:
             self._masked = masked
         return self._masked
 
+    @outside_inference_mode()
     def shrink(self) -> Pruned:
         """Make the masked copy smaller for real, and prove the result.
 

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import close_to
+from torchshear.graph import close_to, outside_inference_mode
 from torchshear.pruners.masks._masks import Masks
 
 Existing = Literal["multiply", "replace"]
@@ -88,6 +88,7 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {place.name: tuple(place.parameter.shape) for place in _places(model) if place.parameter is not None}
 
 
+@outside_inference_mode()
 def apply(model: nn.Module, masks: Masks, existing: Existing = "multiply") -> None:
     """Lay masks on a model, as parametrizations of its weights. The model is changed in place.
 
