@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 import torchshear
 from torchshear.cli import app, load_example
+from torchshear.cli._folder import RECORD
 
 NETS = '''
 import torch
@@ -283,7 +284,7 @@ def test_prune_prints_report_proof_and_latency(pruned: tuple[Path, str]) -> None
 
 
 def test_prune_writes_only_what_it_says(pruned: tuple[Path, str]) -> None:
-    names = {"plan.json", "model.safetensors", "dense.onnx", "pruned.onnx", "report.json"}
+    names = {"plan.json", "model.safetensors", "dense.onnx", "pruned.onnx", "report.json", RECORD}
     assert {file.name for file in pruned[0].iterdir()} == names
     assert len({file.stat().st_mode for file in pruned[0].iterdir()}) == 1
 
@@ -312,7 +313,7 @@ def test_submodules_are_pruned_inside_the_model(tmp_path: Path) -> None:
     assert "part        trunk: parameters" in text
     assert text.count("Latency") == 2
     names = {f"{kind}-{part}.onnx" for kind in ("dense", "pruned") for part in ("trunk", "head")}
-    assert {f.name for f in Path("out").iterdir()} == names | {"plan.json", "model.safetensors", "report.json"}
+    assert {f.name for f in Path("out").iterdir()} == names | {"plan.json", "model.safetensors", "report.json", RECORD}
     document = json.loads(Path("out/report.json").read_text())
     assert set(document["latency"]) == {"trunk", "head"}
     model, (x,), _ = load_example("shop.nets:picky")
@@ -355,17 +356,6 @@ def test_prune_with_nothing_to_prune_says_why_and_that_it_is_not_faster(tmp_path
     assert "0.0% removed" in text
     assert "model output 0" in text
     assert (tmp_path / "out" / "pruned.onnx").is_file()
-
-
-def test_second_run_replaces_the_first(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("kept")
-    (tmp_path / "out" / "plan-0123456789ab.safetensors").write_text("of an earlier plan")
-    (tmp_path / "out" / "plan.json").write_text("{}")
-    succeed("prune", "shop.nets:net", "--output", "out", "--ratio", "0.25", "--align", "4", "--no-bench")
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {"mine.txt", "plan.json", "model.safetensors", "dense.onnx", "pruned.onnx", "report.json"}
-    assert json.loads((tmp_path / "out" / "plan.json").read_text())["request"]["ratio"] == 0.25
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -474,7 +464,7 @@ def test_nothing_is_replaced_where_one_file_cannot_be() -> None:
     (Path("out") / "report.json").mkdir(parents=True)
     (Path("out") / "dense.onnx").write_text("kept")
     match = r"cannot write into 'out': report.json is a folder there"
-    assert_fails(match, "prune", "shop.nets:net", "--output", "out", "--no-bench")
+    assert_fails(match, "prune", "shop.nets:net", "--output", "out", "--no-bench", "--force")
     assert sorted(file.name for file in Path("out").iterdir()) == ["dense.onnx", "report.json"]
     assert (Path("out") / "dense.onnx").read_text() == "kept"
 

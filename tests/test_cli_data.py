@@ -14,6 +14,7 @@ import torchshear
 from torchshear.cli import _compare as compare_command
 from torchshear.cli import app, load_example
 from torchshear.cli._data import NamedLoader, load_loss
+from torchshear.cli._folder import RECORD
 from torchshear.errors import DataError
 from torchshear.speedup import OnnxFile
 
@@ -396,7 +397,7 @@ def test_compare_without_matplotlib_writes_the_rest(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(compare_command, "has_matplotlib", lambda: False)
     code, text, _ = run(*COMPARE, "--criteria", "l1", "--output", "out")
     assert code == 0
-    assert {file.name for file in Path("out").iterdir()} == {"comparison.json", "comparison.txt"}
+    assert {file.name for file in Path("out").iterdir()} == {"comparison.json", "comparison.txt", RECORD}
     assert "no picture  matplotlib is not installed; install torchshear[demo]" in text
 
 

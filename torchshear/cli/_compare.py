@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from torchshear.cli._example import EvaluatedTarget, load_evaluated
-from torchshear.cli._folder import output_folder
+from torchshear.cli._folder import Force, folder_name, output_folder
 from torchshear.cli._options import CRITERIA, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.comparison import compare as compare_criteria
@@ -53,7 +53,13 @@ def compare(  # noqa: PLR0913 - options, given by name
     seeds: Annotated[
         list[int] | None, typer.Option("--seed", metavar="N", help="Seed of random channels; once or more: 0, 1, 2.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the table and a picture of it.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            parser=folder_name, metavar="FOLDER", help="Folder for the table and a picture: new, empty, or of a run."
+        ),
+    ] = None,
+    force: Force = False,
     *,
     choice: dict[str, Any],
 ) -> None:
@@ -75,7 +81,7 @@ def compare(  # noqa: PLR0913 - options, given by name
     console.print(render_comparison(found, console.width), soft_wrap=True)
     if output is None:
         return
-    with output_folder(output) as draft:
+    with output_folder(output, force) as draft:
         document = {"torchshear": version("torchshear"), "target": target} | found.to_dict()
         (draft / "comparison.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         (draft / "comparison.txt").write_text(render_comparison(found) + "\n", encoding="utf-8")

@@ -1,36 +1,74 @@
-"""A folder of results that is written as a whole or not at all."""
+"""A folder of results that is written as a whole or not at all, and never over what somebody else wrote."""
 
-import re
+import hashlib
+import json
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from errno import EISDIR
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
+import typer
 from safetensors import SafetensorError
 
+from torchshear._files import DRAFT, atomic_path
+from torchshear._reading import UnreadableError, read_json
 from torchshear.errors import OutputError
 
-_INDEX_FILE: Final = re.compile(r"plan-[0-9a-f]{12}\.safetensors")
+RECORD: Final = f"{DRAFT}written.json"
+_FORMAT: Final = "torchshear.output"
+_MAX_BYTES: Final = 1 << 22
+_Digests = Mapping[str, list[str]]  # name -> digests that the file may have: before and after a run that was killed
+
+
+def folder_name(text: str) -> Path:
+    """The name of a folder as it is given on the command line.
+
+    Raises:
+        typer.BadParameter: it is empty.
+    """
+    if not text.strip():
+        raise typer.BadParameter("it is empty; give the name of a folder, or . for the current one.")
+    return Path(text)
+
+
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Write into a folder that holds other files: those that have the names of results are replaced."
+    ),
+]
 
 
 @contextmanager
-def output_folder(output: Path) -> Iterator[Path]:
+def output_folder(output: Path, force: bool = False, adds: bool = False) -> Iterator[Path]:
     """Give a draft folder whose files move into `output` if the block succeeds; else nothing is left behind.
 
+    The folder must be new or empty, or hold nothing but what an earlier run wrote and nobody changed since, as a record
+    of names and digests in it tells. That is replaced as a whole: the old files go before the new ones come, so that a
+    process that is killed in between leaves no mixture of two runs.
+
+    Args:
+        output: the folder.
+        force: take a folder that holds other files. Those that have the names of results are replaced; all others stay.
+        adds: leave the results of an earlier run there, except those that are written anew.
+
     Raises:
-        OutputError: the folder cannot be made or written, or the disk is full.
+        OutputError: the folder holds something else, cannot be made or written, or the disk is full.
     """
-    missing = [folder for folder in (output, *output.parents) if not folder.exists()]
+    missing = [folder for folder in (output, *output.parents) if not os.path.lexists(folder)]
     draft = None
     try:
+        own = _check(output, force)
         output.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=output))
+        draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}draft-", dir=output))
         yield draft
-        _publish(draft, output)
+        _publish(draft, output, own, force, adds)
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OutputError) and error.__cause__ is None:
+            raise
         cause = error.__cause__ or error
         raise OutputError(
             f"cannot write into {str(output)!r}: {getattr(cause, 'strerror', None) or cause}. Expected a folder that "
@@ -44,14 +82,86 @@ def output_folder(output: Path) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _publish(draft: Path, output: Path) -> None:
-    """Move the files of a draft to their place, all or none."""
-    made = sorted(file.name for file in draft.iterdir())
+def _check(output: Path, force: bool) -> _Digests:
+    """Files of an earlier run, as they were written.
+
+    Raises:
+        OutputError: there is something else, and it is not to be written over.
+    """
+    if not output.is_dir():
+        return {}  # it will be made, or that will fail
+    recorded = _read_record(output)
+    own = {n: digests for n, digests in recorded.items() if (output / n).is_file() and _digest(output / n) in digests}
+    foreign = [entry.name for entry in sorted(output.iterdir()) if not _is_ours(entry, own)]
+    if foreign and not force:
+        what = "was changed since torchshear wrote it" if foreign[0] in recorded else "torchshear did not write"
+        raise OutputError(
+            f"cannot write into {str(output)!r}: it holds {foreign[0]!r}, which {what}. Expected a new or empty "
+            f"folder, or the results of an earlier run; choose another, or say --force to have files replaced that "
+            f"have the names of results (others stay)."
+        )
+    return own
+
+
+def _is_ours(entry: Path, own: _Digests) -> bool:
+    is_draft = entry.is_dir() and entry.name.startswith(f"{DRAFT}draft-")  # of a run that was killed
+    return entry.name in own or entry.name == RECORD or is_draft
+
+
+def _read_record(output: Path) -> _Digests:
+    """What earlier runs wrote; nothing if no record can be read."""
+    try:
+        document = read_json(output / RECORD, _MAX_BYTES)
+        files = document["files"] if document["format"] == _FORMAT else {}
+        return {str(name): [str(digest) for digest in digests] for name, digests in files.items()}
+    except (UnreadableError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _write_record(output: Path, digests: _Digests) -> None:
+    document = {"format": _FORMAT, "version": 1, "files": digests}
+    with atomic_path(output / RECORD) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _publish(draft: Path, output: Path, own: _Digests, force: bool, adds: bool) -> None:
+    """Put the files of a draft in the place of earlier ones, all or none."""
+    made = {file.name: [_digest(file)] for file in draft.iterdir()}
     for name in made:
-        if (output / name).is_dir():
-            raise IsADirectoryError(EISDIR, f"{name} is a folder there")
-    for name in made:
-        (draft / name).replace(output / name)
-    for file in output.iterdir():  # the index file of an earlier plan belongs to nothing now
-        if "plan.json" in made and _INDEX_FILE.fullmatch(file.name) and file.name not in made:
-            file.unlink()
+        place = output / name
+        problem = f"{name!r} came there meanwhile" if os.path.lexists(place) and name not in own and not force else ""
+        if place.is_dir() and not place.is_symlink():
+            problem = f"{name} is a folder there"
+        if problem:
+            raise OutputError(f"cannot write into {str(output)!r}: {problem}. Choose another folder.")
+    goes = {name for name in made.keys() | (set() if adds else own.keys()) if os.path.lexists(output / name)}
+    stays = {name: digests for name, digests in own.items() if name not in goes}
+    _write_record(output, stays | {n: made.get(n, []) + list(own.get(n, [])) for n in made.keys() | goes})
+    _exchange(draft, output, goes, made)
+    _write_record(output, stays | made)
+
+
+def _exchange(draft: Path, output: Path, goes: Iterable[str], comes: Iterable[str]) -> None:
+    """Take files out of a folder, then move others in; put all back if that fails."""
+    old = Path(tempfile.mkdtemp(prefix=f"{DRAFT}draft-", dir=output))
+    try:
+        for name in goes:
+            (output / name).rename(old / name)
+        for name in comes:
+            if (old / name).is_file() and not (old / name).is_symlink():
+                (draft / name).chmod((old / name).stat().st_mode & 0o777)
+            (draft / name).rename(output / name)
+    except BaseException:
+        for name in comes:
+            if not (draft / name).exists():
+                (output / name).rename(draft / name)
+        for file in old.iterdir():
+            file.rename(output / file.name)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)

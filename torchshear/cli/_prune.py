@@ -16,7 +16,7 @@ import torchshear
 from torchshear._files import atomic_path
 from torchshear.cli._bench import measure, print_latency
 from torchshear.cli._example import Target, load_example
-from torchshear.cli._folder import output_folder
+from torchshear.cli._folder import Force, folder_name, output_folder
 from torchshear.cli._options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.pruners.configs import render_config
@@ -29,9 +29,14 @@ _FOLDS: Mapping[str | None, Any] = {None: False, "constants": True}
 
 
 @takes_choice(*EVERY)
-def prune(
+def prune(  # noqa: PLR0913 - options, given by name
     target: Target,
-    output: Annotated[Path, typer.Option(help="Folder for the results; made if missing.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            parser=folder_name, metavar="FOLDER", help="Folder for the results: new, empty, or of an earlier run."
+        ),
+    ],
     criterion: Annotated[
         str | None,
         typer.Option(metavar="NAME", help=f"How channels are scored: {CRITERIA}. Default: l1, or what a config says."),
@@ -48,12 +53,14 @@ def prune(
         ),
     ] = None,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
+    force: Force = False,
     *,
     choice: dict[str, Any],
 ) -> None:
     """Prune a model, prove it equal to the masked one, write it with its plan and as ONNX, and measure it.
 
-    Writes plan.json, model.safetensors, dense.onnx, pruned.onnx and report.json. The pruned model in Python:
+    Writes plan.json, model.safetensors, dense.onnx, pruned.onnx and report.json, and a record of them, by which a later
+    run knows what it may replace; a folder that holds anything else is refused. The pruned model in Python:
     small = torchshear.shrink(Model(), PruningPlan.load("plan.json")), then
     safetensors.torch.load_model(small, "model.safetensors").
 
@@ -62,7 +69,7 @@ def prune(
     """
     model, args, kwargs = load_example(target)
     ratio = choice.pop("ratio", None)
-    with output_folder(output) as draft, status("pruning and verifying") as say:
+    with output_folder(output, force) as draft, status("pruning and verifying") as say:
         if "data" in choice:
             choice["data"].say = say
         fold = _FOLDS.get(fold_bias, fold_bias)  # another word is for `prune` to refuse
@@ -75,7 +82,7 @@ def prune(
     _print_result(console, result)
     if bench:
         document["latency"] = _measured(console, output, list(pairs))
-        with output_folder(output) as draft:
+        with output_folder(output, force, adds=True) as draft:
             (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
     print_lines(console, f"written     in {output}: {written}")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import torchshear
+from torchshear.cli._folder import folder_name
 from torchshear.cli._terminal import print_lines, status, stdout_console
 
 
@@ -19,7 +20,9 @@ class _Unknown(StrEnum):
 def shrink(
     plan: Annotated[Path, typer.Argument(help="The plan, as saved by PruningPlan.save or `torchshear prune`.")],
     source: Annotated[Path, typer.Argument(help="Folder of the unpruned checkpoint, in safetensors.")],
-    destination: Annotated[Path, typer.Argument(help="Folder for the result; new, empty, or of a run cut short.")],
+    destination: Annotated[
+        Path, typer.Argument(parser=folder_name, help="Folder for the result; new, empty, or of a run cut short.")
+    ],
     unknown: Annotated[
         _Unknown, typer.Option(help="What to do with tensors that the plan does not know.")
     ] = _Unknown.refuse,

@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -33,7 +32,7 @@ def open_session(path: str | os.PathLike[str], threads: int = 1) -> onnxruntime.
     Raises:
         LatencyError: the file is missing, is no ONNX model, or holds an operator that onnxruntime does not run.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise LatencyError(
             f"no file at {str(path)!r}. Write it first, with torchshear's export_onnx or torch.onnx.export."
         )

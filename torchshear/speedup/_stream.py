@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchshear._checkpoint import Checkpoint, open_checkpoint
-from torchshear._files import publish
+from torchshear._files import DRAFT, publish
+from torchshear._reading import as_path
 from torchshear.dependency import PruningPlan, StatePlan
 from torchshear.dependency._agreement import check_agreement
 from torchshear.errors import ArgumentError, CheckpointError, OutputError
@@ -35,7 +36,7 @@ from torchshear.speedup._manifest import (
 from torchshear.speedup._state import cut_tensor
 
 PLAN_NAME: Final = "plan.json"
-_DRAFT: Final = ".shrink-draft-"
+_DRAFT: Final = f"{DRAFT}draft-"
 _TEXT_SUFFIXES: Final = frozenset({".json", ".txt", ".model", ".jinja", ".md"})
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -97,10 +98,11 @@ def shrink_checkpoint(
         OutputError: the destination cannot be written, or the disk is full; finished shards stay for the next run.
     """
     plan = _as_plan(plan)
+    destination = as_path(destination, "the destination")
     if unknown not in ("refuse", "copy", "drop"):
         raise ArgumentError(f'unknown={unknown!r}; expected "refuse", "copy" or "drop".')
     checkpoint = open_checkpoint(source)
-    task = _Task(checkpoint, fit(plan, checkpoint, unknown), Path(destination), progress)
+    task = _Task(checkpoint, fit(plan, checkpoint, unknown), destination, progress)
     manifest = Manifest(plan_digest(plan), source_digest(checkpoint), unknown, {})
     with _writing(task.destination):
         manifest = _begin(task, manifest)
@@ -179,13 +181,9 @@ def _begin(task: _Task, manifest: Manifest) -> Manifest:
     if folder.resolve() == task.checkpoint.folder.resolve():
         raise ArgumentError(f"destination {str(folder)!r} is the source's folder; give another, the source is kept.")
     folder.mkdir(parents=True, exist_ok=True)
-    for draft in folder.glob(f"{_DRAFT}*"):
-        shutil.rmtree(draft)
-    for draft in folder.glob(f".{Path(NAME).stem}-*"):
-        draft.unlink()
     known = read_manifest(folder)
     if known is None:
-        other = sorted(file.name for file in folder.iterdir())
+        other = sorted(file.name for file in folder.iterdir() if not file.name.startswith(DRAFT))
         if other:
             raise CheckpointError(
                 f"destination {str(folder)!r} holds {other[0]!r} and no record of a run. Expected a new or empty "
@@ -203,6 +201,8 @@ def _begin(task: _Task, manifest: Manifest) -> Manifest:
                 f"destination {str(folder)!r} holds what was made with {what}. Expected a new or empty folder, or one "
                 f"in which the same call was cut short; delete it or choose another."
             )
+    for draft in folder.glob(f"{_DRAFT}*"):  # of a run that was killed
+        shutil.rmtree(draft)
     return known
 
 
@@ -245,7 +245,7 @@ def _make_shard(task: _Task, manifest: Manifest, shard: str, draft: Path) -> Man
     stamp = SourceStamp(size, mtime_ns, digest.hexdigest())
     manifest = manifest.with_shard(shard, FinishedShard(_file_digest(temporary), stamp))
     manifest.save(task.destination)
-    publish(temporary, task.destination / shard)
+    publish(temporary, task.destination / shard, like=task.checkpoint.folder / shard)
     return manifest
 
 
@@ -286,7 +286,8 @@ def _write_texts(task: _Task, plan: PruningPlan, draft: Path) -> None:
             shutil.copyfile(file, draft / file.name)
     plan.save(draft / PLAN_NAME)
     for file in sorted(draft.iterdir()):
-        publish(file, task.destination / file.name)
+        source = task.checkpoint.folder / file.name
+        publish(file, task.destination / file.name, like=source if source.exists() else None)
 
 
 def _write_index(task: _Task, draft: Path) -> None:

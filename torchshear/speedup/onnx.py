@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear._files import atomic_path
+from torchshear._files import DRAFT, atomic_path
+from torchshear._reading import as_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
 from torchshear.graph import alone, kept_state, plain_outputs
 from torchshear.graph._quiet import quiet_torch
@@ -109,7 +110,7 @@ def export_onnx(
     _check_limits(check_batches, rtol, atol)
     call = ExampleCall.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})
     _check_dtypes(model, call)
-    target, check = Path(path), _Tolerance(rtol, atol)
+    target, check = as_path(path, "the path of an ONNX file"), _Tolerance(rtol, atol)
     with _evaluating(model), plain_outputs(model):
         if call.batch is None:
             reason = "no example input is a tensor with a first dimension"
@@ -166,11 +167,9 @@ def _export(
     expected = [_outputs(model, one) for one in calls]
     traced = call.resized(max(call.batch, 2)) if free != "nothing" and call.batch is not None else call
     program = _converted(model, traced, free)
-    with (
-        atomic_path(target) as temporary,
-        tempfile.TemporaryDirectory(prefix=f".{target.stem}-", dir=target.parent) as folder,
-    ):
-        draft = Path(folder) / target.name
+    place = Path(os.path.realpath(target))
+    with atomic_path(place) as temporary, tempfile.TemporaryDirectory(prefix=DRAFT, dir=place.parent) as folder:
+        draft = Path(folder) / place.name
         proto = _save(program, draft, traced, free)
         if _has_length(proto):
             calls.append(calls[0].shortened())
@@ -179,8 +178,9 @@ def _export(
         size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
         weights = draft.with_name(f"{draft.name}.data")
         if weights.exists():
-            with atomic_path(target.with_name(weights.name)) as temporary_weights:
+            with atomic_path(place.with_name(weights.name)) as temporary_weights:
                 weights.replace(temporary_weights)
+                place.unlink(missing_ok=True)  # or its old graph would read the new weights if the process ended here
         draft.replace(temporary)
     opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     dynamic = free != "nothing"
