@@ -318,7 +318,7 @@ class Literal(nn.Module):
 
 def test_a_part_in_traced_form_stands_in_its_place() -> None:
     model = randomise(Literal()).train()
-    result = torchshear.prune(model, (image(),), submodules=["plain", "chunked"])
+    result = torchshear.prune(model, (image(),), ratio={"plain": 0.1, "chunked": 0.5}, submodules=["plain", "chunked"])
     assert result.form == "traced"
     assert {part.name: part.form for part in result.report.parts} == {"plain": "native", "chunked": "traced"}
     small = result.model

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from torch import Tensor, nn
 
 from torchshear._words import Selection, Sight
-from torchshear.dependency import ChannelGroups, PruningPlan
+from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.pruners import (
@@ -30,6 +30,7 @@ from torchshear.pruners.classes import ConfigList, Widths, plan_config
 from torchshear.pruners.configs import DEFAULT_PATTERN, Entry
 from torchshear.pruners.criteria import needs_of
 from torchshear.pruners.statistics import ALL_SUMS, SUMS_OF_GRADIENTS, Loss, Statistics
+from torchshear.speedup import Leave
 
 BATCHES: Final = 32
 _OF_THE_REQUEST: Final = (*Selection.__annotations__, "axes", "exclude")
@@ -60,6 +61,7 @@ class Asked:
         data: what is looked at.
         recalibrates: whether batch norms get new statistics after the cut.
         fold_bias: what is folded into biases: nothing, constants of removed channels, or their "means" over the data.
+        form: what the result is to be, see `Choice`.
     """
 
     request: Request
@@ -67,6 +69,7 @@ class Asked:
     data: Data
     recalibrates: bool
     fold_bias: bool | Literal["means"]
+    form: str = "auto"
 
     @property
     def criteria(self) -> list[str | Criterion]:
@@ -76,17 +79,19 @@ class Asked:
         named = [entry.criterion or self.request.criterion for entry in self.entries if not entry.excludes]
         return list(dict.fromkeys(named))
 
-    def plan(self, model: nn.Module, groups: ChannelGroups) -> tuple[PruningPlan, ResolvedConfig | None]:
-        """Look at the data, and plan; for a config, also what it asks of each layer."""
+    def planning(self, model: nn.Module, groups: ChannelGroups) -> "Planning":
+        """Look at the data, and for a config at what it asks of each layer: all that plans are made of."""
         resolved = None
         if self.entries:
             assert isinstance(self.request.criterion, str), "checked with the config"
             resolved = resolve(model, self.entries, groups, self.request.criterion)
-        statistics = self._statistics(groups, resolved)
-        if resolved is None:
-            return plan_units(groups, self.request, statistics=statistics), None
-        widths = Widths(self.request.alignment, self.request.min_width)
-        return plan_config(groups, resolved, widths, statistics), resolved
+        return Planning(self.request, groups, resolved, self._statistics(groups, resolved))
+
+    def form_of(self, planning: "Planning") -> tuple[FormKind | None, Leave | None]:
+        """The form that the result must have, None for any; and which groups may stay whole for the native one."""
+        if self.form == "traced":
+            return "traced", None
+        return ("native", Leave(planning.plan, most=1.0)) if self.form == "native" else (None, Leave(planning.plan))
 
     def means(self, groups: ChannelGroups) -> dict[tuple[str, int], Tensor] | None:
         """Means over the data of what layers read, if these are to be folded."""
@@ -112,6 +117,30 @@ class Asked:
         request = self.request
         targets = choose_targets(groups, request.shares, request.axes, request.exclude)
         return [name for name, target in targets.items() if target.ratio is None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planning:
+    """What plans of one model are made of.
+
+    Attributes:
+        request: what is asked.
+        groups: the analysed network.
+        resolved: what a config asks of each layer; None without one.
+        statistics: what was seen of the data; None where nothing looks at any.
+    """
+
+    request: Request
+    groups: ChannelGroups
+    resolved: ResolvedConfig | None
+    statistics: Statistics | None
+
+    def plan(self, whole: Collection[str] = ()) -> PruningPlan:
+        """The plan; with some groups left whole so that the model keeps its own class."""
+        if self.resolved is None:
+            return plan_units(self.groups, self.request, statistics=self.statistics, whole=whole)
+        widths = Widths(self.request.alignment, self.request.min_width)
+        return plan_config(self.groups, self.resolved, widths, self.statistics, whole)
 
 
 def ask(
@@ -145,7 +174,10 @@ def ask(
         request = Request(**widths)
     else:
         request = Request(ratio=ratio, **widths, **words)
-    asked = Asked(request, entries, read_data(choice), choice.get("recalibrate", False), fold_bias)
+    form = choice.get("form", "auto")
+    if form not in ("auto", "native", "traced"):
+        raise ArgumentError(f"form={form!r}; expected 'auto', 'native' or 'traced'.")
+    asked = Asked(request, entries, read_data(choice), choice.get("recalibrate", False), fold_bias, form)
     _check_fold(fold_bias, asked.data)
     _check_parts(asked, choice.get("submodules"))
     check_data(asked.criteria, asked.data, asked.recalibrates or fold_bias == "means")

@@ -1,7 +1,7 @@
 """The words of `plan` and `prune`: typed keywords, for what may shrink, how much goes where, and by which data."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torchshear.dependency.alignment import Alignment
 from torchshear.pruners import Ratio
@@ -85,9 +85,13 @@ class Choice(Selection, Subject, Sight, total=False):
     Attributes:
         config: a config list of NNI or Neural Compressor, or the path of a file of one, in place of a ratio and of all
             words that say what may shrink and how much goes where; see docs/config-lists.md.
+        form: what the result is. "native": a copy of the model's own class; where only whole groups give that, they
+            stay whole at any cost. "traced": the rewritten graphs. "auto", the default: native where leaving groups
+            whole costs at most a tenth of what the cut saves, in parameters and MACs; else traced.
     """
 
     config: ConfigList | None
+    form: Literal["auto", "native", "traced"]
 
 
 class Comparing(Shares, Subject, Sight, total=False):

@@ -9,7 +9,7 @@ from torch import nn
 from torchshear._asking import ask
 from torchshear._batches import LikeExample
 from torchshear._words import Choice, Selection, check_keywords
-from torchshear.dependency import ChannelGroups, PruningPlan, analyze
+from torchshear.dependency import ChannelGroups, FormKind, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.graph import outside_inference_mode, trace
 from torchshear.pruners import Criterion, Ratio, Request, ResolvedConfig, WeightSource, plan_units
@@ -17,6 +17,7 @@ from torchshear.pruners.statistics import Statistics
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import (
     Fold,
+    Leave,
     Shrunk,
     Verification,
     check_recalibration,
@@ -156,6 +157,7 @@ def prune(
             `scope`, `target_macs`, `target_params` and the other words of `torchshear.plan`; or in place of all these
             and of the ratio `config`, a config list or the path of one. `data`, `loss_fn` and `batches` as for
             `torchshear.collect`; `recalibrate=True` gives batch norms new statistics of the same data in the end.
+            `form` as in `Choice`: the model's own class where that costs little, or one form in any case.
 
     Returns:
         The pruned model with its plan and report. A model in which nothing can shrink comes back as a copy, and the
@@ -167,6 +169,7 @@ def prune(
         DataError: the data or the loss does not fit the model.
         CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
+        PlanError: what is asked cannot be reached; or `form="native"`, and there is no native form.
         VerificationError: the shrunk model is not equal to the masked one, or with folded constants not to the original
             with those constants; nothing is returned then.
     """
@@ -175,8 +178,8 @@ def prune(
     if asked.recalibrates:
         check_recalibration(model, asked.data.batches)
     groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
-    made, resolved = asked.plan(model, groups)
-    shrunk, made = shrink_and_record(model, made, args, kwargs)
+    planning = asked.planning(model, groups)
+    shrunk, made = shrink_and_record(model, planning.plan(), args, kwargs, *asked.form_of(planning))
     if fold_bias:
         shrunk = fold_constants(model, shrunk, made, means=asked.means(groups))
     small = shrunk.model
@@ -185,12 +188,19 @@ def prune(
         loader = LikeExample(asked.data.loader, (args, dict(kwargs or {})))
         small = recalibrate(small, loader, asked.data.batches, progress=False)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-    return PruneResult(small, made, report, shrunk.verification, shrunk.form, shrunk.fold, resolved, asked.recalibrates)
+    return PruneResult(
+        small, made, report, shrunk.verification, shrunk.form, shrunk.fold, planning.resolved, asked.recalibrates
+    )
 
 
 def shrink_and_record(
-    model: nn.Module, made: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+    model: nn.Module,
+    made: PruningPlan,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    form: FormKind | None = None,
+    leave: Leave | None = None,
 ) -> tuple[Shrunk, PruningPlan]:
     """Shrink and prove, and write into the plan what made the form of the result."""
-    shrunk = shrink_to_form(model, made, args, kwargs)
-    return shrunk, replace(made, form=shrunk.made_by)
+    shrunk = shrink_to_form(model, made, args, kwargs, form, leave=leave)
+    return shrunk, replace(shrunk.plan, form=shrunk.made_by)

@@ -16,7 +16,7 @@ from tests.models import Chunked, Residual, image, randomise
 from torchshear import PruneResult, PruningPlan
 from torchshear.errors import PlanError, VerificationError
 from torchshear.graph import parameters_on_meta
-from torchshear.speedup import KeptScale, TracedModule, _apply, _native_form, _shrink, shrink_to_form
+from torchshear.speedup import KeptScale, TracedModule, _apply, _job, _native_form, shrink_to_form
 
 
 class Settings:
@@ -97,7 +97,7 @@ def test_a_fresh_model_becomes_what_prune_gave(
     assert {slot.attribute for slot in pruned.plan.form.sizes} >= {"settings", "shape"}
     assert len(pruned.plan.form.scales) == 2
     plan = from_file(pruned.plan, tmp_path)
-    monkeypatch.setattr(_shrink, "native_form", no_search)
+    monkeypatch.setattr(_job, "native_form", no_search)
     again = shrink_to_form(randomise(Tokens(), 9).train(), plan)
     assert (again.form, again.reason) == (pruned.form, pruned.plan.form.reason)
     assert again.model.training
@@ -121,7 +121,7 @@ def test_zeros_in_place_of_weights_change_nothing(pruned: PruneResult, tmp_path:
 def test_the_same_model_is_not_searched_again(pruned: PruneResult, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Tokens()).eval()
     result = torchshear.prune(model, tokens(), ratio=0.5)
-    monkeypatch.setattr(_shrink, "native_form", no_search)
+    monkeypatch.setattr(_job, "native_form", no_search)
     assert attributes(torchshear.shrink(model, result.plan)) == attributes(result.model)
 
 
@@ -159,7 +159,7 @@ def test_a_traced_form_is_made_again_without_a_look_at_the_native_one(
     model = randomise(Chunked()).eval()
     result = torchshear.prune(model, (image(),))
     assert result.form == "traced"
-    monkeypatch.setattr(_shrink, "native_form", no_search)
+    monkeypatch.setattr(_job, "native_form", no_search)
     monkeypatch.setattr(_native_form, "native_copy", no_search)
     again = shrink_to_form(Chunked().eval(), from_file(result.plan, tmp_path))
     assert (again.form, f"traced: {again.reason}") == ("traced", result.report.form)
@@ -202,7 +202,7 @@ class Pair(nn.Module):
 def test_parts_replay_each_in_its_form(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = (torch.randn(2, 5, 12), image())
     result = torchshear.prune(randomise(Pair()).eval(), inputs, submodules=names)
-    monkeypatch.setattr(_shrink, "native_form", no_search)
+    monkeypatch.setattr(_job, "native_form", no_search)
     again = shrink_to_form(randomise(Pair(), 9).eval(), from_file(result.plan, tmp_path))
     kinds = {"layer": "native", "chunked": "traced"}
     assert dict(again.parts) == {name: kinds[name] for name in names}

@@ -66,6 +66,10 @@ _LOSS = typer.Option(
     f"package.module:function of output and target.",
 )
 _BATCHES = typer.Option(metavar="N", help="How many batches to run. Default: 32.")
+_FORM = typer.Option(
+    metavar="[auto|native|traced]",
+    help="The model's own class, where it costs little at most, or the rewritten graphs. Default: auto.",
+)
 _RECALIBRATE = typer.Option("--recalibrate", help="Give batch norms new statistics of the data after the cut.")
 
 _SUBMODULE = typer.Option(
@@ -104,6 +108,7 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "loss_fn": _Option(Annotated[str | None, _LOSS], load_loss),
     "batches": _Option(Annotated[int | None, _BATCHES], int),
     "recalibrate": _Option(Annotated[bool, _RECALIBRATE], bool),
+    "form": _Option(Annotated[str | None, _FORM], str),
 }
 EVERY: Final = tuple(_OPTIONS)
 

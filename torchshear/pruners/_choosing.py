@@ -1,6 +1,6 @@
 """How the units that stay are chosen: every group by its own share, or in pools until a share or a budget is met."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from torchshear.pruners._selection import (
     rearranged_units,
     removal_order,
 )
-from torchshear.pruners._targets import choose_targets
+from torchshear.pruners._targets import FOR_ITS_CLASS, choose_targets
 from torchshear.pruners._weight_source import WeightSource, weights_to_score
 from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion, is_comparable, rearrangement_of
 from torchshear.pruners.statistics import Statistics
@@ -47,12 +47,18 @@ class Choosing:
     """One network and one request."""
 
     def __init__(
-        self, groups: ChannelGroups, request: Request, weights: WeightSource, statistics: Statistics | None
+        self,
+        groups: ChannelGroups,
+        request: Request,
+        weights: WeightSource,
+        statistics: Statistics | None,
+        whole: Collection[str] = (),
     ) -> None:
         self.groups = groups
         self.request = request
         self.criterion: Criterion = find_criterion(request.criterion)
         self.targets = choose_targets(groups, request.shares, request.axes, request.exclude)
+        self.targets |= dict.fromkeys(whole, FOR_ITS_CLASS)
         self.limits = limits_of(groups, request, self.targets)
         self.statistics = statistics
         self.weights = weights

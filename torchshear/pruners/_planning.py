@@ -1,6 +1,6 @@
 """From groups and a request to a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,11 @@ Indices = npt.NDArray[np.int64]
 
 
 def plan_units(
-    groups: ChannelGroups, request: Request, weights: WeightSource = None, statistics: Statistics | None = None
+    groups: ChannelGroups,
+    request: Request,
+    weights: WeightSource = None,
+    statistics: Statistics | None = None,
+    whole: Collection[str] = (),
 ) -> PruningPlan:
     """Choose the units that stay, by scores and within limits; `torchshear.plan` says what can be asked.
 
@@ -26,6 +30,7 @@ def plan_units(
         request: what is asked.
         weights: what criteria look at; None: the tensors of the model that was traced.
         statistics: what criteria that look at data need, from `torchshear.collect`.
+        whole: names of groups that stay whole, whatever is asked, so that the model keeps its own class.
 
     Raises:
         ArgumentError: statistics are missing or of another network; the criterion has nothing to say of any group;
@@ -34,7 +39,7 @@ def plan_units(
         WeightError: weights cannot be scored, or are not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
-    chosen = Choosing(groups, request, weights, statistics).choose()
+    chosen = Choosing(groups, request, weights, statistics, whole).choose()
     said = request.to_json() | noted(statistics)
     return make_plan(Cut(groups, chosen.kept), chosen.kept, said, chosen.notes, chosen.ratios)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
@@ -23,6 +24,9 @@ class Target:
     ratio: float | None
     reason: str = ""
     key: str = ""
+
+
+FOR_ITS_CLASS: Final = Target(None, "so that the model keeps its own class")
 
 
 def choose_targets(

@@ -4,6 +4,7 @@ from torchshear.speedup._apply import shrink, shrink_to_form
 from torchshear.speedup._fold import fold_constants
 from torchshear.speedup._fold_record import Fold, FoldedConstants, SkippedConstants
 from torchshear.speedup._kept_scale import KeptScale
+from torchshear.speedup._leaving import Leave
 from torchshear.speedup._load import load_checkpoint
 from torchshear.speedup._recalibrate import check_recalibration, recalibrate
 from torchshear.speedup._shrunk import Shrunk
@@ -20,6 +21,7 @@ __all__ = [
     "KeptScale",
     "LatencyComparison",
     "LatencyResult",
+    "Leave",
     "OnnxFile",
     "Shrunk",
     "ShrunkCheckpoint",

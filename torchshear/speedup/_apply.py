@@ -10,6 +10,7 @@ from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs, alone, is_on_meta
 from torchshear.speedup._fold import fold_constants
+from torchshear.speedup._leaving import Leave
 from torchshear.speedup._parts import shrink_parts
 from torchshear.speedup._shrink import Made, analysis_of, shrink_whole
 from torchshear.speedup._shrunk import Shrunk
@@ -65,9 +66,11 @@ def shrink_to_form(
     form: FormKind | None = None,
     fold_bias: bool = False,
     verify: bool = True,
+    leave: Leave | None = None,
 ) -> Shrunk:
     """As `shrink`, and say which form the result has; or insist on one form, of all parts where the plan has some.
 
+    With `leave`, groups may stay whole where only that gives the native form; `plan` of the result is then another.
     `verification` of the result says how closely it agrees with the masked model, before constants are folded; `fold`
     says which were.
 
@@ -78,18 +81,20 @@ def shrink_to_form(
         VerificationError: the result is not the masked model.
     """
     groups = analysis_of(model, plan, args, kwargs)
-    made = _make(model, groups, plan, form)
+    made = _make(model, groups, plan, form, leave)
     if verify and not is_on_meta(model):
         given = ExampleInputs.of(args or (), kwargs) if args is not None or kwargs is not None else None
         shrunk = _proved(model, groups, plan, made, given, is_free=form is None and plan.form is None)
     else:
-        shrunk = Shrunk(made.model, made.form)
-    return fold_constants(model, shrunk, plan, args, kwargs) if fold_bias else shrunk
+        shrunk = Shrunk(made.model, made.form, made.plan)
+    return fold_constants(model, shrunk, shrunk.plan, args, kwargs) if fold_bias else shrunk
 
 
-def _make(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None) -> Made:
+def _make(
+    model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None, leave: Leave | None = None
+) -> Made:
     cut_down = shrink_whole if groups.graph.parts is None else shrink_parts
-    return cut_down(model, groups, plan, kind)
+    return cut_down(model, groups, plan, kind, leave)
 
 
 def _proved(
@@ -107,8 +112,8 @@ def _proved(
         VerificationError: the model is not the masked one.
     """
     try:
-        proof = verify_analyzed(model, made.model, plan, groups, given, training=made.training)
-        return Shrunk(made.model, made.form, proof)
+        proof = verify_analyzed(model, made.model, made.plan, groups, given, training=made.training)
+        return Shrunk(made.model, made.form, made.plan, proof)
     except VerificationError:
         if made.form.kind == "traced" or not is_free:
             raise
@@ -117,4 +122,4 @@ def _proved(
     reason = traced.form.reason.replace(
         "asked for", "its own forward is not the masked model on the smaller tensors", 1
     )
-    return Shrunk(traced.model, replace(traced.form, reason=reason), verification)
+    return Shrunk(traced.model, replace(traced.form, reason=reason), plan, verification)

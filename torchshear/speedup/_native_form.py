@@ -40,9 +40,22 @@ from torchshear.speedup._varied_inputs import random_like
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
-def native_form(
-    model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
-) -> tuple[nn.Module | None, Form]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Native:
+    """A native form, or why there is none.
+
+    Attributes:
+        model: the copy of the user's module; None where the traced form has to do.
+        form: what made it, or a traced form that says why.
+        fails_in: the module whose own code is wrong on the smaller tensors; None where that is not what is wrong.
+    """
+
+    model: nn.Module | None
+    form: Form
+    fails_in: str | None = None
+
+
+def native_form(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> Native:
     """A copy of the user's module that equals the rewritten graph.
 
     Both are compared in float64 on the example and on random inputs, also with the branches that code takes while it
@@ -55,30 +68,31 @@ def native_form(
         sliced: canonical name -> shrunk tensor.
 
     Returns:
-        The copy with what made it; or None, with a traced form that says why.
+        The copy with what made it, or a traced form that says why.
     """
     making = _Making.of(model, cut, tensors, sliced)
     unsaid = implied_arguments(cut.groups.graph.fx_graph, cut.groups.facts, cut)
     scaling = Scaling(cut, [node for node, _ in unsaid], making.run, (torch.float64, making.own_dtype))
     scales = next(iter(scaling.of_implied()), None) if unsaid else {}
     if scales is None:
-        return None, Form("traced", _unsaid_reason(unsaid))
+        return Native(None, Form("traced", _unsaid_reason(unsaid)), locate(unsaid[0][0]).module)
     try:
         work = making.native()
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
-        return None, Form("traced", f"the model cannot be copied: {type(error).__name__}: {error}")
+        return Native(None, Form("traced", f"the model cannot be copied: {type(error).__name__}: {error}"))
     try:
         found = making.find(work, scaling, scales)
     except RefusedDtypeError as error:  # the proof of the traced form will name the call
-        return None, Form("traced", f"the rewritten graph does not run: {error}")
+        return Native(None, Form("traced", f"the rewritten graph does not run: {error}"))
+    fault = found.repair.fault
+    if fault is not None:
+        return Native(None, Form("traced", _reason(fault, making)), fault.modules[0])
     native = making.native(found.repair.sizes, found.scales)
-    if found.repair.fault is not None:
-        return None, Form("traced", _reason(found.repair.fault, making))
     failure = _failure_in_training(native, model, cut.groups.graph)
     if failure is not None:
-        return None, Form("traced", failure)
+        return Native(None, Form("traced", failure))
     reason = f"{_description(found.repair.sizes, found.scales)}; equal to the rewritten graph on all inputs tried"
-    return native, Form("native", reason, found.repair.sizes, found.scales)
+    return Native(native, Form("native", reason, found.repair.sizes, found.scales))
 
 
 def recorded_form(

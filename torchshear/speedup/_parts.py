@@ -2,16 +2,18 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
 from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_of
+from torchshear.speedup._job import Job
+from torchshear.speedup._leaving import Leave
 from torchshear.speedup._lost_backwards import check_backwards, lost_backwards, untrainable
 from torchshear.speedup._native_form import own_constants
 from torchshear.speedup._rewrite import rewrite_graph
@@ -20,7 +22,6 @@ from torchshear.speedup._shrink import (
     in_mode_of,
     input_shapes,
     make_native,
-    tensors_of,
     training_cut,
     transient_names,
 )
@@ -28,46 +29,30 @@ from torchshear.speedup._state import slice_state
 from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, signature_of
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Job:
-    """A cut of a model's parts: the model, the checked choice, its tensors and what they become."""
-
-    model: nn.Module
-    cut: Cut
-    tensors: dict[str, Tensor]
-    sliced: dict[str, Tensor]
-
-    def replacements(self) -> dict[int, Any]:
-        """Id of each tensor of the model -> its new version."""
-        found: dict[int, Any] = {id(self.tensors[name]): tensor for name, tensor in self.sliced.items()}
-        constants = own_constants(self.model, self.cut.groups.graph)
-        return found | {id(own): self.sliced[name] for name, own in constants if name in self.sliced}
-
-
-def shrink_parts(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None) -> Made:
-    """Cut the parts of a model that a plan is for, each in its native form where that holds.
+def shrink_parts(
+    model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None, leave: Leave | None = None
+) -> Made:
+    """Cut the parts of a model that a plan is for, each in its native form where that holds; see `shrink_whole`.
 
     Raises:
         PlanError: the plan does not fit the groups, or the form that is asked for or recorded is not equal to the
             rewritten graph.
     """
-    cut = Cut(groups, plan.kept)
     parts = groups.graph.parts
     assert parts is not None
-    tensors = tensors_of(model, groups.graph)
-    job = _Job(model, cut, tensors, slice_state(cut, tensors))
     recorded = plan.form if plan.form is not None and kind in (None, plan.form.kind) else None
+    given = Job.of(PartRun(model, parts), groups, plan)
     if recorded is not None and len(set(recorded.parts.values())) > 1:
-        return _part_by_part(job, dict(recorded.parts), recorded)
-    native, form = make_native(PartRun(model, parts), cut, tensors, job.sliced, recorded, kind)
-    kinds: dict[str, FormKind] = dict.fromkeys(parts.names, form.kind)
-    if native is not None:
-        return Made(in_mode_of(whole_of(native), model), replace(form, parts=kinds))
+        return _part_by_part(given, dict(recorded.parts), recorded)
+    job, native = make_native(given, recorded, kind, leave)
+    kinds: dict[str, FormKind] = dict.fromkeys(parts.names, native.form.kind)
+    if native.model is not None:
+        return Made(in_mode_of(whole_of(native.model), model), replace(native.form, parts=kinds), job.plan)
     looks_further = recorded is None and kind != "traced" and len(parts.names) > 1
-    return _part_by_part(job, {} if looks_further else kinds, form)
+    return _part_by_part(given, {} if looks_further else kinds, native.form)
 
 
-def _part_by_part(job: _Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
+def _part_by_part(job: Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
     """Give each part the form that it can have, and put all of them into one copy of the model.
 
     Args:
@@ -78,19 +63,26 @@ def _part_by_part(job: _Job, kinds: Mapping[str, FormKind], whole: Form) -> Made
     parts = job.cut.groups.graph.parts
     assert parts is not None
     found: dict[str, Form] = {}
-    memo = job.replacements()
+    memo, model = _replacements(job), whole_of(job.run)
     for name in parts.names:
         native, found[name] = (None, whole) if kinds.get(name) == "traced" else _native_part(job, name, kinds, whole)
-        original = job.model.get_submodule(name)
+        original = model.get_submodule(name)
         if native is None:
             lost = [call for call in job.cut.groups.graph.lost_backwards if f"{call.module}.".startswith(f"{name}.")]
             found[name] = replace(found[name], reason=f"{found[name].reason}{untrainable(lost)}")
             memo[id(original)] = _traced_part(job, name)
         else:
             memo |= {id(module): native.get_submodule(inner) for inner, module in original.named_modules()}
-    copied = in_mode_of(copy_model(job.model, memo), job.model)
+    copied = in_mode_of(copy_model(model, memo), model)
     is_recorded = set(kinds.values()) == {"native", "traced"}
-    return Made(copied, whole if is_recorded else _joined(found))
+    return Made(copied, whole if is_recorded else _joined(found), job.plan)
+
+
+def _replacements(job: Job) -> dict[int, Any]:
+    """Id of each tensor of the model -> its new version."""
+    found: dict[int, Any] = {id(job.tensors[name]): tensor for name, tensor in job.sliced.items()}
+    constants = own_constants(whole_of(job.run), job.cut.groups.graph)
+    return found | {id(own): job.sliced[name] for name, own in constants if name in job.sliced}
 
 
 def _joined(found: Mapping[str, Form]) -> Form:
@@ -112,26 +104,26 @@ def _calls_of(graph: Graph, name: str) -> list[Any]:
     return [given for call, given in zip(graph.parts.calls, graph.inputs.args, strict=True) if call == name]
 
 
-def _captured(job: _Job, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
+def _captured(job: Job, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
     """Some calls of one part, captured by themselves, with the cut in terms of their axes."""
     groups = job.cut.groups
     assert groups.graph.parts is not None
-    run = PartRun(job.model, Parts((name,) * len(calls), groups.graph.parts.pinned))
+    run = PartRun(whole_of(job.run), Parts((name,) * len(calls), groups.graph.parts.pinned))
     graph = trace_inputs(run, ExampleInputs(tuple(calls), {}))
     return run, Cut(with_graph(groups, graph), job.cut.kept)
 
 
-def _native_part(job: _Job, name: str, kinds: Mapping[str, FormKind], whole: Form) -> tuple[nn.Module | None, Form]:
+def _native_part(job: Job, name: str, kinds: Mapping[str, FormKind], whole: Form) -> tuple[nn.Module | None, Form]:
     """One part in its native form, or why it has none; as it is recorded if its kind is known."""
     run, cut = _captured(job, name, _calls_of(job.cut.groups.graph, name))
     recorded = replace(whole, kind="native") if name in kinds else None
-    made, form = make_native(run, cut, job.tensors, job.sliced, recorded, None)
-    return (None if made is None else whole_of(made).get_submodule(name)), form
+    _, native = make_native(replace(job, run=run, cut=cut), recorded, None)
+    return (None if native.model is None else whole_of(native.model).get_submodule(name)), native.form
 
 
-def _traced_part(job: _Job, name: str) -> TracedModule:
+def _traced_part(job: Job, name: str) -> TracedModule:
     """One part as rewritten graphs, one pair for each signature that it is called with."""
-    part = job.model.get_submodule(name)
+    part = whole_of(job.run).get_submodule(name)
     entries = _part_entries(job, name)
     calls: list[TracedCall] = []
     for number, given in enumerate(_calls_of(job.cut.groups.graph, name)):
@@ -181,9 +173,9 @@ def _renamed(graph: fx.Graph, names: Mapping[str, str]) -> fx.Graph:
     return graph
 
 
-def _part_entries(job: _Job, part: str) -> list[StateEntry]:
+def _part_entries(job: Job, part: str) -> list[StateEntry]:
     """Parameters and buffers of one part under all names that it has for them."""
-    prefix, graph, transient = f"{part}.", job.cut.groups.graph, transient_names(job.model)
+    prefix, graph, transient = f"{part}.", job.cut.groups.graph, transient_names(whole_of(job.run))
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in graph.aliases.items():
         if alias.startswith(prefix):

@@ -25,8 +25,10 @@ from torchshear.graph import (
     trace_inputs,
     whole_of,
 )
+from torchshear.speedup._job import Job, tensors_of
+from torchshear.speedup._leaving import Leave, leave_whole
 from torchshear.speedup._lost_backwards import check_backwards, lost_backwards, untrainable
-from torchshear.speedup._native_form import native_form, recorded_form
+from torchshear.speedup._native_form import Native, recorded_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
 from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, signature_of
@@ -48,15 +50,19 @@ class Made:
     Attributes:
         model: the smaller model.
         form: what made its form.
+        plan: the plan that it was made by: the one given, or one that leaves some of its groups whole.
         training: the original in train mode, where making the form took its capture.
     """
 
     model: nn.Module
     form: Form
+    plan: PruningPlan
     training: TrainingCut | None = None
 
 
-def shrink_whole(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None) -> Made:
+def shrink_whole(
+    model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None, leave: Leave | None = None
+) -> Made:
     """Cut a model that was captured whole.
 
     Args:
@@ -64,49 +70,44 @@ def shrink_whole(model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kin
         groups: its analysis.
         plan: what to keep.
         kind: the form that it must have; None: the one that the plan records, else native if that can be.
+        leave: which groups may stay whole for the native form; None for none.
 
     Raises:
         PlanError: the plan does not fit the groups, or the form that is asked for or recorded is not equal to the
             rewritten graph.
     """
-    cut = Cut(groups, plan.kept)
-    graph = groups.graph
-    tensors = tensors_of(model, graph)
-    sliced = slice_state(cut, tensors)
-    native, form = make_native(model, cut, tensors, sliced, plan.form, kind)
-    if native is not None:
-        return Made(in_mode_of(native, model), form)
+    job, native = make_native(Job.of(model, groups, plan), plan.form, kind, leave)
+    if native.model is not None:
+        return Made(in_mode_of(native.model, model), native.form, job.plan)
+    graph, form = groups.graph, native.form
     lost = "" if form is plan.form else untrainable(graph.lost_backwards)
     form = replace(form, reason=f"{form.reason}{lost}")
-    traced, training = _both_modes(model, graph, cut, sliced)
-    return Made(in_mode_of(traced, model), form, training)
+    traced, training = _both_modes(model, graph, job.cut, job.sliced)
+    return Made(in_mode_of(traced, model), form, plan, training)
 
 
 def make_native(
-    model: nn.Module,
-    cut: Cut,
-    tensors: Mapping[str, Tensor],
-    sliced: Mapping[str, Tensor],
-    recorded: Form | None,
-    kind: FormKind | None,
-) -> tuple[nn.Module | None, Form]:
-    """The native form that is recorded, or found; or None, and the form that it is to be instead.
+    job: Job, recorded: Form | None, kind: FormKind | None, leave: Leave | None = None
+) -> tuple[Job, Native]:
+    """The native form that is recorded, or found; and the cut that it is made by, which may leave groups whole.
 
     Raises:
         PlanError: the recorded form does not fit, or `kind="native"` is not equal to the rewritten graph.
     """
     if recorded is not None and kind in (None, recorded.kind):
         if recorded.kind == "traced":
-            return None, recorded
-        native = recorded_form(model, cut, tensors, sliced, recorded)
-        unseen = "; not compared again on the meta device, where there are no values" if is_on_meta(model) else ""
-        return native, replace(recorded, reason=f"{recorded.reason}{unseen}")
+            return job, Native(None, recorded)
+        native = recorded_form(job.run, job.cut, job.tensors, job.sliced, recorded)
+        unseen = "; not compared again on the meta device, where there are no values" if is_on_meta(job.run) else ""
+        return job, Native(native, replace(recorded, reason=f"{recorded.reason}{unseen}"))
     if kind == "traced":
-        return None, Form("traced", "asked for")
-    found, form = _try_native(model, cut, tensors, sliced)
-    if found is None and kind == "native":
-        raise PlanError(f"the native form is not equal to the rewritten graph: {form.reason}")
-    return found, form
+        return job, Native(None, Form("traced", "asked for"))
+    found = job.native()
+    if found.fails_in is not None and leave is not None:
+        job, found = leave_whole(job, found, leave)
+    if found.model is None and kind == "native":
+        raise PlanError(f"the native form is not equal to the rewritten graph: {found.form.reason}")
+    return job, found
 
 
 def analysis_of(
@@ -198,13 +199,6 @@ def _check_values(model: nn.Module, plan: PruningPlan, graph: Graph) -> None:
         )
 
 
-def tensors_of(model: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    """The model's own tensors by canonical name; constants, and buffers that are caches, as the graph holds them."""
-    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    own = {name: named.get(name, entry.tensor) for name, entry in graph.state.items()}
-    return {n: t if t.shape == graph.state[n].tensor.shape else graph.state[n].tensor for n, t in own.items()}
-
-
 def _entries(model: nn.Module, graph: Graph, sliced: Mapping[str, Tensor]) -> list[StateEntry]:
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in graph.aliases.items():
@@ -290,13 +284,3 @@ def in_mode_of(small: nn.Module, model: nn.Module) -> nn.Module:
     for name, module in small.named_modules():
         module.training = modes.get(name, model.training)
     return small
-
-
-def _try_native(
-    model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
-) -> tuple[nn.Module | None, Form]:
-    """As `native_form`, which needs values to compare."""
-    if is_on_meta(model):
-        reason = "without values on the meta device, its own forward cannot be compared with the rewritten graph"
-        return None, Form("traced", reason)
-    return native_form(model, cut, tensors, sliced)

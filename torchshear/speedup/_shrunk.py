@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torchshear.dependency import Form, FormKind
+from torchshear.dependency import Form, FormKind, PruningPlan
 from torchshear.speedup._fold_record import Fold
 from torchshear.speedup.verification import Verification
 
@@ -17,6 +17,7 @@ class Shrunk:
     Attributes:
         model: the smaller model.
         made_by: what made its form, as a plan records it.
+        plan: the plan that it was made by: the one that was given, or one that leaves some of its groups whole.
         verification: how closely it agrees with the masked model; None where that was left out, or cannot be, since
             the model is on the meta device.
         fold: what became of the constants of removed channels; None where they are zero, as without `fold_bias`.
@@ -24,6 +25,7 @@ class Shrunk:
 
     model: nn.Module
     made_by: Form
+    plan: PruningPlan
     verification: Verification | None = None
     fold: Fold | None = None
 

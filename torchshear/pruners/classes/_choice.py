@@ -1,7 +1,7 @@
 """From a resolved config to a plan of channels and to masks of single weights."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -39,7 +39,11 @@ class Widths:
 
 
 def plan_config(
-    groups: ChannelGroups, resolved: ResolvedConfig, widths: Widths, statistics: Statistics | None
+    groups: ChannelGroups,
+    resolved: ResolvedConfig,
+    widths: Widths,
+    statistics: Statistics | None,
+    whole: Collection[str] = (),
 ) -> PruningPlan:
     """Plan what a config asks of channel groups, pool by pool.
 
@@ -48,6 +52,7 @@ def plan_config(
         resolved: the config, with channels to remove.
         widths: which widths are allowed.
         statistics: what criteria that look at data need.
+        whole: names of groups that stay whole nevertheless, so that the model keeps its own class.
 
     Raises:
         ArgumentError: as `torchshear.plan`.
@@ -60,7 +65,8 @@ def plan_config(
     kept: dict[str, Indices] = {}
     notes = {name: target.reason for name, target in resolved.targets.items() if target.reason}
     for key, ratios in pools.items():
-        plan = plan_units(groups, _request(groups, key, ratios, widths), statistics=statistics)
+        request_of_pool = _request(groups, key, ratios, widths)
+        plan = plan_units(groups, request_of_pool, statistics=statistics, whole=[n for n in whole if n in ratios])
         kept |= {group.name: group.kept for group in plan.groups if group.name in ratios}
         notes |= {group.name: group.note for group in plan.groups if group.name in ratios and group.note}
     request = {
@@ -70,7 +76,8 @@ def plan_config(
         "min_width": widths.min_width,
         "config": resolved.to_dict(),
     }
-    return make_plan(Cut(groups, kept), kept, request | noted(statistics), notes, resolved.ratios)
+    asked = {name: ratio for name, ratio in resolved.ratios.items() if name not in whole}
+    return make_plan(Cut(groups, kept), kept, request | noted(statistics), notes, asked)
 
 
 def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statistics | None) -> list[Masks]:
