@@ -153,14 +153,23 @@ def test_wanda_and_unipruning_see_depthwise_layers() -> None:
 
 
 def test_a_weight_that_is_computed_is_not_said_to_lack_an_activation() -> None:
-    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
-    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), layer, nn.ReLU(), nn.Linear(8, 2)).eval()
+    class Factored(nn.Module):
+        """A layer whose weight is a product of two matrices."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(8, 3)), nn.Parameter(torch.randn(3, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.up @ self.down)
+
+    net = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), Factored(), nn.ReLU(), nn.Linear(8, 2)).eval()
     x = torch.randn(4, 5)
     groups = torchshear.analyze(torchshear.trace(net, (x,)))
     statistics = torchshear.collect(groups, [(x,)], None, 1, criteria="apoz")
     plan = torchshear.plan(groups, criterion="apoz", statistics=statistics)
     notes = {g.name: g.note for g in plan.groups}
-    assert "no layer that it knows makes its units" in notes["2.bias[0]"]
+    assert "no layer that it knows makes its units" in notes["2.up[0]"]
     assert not notes["0.weight[0]"]
 
 

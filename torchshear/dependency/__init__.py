@@ -3,6 +3,7 @@
 from torchshear.dependency._analysis import analyze
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, Keep, Result
+from torchshear.dependency._computed import computed_weights
 from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._form import Form, FormKind, Part, Scales, Sizes, Slot
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
@@ -47,6 +48,7 @@ __all__ = [
     "WidthCost",
     "among_zeros",
     "analyze",
+    "computed_weights",
     "dense_cost",
     "make_plan",
     "make_state_plan",

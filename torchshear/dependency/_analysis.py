@@ -10,6 +10,7 @@ from torchshear.dependency import rules as _rules  # registers the rules of the 
 from torchshear.dependency._axis import Algebra, Axes
 from torchshear.dependency._balance import settle_balances
 from torchshear.dependency._call import Call, Facts, Result
+from torchshear.dependency._computed import carrier_of
 from torchshear.dependency._grouping import form_groups
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._registry import Rule, find_position_rule, find_rule
@@ -107,6 +108,9 @@ class _Walker:
             self._outputs()
         elif _gives_tensors(node) or str(node.target) == "aten.sym_size.int":
             self.facts.axes[node.name] = self._call(node)
+            carrier = carrier_of(node, self.algebra, self.facts)
+            if carrier is not None:
+                self.facts.carriers[node.name] = carrier
 
     def _input(self, node: fx.Node) -> Result:
         shape = shape_of(node)

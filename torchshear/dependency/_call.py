@@ -22,7 +22,6 @@ Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]
 NewValue = Callable[[Keep], Any]
 
-
 _COPIES = frozenset(
     {"aten.lift_fresh_copy.default", "aten.detach_.default", "aten.detach.default", "aten.alias.default"}
 )
@@ -103,9 +102,8 @@ class Facts:
     values: dict[str, str] = field(default_factory=dict)  # buffer or constant whose values were read -> their digest
     layers: dict[str, str] = field(default_factory=dict)  # weight -> the first weight of its layer, if that has several
     parts: list[Axis] = field(default_factory=list)
-    pointers: dict[str, Axis] = field(
-        default_factory=dict
-    )  # value, or value:result -> the axis whose positions it holds
+    pointers: dict[str, Axis] = field(default_factory=dict)  # value or value:result -> the axis of its positions
+    carriers: dict[str, fx.Node] = field(default_factory=dict)  # computed weight -> the tensor that it stands for
     uses: Uses = field(default_factory=Uses)
 
     def for_other_graph(self) -> "Facts":
@@ -138,6 +136,7 @@ class Facts:
             layers=dict(self.layers),
             parts=list(self.parts),
             pointers=dict(self.pointers),
+            carriers=dict(self.carriers),
             uses=self.uses.copy(),
         )
 
@@ -153,6 +152,7 @@ class Call:
         self.node = node
         self.graph = graph
         self.algebra = algebra
+        self.carriers: Mapping[str, fx.Node] = facts.carriers
         self._facts = facts
         self._arguments = bind_arguments(node)
 
@@ -306,7 +306,8 @@ class Call:
 
     def role(self, operand: str | fx.Node, **roles: int) -> None:
         """Say what dimensions of a weight are for: `call.role("weight", out=0)` adds role "out" to dimension 0."""
-        name = self.state_name(operand)
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        name = self.state_name(self.carriers.get(getattr(node, "name", ""), node))
         if name is not None:
             for role, dim in roles.items():
                 self._facts.roles.setdefault((name, dim), set()).add(role.rstrip("_"))

@@ -9,6 +9,7 @@ import numpy as np
 from torchshear.dependency._axis import Algebra, Axis
 from torchshear.dependency._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
 from torchshear.dependency._call import Facts
+from torchshear.dependency._computed import with_factors
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
 from torchshear.dependency._minimums import fix_unclear_minimums, keep_crossings, least_units
 from torchshear.dependency._roles import with_roles
@@ -68,7 +69,8 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
     analysed = [(graph, facts)]
     if graph.training is not None and training is not None:
         analysed.append((graph.training, training))
-    described = with_roles(analysed, algebra, with_scales(graph, groups))
+    named = with_factors(graph, facts, groups)
+    described = with_roles(analysed, algebra, with_scales(graph, facts, named))
     return ChannelGroups(graph, described, _fixed_dimensions(graph, algebra, facts), algebra, facts, training)
 
 

@@ -22,8 +22,9 @@ class Member:
     Attributes:
         name: canonical qualified name of the parameter or buffer.
         dim: the dimension.
-        roles: what the dimension is for: "out", "in", "depthwise", "norm", "bias", "embedding", "statistic", or "raw"
-            for a parameter that is not the weight of a layer.
+        roles: what the dimension is for: "out", "in", "depthwise", "norm", "bias", "embedding", "statistic",
+            "factor" for what a weight is computed of beside the tensor that it stands for (a mask, the scales of a
+            weight norm), or "raw" for a parameter that is not the weight of a layer.
         positions: positions along the dimension; of blocked weights (see `n_blocks`) along all blocks together.
         units: for each of `positions`, the unit in 0..width-1 that it depends on.
         size: number of positions that the dimension (all blocks together) has.

@@ -6,20 +6,23 @@ from dataclasses import replace
 
 from torch import fx
 
-from torchshear.dependency._call import bind_arguments
+from torchshear.dependency._call import Facts, bind_arguments
 from torchshear.dependency._groups import ChannelGroup, Member
 from torchshear.dependency._registry import operator_name
+from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph import Graph
+from torchshear.graph._computed import is_of_state
 
 
-def with_scales(graph: Graph, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+def with_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     """Note at the outputs of each layer the scale of the only batch norm that reads its result.
 
     Args:
         graph: the captured network.
+        facts: what rules noted of it.
         groups: its groups.
     """
-    scale_of = _scales(graph)
+    scale_of = _scales(graph, facts.carriers)
     return tuple(replace(group, members=_members(group, scale_of)) for group in groups)
 
 
@@ -33,24 +36,23 @@ def _members(group: ChannelGroup, scale_of: Mapping[str, str]) -> tuple[Member, 
     return tuple(found)
 
 
-def _scales(graph: Graph) -> dict[str, str]:
+def _scales(graph: Graph, carriers: Mapping[str, fx.Node]) -> dict[str, str]:
     """Weight of a layer -> scale of the only batch norm that reads its result, which nothing else reads."""
-    held = Counter(str(node.target) for node in graph if node.op == "get_attr" for _ in node.users)
+    read: dict[fx.Node, list[fx.Node]] = {
+        node: [behind[0] for n in node.all_input_nodes if (behind := weight_behind(n, carriers)) is not None]
+        for node in graph
+        if node.op == "call_function" and not is_of_state(node)
+    }
+    n_calls = Counter(weight for weights in read.values() for weight in weights)
     found: dict[str, str] = {}
-    for node in graph:
-        if node.op != "call_function" or "batch_norm" not in operator_name(node):
+    for node in read:
+        if "batch_norm" not in operator_name(node):
             continue
         given = bind_arguments(node)
         source, scale = given.get("input"), given.get("weight")
         if isinstance(source, fx.Node) and isinstance(scale, fx.Node) and len(source.users) == 1:
-            weight = _weight(source, graph)
-            if weight and held[weight] == 1:
-                found[weight] = str(scale.target)
+            weights = [weight for weight in read.get(source, ()) if len(graph.state[str(weight.target)].shape) > 1]
+            held = weight_behind(scale, carriers)
+            if len(weights) == 1 and n_calls[weights[0]] == 1 and held is not None:
+                found[str(weights[0].target)] = str(held[0].target)
     return found
-
-
-def _weight(call: fx.Node, graph: Graph) -> str:
-    """The parameter of several dimensions that a call reads, if it reads one."""
-    names = [str(node.target) for node in call.all_input_nodes if node.op == "get_attr"]
-    weights = [name for name in names if len(graph.state[name].shape) > 1]
-    return weights[0] if len(weights) == 1 else ""

@@ -99,10 +99,10 @@ class Graph:
         """
         digest = hashlib.sha256()
         labels: dict[fx.Node, str] = {}
-        for number, node in enumerate(n for n in self.fx_graph.nodes if not _is_conversion(n)):
+        for number, node in enumerate(n for n in self.fx_graph.nodes if not is_conversion(n)):
             labels[node] = f"%{number}"
             target = "" if node.op == "placeholder" else node.target
-            digest.update(f"{node.op}|{target}|{_written((node.args, node.kwargs), labels)}\n".encode())
+            digest.update(f"{node.op}|{target}|{written((node.args, node.kwargs), labels)}\n".encode())
         for name, entry in sorted(self.state.items()):
             digest.update(f"{name}|{entry.shape}\n".encode())
         return digest.hexdigest()
@@ -166,22 +166,23 @@ _HANDED_ON = frozenset(
 )
 
 
-def _is_conversion(node: fx.Node) -> bool:
+def is_conversion(node: fx.Node) -> bool:
+    """Whether a call hands its operand on, with another type or layout at most."""
     return str(node.target).rpartition(".")[0] in _HANDED_ON
 
 
-def _written(value: Any, labels: Mapping[fx.Node, str]) -> str:
+def written(value: Any, labels: Mapping[fx.Node, str]) -> str:
     """Arguments of a call as text, nodes by their labels, without devices and types."""
     if isinstance(value, fx.Node):
-        return _written(value.args[0], labels) if _is_conversion(value) else labels[value]
+        return written(value.args[0], labels) if is_conversion(value) else labels[value]
     if isinstance(value, torch.device | torch.dtype):
         return ""
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={_written(item, labels)}" for key, item in value.items())
+        return ",".join(f"{key}={written(item, labels)}" for key, item in value.items())
     if isinstance(value, slice):
         value = (value.start, value.stop, value.step)
     if isinstance(value, list | tuple):
-        return "(" + ",".join(_written(item, labels) for item in value) + ")"
+        return "(" + ",".join(written(item, labels) for item in value) + ")"
     return str(value)
 
 

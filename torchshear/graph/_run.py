@@ -87,10 +87,10 @@ def graph_values(
     yield from interpret(graph, leaves, load, apply, replace)
 
 
-def graph_output(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any]) -> Any:
-    """Run a graph as it is, and give its output only."""
+def graph_output(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any], replace: Replace = _as_it_is) -> Any:
+    """Run a graph as `graph_values` does, and give its output only."""
     value: Any = None
-    for _, latest in graph_values(graph, state, leaves):
+    for _, latest in graph_values(graph, state, leaves, replace):
         value = latest
     return value
 

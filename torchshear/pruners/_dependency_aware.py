@@ -165,7 +165,7 @@ def plan_dependency_aware(
     masks = {name: mask.clone() for name, mask in plan.masks().items()}
     rows: list[LayerMask] = []
     costs = _macs_by_weight(groups, cut)
-    biases = {layer.weight: layer.bias for layer in find_layers(groups.graph)}
+    biases = {layer.weight: layer.bias for layer in find_layers(groups)}
     for one in sets:
         for member in one.layers:
             gone = one.extra[member.name]
@@ -300,7 +300,7 @@ def _macs_by_weight(groups: ChannelGroups, cut: Cut) -> dict[str, int]:
     graph = groups.graph
     found: dict[str, int] = {}
     nodes = {node.name: node for node in graph}
-    layers = tuple(find_layers(graph))
+    layers = tuple(find_layers(groups))
     sizes = [int(np.prod(cut.state_shape(layer.weight), dtype=np.int64)) for layer in layers]
     sizes_of: dict[str, int] = {}
     for layer, size in zip(layers, sizes, strict=True):

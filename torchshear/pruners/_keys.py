@@ -2,10 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Final
 
 from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.graph import as_names, close_to, matches
+
+_WEIGHTS: Final = frozenset({"weight", "weight_orig", "weight_v"})  # the latter of hooks of `torch.nn.utils`
 
 Ratio = float | Mapping[str, float]
 
@@ -50,8 +53,16 @@ def known_names(groups: ChannelGroups) -> list[str]:
 
 def layer_of(weight: str) -> str:
     """What a layer is called by: its module, or the parameter where a module keeps several, as `in_proj_weight`."""
-    module, _, attribute = weight.rpartition(".")
-    return module if attribute == "weight" else weight
+    module, attribute = owner_of(weight)
+    return module if attribute in _WEIGHTS else weight
+
+
+def owner_of(parameter: str) -> tuple[str, str]:
+    """The module that a parameter is of, and its attribute there; of what is kept for a parametrization, its layer."""
+    module, found, rest = f".{parameter}".partition(".parametrizations.")
+    if not found:
+        module, _, rest = parameter.rpartition(".")
+    return module.removeprefix("."), rest.partition(".")[0]
 
 
 class Keyed:

@@ -4,19 +4,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from torchshear._checkpoint import match_names, open_checkpoint
-from torchshear.dependency import ChannelGroups
+from torchshear.dependency import ChannelGroups, computed_weights
 from torchshear.dependency._read_values import differing_value
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph
+from torchshear.graph import Graph, close_to
+from torchshear.graph._computed import computed_value
 
 WeightSource = Mapping[str, Tensor] | str | PathLike[str] | None
 
 
 def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str, Tensor]:
-    """The weights of a network by canonical name.
+    """The weights of a network by canonical name, as it reads them.
+
+    In place of a parameter of which the network computes a weight, as under a mask or a weight norm, there is the
+    computed one.
 
     Args:
         groups: the analysed network.
@@ -25,12 +30,14 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
     Raises:
         ArgumentError: `source` is of another type.
         CheckpointError: it is a path, and there is no checkpoint that can be read.
-        WeightError: it lacks a weight that can shrink, or has it in another shape; the latter when it is looked up. Or
-            it has other values of a buffer that the groups rest on.
+        WeightError: it lacks a weight that can shrink, or has it in another shape; the latter when it is looked up,
+            and so is the lack of a buffer that a weight is computed of. Or it has other values of a buffer that the
+            groups rest on.
     """
     graph = groups.graph
     if source is None:
-        return {name: entry.tensor for name, entry in graph.state.items() if entry.kind == "parameter"}
+        held = {name: entry.tensor for name, entry in graph.state.items() if entry.kind == "parameter"}
+        return _computed(groups, held, {})
     if isinstance(source, str | PathLike):
         source = open_checkpoint(source)
     if not isinstance(source, Mapping):
@@ -40,16 +47,18 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
         )
     names = _names(source, graph)
     _check_values(groups, source, names)
-    parameters = {name: given for name, given in names.items() if graph.state[name].kind == "parameter"}
-    given = _GivenWeights(source, parameters, graph)
+    parameters, buffers = (
+        _GivenWeights(source, {name: given for name, given in names.items() if graph.state[name].kind == kind}, graph)
+        for kind in ("parameter", "buffer")
+    )
     for group in groups.prunable:
         for member in group.members:
-            if graph.state[member.name].kind == "parameter" and member.name not in given:
+            if graph.state[member.name].kind == "parameter" and member.name not in parameters:
                 raise WeightError(
                     f"no weight {member.name!r} of group {group.name!r} was given; expected every parameter that can "
                     f"shrink. Give the weights of this model, with the names of its state_dict."
                 )
-    return given
+    return _computed(groups, parameters, buffers)
 
 
 def _names(source: Mapping[str, Tensor], graph: Graph) -> dict[str, str]:
@@ -69,6 +78,12 @@ def _check_values(groups: ChannelGroups, source: Mapping[str, Tensor], names: Ma
             f"channels go together. Give the model the buffers of these weights (load_state_dict with strict=False "
             f"takes a dictionary of these alone), then trace and analyze it again."
         )
+
+
+def _computed(groups: ChannelGroups, held: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights with computed ones in place of those that they stand for."""
+    nodes = {name: found[0] for name, found in computed_weights(groups).items()}
+    return _ComputedWeights(held, buffers, nodes, groups.graph) if nodes else held
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +112,42 @@ class _GivenWeights(Mapping[str, Tensor]):
                 f"weights of this model."
             )
         return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _ComputedWeights(Mapping[str, Tensor]):
+    """Weights by canonical name, those that the network computes of others computed when they are asked for."""
+
+    held: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    nodes: Mapping[str, fx.Node]
+    graph: Graph
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.held
+
+    def __getitem__(self, name: str) -> Tensor:
+        node = self.nodes.get(name)
+        if node is None:
+            return self.held[name]
+        with torch.random.fork_rng(devices=[]):  # what is drawn at random is drawn alike each time
+            torch.manual_seed(0)
+            return computed_value(node, lambda part: self._part(part, name))
+
+    def _part(self, name: str, weight: str) -> Tensor:
+        """A tensor that a weight is computed of."""
+        if name in self.held:
+            return self.held[name]
+        own = self.buffers[name] if name in self.buffers else self.graph.state[name].tensor
+        if own.is_meta and not self.held[weight].is_meta:
+            raise WeightError(
+                f"{weight!r} is not read as it is: a weight is computed of it and of {name!r}, which is missing among "
+                f"the weights that were given.{close_to(name, self.buffers)} Give the whole state_dict, with buffers."
+            )
+        return own

@@ -61,8 +61,6 @@ def _weight_norm(call: Call) -> Axes:
     v, g = call.axes("v"), call.axes("g")
     dim = call.dim("dim", len(v))
     call.tie(v[dim], g[dim])
-    call.role("v", out=dim)
-    call.role("g", norm=dim)
     call.mix(*v)
     return v
 

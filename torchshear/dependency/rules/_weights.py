@@ -7,6 +7,7 @@ from torch import fx
 
 from torchshear.dependency._call import Call, bind_arguments
 from torchshear.dependency._registry import operator_name
+from torchshear.graph._computed import is_of_state
 from torchshear.graph._graph import shape_of
 
 Place = int | None
@@ -23,8 +24,8 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
         makes: its dimensions that the result keeps and the value does not have.
         reads: those that are summed over.
     """
-    found = weight_behind(operand)
-    if found is None:
+    found = weight_behind(operand, call.carriers)
+    if found is None or is_of_state(call.node):  # no layer: a weight is computed
         return
     weight, places = found
     for role, dims in (("out", makes), ("in_", reads)):
@@ -34,19 +35,31 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
                 call.role(weight, **{role: place})
 
 
-def weight_behind(operand: fx.Node) -> tuple[fx.Node, list[Place]] | None:
-    """The parameter or buffer behind an operand, and of each dimension of the operand its own; None of a new one."""
-    calls: list[fx.Node] = []
-    while operand.op != "get_attr":
-        if _moved_by(operand) is None or not operand.args or not isinstance(operand.args[0], fx.Node):
-            return None
-        calls.append(operand)
-        operand = operand.args[0]
-    places: list[Place] | None = list(range(len(shape_of(operand))))
+def weight_behind(operand: fx.Node, carriers: Mapping[str, fx.Node]) -> tuple[fx.Node, list[Place]] | None:
+    """The parameter or buffer behind an operand, and of each dimension of the operand its own; None of a new one.
+
+    Args:
+        operand: the operand.
+        carriers: computed weight, by the name of its node -> the tensor of the model that it stands for.
+    """
+    weight, calls = unmoved(operand)
+    weight = carriers.get(weight.name, weight)
+    if weight.op != "get_attr":
+        return None
+    places: list[Place] | None = list(range(len(shape_of(weight))))
     for call in reversed(calls):
         moved = _moved_by(call)
         places = moved(bind_arguments(call), places) if moved is not None and places is not None else None
-    return None if places is None else (operand, places)
+    return None if places is None else (weight, places)
+
+
+def unmoved(operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    """The value behind all calls that only move dimensions, and these calls, the last first."""
+    calls: list[fx.Node] = []
+    while _moved_by(operand) is not None and operand.args and isinstance(operand.args[0], fx.Node):
+        calls.append(operand)
+        operand = operand.args[0]
+    return operand, calls
 
 
 def _moved_by(call: fx.Node) -> _Moved | None:

@@ -3,6 +3,7 @@
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners._dependency_aware import DependencyAwarePlan, plan_dependency_aware
+from torchshear.pruners._keys import owner_of
 from torchshear.pruners.configs import ResolvedConfig
 from torchshear.pruners.statistics import Statistics
 
@@ -46,7 +47,7 @@ def plan_coupled(groups: ChannelGroups, resolved: ResolvedConfig, statistics: St
 def _weights(groups: ChannelGroups, layer: str) -> list[str]:
     """Weights of a layer that make units of a group which can shrink."""
     made = {member.name for group in groups.prunable for member in group.members if member.roles & _MAKING}
-    names = {canonical for alias, canonical in groups.graph.aliases.items() if alias.rpartition(".")[0] == layer}
+    names = {canonical for alias, canonical in groups.graph.aliases.items() if owner_of(alias)[0] == layer}
     return sorted(made & names)
 
 

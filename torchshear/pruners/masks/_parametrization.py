@@ -69,6 +69,12 @@ class _Place:
     parameter: nn.Parameter | None
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Its names: that of the weight, and where a mask lies on it that of the dense weight below."""
+        path = self.name.removesuffix(self.attribute)
+        return (self.name, f"{path}parametrizations.{self.attribute}.original") if self.mask else (self.name,)
+
+    @property
     def mask(self) -> Mask | None:
         """The mask that lies on it."""
         chain = _chains(self.module).get(self.attribute)
@@ -116,7 +122,7 @@ def apply(model: nn.Module, masks: Masks, existing: Existing = "multiply") -> No
     if existing not in ("multiply", "replace"):
         raise ArgumentError(f"existing={existing!r}; expected 'multiply' or 'replace'.")
     places = list(_places(model))
-    by_name = {place.name: place for place in places}
+    by_name = {name: place for place in places for name in place.names}
     chosen: dict[int, tuple[str, Tensor]] = {}
     for name, mask in masks.tensors.items():
         parameter = _parameter(by_name, name, mask)

@@ -1,25 +1,30 @@
 """From masks to a plan: units whose removal gives the same function as their masks are removed physically."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, make_plan
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, computed_weights, make_plan
+from torchshear.dependency._units import PAD
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import Graph, alone, close_to, output_leaves
+from torchshear.graph._computed import computed_value, is_of_state
 from torchshear.graph._run import graph_output
 from torchshear.pruners.masks._masks import Masks
 from torchshear.pruners.masks._members import by_position, mask_of_units, unit_values
 
 Bools = npt.NDArray[np.bool_]
-State = Mapping[str, Tensor]
+Tensors = dict[str, Tensor]
 
 _READS: Final = frozenset({"in"})
+_FACTORS: Final = frozenset({"factor"})
+_NOT_OWN: Final = _READS | _FACTORS
 _N_PROBES: Final = 2  # random inputs, beside the example
 _TOLERANCE: Final = 1e-9  # of the largest output; what is proved is the sum of exact zeros
 
@@ -38,27 +43,27 @@ def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> Prunin
     Balanced blocks lose equally many units, and every minimum is kept; what is left over are zeros as before.
 
     Args:
-        groups: the analysed network, traced from the model after `make_permanent`.
-        masks: masks of its parameters, if they are not permanent yet; shrink the model only once they are.
+        groups: the analysed network. Masks that lie on the model count, those of `torch.nn.utils.prune` as well.
+        masks: masks of its parameters that neither lie on it nor are permanent yet; shrink it only once they do.
 
     Returns:
         The plan, for `torchshear.shrink`; it cuts nothing where no unit can go.
 
     Raises:
         ArgumentError: `groups` is no analysed network, or `masks` are none.
-        MaskError: a mask is of no parameter, or has another shape; masks lie on the traced model; the model is on the
-            meta device.
+        MaskError: a mask is of no parameter, or has another shape; the model is on the meta device.
     """
     if not isinstance(groups, ChannelGroups):
         raise ArgumentError(f"groups is {type(groups).__name__}; expected torchshear.analyze(torchshear.trace(...)).")
     if masks is not None and not isinstance(masks, Masks):
         raise ArgumentError(f"masks is {type(masks).__name__}; expected Masks, or None where they are permanent.")
-    state = _masked_state(groups.graph, masks)
-    ended = {group.name: _ended(groups, group, state) for group in groups.prunable}
+    state = _State.of(groups, _masked_tensors(groups.graph, masks))
+    ended = {group.name: _ended(groups, group, state.weights) for group in groups.prunable}
     unread = {name: found[0] for name, found in ended.items()}
     goes = {name: _balanced(groups[name], found[0] | found[1]) for name, found in ended.items()}
     goes = {name: units for name, units in goes.items() if units.any()}
-    notes = {name: "stays whole: a norm, softmax or mean runs over it" for name in goes if groups[name].is_mixed}
+    mixed = _mixed(groups)
+    notes = {name: "stays whole: a norm, softmax or mean runs over it" for name in goes if name in mixed}
     goes = {name: units for name, units in goes.items() if name not in notes}
     if goes and not _is_same(groups, state, goes, unread):
         failing = [name for name in goes if not _is_same(groups, state, {name: goes[name]}, unread)]
@@ -76,19 +81,36 @@ def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> Prunin
     return make_plan(Cut(groups, kept), kept, request, notes)
 
 
-def _masked_state(graph: Graph, masks: Masks | None) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class _State:
+    """A network's tensors.
+
+    Attributes:
+        tensors: canonical name -> tensor, as it is stored.
+        weights: canonical name -> tensor, of a weight that the network computes as it is read.
+        computed: node that gives such a weight -> canonical name of the parameter that it stands for.
+    """
+
+    tensors: Tensors
+    weights: Tensors
+    computed: Mapping[str, str]
+
+    @classmethod
+    def of(cls, groups: ChannelGroups, tensors: Tensors) -> "_State":
+        """The tensors of an analysed network with the weights that it computes of them."""
+        nodes = computed_weights(groups)
+        weights = {name: computed_value(found[0], tensors.__getitem__) for name, found in nodes.items()}
+        computed = {node.name: name for name, found in nodes.items() for node in found}
+        return cls(tensors, {**tensors, **weights}, computed)
+
+
+def _masked_tensors(graph: Graph, masks: Masks | None) -> dict[str, Tensor]:
     """The network's tensors with zeros where they are masked.
 
     Raises:
         MaskError: the masks do not fit, or there are no values.
     """
     state = {name: entry.tensor.detach() for name, entry in graph.state.items()}
-    on_model = next((name for name in state if ".parametrizations." in f".{name}" and name.endswith(".mask")), None)
-    if on_model is not None:
-        raise MaskError(
-            f"masks lie on the model that was traced ({on_model!r}); make them permanent and trace it again: "
-            f"torchshear.pruners.masks.make_permanent(model)."
-        )
     if any(tensor.is_meta for tensor in state.values()):
         raise MaskError("the model is on the meta device and has no weights in which to look for zeros; load them.")
     for given, mask in masks.tensors.items() if masks is not None else ():
@@ -102,19 +124,36 @@ def _masked_state(graph: Graph, masks: Masks | None) -> dict[str, Tensor]:
     return state
 
 
-def _ended(groups: ChannelGroups, group: ChannelGroup, state: State) -> tuple[Bools, Bools]:
+def _mixed(groups: ChannelGroups) -> set[str]:
+    """Names of groups that a norm, a softmax or a mean runs over.
+
+    A product with a weight that is computed is none: the zeros that are looked for are those of the computed weight.
+    """
+    store, facts = groups.algebra.store, groups.facts
+    with_computed = {
+        node.name
+        for node in groups.graph
+        if not is_of_state(node) and any(is_of_state(n) and n.op != "get_attr" for n in node.all_input_nodes)
+    }
+    products = with_computed & facts.uses.contractions.keys()
+    rows = [store.resolve(a.units) for name, axes in facts.mixed.items() if name not in products for a in axes]
+    mixing = np.unique(np.concatenate([np.zeros(0, np.int64), *(units[units != PAD] for units in rows)]))
+    return {group.name for group in groups if np.isin(group.atoms, mixing).any()}
+
+
+def _ended(groups: ChannelGroups, group: ChannelGroup, weights: Tensors) -> tuple[Bools, Bools]:
     """Units that no layer reads, and units all of whose own parameters are zero. Buffers may be read with as well."""
     is_parameter = {name: entry.kind == "parameter" for name, entry in groups.graph.state.items()}
     readers = [member for member in group.members if member.roles & _READS]
-    own = [member for member in group.members if not member.roles & _READS and is_parameter[member.name]]
-    return _all_zero(readers, state, group.width), _all_zero(own, state, group.width)
+    own = [member for member in group.members if not member.roles & _NOT_OWN and is_parameter[member.name]]
+    return _all_zero(readers, weights, group.width), _all_zero(own, weights, group.width)
 
 
-def _all_zero(members: list[Member], state: State, width: int) -> Bools:
+def _all_zero(members: list[Member], weights: Tensors, width: int) -> Bools:
     """Units of which every weight of all members is zero; none if there is no member."""
     zero = np.full(width, bool(members))
     for member in members:
-        lines = (by_position(member, state[member.name]) != 0).any(1).double().cpu()
+        lines = (by_position(member, weights[member.name]) != 0).any(1).double().cpu()
         zero &= unit_values(member, lines, width).numpy() == 0
     return zero
 
@@ -130,23 +169,23 @@ def _balanced(group: ChannelGroup, ended: Bools) -> Bools:
     return goes
 
 
-def _is_same(groups: ChannelGroups, state: State, goes: Mapping[str, Bools], unread: Mapping[str, Bools]) -> bool:
+def _is_same(groups: ChannelGroups, state: _State, goes: Mapping[str, Bools], unread: Mapping[str, Bools]) -> bool:
     """Whether outputs stay when units are zeroed, and when those that nobody reads are drawn anew."""
     graph = groups.graph
     if graph.is_assumed:
         return False
-    zeroed, drawn = dict(state), dict(state)
+    zeroed, drawn = dict(state.weights), dict(state.weights)
     generator = torch.Generator().manual_seed(0)
     for name, units in goes.items():
         for member in groups[name].members:
-            if graph.state[member.name].kind != "parameter":
+            if graph.state[member.name].kind != "parameter" or member.roles & _FACTORS:
                 continue
             zeroed[member.name] = _with(zeroed[member.name], member, units, None)
             if not member.roles & _READS:
                 drawn[member.name] = _with(drawn[member.name], member, units & unread[name], generator)
     for leaves in _inputs(graph):
-        expected = _outputs(graph, state, leaves)
-        if not all(_are_equal(expected, _outputs(graph, other, leaves)) for other in (zeroed, drawn)):
+        expected = _outputs(graph, state, state.weights, leaves)
+        if not all(_are_equal(expected, _outputs(graph, state, other, leaves)) for other in (zeroed, drawn)):
             return False
     return True
 
@@ -174,12 +213,18 @@ def _inputs(graph: Graph) -> Iterable[list[Any]]:
         yield pytree.tree_leaves((inputs.args, inputs.kwargs))
 
 
-def _outputs(graph: Graph, state: State, leaves: list[Any]) -> list[Any]:
-    devices = [tensor.device for tensor in state.values() if tensor.is_cuda]
+def _outputs(graph: Graph, state: _State, weights: Tensors, leaves: list[Any]) -> list[Any]:
+    """What the network gives with other weights than its own."""
+    devices = [tensor.device for tensor in weights.values() if tensor.is_cuda]
+    stored = weights | {name: state.tensors[name] for name in state.computed.values()}
+
+    def replaced(node: fx.Node, value: Any) -> Any:
+        return weights[state.computed[node.name]] if node.name in state.computed else value
+
     with torch.no_grad(), torch.random.fork_rng(devices):
         torch.manual_seed(0)  # what is drawn at random inside the model is drawn alike
         copied = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return output_leaves(graph_output(graph.fx_graph, state, copied))
+        return output_leaves(graph_output(graph.fx_graph, stored, copied, replaced))
 
 
 def _are_equal(left: list[Any], right: list[Any]) -> bool:

@@ -1,15 +1,16 @@
 """The calls of a graph that read weights, and over which dimensions they sum."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from torchshear.dependency import ChannelGroups
 from torchshear.dependency._call import bind_arguments
 from torchshear.dependency._registry import operator_name
 from torchshear.dependency.rules._contraction import explicit_equation
 from torchshear.dependency.rules._weights import weight_behind
-from torchshear.graph import Graph
+from torchshear.graph._computed import is_of_state
 from torchshear.graph._graph import shape_of, tensor_operands
 from torchshear.pruners.statistics._recurrent import is_recurrent, passes
 
@@ -43,16 +44,18 @@ class Layer:
     inputs: int | None
 
 
-def find_layers(graph: Graph) -> Iterator[Layer]:
+def find_layers(groups: ChannelGroups) -> Iterator[Layer]:
     """All calls that read a weight and perhaps a bias; of a recurrent call each of its weights."""
-    for node in graph:
-        if node.op == "call_function":
-            yield from _layers_of_passes(node) if is_recurrent(node) else _layers_of(node)
+    carriers = groups.facts.carriers
+    for node in groups.graph:
+        if node.op == "call_function" and not is_of_state(node):
+            yield from _layers_of_passes(node) if is_recurrent(node) else _layers_of(node, carriers)
 
 
-def _layers_of(node: fx.Node) -> Iterator[Layer]:
+def _layers_of(node: fx.Node, carriers: Mapping[str, fx.Node]) -> Iterator[Layer]:
     is_product = short_name(node) in (*_MANY, "linear", "einsum")
-    behind = {n: weight_behind(n) if is_product or is_state(n) else None for n in node.all_input_nodes}
+    are_read = {n: is_product or is_state(n) or n.name in carriers for n in node.all_input_nodes}
+    behind = {n: weight_behind(n, carriers) if is_read else None for n, is_read in are_read.items()}
     held = {n: found for n, found in behind.items() if found is not None}
     computed = [n for n in behind if n not in held and isinstance(n.meta.get("val"), Tensor)]
     if not held or not computed:
@@ -62,7 +65,7 @@ def _layers_of(node: fx.Node) -> Iterator[Layer]:
     source, dim, at = _read(node, operand, computed)
     weight, places = held[operand]
     inputs = None if at is None else places[at]
-    bias = str(others[0].target) if others else ""
+    bias = str(held[others[0]][0].target) if others else ""
     yield Layer(node.name, str(weight.target), bias, source, None if inputs is None else dim, inputs)
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear._distributed import n_processes
-from torchshear.dependency import ChannelGroups
+from torchshear.dependency import ChannelGroups, computed_weights
 from torchshear.errors import DataError, first_line
 from torchshear.graph import alone, locate
 from torchshear.graph._run import interpret, is_written
 from torchshear.pruners._roles import HEADS, OWN_ROLES, READING_ROLES
+from torchshear.pruners._weight_source import weights_to_score
 from torchshear.pruners.statistics._batches import described
 from torchshear.pruners.statistics._functions import Functions
 from torchshear.pruners.statistics._gates import Gates
@@ -58,7 +59,7 @@ class Run:
         self.total_loss = 0.0
         taps = find_taps(groups)
         self.shown = {name: one.activated or one.made for name, one in taps.items()}
-        self.layers = tuple(find_layers(self.graph))
+        self.layers = tuple(find_layers(groups))
         self.values = self._value_sums()
         self.watched: dict[str, list[ValueAccumulator]] = {}
         for (node, _), accumulator in self.values.items():
@@ -73,7 +74,8 @@ class Run:
         self._lines: dict[str, dict[int, int]] = {}
         self.rows = self._row_sums()
         self.heads = self._head_sums()
-        weights = {name: self.graph.state[name].tensor for name in self.parameters}
+        given = weights_to_score(groups, None)
+        weights = {name: given[name] for name in self.parameters}
         self.weights = WeightAccumulators(weights, sums, self._lines, n_processes())
 
     def _value_sums(self) -> dict[tuple[str, int], ValueAccumulator]:
@@ -102,6 +104,8 @@ class Run:
         state = self.graph.state
         read = [name for name in state if name in written and state[name].kind == "parameter"] if self.loss_fn else []
         self.parameters = tuple(name for name in read if state[name].tensor.is_floating_point())
+        computed = {name: found for name, found in computed_weights(self.groups).items() if name in self.parameters}
+        self.computed = {node.name: (name, node is found[0]) for name, found in computed.items() for node in found}
 
     def _gates(self, taps: dict[str, GroupTaps]) -> Gates:
         device = next((t.device for t in self.graph.inputs.tensors()), torch.device("cpu"))
@@ -150,7 +154,7 @@ class Run:
                 leaves,
                 lambda name: self._load(name, held),
                 self._apply,
-                self._go_on,
+                lambda node, value: self._go_on(node, value, held),
             ):
                 output = value
             if self.loss_fn is not None:
@@ -184,12 +188,17 @@ class Run:
                 f"indices in range, and the same number of samples in every input."
             ) from error
 
-    def _go_on(self, node: fx.Node, value: Any) -> Any:
+    def _go_on(self, node: fx.Node, value: Any, held: dict[str, Tensor]) -> Any:
         """Give the value to go on with behind a node."""
         if self.functions is not None:
             value = self.functions.result(node, value)
         if isinstance(value, Tensor):
             value = self._see(node, node.name, value)
+        if node.name in self.computed and self.loss_fn is not None:  # gradients are by the weight that is read
+            name, is_first = self.computed[node.name]
+            if is_first:
+                held[name] = value if value.requires_grad else value.requires_grad_()
+            value = held[name]
         if self.functions is not None:
             self.functions.keep(node, value)
         return value

@@ -149,7 +149,7 @@ class _Places:
         waiting = list(self._nodes_of.get(member.name, ())) if member.roles & MAKING_ROLES else []
         while waiting:
             for user in waiting.pop().users:
-                if user in self.computed and weight_behind(user) is None:
+                if user in self.computed and weight_behind(user, {}) is None:
                     yield user
                 else:
                     waiting.append(user)
