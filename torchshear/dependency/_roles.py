@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Facts
@@ -26,6 +26,8 @@ from torchshear.graph import Graph
 from torchshear.graph._graph import tensor_operands
 
 _LIKE_OTHERS = frozenset({"aten.expand_as", "aten.reshape_as", "aten.type_as", "aten.view_as"})  # read a shape or dtype
+_CHOOSE = frozenset({"aten.gather", "aten.index", "aten.index_select"})  # hand on values of the first operand
+_SOFTMAXES = frozenset({"aten._safe_softmax", "aten._softmax", "aten.softmax"})
 _NORMS = frozenset({"norm", "statistic"})
 _SUMS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_"})
 
@@ -74,6 +76,11 @@ class _Evidence:
             self._seen[id(axis.units)] = known
         return known[1]
 
+    def are_same(self, axis: Axis, others: Axes) -> bool:
+        """Whether an axis holds the same units as one of others."""
+        rows = [self._algebra.store.resolve(one.units) for one in (axis, *others)]
+        return any(np.array_equal(rows[0], other) for other in rows[1:])
+
     def add(self, word: str, groups: Iterable[int]) -> None:
         """Note a word about groups."""
         for number in groups:
@@ -82,6 +89,19 @@ class _Evidence:
     def has(self, number: int, *words: str) -> bool:
         """Whether all of the words were noted about a group."""
         return self._words[number].issuperset(words)
+
+    def is_of_tokens(self, number: int) -> bool:
+        """Whether a group takes part in products of values, and no layer makes or reads it."""
+        words = self._words[number]
+        return bool(words & {"outer", "scored"}) and not words & {
+            *("carried", "convolved", "inner", "looked up", "made", "read", "state"),
+        }
+
+    def is_inside_experts(self, number: int) -> bool:
+        """Whether all weights in which a group stands hold one slice for each expert."""
+        experts = [group for i, group in enumerate(self.groups) if self.has(i, "expert")]
+        of_experts = {member.name for group in experts for member in group.members}
+        return all(member.name in of_experts for member in self.groups[number].members)
 
     def reach(self, number: int) -> int:
         """Number of positions of parameters and buffers in which a group stands."""
@@ -107,7 +127,8 @@ class _Reader:
 
     Of each value it keeps where it comes from: the layers and sums whose results reach it through nothing but
     elementwise operators, norms and changes of layout; whether any input of the model reaches it; whether it is made of
-    a product of two computed values, and whether that product is one of queries and keys.
+    a product of two computed values, and whether that product is one of queries and keys; and for a parameter of which
+    computed indices choose a part, the groups along which they choose.
     """
 
     def __init__(self, graph: Graph, facts: Facts, evidence: _Evidence) -> None:
@@ -120,6 +141,7 @@ class _Reader:
         self._products: set[fx.Node] = set()
         self._scores: set[fx.Node] = set()
         self._sources: dict[fx.Node, frozenset[str]] = {}
+        self._chosen: dict[fx.Node, frozenset[int]] = {}
         self._weights: set[str] = set()
         self._met: list[tuple[int, int]] = []
         self._turns: dict[tuple[fx.Node, int], int] = defaultdict(int)
@@ -143,7 +165,9 @@ class _Reader:
                 self.evidence.add("repeated", [number])
 
     def _call(self, node: fx.Node) -> None:
-        operands = node.all_input_nodes[: 1 if _operator(node) in _LIKE_OTHERS else None]
+        operands = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor | list | tuple)]
+        if _operator(node) in _LIKE_OTHERS | _CHOOSE:
+            operands = operands[:1]
         if any(operand in self._computed for operand in operands):
             self._computed.add(node)
         else:
@@ -152,6 +176,7 @@ class _Reader:
             if any(operand in marked for operand in operands):
                 marked.add(node)
         self._origins[node] = _union(self._origins, operands)
+        self._chosen[node] = _union(self._chosen, operands) | self._chosen_by(node)
         contractions = self.facts.uses.contractions.get(node.name, [])
         for contraction in contractions:
             self._contraction(node, contraction)
@@ -186,12 +211,41 @@ class _Reader:
         self._origins[node] = frozenset({node})
         if found.kind == "lookup":
             self._lookups.add(node)
-        if all(values) and found.kind == "product":
+        if found.kind == "product" and (all(values) or self._has_learned_queries(node, found, values)):
             self._of_values(node, found)
         elif not self._mixes_heads(found, values):
             self._with_weight(found, is_weight_left=not values[0])
             self._products.discard(node)
             self._scores.discard(node)
+
+    def _has_learned_queries(self, node: fx.Node, found: Contraction, values: Sequence[bool]) -> bool:
+        """Whether a parameter is queries or keys and no layer's weight: a softmax runs over what it does not have."""
+        if _operator(node) == "aten.scaled_dot_product_attention":
+            return True
+        if any(operand in self._scores for operand in found.operands):  # heads that talk
+            return False
+        others = found.rows if values[0] else found.columns
+        reached = [node]
+        for value in reached:
+            for user in value.users:
+                axes = self.facts.axes.get(user.name)
+                if _operator(user) in _SOFTMAXES and isinstance(axes, tuple):
+                    return self.evidence.are_same(axes[int(user.args[1])], others)  # type: ignore[arg-type]
+                if is_elementwise(user) and user not in reached:
+                    reached.append(user)
+        return False
+
+    def _chosen_by(self, node: fx.Node) -> frozenset[int]:
+        """Groups along the dimensions of a parameter at which an operator takes what computed indices say."""
+        indices = node.args[1] if _operator(node) == "aten.index" and len(node.args) > 1 else ()
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source in self._computed or not isinstance(indices, list | tuple):
+            return frozenset()
+        axes = self.facts.axes.get(source.name)
+        if not isinstance(axes, tuple):
+            return frozenset()
+        chosen = (axis for axis, index in zip(axes, indices, strict=False) if index in self._computed)
+        return self.evidence.along(tuple(chosen))
 
     def _mixes_heads(self, found: Contraction, values: Sequence[bool]) -> bool:
         """Whether scores of heads are made into scores of other heads, as by talking heads: these are heads then."""
@@ -212,7 +266,7 @@ class _Reader:
         if found.kind == "convolution":
             evidence.add("convolved", read | written)
         if found.kind == "product" and any(axis.size > 1 for axis in found.batch):
-            evidence.add("expert", evidence.along(found.batch))
+            evidence.add("expert", evidence.along(found.batch) | self._chosen.get(found.operands[weight], frozenset()))
             evidence.add("in experts", read | written)
         for number in read & written:
             self._turns[found.operands[weight], number] += 1
@@ -270,8 +324,10 @@ def _role(evidence: _Evidence, number: int) -> str:
     """The role that the evidence speaks for, the most telling first."""
     if number in evidence.declared:
         return evidence.declared[number]
+    if evidence.is_of_tokens(number):
+        return "queries"
     for words, role in _TELLING:
-        if evidence.has(number, *words):
+        if evidence.has(number, *words) and (role != "expert_ffn" or evidence.is_inside_experts(number)):
             return _kind_of_heads(evidence, number) if role == "heads" else role
     return "other"
 

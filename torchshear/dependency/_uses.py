@@ -22,6 +22,7 @@ ROLES: Final[Mapping[str, str]] = MappingProxyType(
         "head_dim": "width of a head, where queries, keys and values share it",
         "qk_dim": "width over which queries and keys are multiplied",
         "v_dim": "width of the values of a head",
+        "queries": "learned queries or latents: tokens that are parameters, which attention reads or is read by",
         "state": "state size of a state-space layer",
         "inner": "channels of a state-space layer, each with a state of its own",
         "hidden": "hidden size of a recurrent layer",
