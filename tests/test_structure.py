@@ -30,7 +30,8 @@ def imports_of(path: Path) -> set[str]:
 
 def layer(module: str) -> int:
     part = module.split(".")[1] if "." in module else "(top)"
-    low = {"errors": -3, "_reading": -2, **dict.fromkeys(("_files", "_checkpoint", "_distributed", "_batches"), -1)}
+    lowest = ("_arguments", "_batches", "_checkpoint", "_distributed", "_files", "_tables")
+    low = {"errors": -3, "_reading": -2, **dict.fromkeys(lowest, -1)}
     return LAYERS.get(part, low.get(part, 3))
 
 

@@ -8,8 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from torchshear._tables import Cell
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, GroupPlan, PruningPlan, dense_cost, part_costs
 from torchshear.graph import Cost
+
+_MOST_REASONS = 12
+_MOST_NAMES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ class PruningReport:
         before: parameters and MACs of one sample of the dense model.
         after: the same of the pruned model.
         groups: all channel groups.
-        refused: group or "parameter[dimension]" -> why it cannot shrink.
+        refused: group or "parameter[dimension]" -> why it cannot shrink; the reasons that hold most parameters first.
         form: "native" or "traced", and why, once the model is shrunk; else "".
         outputs: the outputs that were allowed to shrink; all others keep their shapes.
         target: what was asked to be left at most, "target_macs" and "target_params", as a number; empty if a ratio was
@@ -116,6 +120,13 @@ class PruningReport:
         """A table for people."""
         return render_report(self)
 
+    def __repr__(self) -> str:
+        changes = (
+            _change("parameters", self.before.n_params, self.after.n_params),
+            _change("MACs", self.before.macs, self.after.macs),
+        )
+        return f"<PruningReport: {', '.join(changes)}>"
+
 
 def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str] | None = None) -> PruningReport:
     """Put a report together from a plan made in this process.
@@ -137,7 +148,7 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
         before=before,
         after=cut.cost(),
         groups=rows,
-        refused=dict(plan.refused),
+        refused=_by_weight(plan.refused, groups),
         form=form,
         outputs=tuple(OutputReport(o.name, o.shape, o.shape_after, o.note) for o in plan.outputs),
         parts=tuple(
@@ -155,6 +166,22 @@ def _targets(plan: PruningPlan, dense: Cost) -> dict[str, int]:
     whole = {"target_macs": dense.macs, "target_params": dense.n_params}
     asked = {name: plan.request[name] for name in whole if plan.request.get(name) is not None}
     return {name: int(share * whole[name]) if share <= 1 else int(share) for name, share in asked.items()}
+
+
+def _by_weight(refused: Mapping[str, str], groups: ChannelGroups) -> dict[str, str]:
+    """What cannot shrink, by the number of parameters in the tensors that each kind of reason is about."""
+    of_kind: dict[str, dict[str, int]] = {}
+    for name, reason in refused.items():
+        tensor = name.rpartition("[")[0]
+        entry = groups.graph.state.get(groups.graph.aliases.get(tensor, tensor))
+        of_kind.setdefault(_kind(reason), {})[tensor] = 0 if entry is None else entry.tensor.numel()
+    weights = {kind: sum(tensors.values()) for kind, tensors in of_kind.items()}
+    return dict(sorted(refused.items(), key=lambda item: -weights[_kind(item[1])]))
+
+
+def _kind(reason: str) -> str:
+    """A reason without the operator and the line that it ends with."""
+    return reason.partition(": ")[0]
 
 
 def _ratios(groups: ChannelGroups, plan: PruningPlan) -> tuple[float | None, float]:
@@ -202,11 +229,11 @@ def render_report(report: PruningReport, width: int = 120) -> str:
         ("kept", "right"),
         ("note", "left"),
     ):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
     for group in report.groups:
         note = group.note or ("norm, softmax or mean over it" if group.is_mixed else "")
         kept = f"{group.kept / group.width:.0%}"
-        table.add_row(group.name, group.role, str(group.width), str(group.kept), kept, note)
+        table.add_row(Cell(group.name), group.role, str(group.width), str(group.kept), kept, Cell(note))
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     console.print(_summary(report), highlight=False, soft_wrap=True)
@@ -229,14 +256,27 @@ def _summary(report: PruningReport) -> str:
     ]
     lines += [f"statistics  {note}" for note in report.statistics]
     if report.form:
-        lines.append(f"form        {report.form}")
+        lines.append(f"form        {report.form}".replace("; ", "\n            "))
     lines += [f"output      {_output_line(output)}" for output in report.outputs]
     if report.refused:
-        lines.append(f"cannot shrink ({len(report.refused)}):")
-        lines += [f"  {name}: {reason}" for name, reason in list(report.refused.items())[:12]]
-        if len(report.refused) > 12:
-            lines.append(f"  ... and {len(report.refused) - 12} more, in .refused")
+        lines += _refusals(report.refused)
     return "\n".join(lines)
+
+
+def _refusals(refused: Mapping[str, str]) -> list[str]:
+    """What cannot shrink, by reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in refused.items():
+        names.setdefault(_kind(reason), []).append(name)
+    lines = [f"cannot shrink ({len(refused)}):"]
+    for alike in list(names.values())[:_MOST_REASONS]:
+        first, *others = alike[:_MOST_NAMES]
+        more = f" and {len(alike) - _MOST_NAMES} more" if len(alike) > _MOST_NAMES else ""
+        lines.append(f"  {len(alike)} x {refused[first]}")
+        lines.append(f"      {', '.join([first, *others])}{more}")
+    if len(names) > _MOST_REASONS:
+        lines.append(f"  ... and {len(names) - _MOST_REASONS} more reasons, in .refused")
+    return lines
 
 
 def _output_line(output: OutputReport) -> str:

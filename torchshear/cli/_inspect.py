@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import torchshear
+from torchshear._tables import Cell
 from torchshear.cli._example import Target, load_example
 from torchshear.cli._options import Submodules
 from torchshear.cli._terminal import print_lines, status, stdout_console
@@ -77,15 +78,16 @@ def _unit_of_work(groups: ChannelGroups) -> str:
 def _groups_table(groups: ChannelGroups) -> Table:
     table = Table(title=f"Channel groups of {groups.graph.model_type.rpartition('.')[2]}", title_justify="left")
     table.add_column("#", justify="right")
-    table.add_column("group\nrole", overflow="fold", ratio=3)
+    table.add_column("group\nrole", ratio=3)
     table.add_column("width", justify="right")
-    table.add_column("members", overflow="fold", ratio=3)
+    table.add_column("members", ratio=3)
     table.add_column("constraints", ratio=2)
-    table.add_column("where", overflow="fold", ratio=3)
+    table.add_column("where", ratio=3)
     for number, group in enumerate(groups):
         where = _short(group.where[0]) if group.where else ""
         name = f"{group.name}\n{group.role}"
-        table.add_row(str(number), name, str(group.width), _members(group), _constraints(group), where)
+        cells = (_members(group), _constraints(group), where)
+        table.add_row(str(number), Cell(name), str(group.width), *map(Cell, cells))
     return table
 
 
@@ -141,18 +143,18 @@ def _print_constraint(console: Console, constraint: Constraint) -> None:
 
 def _members_table(members: tuple[MemberDetail, ...]) -> Table:
     table = Table(title=f"Members ({len(members)})", title_justify="left")
-    table.add_column("dimension", overflow="fold", ratio=3)
+    table.add_column("dimension", ratio=3)
     table.add_column("role")
     table.add_column("positions", justify="right")
-    table.add_column("of unit 0", overflow="fold", ratio=1)
-    table.add_column("read by", overflow="fold", ratio=3)
+    table.add_column("of unit 0", ratio=1)
+    table.add_column("read by", ratio=3)
     for member in members:
         part = "" if member.n_positions == member.size else f" of {member.size}"
         table.add_row(
-            f"{member.name}[{member.dim}]",
+            Cell(f"{member.name}[{member.dim}]"),
             "\n".join(member.roles),
             f"{member.n_positions}{part}",
-            member.first,
-            "\n".join(map(_short, member.where)),
+            Cell(member.first),
+            Cell("\n".join(map(_short, member.where))),
         )
     return table

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from torchshear._tables import Cell
 from torchshear.comparison._picture import draw_panels
 from torchshear.comparison._row import Row, of_other_size
 
@@ -112,7 +113,7 @@ def _table(comparison: Comparison, budget: str, width: int) -> Table:
     rows = comparison.ranked(budget)
     is_recalibrated = any(row.recalibrated for row in rows)
     table = Table(title=f"{comparison.model}, {budget}", title_justify="left")
-    table.add_column("criterion", overflow="fold")
+    table.add_column("criterion")
     for heading in ("MACs", "params", "after cut", *(["recalibrated"] if is_recalibrated else []), "s"):
         table.add_column(heading, justify="right", no_wrap=True)
     digits = _digits(comparison)
@@ -123,7 +124,7 @@ def _table(comparison: Comparison, budget: str, width: int) -> Table:
     for row in rows:
         scores = [row.scores, row.recalibrated] if is_recalibrated else [row.scores]
         table.add_row(
-            f"control: {row.criterion}" if row.is_control else row.criterion,
+            Cell(f"control: {row.criterion}" if row.is_control else row.criterion),
             _NONE if row.macs_share is None else f"{row.macs_share:.1%}",
             _NONE if row.params_share is None else f"{row.params_share:.1%}",
             *(_score(one, digits, gap) for one in scores),

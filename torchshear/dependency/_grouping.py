@@ -296,4 +296,18 @@ def _fixed_dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> tuple[Fix
             reason = str(algebra.store.first_reason(axis.units) or "fixed")
             if graph.state[name].kind == "parameter" and not reason.startswith("size of a kernel"):
                 found.append(FixedDimension(name, dim, axis.size, reason))
-    return tuple(found)
+    return (*found, *_unread(graph))
+
+
+def _unread(graph: Graph) -> list[FixedDimension]:
+    """Parameters that no operator reads, of the parts where only parts are captured."""
+    captured = (graph, graph.training) if graph.training is not None else (graph,)
+    read = {str(node.target) for one in captured for node in one if node.op == "get_attr"}
+    inside = tuple(f"{name}." for name in graph.parts.names) if graph.parts is not None else ("",)
+    return [
+        FixedDimension(name, dim, size, "no operator reads it")
+        for name, entry in graph.state.items()
+        if entry.kind == "parameter" and name not in read and name.startswith(inside)
+        for dim, size in enumerate(entry.shape)
+        if size > 1
+    ]

@@ -83,6 +83,9 @@ class ChannelGroup:
     least: int = 1
     role: str = "other"
 
+    def __repr__(self) -> str:
+        return f"<ChannelGroup {self.name}: {self.width} units, {self.role}, {len(self.members)} members>"
+
     @property
     def is_prunable(self) -> bool:
         """Whether at least one unit can go with at least one left, and every block as many."""
@@ -115,7 +118,11 @@ class ChannelGroup:
         if self.is_prunable:
             return None
         if self.width <= self.least * self.n_peers:
-            return "only one unit in the group" if self.width == 1 else f"at least {self.least} units of it must stay"
+            if self.width > 1:
+                return f"at least {self.least} units of it must stay"
+            if all(member.size == len(member.positions) for member in self.members):
+                return "there is only one"
+            return "the only one of its layer that splits or shuffles send this way; the last of a part stays"
         return f"{self.n_blocks} balanced blocks of one unit each"
 
 
@@ -157,6 +164,11 @@ class ChannelGroups(Sequence[ChannelGroup]):
     facts: Facts
     training_facts: Facts | None = None
     prunable_outputs: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        name = self.graph.model_type.rpartition(".")[2]
+        n_prunable = sum(group.is_prunable for group in self.groups)
+        return f"<ChannelGroups of {name}: {len(self.groups)} groups, {n_prunable} of them prunable>"
 
     def __len__(self) -> int:
         return len(self.groups)

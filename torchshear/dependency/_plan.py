@@ -1,7 +1,7 @@
 """The pruning plan: what is kept of every group, and hence of every parameter. Frozen; carries no weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -95,7 +95,14 @@ class PruningPlan:
     outputs: tuple[OutputPlan, ...] = ()
     parts: Parts | None = None
     form: Form | None = None
-    analysis: ChannelGroups | None = field(default=None, repr=False)
+    analysis: ChannelGroups | None = None
+
+    def __repr__(self) -> str:
+        n_units = sum(group.width for group in self.groups)
+        return (
+            f"<PruningPlan for {self.model_type.rpartition('.')[2]}: {self.n_cut} of {n_units} units go, "
+            f"{len(self.groups)} groups, {len(self.state)} tensors shrink>"
+        )
 
     def masks(self) -> dict[str, Tensor]:
         """Masks of all parameters and buffers that shrink.

@@ -90,6 +90,10 @@ class Graph:
     def __len__(self) -> int:
         return len(self.fx_graph.nodes)
 
+    def __repr__(self) -> str:
+        name = self.model_type.rpartition(".")[2]
+        return f"<Graph of {name} in {self.mode} mode: {len(self)} nodes, {len(self.state)} tensors>"
+
     @property
     def fingerprint(self) -> str:
         """SHA-256 over operators, arguments and shapes: equal for two models that are the same network.

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from torchshear._tables import Cell
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, make_plan
 from torchshear.errors import ArgumentError
 from torchshear.graph import as_names, close_to, node_macs
@@ -88,11 +89,11 @@ def render_layers(layers: Sequence[LayerMask], width: int = 120) -> str:
     table = Table(title="Layers, by what they depend on", title_justify="left")
     for heading in ("layer", "group", "channels", "asked", "removed", "only masked", "its MACs", "note"):
         is_text = heading in ("layer", "group", "note")
-        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
+        table.add_column(heading, justify="left" if is_text else "right")
     for row in layers:
         asked = "" if row.ratio is None else f"{row.ratio:.0%}"
         counts = [f"{count:,}" for count in (row.common, row.extra, row.macs)]
-        table.add_row(row.layer, row.group, str(row.width), asked, *counts, row.note)
+        table.add_row(Cell(row.layer), Cell(row.group), str(row.width), asked, *counts, Cell(row.note))
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table)
     n_extra, macs = sum(row.extra for row in layers), sum(row.macs for row in layers)

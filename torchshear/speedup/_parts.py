@@ -26,7 +26,7 @@ from torchshear.speedup._shrink import (
     transient_names,
 )
 from torchshear.speedup._state import slice_state
-from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, signature_of
+from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, limits_of, signature_of
 
 
 def shrink_parts(
@@ -69,8 +69,8 @@ def _part_by_part(job: Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
         original = model.get_submodule(name)
         if native is None:
             lost = [call for call in job.cut.groups.graph.lost_backwards if f"{call.module}.".startswith(f"{name}.")]
-            found[name] = replace(found[name], reason=f"{found[name].reason}{untrainable(lost)}")
-            memo[id(original)] = _traced_part(job, name)
+            traced = memo[id(original)] = _traced_part(job, name)
+            found[name] = replace(found[name], reason=f"{found[name].reason}{untrainable(lost)}{limits_of(traced)}")
         else:
             memo |= {id(module): native.get_submodule(inner) for inner, module in original.named_modules()}
     copied = in_mode_of(copy_model(model, memo), model)

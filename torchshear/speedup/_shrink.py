@@ -31,7 +31,7 @@ from torchshear.speedup._lost_backwards import check_backwards, lost_backwards, 
 from torchshear.speedup._native_form import Native, recorded_form
 from torchshear.speedup._rewrite import rewrite_graph
 from torchshear.speedup._state import slice_state
-from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, signature_of
+from torchshear.speedup._traced import CallSpec, StateEntry, TracedCall, TracedModule, limits_of, signature_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,9 +80,9 @@ def shrink_whole(
     if native.model is not None:
         return Made(in_mode_of(native.model, model), native.form, job.plan)
     graph, form = groups.graph, native.form
-    lost = "" if form is plan.form else untrainable(graph.lost_backwards)
-    form = replace(form, reason=f"{form.reason}{lost}")
     traced, training = _both_modes(model, graph, job.cut, job.sliced)
+    if form is not plan.form:
+        form = replace(form, reason=f"{form.reason}{untrainable(graph.lost_backwards)}{limits_of(traced)}")
     return Made(in_mode_of(traced, model), form, plan, training)
 
 
@@ -156,7 +156,7 @@ def recorded_run(
     run = model if plan.parts is None else PartRun(model, plan.parts)
     if args is None and kwargs is None:
         return run, _inputs_of(plan, model)
-    given = ExampleInputs.of(args or (), kwargs)
+    given = ExampleInputs.of(() if args is None else args, kwargs)
     return (run, given) if plan.parts is None else record_parts(model, plan.parts.names, given)
 
 

@@ -29,6 +29,10 @@ class Shrunk:
     verification: Verification | None = None
     fold: Fold | None = None
 
+    def __repr__(self) -> str:
+        proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"
+        return f"<Shrunk: {self.form} {type(self.model).__name__}, {proof}>"
+
     @property
     def form(self) -> FormKind:
         """The kind: "native", a copy of the original module with smaller tensors; "traced", the rewritten graphs."""

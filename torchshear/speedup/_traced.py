@@ -190,6 +190,21 @@ class TracedModule(nn.Module):
         return f"modes={sorted(self._calls[0].forwards)}"
 
 
+def limits_of(traced: TracedModule) -> str:
+    """What the traced form of a model cannot do, to be added to the reason for it; "" where it can do all."""
+    found = ""
+    for call in traced._calls:
+        if "train" not in call.forwards and not call.gradient_error:  # of that `untrainable` speaks
+            found = f"; it does not run in train mode: {call.train_error.partition(' Expected ')[0]}"
+    for spec in (call.spec for call in traced._calls):
+        batches = sorted({shape[0] for shape in spec.examples if shape})
+        if batches and not any(shape and shape[0] is None for shape in spec.shapes):
+            sizes = " and ".join(map(str, batches))
+            why = f", since its inputs begin with {sizes}" if len(batches) > 1 else f" ({sizes})"
+            return f"{found}; its batch stays that of the example{why}"
+    return found
+
+
 def _register(root: nn.Module, name: str, entry: StateEntry) -> None:
     *path, last = name.split(".")
     module = root

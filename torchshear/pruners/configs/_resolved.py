@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from torchshear._tables import Cell
 from torchshear.pruners.configs._entry import Entry
 
 
@@ -137,16 +138,16 @@ def render_config(resolved: ResolvedConfig, width: int = 140) -> str:
     together = "\n" if width < _WIDE else None
     table = Table(title="Config", title_justify="left")
     for headings in _beside(("layer", "type", "group", "entry", "criterion", "unit"), together):
-        table.add_column(headings, overflow="fold")
+        table.add_column(headings)
     for heading in ("asked", "removed"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("why less", overflow="fold")
+    table.add_column("why less")
     for row in resolved.rows:
         asked = "" if row.ratio is None else f"{row.ratio:.1%}"
         removed = "" if row.removed is None else f"{row.removed:.1%}"
         groups = "\n".join(row.groups) or row.parameter
         said = (row.layer or "(model)", row.type_name, groups, row.entry, row.criterion, row.pattern)
-        table.add_row(*_beside(said, together), asked, removed, row.reason)
+        table.add_row(*map(Cell, _beside(said, together)), asked, removed, Cell(row.reason))
     console = Console(file=io.StringIO(), width=width, color_system=None, markup=False, highlight=False)
     console.print(table)
     for entry in resolved.entries:

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from torchshear._tables import Cell
 from torchshear.pruners.masks._masks import LayerReport, Masks
 from torchshear.pruners.masks._semi_structured import MULTIPLES, Backend, shape_problem
 
@@ -23,12 +24,12 @@ def report(masks: Masks, width: int = 120) -> str:
     """
     table = Table(title=f"Masks, pattern {masks.pattern or 'unknown'}", title_justify="left")
     for heading in ("layer", "kind", "shape", "units", "masked", "requested", "achieved", "note"):
-        table.add_column(heading, justify="left" if heading in ("layer", "kind", "note") else "right", overflow="fold")
+        table.add_column(heading, justify="left" if heading in ("layer", "kind", "note") else "right")
     for layer in masks.layers:
         shape = " x ".join(map(str, layer.shape)) or "-"
         shares = (f"{layer.requested:.1%}", f"{layer.achieved:.1%}")
         counts = (str(layer.n_units), str(layer.n_masked))
-        table.add_row(layer.name or "(model)", layer.kind, shape, *counts, *shares, layer.note)
+        table.add_row(Cell(layer.name or "(model)"), layer.kind, shape, *counts, *shares, Cell(layer.note))
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table, markup=False)
     n_elements = sum(mask.numel() for mask in masks.tensors.values())

@@ -129,3 +129,7 @@ class Statistics:
     sums: frozenset[Sum] = ALL_SUMS
     loss: float | None = None
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        batches = f"{self.n_samples} samples in {self.n_batches} batches"
+        return f"<Statistics of {batches}: {', '.join(sorted(self.sums))}>"
