@@ -182,7 +182,10 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
         ({"recalibrate": True}, r"recalibrate= is given without data"),
         ({"criterion": "apoz", "data": 3}, r"data is int; expected something that gives batches"),
         ({"criterion": "apoz", "data": "folder"}, r"data is str; expected"),
-        ({"criterion": "apoz", "data": [1], "batches": 0}, r"batches=0; expected a positive integer"),
+        (
+            {"criterion": "apoz", "data": [1], "batches": 0},
+            "batches must be a whole number of at least 1",
+        ),
         ({"fold_bias": "mean"}, r"fold_bias='mean'; expected False, True .* or 'means'"),
         ({"fold_bias": 1}, r"fold_bias=1; expected"),
         ({"fold_bias": "means"}, r"fold_bias='means' takes means over data; give batches as data= \(--data\)"),

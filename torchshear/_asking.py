@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
+from torchshear._arguments import check_count, check_flag, shown
 from torchshear._words import Selection, Sight
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.dependency.alignment import Alignment
@@ -165,7 +166,11 @@ def ask(
         ArgumentError: a word is outside what it may be, two contradict each other, or data is missing or looked at by
             nothing.
     """
-    widths: dict[str, Any] = {"criterion": criterion or "l1", "alignment": alignment, "min_width": min_width}
+    if criterion is not None and not isinstance(criterion, str) and not callable(criterion):
+        raise ArgumentError(f"criterion is {type(criterion).__name__}; expected the name of one, or a function.")
+    check_flag("recalibrate", choice.get("recalibrate", False))
+    criterion_or_l1 = "l1" if criterion is None else criterion
+    widths: dict[str, Any] = {"criterion": criterion_or_l1, "alignment": alignment, "min_width": min_width}
     entries: tuple[Entry, ...] = ()
     words = {name: choice[name] for name in _OF_THE_REQUEST if name in choice}
     if choice.get("config") is not None:
@@ -197,8 +202,8 @@ def _check_parts(asked: Asked, submodules: Collection[str] | None) -> None:
 
 
 def _check_fold(fold_bias: bool | Literal["means"], data: Data) -> None:
-    if not (isinstance(fold_bias, bool) or fold_bias == "means"):
-        raise ArgumentError(f"fold_bias={fold_bias!r}; expected False, True (--fold-bias constants) or 'means'.")
+    if not (isinstance(fold_bias, bool) or (isinstance(fold_bias, str) and fold_bias == "means")):
+        raise ArgumentError(f"fold_bias={shown(fold_bias)}; expected False, True (--fold-bias constants) or 'means'.")
     if fold_bias == "means" and data.loader is None:
         raise ArgumentError("fold_bias='means' takes means over data; give batches as data= (--data), or write True.")
 
@@ -211,12 +216,11 @@ def read_data(choice: Mapping[str, Any]) -> Data:
     """
     loader, batches = choice.get("data"), choice.get("batches", BATCHES)
     if loader is None:
-        idle = [word for word in Sight.__annotations__ if choice.get(word) not in (None, False)]
+        idle = [word for word in Sight.__annotations__ if choice.get(word) is not None and choice[word] is not False]
         if idle:
             raise ArgumentError(f"{idle[0]}= is given without data; give batches of it as data=, or leave it away.")
         return Data(None, None, BATCHES)
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
+    check_count("batches", batches)
     if not isinstance(loader, Iterable) or isinstance(loader, str | bytes):
         raise ArgumentError(f"data is {type(loader).__name__}; expected something that gives batches, as a DataLoader.")
     if isinstance(loader, Iterator):
@@ -263,10 +267,10 @@ def missing_data(criterion: str | Criterion, data: Data) -> str:
 def _check_alone(words: Mapping[str, Any]) -> None:
     """Raise ArgumentError for words that say what a config says."""
     for word, value in words.items():
-        if value is not None and value not in ((), []):
+        if value is not None and not (isinstance(value, tuple | list) and not value):
             raise ArgumentError(
-                f"config= says which layers lose how much, and {word}={value!r} says something else of that. Give one "
-                f"of them; beside a config there may be criterion, align and min_width."
+                f"config= says which layers lose how much, and {word}={shown(value)} says something else of that. Give "
+                f"one of them; beside a config there may be criterion, align and min_width."
             )
 
 

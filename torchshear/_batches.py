@@ -26,6 +26,12 @@ def first_batches(loader: Iterable[Any], count: int) -> Iterator[tuple[int, Any]
     except TypeError as error:
         raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
     for number, batch in enumerate(given):
+        try:
+            leaves = pytree.tree_leaves(batch)
+        except RecursionError as error:
+            raise _too_deep(number) from error
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            raise DataError(f"batch {number} holds a tensor on the meta device; expected numbers.")
         yield number, batch
         done = number + 1
     if done < count:
@@ -34,6 +40,10 @@ def first_batches(loader: Iterable[Any], count: int) -> Iterator[tuple[int, Any]
             if done
             else "the loader gave no batch; expected at least one. An iterator that was used before is empty."
         )
+
+
+def _too_deep(number: int) -> DataError:
+    return DataError(f"batch {number} holds itself, or is nested too deeply to be taken apart.")
 
 
 class LikeExample:
@@ -53,7 +63,13 @@ class LikeExample:
     def __iter__(self) -> Iterator[Any]:
         if self._dtype is None:
             return iter(self._loader)
-        return (pytree.tree_map_only(Tensor, self._cast, batch) for batch in self._loader)
+        return (self._like_example(number, batch) for number, batch in enumerate(self._loader))
+
+    def _like_example(self, number: int, batch: Any) -> Any:
+        try:
+            return pytree.tree_map_only(Tensor, self._cast, batch)
+        except RecursionError as error:
+            raise _too_deep(number) from error
 
     def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(self._dtype) if tensor.is_floating_point() and not tensor.is_meta else tensor

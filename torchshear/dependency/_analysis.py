@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, fx
 
+from torchshear._arguments import check_kind
 from torchshear.dependency import rules as _rules  # registers the rules of the ATen operators
 from torchshear.dependency._axis import Algebra, Axes
 from torchshear.dependency._balance import settle_balances
@@ -35,8 +36,9 @@ def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> Chann
         The channel groups, in order of appearance of their first parameter.
 
     Raises:
-        ArgumentError: the model has no such output.
+        ArgumentError: `graph` is none, or the model has no such output.
     """
+    check_kind("graph", graph, Graph, "a captured graph, from torchshear.trace")
     algebra, facts = Algebra(), Facts()
     prunable = check_outputs(graph, prunable_outputs)
     relate(graph, algebra, facts, prunable)

@@ -5,6 +5,7 @@ from typing import Self
 
 import numpy as np
 
+from torchshear._arguments import check_count
 from torchshear.errors import ArgumentError
 
 __all__ = ["Alignment"]
@@ -108,5 +109,4 @@ class Alignment:
 
 def _check_count(name: str, value: object) -> None:
     """Refuse anything but a whole number of at least 1; a bool is not a number here."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ArgumentError(f"{name} must be a whole number of at least 1, but got {name}={value!r}.")
+    check_count(name, value)

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
@@ -184,6 +185,11 @@ def _check_model(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("model is a ScriptModule, which torch.export refuses; give the module it was made from.")
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ArgumentError(f"parameter {lazy!r} is lazy and has no shape yet; run the model once on example inputs.")
     inner = _WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
     if inner is not None:
         raise ArgumentError(

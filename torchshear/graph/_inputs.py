@@ -30,7 +30,7 @@ class ExampleInputs:
         """Check and wrap what the user gave.
 
         Raises:
-            ArgumentError: `args` is not a tuple or list, or `kwargs` not a mapping.
+            ArgumentError: `args` is not a tuple or list, or `kwargs` not a mapping; or one of them holds itself.
         """
         if isinstance(args, Tensor):
             raise ArgumentError("args is a tensor; expected a tuple of positional arguments: write args=(x,).")
@@ -38,8 +38,11 @@ class ExampleInputs:
             raise ArgumentError(f"args is {type(args).__name__}; expected a tuple of positional arguments.")
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise ArgumentError(f"kwargs is {type(kwargs).__name__}; expected a dictionary of keyword arguments.")
-        register_dataclasses((args, kwargs))
-        return cls(tuple(args), dict(kwargs or {}))
+        try:
+            register_dataclasses((args, kwargs))
+            return cls(tuple(args), dict(kwargs or {}))
+        except RecursionError as error:
+            raise ArgumentError("args or kwargs hold themselves, or are nested too deeply.") from error
 
     def tensors(self) -> list[Tensor]:
         """All tensors in the arguments, in the order in which they are flattened."""

@@ -2,10 +2,14 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import translate
 from functools import lru_cache
+from typing import Any
 
+from torch import Tensor, nn
+
+from torchshear._arguments import shown
 from torchshear.errors import ArgumentError
 
 
@@ -46,7 +50,8 @@ def as_names(argument: str, given: object) -> tuple[str, ...]:
     """
     if isinstance(given, str):
         return (given,)
-    names = tuple(given) if isinstance(given, Iterable) else (given,)
+    is_several = isinstance(given, Collection) and not isinstance(given, Tensor | nn.Module | bytes)
+    names: tuple[Any, ...] = tuple(given) if is_several else (given,)  # type: ignore[arg-type]
     if not all(isinstance(name, str) and name for name in names):
-        raise ArgumentError(f"{argument}={given!r}; expected a string or several of them.")
+        raise ArgumentError(f"{argument}={shown(given)}; expected a string or several of them.")
     return names

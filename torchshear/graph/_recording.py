@@ -228,7 +228,7 @@ def _find_parts(model: nn.Module, submodules: Sequence[str]) -> dict[str, nn.Mod
     known = dict(model.named_modules(remove_duplicate=False))
     found: dict[str, nn.Module] = {}
     for name in submodules:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ArgumentError(_unknown(name, model, list(known)))
         if known[name] is model:
             raise ArgumentError(f"submodules names {name!r}, which is the whole model; leave submodules out for that.")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from torchshear._arguments import check_count
 from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, WeightError
@@ -142,8 +143,7 @@ def _collected(network: Graph | ChannelGroups, loader: Iterable[Any], make: _Mak
 
 
 def _check(loss_fn: Loss | None, batches: int) -> None:
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
+    check_count("batches", batches)
     if loss_fn is not None and not callable(loss_fn):
         raise ArgumentError(f"loss_fn is {type(loss_fn).__name__}; expected a function of output and target, or None.")
 

@@ -4,6 +4,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+import numpy as np
+
+from torchshear._arguments import shown
 from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.graph import as_names, close_to, matches
@@ -17,10 +20,11 @@ _MAKERS = frozenset({"out", "embedding"})
 
 def check_ratio(what: str, ratio: object) -> None:
     """Raise ArgumentError unless a ratio is a number in [0, 1)."""
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+    is_number = isinstance(ratio, int | float | np.integer | np.floating) and not isinstance(ratio, bool)
+    if not is_number or not 0 <= ratio < 1:  # type: ignore[operator]
         raise ArgumentError(
-            f"{what}={ratio!r}; expected a number in [0, 1), the fraction of channels to remove, or a mapping to such "
-            f"numbers from roles, name patterns or groups."
+            f"{what}={shown(ratio)}; expected a number in [0, 1), the fraction of channels to remove, or a mapping to "
+            f"such numbers from roles, name patterns or groups."
         )
 
 

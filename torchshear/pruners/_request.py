@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from torchshear._arguments import MOST, is_whole
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.graph import close_to
@@ -50,7 +51,7 @@ class Request:
             word = getattr(self, name)
             if not isinstance(word, str) or word not in words:
                 raise ArgumentError(f"{name}={word!r}; expected one of {', '.join(words)}.{close_to(str(word), words)}")
-        if isinstance(self.min_width, bool) or not isinstance(self.min_width, int) or self.min_width < 1:
+        if not is_whole(self.min_width) or not 1 <= self.min_width <= MOST:
             raise ArgumentError(
                 f"min_width={self.min_width!r}; expected an integer of at least 1, the fewest channels to keep."
             )

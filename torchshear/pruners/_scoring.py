@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
-from torchshear.errors import ArgumentError
+from torchshear.errors import ArgumentError, TorchshearError
 from torchshear.pruners._roles import OWN_ROLES
 from torchshear.pruners.criteria import Criterion, UnscorableError
 from torchshear.pruners.statistics import Statistics
@@ -75,7 +75,7 @@ def group_scores(
     """
     together = COMBINE[combine]
     if together is None:
-        return _checked(group, criterion(group, weights, statistics))
+        return _checked(group, _scores_of(group, criterion, weights, statistics))
     rows = list(_by_member(group, criterion, weights, statistics))
     scores = np.stack(rows)
     if combine == "geometric" and (scores < 0).any():
@@ -95,7 +95,7 @@ def _by_member(
     n_scored = 0
     for member in own:
         try:
-            scores = _checked(group, criterion(replace(group, members=(member,)), weights, statistics))
+            scores = _checked(group, _scores_of(replace(group, members=(member,)), criterion, weights, statistics))
         except UnscorableError as error:
             nothing = error
             continue
@@ -104,6 +104,19 @@ def _by_member(
         yield np.where(covered, scores, np.nan)
     if not n_scored:
         raise nothing or UnscorableError("no weight of the group was given")
+
+
+def _scores_of(
+    group: ChannelGroup, criterion: Criterion, weights: Mapping[str, Tensor], statistics: Statistics | None
+) -> Tensor:
+    """What a criterion gives; what a user's own raises is passed on with a note."""
+    try:
+        return criterion(group, weights, statistics)
+    except Exception as error:
+        if not isinstance(error, TorchshearError | UnscorableError):
+            name = getattr(criterion, "__name__", type(criterion).__name__)
+            error.add_note(f"the criterion {name!r} was called with group {group.name!r}, weights and statistics")
+        raise
 
 
 def _checked(group: ChannelGroup, given: Tensor) -> Floats:

@@ -40,7 +40,7 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
         return _computed(groups, held, {})
     if isinstance(source, str | PathLike):
         source = open_checkpoint(source)
-    if not isinstance(source, Mapping):
+    if not isinstance(source, Mapping) or not all(isinstance(name, str) for name in source):
         raise ArgumentError(
             f"weights is {type(source).__name__}; expected the folder of a checkpoint, or a mapping from parameter "
             f"names to tensors."

@@ -83,7 +83,9 @@ def shrink_to_form(
     groups = analysis_of(model, plan, args, kwargs)
     made = _make(model, groups, plan, form, leave)
     if verify and not is_on_meta(model):
-        given = ExampleInputs.of(args or (), kwargs) if args is not None or kwargs is not None else None
+        given = (
+            ExampleInputs.of(() if args is None else args, kwargs) if args is not None or kwargs is not None else None
+        )
         shrunk = _proved(model, groups, plan, made, given, is_free=form is None and plan.form is None)
     else:
         shrunk = Shrunk(made.model, made.form, made.plan)

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from torchshear._arguments import check_count
 from torchshear._distributed import agree, is_distributed, summed
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
 from torchshear.graph import copy_model, outside_inference_mode
@@ -95,8 +96,7 @@ def check_recalibration(model: nn.Module, batches: int) -> None:
     """Raise what `recalibrate` raises of its arguments alone, see there."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 1:
-        raise ArgumentError(f"batches={batches!r}; expected a positive integer.")
+    check_count("batches", batches)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ArgumentError(
             f"{type(model).__name__} holds compiled TorchScript, in which batch norms cannot be seen; recalibrate the "

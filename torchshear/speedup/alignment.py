@@ -9,6 +9,7 @@ from typing import Final
 
 import torch
 
+from torchshear._arguments import MOST, is_whole, shown
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
 
@@ -87,10 +88,10 @@ def resolve_alignment(align: int | str | Alignment | None) -> Alignment:
         return align
     if isinstance(align, str):
         return _named(align)
-    if isinstance(align, bool) or not isinstance(align, int) or align < 1:
+    if not is_whole(align) or not 1 <= align <= MOST:
         raise ArgumentError(
             f"align must be a whole number of at least 1, a profile name, an Alignment or None, "
-            f"but got align={align!r}. Profiles: {_all_names()}."
+            f"but got align={shown(align)}. Profiles: {_all_names()}."
         )
     return Alignment(align, align, f"multiple of {align}")
 

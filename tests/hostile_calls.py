@@ -1,0 +1,369 @@
+"""Wrong values for every argument of the public functions: each call works, or raises an error of our own tree."""
+
+import inspect
+import io
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import torchshear
+from torchshear import comparison, inspection, pruners, speedup
+from torchshear.errors import TorchshearError
+from torchshear.pruners import masks
+
+SECONDS = 20  # a call that lasts longer hangs
+
+
+class Network(nn.Module):
+    """A small network with a convolution, a norm, attention-free and quick to capture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+        return y
+
+
+class _Forever:
+    """Gives batches without end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            yield (torch.randn(2, 3, 6, 6), torch.zeros(2, dtype=torch.int64))
+
+
+class _Raises:
+    """Fails at whatever is asked of it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise OSError("disk on fire")
+
+    def __len__(self) -> int:
+        raise OSError("disk on fire")
+
+
+@dataclass(frozen=True)
+class Given:
+    """What valid calls are made with."""
+
+    model: nn.Module
+    x: Tensor
+    graph: Any
+    groups: Any
+    plan: Any
+    small: nn.Module
+    statistics: Any
+    masks: Any
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> "Given":
+        """Make all of it, with files in a folder."""
+        torch.manual_seed(0)
+        model, x = Network().eval(), torch.randn(2, 3, 6, 6)
+        groups = torchshear.analyze(torchshear.trace(model, (x,)))
+        result = torchshear.prune(model, (x,))
+        data = [(x, torch.tensor([0, 1]))]
+        statistics = torchshear.collect(groups, data, cross_entropy, batches=1, progress=False)
+        laid = masks.choose_masks(model, "1x1", 0.5)
+        result.plan.save(folder / "plan.json")
+        torchshear.export_onnx(model, folder / "dense.onnx", (x,))
+        torch.manual_seed(0)
+        return cls(model, x, groups.graph, groups, result.plan, result.model, statistics, laid, folder)
+
+
+class Call(NamedTuple):
+    """A public function, and arguments with which it works."""
+
+    function: Callable[..., Any]
+    valid: Callable[[Given], dict[str, Any]]
+
+
+def data(given: Given) -> Any:
+    return [(given.x, torch.tensor([0, 1]))]
+
+
+CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
+CALLS: dict[str, Call] = {
+    "trace": Call(torchshear.trace, lambda g: {"model": g.model, "args": (g.x,), "kwargs": {}, "submodules": None}),
+    "analyze": Call(torchshear.analyze, lambda g: {"graph": g.graph, "prunable_outputs": ()}),
+    "plan": Call(
+        torchshear.plan,
+        lambda g: {
+            **{"groups": g.groups, "criterion": "l1", "ratio": 0.5, "align": None, "min_width": 1, "axes": None},
+            **{"exclude": (), "weights": None, "statistics": None, "scope": "local", "min_ratio": 0.0},
+            **{"max_ratio": None, "combine": "sum", "normalize": "auto"},
+        },
+    ),
+    "plan for a target": Call(
+        torchshear.plan,
+        lambda g: {"groups": g.groups, "scope": "global", "target_macs": 0.7, "target_params": None},
+    ),
+    "prune": Call(
+        torchshear.prune,
+        lambda g: {
+            **{"model": g.model, "args": (g.x,), "kwargs": None, "criterion": "taylor", "ratio": 0.5, "align": None},
+            **{"min_width": 1, "fold_bias": False, "data": data(g), "loss_fn": cross_entropy, "batches": 1},
+            **{"recalibrate": True, "prunable_outputs": (), "submodules": None},
+        },
+    ),
+    "prune by a config": Call(
+        torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "config": CONFIG, "criterion": "l1"}
+    ),
+    "shrink": Call(
+        torchshear.shrink,
+        lambda g: {"model": g.model, "plan": g.plan, "args": (g.x,), "kwargs": {}, "fold_bias": False, "verify": True},
+    ),
+    "verify": Call(
+        torchshear.verify,
+        lambda g: {
+            **{"model": g.model, "small": g.small, "plan": g.plan, "args": (g.x,), "kwargs": {}, "seed": 0},
+            **{"data": data(g), "batches": 1},
+        },
+    ),
+    "collect": Call(
+        torchshear.collect,
+        lambda g: {
+            **{"network": g.groups, "loader": data(g), "loss_fn": cross_entropy, "batches": 1, "progress": False},
+            **{"criteria": "taylor", "exclude": ()},
+        },
+    ),
+    "recalibrate": Call(
+        torchshear.recalibrate,
+        lambda g: {"model": g.model, "loader": data(g), "batches": 1, "progress": False},
+    ),
+    "export_onnx": Call(
+        torchshear.export_onnx,
+        lambda g: {
+            **{"model": g.model, "path": g.folder / "small.onnx", "args": (g.x,), "kwargs": {}},
+            **{"check_batches": (1,), "rtol": 2e-4, "atol": 1e-6},
+        },
+    ),
+    "compare_latency": Call(
+        torchshear.compare_latency,
+        lambda g: {
+            **{"models": {"dense": g.folder / "dense.onnx"}, "inputs": None, "batch": 1, "threads": 1, "rounds": 2},
+            **{"warmup": 1, "min_seconds": 1e-4, "confidence": 0.9, "seed": 0},
+        },
+    ),
+    "load_checkpoint": Call(torchshear.load_checkpoint, lambda g: {"model": Network(), "source": g.folder / "src"}),
+    "shrink_checkpoint": Call(
+        torchshear.shrink_checkpoint,
+        lambda g: {"plan": g.plan, "source": g.folder / "src", "destination": g.folder / "out", "unknown": "refuse"},
+    ),
+    "PruningPlan.load": Call(torchshear.PruningPlan.load, lambda g: {"path": g.folder / "plan.json"}),
+    "PruningPlan.save": Call(torchshear.PruningPlan.save, lambda g: {"self": g.plan, "path": "p.json"}),
+    "L1NormPruner": Call(
+        pruners.L1NormPruner,
+        lambda g: {
+            **{"model": g.model, "config_list": CONFIG, "args": (g.x,), "kwargs": None, "dependency_aware": False},
+            **{"align": None, "min_width": 1},
+        },
+    ),
+    "ActivationAPoZRankPruner": Call(
+        pruners.ActivationAPoZRankPruner,
+        lambda g: {"model": g.model, "config_list": CONFIG, "args": (g.x,), "data": data(g), "batches": 1},
+    ),
+    "channel_means": Call(
+        pruners.channel_means, lambda g: {"network": g.groups, "loader": data(g), "batches": 1, "progress": False}
+    ),
+    "plan_from_kept": Call(pruners.plan_from_kept, lambda g: {"groups": g.groups, "kept": dict(g.plan.kept)}),
+    "plan_dependency_aware": Call(
+        pruners.plan_dependency_aware,
+        lambda g: {"groups": g.groups, "ratios": {g.groups[0].name: 0.5}, "criterion": "l1", "extra": "apply"},
+    ),
+    "plan_unipruning": Call(
+        pruners.plan_unipruning, lambda g: {"groups": g.groups, "target_params": 0.8, "run": 1, "min_width": 1}
+    ),
+    "parse_config": Call(pruners.parse_config, lambda g: {"config": CONFIG}),
+    "load_config": Call(pruners.load_config, lambda g: {"path": g.folder / "config.yaml"}),
+    "find_criterion": Call(pruners.find_criterion, lambda g: {"name": "l1"}),
+    "check_recalibration": Call(speedup.check_recalibration, lambda g: {"model": g.model, "batches": 1}),
+    "shrink_to_form": Call(
+        speedup.shrink_to_form, lambda g: {"model": g.model, "plan": g.plan, "form": "native", "verify": False}
+    ),
+    "plan_from_unipruning_mask": Call(
+        pruners.plan_from_unipruning_mask, lambda g: {"groups": g.groups, "path": g.folder / "mask.json"}
+    ),
+    "write_unipruning_mask": Call(pruners.write_unipruning_mask, lambda g: {"plan": g.plan, "path": "mask"}),
+    "read_unipruning_config": Call(pruners.read_unipruning_config, lambda g: {"config": {"target_sparsity": 0.5}}),
+    "resolve": Call(
+        pruners.resolve, lambda g: {"model": g.model, "entries": pruners.parse_config(CONFIG), "groups": g.groups}
+    ),
+    "random_criterion": Call(pruners.random_criterion, lambda g: {"seed": 0}),
+    "choose_masks": Call(masks.choose_masks, lambda g: {"model": g.model, "pattern": "1x1", "ratio": 0.5}),
+    "apply": Call(masks.apply, lambda g: {"model": Network(), "masks": g.masks}),
+    "remove": Call(masks.remove, lambda g: {"model": Network()}),
+    "make_permanent": Call(masks.make_permanent, lambda g: {"model": Network()}),
+    "pattern_lock": Call(masks.pattern_lock, lambda g: {"model": g.model, "layers": None}),
+    "plan_from_masks": Call(masks.plan_from_masks, lambda g: {"groups": g.groups, "masks": g.masks}),
+    "to_semi_structured": Call(
+        masks.to_semi_structured,
+        lambda g: {"model": Network(), "masks": masks.choose_masks(Network(), "2:4", layers=["fc"])},
+    ),
+    "report": Call(masks.report, lambda g: {"masks": g.masks, "width": 100}),
+    "compare": Call(
+        comparison.compare,
+        lambda g: {
+            **{"model": g.model, "evaluate": lambda model: 0.5, "args": (g.x,), "kwargs": None, "criteria": ["l1"]},
+            **{"seeds": (0,), "target_macs": 0.5, "scope": "local"},
+        },
+    ),
+    "describe_groups": Call(inspection.describe_groups, lambda g: {"groups": g.groups}),
+    "find_group": Call(inspection.find_group, lambda g: {"groups": g.groups, "text": "0"}),
+    "render_page": Call(inspection.render_page, lambda g: {"groups": g.groups}),
+    "write_page": Call(inspection.write_page, lambda g: {"groups": g.groups, "path": "page.html"}),
+    "fold_constants": Call(
+        speedup.fold_constants,
+        lambda g: {"model": g.model, "shrunk": speedup.shrink_to_form(g.model, g.plan), "plan": g.plan},
+    ),
+    "resolve_alignment": Call(speedup.resolve_alignment, lambda g: {"align": 8}),
+}
+
+VALUES: dict[str, Callable[[], Any]] = {
+    "none": lambda: None,
+    "true": lambda: True,
+    "false": lambda: False,
+    "zero": lambda: 0,
+    "one": lambda: 1,
+    "minus one": lambda: -1,
+    "huge": lambda: 10**30,
+    "half": lambda: 0.5,
+    "nan": lambda: math.nan,
+    "infinite": lambda: math.inf,
+    "negative": lambda: -0.5,
+    "complex": lambda: 1j,
+    "fraction": lambda: Fraction(1, 2),
+    "numpy number": lambda: np.float32(0.5),
+    "numpy integer": lambda: np.int64(3),
+    "numpy nan": lambda: np.float64("nan"),
+    "numpy array": lambda: np.zeros((2, 3)),
+    "object array": lambda: np.array([None, "x"], dtype=object),
+    "empty text": lambda: "",
+    "text": lambda: "conv",
+    "pattern": lambda: "[",
+    "nul": lambda: "a\0b",
+    "surrogate": lambda: "\udcff",
+    "long text": lambda: "x" * 5000,
+    "slashes": lambda: "/".join(["x" * 300] * 20),
+    "folder": lambda: "/",
+    "device": lambda: "/dev/null/x",
+    "bytes": lambda: b"conv",
+    "path": lambda: Path("nowhere"),
+    "empty list": lambda: [],
+    "list of none": lambda: [None],
+    "list of numbers": lambda: [0.5, 1],
+    "list of text": lambda: ["conv"],
+    "nested": lambda: [[[[]]]],
+    "endless list": lambda: _endless(),
+    "set": lambda: {"conv"},
+    "range": lambda: range(3),
+    "generator": lambda: (number for number in range(3)),
+    "empty dict": lambda: {},
+    "dict": lambda: {"conv": 0.5},
+    "dict of none": lambda: {None: None},
+    "dict of nan": lambda: {"*": math.nan},
+    "dict of lists": lambda: {"conv": [1, 2]},
+    "dict of numbers": lambda: {1: 2},
+    "object": object,
+    "class": lambda: nn.Linear,
+    "function": lambda: len,
+    "file": lambda: io.StringIO("{}"),
+    "lock": threading.Lock,
+    "forever": _Forever,
+    "raises": _Raises,
+    "slice": lambda: slice(2),
+    "ellipsis": lambda: ...,
+    "dtype": lambda: torch.float32,
+    "device object": lambda: torch.device("meta"),
+    "module": lambda: nn.Linear(2, 3),
+    "empty module": lambda: nn.Module(),
+    "lazy module": lambda: nn.LazyLinear(3),
+    "scripted module": lambda: torch.jit.script(nn.Linear(2, 3)),
+    "meta module": lambda: nn.Linear(2, 3, device="meta"),
+    "module list": lambda: nn.ModuleList([nn.Linear(2, 3)]),
+    "parameter": lambda: nn.Parameter(torch.randn(2, 3)),
+    "tensor": lambda: torch.randn(2, 3, 6, 6),
+    "scalar tensor": lambda: torch.tensor(0.5),
+    "empty tensor": lambda: torch.empty(0),
+    "integer tensor": lambda: torch.zeros(2, 3, dtype=torch.int64),
+    "meta tensor": lambda: torch.empty(2, 3, 6, 6, device="meta"),
+    "sparse tensor": lambda: torch.eye(3).to_sparse(),
+    "float8 tensor": lambda: torch.zeros(2, 3).to(torch.float8_e4m3fn),
+    "nan tensor": lambda: torch.full((2, 3, 6, 6), math.nan),
+    "tuple of sparse": lambda: (torch.eye(3).to_sparse(),),
+    "tuple of float8": lambda: (torch.zeros(2, 3, 6, 6).to(torch.float8_e4m3fn),),
+    "tuple of meta": lambda: (torch.empty(2, 3, 6, 6, device="meta"),),
+    "tuple of nothing": lambda: (torch.empty(0, 3, 6, 6),),
+    "tuple of text": lambda: ("x",),
+    "tuple of object": lambda: (object(),),
+    "tuple of wrong shape": lambda: (torch.randn(2, 4, 6, 6),),
+    "tuple of too many": lambda: (torch.randn(2, 3, 6, 6),) * 3,
+}
+
+
+def _endless() -> list[Any]:
+    """A list that holds itself."""
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+def parameters_of(name: str, given: Given) -> list[str]:
+    """The arguments of a call that are made wrong: those that it is given, and all others of the function."""
+    known = CALLS[name].valid(given)
+    named = inspect.signature(CALLS[name].function).parameters.values()
+    own = [one.name for one in named if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    return list(dict.fromkeys([*known, *own]))
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError where a block lasts too long."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"still running after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def failure_of(name: str, given: Given, wrong: dict[str, str]) -> str:
+    """What is wrong with how a call answers: "" if it works or raises an error of our own.
+
+    Args:
+        name: key of `CALLS`.
+        given: what valid calls are made with.
+        wrong: argument -> key of `VALUES`.
+    """
+    call = CALLS[name]
+    try:
+        with limited(SECONDS):
+            call.function(**call.valid(given) | {argument: VALUES[key]() for argument, key in wrong.items()})
+    except TorchshearError as error:
+        return "" if str(error).strip() else f"{type(error).__name__} without a message"
+    except BaseException as error:  # whatever it is, a user would see it
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = "" if place is None else f" at {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
+        return f"{type(error).__name__}: {str(error)[:120]}{where}"
+    return ""

@@ -1,0 +1,55 @@
+"""Checks of single arguments: what is given to a public function is of the kind that it expects."""
+
+from collections.abc import Collection
+from typing import Any, Final
+
+import numpy as np
+
+from torchshear.errors import ArgumentError
+
+__all__ = ["MOST", "check_count", "check_flag", "check_kind", "is_whole", "shown"]
+
+MOST: Final = 2**31 - 1
+"""The largest number that counts of anything may have."""
+
+
+def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
+    """Raise ArgumentError for a value of another type.
+
+    Args:
+        name: what the argument is called.
+        value: what is given.
+        kind: the type or types that it may have.
+        expected: these in words, with where to get one.
+    """
+    if not isinstance(value, kind):
+        raise ArgumentError(f"{name} is {type(value).__name__}; expected {expected}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ArgumentError for what is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise ArgumentError(f"{name}={shown(value)}; expected True or False.")
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise ArgumentError for what is not a whole number between `least` and `MOST`; a bool is none."""
+    if not is_whole(value) or not least <= value <= MOST:  # type: ignore[operator]
+        above = f" and at most {MOST}" if is_whole(value) and value > MOST else ""  # type: ignore[operator]
+        raise ArgumentError(f"{name} must be a whole number of at least {least}{above}, but got {name}={shown(value)}.")
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, of Python or NumPy, and no bool."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: itself if that is short, else its type."""
+    if isinstance(value, Collection) and not isinstance(value, str | bytes) and len(value) > 20:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        text = repr(value)
+    except Exception:  # some objects cannot be written
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 and "\n" not in text else f"a {type(value).__name__}"
