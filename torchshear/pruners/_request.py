@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+import numpy as np
+
 from torchshear._arguments import MOST, is_whole
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
@@ -96,7 +98,9 @@ class Request:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return dict(value)
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
     return list(value) if isinstance(value, Collection) and not isinstance(value, str) else value
 
 
