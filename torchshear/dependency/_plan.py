@@ -1,7 +1,7 @@
 """The pruning plan: what is kept of every group, and hence of every parameter. Frozen; carries no weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
