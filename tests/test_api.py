@@ -101,6 +101,15 @@ def test_nothing_to_prune_is_a_report_and_no_crash(model: nn.Module) -> None:
     if isinstance(model, Nothing):
         assert result.report.refused["only.weight[0]"] == "model output 0"
         assert "cannot shrink (3)" in str(result.report)
+        assert str(result.report).splitlines()[0] == (
+            "Nothing shrank: the result keeps every channel, first of all because: model output 0."
+        )
+    else:
+        assert str(result.report).splitlines()[0].endswith(": the model has no parameters.")
+
+
+def test_a_result_that_shrank_does_not_say_that_nothing_did() -> None:
+    assert "Nothing shrank" not in str(torchshear.prune(Residual(), (image(),)).report)
 
 
 def test_nan_weights_are_refused_by_name() -> None:

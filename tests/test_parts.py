@@ -584,8 +584,40 @@ def test_capture_that_fails_says_which_parts_would_do() -> None:
         torchshear.prune(Fails().eval(), (image(),))
     with pytest.raises(CaptureError, match=r"give submodules=\['trunk', 'head'\]"):
         torchshear.trace(detector(), images())
+    small = torchshear.prune(detector(), images(), submodules=PARTS, ratio=0.5).model
+    left = " of ".join(f"{sum(p.numel() for p in one.parameters()):,}" for one in (small, detector()))
+    with pytest.raises(CaptureError, match=rf"that was tried, and leaves {left} parameters \(32%\) with ratio=0.5"):
+        torchshear.prune(detector(), images())
     with pytest.raises(CaptureError, match="does not run on these inputs outside of torch.export either"):
         torchshear.trace(detector(), (list(torch.randn(2, 5, 16, 16)),))
+
+
+class Taken(nn.Module):
+    """Counts positions over all dimensions at once, so that none can go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.take(torch.arange(x.numel())).view(x.shape)
+
+
+def test_parts_that_would_not_do_are_not_advised() -> None:
+    class Whole(nn.Module):
+        """Two parts that a graph can hold, of which one has nothing to cut inside."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Linear(3, 8), nn.LayerNorm(8))
+            self.wide = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(self.stem(x)) if x.sum() > 0 else -x[:, :2]
+
+    x = torch.ones(2, 3)
+    with pytest.raises(CaptureError, match=r"give submodules=\['wide'\]: that was tried, and leaves 138 of 226 "):
+        torchshear.trace(Whole().eval(), (x,))
+    without = Whole().eval()
+    without.wide = nn.Sequential(nn.Linear(8, 4), Taken(), nn.Linear(4, 2))
+    with pytest.raises(CaptureError, match="Module 'wide' can be captured alone, but none of its channels can shrink"):
+        torchshear.trace(without, (x,))
 
 
 def test_a_model_that_does_not_run_is_refused() -> None:

@@ -301,3 +301,60 @@ def test_given_units_and_outputs(tmp_path: Path) -> None:
     assert np.array_equal(plan.outputs[0].kept[1], [0, 3])
     file = torchshear.export_onnx(small.float(), tmp_path / "small.onnx", (x.float(),))
     assert file.dynamic_batch
+
+
+class Maps(nn.Module):
+    """Gives its maps in train mode, as detectors do for their loss, and scores with the maps in eval mode."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 5, 1)
+        self.mixes = mixes
+
+    def forward(self, x: Tensor) -> Any:
+        """Dictionary of maps; in eval mode a tuple that ends with it."""
+        low = self.one(x).relu()
+        maps = self.two(low.softmax(1) if self.mixes else low)
+        found = {"scores": self.out(maps), "maps": maps}
+        return found if self.training else (found["scores"].sigmoid(), found)
+
+
+@pytest.mark.parametrize("mixes", [False, True], ids=["", "softmax"])
+def test_outputs_that_only_train_mode_gives_may_shrink(mixes: bool, tmp_path: Path) -> None:
+    model, x = randomise(Maps(mixes).double().eval(), seed=1), batch()
+    kept = torchshear.prune(model, (x,), ratio=0.5, prunable_outputs="1.maps")
+    assert kept.model(x)[1]["maps"].shape[1] == 12
+    assert "1.maps (batch, 12, 8, 8) unchanged: model output maps in train mode" in str(kept.report)
+    result = torchshear.prune(model, (x,), ratio=0.5, prunable_outputs=("1.maps", "maps"))
+    assert result.verification.modes == ("eval", "train")
+    assert [(o.name, o.mode, o.index) for o in result.plan.outputs] == [("1.maps", "eval", 2), ("maps", "train", 1)]
+    assert "maps in train mode (batch, 12, 8, 8) -> (batch, 6, 8, 8)" in str(result.report)
+    rows = torch.from_numpy(result.plan.outputs[1].kept[1].copy())
+    assert result.model(x)[1]["maps"].shape[1] == result.model.train()(x)["maps"].shape[1] == 6
+    if not mixes:
+        masked = masked_copy(model, result.plan.masks()).train()
+        assert torch.allclose(result.model(x)["maps"], masked(x)["maps"][:, rows], rtol=0, atol=1e-12)
+        assert torch.allclose(result.model(x)["scores"], masked(x)["scores"], rtol=0, atol=1e-12)
+    result.plan.save(tmp_path / "plan.json")
+    loaded = torchshear.PruningPlan.load(tmp_path / "plan.json")
+    assert [output.mode for output in loaded.outputs] == ["eval", "train"]
+    again = torchshear.shrink(model, loaded, (x,)).train()
+    assert torch.equal(again(x)["maps"], result.model(x)["maps"])
+
+
+def test_unknown_names_list_the_outputs_of_train_mode_too() -> None:
+    with pytest.raises(ArgumentError, match=r"maps \(batch, 12, 8, 8\) in train mode.*Close to it: maps, 1.maps"):
+        torchshear.prune(Maps(False).double().eval(), (batch(),), prunable_outputs="map")
+
+
+def test_a_wrong_output_of_train_mode_is_found() -> None:
+    model, x = randomise(Maps(False).double().eval(), seed=1), batch()
+    plan = torchshear.prune(model, (x,), ratio=0.5, prunable_outputs=("1.maps", "maps")).plan
+    small = torchshear.shrink(model, plan, (x,))
+
+    def turned(module: nn.Module, args: Any, output: Any) -> Any:
+        return output | {"maps": output["maps"].flip(1)} if module.training else output
+
+    small.register_forward_hook(turned)
+    with pytest.raises(VerificationError, match="in train mode the shrunk model differs"):
+        torchshear.verify(model, small, plan, (x,))

@@ -1,7 +1,7 @@
 """The report of a pruning: what was asked, what was done, group by group, and what could not be done and why."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,7 +9,16 @@ from rich.console import Console
 from rich.table import Table
 
 from torchshear._tables import Cell
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, GroupPlan, PruningPlan, dense_cost, part_costs
+from torchshear.dependency import (
+    ChannelGroup,
+    ChannelGroups,
+    Cut,
+    GroupPlan,
+    OutputPlan,
+    PruningPlan,
+    dense_cost,
+    part_costs,
+)
 from torchshear.graph import Cost
 
 _MOST_REASONS = 12
@@ -150,7 +159,7 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
         groups=rows,
         refused=_by_weight(plan.refused, groups),
         form=form,
-        outputs=tuple(OutputReport(o.name, o.shape, o.shape_after, o.note) for o in plan.outputs),
+        outputs=_outputs(plan.outputs),
         parts=tuple(
             PartReport(name, groups.graph.parts.calls.count(name), before, after, (part_forms or {}).get(name, ""))
             for name, (before, after) in part_costs(cut).items()
@@ -159,6 +168,15 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
         target=_targets(plan, before),
         statistics=tuple(plan.request.get("statistics", ())),
     )
+
+
+def _outputs(plans: Sequence[OutputPlan]) -> tuple[OutputReport, ...]:
+    """A row for each output; for one that is alike in both modes a single one."""
+    rows: dict[tuple[Any, ...], OutputReport] = {}
+    for o in plans:
+        name = f"{o.name} in train mode" if o.mode == "train" else o.name
+        rows.setdefault((o.name, o.shape, o.shape_after), OutputReport(name, o.shape, o.shape_after, o.note))
+    return tuple(rows.values())
 
 
 def _targets(plan: PruningPlan, dense: Cost) -> dict[str, int]:
@@ -235,10 +253,19 @@ def render_report(report: PruningReport, width: int = 120) -> str:
         kept = f"{group.kept / group.width:.0%}"
         table.add_row(Cell(group.name), group.role, str(group.width), str(group.kept), kept, Cell(note))
     console = Console(file=io.StringIO(), width=width, color_system=None)
+    if all(group.kept == group.width for group in report.groups):
+        console.print(_nothing_shrank(report), highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     console.print(_summary(report), highlight=False, soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip()
+
+
+def _nothing_shrank(report: PruningReport) -> str:
+    """What comes before everything else where the result is a copy of the model, with the weightiest reason."""
+    notes = [group.note for group in report.groups if group.note]
+    why = next(iter((*report.refused.values(), *notes)), "the model has no parameters")
+    return f"Nothing shrank: the result keeps every channel, first of all because: {why}."
 
 
 def _summary(report: PruningReport) -> str:

@@ -348,7 +348,7 @@ def test_outputs_of_training_alone_keep_their_shapes() -> None:
     assert [group.width for group in torchshear.prune(randomise(Literals()), (x,)).plan.groups] == [8, 6]
     result = torchshear.prune(randomise(Literals(is_open=True)), (x,))
     assert [group.width for group in result.plan.groups] == [8]
-    assert result.report.refused["two.weight[0]"] == "model output 1"
+    assert result.report.refused["two.weight[0]"] == "model output 1 in train mode"
     assert result.model.train()(x)[1].shape == (1, 6)
 
 

@@ -1,5 +1,6 @@
 """The axis algebra: which channels must be cut together, which cannot be cut, and plans of what is cut."""
 
+from torchshear.dependency import _forecast as _forecast  # provides what parts of a model would save
 from torchshear.dependency._analysis import analyze
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, Keep, Result

@@ -130,9 +130,9 @@ class _Walker:
 
     def _outputs(self) -> None:
         """Fix what the model gives, but for outputs that may shrink, of which the batch alone is."""
-        parts = self.graph.output_parts()
+        parts, in_mode = self.graph.output_parts(), " in train mode" if self.graph.mode == "train" else ""
         for number, (name, value) in enumerate(output_nodes(self.graph)):
-            what = f"output of part {parts[number]!r}" if parts else f"model output {name}"
+            what = f"output of part {parts[number]!r}" if parts else f"model output {name}{in_mode}"
             axes = self.facts.axes.get(value.name) if isinstance(value, fx.Node) else None
             pointer = self.facts.pointers.get(value.name) if isinstance(value, fx.Node) else None
             self.algebra.fix([] if pointer is None else [pointer], f"positions along it are {what}")

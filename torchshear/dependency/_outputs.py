@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from torchshear.dependency._call import Facts
 from torchshear.dependency._cut import Cut
 from torchshear.dependency._plan_file import IndexReader, IndexWriter, read_dimension, read_name, read_size
-from torchshear.graph import matches, output_nodes, shape_with_batch
+from torchshear.graph import Graph, Mode, matches, output_nodes, shape_with_batch
 
 Indices = npt.NDArray[np.int64]
 
@@ -25,6 +26,7 @@ class OutputPlan:
         shape: sizes before, None where they follow the batch.
         kept: dimension -> positions that stay, ascending; dimensions not named stay whole.
         note: why nothing of it can go, or "".
+        mode: the mode in which the model gives it; "eval" where a capture of train mode was not needed.
     """
 
     name: str
@@ -32,6 +34,7 @@ class OutputPlan:
     shape: tuple[int | None, ...]
     kept: Mapping[int, Indices]
     note: str = ""
+    mode: Mode = "eval"
 
     @property
     def shape_after(self) -> tuple[int | None, ...]:
@@ -40,26 +43,30 @@ class OutputPlan:
 
 
 def output_plans(cut: Cut) -> tuple[OutputPlan, ...]:
-    """What a cut leaves of each output that may shrink."""
+    """What a cut leaves of each output that may shrink, in train mode too where that gives other outputs."""
     groups = cut.groups
+    graphs = [(groups.graph, groups.facts)]
+    if groups.graph.training is not None and groups.training_facts is not None:
+        graphs.append((groups.graph.training, groups.training_facts))
     return tuple(
-        _output_plan(cut, name, index, value)
-        for index, (name, value) in enumerate(output_nodes(groups.graph))
+        _output_plan(cut, graph, facts, name, index, value)
+        for graph, facts in graphs
+        for index, (name, value) in enumerate(output_nodes(graph))
         if isinstance(value, fx.Node) and any(matches(pattern, name) for pattern in groups.prunable_outputs)
     )
 
 
-def _output_plan(cut: Cut, name: str, index: int, node: fx.Node) -> OutputPlan:
-    axes = cut.groups.facts.axes.get(node.name)
+def _output_plan(cut: Cut, graph: Graph, facts: Facts, name: str, index: int, node: fx.Node) -> OutputPlan:
+    axes = facts.axes.get(node.name)
     if not isinstance(axes, tuple):
-        return OutputPlan(name, index, (), {}, "it is no tensor")
+        return OutputPlan(name, index, (), {}, "it is no tensor", graph.mode)
     algebra = cut.groups.algebra
     kept = {dim: np.flatnonzero(cut.keep(axis)) for dim, axis in enumerate(axes) if cut.changes(axis)}
-    shape = shape_with_batch(cut.groups.graph, node)
+    shape = shape_with_batch(graph, node)
     own = [axis for axis, size in zip(axes, shape, strict=True) if size is not None]
     reasons = [str(algebra.store.first_reason(axis.units) or "fixed") for axis in own if algebra.is_fixed(axis)]
     note = "; ".join(dict.fromkeys(reasons)) if len(reasons) == len(own) else ""
-    return OutputPlan(name, index, shape, kept, note)
+    return OutputPlan(name, index, shape, kept, note, graph.mode)
 
 
 def write_outputs(patterns: Sequence[str], outputs: Sequence[OutputPlan], writer: IndexWriter) -> dict[str, Any]:
@@ -73,6 +80,7 @@ def write_outputs(patterns: Sequence[str], outputs: Sequence[OutputPlan], writer
             "shape": list(output.shape),
             "kept": {str(dim): writer.write(kept) for dim, kept in output.kept.items()},
             **({"note": output.note} if output.note else {}),
+            **({"mode": output.mode} if output.mode != "eval" else {}),
         }
         for output in outputs
     ]
@@ -92,6 +100,13 @@ def read_outputs(entries: Sequence[Mapping[str, Any]], reader: IndexReader) -> t
             tuple(None if size is None else read_size(size) for size in entry["shape"]),
             {read_dimension(dim): reader.read(text) for dim, text in entry["kept"].items()},
             read_name(entry.get("note", "")),
+            _read_mode(entry.get("mode", "eval")),
         )
         for entry in entries
     )
+
+
+def _read_mode(text: object) -> Mode:
+    if text not in ("eval", "train"):
+        raise ValueError(f"{text!r} is no mode")
+    return "eval" if text == "eval" else "train"

@@ -17,7 +17,8 @@ from torchshear.graph._masked import MaskedCall, among_zeros, masked_form, maske
 from torchshear.graph._meta import is_on_meta, parameters_on_meta
 from torchshear.graph._mode import as_if_exporting
 from torchshear.graph._names import as_names, close_to, matches
-from torchshear.graph._outputs import check_outputs, output_names, output_nodes, shape_with_batch
+from torchshear.graph._output_names import output_names
+from torchshear.graph._outputs import check_outputs, output_nodes, shape_with_batch
 from torchshear.graph._parts import PartRun, Parts, whole_of
 from torchshear.graph._recording import record_parts
 

@@ -6,6 +6,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +72,22 @@ def trace(
         ArgumentError: `model` is not a module, the arguments are not a tuple and a mapping, or a name in `submodules`
             is unknown, is the whole model, lies in another one named, or is never called.
         CaptureError: torch.export cannot capture the model or a part; names the part, the module and the line, and
-            modules that could be captured.
+            modules that can be pruned as parts.
     """
     inputs = ExampleInputs.of(args, kwargs)
     if submodules is not None:
-        return trace_inputs(*record_parts(model, submodules, inputs))
+        return _trace_parts(model, inputs, submodules)
     try:
         return trace_inputs(model, inputs)
     except CaptureError as error:
         _, module, _ = _origin_of(model, error.__cause__ or error)
-        advice = advise_parts(model, inputs, module, _can_export)
+        parts = partial(_trace_parts, model, inputs)
+        advice = advise_parts(model, inputs, module, _can_export, parts)
         raise CaptureError(f"{error} {advice}".rstrip()) from error.__cause__
+
+
+def _trace_parts(model: nn.Module, inputs: ExampleInputs, submodules: Sequence[str]) -> Graph:
+    return trace_inputs(*record_parts(model, submodules, inputs))
 
 
 def _can_export(module: nn.Module, inputs: ExampleInputs) -> bool:

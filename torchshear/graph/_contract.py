@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchshear.graph._output_names import output_names
+
 _PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.SymInt)
-_MARKS = ".[]'\""
 
 
 def output_leaves(output: Any) -> list[Any]:
@@ -44,10 +45,11 @@ def _plain(output: Any) -> Any:
 
 def left_out(output: Any) -> tuple[str, ...]:
     """Types of the objects in an output that `output_leaves` leaves out, with their places."""
-    pairs, _ = pytree.tree_flatten_with_path(output)
+    leaves, spec = pytree.tree_flatten(output)  # classes may be registered without names of their parts
+    names = [""] if spec.is_leaf() else output_names(spec)
     return tuple(
-        f"{pytree.keystr(path).strip(_MARKS) or 'output'} ({type(leaf).__name__})"
-        for path, leaf in pairs
+        f"{name or 'output'} ({type(leaf).__name__})"
+        for name, leaf in zip(names, leaves, strict=True)
         if leaf is not None and not isinstance(leaf, _PLAIN)
     )
 

@@ -1,7 +1,5 @@
-"""Names of a model's outputs: keys, fields and places on the way to each tensor."""
+"""The outputs of a graph by name, and which of them may shrink."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import fx
@@ -10,50 +8,7 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError
 from torchshear.graph._graph import Graph, shape_of
 from torchshear.graph._names import as_names, close_to, matches
-
-
-def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
-    """Name of each output in the order in which they are flattened.
-
-    Keys of dictionaries (and of what derives from them), fields of dataclasses and named tuples, places in tuples and
-    lists, joined by dots: "logits", "features.3". A single output is called "0".
-    """
-    return tuple(".".join(path) or "0" for path in _paths(spec))
-
-
-def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
-    if spec.is_leaf():
-        yield ()
-        return
-    children = spec.children()
-    for name, child in zip(_child_names(spec, len(children)), children, strict=True):
-        for path in _paths(child):
-            yield (name, *path)
-
-
-def _child_names(spec: pytree.TreeSpec, count: int) -> list[str]:
-    """What a container calls its children: it is built of marks, which are looked for in it."""
-    marks = [_Mark() for _ in range(count)]
-    by_place = [str(place) for place in range(count)]
-    try:
-        made = pytree.SUPPORTED_NODES[spec.type].unflatten_fn(marks, spec.context)
-    except Exception:  # a container of the user's may refuse what is not a tensor in any way; places are names, too
-        return by_place
-    named = {id(value): name for name, value in _items(made)}
-    return [named.get(id(mark), place) for mark, place in zip(marks, by_place, strict=True)]
-
-
-class _Mark:
-    """Stands for an output."""
-
-
-def _items(container: Any) -> list[tuple[str, Any]]:
-    if isinstance(container, Mapping):
-        return [(str(key), value) for key, value in container.items()]
-    if is_dataclass(container):
-        return [(field.name, getattr(container, field.name)) for field in fields(container)]
-    names = getattr(container, "_fields", ())
-    return list(zip(names, container, strict=True)) if names else []
+from torchshear.graph._output_names import output_names
 
 
 def output_nodes(graph: Graph) -> list[tuple[str, Any]]:
@@ -75,15 +30,17 @@ def check_outputs(graph: Graph, given: object) -> tuple[str, ...]:
             f"prunable_outputs={list(patterns)!r} with submodules; outputs of parts keep their shapes, since the rest "
             f"of the model reads them. Leave prunable_outputs out."
         )
-    outputs = output_nodes(graph)
+    shown = {name: f"{name} {_shape(graph, value)}" for name, value in output_nodes(graph)}
+    if graph.training is not None:
+        for name, value in output_nodes(graph.training):
+            shown.setdefault(name, f"{name} {_shape(graph.training, value)} in train mode")
     for pattern in patterns:
-        if not any(matches(pattern, name) for name, _ in outputs):
-            names = [name for name, _ in outputs]
-            known = ", ".join(f"{name} {_shape(graph, value)}" for name, value in outputs[:40])
+        if not any(matches(pattern, name) for name in shown):
+            known = ", ".join(list(shown.values())[:40])
             raise ArgumentError(
                 f"prunable_outputs: {pattern!r} fits no output of {graph.model_type}, which has {known}"
-                f"{', ...' if len(outputs) > 40 else ''}. Name one of these, or a pattern such as 'features.*'."
-                f"{close_to(pattern, names)}"
+                f"{', ...' if len(shown) > 40 else ''}. Name one of these, or a pattern such as 'features.*'."
+                f"{close_to(pattern, shown)}"
             )
     return patterns
 

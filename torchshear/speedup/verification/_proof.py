@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -159,10 +160,11 @@ class _Proof:
         setting = self.setting
         take = setting.values.of_gradient if gradients else None
         with given(setting.original, setting.own(setting.original, setting.masked(trial)), setting.caches[0]):
-            return run_module(setting.original, trial.inputs, trial.dtype, mode, self._keep, take)
+            return run_module(setting.original, trial.inputs, trial.dtype, mode, partial(self._keep, mode=mode), take)
 
-    def _keep(self, leaves: list[Any]) -> list[Any]:
-        return kept_outputs(self.setting.plan, leaves)
+    def _keep(self, leaves: list[Any], mode: Mode) -> list[Any]:
+        """What is compared of the outputs in a mode, which are those of eval mode unless both were captured."""
+        return kept_outputs(self.setting.plan, leaves, "eval" if self.setting.graph.training is None else mode)
 
     def _of_module_in_training(self) -> Run | None:
         """What it gives in train mode on the last trial; None where nothing can be compared."""
@@ -209,7 +211,7 @@ class _Proof:
         inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in trials]
         with conditions(trial.dtype, gradients=gradients):
             ((_, outputs),) = deque(network.values(inputs), maxlen=1)  # of the last node; others are not kept
-            kept = [self._keep(output_leaves(one)) for one in outputs]
+            kept = [self._keep(output_leaves(one), graph.mode) for one in outputs]
             found = gradients_of(kept[0], leaves, values.of_gradient) if gradients else None
         return [Run(detached(one), found) for one in kept]
 

@@ -65,11 +65,11 @@ def leaves_of(inputs: ExampleInputs) -> list[Any]:
     return pytree.tree_leaves((inputs.args, inputs.kwargs))
 
 
-def kept_outputs(plan: PruningPlan, leaves: list[Any]) -> list[Any]:
-    """Outputs of the original, those that shrink at their kept positions."""
+def kept_outputs(plan: PruningPlan, leaves: list[Any], mode: Mode = "eval") -> list[Any]:
+    """Outputs of the original, those that shrink at their kept positions; `mode` is that of the plan's outputs."""
     leaves = list(leaves)
     for output in plan.outputs:
-        for dim, kept in output.kept.items():
+        for dim, kept in output.kept.items() if output.mode == mode else ():
             leaves[output.index] = leaves[output.index].index_select(
                 dim, torch.from_numpy(kept.copy()).to(leaves[output.index].device)
             )
