@@ -8,7 +8,7 @@ COUNT ?= 5000
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint browser-setup test-zoo zoo-setup bench bench-setup fuzz mutations replay clean
+.PHONY: help setup demo test lint browser-setup test-zoo zoo-setup bench bench-setup fuzz fuzz-inputs mutations replay clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' Makefile | awk -F': ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -74,6 +74,9 @@ bench: bench-setup ## planning time against Torch-Pruning
 
 fuzz: setup ## random networks, cut at random: make fuzz COUNT=5000 SEED=0
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --count $(COUNT) --seed $(SEED)
+
+fuzz-inputs: setup ## inputs that are wrong in every way: make fuzz-inputs COUNT=20000 SEED=0
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_inputs.py --count $(COUNT) --seed $(SEED)
 
 mutations: setup ## make every operator rule wrong, and see prune notice
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutations.py

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from torchshear._reading import UnreadableError, as_path, check_plain, read_json
+from torchshear._reading import UnreadableError, as_path, check_tensors, read_json
 from torchshear.errors import ArgumentError, CheckpointError, first_line
 
 _INDEX = ".safetensors.index.json"
@@ -169,7 +169,7 @@ def _header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def _read(path: Path, read: Callable[[Any], _T]) -> _T:
     try:
-        check_plain(path)
+        check_tensors(path)
         with safe_open(str(path), framework="pt") as file:
             return read(file)
     except (UnreadableError, OSError, SafetensorError, RuntimeError, ArithmeticError) as error:

@@ -11,6 +11,7 @@ from torchshear.errors import ArgumentError
 
 _MAX_DEPTH: Final = 64  # lists in lists; what we write has a dozen
 _MAX_DIGITS: Final = 40
+_MAX_HEADER: Final = 1 << 25  # bytes; a checkpoint of 100,000 tensors has about half of that
 _LONGEST_SHOWN: Final = 80  # characters
 
 
@@ -26,12 +27,16 @@ def as_path(given: object, what: str) -> Path:
         what: what it is the path of, for the message, as in "the path of a plan".
 
     Raises:
-        ArgumentError: it is something else, empty, or has a NUL in it.
+        ArgumentError: it is something else, empty, or no text that can name a file, as one with a NUL in it.
     """
     text = os.fspath(given) if isinstance(given, str | os.PathLike) else given
     if not isinstance(text, str):
         raise ArgumentError(f"{what} is {type(given).__name__}; expected a text or a path.")
-    if not text or "\0" in text:
+    try:
+        is_name = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a pair of code units, which no name of a file can hold
+        is_name = False
+    if not is_name:
         raise ArgumentError(f"{what} is {text!r}; expected the name of a file or folder.")
     return Path(text)
 
@@ -50,6 +55,22 @@ def check_plain(path: Path) -> int:
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a device, a pipe or a socket"
         raise UnreadableError(f"is {kind}, not a file")
     return found.st_size
+
+
+def check_tensors(path: Path) -> None:
+    """See that a path leads to a plain file that a header of safetensors of a bounded size may begin.
+
+    Raises:
+        UnreadableError: it does not; see `check_plain`.
+    """
+    check_plain(path)
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise UnreadableError(f"cannot be read: {error.strerror or error}") from error
+    if size > _MAX_HEADER:
+        raise UnreadableError(f"has a header of {size} bytes, more than the {_MAX_HEADER} that are read")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -117,12 +138,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise UnreadableError(f"has the key {twice!r} twice in one mapping; a key stands there once")
+        raise UnreadableError(f"is ambiguous: the key {twice!r} stands twice in one mapping; give it once")
     return found
 
 
 def _constant(word: str) -> float:
-    raise UnreadableError(f"holds {word}, which is no number that JSON has")
+    raise UnreadableError(f"is not plain JSON: {word} is no number that JSON has")
 
 
 def _whole(text: str) -> int:

@@ -134,6 +134,10 @@ def test_a_plan_that_contradicts_itself_is_refused(path: Path) -> None:
     for edit, message in (
         (lambda d: d["whole"].update({"0.bias": [8]}), "'0.bias' is said to shrink and to stay whole"),
         (lambda d: d["aliases"].update({"0.bias": "2.bias"}), "'0.bias' is said to be a name of another parameter"),
+        (
+            lambda d: d.update(outputs=[{"name": "0", "index": 0, "shape": [None, 3], "kept": {}}]),
+            "what is left of output '0', and that no output may shrink",
+        ),
         (lambda d: d["groups"].append(d["groups"][0]), r"group '0.weight\[0\]' stands there twice"),
     ):
         before = path.read_text()
@@ -210,10 +214,10 @@ def test_a_hostile_plan_is_refused_at_once(path: Path, name: str) -> None:
 TEXTS = {
     "deep lists": ("[" * 100_000, "nested too deeply"),
     "lists of a hundred levels": ('{"a": ' + "[" * 100 + "]" * 100 + "}", "nested too deeply"),
-    "no number": ('{"a": NaN}', "NaN, which is no number that JSON has"),
+    "no number": ('{"a": NaN}', "NaN is no number that JSON has"),
     "a number too large": ('{"a": 1e400}', "the number 1e400, which is too large"),
     "digits": ('{"a": ' + "9" * 5000 + "}", "a number of 5000 digits"),
-    "a key twice": ('{"a": 1, "a": 2}', "has the key 'a' twice"),
+    "a key twice": ('{"a": 1, "a": 2}', "the key 'a' stands twice"),
     "no text": (b"\xff\xfe{}", "is not text in UTF-8"),
     "nothing": ("", "is not whole JSON"),
     "NUL": ('{"a": "\0"}', "is not whole JSON"),
@@ -243,7 +247,7 @@ def test_tensors_of_another_kind_are_no_indices(
             PruningPlan.load(tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("given", [None, 5, b"plan.json", "", "a\0.json"])
+@pytest.mark.parametrize("given", [None, 5, b"plan.json", "", "a\0.json", "\ud800.json"])
 def test_what_is_no_path_is_refused(plan: PruningPlan, given: object) -> None:
     for call in (PruningPlan.load, plan.save):
         with pytest.raises(ArgumentError, match="the path of a plan is"):

@@ -237,7 +237,7 @@ def test_a_norm_without_scale_has_no_gamma() -> None:
     [
         ("{", "cannot read the mask"),
         ("[" * 100_000, "cannot read the mask"),
-        ('{"one": [1], "one": [2]}', "has the key 'one' twice"),
+        ('{"one": [1], "one": [2]}', "the key 'one' stands twice"),
         ("[]", "holds list; expected an object"),
         ('{"won": [1]}', r"'won' is no layer whose channels can go.*Close to it: .*one"),
         ('{"one": [20]}', "different whole numbers below 20"),

@@ -93,3 +93,18 @@ def test_there_must_be_one_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(CheckpointError, match="is no safetensors file"):
         load_checkpoint(Positioned(), tmp_path / "notes.txt")
+
+
+def test_a_header_that_would_fill_memory_is_not_read(tmp_path: Path) -> None:
+    for size in (1 << 26, 1 << 62):
+        (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + b"{}")
+        with pytest.raises(CheckpointError, match="has a header of .* bytes, more than the 33554432 that are read"):
+            load_checkpoint(Positioned(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "a" * 5000, "/dev/zero", None, 5])
+def test_what_is_no_folder_of_a_checkpoint_is_refused(name: object) -> None:
+    with pytest.raises(
+        (ArgumentError, CheckpointError), match="the path of a checkpoint is|is not there|no safetensors"
+    ):
+        load_checkpoint(Positioned(), name)  # type: ignore[arg-type]

@@ -363,6 +363,8 @@ def _check_whole(path: Path, plan: PruningPlan) -> None:
     names = [group.name for group in plan.groups]
     if len(set(names)) < len(names):
         raise damaged(path, f"group {max(names, key=names.count)!r} stands there twice")
+    if plan.outputs and not plan.prunable_outputs:
+        raise damaged(path, f"it says what is left of output {plan.outputs[0].name!r}, and that no output may shrink")
     both = sorted(plan.state.keys() & plan.whole.keys())
     if both:
         raise damaged(path, f"{both[0]!r} is said to shrink and to stay whole")

@@ -1,6 +1,7 @@
 """Config files in YAML and JSON."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_yaml_and_json_read_the_same(tmp_path: Path, name: str, content: str) ->
         ("a.yaml", "- sparsity: 0.5\n  op_types: [a]\n  sparsity: 0.4\n", "'sparsity' stands twice.* in line 3"),
         ("a.json", '[{"sparsity": 0.5, "sparsity": 0.4}]', "'sparsity' stands twice"),
         ("a.yaml", "a: [1", "not well-formed YAML.* in line"),
-        ("a.json", '[{"a": 1,}]', "not well-formed JSON: .* in line 1"),
+        ("a.json", '[{"a": 1,}]', "not whole JSON: .* in line 1"),
         ("a.json", '[{"sparsity": NaN}]', "NaN is no number"),
         ("a.yaml", "", "is empty"),
         ("a.json", "  ", "is empty"),
@@ -40,9 +41,24 @@ def test_yaml_and_json_read_the_same(tmp_path: Path, name: str, content: str) ->
         ("a.yaml", "a: !!python/object/apply:os.system ['true']\n", "not well-formed YAML: could not determine"),
         ("a.yaml", "a: 1\n---\nb: 2\n", "not well-formed YAML"),
         ("a.json", "[" * 100_000, "nested too deeply"),
-        ("a.yaml", "a: 2020-99-99\n", "month must be in 1..12"),
-        ("a.yaml", f"a: {'9' * 5000}\n", "Exceeds the limit"),
-        ("a.json", f'{{"a": {"9" * 5000}}}', "Exceeds the limit"),
+        ("a.yaml", "a: 2020-99-99\n", "could not determine the value of a 'timestamp' in line 1"),
+        ("a.yaml", f"a: {'9' * 5000}\n", "a number of 5000 digits"),
+        ("a.json", f'{{"a": {"9" * 5000}}}', "a number of 5000 digits"),
+        ("a.json", '{"a": 1e400}', "the number 1e400, which is too large"),
+        ("a.json", '{"a": "\0"}', "not whole JSON"),
+        ("a.yaml", "a: !!int ''\n", "'' in line 1 is no int"),
+        ("a.yaml", "a: !!float '.'\n", "'.' in line 1 is no float"),
+        ("a.yaml", "a: !!bool x\n", "'x' in line 1 is no bool"),
+        ("a.yaml", "a: !!timestamp x\n", "could not determine the value of a 'timestamp'"),
+        ("a.yaml", "a: !!int [1]\n", "could not determine the value of a 'int'"),
+        ("a.yaml", "a: !!set {b}\n", "could not determine the value of a 'set'"),
+        ("a.yaml", "a: !!binary aGk=\n", "could not determine the value of a 'binary'"),
+        ("a.yaml", "a: 0x_\n", "'0x_' in line 1 is no int"),
+        ("a.yaml", 'a: "\\UFFFFFFFF"\n', "not well-formed YAML: OverflowError"),
+        ("a.yaml", "a: 12:30\n", "'12:30' in line 1, which YAML takes for a number in base 60; put it in quotes"),
+        ("a.yaml", "- a: 1\n- a: .inf\n", "'.inf' in line 2, which is no finite number"),
+        ("a.yaml", "[" * 100 + "]" * 100, "nested too deeply"),
+        ("a.yaml", "a: \0\n", "not well-formed YAML"),
         ("a.toml", "a = 1", "ends in '.toml'; expected one of .yaml, .yml, .json"),
     ],
 )
@@ -74,11 +90,33 @@ def test_what_is_no_path_is_refused(path: object) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="cannot read config file .*No such file"):
+    with pytest.raises(ArgumentError, match="config file .* cannot be read: No such file"):
         load_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ArgumentError, match="is not text in UTF-8"):
         load_config(tmp_path / "a.yaml")
-    (tmp_path / "a.yaml").write_bytes(b" " * ((1 << 24) + 1))
-    with pytest.raises(ArgumentError, match="^config file .* has 16777217 bytes"):
+    (tmp_path / "a.yaml").write_bytes(b" " * ((1 << 18) + 1))
+    with pytest.raises(ArgumentError, match="^config file .* has 262145 bytes, more than the 262144 that are read"):
         load_config(tmp_path / "a.yaml")
+    for name in ("a" * 5000 + ".yaml", "/dev/zero/a.yaml"):
+        with pytest.raises(ArgumentError, match="config file .* cannot be read: "):
+            load_config(name)
+    (tmp_path / "b.yaml").symlink_to("/dev/zero")
+    with pytest.raises(ArgumentError, match="config file .* is a device, a pipe or a socket"):
+        load_config(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a: " + "1:" * 100_000 + "1\n", "[" * 200_000, "- &a [x]\n" + "- *a\n" * 20_000, "? " * 100_000 + "a"],
+    ids=["base 60", "deep", "references", "keys"],
+)
+def test_what_takes_long_elsewhere_does_not_here(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.yaml").write_text(content)
+    started = time.process_time()
+    try:
+        found = load_config(tmp_path / "a.yaml")
+    except ArgumentError:
+        found = None
+    assert time.process_time() - started < 10
+    assert found is None or found == [["x"]] * 20_001

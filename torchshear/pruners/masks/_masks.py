@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchshear._files import atomic_path
-from torchshear._reading import UnreadableError, as_path, check_plain, parse_json
+from torchshear._reading import UnreadableError, as_path, check_tensors, parse_json
 from torchshear.errors import MaskError, first_line
 
 _FORMAT = "torchshear.masks"
@@ -134,7 +134,7 @@ class Masks:
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The header of a file and its tensors, if all of them are masks."""
     try:
-        check_plain(path)
+        check_tensors(path)
         with safe_open(str(path), "pt") as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 kind = file.get_slice(name).get_dtype()
