@@ -34,8 +34,9 @@ class Selection(Shares, total=False):
         min_ratio: share that each group loses in any case, in [0, 1), or a mapping as for `ratio`.
         max_ratio: the largest share that a group may lose, likewise. Left away, 0.98 where groups are ranked together,
             and no limit else.
-        combine: how scores of a group's members become one: "sum", the criterion's own formula over the whole group; or
-            the "mean", "max", "normalized" (mean of each member's scores over their mean) or "geometric" mean of the
+        combine: how scores of a group's members become one: "sum", the criterion's own formula over the whole group;
+            "filters", the same over the weights of the layers that make the units, without scales of norms; or the
+            "mean", "max", "normalized" (mean of each member's scores over their mean) or "geometric" mean of the
             scores of each layer, norm or table by itself. Criteria that score the group as a whole (activations, gates
             on all of its layers) give the same by "sum", "mean", "max" and "geometric".
         normalize: whether scores are divided by their mean over the group before groups are ranked together: "mean" or

@@ -54,6 +54,36 @@ def test_common_part_by_the_sum_and_extra_part_by_the_layers_own_scores() -> Non
     assert rows["one"].macs == 5 * 27 * 64
 
 
+class Activated(Branches):
+    """Each convolution has an activation of its own in front of the sum, or both have one behind it."""
+
+    def __init__(self, width: int, is_shared: bool) -> None:
+        super().__init__(width)
+        self.is_shared = is_shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one(x), self.two(torch.relu(self.before(x)))
+        both = torch.relu(one + two) if self.is_shared else torch.relu(one) + torch.relu(two)
+        return self.head(both)
+
+
+@pytest.mark.parametrize("criterion", ["apoz", "mean_activation"])
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_activations_are_those_of_the_layer_itself(criterion: str, is_shared: bool) -> None:
+    model = randomise(Activated(20, is_shared)).eval()
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    statistics = torchshear.collect(groups, [(x,)], None, 1, False, criteria=criterion)
+    plan = plan_dependency_aware(groups, {"one": 0.5, "two": 0.2}, criterion, statistics=statistics)
+    with torch.no_grad():
+        made = {"one": model.one(x).relu(), "two": model.two(model.before(x).relu()).relu()}
+    own = {n: ((a > 0) if criterion == "apoz" else a).double().mean((0, 2, 3)) for n, a in made.items()}
+    common = set((own["one"] + own["two"]).argsort()[:4].tolist())
+    rest = [c for c in own["one"].argsort().tolist() if c not in common]
+    assert lost(plan, "two") == common
+    assert lost(plan, "one") == common | set(rest[:6])
+
+
 def test_only_the_common_part_is_removed() -> None:
     plan, model = planned(50, 1, {"one": 0.3, "two": 0.2})
     small = torchshear.shrink(model, plan.plan)

@@ -210,7 +210,7 @@ def test_what_cannot_be_reached_is_said_before_anything_is_scored(
     ("asked", "message"),
     [
         ({"scope": "globe"}, r"scope='globe'; expected one of local, global, isomorphic.*Close to it: global"),
-        ({"combine": "median"}, "combine='median'; expected one of sum, mean, max, normalized, geometric"),
+        ({"combine": "median"}, "combine='median'; expected one of sum, filters, mean, max, normalized, geometric"),
         ({"normalize": "l2"}, "normalize='l2'"),
         ({"target_macs": 0}, "target_macs=0; expected what may be left"),
         ({"target_params": "half"}, "target_params='half'"),

@@ -136,6 +136,45 @@ def test_balanced_blocks_lose_equally_many() -> None:
     assert torchshear.shrink(model.eval(), plan)(image()).shape == model(image()).shape
 
 
+class Blocks(nn.Module):
+    """Two convolutions in two filter groups each, whose results are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(4, 16, 3, padding=1, groups=2) for _ in range(2))
+        self.head = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A map of 3 channels."""
+        return self.head(torch.relu(self.one(x) + self.two(x)))
+
+
+def reference_of_blocks(model: nn.Module, n_runs: int) -> list[int]:
+    """Runs of 4 of two layers in turn, of which each block of 8 has 2, of the channels that are left."""
+    norms = [getattr(model, name).weight.detach().double().flatten(1).norm(dim=1).tolist() for name in ("one", "two")]
+    left = list(range(16))
+    for _ in range(n_runs):
+        best: tuple[float, list[int]] = (-1.0, [])
+        for own in norms:
+            blocks = [sorted((c for c in left if c // 8 == block), key=lambda c: own[c]) for block in range(2)]
+            first, last = ([c for block in blocks for c in block[part]] for part in (slice(0, 2), slice(-2, None)))
+            ratio = median(own[c] for c in last) / (median(own[c] for c in first) + 1e-5)
+            best = max(best, (ratio, first), key=lambda pair: pair[0])
+        left = [c for c in left if c not in best[1]]
+    return left
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("n_runs", [1, 2, 3])
+def test_runs_of_coupled_layers_in_blocks_are_those_of_what_is_left(n_runs: int, seed: int) -> None:
+    model = randomise(Blocks(), seed).eval()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 4, 8, 8),)))
+    dense, width = 2 * (2 * 9 + 1) * 16 + 3 * 16 + 3, 16 - 4 * n_runs
+    share = (2 * (2 * 9 + 1) * width + 3 * width + 3) / dense
+    plan = plan_unipruning(groups, share, 4, 4)
+    assert plan.kept["one.weight[0]"].tolist() == reference_of_blocks(model, n_runs)
+
+
 def test_a_target_out_of_reach_ends_with_the_best_that_is(stages: tuple[nn.Module, ChannelGroups]) -> None:
     _, groups = stages
     best = n_params(8, 8) / n_params(20, 24)

@@ -153,7 +153,7 @@ def plan_dependency_aware(
     tensors = weights_to_score(groups, weights)
     sets = [_Set(group, asked) for group in groups.prunable if _layers(group)]
     for one in sets:
-        one.choose(lambda view: group_scores(view, score, tensors, statistics), extra == "apply")
+        one.choose(lambda view: group_scores(view, score, tensors, _of_layer(view, statistics)), extra == "apply")
     _check_scored(sets)
     kept = {one.group.name: one.kept for one in sets if len(one.kept) < one.group.width}
     cut = Cut(groups, kept)
@@ -251,6 +251,14 @@ class _Lost:
     common: int
     extra: int
     n_blocks: int
+
+
+def _of_layer(view: ChannelGroup, statistics: Statistics | None) -> Statistics | None:
+    """Statistics in which the units of a group show by one of its layers alone."""
+    own = statistics.by_layer.get(view.members[0].name) if statistics is not None else None
+    return (
+        replace(statistics, taps={**statistics.taps, view.name: own}) if statistics is not None and own else statistics
+    )
 
 
 def _check_scored(sets: Sequence[_Set]) -> None:

@@ -1,6 +1,7 @@
 """Scores of a group by a criterion: checked, and with its members put together as asked."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError, TorchshearError
-from torchshear.pruners._roles import OWN_ROLES
+from torchshear.pruners._roles import MAKING_ROLES, OWN_ROLES
 from torchshear.pruners.criteria import Criterion, UnscorableError
 from torchshear.pruners.statistics import Statistics
 
@@ -38,13 +39,14 @@ def _geometric(scores: Floats) -> Floats:
 
 COMBINE: Final[Mapping[str, Callable[[Floats], Floats] | None]] = {
     "sum": None,
+    "filters": None,
     "mean": _mean,
     "max": _max,
     "normalized": _normalized,
     "geometric": _geometric,
 }
 """How scores of a group's members, shape (members, C) with NaN where one lacks a unit, become one; None: the criterion
-puts them together itself, by its own formula."""
+puts them together itself, by its own formula, of all members or of the filters alone."""
 
 
 def group_scores(
@@ -61,10 +63,11 @@ def group_scores(
         criterion: the function that scores.
         weights: canonical name of a parameter -> tensor.
         statistics: what was seen on data, or None.
-        combine: one of `COMBINE`. "sum" is the criterion on the whole group; any other applies it to each dimension
-            that belongs to the units themselves (rows of layers, norm scales, embedding columns), and puts these
-            together: their mean, their maximum, the mean of each divided by its own mean over the units, or the
-            geometric mean.
+        combine: one of `COMBINE`. "sum" is the criterion on the whole group; "filters" is the criterion on the weights
+            of the layers that make the units, without scales of norms, if it says anything of these; any other applies
+            it to each dimension that belongs to the units themselves (rows of layers, norm scales, embedding columns),
+            and puts these together: their mean, their maximum, the mean of each divided by its own mean over the units,
+            or the geometric mean.
 
     Returns:
         Scores of shape (C,), float64; bigger = keep.
@@ -74,6 +77,10 @@ def group_scores(
         UnscorableError: the criterion has nothing to say of the group.
     """
     together = COMBINE[combine]
+    filters = tuple(member for member in group.members if member.roles & MAKING_ROLES)
+    if combine == "filters" and filters:
+        with suppress(UnscorableError):  # a criterion of norms has nothing to say of filters
+            return _checked(group, _scores_of(replace(group, members=filters), criterion, weights, statistics))
     if together is None:
         return _checked(group, _scores_of(group, criterion, weights, statistics))
     rows = list(_by_member(group, criterion, weights, statistics))

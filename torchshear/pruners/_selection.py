@@ -169,15 +169,20 @@ def _shares(group: ChannelGroup, units: Indices) -> list[int]:
     return [int(count) for count in np.bincount(blocks[units], minlength=group.n_blocks)]
 
 
-def removal_order(group: ChannelGroup, scores: npt.NDArray[np.float64]) -> Indices:
-    """Units in the order in which they go: by score, of balanced blocks one of each in turn; shape (C,).
+def removal_order(group: ChannelGroup, scores: npt.NDArray[np.float64], left: Indices | None = None) -> Indices:
+    """Units in the order in which they go: by score, of balanced blocks one of each in turn.
 
     Args:
         group: the group; C = group.width units.
         scores: shape (C,), bigger = keep.
+        left: units that are left, ascending; None for all.
+
+    Returns:
+        All units that are left, in order.
     """
-    blocks = np.zeros(group.width, np.int64) if group.balance is None else group.balance
-    order = np.lexsort((-np.arange(group.width), scores, blocks))
+    units = np.arange(group.width) if left is None else left
+    blocks = np.zeros(len(units), np.int64) if group.balance is None else group.balance[units]
+    order = np.lexsort((-units, scores[units], blocks))
     starts = np.concatenate([[0], np.cumsum(np.bincount(blocks))[:-1]])
-    rank = np.arange(group.width) - starts[blocks[order]]
-    return order[np.argsort(rank, kind="stable")]
+    rank = np.arange(len(units)) - starts[blocks[order]]
+    return units[order[np.argsort(rank, kind="stable")]]

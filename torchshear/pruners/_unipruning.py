@@ -165,8 +165,7 @@ class _Runs:
         size = len(self.kept) - int(self.widths[self.widths < len(self.kept)].max())
         length = int(np.max(-np.diff(self.widths)))
         for weighed in self._importances:
-            order = removal_order(self.group, weighed)
-            order = order[np.isin(order, self.kept)]
+            order = removal_order(self.group, weighed, self.kept)
             low = float(np.median(weighed[order[:size]]))
             ratio = np.inf if low == 0 else float(np.median(weighed[order[-length:]])) / (low + _EPSILON)
             if ratio > self.ratio:

@@ -23,6 +23,7 @@ from torchshear.pruners.masks._scores import Score
 from torchshear.pruners.statistics import Statistics, WeightSums
 
 Indices = npt.NDArray[np.int64]
+_Pool = tuple[str | None, str | None, float, float, str]  # criterion, pool, bounds, how scores become one
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def plan_config(
     widths: Widths,
     statistics: Statistics | None,
     whole: Collection[str] = (),
+    combine: str | None = None,
 ) -> PruningPlan:
     """Plan what a config asks of channel groups, pool by pool.
 
@@ -53,15 +55,18 @@ def plan_config(
         widths: which widths are allowed.
         statistics: what criteria that look at data need.
         whole: names of groups that stay whole nevertheless, so that the model keeps its own class.
+        combine: how scores of a group's members become one, see `torchshear.plan`; None: as the criterion has it, or of
+            the filters alone where the config is one of Neural Compressor, which scores nothing else.
 
     Raises:
         ArgumentError: as `torchshear.plan`.
         WeightError: weights cannot be scored.
     """
-    pools: dict[tuple[str | None, str | None, float, float], dict[str, float]] = defaultdict(dict)
+    pools: dict[_Pool, dict[str, float]] = defaultdict(dict)
     for name, ratio in resolved.ratios.items():
         entry = resolved.targets[name].entry
-        pools[entry.criterion, entry.pool, entry.min_ratio, entry.max_ratio][name] = ratio
+        own = combine or ("filters" if entry.dialect == "neural_compressor" else "sum")
+        pools[entry.criterion, entry.pool, entry.min_ratio, entry.max_ratio, own][name] = ratio
     kept: dict[str, Indices] = {}
     notes = {name: target.reason for name, target in resolved.targets.items() if target.reason}
     for key, ratios in pools.items():
@@ -144,12 +149,10 @@ def _score(entry: Entry, model: nn.Module, layers: list[str], statistics: Statis
     return {name: getattr(sums[known[name].weight], summed) for name in layers}
 
 
-def _request(
-    groups: ChannelGroups, key: tuple[str | None, str | None, float, float], ratios: dict[str, float], widths: Widths
-) -> Request:
+def _request(groups: ChannelGroups, key: _Pool, ratios: dict[str, float], widths: Widths) -> Request:
     """What is asked of groups that are ranked alike; all others stay whole."""
-    criterion, pool, least, most = key
-    limits: dict[str, Any] = {"alignment": widths.alignment, "min_width": widths.min_width}
+    criterion, pool, least, most, combine = key
+    limits: dict[str, Any] = {"alignment": widths.alignment, "min_width": widths.min_width, "combine": combine}
     if pool is None:
         return Request(criterion=criterion or "l1", ratio=ratios, **limits)
     others = tuple(group.name for group in groups if group.name not in ratios)

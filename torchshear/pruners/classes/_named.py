@@ -62,16 +62,18 @@ class FPGMPruner(Pruner):
 class SlimPruner(Pruner):
     """Removes the channels with the least scales of batch norms, over all selected norms together.
 
-    score of channel c = sum over the norms of its group of |gamma_c|
+    score of channel c = mean over the norms of its group of |gamma_c|
 
-    Of all units of the selected layers together the share `sparsity` goes; a layer loses 99 % at most. Entries that ask
-    the same share are one pool. It says something of models that were trained with a penalty on the scales.
+    so that channels of coupled norms stand beside those of one norm alone. Of all units of the selected layers together
+    the share `sparsity` goes; a layer loses 99 % at most. Entries that ask the same share are one pool. It says
+    something of models that were trained with a penalty on the scales.
 
     Reference: Liu et al., ICCV 2017, arXiv:1708.06519.
     """
 
     criterion: ClassVar[str | None] = "bn_scale"
     is_global: ClassVar[bool] = True
+    combine: ClassVar[str] = "mean"
 
 
 class ActivationAPoZRankFilterPruner(Pruner):

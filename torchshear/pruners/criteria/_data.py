@@ -54,7 +54,7 @@ def means_of_values(
     total = torch.zeros(group.width, dtype=torch.float64)
     count = torch.zeros(group.width, dtype=torch.float64)
     for tap in seen.taps.get(group.name, ()):
-        sums = seen.values[tap.node, tap.dim]
+        sums = seen.values[tap.key]
         units, positions = torch.from_numpy(tap.units), torch.from_numpy(tap.positions)
         total.index_add_(0, units, pick(sums)[positions])
         count.index_add_(0, units, torch.full((len(units),), float(sums.count), dtype=torch.float64))

@@ -58,12 +58,15 @@ class Run:
         self.n_batches = self.n_samples = 0
         self.total_loss = 0.0
         taps = find_taps(groups)
-        self.shown = {name: one.activated or one.made for name, one in taps.items()}
+        self.shown = {name: one.shown for name, one in taps.items()}
+        self.by_layer = {name: found for one in taps.values() for name, found in one.by_layer.items()}
+        self._activations = {node.name: node for node in self.graph if node.op == "call_function"}
         self.layers = tuple(find_layers(groups))
         self.values = self._value_sums()
-        self.watched: dict[str, list[ValueAccumulator]] = {}
-        for (node, _), accumulator in self.values.items():
-            self.watched.setdefault(node, []).append(accumulator)
+        self.watched: dict[str, list[tuple[ValueAccumulator, str]]] = {}
+        for (name, _), accumulator in self.values.items():
+            node, _, through = name.partition(">")
+            self.watched.setdefault(node, []).append((accumulator, through))
         self._source = sample_input(self.graph)
         if self._source is not None and not self._source[1]:
             raise DataError("the model was captured with inputs that hold no sample; trace it with at least one.")
@@ -84,11 +87,11 @@ class Run:
         """(node, dimension) -> the sums of values in which groups show, and of those that layers read."""
         wanted: dict[tuple[str, int], set[Sum]] = {}
         nonnegative: set[tuple[str, int]] = set()
-        for taps in self.shown.values():
+        for taps in (*self.shown.values(), *self.by_layer.values()):
             left_out: set[Sum] = set() if any(tap.has_zeros for tap in taps) else {"zeros"}
             for tap in taps:
-                wanted.setdefault((tap.node, tap.dim), set()).update(self.sums & SUMS_OF_VALUES - left_out)
-                nonnegative |= {(tap.node, tap.dim)} if tap.is_nonnegative else set()
+                wanted.setdefault(tap.key, set()).update(self.sums & SUMS_OF_VALUES - left_out)
+                nonnegative |= {tap.key} if tap.is_nonnegative else set()
         of_inputs: dict[Sum, Sum] = {"inputs": "squares", "means": "total"}
         of_read = {word for asked, word in of_inputs.items() if asked in self.sums}
         for layer in self.layers:
@@ -208,10 +211,18 @@ class Run:
     def _see(self, node: fx.Node, name: str, value: Tensor) -> Tensor:
         """Count a value in where it is to be; gives the value to go on with."""
         value = self.gates.watch(name, value)
-        for accumulator in self.watched.get(name, ()):
-            accumulator.add(value)
+        for accumulator, through in self.watched.get(name, ()):
+            accumulator.add(self._put_through(through, value) if through else value)
             self._check_values(node, accumulator)
         return value
+
+    def _put_through(self, activation: str, value: Tensor) -> Tensor:
+        """What an activation makes of another value than its own operand."""
+        node = self._activations[activation]
+        with torch.no_grad():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: value.detach().clone())  # it may write to it
+            result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+        return result
 
     def _load(self, name: str, held: dict[str, Tensor]) -> Tensor:
         if name in held:
@@ -295,6 +306,7 @@ class Run:
             gates=self.gates.result(),
             heads={name: sums.result() for name, sums in self.heads.items()},
             taps=self.shown,
+            by_layer=self.by_layer,
             layers=self.layers,
             sums=self.sums,
             loss=self.total_loss / self.n_batches if self.loss_fn and self.n_batches else None,

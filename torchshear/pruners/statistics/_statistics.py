@@ -1,7 +1,7 @@
 """What was seen of a network while data ran through it: sums over batches, from which criteria make scores."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -103,7 +103,7 @@ class Statistics:
         fingerprint: hash of the graph that was run.
         n_batches: number of batches, over all processes.
         n_samples: number of samples, over all processes.
-        values: (node, dimension) -> sums of the value of that node.
+        values: (node, dimension) -> sums of the value of that node; see `Tap.key`.
         weights: canonical name of a parameter -> its sums; empty if none was asked for or no loss was given.
         rows: (canonical name of a weight, dimension) -> sums of its rows along that dimension; likewise.
         gates: name of a group -> sums of its gates; likewise.
@@ -111,6 +111,7 @@ class Statistics:
             read a head read of it; shape (C,), float64, on the CPU; likewise.
         taps: name of a group -> where its units show: behind its activations, or behind its layers if it has none.
         layers: calls that read a weight.
+        by_layer: canonical name of a weight -> where what its layer alone makes shows; see `GroupTaps`.
         sums: what was summed.
         loss: mean loss over batches; None if no gradients were taken.
         notes: what is to be known of how it was collected.
@@ -126,6 +127,7 @@ class Statistics:
     heads: Mapping[str, Tensor]
     taps: Mapping[str, tuple[Tap, ...]]
     layers: tuple[Layer, ...]
+    by_layer: Mapping[str, tuple[Tap, ...]] = field(default_factory=dict)
     sums: frozenset[Sum] = ALL_SUMS
     loss: float | None = None
     notes: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import fx
@@ -27,6 +27,8 @@ _HAS_ZEROS = {
     **dict.fromkeys(("elu", "elu_", "celu", "selu", "selu_", "leaky_relu", "leaky_relu_", "softplus"), False),
     **dict.fromkeys(("prelu", "_prelu_kernel", "rrelu", "log_sigmoid", "logit", "softsign"), False),
 }
+_Shown = tuple[fx.Node, fx.Node | None]  # an activation, and what is added to another branch in front of it
+
 _CLAMPS = frozenset({"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"})
 _NONNEGATIVE = frozenset({"relu", "relu_", "relu6", "relu6_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_"})
 
@@ -45,6 +47,7 @@ class Tap:
         has_zeros: whether that operator is an activation whose results are exactly zero over a range of inputs.
         is_nonnegative: whether its results are never below zero.
         samples: dimension along which the samples stand; None if there is none.
+        through: name of an activation that the value is put through before it is looked at; "" if it is not.
     """
 
     node: str
@@ -56,6 +59,12 @@ class Tap:
     has_zeros: bool = False
     is_nonnegative: bool = False
     samples: int | None = None
+    through: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What its sums are found by: name of what is looked at, and the dimension."""
+        return f"{self.node}>{self.through}" if self.through else self.node, self.dim
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,10 +74,18 @@ class GroupTaps:
     Attributes:
         made: results of the layers that make its units; where gates stand.
         activated: results of the first activations behind them; a recurrent layer has its own inside.
+        by_layer: weight of a layer -> the same of that layer alone. Where its activation is behind a sum with another
+            branch, what it adds to the sum is put through that activation, unless this has weights of its own.
     """
 
     made: tuple[Tap, ...]
     activated: tuple[Tap, ...]
+    by_layer: Mapping[str, tuple[Tap, ...]] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> tuple[Tap, ...]:
+        """Where the group is looked at: behind its activations, or behind its layers if it has none."""
+        return self.activated or self.made
 
 
 def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
@@ -77,12 +94,35 @@ def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
     taps: dict[str, GroupTaps] = {}
     for number, group in enumerate(groups):
         if group.is_prunable:
-            makers = list(dict.fromkeys(node for member in group.members for node in places.makers(member)))
+            makers_of = {member.name: list(places.makers(member)) for member in group.members}
+            makers = list(dict.fromkeys(node for nodes in makers_of.values() for node in nodes))
             made = [tap for node in makers for tap in places.of(node, number)]
-            activated = dict.fromkeys(n for node in makers for n in _shown(node, number, places, set(makers)))
+            shown = {node: list(_shown(node, number, places, set(makers))) for node in makers}
+            activated = dict.fromkeys(found for node in makers for found, _ in shown[node])
             seen = [tap for node in activated for tap in places.of(node, number)]
-            taps[group.name] = GroupTaps(tuple(made), tuple(seen))
+            by_layer = {
+                name: tuple(_of_layer(nodes, number, places, shown)) for name, nodes in makers_of.items() if nodes
+            }
+            taps[group.name] = GroupTaps(tuple(made), tuple(seen), by_layer)
     return taps
+
+
+def _of_layer(makers: list[fx.Node], group: int, places: "_Places", shown: Mapping[fx.Node, list[_Shown]]) -> list[Tap]:
+    """Where the results of a layer's own calls are looked at."""
+    found: dict[tuple[str, int], Tap] = {}
+    for activation, before in [pair for node in makers for pair in shown[node]]:
+        branch = before if len(activation.all_input_nodes) == 1 else None
+        for tap in places.of(activation if branch is None else branch, group):
+            if branch is not None:
+                tap = replace(
+                    tap,
+                    operator=operator_name(activation),
+                    has_zeros=_gives_zeros(activation),
+                    is_nonnegative=_is_nonnegative(activation),
+                    through=activation.name,
+                )
+            found.setdefault(tap.key, tap)
+    return list(found.values()) or [tap for node in makers for tap in places.of(node, group)]
 
 
 class _Places:
@@ -169,29 +209,30 @@ class _Places:
         return known[1]
 
 
-def _shown(maker: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[fx.Node]:
+def _shown(maker: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Shown]:
     """Where what a call makes is seen as an activation: in itself, if it is recurrent, or behind it."""
     if is_recurrent(maker):
-        yield maker
+        yield maker, None
     else:
         yield from _activations(maker, group, places, makers)
 
 
-def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[fx.Node]:
-    """The first activations behind a value; one sum with another branch may lie between."""
-    waiting, seen = deque([(start, 0)]), {start}
+def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Shown]:
+    """The first activations behind a value; one sum with another branch may lie between, which is told with them."""
+    waiting: deque[tuple[fx.Node, fx.Node | None]] = deque([(start, None)])
+    seen = {start}
     while waiting:
-        node, sums = waiting.popleft()
+        node, branch = waiting.popleft()
         for user in node.users:
             if user in seen or user in makers or not places.has(user, group):
                 continue
             seen.add(user)
             if _is_activation(user):
-                yield user
+                yield user, branch
                 continue
-            sums_here = sums + (sum(n in places.computed for n in user.all_input_nodes) > 1)
-            if sums_here <= 1:
-                waiting.append((user, sums_here))
+            is_sum = sum(n in places.computed for n in user.all_input_nodes) > 1
+            if not is_sum or branch is None:
+                waiting.append((user, node if is_sum else branch))
 
 
 def _is_activation(node: fx.Node) -> bool:
