@@ -131,6 +131,50 @@ def test_synchronised_and_home_made_norms() -> None:
     torch.testing.assert_close(result[2].running_var, torch.ones(3).double(), rtol=1e-2, atol=1e-2)
 
 
+class Converted(nn.Module):
+    """A frozen norm as a converter from another framework leaves it, and one that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Module()
+        self.frozen.register_buffer("running_mean", torch.zeros(3))
+        self.frozen.register_buffer("running_var", torch.ones(3))
+        self.norm = nn.BatchNorm2d(3)
+        self.spare = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(functional.batch_norm(x, self.frozen.running_mean, self.frozen.running_var, momentum=0.0))
+
+
+def test_frozen_norms_are_named_and_included_where_asked(caplog: pytest.LogCaptureFixture) -> None:
+    (x,) = pictures(1)
+    model = Converted().eval()
+    result = recalibrate(model, [x], 1)
+    assert torch.equal(result.frozen.running_mean, torch.zeros(3))
+    torch.testing.assert_close(result.norm.running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert [record.getMessage() for record in caplog.records] == [
+        "batch norms keep their statistics: frozen: they are frozen (momentum 0); recalibrate(..., frozen=True) gives "
+        "them new ones.",
+        "batch norms keep their statistics: spare: no call of batch_norm reached them: they are unused, or compute by "
+        "themselves.",
+    ]
+    caplog.clear()
+    both = recalibrate(model, [x], 1, frozen=True)
+    torch.testing.assert_close(both.frozen.running_mean, x.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(both.frozen.running_var, x.var((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert len(caplog.records) == 1
+
+
+def test_a_model_of_frozen_norms_alone_is_told_of_the_word() -> None:
+    model = Converted().eval()
+    model.norm = nn.Identity()
+    with pytest.raises(ArgumentError, match="all batch norms that the model runs are frozen .momentum 0.; frozen=True"):
+        recalibrate(model, pictures(1), 1)
+    assert float(recalibrate(model, pictures(1), 1, frozen=True).frozen.running_mean.abs().sum()) > 0
+    with pytest.raises(ArgumentError, match="frozen='yes'; expected True or False"):
+        recalibrate(model, pictures(1), 1, frozen="yes")
+
+
 def test_unused_norms_stay_as_they_are() -> None:
     model = Norms()
     model.spare = nn.BatchNorm2d(4)

@@ -1,5 +1,6 @@
 """Running statistics of batch norms, estimated anew on data."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from torchshear.graph._mode import in_mode
 from torchshear.speedup._batches import arguments_of
 from torchshear.speedup._traced import signature_of
 
+_logger = logging.getLogger(__name__)
+
 # Functions that normalise by running statistics -> names of their positional arguments.
 _OPERATOR = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
 _BATCH_NORMS: Mapping[Any, tuple[str, ...]] = {
@@ -30,7 +33,9 @@ _BATCH_NORMS: Mapping[Any, tuple[str, ...]] = {
 
 
 @outside_inference_mode()
-def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, progress: bool = True) -> nn.Module:
+def recalibrate(
+    model: nn.Module, loader: Iterable[Any], batches: int = 32, progress: bool = True, frozen: bool = False
+) -> nn.Module:
     """Estimate the running statistics of all batch norms anew, as a model with other weights or widths needs it.
 
     After a cut every layer sees other inputs than its batch norm remembers. Without any training, each batch norm gets
@@ -43,9 +48,11 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
     from it in the same way; batches should be as large as in training.
 
     Everything but batch norms runs in eval mode: no dropout, no gradients, and no random number is drawn. Frozen norms,
-    whose momentum is 0 and which count no batches, stay as they are, and so do batch norms that no call reaches. It
-    works on any model: pruned or not, in native or traced form. Under `torch.distributed` every process gives its own
-    data and normalises by its own batches, also where a `SyncBatchNorm` would ask the others; averages are over all.
+    whose momentum is 0 and which count no batches, stay as they are without `frozen=True`, and so do in any case batch
+    norms that no call of `batch_norm` reaches: unused ones, and those that compute by themselves, as torchvision's
+    `FrozenBatchNorm2d`. A logged warning names both. It works on any model: pruned or not, in
+    native or traced form. Under `torch.distributed` every process gives its own data and normalises by its own batches,
+    also where a `SyncBatchNorm` would ask the others; averages are over all.
 
     Args:
         model: any model with batch norms; it is left as it is.
@@ -53,6 +60,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
             behind them, a pair (arguments, target), or a dictionary with keyword arguments. An endless one is stopped.
         batches: how many batches to run.
         progress: whether to draw a bar where the error stream is a terminal.
+        frozen: whether frozen norms get new statistics as well.
 
     Returns:
         A copy with other values in the buffers of its batch norms: `running_mean`, `running_var`, and
@@ -61,7 +69,7 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
 
     Raises:
         ArgumentError: `batches` is not a positive integer; or the model has no batch norm with running statistics,
-            runs none, or holds compiled TorchScript.
+            runs none, runs frozen ones alone, or holds compiled TorchScript.
         DataError: the loader is empty or too short, a batch does not fit the model, statistics are NaN or infinite, or
             processes have different numbers of batches.
         WeightError: the model is on the meta device, or has lazy layers that were never run.
@@ -70,8 +78,10 @@ def recalibrate(model: nn.Module, loader: Iterable[Any], batches: int = 32, prog
     for pruned networks Li et al., ECCV 2020, arXiv:2007.02491.
     """
     check_recalibration(model, batches)
+    if not isinstance(frozen, bool):
+        raise ArgumentError(f"frozen={frozen!r}; expected True or False.")
     copy = copy_model(model)
-    statistics = _Statistics.of(copy)
+    statistics = _Statistics.of(copy, frozen)
     n_run = 0
     error: Exception | None = None
     try:
@@ -141,17 +151,19 @@ class _Sums:
     sum_mean: Tensor
     sum_var: Tensor
     n_calls: int = 0
+    is_frozen: bool = False
 
 
 class _Statistics(TorchFunctionMode):
     """While it is entered, batch norms normalise by the statistics of their batch, which it sums up."""
 
-    def __init__(self, norms: Mapping[int, _Sums]) -> None:
+    def __init__(self, norms: Mapping[int, _Sums], with_frozen: bool) -> None:
         super().__init__()
         self.norms = norms
+        self.with_frozen = with_frozen
 
     @classmethod
-    def of(cls, model: nn.Module) -> "_Statistics":
+    def of(cls, model: nn.Module, with_frozen: bool) -> "_Statistics":
         """For the buffers of a model, told by the names that torch's batch norms give them."""
         buffers = dict(model.named_buffers())
         norms: dict[int, _Sums] = {}
@@ -163,7 +175,7 @@ class _Statistics(TorchFunctionMode):
                 zeros = torch.zeros(mean.shape, dtype=torch.float64)
                 counter = buffers.get(f"{prefix}num_batches_tracked")
                 norms[id(mean)] = _Sums(path or "(the model)", mean, var, counter, zeros, zeros.clone())
-        return cls(norms)
+        return cls(norms, with_frozen)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -173,9 +185,10 @@ class _Statistics(TorchFunctionMode):
         if func in _BATCH_NORMS:
             given = dict(zip(_BATCH_NORMS[func], args, strict=False)) | kwargs
             sums = self.norms.get(id(given.get("running_mean")))
-            is_frozen = sums is not None and sums.counter is None and given.get("momentum") == 0
-            if sums is not None and not given.get("training") and not is_frozen:
-                return _by_batch(sums, given)
+            if sums is not None and not given.get("training"):
+                sums.is_frozen = sums.counter is None and given.get("momentum") == 0
+                if self.with_frozen or not sums.is_frozen:
+                    return _by_batch(sums, given)
         return func(*args, **kwargs)
 
     def write(self) -> None:
@@ -189,9 +202,12 @@ class _Statistics(TorchFunctionMode):
         counts = summed(counts) if together else counts
         if not counts.any():
             raise ArgumentError(
-                "the model runs none of its batch norms by torch.nn.functional.batch_norm: there is nothing to "
+                "all batch norms that the model runs are frozen (momentum 0); frozen=True gives them new statistics."
+                if any(sums.is_frozen for sums in self.norms.values())
+                else "the model runs none of its batch norms by torch.nn.functional.batch_norm: there is nothing to "
                 "recalibrate."
             )
+        self._say_what_stays(counts.tolist())
         with torch.no_grad():
             for sums, count in zip(self.norms.values(), counts.tolist(), strict=True):
                 mean, var = (summed(t) if together else t for t in (sums.sum_mean, sums.sum_var))
@@ -200,6 +216,19 @@ class _Statistics(TorchFunctionMode):
                     sums.var.copy_(var / count)
                 if count and sums.counter is not None:
                     sums.counter.fill_(count)
+
+    def _say_what_stays(self, counts: list[int]) -> None:
+        """Name the batch norms that keep their statistics."""
+        left = [sums for sums, count in zip(self.norms.values(), counts, strict=True) if not count]
+        frozen = [sums.name for sums in left if sums.is_frozen]
+        others = [sums.name for sums in left if not sums.is_frozen]
+        for names, why in (
+            (frozen, "they are frozen (momentum 0); recalibrate(..., frozen=True) gives them new ones"),
+            (others, "no call of batch_norm reached them: they are unused, or compute by themselves"),
+        ):
+            if names:
+                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                _logger.warning("batch norms keep their statistics: %s%s: %s.", ", ".join(names[:4]), more, why)
 
 
 def _by_batch(sums: _Sums, given: Mapping[str, Any]) -> Tensor:
