@@ -253,14 +253,14 @@ def _unipruning_files() -> Files:
 @functools.cache
 def _output_files() -> Files:
     def write(folder: Path) -> None:
-        with output_folder(folder) as draft:
+        with output_folder(folder, "prune") as draft:
             (draft / "plan.json").write_text("{}")
 
     return written(write)
 
 
 def _write_output(source: Source, folder: Path) -> None:
-    with output_folder(folder, force=source.choice([True, False])) as draft:
+    with output_folder(folder, "prune", source.choice([True, False])) as draft:
         (draft / "plan.json").write_text("2")
 
 

@@ -45,9 +45,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def fill(folder: Path, **files: str) -> None:
+def fill(folder: Path, command: str = "prune", **files: str) -> None:
     """Write files of a run, "name_suffix" for "name.suffix"."""
-    with output_folder(folder) as draft:
+    with output_folder(folder, command) as draft:
         for name, text in files.items():
             (draft / name.replace("_", ".")).write_text(text)
 
@@ -108,11 +108,21 @@ def test_files_of_an_earlier_run_that_the_next_one_lacks_are_gone() -> None:
     fill(Path("out"), plan_json="1", dense_onnx="1")
     fill(Path("out"), plan_json="2")
     assert contents(Path("out")).keys() == {"plan.json", RECORD}
-    with output_folder(Path("out"), adds=True) as draft:
+    with output_folder(Path("out"), "prune", adds=True) as draft:
         (draft / "report.json").write_text("3")
     assert contents(Path("out")).keys() == {"plan.json", "report.json", RECORD}
     fill(Path("out"), plan_json="4")
     assert contents(Path("out")).keys() == {"plan.json", RECORD}
+
+
+def test_results_of_another_command_stay() -> None:
+    fill(Path("out"), plan_json="1", dense_onnx="1")
+    fill(Path("out"), "compare", comparison_json="1", report_json="1")
+    assert contents(Path("out")).keys() == {"plan.json", "dense.onnx", "comparison.json", "report.json", RECORD}
+    fill(Path("out"), plan_json="2", report_json="2")
+    assert contents(Path("out")).keys() == {"plan.json", "comparison.json", "report.json", RECORD}
+    fill(Path("out"), "compare", comparison_json="2")
+    assert contents(Path("out")).keys() == {"plan.json", "comparison.json", "report.json", RECORD}
 
 
 def test_a_link_in_the_folder_is_not_followed(tmp_path: Path) -> None:
@@ -121,7 +131,7 @@ def test_a_link_in_the_folder_is_not_followed(tmp_path: Path) -> None:
     (Path("out") / "plan.json").symlink_to(tmp_path / "precious")
     with pytest.raises(OutputError, match="it holds 'plan.json', which torchshear did not write"):
         fill(Path("out"), plan_json="1")
-    with output_folder(Path("out"), force=True) as draft:
+    with output_folder(Path("out"), "prune", force=True) as draft:
         (draft / "plan.json").write_text("1")
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (Path("out") / "plan.json").is_symlink()
@@ -129,7 +139,7 @@ def test_a_link_in_the_folder_is_not_followed(tmp_path: Path) -> None:
 
 def test_what_comes_into_the_folder_meanwhile_is_kept() -> None:
     def late() -> None:
-        with output_folder(Path("out")) as draft:
+        with output_folder(Path("out"), "prune") as draft:
             (draft / "plan.json").write_text("1")
             (Path("out") / "plan.json").write_text("mine")
 
@@ -172,7 +182,7 @@ def counted(path, target):
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(path, target)
 Path.rename = counted
-with _folder.output_folder(Path("out")) as draft:
+with _folder.output_folder(Path("out"), "prune") as draft:
     for name in "abc":
         (draft / f"{name}.txt").write_text("new")
 """

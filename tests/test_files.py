@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torchshear
+from torchshear import _files
 from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, OutputError
+from torchshear.speedup import onnx
 
 
 def write(path: Path, text: str = "new") -> None:
@@ -132,3 +134,24 @@ def test_what_looks_like_a_draft_is_not_deleted_from_a_folder_of_the_users(tmp_p
         torchshear.shrink_checkpoint(plan, tmp_path / "src", tmp_path / "used")
     assert len(list((tmp_path / "used").rglob("thesis.txt"))) == 2
     assert (tmp_path / "used" / ".torchshear-shrink-mine").exists()
+
+
+def test_no_graph_is_left_beside_the_weights_of_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx, "_MAX_EMBEDDED_BYTES", 0)
+    small, large = nn.Linear(6, 3), nn.Linear(6, 300)
+    (tmp_path / "link.onnx").symlink_to("model.onnx")
+    torchshear.export_onnx(small, tmp_path / "link.onnx", (torch.randn(2, 6),))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.onnx", "model.onnx", "model.onnx.data"]
+    ends, publish = [0], _files.publish
+
+    def ending(temporary: Path, target: Path) -> None:
+        if target.name == "model.onnx":
+            ends[0] += 1
+            raise KeyboardInterrupt  # the process ends here
+        publish(temporary, target)
+
+    monkeypatch.setattr(_files, "publish", ending)
+    with pytest.raises(KeyboardInterrupt):
+        torchshear.export_onnx(large, tmp_path / "model.onnx", (torch.randn(2, 6),))
+    assert ends == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link.onnx", "model.onnx.data"]

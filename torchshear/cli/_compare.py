@@ -81,7 +81,7 @@ def compare(  # noqa: PLR0913 - options, given by name
     console.print(render_comparison(found, console.width), soft_wrap=True)
     if output is None:
         return
-    with output_folder(output, force) as draft:
+    with output_folder(output, "compare", force) as draft:
         document = {"torchshear": version("torchshear"), "target": target} | found.to_dict()
         (draft / "comparison.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
         (draft / "comparison.txt").write_text(render_comparison(found) + "\n", encoding="utf-8")

@@ -5,8 +5,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Final
 
@@ -20,7 +21,19 @@ from torchshear.errors import OutputError
 RECORD: Final = f"{DRAFT}written.json"
 _FORMAT: Final = "torchshear.output"
 _MAX_BYTES: Final = 1 << 22
-_Digests = Mapping[str, list[str]]  # name -> digests that the file may have: before and after a run that was killed
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A file that was written.
+
+    Attributes:
+        command: the command that wrote it.
+        digests: SHA-256 that it may have; those of before and after where a run was killed in between.
+    """
+
+    command: str
+    digests: tuple[str, ...]
 
 
 def folder_name(text: str) -> Path:
@@ -43,15 +56,16 @@ Force = Annotated[
 
 
 @contextmanager
-def output_folder(output: Path, force: bool = False, adds: bool = False) -> Iterator[Path]:
+def output_folder(output: Path, command: str, force: bool = False, adds: bool = False) -> Iterator[Path]:
     """Give a draft folder whose files move into `output` if the block succeeds; else nothing is left behind.
 
-    The folder must be new or empty, or hold nothing but what an earlier run wrote and nobody changed since, as a record
-    of names and digests in it tells. That is replaced as a whole: the old files go before the new ones come, so that a
-    process that is killed in between leaves no mixture of two runs.
+    The folder must be new or empty, or hold nothing but what earlier runs wrote and nobody changed since, as a record
+    of names and digests in it tells. Results of the same command are replaced as a whole: the old files go before the
+    new ones come, so that a process that is killed in between leaves no mixture of two runs. Those of others stay.
 
     Args:
         output: the folder.
+        command: the command whose results they are.
         force: take a folder that holds other files. Those that have the names of results are replaced; all others stay.
         adds: leave the results of an earlier run there, except those that are written anew.
 
@@ -65,7 +79,8 @@ def output_folder(output: Path, force: bool = False, adds: bool = False) -> Iter
         output.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f"{DRAFT}draft-", dir=output))
         yield draft
-        _publish(draft, output, own, force, adds)
+        replaced = set() if adds else {name for name, written in own.items() if written.command == command}
+        _publish(draft, output, own, replaced, command, force)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OutputError) and error.__cause__ is None:
             raise
@@ -82,8 +97,8 @@ def output_folder(output: Path, force: bool = False, adds: bool = False) -> Iter
                 folder.rmdir()
 
 
-def _check(output: Path, force: bool) -> _Digests:
-    """Files of an earlier run, as they were written.
+def _check(output: Path, force: bool) -> dict[str, _Written]:
+    """Files of earlier runs that are as they were written.
 
     Raises:
         OutputError: there is something else, and it is not to be written over.
@@ -91,7 +106,11 @@ def _check(output: Path, force: bool) -> _Digests:
     if not output.is_dir():
         return {}  # it will be made, or that will fail
     recorded = _read_record(output)
-    own = {n: digests for n, digests in recorded.items() if (output / n).is_file() and _digest(output / n) in digests}
+    own = {
+        name: written
+        for name, written in recorded.items()
+        if (output / name).is_file() and _digest(output / name) in written.digests
+    }
     foreign = [entry.name for entry in sorted(output.iterdir()) if not _is_ours(entry, own)]
     if foreign and not force:
         what = "was changed since torchshear wrote it" if foreign[0] in recorded else "torchshear did not write"
@@ -103,23 +122,23 @@ def _check(output: Path, force: bool) -> _Digests:
     return own
 
 
-def _is_ours(entry: Path, own: _Digests) -> bool:
+def _is_ours(entry: Path, own: Mapping[str, _Written]) -> bool:
     is_draft = entry.is_dir() and entry.name.startswith(f"{DRAFT}draft-")  # of a run that was killed
     return entry.name in own or entry.name == RECORD or is_draft
 
 
-def _read_record(output: Path) -> _Digests:
-    """What earlier runs wrote; nothing if no record can be read."""
+def _read_record(output: Path) -> dict[str, _Written]:
+    """What earlier runs wrote, by name; nothing if no record can be read."""
     try:
         document = read_json(output / RECORD, _MAX_BYTES)
         files = document["files"] if document["format"] == _FORMAT else {}
-        return {str(name): [str(digest) for digest in digests] for name, digests in files.items()}
+        return {name: _Written(str(entry["command"]), tuple(entry["digests"])) for name, entry in files.items()}
     except (UnreadableError, LookupError, TypeError, AttributeError):
         return {}
 
 
-def _write_record(output: Path, digests: _Digests) -> None:
-    document = {"format": _FORMAT, "version": 1, "files": digests}
+def _write_record(output: Path, files: Mapping[str, _Written]) -> None:
+    document = {"format": _FORMAT, "version": 1, "files": {name: asdict(one) for name, one in files.items()}}
     with atomic_path(output / RECORD) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -129,9 +148,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _publish(draft: Path, output: Path, own: _Digests, force: bool, adds: bool) -> None:
+def _publish(
+    draft: Path, output: Path, own: Mapping[str, _Written], replaced: Collection[str], command: str, force: bool
+) -> None:
     """Put the files of a draft in the place of earlier ones, all or none."""
-    made = {file.name: [_digest(file)] for file in draft.iterdir()}
+    made = {file.name: _Written(command, (_digest(file),)) for file in draft.iterdir()}
     for name in made:
         place = output / name
         problem = f"{name!r} came there meanwhile" if os.path.lexists(place) and name not in own and not force else ""
@@ -139,11 +160,14 @@ def _publish(draft: Path, output: Path, own: _Digests, force: bool, adds: bool) 
             problem = f"{name} is a folder there"
         if problem:
             raise OutputError(f"cannot write into {str(output)!r}: {problem}. Choose another folder.")
-    goes = {name for name in made.keys() | (set() if adds else own.keys()) if os.path.lexists(output / name)}
-    stays = {name: digests for name, digests in own.items() if name not in goes}
-    _write_record(output, stays | {n: made.get(n, []) + list(own.get(n, [])) for n in made.keys() | goes})
+    goes = {name for name in made.keys() | set(replaced) if os.path.lexists(output / name)}
+    both = {
+        name: _Written(one.command, one.digests + own[name].digests) if name in own else one
+        for name, one in made.items()
+    }
+    _write_record(output, {**own, **both})
     _exchange(draft, output, goes, made)
-    _write_record(output, stays | made)
+    _write_record(output, {**{name: one for name, one in own.items() if name not in goes}, **made})
 
 
 def _exchange(draft: Path, output: Path, goes: Iterable[str], comes: Iterable[str]) -> None:

@@ -69,7 +69,7 @@ def prune(  # noqa: PLR0913 - options, given by name
     """
     model, args, kwargs = load_example(target)
     ratio = choice.pop("ratio", None)
-    with output_folder(output, force) as draft, status("pruning and verifying") as say:
+    with output_folder(output, "prune", force) as draft, status("pruning and verifying") as say:
         if "data" in choice:
             choice["data"].say = say
         fold = _FOLDS.get(fold_bias, fold_bias)  # another word is for `prune` to refuse
@@ -82,7 +82,7 @@ def prune(  # noqa: PLR0913 - options, given by name
     _print_result(console, result)
     if bench:
         document["latency"] = _measured(console, output, list(pairs))
-        with output_folder(output, force, adds=True) as draft:
+        with output_folder(output, "prune", force, adds=True) as draft:
             (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
     print_lines(console, f"written     in {output}: {written}")
