@@ -8,10 +8,11 @@ import pytest
 import torch
 from onnxruntime import InferenceSession
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import torchshear
 from tests.blocks import Net, randomise
-from tests.oracle import assert_equals_masked, assert_same_function, check_random_pruning
+from tests.oracle import assert_equals_masked, assert_same_function, check_random_pruning, masked_copy
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import CaptureError, PlanError
 from torchshear.pruners import plan_from_kept
@@ -117,6 +118,28 @@ def test_a_final_state_that_is_an_output_fixes_the_layers() -> None:
     assert _shapes(groups) == [("stem.weight[0]", 8, 1)]
     fixed = {(f.name, f.dim): f.reason for f in groups.fixed}
     assert "model output" in fixed["layer.weight_hh_l1", 1]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(("n_layers", "both_ways"), [(1, False), (2, False), (1, True), (2, True)])
+def test_final_states_of_all_layers_may_be_outputs_that_shrink(kind: Any, n_layers: int, both_ways: bool) -> None:
+    layer = kind(WIDTH, HIDDEN, n_layers, bidirectional=both_ways)
+    head = nn.Linear(HIDDEN * (1 + both_ways), 5)
+
+    def run(m: Net, x: Tensor) -> Any:
+        y, states = m.layer(m.stem(x))
+        return m.head(y), states
+
+    model = _network(layer, run, head=head)
+    result = torchshear.prune(model, (INPUT,), ratio=0.5, prunable_outputs="1")
+    assert [len(group.kept) for group in result.plan.groups] == [4, 6]
+    masked = masked_copy(model, result.plan.masks())
+    (y, *states), (expected, *wanted) = (pytree.tree_leaves(one(INPUT)) for one in (result.model, masked))
+    assert torch.allclose(y, expected, rtol=0, atol=1e-12)
+    for state, want, output in zip(states, wanted, result.plan.outputs, strict=True):
+        kept = torch.from_numpy(output.kept[2].copy())
+        assert state.shape == (n_layers * (1 + both_ways), 5, 6)
+        assert torch.allclose(state, want[:, :, kept], rtol=0, atol=1e-12)
 
 
 def test_an_output_fixes_the_last_layer_and_with_it_the_width_of_the_others() -> None:

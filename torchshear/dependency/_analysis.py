@@ -144,6 +144,8 @@ class _Walker:
             for dim, axis in enumerate(axes):
                 if not is_prunable or self.graph.is_free(value, dim):
                     self.algebra.fix([axis], what)
+                for row in axis.rows[1:]:  # one tensor keeps the same positions in each row
+                    self.algebra.equate(axis.rows[0], row, what)
 
     def _call(self, node: fx.Node) -> Result:
         call = Call(node, self.graph, self.algebra, self.facts)

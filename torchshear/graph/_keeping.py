@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchshear.graph._copy import reached_by
+
 _DEEPEST = 3  # containers in containers that are looked into
 _NOT_LOOKED_INTO = (nn.Module, Tensor, type, ModuleType, FunctionType)
 _PLAIN = frozenset({type(None), bool, int, float, str, tuple, nn.Parameter})  # hold nothing that a run changes
@@ -20,7 +22,8 @@ def kept_state(model: nn.Module) -> Iterator[None]:
     """Put back, afterwards, the attributes, buffers and hooks of a model's modules, and what they hold.
 
     That are counters, averages and caches, whether a run assigns them or writes to them: values of buffers and of other
-    tensors, contents of lists, dicts, sets and plain objects. Parameters are not copied.
+    tensors, contents of lists, dicts, sets and plain objects, also of those that hooks close over or know as a variable
+    of their file. Parameters are not copied.
     """
     kept = _Kept()
     for module in model.modules():
@@ -48,6 +51,10 @@ class _Kept:
             if not isinstance(value, nn.Parameter) and not value.is_meta and not is_lazy(value):
                 self._tensors.setdefault(id(value), (value, value.detach().clone()))
             return
+        if isinstance(value, FunctionType):
+            for item in (*reached_by(value), *_variables_of(value)):
+                self.look(vars(item) if isinstance(item, nn.Module) else item, depth + 1)
+            return
         holder = _holder(value)
         if holder is None or id(holder) in self._held or depth > _DEEPEST:
             return
@@ -74,6 +81,12 @@ class _Kept:
                 tensor.data = value
             elif tensor.layout != torch.strided or not torch.equal(tensor, value):
                 tensor.data.copy_(value)  # past autograd, which may hold the tensor for a backward of the user's
+
+
+def _variables_of(function: FunctionType) -> list[Any]:
+    """Containers that a function knows as variables of its file, as the dictionary of features in a notebook."""
+    known = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return [value for value in known if isinstance(value, dict | list | set | deque)]
 
 
 def _holder(value: Any) -> Any:
