@@ -30,7 +30,7 @@ def imports_of(path: Path) -> set[str]:
 
 def layer(module: str) -> int:
     part = module.split(".")[1] if "." in module else "(top)"
-    lowest = ("_arguments", "_batches", "_checkpoint", "_distributed", "_files", "_tables")
+    lowest = ("_arguments", "_batches", "_checkpoint", "_distributed", "_files", "_other_tools", "_tables")
     low = {"errors": -3, "_reading": -2, **dict.fromkeys(lowest, -1)}
     return LAYERS.get(part, low.get(part, 3))
 

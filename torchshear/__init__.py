@@ -1,6 +1,9 @@
 """Structured pruning that ends in a smaller, provably equal and measurably faster model."""
 
+from typing import TYPE_CHECKING
+
 from torchshear import _stages as _stages  # provides pruner classes with shrink, verify and export_onnx
+from torchshear._other_tools import answering
 from torchshear.api import PruneResult, plan, prune
 from torchshear.dependency import PruningPlan, analyze
 from torchshear.errors import TorchshearError
@@ -33,3 +36,6 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = answering(__name__)

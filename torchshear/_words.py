@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from torchshear._other_tools import unknown_keyword
 from torchshear.dependency.alignment import Alignment
 from torchshear.pruners import Ratio
 from torchshear.pruners.classes import ConfigList
@@ -114,9 +115,7 @@ class Comparing(Shares, Subject, Sight, total=False):
 
 
 def check_keywords(function: str, given: Mapping[str, object], known: type, own: str) -> None:
-    """Raise TypeError for keywords that do not exist: they would do nothing in silence."""
+    """Raise KeywordError for keywords that do not exist: they would do nothing in silence."""
     for name in given:
         if name not in known.__annotations__:
-            raise TypeError(
-                f"{function}() has no argument {name!r}; expected {own}, {', '.join(known.__annotations__)}."
-            )
+            raise unknown_keyword(function, name, f"{own}, {', '.join(known.__annotations__)}")

@@ -9,8 +9,11 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "ExportError",
+    "KeywordError",
     "LatencyError",
     "MaskError",
+    "OtherToolImportError",
+    "OtherToolNameError",
     "OutputError",
     "PlanError",
     "TorchshearError",
@@ -26,6 +29,18 @@ class TorchshearError(Exception):
 
 class ArgumentError(TorchshearError, ValueError):
     """An argument is outside what the function accepts: a ratio, a name, a file that is missing."""
+
+
+class OtherToolNameError(TorchshearError, AttributeError):
+    """A name of another tool was looked up; the message says what to use here."""
+
+
+class OtherToolImportError(TorchshearError, ImportError):
+    """A name of another tool was imported; the message says what to use here."""
+
+
+class KeywordError(ArgumentError, TypeError):
+    """A keyword argument does not exist; the message says what there is, and what to use for words of other tools."""
 
 
 class CaptureError(TorchshearError):

@@ -1,5 +1,8 @@
 """What goes: criteria that score units, and the selection of those that stay."""
 
+from typing import TYPE_CHECKING
+
+from torchshear._other_tools import answering
 from torchshear.pruners import masks
 from torchshear.pruners._collecting import channel_means, collect
 from torchshear.pruners._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
@@ -104,3 +107,6 @@ __all__ = [
     "unit_sums",
     "write_unipruning_mask",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = answering(__name__)

@@ -8,6 +8,7 @@ from torch.nn import functional
 import torchshear
 from tests.models import image, randomise
 from tests.pruners.classes.test_classes import HALF, Plain, batches
+from torchshear.errors import MaskError
 from torchshear.pruners import ConfigPruner, L1NormPruner, L2NormPruner, SlimPruner, TaylorFOWeightPruner
 
 
@@ -88,3 +89,18 @@ def test_slim_takes_the_mean_of_coupled_norms_to_rank_them_beside_single_ones() 
     plan = pruner.plan  # 7 of 16 go: 0.2, 0.2, 0.2 of the coupled ones, and 0.15, 0.25, 0.35, 0.45
     assert plan.kept["a.weight[0]"].tolist() == [3, 4, 5, 6, 7]
     assert plan.kept["c.weight[0]"].tolist() == [1, 4, 6, 7]
+
+
+def test_a_layer_that_no_pattern_fits_is_skipped_and_says_so() -> None:
+    model = randomise(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))).eval()
+    x = torch.randn(2, 8)
+    asked = {"pruning_type": "magnitude", "target_sparsity": 0.5}
+    six, eight = ({"op_names": [name], "pattern": "4x1", **asked} for name in ("0", "2"))
+    pruner = ConfigPruner(model, [six, eight], args=(x,))
+    skipped, masked = pruner.masks.layers
+    assert (skipped.name, skipped.n_masked) == ("0", 0)
+    assert "6 outputs cannot be divided" in skipped.note
+    assert (masked.name, masked.achieved) == ("2", 0.5)
+    assert pruner.masks.tensors.keys() == {"2.weight"}
+    with pytest.raises(MaskError, match="pattern '4x1' fits none of 1 layers: '0' was skipped"):
+        ConfigPruner(model, [six], args=(x,)).compress()

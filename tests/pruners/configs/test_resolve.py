@@ -89,11 +89,39 @@ def test_depthwise_layers_and_norms_follow() -> None:
     assert resolved(Heads(), excluded).ratios == {"conv2.weight[0]": 0.5}
 
 
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_exclusion_holds_wherever_it_stands(place: int) -> None:
+@pytest.mark.parametrize(("place", "conv"), [(0, 0.5), (1, None), (2, None)])
+def test_exclusion_holds_for_the_entries_before_it(place: int, conv: float | None) -> None:
+    """As in NNI 1 and 2, where the last entry that means a layer counts."""
     config = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_names": ["conv2"], "sparsity": 0.25}]
     config.insert(place, {"op_names": ["conv"], "exclude": True})
-    assert resolved(Heads(), config).ratios == {"conv2.weight[0]": 0.25}
+    found = resolved(Heads(), config)
+    assert found.ratios == {"conv2.weight[0]": 0.25, **({} if conv is None else {"conv.weight[0]": conv})}
+    idle = "config_list[0]: excludes nothing: entries behind it select its layers again, and these count"
+    assert found.notes == (() if place else (idle,))
+
+
+def test_an_entry_behind_an_exclusion_takes_its_layer_back() -> None:
+    config = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_types": ["Conv2d"], "exclude": True}]
+    config.append({"op_names": ["conv2"], "sparsity": 0.25})
+    with pytest.raises(ArgumentError, match=r"config_list\[0\] is left without layers"):
+        resolved(Heads(), config)
+    assert resolved(Heads(), config[1:]).ratios == {"conv2.weight[0]": 0.25}
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_exclusion_holds_wherever_it_stands_in_version_3(place: int) -> None:
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
+    config.insert(place, {"op_names": ["conv"], "exclude": True})
+    assert resolved(Heads(), config).ratios == {"conv2.weight[0]": 0.5}
+
+
+@pytest.mark.parametrize("group", [1, "1", 0])
+def test_groups_of_layers_are_numbers_or_texts(group: object) -> None:
+    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5, "global_group_id": group, "dependency_group_id": group}]
+    (entry,) = parse_config(config)
+    assert entry.pool == str(group)
+    with pytest.raises(ArgumentError, match="global_group_id=True; expected a text or an integer"):
+        parse_config([{**config[0], "global_group_id": True}])
 
 
 def test_norms_are_layers_of_their_own() -> None:

@@ -18,6 +18,7 @@ from torchshear.pruners._request import Request
 from torchshear.pruners.configs import Entry, ResolvedConfig
 from torchshear.pruners.configs._layers import maskable_weights
 from torchshear.pruners.masks import Masks, choose_masks
+from torchshear.pruners.masks._choose import NothingFitsError
 from torchshear.pruners.masks._layers import find_layers
 from torchshear.pruners.masks._scores import Score
 from torchshear.pruners.statistics import Statistics, WeightSums
@@ -94,11 +95,12 @@ def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statist
         statistics: what criteria that look at data need.
 
     Returns:
-        Masks of each entry that asks for any.
+        Masks of each entry that asks for any. Layers that its pattern does not fit are skipped and say so in the
+        report.
 
     Raises:
         ArgumentError: a criterion scores no single weights.
-        MaskError: a pattern fits none of its layers.
+        MaskError: no pattern fits any layer, and no channels are asked for either.
     """
     known = maskable_weights(model)
     entries = {entry.label: entry for entry in resolved.entries}
@@ -106,7 +108,17 @@ def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statist
     for row in resolved.rows:
         if row.parameter and row.masked > 0:
             asked[row.entry][known[row.parameter].layer] = row.masked
-    return [_choose(model, entries[label], ratios, statistics) for label, ratios in asked.items()]
+    found: list[Masks] = []
+    nothing: NothingFitsError | None = None
+    for label, ratios in asked.items():
+        try:
+            found.append(_choose(model, entries[label], ratios, statistics))
+        except NothingFitsError as error:
+            nothing = error
+            found.append(Masks.of({}, error.layers, entries[label].pattern))
+    if nothing is not None and not resolved.ratios and not any(masks.tensors for masks in found):
+        raise nothing
+    return found
 
 
 def _choose(model: nn.Module, entry: Entry, ratios: dict[str, float], statistics: Statistics | None) -> Masks:

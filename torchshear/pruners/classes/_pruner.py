@@ -4,13 +4,14 @@ import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from torchshear._files import atomic_path
+from torchshear._other_tools import missing_method, unknown_keyword
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
@@ -27,6 +28,8 @@ from torchshear.pruners.statistics import SUMS_OF_GRADIENTS, Statistics
 
 ConfigList = Sequence[Mapping[str, Any]] | Mapping[str, Any] | str | os.PathLike[str]
 Loss = Callable[[Any, Any], Tensor]
+
+_ARGUMENTS = "model, config_list, args, kwargs, dependency_aware, data, loss_fn, batches, align, min_width"
 
 
 class Pruner:
@@ -50,6 +53,7 @@ class Pruner:
         batches: how many batches to run.
         align: what kept widths are a multiple of, or a profile, see `torchshear.plan`; None: any width.
         min_width: the fewest channels to keep in a group.
+        **unknown: none; words of other tools are answered with what to use instead.
 
     Attributes:
         criterion: the criterion of all entries; None where the config names it.
@@ -59,7 +63,7 @@ class Pruner:
 
     Raises:
         ArgumentError: the config is wrong or does not fit the model, see `torchshear.pruners.resolve`; data or a loss
-            is missing; the config names a criterion and the class another.
+            is missing; the config names a criterion and the class another; a keyword does not exist.
         CaptureError: the model cannot be traced.
     """
 
@@ -81,7 +85,10 @@ class Pruner:
         batches: int = 32,
         align: int | str | Alignment | None = None,
         min_width: int = 1,
+        **unknown: object,
     ) -> None:
+        for name in unknown:
+            raise unknown_keyword(type(self).__name__, name, _ARGUMENTS)
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
         if not isinstance(dependency_aware, bool):
@@ -145,6 +152,12 @@ class Pruner:
         if on_data and not (self._args or self._kwargs):
             raise ArgumentError(f"the criterion {on_data[0]!r} needs the traced model; give example inputs as args=.")
         return looking
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> NoReturn:
+            """Say of methods of other tools what to use instead."""
+            raise missing_method(type(self).__name__, name)
 
     @property
     def resolved(self) -> ResolvedConfig:

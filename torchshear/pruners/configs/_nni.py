@@ -12,10 +12,10 @@ from torchshear.pruners.configs._words import (
     flag,
     fraction,
     kept_fraction,
+    label,
     read_keys,
     refused,
     some_names,
-    text,
 )
 
 _SCHEDULE = (
@@ -83,8 +83,8 @@ _THIRD: Final[dict[str, Reader]] = {
     "exclude_op_types": some_names,
     "min_sparse_ratio": fraction,
     "max_sparse_ratio": closed_fraction,
-    "global_group_id": text,
-    "dependency_group_id": text,
+    "global_group_id": label,
+    "dependency_group_id": label,
     "granularity": _granularity,
     "target_names": _targets,
 }

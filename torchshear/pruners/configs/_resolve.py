@@ -57,7 +57,7 @@ def resolve(
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     selections = [select(entry, layers, modules) for entry in entries]
     owners = assign(entries, selections)
-    entries = [_filled(entry, criterion, pattern) for entry in entries]
+    entries = [_filled(entry, criterion, pattern) for entry in _with_idle_exclusions(entries, owners)]
     by_label = {entry.label: entry for entry in entries}
     owners = {layer: by_label[entry.label] for layer, entry in owners.items()}
     _check_groups_given(owners, groups)
@@ -74,6 +74,16 @@ def resolve(
     if not resolved.ratios and not resolved.weight_ratios:
         raise ArgumentError(_nothing(resolved))
     return resolved
+
+
+def _with_idle_exclusions(entries: Sequence[Entry], owners: Mapping[str, Entry]) -> list[Entry]:
+    """The entries, with a note at those that exclude no layer in the end."""
+    used = {entry.label for entry in owners.values()}
+    idle = "excludes nothing: entries behind it select its layers again, and these count"
+    return [
+        replace(entry, notes=(*entry.notes, idle)) if entry.excludes and entry.label not in used else entry
+        for entry in entries
+    ]
 
 
 def _filled(entry: Entry, criterion: str | None, pattern: str) -> Entry:

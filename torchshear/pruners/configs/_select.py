@@ -157,9 +157,10 @@ def _said(entry: Entry) -> str:
 def assign(entries: Sequence[Entry], selections: Sequence[dict[str, int]]) -> dict[str, Entry]:
     """Who has each layer.
 
-    Excluding holds wherever it stands. In NNI's words a later entry (in those of version 3 an earlier one) takes a
-    layer over if it is the more exact one: if it means the layer by its name, and the other by a pattern or a class,
-    and so on; or if all of its layers, and not only these, are the other's. Neural Compressor's pruners share no layer.
+    In the words of NNI 1 and 2 an entry that excludes holds for the entries before it; in those of version 3 wherever
+    it stands. A later entry (in version 3 an earlier one) takes a layer over if it is the more exact one: if it means
+    the layer by its name, and the other by a pattern or a class, and so on; or if all of its layers, and not only
+    these, are the other's. Neural Compressor's pruners share no layer.
 
     Args:
         entries: all entries.
@@ -187,10 +188,12 @@ def assign(entries: Sequence[Entry], selections: Sequence[dict[str, int]]) -> di
 
 def _winner(layer: str, pair: tuple[int, int], entries: Sequence[Entry], selections: Sequence[dict[str, int]]) -> int:
     first, second = pair
+    later_wins = entries[second].dialect == "nni"
+    if later_wins and (entries[first].excludes or entries[second].excludes):
+        return second
     for number in pair:
         if entries[number].excludes:
             return number
-    later_wins = entries[second].dialect == "nni"
     override, other = (second, first) if later_wins else (first, second)
     dialect = entries[second].dialect
     if dialect != "neural_compressor":

@@ -87,6 +87,13 @@ def text(place: str, value: Any) -> str:
     return value
 
 
+def label(place: str, value: Any) -> str:
+    """A name that tells things that belong together: a text that is not empty, or an integer."""
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise ArgumentError(f"{place}={_shown(value)}; expected a text or an integer.")
+    return str(value)
+
+
 def one_of(known: Collection[str]) -> Reader:
     """Make a reader of one word out of several."""
 

@@ -71,6 +71,14 @@ def check_ratio(name: str, value: object) -> None:
         raise ArgumentError(f"{name}={value!r}; expected a number of at least 0 and below 1.")
 
 
+class NothingFitsError(MaskError):
+    """A pattern fits none of the layers, of which it holds the reports."""
+
+    def __init__(self, message: str, layers: tuple[LayerReport, ...]) -> None:
+        super().__init__(message)
+        self.layers = layers
+
+
 def choose_masks(  # noqa: PLR0913 - keywords, each a choice of its own
     model: nn.Module,
     pattern: str = "1x1",
@@ -230,8 +238,12 @@ def _chosen(found: list[Candidate | LayerReport], ratios: list[float], share: _S
     """Rank the units, and put masks and reports together."""
     items = [(one, own) for one, own in zip(found, ratios, strict=True) if isinstance(one, Candidate)]
     if not items:
-        skipped = next(one for one in found if isinstance(one, LayerReport))
-        raise MaskError(f"pattern {pattern!r} fits none of {len(found)} layers: {skipped.name!r} was {skipped.note}.")
+        skipped = tuple(
+            replace(one, requested=own) for one, own in zip(found, ratios, strict=True) if isinstance(one, LayerReport)
+        )
+        raise NothingFitsError(
+            f"pattern {pattern!r} fits none of {len(found)} layers: {skipped[0].name!r} was {skipped[0].note}.", skipped
+        )
     limits = [min(len(one.scores), count_of(one.n_all, share.most)) for one, _ in items]
     kept = iter(zip(_kept(items, share, limits), limits, strict=True))
     tensors: dict[str, Tensor] = {}
