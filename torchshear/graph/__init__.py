@@ -8,6 +8,7 @@ from torchshear.graph._check import failure_of
 from torchshear.graph._contract import output_leaves, plain_outputs
 from torchshear.graph._copy import copy_model
 from torchshear.graph._cost import Cost, node_macs
+from torchshear.graph._free_sizes import free_dimensions
 from torchshear.graph._functions import FunctionCall
 from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inputs import ExampleInputs
@@ -49,6 +50,7 @@ __all__ = [
     "failure_of",
     "first_names",
     "forget",
+    "free_dimensions",
     "is_on_meta",
     "kept_state",
     "locate",

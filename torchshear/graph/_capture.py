@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.ao.quantization.observer import ObserverBase
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.nn.parameter import is_lazy
@@ -363,6 +364,12 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     part, module, line = _origin_of(model, error)
     what = type(whole_of(model)).__name__
     where = f"module {module!r}" if module else what
+    if isinstance(dict(model.named_modules()).get(module), ObserverBase):
+        return CaptureError(
+            f"torch.export cannot capture {what}: {where} is an observer of torch.ao.quantization, which takes ranges "
+            f"from the values that it sees. Prune the model before it is prepared for quantisation, and prepare the "
+            f"result."
+        )
     return CaptureError(
         f"torch.export cannot capture {f'part {part!r} of {what}' if part else what}: {type(error).__name__}: "
         f"{first_line(error)} Where: {where}{', ' + line if line else ''}. Expected a forward that runs on the example "

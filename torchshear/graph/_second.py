@@ -76,6 +76,15 @@ def names_read(model: nn.Module, inputs: ExampleInputs) -> set[str] | None:
     return {name for name, tensor in run.state.items() if id(tensor) in read}
 
 
+def run_without_values(model: nn.Module, inputs: ExampleInputs) -> bool:
+    """Whether a model can be run on tensors of the shapes of some inputs, without values."""
+    try:
+        _recorded(model, inputs)
+    except Exception:  # see above
+        return False
+    return True
+
+
 # -- the second run ----------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,8 @@
 """Example inputs of a call, flattened, with what is known about their batch and the length of their sequences."""
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError
 from torchshear.speedup._traced import signature_of
 
+DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
+
+_AUTO = torch.export.Dim.AUTO
 _LEAST_LENGTH = 3  # shorter sequences are left as they are: a length of 1 is a case of its own to most models
 
 
@@ -26,6 +29,8 @@ class ExampleCall:
         batched: places of the tensors that have the batch in front.
         sequences: places of those among them that hold a sequence of integers for each sample, as tokens are.
         batch: number of samples, None if there is no batch.
+        asked: place of a tensor -> dimension -> name, of the sizes that the caller wants free.
+        note: what is to be known of its sizes, for messages.
     """
 
     leaves: tuple[Any, ...]
@@ -34,9 +39,13 @@ class ExampleCall:
     batched: frozenset[int]
     sequences: frozenset[int]
     batch: int | None
+    asked: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
+    note: str = ""
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "ExampleCall":
+    def of(
+        cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: DynamicShapes = None
+    ) -> "ExampleCall":
         """Bind the examples to the parameters of forward, in whose order torch.export wants them."""
         signature = signature_of(model)
         try:
@@ -54,7 +63,8 @@ class ExampleCall:
         batch = next(iter(sizes.values()), None)
         batched = frozenset(place for place, size in sizes.items() if size == batch)
         sequences = frozenset(place for place in batched if _is_sequence(leaves[place]))
-        return cls(tuple(leaves), spec, signature, batched, sequences, batch)
+        asked = _asked_sizes(signature.bind(*args, **kwargs).arguments, leaves, dynamic_shapes)
+        return cls(tuple(leaves), spec, signature, batched, sequences, batch, asked)
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -93,17 +103,64 @@ class ExampleCall:
         leaves = [leaf[:, :-1].clone() if place in self.sequences else leaf for place, leaf in enumerate(self.leaves)]
         return replace(self, leaves=tuple(leaves))
 
-    def dynamic_shapes(self, lengths: bool) -> dict[str, Any]:
+    def enlarged(self) -> "ExampleCall":
+        """Copy the examples, with all sizes that the caller wants free twice as large; but not the batch."""
+        leaves = list(self.leaves)
+        for place, names in self.asked.items():
+            for dim in names:
+                if dim or place not in self.batched:
+                    leaves[place] = torch.cat([leaves[place], leaves[place].flip(dim)], dim)
+        return replace(self, leaves=tuple(leaves), note=" with the sizes of dynamic_shapes doubled")
+
+    def dynamic_shapes(self, batch: bool, lengths: bool) -> dict[str, Any]:
         """Give parameter name -> the structure of its example, with free sizes left to torch.export to find.
 
         Args:
-            lengths: whether the lengths of sequences are to be free beside the batch.
+            batch: whether the batch is to be free beside what the caller asked for.
+            lengths: whether the lengths of sequences are to be free, too.
         """
-        auto = torch.export.Dim.AUTO
-        free = [{0: auto, 1: auto} if lengths and place in self.sequences else {0: auto} for place in self.places]
-        marks = [mark if place in self.batched else None for place, mark in zip(self.places, free, strict=True)]
-        args, kwargs = pytree.tree_unflatten(marks, self.spec)
+        free: list[dict[int, Any]] = [dict.fromkeys(self.asked.get(place, ()), _AUTO) for place in self.places]
+        for place in self.batched if batch else ():
+            free[place][0] = _AUTO
+        for place in self.sequences if lengths else ():
+            free[place][1] = _AUTO
+        args, kwargs = pytree.tree_unflatten([mark or None for mark in free], self.spec)
         return dict(self.signature.bind(*args, **kwargs).arguments)
+
+
+def _asked_sizes(
+    given: Mapping[str, Any], leaves: Sequence[Any], dynamic_shapes: DynamicShapes
+) -> dict[int, dict[int, str]]:
+    """Place of a tensor -> dimension -> name, as a caller of torch.export writes them.
+
+    Raises:
+        ArgumentError: they are not of this form, or name no tensor or dimension of the examples.
+    """
+    if dynamic_shapes is None:
+        return {}
+    wanted = f"a mapping from parameters of forward ({', '.join(given)}) to dimensions, as {{'x': {{2: 'height'}}}}"
+    if isinstance(dynamic_shapes, tuple | list):
+        dynamic_shapes = dict(zip(given, dynamic_shapes, strict=False))
+    if not isinstance(dynamic_shapes, Mapping):
+        raise ArgumentError(f"dynamic_shapes is {type(dynamic_shapes).__name__}; expected {wanted}.")
+    found: dict[int, dict[int, str]] = {}
+    for name, dims in dynamic_shapes.items():
+        if dims is None:
+            continue
+        tensor = given.get(name)
+        place = next((place for place, leaf in enumerate(leaves) if leaf is tensor), None)
+        if not isinstance(tensor, Tensor) or place is None or not isinstance(dims, Mapping):
+            raise ArgumentError(f"dynamic_shapes: {name!r}: {dims!r}; expected {wanted}, of inputs that are tensors.")
+        for dim, size in dims.items():
+            if isinstance(dim, bool) or not isinstance(dim, int) or not 0 <= dim < tensor.ndim:
+                raise ArgumentError(
+                    f"dynamic_shapes: {name!r} has no dimension {dim!r}; its example has shape {tuple(tensor.shape)}."
+                )
+            label = size if isinstance(size, str) else getattr(size, "__name__", f"{name}_{dim}")
+            if not label.isidentifier():
+                raise ArgumentError(f"dynamic_shapes: {label!r} is no name of a size; expected one as 'height'.")
+            found.setdefault(place, {})[dim] = label
+    return found
 
 
 def _is_sequence(tensor: Tensor) -> bool:

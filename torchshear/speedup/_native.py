@@ -45,7 +45,7 @@ def native_copy(
     for module, _ in modes:
         module.training = False  # reading a parametrised weight computes it, and in train mode changes its buffers
     for name, module in duplicate.named_modules():
-        if _is_torch_module(module):
+        if is_torch_module(module):
             _update_torch_module(module, by_module.get(name, {}))
     for module, training in modes:
         module.training = training
@@ -66,7 +66,8 @@ def _changes_by_module(changes: Sequence[Change], first: Mapping[str, str]) -> d
     return {module: {old: new.pop() for old, new in values.items() if len(new) == 1} for module, values in seen.items()}
 
 
-def _is_torch_module(module: nn.Module) -> bool:
+def is_torch_module(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own, whose integers follow their tensors."""
     return type(module).__module__.startswith(("torch.nn.", "torch.ao."))
 
 

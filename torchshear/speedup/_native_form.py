@@ -35,6 +35,7 @@ from torchshear.speedup._rewrite import changed_integers, implied_arguments, rew
 from torchshear.speedup._scales import Scaling
 from torchshear.speedup._sizes import Choice, assigned, check_slots, choices, explain
 from torchshear.speedup._trials import Trials, example_of
+from torchshear.speedup._unread import unread_sizes
 from torchshear.speedup._varied_inputs import random_like
 
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
@@ -87,12 +88,16 @@ def native_form(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], slice
     fault = found.repair.fault
     if fault is not None:
         return Native(None, Form("traced", _reason(fault, making)), fault.modules[0])
-    native = making.native(found.repair.sizes, found.scales)
+    native, sizes = making.native(found.repair.sizes, found.scales), dict(found.repair.sizes)
     failure = _failure_in_training(native, model, cut.groups.graph)
     if failure is not None:
         return Native(None, Form("traced", failure))
-    reason = f"{_description(found.repair.sizes, found.scales)}; equal to the rewritten graph on all inputs tried"
-    return Native(native, Form("native", reason, found.repair.sizes, found.scales))
+    unread = unread_sizes(model, native, cut, sizes, _example_in_training(cut.groups.graph))
+    if unread:
+        sizes |= unread
+        native = making.native(sizes, found.scales)
+    reason = f"{_description(sizes, found.scales)}; equal to the rewritten graph on all inputs tried"
+    return Native(native, Form("native", reason, sizes, found.scales))
 
 
 def recorded_form(
@@ -336,13 +341,19 @@ def own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
     return found
 
 
+def _example_in_training(graph: Graph) -> ExampleInputs:
+    """The example, with two samples where it has one and the batch is free: batch norms need two values a channel."""
+    inputs = example_of(graph)
+    return inputs.with_batch(2) if graph.batch_hint is not None and inputs.batch_size() == 1 else inputs
+
+
 def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> str | None:
     """Why a native form does not run in train mode though its original does, or None."""
     inputs: ExampleInputs = random_like(example_of(graph), seed=0)
     twin = copy_model(native, {id(parameter): parameter for parameter in native.parameters()})  # no run leaves traces
     failure = failure_of(twin, inputs, "train")
-    if failure is not None and graph.batch_hint is not None and inputs.batch_size() == 1:
-        inputs = inputs.with_batch(2)  # batch norms need two values a channel
+    if failure is not None and inputs.batch_size() == 1:
+        inputs = random_like(_example_in_training(graph), seed=0)
         failure = failure_of(twin, inputs, "train")
     if failure is None or failure_of(model, inputs, "train") is not None:
         return None

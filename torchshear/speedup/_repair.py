@@ -134,7 +134,7 @@ class _Search:
             known, pool = pool, [c for c in self.found[module] if is_read(owner, c.slot, reads)]
             if len(pool) == len(known):
                 return None
-            for more in _ways(pool):
+            for more in ways(pool):
                 if more in tried or self.sizes | more == self.sizes:
                     continue
                 tried.append(more)
@@ -167,7 +167,7 @@ def _is_mended(before: Fault, after: Fault | None) -> bool:
     return after is None or after.progress > before.progress
 
 
-def _ways(found: Sequence[Choice]) -> Iterator[dict[Slot, int]]:
+def ways(found: Sequence[Choice]) -> Iterator[dict[Slot, int]]:
     """Ways to set some of the slots: few before many, and those whose names stand on the lines before others."""
     named = [choice for choice in found if choice.is_named]
     for pool in (named, found) if len(named) < len(found) else (found,):

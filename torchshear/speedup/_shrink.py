@@ -1,12 +1,12 @@
 """Make a plan real: a physically smaller model, in native form where that is equal to the rewritten graph."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan, analyze
@@ -20,6 +20,7 @@ from torchshear.graph import (
     Graph,
     PartRun,
     capture,
+    free_dimensions,
     is_on_meta,
     record_parts,
     trace_inputs,
@@ -221,22 +222,45 @@ def transient_names(model: nn.Module) -> set[str]:
     }
 
 
-def _call_spec(model: nn.Module, graphs: Mapping[str, Graph]) -> CallSpec:
+def _call_spec(model: nn.Module, graphs: Mapping[str, Graph], rewritten: Mapping[str, fx.Graph]) -> CallSpec:
     out_specs = {mode: graph.out_spec for mode, graph in graphs.items()}
     is_free = all(graph.batch_hint is not None for graph in graphs.values())
-    return CallSpec(graphs["eval"].in_spec, out_specs, signature_of(model), *input_shapes(graphs["eval"], is_free))
+    keeps_calls = all(_has_same_calls(graph.fx_graph, rewritten[mode]) for mode, graph in graphs.items())
+    others = free_dimensions(model, list(graphs.values())) if keeps_calls else frozenset()
+    shapes = input_shapes(graphs["eval"], is_free, others)
+    return CallSpec(graphs["eval"].in_spec, out_specs, signature_of(model), *shapes)
+
+
+def _has_same_calls(graph: fx.Graph, rewritten: fx.Graph) -> bool:
+    """Whether no call became one of another operator, whose arguments may be sizes that the first did not name."""
+    targets = {node.name: node.target for node in graph.nodes}
+    return all(targets.get(node.name, node.target) == node.target for node in rewritten.nodes)
 
 
 def input_shapes(
-    graph: Graph, is_free: bool
+    graph: Graph, is_free: bool, others: Collection[tuple[int, int]] = ()
 ) -> tuple[tuple[tuple[int | None, ...] | None, ...], tuple[tuple[int, ...] | None, ...]]:
-    """Sizes of the flat inputs, None for a free batch and for inputs that are no tensors; and the same as given."""
+    """Sizes of the flat inputs, None for free ones and for inputs that are no tensors; and the same as given.
+
+    Args:
+        graph: the capture.
+        is_free: whether its batch is free.
+        others: numbers of tensors, with dimensions of them that are free, too.
+    """
     leaves = pytree.tree_leaves((graph.inputs.args, graph.inputs.kwargs))
     given = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves)
-    free: tuple[tuple[int | None, ...] | None, ...] = tuple(
-        (None, *shape[1:]) if is_free and shape else shape for shape in given
-    )
-    return free, given
+    numbers = iter(range(len(leaves)))
+    free: list[tuple[int | None, ...] | None] = []
+    for shape in given:
+        number = None if shape is None else next(numbers)
+        free.append(
+            None
+            if shape is None
+            else tuple(
+                None if (dim == 0 and is_free) or (number, dim) in others else size for dim, size in enumerate(shape)
+            )
+        )
+    return tuple(free), given
 
 
 def _both_modes(
@@ -256,7 +280,7 @@ def _both_modes(
         graph = replace(graph, state={**train.state, **graph.state})
     except (CaptureError, PlanError) as failure:
         error = str(failure)
-    call = TracedCall.of(rewritten, _call_spec(model, sources), error, lost_backwards(sources["eval"]))
+    call = TracedCall.of(rewritten, _call_spec(model, sources, rewritten), error, lost_backwards(sources["eval"]))
     return TracedModule(_entries(model, graph, sliced), [call]), training
 
 

@@ -46,6 +46,11 @@ def assign(module: nn.Module, slot: Slot, value: int) -> None:
     setattr(module, slot.attribute, holder)
 
 
+def value_of(module: nn.Module, slot: Slot) -> int:
+    """What a slot holds."""
+    return next(value for known, value in _integers(slot.module, module) if known == slot)
+
+
 def check_slots(model: nn.Module, form: Form) -> None:
     """See that a model has all that a recorded form changes, since a file may name anything.
 

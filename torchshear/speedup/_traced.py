@@ -1,20 +1,52 @@
 """The traced form of a shrunk model: one store of parameters, and a graph for each mode."""
 
+import importlib
 import inspect
+import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.errors import ArgumentError, CaptureError
+from torchshear.errors import ArgumentError, CaptureError, OutputError
 from torchshear.speedup._devices import follow_device
 from torchshear.speedup._lost_backwards import without_gradients
 
-Forward = Callable[..., Any]
+
+class GraphCode:
+    """Python code of a graph: a function of the module and the flat inputs, that can be pickled.
+
+    Args:
+        source: the code, of a function `forward`.
+        scope: what it calls by name, modules as `_ModuleName`.
+    """
+
+    def __init__(self, source: str, scope: Mapping[str, Any]) -> None:
+        self._made_of = (source, dict(scope))
+        names: dict[str, Any] = {
+            name: importlib.import_module(value) if isinstance(value, _ModuleName) else value
+            for name, value in scope.items()
+        }
+        exec(compile(source, "<traced graph>", "exec"), names)  # made from the graph's own nodes, not from a file
+        self._run: Callable[..., Any] = names["forward"]
+
+    def __call__(self, module: nn.Module, *leaves: Any) -> Any:
+        """Run the graph."""
+        return self._run(module, *leaves)
+
+    def __reduce__(self) -> Any:
+        """The code, to be compiled again."""
+        return GraphCode, self._made_of
+
+
+class _ModuleName(str):
+    """Name of a Python module, which itself cannot be pickled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +71,33 @@ class CallSpec:
         """Nothing in it ever changes, so copies of a module share it."""
         return self
 
+    def __reduce__(self) -> Any:
+        """For pickle, which cannot take all that a user's signature and containers may hold.
+
+        Raises:
+            OutputError: it cannot; says what can be saved instead.
+        """
+        plain = [one.replace(annotation=inspect.Parameter.empty) for one in self.signature.parameters.values()]
+        signature = inspect.Signature(plain)
+        parts = (self.in_spec, dict(self.out_specs), signature, self.shapes, self.examples)
+        try:
+            with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch's own trees
+                content = pickle.dumps(parts)
+        except Exception as error:  # objects of the user's classes may refuse in any way
+            raise OutputError(
+                f"this traced model cannot be pickled, since {type(error).__name__}: {error}. Save its plan and its "
+                f"weights: result.plan.save('plan.json'), torch.save(model.state_dict(), 'weights.pt'). They become it "
+                f"again by small = torchshear.shrink(Model(), torchshear.PruningPlan.load('plan.json')), "
+                f"small.load_state_dict(torch.load('weights.pt'))."
+            ) from error
+        return _loaded_spec, (content,)
+
+
+def _loaded_spec(content: bytes) -> CallSpec:
+    """A specification from what `CallSpec` pickles of it."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return CallSpec(*pickle.loads(content))
+
 
 @dataclass(frozen=True, slots=True)
 class StateEntry:
@@ -60,7 +119,7 @@ class TracedCall:
         gradient_error: why the graph for eval mode gives no gradients; "" where it does.
     """
 
-    forwards: Mapping[str, Forward]
+    forwards: Mapping[str, GraphCode]
     spec: CallSpec
     train_error: str
     gradient_error: str = ""
@@ -153,7 +212,8 @@ class TracedModule(nn.Module):
     """A model that runs captured graphs over parameters and buffers under their original names.
 
     In eval mode the graph captured in eval mode runs, in train mode the other, so that dropout and batch statistics
-    behave as in the original. `state_dict`, `to`, `deepcopy` and optimizers work as on any module. A part that its
+    behave as in the original. `state_dict`, `to`, `deepcopy`, `torch.save` and optimizers work as on any module; what
+    was saved whole is read by `torch.load(..., weights_only=False)`, with the same version of torch. A part that its
     model calls in several ways has graphs for each; those run that the arguments fit.
     """
 
@@ -218,14 +278,15 @@ def _register(root: nn.Module, name: str, entry: StateEntry) -> None:
         module.register_buffer(last, entry.tensor, persistent=entry.is_persistent)
 
 
-def _compile(graph: fx.Graph) -> Forward:
+def _compile(graph: fx.Graph) -> GraphCode:
     """Python code of a graph as a function of the module and the flat inputs."""
     follow_device(graph)
     code = graph.python_code("self")
-    scope: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, "<traced graph>", "exec"), scope)  # code made from the graph's own nodes, not from a file
-    forward: Forward = scope["forward"]
-    return forward
+    scope = {
+        name: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
+        for name, value in code.globals.items()
+    }
+    return GraphCode(code.src, scope)
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:

@@ -23,7 +23,7 @@ from torchshear.graph import alone, kept_state, plain_outputs
 from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._compare import ordinary_scale
 from torchshear.speedup._decompositions import decomposed
-from torchshear.speedup._example_call import ExampleCall
+from torchshear.speedup._example_call import DynamicShapes, ExampleCall
 from torchshear.speedup._session import error_reason, open_session
 from torchshear.speedup._traced import signed
 
@@ -50,6 +50,7 @@ class OnnxFile:
         dynamic_batch: whether the file takes any batch size.
         static_reason: why the batch is fixed; None where it is not.
         dynamic_length: whether sequences of integers (tokens) may have another length than in the examples.
+        dynamic_sizes: names of the other free sizes, as they were asked for.
     """
 
     path: Path
@@ -60,15 +61,18 @@ class OnnxFile:
     dynamic_batch: bool
     static_reason: str | None = None
     dynamic_length: bool = False
+    dynamic_sizes: tuple[str, ...] = ()
 
 
 @alone()
-def export_onnx(
+def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
     model: nn.Module,
     path: str | os.PathLike[str],
     args: tuple[Any, ...] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
+    opset: int | None = None,
+    dynamic_shapes: DynamicShapes = None,
     check_batches: Sequence[int] = (1, 3),
     rtol: float = 2e-4,
     atol: float = 1e-6,
@@ -91,6 +95,10 @@ def export_onnx(
         path: the file to create or replace.
         args: example inputs by position, batch first.
         kwargs: example inputs by name.
+        opset: version of the ONNX operator set that the file is to have; None for that of torch (20 at present). Older
+            ones are converted, which not every operator allows.
+        dynamic_shapes: sizes that are to be free beside the batch, as for torch.export: parameter of forward ->
+            dimension -> name, as `{"x": {2: "height", 3: "width"}}`. Inputs with these sizes doubled are compared, too.
         check_batches: batch sizes to compare beside that of the examples; made by repeating or cutting the examples.
         rtol: allowed difference of an element as a share of its own value and of the ordinary values of its output,
             never of the largest, which may be a filler; integers must be equal.
@@ -100,15 +108,17 @@ def export_onnx(
         What was written and how it was checked.
 
     Raises:
-        ArgumentError: a tolerance or a batch size is out of range, or the examples do not fit the model's signature.
+        ArgumentError: a tolerance, a batch size or the opset is out of range, `dynamic_shapes` names what is not there,
+            or the examples do not fit the model's signature.
         WeightError: a weight is on the meta device.
-        ExportError: torch cannot convert the model, onnxruntime does not run it, or an output differs.
+        ExportError: torch cannot convert the model, or not to this opset; the model fixes a size that was to be free;
+            onnxruntime does not run it, or an output differs.
         OutputError: the file cannot be written.
 
     Reference: `torch.onnx.export(dynamo=True)`, https://docs.pytorch.org/docs/stable/onnx_export.html
     """
-    _check_limits(check_batches, rtol, atol)
-    call = ExampleCall.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {})
+    _check_limits(check_batches, rtol, atol, opset)
+    call = ExampleCall.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}, dynamic_shapes)
     _check_dtypes(model, call)
     target, check = as_path(path, "the path of an ONNX file"), _Tolerance(rtol, atol)
     with _evaluating(model), plain_outputs(model):
@@ -118,12 +128,12 @@ def export_onnx(
             batches = tuple(dict.fromkeys((call.batch, *check_batches)))
             for free in ("batch and length", "batch") if call.sequences else ("batch",):
                 try:
-                    return _export(model, target, call, batches, check, free)
+                    return _export(model, target, call, batches, check, free, opset)
                 except ExportError as error:
                     reason = str(error)
         logger.info("exporting %s with a fixed batch: %s", type(model).__name__, reason)
         batches = () if call.batch is None else (call.batch,)
-        return replace(_export(model, target, call, batches, check, "nothing"), static_reason=reason)
+        return replace(_export(model, target, call, batches, check, "nothing", opset), static_reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +170,20 @@ class _Tolerance:
 
 
 def _export(
-    model: nn.Module, target: Path, call: ExampleCall, batches: tuple[int, ...], check: _Tolerance, free: Free
+    model: nn.Module,
+    target: Path,
+    call: ExampleCall,
+    batches: tuple[int, ...],
+    check: _Tolerance,
+    free: Free,
+    opset: int | None,
 ) -> OnnxFile:
     """Convert, save beside the target, check, and move into place."""
     calls = [call.resized(batch) for batch in batches] or [call.resized(None)]
+    calls += [calls[0].enlarged()] if call.asked else []
     expected = [_outputs(model, one) for one in calls]
     traced = call.resized(max(call.batch, 2)) if free != "nothing" and call.batch is not None else call
-    program = _converted(model, traced, free)
+    program = _converted(model, traced, free, opset)
     place = Path(os.path.realpath(target))
     with atomic_path(place) as temporary, tempfile.TemporaryDirectory(prefix=DRAFT, dir=place.parent) as folder:
         draft = Path(folder) / place.name
@@ -182,9 +199,16 @@ def _export(
                 weights.replace(temporary_weights)
                 place.unlink(missing_ok=True)  # or its old graph would read the new weights if the process ended here
         draft.replace(temporary)
-    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
-    dynamic = free != "nothing"
-    return OnnxFile(target, size_bytes, opset, max_error, batches, dynamic, dynamic_length=_has_length(proto))
+    dynamic, version, sizes = free != "nothing", _opset_of(proto), _asked_names(call)
+    return OnnxFile(target, size_bytes, version, max_error, batches, dynamic, None, _has_length(proto), sizes)
+
+
+def _opset_of(proto: onnx.ModelProto) -> int:
+    return int(next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")))
+
+
+def _asked_names(call: ExampleCall) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for names in call.asked.values() for name in names.values()))
 
 
 def _outputs(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
@@ -194,7 +218,9 @@ def _outputs(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
     try:
         result = torch.func.functional_call(model, buffers, *own.arguments)
     except Exception as error:
-        raise ExportError(f"{type(model).__name__} itself fails at batch {call.batch}: {_cause(error)}") from error
+        raise ExportError(
+            f"{type(model).__name__} itself fails at batch {call.batch}{call.note}: {_cause(error)}"
+        ) from error
     leaves = pytree.tree_leaves(result)
     for leaf in leaves:
         if leaf is not None and not isinstance(leaf, Tensor):
@@ -205,13 +231,15 @@ def _outputs(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
     return [leaf.detach().cpu().numpy() for leaf in leaves if leaf is not None]
 
 
-def _converted(model: nn.Module, call: ExampleCall, free: Free) -> torch.onnx.ONNXProgram:
+def _converted(model: nn.Module, call: ExampleCall, free: Free, opset: int | None) -> torch.onnx.ONNXProgram:
     """Capture the model and translate it to ONNX in memory."""
-    shapes = None if free == "nothing" else call.dynamic_shapes(lengths=free == "batch and length")
+    shapes = None
+    if free != "nothing" or call.asked:
+        shapes = call.dynamic_shapes(batch=free != "nothing", lengths=free == "batch and length")
     try:
         with quiet_torch(), signed(model):
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
-            program = torch.onnx.export(decomposed(captured), dynamo=True, verbose=False)
+            program = torch.onnx.export(decomposed(captured), dynamo=True, verbose=False, opset_version=opset)
     except Exception as error:
         raise ExportError(
             f"torch cannot turn {type(model).__name__} into ONNX: {_cause(error)} "
@@ -219,6 +247,12 @@ def _converted(model: nn.Module, call: ExampleCall, free: Free) -> torch.onnx.ON
         ) from error
     if program is None:
         raise ExportError(f"torch.onnx.export gave no program for {type(model).__name__}. Update torch and onnxscript.")
+    written = _opset_of(program.model_proto)
+    if opset is not None and written != opset:
+        raise ExportError(
+            f"{type(model).__name__} has opset {written} as torch {torch.__version__} writes it, and cannot be "
+            f"converted to opset {opset}: an operator of it has no form there. Ask for a newer opset."
+        )
     return program
 
 
@@ -230,8 +264,8 @@ def _save(program: torch.onnx.ONNXProgram, draft: Path, call: ExampleCall, free:
         proto = onnx.load(draft, load_external_data=False)
     else:
         proto = program.model_proto
-    if free != "nothing":
-        _name_sizes(proto, call)
+    if free != "nothing" or call.asked:
+        _name_sizes(proto, call, free)
     draft.write_bytes(proto.SerializeToString())
     return proto
 
@@ -241,20 +275,27 @@ def _has_length(proto: onnx.ModelProto) -> bool:
     return any(dim.dim_param == "length" for value in proto.graph.input for dim in value.type.tensor_type.shape.dim)
 
 
-def _name_sizes(proto: onnx.ModelProto, call: ExampleCall) -> None:
-    """Call the free first dimension "batch" and free second ones "length", in place.
+def _name_sizes(proto: onnx.ModelProto, call: ExampleCall, free: Free) -> None:
+    """Call the free first dimension "batch", free second ones "length", and others as they were asked for, in place.
 
     Raises:
-        ExportError: an input has the batch fixed.
+        ExportError: an input has the batch, or a size that was asked for, fixed.
     """
     names: dict[str, str] = {}
     for node, place in zip(proto.graph.input, call.tensors(), strict=True):
         sizes = node.type.tensor_type.shape.dim
-        if place in call.batched:
+        for dim, name in call.asked.get(place, {}).items():
+            if not sizes[dim].dim_param.isidentifier():
+                raise ExportError(
+                    f"the model fixes dimension {dim} of input {node.name!r}, {name!r}, or ties it to another size. "
+                    f"Leave it out of dynamic_shapes."
+                )
+            names.setdefault(sizes[dim].dim_param, name)
+        if free != "nothing" and place in call.batched:
             if not sizes[0].dim_param.isidentifier():  # a size the model fixes comes as a number
                 raise ExportError(f"the model fixes the first dimension of input {node.name!r}.")
-            names[sizes[0].dim_param] = "batch"
-        if place in call.sequences and sizes[1].dim_param.isidentifier():
+            names.setdefault(sizes[0].dim_param, "batch")
+        if free == "batch and length" and place in call.sequences and sizes[1].dim_param.isidentifier():
             count = sum(name.startswith("length") for name in names.values())
             names.setdefault(sizes[1].dim_param, f"length_{count + 1}" if count else "length")
     pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, names))})\b")
@@ -286,7 +327,7 @@ def _checked(
         try:
             got = session.run(None, dict(zip(names, arrays, strict=True)))
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            raise ExportError(f"onnxruntime fails at batch {call.batch}: {error_reason(error)}") from error
+            raise ExportError(f"onnxruntime fails at batch {call.batch}{call.note}: {error_reason(error)}") from error
         errors += [
             check.compare(node.name, call.batch, one, other)
             for node, one, other in zip(outputs, wanted, got, strict=True)
@@ -294,8 +335,10 @@ def _checked(
     return max(errors)
 
 
-def _check_limits(check_batches: Sequence[int], rtol: float, atol: float) -> None:
-    """Refuse batch sizes below 1 and tolerances that are negative or no number."""
+def _check_limits(check_batches: Sequence[int], rtol: float, atol: float, opset: int | None) -> None:
+    """Refuse batch sizes and opsets below 1 and tolerances that are negative or no number."""
+    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < 1):
+        raise ArgumentError(f"opset must be a whole number of at least 1, or None, but got {opset!r}.")
     for batch in check_batches:
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
             raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {batch!r}.")

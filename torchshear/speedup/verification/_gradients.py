@@ -61,6 +61,7 @@ def _gradient_error(expected: Tensor, actual: Tensor, smallest: float) -> float:
         return float("inf")
     if not expected.numel():
         return 0.0
-    scale = (expected.abs() + _mean_size(expected) + smallest).clamp_min(torch.finfo(torch.float64).tiny)
+    scale = expected.abs() + _mean_size(expected) + smallest
+    scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)  # all gradients may be zero, as outside of a quantised range
     error = float(((expected - actual).abs() / scale).masked_fill(expected.isnan() & actual.isnan(), 0).max())
     return error if error == error else float("inf")
