@@ -325,7 +325,7 @@ def test_a_config_prints_what_it_means(columns: int) -> None:
             ("--criterion", "taylor", "--data", "data_nets:loader", "--loss", "output", "--batches", "3"),
             "loss 'output': the output is an object of type Tensor without a loss",
         ),
-        (("--config", "no.yaml"), "cannot read config file 'no.yaml'"),
+        (("--config", "no.yaml"), "config file 'no.yaml' cannot be read"),
         (("--config", "wrong.yaml"), "config_list[1]: 'sparcity' is no key of an NNI entry. Close to it: sparsity"),
         (("--config", "fits_nothing.yaml"), "config_list[0]"),
         (("--config", "twice.yaml"), "the key 'sparsity' stands twice in one mapping, again in line 3"),

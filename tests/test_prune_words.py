@@ -198,7 +198,7 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
         ({"config": CONFIG, "criterion": "apoz"}, r"criterion 'apoz' looks at activations; give batches"),
         ({"config": FINE}, r"sets single weights to zero \(pattern '4x1'\).*ConfigPruner.*choose_masks"),
         ({"config": [{"op_types": ["Conv2d"], "sparcity": 0.5}]}, r"config_list\[0\].*sparcity"),
-        ({"config": "no.yaml"}, r"cannot read config file 'no.yaml'"),
+        ({"config": "no.yaml"}, r"config file 'no.yaml' cannot be read"),
         ({"config": {"target_sparsity": 0.5, "pruning_step": 16}}, r"read_unipruning_config"),
     ],
 )
