@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import torchshear
 from tests.models import Chunked, Residual, image, randomise
 from tests.oracle import assert_equals_masked, fingerprint
+from tests.plan_files import edit_plan
 from torchshear import PruningPlan
 from torchshear.errors import ArgumentError, CaptureError, PlanError, TorchshearError, VerificationError
 from torchshear.pruners import plan_from_kept
@@ -465,11 +466,9 @@ def test_a_plan_whose_inputs_cannot_be_described_asks_for_them(tmp_path: Path) -
 def test_a_damaged_list_of_parts_is_refused(tmp_path: Path) -> None:
     torchshear.prune(detector(), images(), submodules=PARTS).plan.save(tmp_path / "plan.json")
     for parts in ({"calls": []}, {"calls": ["trunk"], "pinned": [1]}, {"calls": [3], "pinned": {}}, 5):
-        document = json.loads((tmp_path / "plan.json").read_text())
-        document["model"]["parts"] = parts
-        (tmp_path / "bad.json").write_text(json.dumps(document))
-        with pytest.raises(PlanError, match="damaged"):
-            PruningPlan.load(tmp_path / "bad.json")
+        edit_plan(tmp_path / "plan.json", lambda document, parts=parts: document["model"].update(parts=parts))
+        with pytest.raises(PlanError, match="damaged: entry .* is missing or of the wrong kind"):
+            PruningPlan.load(tmp_path / "plan.json")
 
 
 def test_a_plan_for_another_model_is_refused() -> None:

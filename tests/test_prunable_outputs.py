@@ -1,6 +1,5 @@
 """Outputs that may shrink, by name: they do as the plan says, others keep their shapes, and every value is proved."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 import torchshear
 from tests.models import Residual, image
 from tests.oracle import masked_copy
+from tests.plan_files import edit_plan
 from tests.strategies import randomise
 from torchshear import PruningPlan
 from torchshear.errors import ArgumentError, PlanError, VerificationError
@@ -192,9 +192,7 @@ def test_a_plan_with_outputs_replays_from_its_file_on_a_fresh_model(tmp_path: Pa
 )
 def test_damaged_outputs_are_damage(tmp_path: Path, damage: Callable[[dict], Any]) -> None:
     torchshear.prune(pyramid(), (batch(),), prunable_outputs="aux").plan.save(tmp_path / "plan.json")
-    document = json.loads((tmp_path / "plan.json").read_text())
-    damage(document["outputs"][0])
-    (tmp_path / "plan.json").write_text(json.dumps(document))
+    edit_plan(tmp_path / "plan.json", lambda document: damage(document["outputs"][0]))
     with pytest.raises(PlanError, match="is damaged"):
         PruningPlan.load(tmp_path / "plan.json")
 

@@ -10,6 +10,7 @@ import pytest
 
 import torchshear
 from tests.models import Residual, image, randomise
+from tests.plan_files import edit_plan
 from torchshear import PruningPlan
 from torchshear.dependency import Form, Part, Slot
 from torchshear.errors import PlanError
@@ -78,9 +79,7 @@ def test_composed_plans_record_no_form() -> None:
 def test_a_damaged_form_is_a_damaged_plan(plan: PruningPlan, tmp_path: Path, edit: Callable[[Any], Any]) -> None:
     path = tmp_path / "plan.json"
     plan.save(path)
-    document = json.loads(path.read_text())
-    edit(document["form"])
-    path.write_text(json.dumps(document))
+    edit_plan(path, lambda document: edit(document["form"]))
     with pytest.raises(PlanError, match=r"plan.json' is damaged"):
         PruningPlan.load(path)
 

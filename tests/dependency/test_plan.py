@@ -1,6 +1,5 @@
 """Plans: masks, files, damage, composition."""
 
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.models import Grouped, Residual, image, randomise
+from tests.plan_files import edit_plan
 from torchshear import PruningPlan
 from torchshear.dependency import _plan_file
 from torchshear.errors import OutputError, PlanError
@@ -105,13 +105,6 @@ def test_a_truncated_file_is_damage(plan: PruningPlan, tmp_path: Path, share: fl
         PruningPlan.load(path)
 
 
-def edited(path: Path, edit) -> None:  # type: ignore[no-untyped-def]
-    document = json.loads(path.read_text())
-    edit(document)
-    document["sha256"] = _plan_file.content_digest(document)  # as somebody who means harm would
-    path.write_text(json.dumps(document))
-
-
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -141,7 +134,7 @@ def edited(path: Path, edit) -> None:  # type: ignore[no-untyped-def]
 )
 def test_damage_is_named(plan: PruningPlan, tmp_path: Path, edit, message: str) -> None:  # type: ignore[no-untyped-def]
     plan.save(tmp_path / "plan.json")
-    edited(tmp_path / "plan.json", edit)
+    edit_plan(tmp_path / "plan.json", edit)
     with pytest.raises(PlanError, match=message):
         PruningPlan.load(tmp_path / "plan.json")
 

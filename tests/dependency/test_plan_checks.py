@@ -17,6 +17,7 @@ from torch import nn
 
 import torchshear
 from tests.models import Grouped, image, randomise
+from tests.plan_files import edit_plan
 from torchshear import PruningPlan
 from torchshear.dependency import _plan_file
 from torchshear.errors import ArgumentError, PlanError
@@ -39,14 +40,6 @@ def plan() -> PruningPlan:
 def path(plan: PruningPlan, tmp_path: Path) -> Path:
     plan.save(tmp_path / "plan.json")
     return tmp_path / "plan.json"
-
-
-def change(path: Path, edit: Callable[[dict[str, Any]], object], signed: bool = False) -> None:
-    document = json.loads(path.read_text())
-    edit(document)
-    if signed:
-        document["sha256"] = _plan_file.content_digest(document)
-    path.write_text(json.dumps(document))
 
 
 def content(value: Any) -> Any:
@@ -77,7 +70,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_plan_is_refused(path: Path, name: str) -> None:
-    change(path, EDITS[name])
+    edit_plan(path, EDITS[name], signed=False)
     with pytest.raises(PlanError, match="it was changed since it was written. To keep other units, make a plan with"):
         PruningPlan.load(path)
 
@@ -89,7 +82,7 @@ def test_a_plan_that_is_laid_out_anew_is_the_same_plan(plan: PruningPlan, path: 
 
 
 def test_a_plan_of_an_earlier_version_is_refused(path: Path) -> None:
-    change(path, lambda d: (d.update(version=3), d.pop("sha256")))
+    edit_plan(path, lambda d: (d.update(version=3), d.pop("sha256")), signed=False)
     with pytest.raises(PlanError, match="format version 3; this torchshear reads 4. Install the version that wrote it"):
         PruningPlan.load(path)
 
@@ -127,7 +120,7 @@ def test_a_plan_that_contradicts_itself_is_refused(path: Path) -> None:
         ("no state", "some of its groups shrink, and none of its parameters"),
     ):
         before = path.read_text()
-        change(path, EDITS[name], signed=True)
+        edit_plan(path, EDITS[name])
         with pytest.raises(PlanError, match=message):
             PruningPlan.load(path)
         path.write_text(before)
@@ -141,7 +134,7 @@ def test_a_plan_that_contradicts_itself_is_refused(path: Path) -> None:
         (lambda d: d["groups"].append(d["groups"][0]), r"group '0.weight\[0\]' stands there twice"),
     ):
         before = path.read_text()
-        change(path, edit, signed=True)
+        edit_plan(path, edit)
         with pytest.raises(PlanError, match=message):
             PruningPlan.load(path)
         path.write_text(before)
@@ -149,7 +142,7 @@ def test_a_plan_that_contradicts_itself_is_refused(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a row of a weight", "units of a group", "a bias that stays"])
 def test_groups_and_positions_are_compared_where_the_network_is(path: Path, name: str) -> None:
-    change(path, EDITS[name], signed=True)
+    edit_plan(path, EDITS[name])
     edited = PruningPlan.load(path)
     with pytest.raises(PlanError, match="the plan contradicts itself: by its groups '0.* becomes"):
         torchshear.shrink(network(), edited)
@@ -204,7 +197,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_plan_is_refused_at_once(path: Path, name: str) -> None:
-    change(path, HOSTILE[name], signed=True)
+    edit_plan(path, HOSTILE[name])
     started = time.process_time()
     with pytest.raises(PlanError, match="is damaged"):
         PruningPlan.load(path)
@@ -242,7 +235,7 @@ def test_tensors_of_another_kind_are_no_indices(
     for made in (lambda a: a.astype(np.float32), lambda a: a.reshape(2, -1), lambda a: a.astype(np.bool_)):
         save_arrays({name: made(array) for name, array in arrays.items()}, file)
         digest = _plan_file.hashlib.sha256(file.read_bytes()).hexdigest()
-        change(tmp_path / "plan.json", lambda d, digest=digest: d["indices"].update(sha256=digest), signed=True)
+        edit_plan(tmp_path / "plan.json", lambda d, digest=digest: d["indices"].update(sha256=digest))
         with pytest.raises(PlanError, match="index list '@.*' cannot be read"):
             PruningPlan.load(tmp_path / "plan.json")
 
@@ -261,7 +254,7 @@ def test_what_is_no_plain_file_is_not_read(given: str) -> None:
 
 
 def test_inputs_that_would_fill_memory_are_not_drawn(path: Path) -> None:
-    change(path, lambda d: d["model"]["inputs"]["args"][0].update(tensor=[2**34, 6]), signed=True)
+    edit_plan(path, lambda d: d["model"]["inputs"]["args"][0].update(tensor=[2**34, 6]))
     with pytest.raises(ArgumentError, match="more than 268435456 values; give inputs of your own"):
         torchshear.shrink(network(), PruningPlan.load(path))
 

@@ -1,7 +1,6 @@
 """A plan replays: what it records of the form is made again, checked and proved, and nothing else is looked for."""
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.models import Chunked, Residual, image, randomise
+from tests.plan_files import edit_plan
 from torchshear import PruneResult, PruningPlan
 from torchshear.errors import PlanError, VerificationError
 from torchshear.graph import parameters_on_meta
@@ -69,9 +69,7 @@ def pruned() -> PruneResult:
 
 def from_file(plan: PruningPlan, folder: Path, edit: Callable[[Any], Any] = lambda _: None) -> PruningPlan:
     plan.save(folder / "plan.json")
-    document = json.loads((folder / "plan.json").read_text())
-    edit(document)
-    (folder / "plan.json").write_text(json.dumps(document))
+    edit_plan(folder / "plan.json", edit)
     return PruningPlan.load(folder / "plan.json")
 
 
