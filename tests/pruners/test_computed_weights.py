@@ -12,7 +12,7 @@ import torchshear
 from tests.models import randomise
 from tests.oracle import assert_outputs_equal, fresh_inputs
 from torchshear.dependency import ChannelGroups
-from torchshear.errors import WeightError
+from torchshear.errors import MaskError, WeightError
 from torchshear.pruners import L1NormPruner, UnscorableError, masks, registered_criteria
 from torchshear.pruners._scoring import group_scores
 from torchshear.pruners._weight_source import weights_to_score
@@ -202,6 +202,22 @@ def test_pruner_classes_see_masks_that_lie_on_the_model(how: str, dependency_awa
         result = pruner.shrink()
         assert_outputs_equal(result.model(X), model(X), 1e-9)
     assert next(iter(result.plan.kept.values())).tolist() == live(model[0])
+
+
+@pytest.mark.parametrize("way", ["old_weight_norm", "old_spectral_norm"])
+def test_the_masked_copy_of_a_computed_weight_computes_what_the_small_model_does(way: str) -> None:
+    model, _ = pair(way)
+    pruner = L1NormPruner(model, [{"op_types": ["Conv2d"], "sparsity": 0.5}], args=(X,))
+    with torch.no_grad():
+        assert_outputs_equal(pruner.compress()(X), pruner.shrink().model(X), 1e-9)
+
+
+@pytest.mark.parametrize("way", ["weight_norm", "exponential", "standardised"])
+def test_masks_that_cannot_lie_below_a_parametrization_say_so(way: str) -> None:
+    model, _ = pair(way)
+    pruner = L1NormPruner(model, [{"op_types": ["Conv2d"], "sparsity": 0.5}], args=(X,))
+    with pytest.raises(MaskError, match=r"make the weight permanent first .*torchshear\.prune"):
+        pruner.compress()
 
 
 @pytest.mark.parametrize("how", HIDDEN)

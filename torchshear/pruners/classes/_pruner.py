@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from torchshear._files import atomic_path
 from torchshear._other_tools import missing_method, unknown_keyword
-from torchshear.dependency import ChannelGroups, PruningPlan, analyze
+from torchshear.dependency import ChannelGroups, PruningPlan, analyze, computed_weights
 from torchshear.dependency.alignment import Alignment
-from torchshear.errors import ArgumentError
+from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import copy_model, outside_inference_mode, trace
+from torchshear.graph._computed import computed_value
 from torchshear.pruners._collecting import collect
 from torchshear.pruners._dependency_aware import LayerMask
 from torchshear.pruners.classes._choice import Widths, mask_weights, plan_config
@@ -294,7 +295,9 @@ class Pruner:
     def _of_parameters(self, masks: Mapping[str, Tensor]) -> Masks:
         """Masks of parameters, without those of buffers, under all names of tied ones."""
         names = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
-        return Masks.of({name: mask for name, mask in masks.items() if name in names})
+        kept = {name: mask for name, mask in masks.items() if name in names}
+        assert self._groups is not None, "masks of channels are made of groups"
+        return Masks.of(kept | _without_lost_norms(self._groups, kept))
 
     def _statistics(self) -> Statistics | None:
         if self._data is None or self._groups is None:
@@ -303,6 +306,40 @@ class Pruner:
         by_layer = self._dependency_aware or bool(resolved.weight_ratios)  # layers of any group may be scored
         whole = [] if by_layer else [group.name for group in self._groups if group.name not in resolved.ratios]
         return collect(self._groups, self._data, self._loss_fn, self._batches, False, self._looking, whole)
+
+
+def _without_lost_norms(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks under which weight norms stay numbers: a row without length has no direction, and its scale is masked too.
+
+    Args:
+        groups: the analysed network.
+        masks: masks by canonical name.
+
+    Returns:
+        Other masks of those parameters of which the network would compute NaN, which leave whole rows as they are.
+
+    Raises:
+        MaskError: it would be NaN all the same, or those rows would not be zero.
+    """
+    state, changed = groups.graph.state, dict[str, Tensor]()
+
+    def masked(name: str) -> Tensor:
+        tensor, mask = state[name].tensor.detach(), changed.get(name, masks.get(name))
+        return tensor if mask is None else torch.where(mask.to(tensor.device), tensor, 0)
+
+    for name, nodes in computed_weights(groups).items():
+        if name not in masks or bool(computed_value(nodes[0], masked).isfinite().all()):
+            continue
+        gone = ~masks[name].flatten(1).any(1)
+        changed[name] = masks[name].clone()
+        changed[name][gone] = True
+        value = computed_value(nodes[0], masked)
+        if not value.isfinite().all() or value[gone].any():
+            raise MaskError(
+                f"the network computes a weight of {name!r}, which is NaN where that is masked; make the weight "
+                f"permanent first (torch.nn.utils.parametrize.remove_parametrizations), or use torchshear.prune."
+            )
+    return changed
 
 
 def _as_safetensors(state: Mapping[str, Tensor]) -> bytes:

@@ -144,6 +144,11 @@ def _parameter(places: dict[str, _Place], name: str, mask: Tensor) -> nn.Paramet
     Raises:
         MaskError: there is none that can take it.
     """
+    if name not in places and ".parametrizations." in f".{name}":
+        raise MaskError(
+            f"{name!r} is what a parametrization computes a weight of, where no mask can lie; make the weight "
+            f"permanent first (torch.nn.utils.parametrize.remove_parametrizations). torchshear.prune takes the model as it is."
+        )
     if name not in places:
         raise MaskError(
             f"the masks name {name!r}, which is no parameter of this model; they are for another model or for another "
