@@ -147,7 +147,8 @@ def _parameter(places: dict[str, _Place], name: str, mask: Tensor) -> nn.Paramet
     if name not in places and ".parametrizations." in f".{name}":
         raise MaskError(
             f"{name!r} is what a parametrization computes a weight of, where no mask can lie; make the weight "
-            f"permanent first (torch.nn.utils.parametrize.remove_parametrizations). torchshear.prune takes the model as it is."
+            f"permanent first (torch.nn.utils.parametrize.remove_parametrizations). torchshear.prune takes the model "
+            f"as it is."
         )
     if name not in places:
         raise MaskError(
