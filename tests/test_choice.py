@@ -1,6 +1,5 @@
 """Choosing what may shrink: roles, ratios by key, exclusions. What is asked is done, or refused in so many words."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 import torchshear
 from tests.cases.attention import ViTBlock
 from tests.oracle import assert_equals_masked, n_elements
+from tests.plan_files import edit_plan
 from tests.strategies import randomise
 from torchshear import PruningPlan
 from torchshear.dependency import ChannelGroups
@@ -277,10 +277,7 @@ def test_plans_keep_roles_and_ratios_in_their_files(groups: ChannelGroups, tmp_p
 def test_plans_written_before_there_were_roles_load(model: nn.Module, groups: ChannelGroups, tmp_path: Path) -> None:
     plan = torchshear.plan(groups)
     plan.save(tmp_path / "plan.json")
-    document = json.loads((tmp_path / "plan.json").read_text())
-    for entry in document["groups"]:
-        del entry["role"], entry["ratio"]
-    (tmp_path / "plan.json").write_text(json.dumps(document))
+    edit_plan(tmp_path / "plan.json", lambda document: [(g.pop("role"), g.pop("ratio")) for g in document["groups"]])
     old = PruningPlan.load(tmp_path / "plan.json")
     assert old == plan
     assert [(group.role, group.ratio) for group in old.groups] == [("", None)] * len(GROUPS)
@@ -289,10 +286,8 @@ def test_plans_written_before_there_were_roles_load(model: nn.Module, groups: Ch
 
 def test_a_damaged_ratio_is_damage(groups: ChannelGroups, tmp_path: Path) -> None:
     torchshear.plan(groups).save(tmp_path / "plan.json")
-    document = json.loads((tmp_path / "plan.json").read_text())
-    document["groups"][0]["ratio"] = "half"
-    (tmp_path / "plan.json").write_text(json.dumps(document))
-    with pytest.raises(PlanError, match="is damaged"):
+    edit_plan(tmp_path / "plan.json", lambda document: document["groups"][0].update(ratio="half"))
+    with pytest.raises(PlanError, match="is damaged: entry 'half' in place of a ratio"):
         PruningPlan.load(tmp_path / "plan.json")
 
 
