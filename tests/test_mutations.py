@@ -32,6 +32,14 @@ class Between(nn.Module):
         return self.two(self.call(self.one(x)))
 
 
+def _filtered(x: Tensor) -> Tensor:
+    """Each sample convolved with filters of its own, twelve by twelve, with the batch in the groups."""
+    h = x.mT.sigmoid()
+    filters = h.mean(2)[:, :, None, None] * h.amax(2)[:, None, :, None]
+    y = functional.conv1d(h.reshape(1, -1, 5), filters.flatten(0, 1), groups=len(x))
+    return y.view(len(x), -1, 5).mT
+
+
 @dataclass(frozen=True)
 class Case:
     """A call between two layers, and what is made wrong of the rule of one operator in it."""
@@ -58,6 +66,9 @@ CASES = (
     Case("aten.mean", "forget mix", lambda x: x - x.mean(2, keepdim=True)),
     Case("aten.roll", "no edit", lambda x: x.roll(5, 2)),
     Case("aten.slice.Tensor", "no edit", lambda x: x[..., 2:9], 7),
+    Case("aten.conv1d", "mirror", _filtered),
+    Case("aten.conv1d", "shift", _filtered),
+    Case("aten.conv1d", "forget mix", _filtered),
 )
 
 

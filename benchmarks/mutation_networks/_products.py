@@ -106,6 +106,30 @@ network(
     mid=lambda: BACK[2](12, 24, 2, groups=12), two=lambda: CONV[2](24, 3, 1),
 )  # fmt: skip
 between("conv1d", lambda x: functional.conv1d(x, x.new_ones(5, 5, 1)), "tokens")
+
+
+def filter_each_sample(n: int, turned: bool) -> Any:
+    """Convolve each sample with filters of its own: a weight times a style, one number an input channel."""
+    convolve = getattr(functional, f"conv{'_transpose' if turned else ''}{n}d")
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.one(x)
+        b, channels, space = len(h), h.shape[1], h.shape[2:]
+        style = m.style(x.flatten(2).mean(2)).view(b, 1, channels, *(1,) * n)
+        weight = (m.w * style).transpose(1, 2) if turned else m.w * style
+        y = convolve(h.reshape(1, -1, *space), weight.reshape(-1, *weight.shape[2:]), groups=b)
+        return m.two(y.view(b, -1, *y.shape[2:]).relu())
+
+    return run
+
+
+for n, space in SPACE.items():
+    for turned in (False, True):
+        network(
+            f"conv{'_transpose' if turned else ''}{n}d", filter_each_sample(n, turned), (3, 4, *space),
+            one=lambda n=n: CONV[n](4, 12, 1), two=lambda n=n: CONV[n](10, 3, 1), style=linear(4, 12),
+            w=parameter(1, 10, 12, *(3,) * n),
+        )  # fmt: skip
 network(
     "conv_tbc", lambda m, x: m.two(torch.conv_tbc(m.one(x).transpose(0, 1).contiguous(), m.w, m.b).transpose(0, 1)),
     (3, 6, 4), one=linear(4, 10), w=parameter(3, 10, 12), b=parameter(12), two=linear(12, 3),

@@ -16,7 +16,7 @@ from torchshear.dependency._grouping import form_groups
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._registry import Rule, find_position_rule, find_rule
 from torchshear.graph import Graph, check_outputs, matches, output_nodes
-from torchshear.graph._graph import shape_of
+from torchshear.graph._graph import depends_on_values, shape_of
 
 assert _rules
 
@@ -156,6 +156,8 @@ class _Walker:
             return _checked(call, self._with_positions(call, rule))
         except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
             self.facts.edits.pop(node.name, None)
+            if any(depends_on_values(one) for one in (node, *call.tensor_args)):
+                return call.refuse("how many positions there are depends on values, as of a mask")
             return call.refuse(f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
 
     def _with_positions(self, call: Call, rule: Rule) -> Result:

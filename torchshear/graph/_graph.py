@@ -219,6 +219,13 @@ def _size(size: Any) -> int:
     return int(size)
 
 
+def depends_on_values(node: fx.Node) -> bool:
+    """Whether a size of a node's value is known only when it runs, as where a mask picks positions."""
+    value = node.meta.get("val")
+    sizes = value.shape if isinstance(value, Tensor) else ()
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
+
+
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
     """Operands of a call that are tensors, in order, each as often as it is given."""
     found: list[fx.Node] = []

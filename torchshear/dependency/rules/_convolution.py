@@ -1,5 +1,7 @@
 """Convolutions of any rank, plain, grouped, depthwise and transposed."""
 
+from torch import fx
+
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call
 from torchshear.dependency._registry import operator_rule
@@ -11,16 +13,18 @@ def _convolution(call: Call) -> Axes:
     """Weight is (out, in / groups, *kernel)."""
     x, weight = call.axes("input"), call.axes("weight")
     channel = len(x) - len(weight) + 1
-    groups = int(call.arg("groups"))
+    groups = x[channel].size // weight[1].size
     kind: Kind = "convolution"
-    if groups == 1:
+    _mix_if_computed(call, x[channel])
+    if call.arg("groups") == 1:
         call.role("weight", out=0, in_=1)
         call.tie(weight[1], x[channel])
-        if call.state_name("weight") is None:
-            call.mix(x[channel])
     elif weight[1].size == 1:
         _depthwise(call, x[channel], weight[0], groups)
         kind = "depthwise"
+    elif isinstance(call.arg("groups"), fx.Node):
+        call.tie(_alike_groups(call, x[channel], groups)[1], weight[1])
+        _alike_groups(call, weight[0], groups)
     else:
         _grouped(call, x[channel], weight, groups)
     return _finish(call, x, channel, weight[0], kind)
@@ -31,10 +35,11 @@ def _transposed(call: Call) -> Axes:
     """Weight is (in, out / groups, *kernel)."""
     x, weight = call.axes("input"), call.axes("weight")
     channel = len(x) - len(weight) + 1
-    groups = int(call.arg("groups"))
+    groups = call.out_shape[channel] // weight[1].size
     call.role("weight", in_=0, out=1)
     kind: Kind = "convolution"
-    if groups == 1:
+    _mix_if_computed(call, x[channel])
+    if call.arg("groups") == 1:
         call.tie(weight[0], x[channel])
         out = weight[1]
     elif groups == weight[0].size:
@@ -42,6 +47,10 @@ def _transposed(call: Call) -> Axes:
         call.edit_size("groups", x[channel])
         out = weight[0] if weight[1].size == 1 else call.algebra.merge(weight[:2])
         kind = "depthwise"
+    elif not _is_own_weight(call):
+        blocks, inside = _alike_groups(call, x[channel], groups)
+        call.tie(inside, _alike_groups(call, weight[0], groups)[1])
+        out = call.algebra.merge((blocks, weight[1]))
     else:
         out = _transposed_grouped(call, x[channel], weight, groups)
     return _finish(call, x, channel, out, kind)
@@ -80,6 +89,22 @@ def _space(call: Call, axis: Axis, i: int) -> Axis:
     return call.fixed(size, "space")
 
 
+def _mix_if_computed(call: Call, channels: Axis) -> None:
+    """A weight that is computed need not be zero where what it is computed from is."""
+    if call.state_name("weight") is None:
+        call.mix(channels)
+
+
+def _alike_groups(call: Call, axis: Axis, groups: int) -> tuple[Axis, Axis]:
+    """Groups, and the channels inside, of a dimension of which every group loses the same ones.
+
+    Such are the samples of a batch, each convolved with filters that are computed for it.
+    """
+    blocks, channels = call.algebra.factor(axis, (groups, axis.size // groups))
+    call.fix([blocks], "groups of a convolution whose weight is computed or shared")
+    return blocks, channels
+
+
 def _depthwise(call: Call, channels: Axis, out: Axis, groups: int) -> None:
     """Each input channel has its own outputs: one, or a multiplier that is a factor of its own."""
     call.role("weight", depthwise=0)
@@ -100,17 +125,12 @@ def _grouped(call: Call, channels: Axis, weight: Axes, groups: int) -> None:
         call.fix(weight[1:2], "input channels inside a group")
         call.block("weight", 1, channels, groups)
     else:
-        group, inside = call.algebra.factor(channels, (groups, channels.size // groups))
-        call.fix([group], "groups of a convolution with a computed weight")
-        call.tie(inside, weight[1])
+        call.tie(_alike_groups(call, channels, groups)[1], weight[1])
 
 
 def _transposed_grouped(call: Call, channels: Axis, weight: Axes, groups: int) -> Axis:
     call.balance(weight[0], groups)
     call.tie(weight[0], channels)
-    if not _is_own_weight(call):
-        call.fix(weight[:2], "channels of a grouped transposed convolution with a computed weight")
-        return call.fixed(groups * weight[1].size, "grouped transposed convolution with a computed weight")
     out = call.algebra.fresh(groups * weight[1].size)
     call.balance(out, groups)
     call.fix(weight[1:2], "output channels inside a group")
