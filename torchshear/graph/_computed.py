@@ -30,7 +30,7 @@ def sources(node: fx.Node) -> list[fx.Node]:
             if operand not in found:
                 found.add(operand)
                 waiting.append(operand)
-    return [each for each in node.graph.nodes if each in found]
+    return sorted(found)
 
 
 def computed_value(node: fx.Node, load: Callable[[str], Tensor]) -> Tensor:
