@@ -28,9 +28,10 @@ help: ## list the targets
 	@touch $@
 
 .venv/.zoo: .venv/.installed
-	@echo "Adding torchvision, timm, transformers, ultralytics and what trains their models."
-	@$(PIP) pillow transformers accelerate peft lightning
-	@$(PIP) --no-deps torchvision timm ultralytics opencv-python-headless
+	@echo "Adding torchvision, timm, transformers, ultralytics, diffusers and others, and what trains their models."
+	@$(PIP) pillow transformers accelerate peft lightning einops ftfy importlib_metadata regex requests
+	@$(PIP) --no-deps torchvision timm ultralytics opencv-python-headless \
+		diffusers segmentation-models-pytorch monai open_clip_torch
 	@touch $@
 
 .venv/.bench: .venv/.zoo
@@ -66,7 +67,7 @@ test: lint ## lint, then the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not zoo and not gpu" \
 		--cov=torchshear --cov-report=term:skip-covered --cov-fail-under=90
 
-test-zoo: zoo-setup ## named architectures of torchvision, timm and transformers
+test-zoo: zoo-setup ## named architectures of torchvision, timm, transformers and others
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m zoo
 
 bench: bench-setup ## planning time against Torch-Pruning

@@ -10,6 +10,7 @@ from torchshear.graph._contract import plain_outputs
 from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._mode import in_mode
+from torchshear.graph._quiet import quiet_torch
 from torchshear.graph._second import run_without_values, second_capture
 
 Place = tuple[int, int]  # number of a tensor among the inputs, and a dimension of it
@@ -41,7 +42,7 @@ def free_dimensions(model: nn.Module, graphs: Sequence[Graph]) -> frozenset[Plac
 
 def _is_free(model: nn.Module, graph: Graph, places: set[Place]) -> bool:
     """Whether some dimensions of inputs may have another size."""
-    with in_mode(model, graph.mode), plain_outputs(model):
+    with quiet_torch(), in_mode(model, graph.mode), plain_outputs(model):
         forget(model, caches_of(model, graph.inputs))
         expected = second_capture(graph, model, graph.inputs)
         if expected is None:

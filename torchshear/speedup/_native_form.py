@@ -33,11 +33,16 @@ from torchshear.speedup._native import native_copy
 from torchshear.speedup._repair import Repair, repair
 from torchshear.speedup._rewrite import changed_integers, implied_arguments, rewrite_graph
 from torchshear.speedup._scales import Scaling
+from torchshear.speedup._settings import is_built_from_settings, settings_of
 from torchshear.speedup._sizes import Choice, assigned, check_slots, choices, explain
 from torchshear.speedup._trials import Trials, example_of
 from torchshear.speedup._unread import unread_sizes
 from torchshear.speedup._varied_inputs import random_like
 
+_UNSAID_WIDTHS = (
+    "; no config says these widths, so from_pretrained does not load what save_pretrained writes: keep the plan and a "
+    "state_dict"
+)
 _NOTHING: Mapping[Any, Any] = MappingProxyType({})
 
 
@@ -96,7 +101,12 @@ def native_form(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], slice
     if unread:
         sizes |= unread
         native = making.native(sizes, found.scales)
+    settings = making.settings(native)
+    if settings:
+        sizes |= settings
+        native = making.native(sizes, found.scales)
     reason = f"{_description(sizes, found.scales)}; equal to the rewritten graph on all inputs tried"
+    reason += "" if settings is not None else _UNSAID_WIDTHS
     return Native(native, Form("native", reason, sizes, found.scales))
 
 
@@ -181,6 +191,12 @@ class _Making:
         native = native_copy(self.model, self.replacements, changes, sizes, scales)
         forget(native, self.caches)
         return native
+
+    def settings(self, native: nn.Module) -> Sizes | None:
+        """Numbers of the model's config that say the widths of its native form; None if there are none."""
+        if not is_built_from_settings(native):
+            return {}
+        return settings_of(native, choices(self.model, self.graph, self.cut).get("", ()), example_of(self.graph))
 
     def find(self, work: nn.Module, scaling: Scaling, scales: Scales) -> _Found:
         """Sizes and factors with which a copy is right, and what is wrong nevertheless."""
