@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.models import randomise
-from tests.oracle import assert_equals_masked
+from tests.oracle import assert_equals_masked, assert_same_function, check_random_pruning, masked_copy
+from torchshear.errors import PlanError
 
 MASK = torch.arange(12) % 3 == 0
+OTHERS = ~MASK
 PAIRS = torch.triu_indices(12, 12, 1)
 
 
@@ -35,8 +37,7 @@ BY_VALUES = "how many positions there are depends on values, as of a mask: "
 @pytest.mark.parametrize(
     ("pick", "n_picked", "reason"),
     [
-        (lambda m, h: h[:, m.mask], 4, BY_VALUES),
-        (lambda m, h: h[..., [True, False] * 6], 6, BY_VALUES),
+        (lambda m, h: h[:, (h > 9).any(0) | m.mask], 4, BY_VALUES),
         (lambda m, h: h[:, torch.where(m.mask)[0]], 4, BY_VALUES),
         (lambda m, h: h.index_select(1, m.mask.nonzero().flatten()), 4, BY_VALUES),
         (lambda m, h: h.masked_select(m.mask).view(-1, 4), 4, "counted or searched as a whole: "),
@@ -54,3 +55,37 @@ def test_channels_that_cannot_be_followed_stay_and_say_why(
     assert_equals_masked(model, result.model, result.plan, (x,))
     assert any(why.startswith(reason) for why in result.plan.refused.values())
     assert not any("Error" in why or "does not fit" in why for why in result.plan.refused.values())
+
+
+@pytest.mark.parametrize(
+    ("pick", "n_picked", "form"),
+    [
+        (lambda m, h: h[:, m.mask], 4, "native"),
+        (lambda m, h: h[..., m.mask] * h[:, m.mask].sigmoid(), 4, "native"),
+        (lambda m, h: torch.cat([h[:, m.mask], h[:, OTHERS]], 1), 12, "traced"),
+        (lambda m, h: h.T[[True, False] * 6].T, 6, "traced"),
+    ],
+)
+def test_channels_picked_by_a_mask_of_the_model_are_cut(
+    pick: Callable[[Picking, Tensor], Tensor], n_picked: int, form: str
+) -> None:
+    model, x = randomise(Picking(pick, n_picked).double()).eval(), torch.randn(3, 6, dtype=torch.float64)
+    result = torchshear.prune(model, (x,), ratio=0.5)
+    assert result.form == form
+    assert result.model.get_parameter("one.weight").shape == (6, 4)
+    numbers = {name: mask for name, mask in result.plan.masks().items() if name != "mask"}
+    assert_same_function(masked_copy(model, numbers), result.model, (x,))
+    assert result.model(torch.cat([x, x])).shape == (6, 4)
+    check_random_pruning(model, (x,), None, 0, is_mixed=True)
+
+
+def test_a_mask_is_cut_with_its_channels_and_belongs_to_the_plan() -> None:
+    model, x = randomise(Picking(lambda m, h: h[:, m.mask], 4).double()).eval(), torch.randn(3, 6, dtype=torch.float64)
+    result = torchshear.prune(model, (x,), ratio=0.5)
+    kept = result.plan.masks()["one.bias"]
+    assert torch.equal(result.model.mask, MASK[kept])
+    assert torch.equal(result.plan.masks()["two.weight"].any(0), kept[MASK])
+    other = Picking(lambda m, h: h[:, m.mask], 4).double().eval()
+    other.mask.copy_(torch.arange(12) % 3 == 1)
+    with pytest.raises(PlanError, match="'mask' holds other values"):
+        torchshear.shrink(other, result.plan, (x,))

@@ -31,6 +31,7 @@ from torchshear.graph._graph import Graph, Mode, StateTensor
 from torchshear.graph._inline import clean_copy
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._keeping import kept_state
+from torchshear.graph._masks import settle_sizes
 from torchshear.graph._meta import buffers_on_meta, is_on_meta
 from torchshear.graph._mode import in_mode
 from torchshear.graph._parts import PartRun, is_inside, parts_of, whole_of
@@ -310,6 +311,7 @@ def _to_graph(
             constant = program.constants[node.target].detach()
             node.target = _constant_name(model, str(node.target), mode)
             state[node.target] = StateTensor(node.target, "constant", constant, False)
+    settle_sizes(fx_graph, state)
     return Graph(
         fx_graph=fx_graph,
         state=types.MappingProxyType(state),

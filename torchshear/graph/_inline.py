@@ -120,7 +120,10 @@ class _Copier:
                     self.graph.erase_node(user)
 
     def drop_unused_state(self) -> None:
-        """Remove `get_attr` nodes that nothing reads."""
+        """Remove sizes that only dropped assertions looked at, and `get_attr` nodes that nothing reads."""
+        for node in reversed(self.graph.nodes):
+            if not node.users and isinstance(node.meta.get("val"), torch.SymInt | torch.SymBool):
+                self.graph.erase_node(node)
         for node in self._state.values():
             if not node.users:
                 self.graph.erase_node(node)

@@ -7,6 +7,7 @@ from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.graph._masks import mask_behind
 
 
 @operator_rule("aten.index_select")
@@ -18,13 +19,15 @@ def _index_select(call: Call) -> Axes:
 
 @operator_rule("aten.index.Tensor")
 def _index(call: Call) -> Axes:
-    """One constant row of positions picks exactly; any other index leaves its axes whole."""
+    """One constant row of positions, or of truth values, picks exactly; any other index leaves its axes whole."""
     x = call.axes("self")
     given = [(dim, node) for dim, node in enumerate(call.arg("indices")) if node is not None]
     dims = [dim for dim, _ in given]
-    if len(given) == 1 and len(call.shape(given[0][1])) == 1 and not call.is_boolean(given[0][1]):
+    if len(given) == 1 and len(call.shape(given[0][1])) == 1:
         dim, node = given[0]
-        return (*x[:dim], _picked(call, x[dim], node), *x[dim + 1 :])
+        row = _where_true(call, x[dim], node) if call.is_boolean(node) else _picked(call, x[dim], node)
+        if row is not None:
+            return (*x[:dim], row, *x[dim + 1 :])
     call.fix([x[dim] for dim in dims], "picked by an index tensor")
     rest = [axis for dim, axis in enumerate(x) if dim not in dims]
     rank = len(call.out_shape) - len(rest)
@@ -38,6 +41,15 @@ def _index(call: Call) -> Axes:
         else broadcast(call, indices, call.out_shape[at : at + rank])
     )
     return (*rest[:at], *picked, *rest[at:])
+
+
+def _where_true(call: Call, axis: Axis, mask: fx.Node) -> Axis | None:
+    """The axis of positions where a mask is true, which loses what the axis does; None if the mask is computed."""
+    values = call.constant(mask_behind(mask))
+    if values is None:
+        return None
+    call.tie(axis, call.axes(mask)[0])
+    return call.part(call.algebra.take(axis, np.flatnonzero(values)))
 
 
 def _picked(call: Call, axis: Axis, index: fx.Node) -> Axis:
