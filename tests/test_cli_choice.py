@@ -76,6 +76,14 @@ def test_options_reach_the_plan() -> None:
     assert torchshear.shrink(model, plan)(*args)["map"].shape == (2, 3, 8, 8)
 
 
+def test_a_form_may_be_insisted_on() -> None:
+    assert pruned()["report"]["form"].startswith("native")
+    assert pruned("--form", "traced", "--force")["report"]["form"] == "traced: asked for"
+    code, _, errors = run("prune", "chosen_nets:net", "--output", "new", "--no-bench", "--form", "graph")
+    assert code != 0
+    assert "expected 'auto', 'native' or 'traced'" in " ".join(errors.split())
+
+
 def test_axes_may_be_given_more_than_once() -> None:
     assert widths(pruned("--axes", "ffn", "--axes", "residual")) == {"stem": 4, "up": 12, "one": 8}
 

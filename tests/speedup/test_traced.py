@@ -2,6 +2,7 @@
 
 import copy
 import io
+import logging
 import multiprocessing
 import pickle
 from dataclasses import dataclass
@@ -120,6 +121,17 @@ def test_images_of_other_sizes_where_the_graph_holds_none(small: nn.Module) -> N
     torch.testing.assert_close(small(large)["map"], expected)
     with pytest.raises(ArgumentError, match=r"captured for \(any, 3, any, any\)"):
         small(torch.randn(3, 4, 24, 15))
+
+
+def test_sizes_that_do_not_fit_are_tried_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    class Flat(Mixing):
+        def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Tensor]:
+            return {"map": super().forward(x, scale)["map"].flatten(1) @ torch.ones(5 * 256, 2)}
+
+    small = torchshear.prune(randomise(Flat().eval(), 3), (IMAGE,)).model
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    with pytest.raises(ArgumentError, match=r"captured for \(any, 3, 16, 16\)"):
+        small(torch.randn(2, 3, 24, 24))
 
 
 def test_a_size_that_the_code_asks_for_is_not_another() -> None:

@@ -52,8 +52,8 @@ class _Kept:
                 self._tensors.setdefault(id(value), (value, value.detach().clone()))
             return
         if isinstance(value, FunctionType):
-            is_ours = value.__module__.startswith("torchshear.")  # what our own hooks note of a run is to stay
-            for item in () if is_ours else (*reached_by(value), *_variables_of(value)):
+            is_ours = (value.__module__ or "").startswith("torchshear.")  # what our own hooks note of a run is to stay
+            for item in () if is_ours or depth > _DEEPEST else (*reached_by(value), *_variables_of(value)):
                 self.look(vars(item) if isinstance(item, nn.Module) else item, depth + 1)
             return
         holder = _holder(value)
