@@ -3,10 +3,9 @@
 import inspect
 import io
 import math
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,15 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import torchshear
+from tests.blocks import Source
 from torchshear import comparison, inspection, pruners, speedup
 from torchshear.errors import TorchshearError
 from torchshear.pruners import masks
 
-SECONDS = 20  # a call that lasts longer hangs
+SECONDS = 30  # of one processor; a call that takes more hangs
 
 
 class Network(nn.Module):
@@ -45,14 +46,17 @@ class _Forever:
             yield (torch.randn(2, 3, 6, 6), torch.zeros(2, dtype=torch.int64))
 
 
+_FAILS = "disk on fire"
+
+
 class _Raises:
     """Fails at whatever is asked of it."""
 
     def __iter__(self) -> Iterator[Any]:
-        raise OSError("disk on fire")
+        raise OSError(_FAILS)
 
     def __len__(self) -> int:
-        raise OSError("disk on fire")
+        raise OSError(_FAILS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,10 @@ class Given:
         laid = masks.choose_masks(model, "1x1", 0.5)
         result.plan.save(folder / "plan.json")
         torchshear.export_onnx(model, folder / "dense.onnx", (x,))
+        pruners.write_unipruning_mask(result.plan, folder / "mask.json")
+        (folder / "config.yaml").write_text("- op_types: [Conv2d]\n  sparsity: 0.5\n")
+        (folder / "src").mkdir()
+        save_file(model.state_dict(), folder / "src" / "model.safetensors")
         torch.manual_seed(0)
         return cls(model, x, groups.graph, groups, result.plan, result.model, statistics, laid, folder)
 
@@ -165,7 +173,7 @@ CALLS: dict[str, Call] = {
         lambda g: {"plan": g.plan, "source": g.folder / "src", "destination": g.folder / "out", "unknown": "refuse"},
     ),
     "PruningPlan.load": Call(torchshear.PruningPlan.load, lambda g: {"path": g.folder / "plan.json"}),
-    "PruningPlan.save": Call(torchshear.PruningPlan.save, lambda g: {"self": g.plan, "path": "p.json"}),
+    "PruningPlan.save": Call(torchshear.PruningPlan.save, lambda g: {"self": g.plan, "path": g.folder / "p.json"}),
     "L1NormPruner": Call(
         pruners.L1NormPruner,
         lambda g: {
@@ -198,7 +206,9 @@ CALLS: dict[str, Call] = {
     "plan_from_unipruning_mask": Call(
         pruners.plan_from_unipruning_mask, lambda g: {"groups": g.groups, "path": g.folder / "mask.json"}
     ),
-    "write_unipruning_mask": Call(pruners.write_unipruning_mask, lambda g: {"plan": g.plan, "path": "mask"}),
+    "write_unipruning_mask": Call(
+        pruners.write_unipruning_mask, lambda g: {"plan": g.plan, "path": g.folder / "written.json"}
+    ),
     "read_unipruning_config": Call(pruners.read_unipruning_config, lambda g: {"config": {"target_sparsity": 0.5}}),
     "resolve": Call(
         pruners.resolve, lambda g: {"model": g.model, "entries": pruners.parse_config(CONFIG), "groups": g.groups}
@@ -225,13 +235,15 @@ CALLS: dict[str, Call] = {
     "describe_groups": Call(inspection.describe_groups, lambda g: {"groups": g.groups}),
     "find_group": Call(inspection.find_group, lambda g: {"groups": g.groups, "text": "0"}),
     "render_page": Call(inspection.render_page, lambda g: {"groups": g.groups}),
-    "write_page": Call(inspection.write_page, lambda g: {"groups": g.groups, "path": "page.html"}),
+    "write_page": Call(inspection.write_page, lambda g: {"groups": g.groups, "path": g.folder / "page.html"}),
     "fold_constants": Call(
         speedup.fold_constants,
         lambda g: {"model": g.model, "shrunk": speedup.shrink_to_form(g.model, g.plan), "plan": g.plan},
     ),
     "resolve_alignment": Call(speedup.resolve_alignment, lambda g: {"align": 8}),
 }
+
+CALLBACKS = ("criterion", "evaluate", "loss_fn", "progress", "score")
 
 VALUES: dict[str, Callable[[], Any]] = {
     "none": lambda: None,
@@ -327,43 +339,46 @@ def parameters_of(name: str, given: Given) -> list[str]:
     known = CALLS[name].valid(given)
     named = inspect.signature(CALLS[name].function).parameters.values()
     own = [one.name for one in named if one.kind is not inspect.Parameter.VAR_KEYWORD]
-    return list(dict.fromkeys([*known, *own]))
+    return [argument for argument in dict.fromkeys([*known, *own]) if argument != "self"]
 
 
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError where a block lasts too long."""
+def check_call(name: str, source: Source, given: Given) -> bool:
+    """Call a public function with one or two wrong arguments; anything but success and an error of ours fails.
 
-    def stop(number: int, frame: Any) -> None:
-        raise TimeoutError(f"still running after {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def failure_of(name: str, given: Given, wrong: dict[str, str]) -> str:
-    """What is wrong with how a call answers: "" if it works or raises an error of our own.
+    What an iterable or a function of the user raises is passed on.
 
     Args:
         name: key of `CALLS`.
+        source: chooses the arguments and the values.
         given: what valid calls are made with.
-        wrong: argument -> key of `VALUES`.
+
+    Returns:
+        Whether the call was refused.
     """
+    n_wrong = source.choice([1, 1, 2])
+    names = parameters_of(name, given)
+    wrong = {source.choice(names): source.choice(list(VALUES)) for _ in range(n_wrong)}
+    return is_refused(name, wrong, given)
+
+
+def is_refused(name: str, wrong: Mapping[str, str], given: Given) -> bool:
+    """Whether a call with some arguments wrong, given by keys of `VALUES`, is refused; see `check_call`."""
     call = CALLS[name]
+    arguments = call.valid(given) | {argument: VALUES[key]() for argument, key in wrong.items()}
+    if any(argument in CALLBACKS and callable(arguments[argument]) for argument in wrong):
+        return False  # what a function of the user raises is passed on
+    started = time.process_time()
     try:
-        with limited(SECONDS):
-            call.function(**call.valid(given) | {argument: VALUES[key]() for argument, key in wrong.items()})
+        call.function(**arguments)
+        message = None
     except TorchshearError as error:
-        return "" if str(error).strip() else f"{type(error).__name__} without a message"
-    except BaseException as error:  # whatever it is, a user would see it
-        place = error.__traceback__
-        while place is not None and place.tb_next is not None:
-            place = place.tb_next
-        where = "" if place is None else f" at {Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}"
-        return f"{type(error).__name__}: {str(error)[:120]}{where}"
-    return ""
+        message = str(error)
+    except Exception as error:
+        if not getattr(error, "__notes__", None) and str(error) != _FAILS:
+            error.add_note(f"{name} with {dict(wrong)}")
+            raise
+        return True
+    seconds = time.process_time() - started
+    assert seconds < SECONDS, f"{name} with {dict(wrong)}: {seconds:.0f} s"
+    assert message is None or 0 < len(message) < 20_000, f"{name} with {dict(wrong)}: {message!r}"
+    return message is not None

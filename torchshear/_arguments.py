@@ -7,7 +7,7 @@ import numpy as np
 
 from torchshear.errors import ArgumentError
 
-__all__ = ["MOST", "check_count", "check_flag", "check_kind", "is_whole", "shown"]
+__all__ = ["MOST", "check_callback", "check_count", "check_flag", "check_kind", "check_one_of", "is_whole", "shown"]
 
 MOST: Final = 2**31 - 1
 """The largest number that counts of anything may have."""
@@ -39,6 +39,18 @@ def check_count(name: str, value: object, least: int = 1) -> None:
         raise ArgumentError(f"{name} must be a whole number of at least {least}{above}, but got {name}={shown(value)}.")
 
 
+def check_callback(name: str, value: object) -> None:
+    """Raise ArgumentError for what is neither None nor can be called."""
+    if value is not None and not callable(value):
+        raise ArgumentError(f"{name} is {type(value).__name__}; expected a function, or None.")
+
+
+def check_one_of(name: str, value: object, words: Collection[str]) -> None:
+    """Raise ArgumentError for what is none of a few words."""
+    if not isinstance(value, str) or value not in words:
+        raise ArgumentError(f"{name}={shown(value)}; expected one of {', '.join(map(repr, words))}.")
+
+
 def is_whole(value: object) -> bool:
     """Whether a value is an integer, of Python or NumPy, and no bool."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
@@ -46,9 +58,9 @@ def is_whole(value: object) -> bool:
 
 def shown(value: Any) -> str:
     """A value for a message: itself if that is short, else its type."""
-    if isinstance(value, Collection) and not isinstance(value, str | bytes) and len(value) > 20:
-        return f"a {type(value).__name__} of {len(value)}"
     try:
+        if isinstance(value, Collection) and not isinstance(value, str | bytes) and len(value) > 20:
+            return f"a {type(value).__name__} of {len(value)}"
         text = repr(value)
     except Exception:  # some objects cannot be written
         return f"a {type(value).__name__}"

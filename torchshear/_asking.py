@@ -1,14 +1,14 @@
 """What a call of `prune` asks, checked before the model is traced: a request or a config, and the data for both."""
 
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 
-from torchshear._arguments import check_count, check_flag, shown
+from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, shown
 from torchshear._words import Selection, Sight
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.dependency.alignment import Alignment
@@ -180,11 +180,13 @@ def ask(
     else:
         request = Request(ratio=ratio, **widths, **words)
     form = choice.get("form", "auto")
-    if form not in ("auto", "native", "traced"):
-        raise ArgumentError(f"form={form!r}; expected 'auto', 'native' or 'traced'.")
+    check_one_of("form", form, ("auto", "native", "traced"))
+    submodules = choice.get("submodules")
+    if submodules is not None:
+        check_kind("submodules", submodules, Sequence, "a list of names of modules, as ['backbone']")
     asked = Asked(request, entries, read_data(choice), choice.get("recalibrate", False), fold_bias, form)
     _check_fold(fold_bias, asked.data)
-    _check_parts(asked, choice.get("submodules"))
+    _check_parts(asked, submodules)
     check_data(asked.criteria, asked.data, asked.recalibrates or fold_bias == "means")
     return asked
 
@@ -195,9 +197,9 @@ def _check_parts(asked: Asked, submodules: Collection[str] | None) -> None:
     looking += ["fold_bias='means'"] if asked.fold_bias == "means" else []
     if submodules is not None and looking:
         raise ArgumentError(
-            f"submodules= and {looking[0]}: batches are for the whole model, of which only {', '.join(submodules)} is "
-            f"captured. Prune each part by itself, with batches of what it is called with as data=, and put results "
-            f"in place; or choose a criterion of weights."
+            f"submodules= and {looking[0]}: batches are for the whole model, of which only parts are captured "
+            f"({', '.join(map(str, submodules))}). Prune each part by itself, with batches of what it is called with "
+            f"as data=, and put results in place; or choose a criterion of weights."
         )
 
 

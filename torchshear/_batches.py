@@ -23,7 +23,7 @@ def first_batches(loader: Iterable[Any], count: int) -> Iterator[tuple[int, Any]
     done = 0
     try:
         given = islice(loader, count)
-    except TypeError as error:
+    except (TypeError, NotImplementedError) as error:
         raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
     for number, batch in enumerate(given):
         try:

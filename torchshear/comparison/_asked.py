@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from numbers import Real
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from torchshear._arguments import check_kind, is_whole, shown
 from torchshear._asking import Data, missing_data
 from torchshear._words import Shares
 from torchshear.dependency import ChannelGroup
@@ -58,8 +60,8 @@ def random_criteria(seeds: Sequence[int]) -> tuple[Criterion, ...]:
     Raises:
         ArgumentError: there are none, or one is no integer or stands twice.
     """
-    if not isinstance(seeds, Sequence) or not seeds or len(set(seeds)) < len(seeds):
-        raise ArgumentError(f"seeds={seeds!r}; expected one or more integers, each once.")
+    if not isinstance(seeds, Sequence) or not all(map(is_whole, seeds)) or not 0 < len(seeds) == len(set(seeds)):
+        raise ArgumentError(f"seeds={shown(seeds)}; expected one or more integers, each once.")
     return tuple(random_criterion(seed) for seed in seeds)
 
 
@@ -74,6 +76,10 @@ def contenders_of(
     controls = [Contender("uniform", (_first_units,), True), Contender("random", random, True)]
     if isinstance(criteria, str) or callable(criteria):
         raise ArgumentError(f"criteria={criteria!r}; expected several, as in [{criteria!r}].")
+    if criteria is not None:
+        check_kind("criteria", criteria, Sequence, "names of criteria, or functions")
+        if not all(isinstance(one, str) or callable(one) for one in criteria):
+            raise ArgumentError(f"criteria={shown(criteria)}; expected names of criteria, or functions.")
     names = dict.fromkeys(registered_criteria() if criteria is None else criteria)
     chosen = [name for name in names if name not in _CONTROLS]
     lacks = {name: missing_data(name, data) for name in chosen}
@@ -102,9 +108,11 @@ def budgets_of(words: Mapping[str, Any]) -> list[Budget]:
     ((word, value),) = given.items()
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     is_number = [isinstance(one, Real) and not isinstance(one, bool) for one in values]
-    budgets = [Budget(word, one) for one in values] if all(is_number) else []
+    budgets = (
+        [Budget(word, float(one) if isinstance(one, Fraction) else one) for one in values] if all(is_number) else []
+    )
     if not budgets or len({budget.text for budget in budgets}) < len(budgets):
-        raise ArgumentError(f"{word}={value!r}; expected a number, or several different ones.")
+        raise ArgumentError(f"{word}={shown(value)}; expected a number, or several different ones.")
     return budgets
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final, Unpack
 
 from torch import nn
 
+from torchshear._arguments import check_callback, check_kind
 from torchshear._asking import Data, check_looked_at, read_data
 from torchshear._words import Comparing, check_keywords
 from torchshear.comparison._asked import Contender, budgets_of, contenders_of, random_criteria, request_of
@@ -65,7 +66,9 @@ def compare(
         TorchshearError: no criterion and no control can be pruned by; the error of the first.
     """
     check_keywords("compare", words, Comparing, _ARGUMENTS)
-    say = progress or (lambda text: None)
+    check_callback("progress", progress)
+    check_kind("evaluate", evaluate, Callable, "a function of a model that gives a number")  # type: ignore[arg-type]
+    say = (lambda text: None) if progress is None else progress
     data = read_data(words)
     recalibrates = words.get("recalibrate", False)
     contenders, left_out = contenders_of(criteria, random_criteria(seeds), data)

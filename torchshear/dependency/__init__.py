@@ -7,7 +7,7 @@ from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._computed import computed_weights
 from torchshear.dependency._cut import Cut, dense_cost
 from torchshear.dependency._form import Form, FormKind, Part, Scales, Sizes, Slot
-from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
+from torchshear.dependency._groups import ChannelGroup, ChannelGroups, FixedDimension, Member, check_groups
 from torchshear.dependency._network import Dimension, Value
 from torchshear.dependency._outputs import OutputPlan
 from torchshear.dependency._part_cost import part_costs
@@ -49,6 +49,7 @@ __all__ = [
     "WidthCost",
     "among_zeros",
     "analyze",
+    "check_groups",
     "computed_weights",
     "dense_cost",
     "make_plan",

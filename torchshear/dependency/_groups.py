@@ -7,6 +7,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
+from torchshear._arguments import check_kind
 from torchshear.dependency._axis import Algebra
 from torchshear.dependency._call import Facts
 from torchshear.dependency._network import Value, describe_network, draw_network
@@ -235,3 +236,8 @@ class ChannelGroups(Sequence[ChannelGroup]):
             along the edge. Parallel edges exist: `a * a` has two.
         """
         return draw_network(self.describe(mode), tuple(group.name for group in self.groups))
+
+
+def check_groups(groups: object) -> None:
+    """Raise ArgumentError for what is no analysed network."""
+    check_kind("groups", groups, ChannelGroups, "channel groups: torchshear.analyze(torchshear.trace(...))")

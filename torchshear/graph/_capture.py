@@ -198,6 +198,15 @@ def _check_model(model: nn.Module) -> None:
     lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
     if lazy is not None:
         raise ArgumentError(f"parameter {lazy!r} is lazy and has no shape yet; run the model once on example inputs.")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is not torch.strided or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
+            what = tensor.dtype if tensor.layout is torch.strided else f"in the layout {tensor.layout}"
+            raise ArgumentError(
+                f"{name!r} is {what}, which few operators compute with. Expected dense tensors of 16 bits or more: "
+                f"prune the model before it is quantized or made sparse."
+            )
+    if torch.get_default_device().type == "meta" and not is_on_meta(model):
+        raise ArgumentError("torch's default device is meta, where nothing has values; call outside of that context.")
     inner = _WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
     if inner is not None:
         raise ArgumentError(
@@ -371,6 +380,12 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
             f"torch.export cannot capture {what}: {where} is an observer of torch.ao.quantization, which takes ranges "
             f"from the values that it sees. Prune the model before it is prepared for quantisation, and prepare the "
             f"result."
+        )
+    scripted = [name for name, one in model.named_modules() if isinstance(one, torch.jit.ScriptModule)]
+    if scripted:
+        return CaptureError(
+            f"torch.export cannot capture {what}: its module {scripted[0]!r} is a ScriptModule. Put the module that it "
+            f"was made from in its place, or prune only modules beside it: submodules=[...] names them."
         )
     return CaptureError(
         f"torch.export cannot capture {f'part {part!r} of {what}' if part else what}: {type(error).__name__}: "

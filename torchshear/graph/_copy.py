@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchshear.errors import ArgumentError, first_line
+from torchshear.graph._uncopied import uncopied
+
 
 def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Deep-copy a model, so that the copy and the model share nothing that a run writes to.
@@ -14,24 +17,43 @@ def copy_model(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     Tensors that were computed with gradients, which torch refuses to copy, are copied detached. Modules keep such
     tensors when a hook computes a weight before each forward, as `torch.nn.utils.weight_norm` does, or keeps a feature
     for later. Functions that modules hold, as hooks, are left by Python as they are; those that close over modules or
-    containers of the model get the ones of the copy.
+    containers of the model get the ones of the copy. What Python refuses to copy, as locks and files, is shared.
 
     Args:
         model: the model; not changed.
         memo: id of an object -> what the copy has in its place.
+
+    Raises:
+        ArgumentError: a class of the model refuses to be copied.
     """
     known = dict(memo or {})
     for module in model.modules():
         for tensor in _tensors_in(list(vars(module).values())):
             if not tensor.is_leaf and id(tensor) not in known:
                 known[id(tensor)] = tensor.detach().clone()
-    twin = copy.deepcopy(model, known)
+    twin, known = _deep_copy(model, known)
     for module in twin.modules():
         for holder in (vars(module), *(value for value in vars(module).values() if isinstance(value, dict))):
             for name, value in holder.items():
                 if isinstance(value, FunctionType):
                     holder[name] = _rebound(value, known)
     return twin
+
+
+def _deep_copy(model: nn.Module, known: dict[int, Any]) -> tuple[nn.Module, dict[int, Any]]:
+    """A deep copy, and the id of each object -> its copy."""
+    copies = dict(known)
+    try:
+        return copy.deepcopy(model, copies), copies
+    except Exception:  # any class may refuse, with any exception
+        copies = {id(value): value for value in uncopied(model)} | known
+    try:
+        return copy.deepcopy(model, copies), copies
+    except Exception as error:
+        raise ArgumentError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {first_line(error)}. Expected a model "
+            f"that copy.deepcopy takes; check the __deepcopy__ and __reduce__ of its classes."
+        ) from error
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

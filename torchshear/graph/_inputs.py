@@ -40,9 +40,15 @@ class ExampleInputs:
             raise ArgumentError(f"kwargs is {type(kwargs).__name__}; expected a dictionary of keyword arguments.")
         try:
             register_dataclasses((args, kwargs))
-            return cls(tuple(args), dict(kwargs or {}))
+            found = cls(tuple(args), dict(kwargs or {}))
+            tensors = found.tensors()
         except RecursionError as error:
             raise ArgumentError("args or kwargs hold themselves, or are nested too deeply.") from error
+        for number, tensor in enumerate(tensors):
+            if tensor.layout is not torch.strided or (tensor.dtype.itemsize == 1 and tensor.is_floating_point()):
+                what = f"in the layout {tensor.layout}" if tensor.layout is not torch.strided else f"of {tensor.dtype}"
+                raise ArgumentError(f"tensor {number} of the example inputs is {what}, which no capture takes.")
+        return found
 
     def tensors(self) -> list[Tensor]:
         """All tensors in the arguments, in the order in which they are flattened."""

@@ -10,7 +10,8 @@ from math import prod
 import numpy as np
 from torch import fx
 
-from torchshear.dependency import Axis, ChannelGroup, ChannelGroups, Member
+from torchshear._arguments import check_kind
+from torchshear.dependency import Axis, ChannelGroup, ChannelGroups, Member, check_groups
 from torchshear.errors import ArgumentError
 from torchshear.graph import Graph, locate
 
@@ -111,6 +112,7 @@ def describe_groups(groups: ChannelGroups) -> tuple[GroupDetail, ...]:
     Returns:
         One description a group, in their order.
     """
+    check_groups(groups)
     users = _users(groups.graph)
     demands = _demands(groups)
     return tuple(_detail(groups.graph, number, group, users, demands[number]) for number, group in enumerate(groups))
@@ -126,6 +128,8 @@ def find_group(groups: ChannelGroups, text: str) -> int:
     Raises:
         ArgumentError: no group, or more than one, fits.
     """
+    check_groups(groups)
+    check_kind("text", text, str, "the number or the name of a group")
     if re.fullmatch(r"-?[0-9]+", text):
         if 0 <= int(text) < len(groups):
             return int(text)

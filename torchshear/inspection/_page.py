@@ -16,7 +16,7 @@ from os import PathLike
 from typing import Any
 
 from torchshear._files import atomic_path
-from torchshear.dependency import ChannelGroups, Value
+from torchshear.dependency import ChannelGroups, Value, check_groups
 from torchshear.graph import Mode
 from torchshear.inspection._cards import Level, make_levels
 from torchshear.inspection._document import groups_document
@@ -48,6 +48,7 @@ def render_page(groups: ChannelGroups) -> str:
     Args:
         groups: the analysed network.
     """
+    check_groups(groups)
     style = _asset("page.css")
     script = '"use strict";\n(() => {\n' + "\n".join(map(_asset, _SCRIPTS)) + "\n})();\n"
     data = json.dumps(_document(groups), separators=(",", ":"))  # ASCII: other characters become escapes

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, dense_cost
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, check_groups, dense_cost
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.graph import Cost
 from torchshear.pruners._budget import Budget, Solver, check_feasible, refined
@@ -54,6 +55,9 @@ class Choosing:
         statistics: Statistics | None,
         whole: Collection[str] = (),
     ) -> None:
+        check_groups(groups)
+        if torch.get_default_device().type == "meta":
+            raise ArgumentError("torch's default device is meta, where nothing has values; plan outside of it.")
         self.groups = groups
         self.request = request
         self.criterion: Criterion = find_criterion(request.criterion)

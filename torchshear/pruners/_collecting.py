@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from torchshear._arguments import check_count
+from torchshear._arguments import check_count, check_flag, check_kind, shown
 from torchshear._distributed import agree
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph, outside_inference_mode
+from torchshear.graph import Graph, as_names, outside_inference_mode
 from torchshear.pruners._targets import choose_targets
 from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
 from torchshear.pruners.statistics import (
@@ -113,10 +113,12 @@ class _Making:
 
     def __call__(self, network: Graph | ChannelGroups) -> Run:
         """A run over a network."""
+        check_kind("network", network, (Graph, ChannelGroups), "what torchshear.trace or torchshear.analyze gives")
         _check(self.loss_fn, self.batches)
         groups = network if isinstance(network, ChannelGroups) else analyze(network)
         _check_weights(groups.graph)
-        targets = choose_targets(groups, _ANY, None, self.exclude) if self.exclude else {}
+        exclude = as_names("exclude", self.exclude)
+        targets = choose_targets(groups, _ANY, None, exclude) if exclude else {}
         whole = frozenset(name for name, target in targets.items() if target.ratio is None)
         return Run(groups, self.loss_fn, self.sums(), whole)
 
@@ -126,6 +128,7 @@ def _collected(network: Graph | ChannelGroups, loader: Iterable[Any], make: _Mak
     run: Run | None = None
     error: Exception | None = None
     try:
+        check_flag("progress", progress)
         run = make(network)
         found = batches_of(loader, make.batches, run.graph)
         console = Console(stderr=True)
@@ -159,8 +162,8 @@ def _sums(criteria: str | Criterion | Collection[str | Criterion] | None, loss_f
     if criteria is None:
         return allowed
     named = [criteria] if isinstance(criteria, str) or callable(criteria) else criteria
-    if not isinstance(named, Collection):
-        raise ArgumentError(f"criteria={criteria!r}; expected names of criteria or functions, or None for all.")
+    if not isinstance(named, Collection) or isinstance(named, Tensor):
+        raise ArgumentError(f"criteria={shown(criteria)}; expected names of criteria or functions, or None for all.")
     wanted: frozenset[Sum] = frozenset()
     for name in named:
         if not declared_needs(name) <= allowed:

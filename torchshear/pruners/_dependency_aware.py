@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from torchshear._arguments import check_kind, shown
 from torchshear._tables import Cell
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, make_plan
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, check_groups, make_plan
 from torchshear.errors import ArgumentError
 from torchshear.graph import as_names, close_to, node_macs
 from torchshear.graph._graph import tensor_operands
@@ -146,8 +147,10 @@ def plan_dependency_aware(
 
     Reference: the dependency-aware mode of NNI 2.0 to 2.8, which does not balance the extra part over filter groups.
     """
-    if extra not in EXTRA:
-        raise ArgumentError(f"extra={extra!r}; expected one of {', '.join(EXTRA)}.{close_to(str(extra), EXTRA)}")
+    check_groups(groups)
+    check_kind("ratios", ratios, Mapping, "a mapping from layers to ratios")
+    if not isinstance(extra, str) or extra not in EXTRA:
+        raise ArgumentError(f"extra={shown(extra)}; expected one of {', '.join(EXTRA)}.{close_to(str(extra), EXTRA)}")
     asked = _by_weight(groups, ratios)
     score = find_criterion(criterion)
     tensors = weights_to_score(groups, weights)

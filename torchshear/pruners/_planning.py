@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from torchshear.dependency import ChannelGroups, Cut, PruningPlan, make_plan
+from torchshear._arguments import check_kind
+from torchshear.dependency import ChannelGroups, Cut, PruningPlan, check_groups, make_plan
 from torchshear.errors import PlanError
 from torchshear.pruners._choosing import Choosing
 from torchshear.pruners._request import Request
@@ -71,6 +72,8 @@ def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPla
         PlanError: a group is unknown, indices are out of range or repeated, a balance is violated, or a dimension would
             vanish.
     """
+    check_groups(groups)
+    check_kind("kept", kept, Mapping, "a mapping from groups to the units that stay")
     chosen = {name: _as_indices(name, indices) for name, indices in kept.items()}
     return make_plan(Cut(groups, chosen), chosen, {"kept": "given"}, {})
 

@@ -6,12 +6,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from torchshear._arguments import check_count, check_flag
 from torchshear.dependency import (
     ChannelGroup,
     ChannelGroups,
     Cut,
     PruningPlan,
     WidthCost,
+    check_groups,
     dense_cost,
     make_plan,
 )
@@ -72,6 +74,8 @@ def plan_unipruning(
     (`use_gamma=False`), means the share that stays by `target_sparsity`, and takes removed runs again where a target is
     out of reach.
     """
+    check_groups(groups)
+    check_flag("use_gamma", use_gamma)
     request = Request(criterion="unipruning", target_params=target_params, min_width=min_width)
     alignment = _runs_of(run)
     dense = dense_cost(groups.graph)
@@ -99,8 +103,7 @@ def plan_unipruning(
 
 
 def _runs_of(run: int) -> Alignment:
-    if isinstance(run, bool) or not isinstance(run, int) or run < 1:
-        raise ArgumentError(f"run={run!r}; expected a whole number of channels, at least 1.")
+    check_count("run", run)
     return Alignment(run, run, f"runs of {run}")
 
 

@@ -11,9 +11,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from torchshear._arguments import check_kind
 from torchshear._files import atomic_path
 from torchshear._reading import UnreadableError, as_path, read_json, shortened
-from torchshear.dependency import ChannelGroup, ChannelGroups, Member, PruningPlan
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member, PruningPlan, check_groups
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.graph import close_to
 from torchshear.pruners._keys import layer_of
@@ -48,6 +49,7 @@ def write_unipruning_mask(plan: PruningPlan, path: str | PathLike[str]) -> None:
         ArgumentError: the plan was loaded from a file, or removes what no layer makes, as columns of embeddings.
         OutputError: the file cannot be written; what was there before is unchanged.
     """
+    check_kind("plan", plan, PruningPlan, "a plan that was made in this process")
     groups = plan.analysis
     if groups is None:
         raise ArgumentError("the plan was loaded from a file; write the mask in the process that made it.")
@@ -83,6 +85,7 @@ def plan_from_unipruning_mask(groups: ChannelGroups, path: str | PathLike[str]) 
         PlanError: the file is missing, damaged or of another network; a layer is unknown; a channel is out of range,
             named twice, or goes without the others that must go with it.
     """
+    check_groups(groups)
     document = _read(as_path(path, "the path of a mask"))
     about = document.pop(_ABOUT, {})
     of = about.get("fingerprint") if isinstance(about, Mapping) else None

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from torchshear._arguments import check_flag, check_one_of
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs, alone, is_on_meta
@@ -80,6 +81,10 @@ def shrink_to_form(
         CaptureError: the model cannot be traced.
         VerificationError: the result is not the masked model.
     """
+    check_flag("fold_bias", fold_bias)
+    check_flag("verify", verify)
+    if form is not None:
+        check_one_of("form", form, ("native", "traced"))
     groups = analysis_of(model, plan, args, kwargs)
     made = _make(model, groups, plan, form, leave)
     if verify and not is_on_meta(model):

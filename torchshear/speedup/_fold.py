@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from torchshear._arguments import check_kind
 from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import VerificationError, WeightError
 from torchshear.graph import ExampleInputs, PartRun, alone, is_on_meta, output_leaves, whole_of
@@ -74,6 +75,9 @@ def fold_constants(
 
     Reference: Ye et al., ICLR 2018, arXiv:1802.00124, section 3, there for channels whose scale is zero.
     """
+    check_kind("shrunk", shrunk, Shrunk, "what shrink_to_form gave")
+    if means is not None:
+        check_kind("means", means, Mapping, "what torchshear.pruners.channel_means gave")
     groups = analysis_of(model, plan, args, kwargs)
     if is_on_meta(model):
         raise WeightError("the model is on the meta device: without values there are no constants to fold.")

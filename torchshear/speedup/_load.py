@@ -6,6 +6,7 @@ from os import PathLike
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchshear._checkpoint import Checkpoint, match_names, open_checkpoint
 from torchshear.errors import ArgumentError, CheckpointError
@@ -31,6 +32,9 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
+    if lazy is not None:
+        raise ArgumentError(f"parameter {lazy!r} is lazy and has no shape yet; run the model once on example inputs.")
     checkpoint = open_checkpoint(source)
     tensors, slots, unsaved = _slots(model)
     lost = sorted(name for name in unsaved if tensors[name].is_meta and tensors[name].numel())

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from torchshear._arguments import check_count
+from torchshear._arguments import check_count, check_flag
 from torchshear._distributed import agree, is_distributed, summed
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
 from torchshear.graph import copy_model, outside_inference_mode
@@ -78,8 +78,8 @@ def recalibrate(
     for pruned networks Li et al., ECCV 2020, arXiv:2007.02491.
     """
     check_recalibration(model, batches)
-    if not isinstance(frozen, bool):
-        raise ArgumentError(f"frozen={frozen!r}; expected True or False.")
+    check_flag("frozen", frozen)
+    check_flag("progress", progress)
     copy = copy_model(model)
     statistics = _Statistics.of(copy, frozen)
     n_run = 0

@@ -66,6 +66,8 @@ def fill(tensor: Tensor, own: Tensor, generator: torch.Generator | None) -> None
     if generator is None:
         tensor.copy_(own)
         return
+    if not own.numel():
+        return
     noise = _noise(own.shape, generator)
     if own.ndim > 1:
         tensor.copy_(noise.mul_(sqrt(2 / max(1, own[0].numel()))))

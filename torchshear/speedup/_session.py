@@ -9,6 +9,8 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 
+from torchshear._arguments import shown
+from torchshear._reading import as_path
 from torchshear.errors import LatencyError
 
 __all__ = ["error_reason", "fitting_inputs", "made_inputs", "open_session"]
@@ -32,6 +34,7 @@ def open_session(path: str | os.PathLike[str], threads: int = 1) -> onnxruntime.
     Raises:
         LatencyError: the file is missing, is no ONNX model, or holds an operator that onnxruntime does not run.
     """
+    path = as_path(path, "the path of an ONNX file")
     if not os.path.isfile(path):
         raise LatencyError(
             f"no file at {str(path)!r}. Write it first, with torchshear's export_onnx or torch.onnx.export."
@@ -116,7 +119,7 @@ def fitting_inputs(
     """
     nodes = {node.name: node for node in session.get_inputs()}
     if set(nodes) != set(inputs):
-        raise LatencyError(f"{name!r} takes the inputs {sorted(nodes)}, but got {sorted(inputs)}.")
+        raise LatencyError(f"{name!r} takes the inputs {sorted(nodes)}, but got {shown(sorted(inputs))}.")
     for key, node in nodes.items():
         array = np.asarray(inputs[key])
         dtype = _DTYPES.get(node.type.removeprefix("tensor(").removesuffix(")"), node.type)

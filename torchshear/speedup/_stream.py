@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchshear._arguments import check_callback, check_one_of
 from torchshear._checkpoint import Checkpoint, open_checkpoint
 from torchshear._files import DRAFT, publish
 from torchshear._reading import as_path
@@ -99,8 +100,8 @@ def shrink_checkpoint(
     """
     plan = _as_plan(plan)
     destination = as_path(destination, "the destination")
-    if unknown not in ("refuse", "copy", "drop"):
-        raise ArgumentError(f'unknown={unknown!r}; expected "refuse", "copy" or "drop".')
+    check_one_of("unknown", unknown, ("refuse", "copy", "drop"))
+    check_callback("progress", progress)
     checkpoint = open_checkpoint(source)
     task = _Task(checkpoint, fit(plan, checkpoint, unknown), destination, progress)
     manifest = Manifest(plan_digest(plan), source_digest(checkpoint), unknown, {})

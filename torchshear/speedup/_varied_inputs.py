@@ -34,7 +34,7 @@ def check_examples(example: ExampleInputs) -> None:
     """Refuse inputs on which every model gives the same.
 
     Raises:
-        ArgumentError: a tensor is empty, or on the meta device.
+        ArgumentError: a tensor is empty, on the meta device, or holds NaN.
     """
     for number, tensor in enumerate(example.tensors()):
         shape = tuple(tensor.shape)
@@ -48,6 +48,8 @@ def check_examples(example: ExampleInputs) -> None:
                 f"tensor {number} of the example inputs has shape {shape} and so no values: nothing can be compared. "
                 f"Give at least one sample."
             )
+        if bool(tensor.isnan().any()):
+            raise ArgumentError(f"tensor {number} of the example inputs holds NaN; expected numbers.")
 
 
 def table_sizes(graph: Graph) -> dict[int, int]:
@@ -198,7 +200,7 @@ def _mask(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _numbers(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Floating numbers with the spread of those given, or their two values where they have no more."""
-    if tensor.is_meta:
+    if tensor.is_meta or not tensor.numel():
         return tensor.detach().clone()
     values = _values(tensor)
     if len(values) == 2:

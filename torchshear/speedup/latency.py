@@ -18,6 +18,7 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
+from torchshear._arguments import check_callback, check_count, check_kind, shown
 from torchshear.errors import ArgumentError, LatencyError
 from torchshear.speedup._session import error_reason, fitting_inputs, made_inputs, open_session
 
@@ -257,7 +258,8 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
         LatencyError: a file is missing, invalid or holds an operator that onnxruntime does not run; or inputs do not
             fit a model, or cannot be made for it, or differ between the models.
     """
-    _check_numbers(models, batch=batch, threads=threads, rounds=rounds, warmup=warmup)
+    _check_numbers(models, inputs, batch=batch, threads=threads, rounds=rounds, warmup=warmup, seed=seed)
+    check_callback("progress", progress)
     _check_shares(confidence=confidence, min_seconds=min_seconds)
     inferences = _prepared(models, inputs, batch=batch, threads=threads, seed=seed)
     runs = {name: inference.runs_lasting(min_seconds, warmup) for name, inference in inferences.items()}
@@ -338,24 +340,26 @@ def _signature(feeds: Mapping[str, np.ndarray]) -> list[str]:
     return [f"{array.dtype}{list(array.shape)}" for array in feeds.values()]
 
 
-def _check_numbers(models: Mapping[str, object], **numbers: int) -> None:
+def _check_numbers(models: Mapping[str, object], inputs: Mapping[str, object] | None, **numbers: int) -> None:
     """Refuse an empty mapping and counts below their minimum."""
+    check_kind("models", models, Mapping, "a mapping from names to ONNX files")
+    is_named = inputs is None or (isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs))
+    if not is_named:
+        raise ArgumentError(f"inputs={shown(inputs)}; expected a mapping from names to arrays, or None.")
     if not models:
         raise ArgumentError(
             "models is empty. Expected at least one entry, name -> ONNX file; the first is the baseline."
         )
     for name, value in numbers.items():
-        minimum = 0 if name == "warmup" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise ArgumentError(f"{name} must be a whole number of at least {minimum}, but got {name}={value!r}.")
+        check_count(name, value, least=0 if name in ("seed", "warmup") else 1)
 
 
 def _check_shares(*, confidence: float, min_seconds: float) -> None:
-    """Refuse a confidence outside (0, 1) and a negative or endless duration."""
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={confidence!r}.")
-    if not 0 <= min_seconds < math.inf:
-        raise ArgumentError(f"min_seconds must be a duration of at least 0, but got min_seconds={min_seconds!r}.")
+    """Refuse a confidence outside (0, 1) and a duration that is negative or over an hour."""
+    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
+        raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={shown(confidence)}.")
+    if not isinstance(min_seconds, int | float) or not 0 <= min_seconds <= 3600:
+        raise ArgumentError(f"min_seconds must be a duration of 0 to 3600 s, but got min_seconds={shown(min_seconds)}.")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from torchshear._arguments import MOST, check_count, check_kind, is_whole, shown
 from torchshear._files import DRAFT, atomic_path
 from torchshear._reading import as_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
-from torchshear.graph import alone, kept_state, plain_outputs
+from torchshear.graph import ExampleInputs, alone, kept_state, plain_outputs
 from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._compare import ordinary_scale
 from torchshear.speedup._decompositions import decomposed
@@ -117,10 +118,14 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
 
     Reference: `torch.onnx.export(dynamo=True)`, https://docs.pytorch.org/docs/stable/onnx_export.html
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module instance")
     _check_limits(check_batches, rtol, atol, opset)
-    call = ExampleCall.of(model, (args,) if isinstance(args, Tensor) else tuple(args), kwargs or {}, dynamic_shapes)
+    given = ExampleInputs.of((args,) if isinstance(args, Tensor) else args, kwargs)
+    call = ExampleCall.of(model, given.args, given.kwargs, dynamic_shapes)
     _check_dtypes(model, call)
     target, check = as_path(path, "the path of an ONNX file"), _Tolerance(rtol, atol)
+    if not str(target).isprintable():
+        raise ArgumentError(f"the path {str(target)!r} has characters that onnx cannot write; choose another name.")
     with _evaluating(model), plain_outputs(model):
         if call.batch is None:
             reason = "no example input is a tensor with a first dimension"
@@ -337,14 +342,15 @@ def _checked(
 
 def _check_limits(check_batches: Sequence[int], rtol: float, atol: float, opset: int | None) -> None:
     """Refuse batch sizes and opsets below 1 and tolerances that are negative or no number."""
-    if opset is not None and (isinstance(opset, bool) or not isinstance(opset, int) or opset < 1):
-        raise ArgumentError(f"opset must be a whole number of at least 1, or None, but got {opset!r}.")
+    if opset is not None:
+        check_count("opset", opset)
+    check_kind("check_batches", check_batches, Sequence, "sizes of batches, as (1, 3)")
     for batch in check_batches:
-        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {batch!r}.")
+        if not is_whole(batch) or not 1 <= batch <= MOST:
+            raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {shown(batch)}.")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not 0 <= value < float("inf"):
-            raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={value!r}.")
+        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={shown(value)}.")
 
 
 def _check_dtypes(model: nn.Module, call: ExampleCall) -> None:
@@ -352,6 +358,10 @@ def _check_dtypes(model: nn.Module, call: ExampleCall) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise WeightError(f"{name!r} is on the meta device and has no values. Load the weights before the export.")
+    if any(tensor.is_meta for tensor in call.tensors().values()):
+        raise ArgumentError("an example input is on the meta device and has no values; expected numbers.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ExportError("the model holds a ScriptModule, which torch.export refuses; give what it was made from.")
     tensors = (*model.parameters(), *model.buffers(), *call.tensors().values())
     if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
         raise ExportError(

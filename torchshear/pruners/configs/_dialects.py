@@ -5,6 +5,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
+from torchshear._arguments import shown
 from torchshear.errors import ArgumentError
 from torchshear.graph import close_to
 from torchshear.pruners.configs import _neural_compressor, _nni
@@ -43,9 +44,9 @@ def parse_config(config: object, dialect: str | None = None) -> tuple[Entry, ...
         >>> entry.label, entry.ratio, entry.where.types
         ('config_list[0]', 0.5, ('Conv2d',))
     """
-    if dialect is not None and dialect not in _PARSERS:
+    if dialect is not None and (not isinstance(dialect, str) or dialect not in _PARSERS):
         raise ArgumentError(
-            f"dialect={dialect!r}; expected one of {', '.join(_PARSERS)}.{close_to(str(dialect), _PARSERS)}"
+            f"dialect={shown(dialect)}; expected one of {', '.join(_PARSERS)}.{close_to(str(dialect), _PARSERS)}"
         )
     parse, _ = _PARSERS[dialect or _dialect(_keys(config))]
     entries = parse(config)

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from torchshear.dependency import ChannelGroup, ChannelGroups, Member
+from torchshear._arguments import check_kind, shown
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member, check_groups
 from torchshear.errors import ArgumentError
 from torchshear.pruners.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.pruners.configs._layers import Layer, LayerGroups, Maskable, list_layers, maskable_weights
@@ -51,6 +52,14 @@ def resolve(
 
     Reference: dependency-aware pruning of NNI, https://github.com/microsoft/nni.
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module instance")
+    is_parsed = isinstance(entries, Sequence) and all(isinstance(entry, Entry) for entry in entries)
+    if not is_parsed:
+        raise ArgumentError(f"entries is {type(entries).__name__}; expected what parse_config gives.")
+    if groups is not None:
+        check_groups(groups)
+    if not isinstance(criterion, str | None) or not isinstance(pattern, str):
+        raise ArgumentError(f"criterion={shown(criterion)} and pattern={shown(pattern)}; expected texts.")
     if not entries:
         raise ArgumentError("the config has no entries; expected at least one.")
     layers = list_layers(model)

@@ -6,6 +6,7 @@ from typing import Final, Literal
 
 from torch import Tensor, nn
 
+from torchshear._arguments import check_kind, check_one_of, shown
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import as_names, close_to
@@ -47,8 +48,7 @@ class _Share:
         check_ratio("ratio", self.ratio)
         check_ratio("min_ratio", self.least)
         check_ratio("max_ratio", self.most)
-        if self.scope not in ("local", "global"):
-            raise ArgumentError(f"scope={self.scope!r}; expected 'local' or 'global'.")
+        check_one_of("scope", self.scope, ("local", "global"))
         if self.least > self.most:
             raise ArgumentError(f"min_ratio={self.least} is above max_ratio={self.most}; expected at most that.")
         if self.final is not None:
@@ -68,7 +68,7 @@ class _Share:
 def check_ratio(name: str, value: object) -> None:
     """Refuse anything but a number in [0, 1); a NaN is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ArgumentError(f"{name}={value!r}; expected a number of at least 0 and below 1.")
+        raise ArgumentError(f"{name}={shown(value)}; expected a number of at least 0 and below 1.")
 
 
 class NothingFitsError(MaskError):
@@ -136,8 +136,8 @@ def choose_masks(  # noqa: PLR0913 - keywords, each a choice of its own
     share = _Share(ratio=ratio, scope=scope, least=min_ratio, most=max_ratio, final=final_ratio)
     if final_ratio is not None and isinstance(layers, Mapping):
         raise ArgumentError("final_ratio goes with one ratio for all layers; layers give a ratio each here.")
-    if reduce not in _REDUCTIONS:
-        raise ArgumentError(f"reduce={reduce!r}; expected one of {', '.join(_REDUCTIONS)}.")
+    check_one_of("reduce", reduce, _REDUCTIONS)
+    check_kind("pattern", pattern, str, "'NxM', 'N:M', 'channelx1', '1xchannel' or 'heads'")
     if pattern == HEADS:
         found, ratios = _head_candidates(model, layers, ratio, score, reduce, previous, groups)
     else:

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, computed_weights, make_plan
+from torchshear.dependency import (
+    ChannelGroup,
+    ChannelGroups,
+    Cut,
+    Member,
+    PruningPlan,
+    check_groups,
+    computed_weights,
+    make_plan,
+)
 from torchshear.dependency._units import PAD
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import Graph, alone, close_to, output_leaves
@@ -53,8 +62,7 @@ def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> Prunin
         ArgumentError: `groups` is no analysed network, or `masks` are none.
         MaskError: a mask is of no parameter, or has another shape; the model is on the meta device.
     """
-    if not isinstance(groups, ChannelGroups):
-        raise ArgumentError(f"groups is {type(groups).__name__}; expected torchshear.analyze(torchshear.trace(...)).")
+    check_groups(groups)
     if masks is not None and not isinstance(masks, Masks):
         raise ArgumentError(f"masks is {type(masks).__name__}; expected Masks, or None where they are permanent.")
     state = _State.of(groups, _masked_tensors(groups.graph, masks))

@@ -60,7 +60,7 @@ def find_scorer(score: Score, layers: list[Layer]) -> Scorer:
                 f"score={score!r} is made of gradients, and no weight has one; call backward on a loss first."
             )
         return _checked(_NAMED[score])
-    if isinstance(score, Mapping):
+    if isinstance(score, Mapping) and all(isinstance(name, str) for name in score):
         return _checked(lambda layer: _looked_up(score, layer))
     if callable(score):
         return _checked(lambda layer: score(layer.name, dense_values(layer)))

@@ -68,8 +68,6 @@ class Run:
             node, _, through = name.partition(">")
             self.watched.setdefault(node, []).append((accumulator, through))
         self._source = sample_input(self.graph)
-        if self._source is not None and not self._source[1]:
-            raise DataError("the model was captured with inputs that hold no sample; trace it with at least one.")
         self._read_state()
         self.gates = self._gates(taps)
         self.functions = Functions(self.graph, self.gates.names) if self.loss_fn else None

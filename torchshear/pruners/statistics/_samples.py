@@ -1,5 +1,6 @@
 """Where the samples of a batch stand in values."""
 
+from torchshear.errors import DataError
 from torchshear.graph import Graph
 from torchshear.graph._graph import shape_of
 
@@ -8,11 +9,19 @@ def sample_input(graph: Graph) -> tuple[int, int] | None:
     """Which of the flat inputs has the samples along dimension 0, and how many in the capture.
 
     It is the first whose size there is free, or else the first that has dimensions.
+
+    Raises:
+        DataError: there were none in the capture.
     """
     nodes = [node for node in graph if node.op == "placeholder"]
     batched = [number for number, node in enumerate(nodes) if shape_of(node)]
     free = [number for number in batched if graph.is_free(nodes[number], 0)]
-    return next(((number, shape_of(nodes[number])[0]) for number in free or batched), None)
+    for number in free or batched:
+        size = shape_of(nodes[number])[0]
+        if not size:
+            raise DataError("the model was captured with inputs that hold no sample; trace it with at least one.")
+        return number, size
+    return None
 
 
 def sample_dim(graph: Graph, batch: int, shape: tuple[int, ...], other: int, known: int | None = None) -> int | None:

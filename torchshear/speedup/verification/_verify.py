@@ -7,8 +7,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from torchshear._arguments import check_count, check_kind
 from torchshear.dependency import ChannelGroups, PruningPlan
-from torchshear.errors import ArgumentError, VerificationError
+from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs, Mode, PartRun, alone, failure_of, whole_of
 from torchshear.speedup._batches import arguments_of
 from torchshear.speedup._shrink import TrainingCut, analysis_of, recorded_run
@@ -86,7 +87,11 @@ def verify(
         VerificationError: outputs or gradients differ; names the first value in the graph that does. Or a model with
             smaller parts does not run whole.
     """
-    given = ExampleInputs.of(args, kwargs) if args or kwargs else None
+    check_kind("small", small, nn.Module, "the shrunk model")
+    check_count("seed", seed, least=0)
+    check_count("batches", batches)
+    seed, example = int(seed), ExampleInputs.of(args, kwargs)
+    given = example if example.args or example.kwargs else None
     groups = analysis_of(model, plan, *((given.args, given.kwargs) if given is not None else (None, None)))
     if data is None:
         return verify_analyzed(model, small, plan, groups, given, seed=seed)
@@ -94,7 +99,12 @@ def verify(
         raise ArgumentError("data is given for a plan of parts, whose inputs it does not hold; leave data out.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     given_batches = arguments_of(data, batches, signature_of(model), device)
-    extra = [ExampleInputs(*one) for one in given_batches]
+    extra: list[ExampleInputs] = []
+    for number, one in enumerate(given_batches):
+        extra.append(ExampleInputs(*one))
+        failure = failure_of(model, extra[-1], "eval")
+        if failure is not None:
+            raise DataError(f"the model does not run on batch {number} of data: {failure}")
     return verify_analyzed(model, small, plan, groups, given, seed=seed, extra=extra)
 
 

@@ -1,0 +1,60 @@
+"""Wrong arguments of public functions are refused by errors of our own, whatever they are."""
+
+import inspect
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import torchshear
+from tests.blocks import HypothesisSource
+from tests.hostile_calls import CALLS, Given, check_call, is_refused
+from torchshear import comparison, inspection, pruners, speedup
+from torchshear.pruners import masks
+
+# Of these a call that succeeds takes half a second or more; `benchmarks/fuzz_inputs.py --section calls` makes many.
+SLOW = ("compare", "compare_latency", "export_onnx", "prune", "prune by a config", "shrink", "fold_constants")
+
+# What is called by other code of ours, or by whoever writes a criterion or a rule, with values that were checked.
+INNER = {
+    *("check_request", "choose_targets", "choose_units", "choose_width", "isomorphism_classes", "plan_units"),
+    *("criterion", "unit_sums", "registered_criteria", "detect_profile", "profiles", "layer_type", "applied_masks"),
+    *("groups_document", "has_matplotlib", "render_comparison"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Given]:
+    folder, before = tmp_path_factory.mktemp("calls"), Path.cwd()
+    os.chdir(folder)  # what wrong paths write lies here
+    yield Given.make(folder)
+    os.chdir(before)
+
+
+def test_every_public_function_is_called() -> None:
+    modules = (torchshear, pruners, masks, speedup, comparison, inspection)
+    public = {name for module in modules for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+    assert public - INNER <= CALLS.keys(), "give the new function valid arguments in tests/hostile_calls.py"
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_valid_calls_succeed(name: str, made: Given) -> None:
+    assert not is_refused(name, {}, made)
+
+
+@given(st.data())
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+def test_wrong_arguments_are_refused(made: Given, data: st.DataObject) -> None:
+    source = HypothesisSource(data.draw)
+    name = source.choice([name for name in CALLS if name not in SLOW])
+    check_call(name, source, made)
+
+
+@pytest.mark.parametrize("name", SLOW)
+@pytest.mark.parametrize("wrong", ["none", "text", "numpy array", "endless list", "object", "tensor", "nan"])
+def test_wrong_arguments_of_slow_calls_are_refused(name: str, wrong: str, made: Given) -> None:
+    first = next(iter(CALLS[name].valid(made)))
+    assert is_refused(name, {first: wrong}, made)
