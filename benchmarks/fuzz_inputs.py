@@ -1,20 +1,28 @@
 """Give the library inputs that are wrong in every way, as many as wanted; only its own errors are allowed.
 
     python benchmarks/fuzz_inputs.py --section files --count 20000 --seed 0
+    python benchmarks/fuzz_inputs.py --section calls --count 80000 --seed 0
+
+Files are damaged in places and in structure; calls of public functions get one or two wrong arguments.
 
 Every failure is printed with the seed that makes it again (`--count 1 --seed N --kind NAME`), and the run ends with 1.
 """
 
 import argparse
+import atexit
+import os
 import random
 import resource
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.blocks import RandomSource, Source
 from tests.damaged_files import KINDS, check_damaged
+from tests.hostile_calls import CALLS, Given, check_call
 
 _MEMORY: Final = 4 << 30  # bytes that a run may take beyond what it has after its imports
 
@@ -42,8 +51,18 @@ class Section:
     check: Callable[[str, Source], bool]
 
 
+@cache
+def _given() -> Given:
+    """What valid calls are made with; files that wrong paths write lie beside it."""
+    folder = tempfile.mkdtemp(prefix="calls-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.chdir(folder)
+    return Given.make(Path(folder))
+
+
 SECTIONS: Final[Mapping[str, Section]] = {
     "files": Section(tuple(KINDS), lambda kind, source: check_damaged(kind, source).is_refused),
+    "calls": Section(tuple(CALLS), lambda kind, source: check_call(kind, source, _given())),
 }
 
 

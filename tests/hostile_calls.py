@@ -5,6 +5,7 @@ import io
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,7 +60,7 @@ class _Raises:
         raise OSError(_FAILS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Given:
     """What valid calls are made with."""
 
@@ -102,6 +103,21 @@ class Call(NamedTuple):
 
 def data(given: Given) -> Any:
     return [(given.x, torch.tensor([0, 1]))]
+
+
+def masked(pattern: str = "1x1") -> dict[str, Any]:
+    """A network on which masks of its last layer lie, and the masks."""
+    model = Network()
+    chosen = masks.choose_masks(model, pattern, 0.5, layers=["fc"])
+    masks.apply(model, chosen)
+    return {"model": model, "masks": chosen}
+
+
+def semi_structured() -> dict[str, Any]:
+    """A network whose last layer is zero where it is masked, and the masks."""
+    found = masked("2:4")
+    masks.make_permanent(found["model"])
+    return found
 
 
 CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
@@ -191,7 +207,7 @@ CALLS: dict[str, Call] = {
     "plan_from_kept": Call(pruners.plan_from_kept, lambda g: {"groups": g.groups, "kept": dict(g.plan.kept)}),
     "plan_dependency_aware": Call(
         pruners.plan_dependency_aware,
-        lambda g: {"groups": g.groups, "ratios": {g.groups[0].name: 0.5}, "criterion": "l1", "extra": "apply"},
+        lambda g: {"groups": g.groups, "ratios": {"conv": 0.5}, "criterion": "l1", "extra": "apply"},
     ),
     "plan_unipruning": Call(
         pruners.plan_unipruning, lambda g: {"groups": g.groups, "target_params": 0.8, "run": 1, "min_width": 1}
@@ -216,14 +232,11 @@ CALLS: dict[str, Call] = {
     "random_criterion": Call(pruners.random_criterion, lambda g: {"seed": 0}),
     "choose_masks": Call(masks.choose_masks, lambda g: {"model": g.model, "pattern": "1x1", "ratio": 0.5}),
     "apply": Call(masks.apply, lambda g: {"model": Network(), "masks": g.masks}),
-    "remove": Call(masks.remove, lambda g: {"model": Network()}),
-    "make_permanent": Call(masks.make_permanent, lambda g: {"model": Network()}),
+    "remove": Call(masks.remove, lambda g: {"model": masked()["model"]}),
+    "make_permanent": Call(masks.make_permanent, lambda g: {"model": masked()["model"]}),
     "pattern_lock": Call(masks.pattern_lock, lambda g: {"model": g.model, "layers": None}),
     "plan_from_masks": Call(masks.plan_from_masks, lambda g: {"groups": g.groups, "masks": g.masks}),
-    "to_semi_structured": Call(
-        masks.to_semi_structured,
-        lambda g: {"model": Network(), "masks": masks.choose_masks(Network(), "2:4", layers=["fc"])},
-    ),
+    "to_semi_structured": Call(masks.to_semi_structured, lambda g: semi_structured()),
     "report": Call(masks.report, lambda g: {"masks": g.masks, "width": 100}),
     "compare": Call(
         comparison.compare,
@@ -364,7 +377,9 @@ def check_call(name: str, source: Source, given: Given) -> bool:
 def is_refused(name: str, wrong: Mapping[str, str], given: Given) -> bool:
     """Whether a call with some arguments wrong, given by keys of `VALUES`, is refused; see `check_call`."""
     call = CALLS[name]
-    arguments = call.valid(given) | {argument: VALUES[key]() for argument, key in wrong.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of values that it discourages
+        arguments = call.valid(given) | {argument: VALUES[key]() for argument, key in wrong.items()}
     if any(argument in CALLBACKS and callable(arguments[argument]) for argument in wrong):
         return False  # what a function of the user raises is passed on
     started = time.process_time()

@@ -2,15 +2,17 @@
 
 import inspect
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import torchshear
-from tests.blocks import HypothesisSource
+from tests.blocks import RandomSource
 from tests.hostile_calls import CALLS, Given, check_call, is_refused
 from torchshear import comparison, inspection, pruners, speedup
 from torchshear.pruners import masks
@@ -42,13 +44,15 @@ def test_every_public_function_is_called() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_valid_calls_succeed(name: str, made: Given) -> None:
-    assert not is_refused(name, {}, made)
+    if name == "to_semi_structured" and not torch.cuda.is_available():
+        pytest.skip("semi-structured tensors need CUDA")
+    CALLS[name].function(**CALLS[name].valid(made))
 
 
-@given(st.data())
+@given(st.integers(0, 2**32))
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
-def test_wrong_arguments_are_refused(made: Given, data: st.DataObject) -> None:
-    source = HypothesisSource(data.draw)
+def test_wrong_arguments_are_refused(made: Given, seed: int) -> None:
+    source = RandomSource(random.Random(seed))
     name = source.choice([name for name in CALLS if name not in SLOW])
     check_call(name, source, made)
 

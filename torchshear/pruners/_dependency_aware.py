@@ -149,6 +149,8 @@ def plan_dependency_aware(
     """
     check_groups(groups)
     check_kind("ratios", ratios, Mapping, "a mapping from layers to ratios")
+    if statistics is not None:
+        check_kind("statistics", statistics, Statistics, "what torchshear.collect gives")
     if not isinstance(extra, str) or extra not in EXTRA:
         raise ArgumentError(f"extra={shown(extra)}; expected one of {', '.join(EXTRA)}.{close_to(str(extra), EXTRA)}")
     asked = _by_weight(groups, ratios)

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -340,10 +340,9 @@ def _checked(
     return max(errors)
 
 
-def _check_limits(check_batches: Sequence[int], rtol: float, atol: float, opset: int | None) -> None:
-    """Refuse batch sizes and opsets below 1 and tolerances that are negative or no number."""
     if opset is not None:
         check_count("opset", opset)
+    check_kind("check_batches", check_batches, Sequence, "sizes of batches, as (1, 3)")
     check_kind("check_batches", check_batches, Sequence, "sizes of batches, as (1, 3)")
     for batch in check_batches:
         if not is_whole(batch) or not 1 <= batch <= MOST:

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from torchshear._arguments import check_count, check_kind
 from torchshear._tables import Cell
 from torchshear.pruners.masks._masks import LayerReport, Masks
 from torchshear.pruners.masks._semi_structured import MULTIPLES, Backend, shape_problem
@@ -22,6 +23,8 @@ def report(masks: Masks, width: int = 120) -> str:
         masks: the masks.
         width: columns of the terminal.
     """
+    check_kind("masks", masks, Masks, "what choose_masks gives")
+    check_count("width", width)
     table = Table(title=f"Masks, pattern {masks.pattern or 'unknown'}", title_justify="left")
     for heading in ("layer", "kind", "shape", "units", "masked", "requested", "achieved", "note"):
         table.add_column(heading, justify="left" if heading in ("layer", "kind", "note") else "right")
