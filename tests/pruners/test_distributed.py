@@ -158,8 +158,8 @@ def test_whatever_stops_one_process_stops_both(tmp_path: Path) -> None:
     assert first["loader"] == "DataError: process 1 could not collect: OSError: disk gone"
     assert second["loss"] == "KeyError: 'no such class'"
     assert first["loss"] == "DataError: process 1 could not collect: KeyError: 'no such class'"
-    assert second["argument"].startswith("ArgumentError: batches=0")
-    assert first["argument"].startswith("DataError: process 1 could not collect: batches=0")
+    assert second["argument"].startswith("ArgumentError: batches must be a whole number")
+    assert first["argument"].startswith("DataError: process 1 could not collect: batches must be")
     assert first["criteria"] == second["criteria"]
     assert first["criteria"].startswith("DataError: processes collect for different networks or criteria")
     assert first["length"] == second["length"]

@@ -15,10 +15,10 @@ from torch import fx, nn
 from torch.ao.quantization.observer import ObserverBase
 from torch.export import ExportedProgram
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from torchshear.errors import ArgumentError, CaptureError, first_line
+from torchshear.errors import CaptureError, first_line
+from torchshear.graph._accepted import check_model
 from torchshear.graph._alone import alone
 from torchshear.graph._backwards import with_own_backwards
 from torchshear.graph._batch import free_batch, hides_batch, probe_prime, second_batch
@@ -167,7 +167,7 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: Graph | 
         ArgumentError: `model` is not an nn.Module.
         CaptureError: torch.export cannot capture the model.
     """
-    _check_model(model)
+    check_model(model)
     caches = caches_of(model, inputs)
     with in_mode(model, mode), plain_outputs(model) as dropped:
         forget(model, caches)
@@ -179,46 +179,6 @@ def capture(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: Graph | 
             f"tuples, lists, dicts or dataclasses of them; register other containers with torch.utils._pytree."
         )
     return replace(graph, left_out=tuple(dropped))
-
-
-# Modules that run another one, by where it is inside them.
-_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse what is not a module, or runs another module in a way that a graph does not hold.
-
-    Raises:
-        ArgumentError: says what to give instead.
-    """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ArgumentError("model is a ScriptModule, which torch.export refuses; give the module it was made from.")
-    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
-    if lazy is not None:
-        raise ArgumentError(f"parameter {lazy!r} is lazy and has no shape yet; run the model once on example inputs.")
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.layout is not torch.strided or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
-            what = tensor.dtype if tensor.layout is torch.strided else f"in the layout {tensor.layout}"
-            raise ArgumentError(
-                f"{name!r} is {what}, which few operators compute with. Expected dense tensors of 16 bits or more: "
-                f"prune the model before it is quantized or made sparse."
-            )
-    if torch.get_default_device().type == "meta" and not is_on_meta(model):
-        raise ArgumentError("torch's default device is meta, where nothing has values; call outside of that context.")
-    inner = _WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
-    if inner is not None:
-        raise ArgumentError(
-            f"model is a {type(model).__name__} around a {type(getattr(model, inner)).__name__}; expected the module "
-            f"itself. Give model.{inner}, and wrap the pruned model again."
-        )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
-            raise ArgumentError(
-                f"{name!r} was made in torch.inference_mode(), and so can never be trained again. Build or load the "
-                f"model outside of it; copy.deepcopy(model), called outside of it, gives one with ordinary tensors."
-            )
 
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_other_mode: Graph | None) -> Graph | None:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear._arguments import MOST, check_count, check_kind, is_whole, shown
+from torchshear._arguments import check_kind
 from torchshear._files import DRAFT, atomic_path
 from torchshear._reading import as_path
-from torchshear.errors import ArgumentError, ExportError, LatencyError, WeightError
+from torchshear.errors import ArgumentError, ExportError, LatencyError
 from torchshear.graph import ExampleInputs, alone, kept_state, plain_outputs
 from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._compare import ordinary_scale
 from torchshear.speedup._decompositions import decomposed
 from torchshear.speedup._example_call import DynamicShapes, ExampleCall
+from torchshear.speedup._exportable import check_limits, check_tensors
 from torchshear.speedup._session import error_reason, open_session
 from torchshear.speedup._traced import signed
 
@@ -119,10 +120,10 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
     Reference: `torch.onnx.export(dynamo=True)`, https://docs.pytorch.org/docs/stable/onnx_export.html
     """
     check_kind("model", model, nn.Module, "a torch.nn.Module instance")
-    _check_limits(check_batches, rtol, atol, opset)
+    check_limits(check_batches, rtol, atol, opset)
     given = ExampleInputs.of((args,) if isinstance(args, Tensor) else args, kwargs)
     call = ExampleCall.of(model, given.args, given.kwargs, dynamic_shapes)
-    _check_dtypes(model, call)
+    check_tensors(model, call)
     target, check = as_path(path, "the path of an ONNX file"), _Tolerance(rtol, atol)
     if not str(target).isprintable():
         raise ArgumentError(f"the path {str(target)!r} has characters that onnx cannot write; choose another name.")
@@ -338,35 +339,6 @@ def _checked(
             for node, one, other in zip(outputs, wanted, got, strict=True)
         ]
     return max(errors)
-
-
-    if opset is not None:
-        check_count("opset", opset)
-    check_kind("check_batches", check_batches, Sequence, "sizes of batches, as (1, 3)")
-    check_kind("check_batches", check_batches, Sequence, "sizes of batches, as (1, 3)")
-    for batch in check_batches:
-        if not is_whole(batch) or not 1 <= batch <= MOST:
-            raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {shown(batch)}.")
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={shown(value)}.")
-
-
-def _check_dtypes(model: nn.Module, call: ExampleCall) -> None:
-    """Refuse weights without values, and bfloat16: onnxruntime has no CPU kernel for its Conv, Gemm or MatMul."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
-            raise WeightError(f"{name!r} is on the meta device and has no values. Load the weights before the export.")
-    if any(tensor.is_meta for tensor in call.tensors().values()):
-        raise ArgumentError("an example input is on the meta device and has no values; expected numbers.")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ExportError("the model holds a ScriptModule, which torch.export refuses; give what it was made from.")
-    tensors = (*model.parameters(), *model.buffers(), *call.tensors().values())
-    if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
-        raise ExportError(
-            f"{type(model).__name__} or an input of it is in bfloat16, for which onnxruntime has no CPU kernels. "
-            f"Export copy.deepcopy(model).float(), with float32 inputs."
-        )
 
 
 def _dtype_hint(model: nn.Module) -> str:
