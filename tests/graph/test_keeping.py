@@ -85,3 +85,25 @@ def test_what_autograd_holds_is_not_disturbed() -> None:
     loss.backward()
     assert model.running_mean is not None
     assert model.running_mean.eq(0).all()
+
+
+def test_what_hooks_write_to_is_put_back_also_where_functions_name_each_other() -> None:
+    model, outer, seen = nn.Linear(3, 3), nn.Identity(), [1]
+    outer.found = {}
+
+    def note(output: Tensor, again: bool = True) -> None:
+        outer.found["last"] = output
+        seen.append(2)
+        if again:
+            note(output, again=False)
+
+    made: dict[str, Any] = {}
+    exec("def hook(module, args, output): note(output)", {"note": note}, made)  # of no module
+    made["hook"].__module__ = None
+    model.register_forward_hook(made["hook"])
+    model.register_forward_hook(lambda module, args, output: note(output))
+    with kept_state(model):
+        model(torch.randn(2, 3))
+        assert len(seen) == 5
+    assert seen == [1]
+    assert outer.found == {}

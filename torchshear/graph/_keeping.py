@@ -43,6 +43,7 @@ class _Kept:
     def __init__(self) -> None:
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._held: dict[int, tuple[Any, Any]] = {}
+        self._functions: set[int] = set()
         self._empty: list[dict[Any, Any]] = []  # as most are: of hooks that nobody registered
 
     def look(self, value: Any, depth: int = 0) -> None:
@@ -53,8 +54,10 @@ class _Kept:
             return
         if isinstance(value, FunctionType):
             is_ours = (value.__module__ or "").startswith("torchshear.")  # what our own hooks note of a run is to stay
-            for item in () if is_ours or depth > _DEEPEST else (*reached_by(value), *_variables_of(value)):
-                self.look(vars(item) if isinstance(item, nn.Module) else item, depth + 1)
+            if not is_ours and id(value) not in self._functions:
+                self._functions.add(id(value))
+                for item in (*reached_by(value), *_variables_of(value)):
+                    self.look(vars(item) if isinstance(item, nn.Module) else item)
             return
         holder = _holder(value)
         if holder is None or id(holder) in self._held or depth > _DEEPEST:
