@@ -12,6 +12,7 @@ from typing import Final, TextIO
 from torchshear.graph._alone import alone
 
 _NOISY_LOGGERS: Final = ("torch", "torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
+_TRIED = "torch._subclasses.fake_tensor"  # tells of sizes that do not fit as errors, which is what is tried out
 
 
 class _Silenced(io.TextIOBase):
@@ -36,7 +37,7 @@ class _Silenced(io.TextIOBase):
 @contextmanager
 def quiet_torch() -> Iterator[None]:
     """Silence the exporter's messages, its dumps of failed graphs and warnings about its own code, not the model's."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    loggers = [logging.getLogger(name) for name in (*_NOISY_LOGGERS, _TRIED)]
     levels = [one.level for one in loggers]
     with alone(), warnings.catch_warnings(), redirect_stderr(_Silenced(sys.stderr)):
         for category in (DeprecationWarning, FutureWarning):
@@ -44,7 +45,7 @@ def quiet_torch() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
         warnings.filterwarnings("ignore", message=r"The tensor attributes? self\.([\w.]+\.)?_flat_weights\[")  # nn.LSTM
         for one in loggers:
-            one.setLevel(logging.ERROR)
+            one.setLevel(logging.CRITICAL if one.name == _TRIED else logging.ERROR)
         try:
             yield
         finally:
