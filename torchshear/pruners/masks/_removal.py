@@ -24,6 +24,7 @@ from torchshear.dependency._units import PAD
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import Graph, alone, close_to, output_leaves
 from torchshear.graph._computed import computed_value, is_of_state
+from torchshear.graph._precision import computing_in
 from torchshear.graph._run import graph_output
 from torchshear.pruners.masks._masks import Masks
 from torchshear.pruners.masks._members import by_position, mask_of_units, unit_values
@@ -222,14 +223,26 @@ def _inputs(graph: Graph) -> Iterable[list[Any]]:
 
 
 def _outputs(graph: Graph, state: _State, weights: Tensors, leaves: list[Any]) -> list[Any]:
-    """What the network gives with other weights than its own."""
+    """What the network gives with other weights than its own.
+
+    In float64 where its operators take that: in float32 sums that zeros are added to differ by the order of summation,
+    which kernels choose by the alignment of memory.
+    """
+    try:
+        return _run(graph, state, weights, leaves, torch.float64)
+    except (RuntimeError, TypeError):  # an operator that has no float64
+        return _run(graph, state, weights, leaves, torch.float32)
+
+
+def _run(graph: Graph, state: _State, weights: Tensors, leaves: list[Any], dtype: torch.dtype) -> list[Any]:
+    """The outputs, computed in float64, or in another dtype as the network does."""
     devices = [tensor.device for tensor in weights.values() if tensor.is_cuda]
     stored = weights | {name: state.tensors[name] for name in state.computed.values()}
 
     def replaced(node: fx.Node, value: Any) -> Any:
         return weights[state.computed[node.name]] if node.name in state.computed else value
 
-    with torch.no_grad(), torch.random.fork_rng(devices):
+    with torch.no_grad(), torch.random.fork_rng(devices), computing_in(dtype):
         torch.manual_seed(0)  # what is drawn at random inside the model is drawn alike
         copied = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return output_leaves(graph_output(graph.fx_graph, stored, copied, replaced))
