@@ -81,7 +81,7 @@ def test_a_form_may_be_insisted_on() -> None:
     assert pruned("--form", "traced", "--force")["report"]["form"] == "traced: asked for"
     code, _, errors = run("prune", "chosen_nets:net", "--output", "new", "--no-bench", "--form", "graph")
     assert code != 0
-    assert "expected 'auto', 'native' or 'traced'" in " ".join(errors.split())
+    assert "expected one of 'auto', 'native', 'traced'" in " ".join(errors.split())
 
 
 def test_axes_may_be_given_more_than_once() -> None:

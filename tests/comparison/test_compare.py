@@ -250,7 +250,7 @@ def test_a_score_that_is_not_finite_after_the_cut_is_a_row(model: nn.Module) -> 
         ({"scope": "globl"}, ArgumentError, r"scope='globl'; expected .*Close to it: global"),
         ({"seeds": ()}, ArgumentError, r"seeds=\(\); expected one or more integers"),
         ({"seeds": (1, 1)}, ArgumentError, r"seeds=\(1, 1\); expected one or more integers, each once"),
-        ({"seeds": (0.5,)}, ArgumentError, r"seed=0.5; expected an integer"),
+        ({"seeds": (0.5,)}, ArgumentError, r"seeds=\(0.5,\); expected one or more integers"),
         ({"target_macs": 0.0001}, PlanError, r"the best possible is"),
         ({"exclude": ["four"]}, ArgumentError, r"exclude: 'four' fits no parameter"),
         ({"batches": 9, "data": labelled()}, DataError, r"ended after 3 of 9 batches"),

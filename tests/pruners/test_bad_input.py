@@ -88,9 +88,12 @@ def test_one_batch_without_gradients_is_none_without_meaning() -> None:
     assert torchshear.collect(ANALYSED, batches(), loss, 3, criteria="taylor").n_batches == 3
 
 
-def test_no_gradients_under_inference_mode() -> None:
-    with torch.inference_mode(), pytest.raises(DataError, match=r"can be taken under torch\.inference_mode"):
-        torchshear.collect(ANALYSED, batches(), functional.cross_entropy, 3)
+def test_gradients_are_taken_under_inference_mode_as_well() -> None:
+    expected = torchshear.collect(ANALYSED, batches(), functional.cross_entropy, 3, criteria="taylor")
+    with torch.inference_mode():
+        found = torchshear.collect(ANALYSED, batches(), functional.cross_entropy, 3, criteria="taylor")
+    plans = [torchshear.plan(ANALYSED, "taylor", statistics=statistics) for statistics in (expected, found)]
+    assert all(np.array_equal(units, plans[1].kept[name]) for name, units in plans[0].kept.items())
 
 
 def test_what_a_loss_raises_says_what_it_was_given() -> None:

@@ -191,7 +191,7 @@ def test_a_target_out_of_reach_ends_with_the_best_that_is(stages: tuple[nn.Modul
     [
         ({"target_params": 1.0}, "target_params=1.0: the dense model has"),
         ({"target_params": -0.5}, "target_params=-0.5; expected what may be left"),
-        ({"target_params": 0.5, "run": 0}, "run=0; expected a whole number"),
+        ({"target_params": 0.5, "run": 0}, "run must be a whole number of at least 1"),
         ({"target_params": 0.5, "min_width": 0}, "min_width=0; expected an integer"),
     ],
 )

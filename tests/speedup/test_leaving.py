@@ -146,7 +146,7 @@ def test_native_that_cannot_be_is_refused() -> None:
 
 @pytest.mark.parametrize("form", ["graph", None, 1])
 def test_other_words_are_refused(model: Detector, form: object) -> None:
-    with pytest.raises(ArgumentError, match="expected 'auto', 'native' or 'traced'"):
+    with pytest.raises(ArgumentError, match="expected one of 'auto', 'native', 'traced'"):
         torchshear.prune(model, (IMAGE,), form=form)  # type: ignore[arg-type]
 
 

@@ -349,7 +349,7 @@ def nan_scores(_: str, weight: Tensor) -> Tensor:
     ("options", "error", "message"),
     [
         ({"pattern": "4by1"}, ArgumentError, "pattern='4by1'; expected 'NxM'.* or 'heads'. Close to it: 4x1"),
-        ({"pattern": 3}, ArgumentError, "pattern=3; expected"),
+        ({"pattern": 3}, ArgumentError, "pattern is int; expected"),
         ({"pattern": "0x4"}, ArgumentError, "no weights in a block"),
         ({"pattern": "4:4"}, ArgumentError, "would mask 4 of 4; expected 0 < N < M"),
         ({"pattern": "0:4"}, ArgumentError, "would mask 0 of 4"),

@@ -31,8 +31,14 @@ def batches_of(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tupl
     device = next((t.device for t in graph.inputs.tensors()), torch.device("cpu"))
     for number, batch in first_batches(loader, count):
         given, target = _split(batch, graph.inputs, number)
-        moved, target = pytree.tree_map_only(Tensor, lambda t: t.to(device), (given, target))
+        moved, target = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), (given, target))
         yield _checked(moved, graph, number), target
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; one that was made in inference mode as one that gradients can be taken through."""
+    moved = tensor.to(device)
+    return moved.clone() if moved.is_inference() else moved
 
 
 def _split(batch: Any, inputs: ExampleInputs, number: int) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any]:

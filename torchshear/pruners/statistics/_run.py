@@ -146,8 +146,6 @@ class Run:
         size = len(leaves[self._source[0]]) if self._source is not None else 1
         with alone(), torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
             held: dict[str, Tensor] = {}
-            if self.loss_fn is not None and torch.is_inference_mode_enabled():
-                raise DataError("no gradients can be taken under torch.inference_mode; collect outside of it.")
             if not size:
                 raise DataError(f"batch {self.n_batches} holds no sample; expected at least one.")
             self.gates.start(size)

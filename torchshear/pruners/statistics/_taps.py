@@ -94,7 +94,9 @@ def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
     taps: dict[str, GroupTaps] = {}
     for number, group in enumerate(groups):
         if group.is_prunable:
-            makers_of = {member.name: list(places.makers(member)) for member in group.members}
+            makers_of: dict[str, list[fx.Node]] = {}
+            for member in group.members:  # a weight from a group to itself has two
+                makers_of.setdefault(member.name, []).extend(places.makers(member))
             makers = list(dict.fromkeys(node for nodes in makers_of.values() for node in nodes))
             made = [tap for node in makers for tap in places.of(node, number)]
             shown = {node: list(_shown(node, number, places, set(makers))) for node in makers}
