@@ -86,6 +86,7 @@ network(
     "prelu", lambda m, x: m.two(functional.prelu(m.one(x), m.slope)),
     (3, 4), one=linear(4, 12), two=linear(12, 3), slope=parameter(12),
 )  # fmt: skip
+between("fake_quantize_per_tensor_affine", lambda x: torch.fake_quantize_per_tensor_affine(x, 0.05, 7, 0, 255))
 network(
     "glu", lambda m, x: m.two(functional.glu(m.one(x), 1)), (3, 4), one=linear(4, 24), two=linear(12, 3)
 )  # fmt: skip
