@@ -17,9 +17,9 @@ NAMES = (
         )
     ),
 )  # fmt: skip
-# Heads and head dimensions stand in attributes of most; the scale of attention is kept by hooks in some.
+# Heads and head dimensions stand in attributes of most, and stay whole in ModernBERT; hooks keep the scale in some.
 WITH_HOOKS = {"transformers:deberta-v2", "transformers:falcon"}
-WITHOUT_ATTRIBUTES = {"torchvision:resnet18", "transformers:deberta-v2"}
+WITHOUT_ATTRIBUTES = {"torchvision:resnet18", "transformers:deberta-v2", "transformers:modernbert"}
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
 
