@@ -7,7 +7,18 @@ import numpy as np
 
 from torchshear.errors import ArgumentError
 
-__all__ = ["MOST", "check_callback", "check_count", "check_flag", "check_kind", "check_one_of", "is_whole", "shown"]
+__all__ = [
+    "MOST",
+    "check_callback",
+    "check_count",
+    "check_flag",
+    "check_kind",
+    "check_one_of",
+    "check_share",
+    "is_share",
+    "is_whole",
+    "shown",
+]
 
 MOST: Final = 2**31 - 1
 """The largest number that counts of anything may have."""
@@ -49,6 +60,18 @@ def check_one_of(name: str, value: object, words: Collection[str]) -> None:
     """Raise ArgumentError for what is none of a few words."""
     if not isinstance(value, str) or value not in words:
         raise ArgumentError(f"{name}={shown(value)}; expected one of {', '.join(map(repr, words))}.")
+
+
+def check_share(name: str, value: object) -> None:
+    """Raise ArgumentError for what is not a number in [0, 1); a bool or a NaN is none."""
+    if not is_share(value):
+        raise ArgumentError(f"{name}={shown(value)}; expected a number of at least 0 and below 1.")
+
+
+def is_share(value: object) -> bool:
+    """Whether a value is a number in [0, 1), of Python or NumPy, and no bool."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return is_number and bool(0 <= value < 1)  # type: ignore[operator]
 
 
 def is_whole(value: object) -> bool:

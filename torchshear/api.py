@@ -61,9 +61,8 @@ class PruneResult:
     is_recalibrated: bool = False
 
     def __repr__(self) -> str:
-        changes = repr(self.report).partition(": ")[2].rstrip(">")
         proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"
-        return f"<PruneResult: {self.form} {type(self.model).__name__}, {changes}, {proof}>"
+        return f"<PruneResult: {self.form} {type(self.model).__name__}, {self.report.changes}, {proof}>"
 
 
 def plan(  # noqa: PLR0913 - independent choices, given by name

@@ -130,11 +130,12 @@ class PruningReport:
         return render_report(self)
 
     def __repr__(self) -> str:
-        changes = (
-            _change("parameters", self.before.n_params, self.after.n_params),
-            _change("MACs", self.before.macs, self.after.macs),
-        )
-        return f"<PruningReport: {', '.join(changes)}>"
+        return f"<PruningReport: {self.changes}>"
+
+    @property
+    def changes(self) -> str:
+        """Parameters and MACs before and after, in a line."""
+        return _changes(self.before, self.after)
 
 
 def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str] | None = None) -> PruningReport:
@@ -277,8 +278,7 @@ def _summary(report: PruningReport) -> str:
         _line("MACs", report.before.macs, report.after.macs, report.target.get("target_macs")),
     ]
     lines += [
-        f"part        {part.name}: {_change('parameters', part.before.n_params, part.after.n_params)}, "
-        f"{_change('MACs', part.before.macs, part.after.macs)}{f', {part.form}' if part.form else ''}"
+        f"part        {part.name}: {_changes(part.before, part.after)}{f', {part.form}' if part.form else ''}"
         for part in report.parts
     ]
     lines += [f"statistics  {note}" for note in report.statistics]
@@ -319,6 +319,11 @@ def _output_line(output: OutputReport) -> str:
 def _line(label: str, before: int, after: int, asked: int | None) -> str:
     target = "" if asked is None else f", at most {asked:,} requested ({asked / before:.1%})"
     return _change(f"{label:<11}", before, after) + target
+
+
+def _changes(before: Cost, after: Cost) -> str:
+    parameters = _change("parameters", before.n_params, after.n_params)
+    return f"{parameters}, {_change('MACs', before.macs, after.macs)}"
 
 
 def _change(label: str, before: int, after: int) -> str:

@@ -1,6 +1,7 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
 from torchshear.graph import _masked_operators  # registers the masked forms of the ATen operators
+from torchshear.graph._accepted import check_module, check_sized
 from torchshear.graph._alone import alone, outside_inference_mode
 from torchshear.graph._caches import Cache, caches_of, forget
 from torchshear.graph._capture import capture, trace, trace_inputs
@@ -43,7 +44,9 @@ __all__ = [
     "as_names",
     "caches_of",
     "capture",
+    "check_module",
     "check_outputs",
+    "check_sized",
     "close_to",
     "copy_model",
     "enclosing_modules",

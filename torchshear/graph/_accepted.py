@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from torchshear._arguments import check_kind
 from torchshear.errors import ArgumentError
 from torchshear.graph._meta import is_on_meta
 
@@ -17,8 +18,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ArgumentError: says what to give instead.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    check_module(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ArgumentError("model is a ScriptModule, which torch.export refuses; give the module it was made from.")
     inner = _WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
@@ -33,14 +33,30 @@ def check_model(model: nn.Module) -> None:
         raise ArgumentError("torch's default device is meta, where nothing has values; call outside of that context.")
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def check_module(model: object) -> None:
+    """Raise ArgumentError for what is no module."""
+    check_kind("model", model, nn.Module, "a torch.nn.Module instance")
+
+
+def check_sized(name: str, tensor: Tensor) -> None:
+    """Raise ArgumentError for a parameter or buffer whose shape is found when its module first runs."""
     if is_lazy(tensor):
         raise ArgumentError(f"{name!r} is lazy and has no shape yet; run the model once on example inputs.")
-    if tensor.layout is not torch.strided or (tensor.is_floating_point() and tensor.dtype.itemsize == 1):
-        what = tensor.dtype if tensor.layout is torch.strided else f"in the layout {tensor.layout}"
+
+
+def unusual(tensor: Tensor) -> str:
+    """The layout or type of a tensor with which few operators compute; "" for those of most tensors."""
+    if tensor.layout is not torch.strided:
+        return f"in the layout {tensor.layout}"
+    return f"of {tensor.dtype}" if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else ""
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    check_sized(name, tensor)
+    if unusual(tensor):
         raise ArgumentError(
-            f"{name!r} is {what}, which few operators compute with. Expected dense tensors of 16 bits or more: "
-            f"prune the model before it is quantized or made sparse."
+            f"{name!r} is {unusual(tensor)}, with which few operators compute. Expected dense tensors of 16 bits or "
+            f"more: prune the model before it is quantized or made sparse."
         )
     if tensor.is_inference():
         raise ArgumentError(

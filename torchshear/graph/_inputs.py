@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
+from torchshear.graph._accepted import unusual
 from torchshear.graph._contract import register_dataclasses
 from torchshear.graph._input_values import InputMaker, Json, describe_input
 
@@ -45,9 +46,11 @@ class ExampleInputs:
         except RecursionError as error:
             raise ArgumentError("args or kwargs hold themselves, or are nested too deeply.") from error
         for number, tensor in enumerate(tensors):
-            if tensor.layout is not torch.strided or (tensor.dtype.itemsize == 1 and tensor.is_floating_point()):
-                what = f"in the layout {tensor.layout}" if tensor.layout is not torch.strided else f"of {tensor.dtype}"
-                raise ArgumentError(f"tensor {number} of the example inputs is {what}, which no capture takes.")
+            if unusual(tensor):
+                raise ArgumentError(
+                    f"tensor {number} of the example inputs is {unusual(tensor)}, with which few operators compute; "
+                    f"expected a dense one of 16 bits or more."
+                )
         return found
 
     def tensors(self) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
+from torchshear.graph._accepted import check_module
 from torchshear.graph._check import run_model
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._meta import buffers_on_meta, is_on_meta
@@ -220,8 +221,7 @@ def _find_parts(model: nn.Module, submodules: Sequence[str]) -> dict[str, nn.Mod
     Raises:
         ArgumentError: the names are no list of names of separate modules below the model.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    check_module(model)
     if isinstance(submodules, str) or not isinstance(submodules, Sequence) or not submodules:
         raise ArgumentError(f"submodules={submodules!r}; expected a list of names of modules, as ['backbone'].")
     canonical = {id(module): name for name, module in model.named_modules()}

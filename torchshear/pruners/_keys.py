@@ -4,9 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-import numpy as np
-
-from torchshear._arguments import shown
+from torchshear._arguments import is_share, shown
 from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.graph import as_names, close_to, matches
@@ -20,8 +18,7 @@ _MAKERS = frozenset({"out", "embedding"})
 
 def check_ratio(what: str, ratio: object) -> None:
     """Raise ArgumentError unless a ratio is a number in [0, 1)."""
-    is_number = isinstance(ratio, int | float | np.integer | np.floating) and not isinstance(ratio, bool)
-    if not is_number or not 0 <= ratio < 1:  # type: ignore[operator]
+    if not is_share(ratio):
         raise ArgumentError(
             f"{what}={shown(ratio)}; expected a number in [0, 1), the fraction of channels to remove, or a mapping to "
             f"such numbers from roles, name patterns or groups."

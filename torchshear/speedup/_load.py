@@ -6,11 +6,10 @@ from os import PathLike
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from torchshear._checkpoint import Checkpoint, match_names, open_checkpoint
 from torchshear.errors import ArgumentError, CheckpointError
-from torchshear.graph import outside_inference_mode
+from torchshear.graph import check_module, check_sized, outside_inference_mode
 
 _Slot = tuple[dict[str, Tensor | None], str]  # where a module keeps a tensor
 
@@ -30,11 +29,9 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
         ArgumentError: `model` is not a module; buffers that no checkpoint holds are on the meta device.
         CheckpointError: the checkpoint is damaged, lacks a tensor, has one too many, or has one of another shape.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
-    lazy = next((name for name, parameter in model.named_parameters() if is_lazy(parameter)), None)
-    if lazy is not None:
-        raise ArgumentError(f"parameter {lazy!r} is lazy and has no shape yet; run the model once on example inputs.")
+    check_module(model)
+    for name, parameter in model.named_parameters():
+        check_sized(name, parameter)
     checkpoint = open_checkpoint(source)
     tensors, slots, unsaved = _slots(model)
     lost = sorted(name for name in unsaved if tensors[name].is_meta and tensors[name].numel())

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torchshear._arguments import check_count, check_flag
 from torchshear._distributed import agree, is_distributed, summed
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
-from torchshear.graph import copy_model, outside_inference_mode
+from torchshear.graph import check_module, copy_model, outside_inference_mode
 from torchshear.graph._mode import in_mode
 from torchshear.speedup._batches import arguments_of
 from torchshear.speedup._traced import signature_of
@@ -104,8 +104,7 @@ def recalibrate(
 
 def check_recalibration(model: nn.Module, batches: int) -> None:
     """Raise what `recalibrate` raises of its arguments alone, see there."""
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    check_module(model)
     check_count("batches", batches)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ArgumentError(

@@ -20,6 +20,7 @@ from torchshear.graph import (
     Graph,
     PartRun,
     capture,
+    check_module,
     free_dimensions,
     is_on_meta,
     record_parts,
@@ -119,8 +120,7 @@ def analysis_of(
     Raises:
         PlanError: the model is not the one that the plan was made for.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module instance.")
+    check_module(model)
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(
             f"plan is {type(plan).__name__}; expected a PruningPlan, from torchshear.plan or PruningPlan.load."

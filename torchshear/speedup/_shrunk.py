@@ -30,8 +30,7 @@ class Shrunk:
     fold: Fold | None = None
 
     def __repr__(self) -> str:
-        proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"
-        return f"<Shrunk: {self.form} {type(self.model).__name__}, {proof}>"
+        return f"<Shrunk: {self.form} {type(self.model).__name__}>"
 
     @property
     def form(self) -> FormKind:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear._arguments import check_kind
 from torchshear._files import DRAFT, atomic_path
 from torchshear._reading import as_path
 from torchshear.errors import ArgumentError, ExportError, LatencyError
-from torchshear.graph import ExampleInputs, alone, kept_state, plain_outputs
+from torchshear.graph import ExampleInputs, alone, check_module, kept_state, plain_outputs
 from torchshear.graph._quiet import quiet_torch
 from torchshear.speedup._compare import ordinary_scale
 from torchshear.speedup._decompositions import decomposed
@@ -119,7 +118,7 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
 
     Reference: `torch.onnx.export(dynamo=True)`, https://docs.pytorch.org/docs/stable/onnx_export.html
     """
-    check_kind("model", model, nn.Module, "a torch.nn.Module instance")
+    check_module(model)
     check_limits(check_batches, rtol, atol, opset)
     given = ExampleInputs.of((args,) if isinstance(args, Tensor) else args, kwargs)
     call = ExampleCall.of(model, given.args, given.kwargs, dynamic_shapes)

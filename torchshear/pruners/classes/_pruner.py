@@ -15,7 +15,7 @@ from torchshear._other_tools import missing_method, unknown_keyword
 from torchshear.dependency import ChannelGroups, PruningPlan, analyze, computed_weights
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import copy_model, outside_inference_mode, trace
+from torchshear.graph import check_module, copy_model, outside_inference_mode, trace
 from torchshear.graph._computed import computed_value
 from torchshear.pruners._collecting import collect
 from torchshear.pruners._dependency_aware import LayerMask
@@ -90,8 +90,7 @@ class Pruner:
     ) -> None:
         for name in unknown:
             raise unknown_keyword(type(self).__name__, name, _ARGUMENTS)
-        if not isinstance(model, nn.Module):
-            raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+        check_module(model)
         if not isinstance(dependency_aware, bool):
             raise ArgumentError(f"dependency_aware={dependency_aware!r}; expected True or False.")
         if not isinstance(args, tuple | list | Tensor) or not isinstance(kwargs, Mapping | None):

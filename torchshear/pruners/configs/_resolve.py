@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from torch import nn
 
-from torchshear._arguments import check_kind, shown
+from torchshear._arguments import shown
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member, check_groups
 from torchshear.errors import ArgumentError
+from torchshear.graph import check_module
 from torchshear.pruners.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.pruners.configs._layers import Layer, LayerGroups, Maskable, list_layers, maskable_weights
 from torchshear.pruners.configs._resolved import ConfigRow, GroupTarget, ResolvedConfig
@@ -52,7 +53,7 @@ def resolve(
 
     Reference: dependency-aware pruning of NNI, https://github.com/microsoft/nni.
     """
-    check_kind("model", model, nn.Module, "a torch.nn.Module instance")
+    check_module(model)
     is_parsed = isinstance(entries, Sequence) and all(isinstance(entry, Entry) for entry in entries)
     if not is_parsed:
         raise ArgumentError(f"entries is {type(entries).__name__}; expected what parse_config gives.")

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from torch import Tensor, nn
 
-from torchshear._arguments import check_kind, check_one_of, shown
+from torchshear._arguments import check_kind, check_one_of, check_share
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import as_names, close_to
@@ -45,14 +45,14 @@ class _Share:
 
     def __post_init__(self) -> None:
         """Refuse shares that contradict one another."""
-        check_ratio("ratio", self.ratio)
-        check_ratio("min_ratio", self.least)
-        check_ratio("max_ratio", self.most)
+        check_share("ratio", self.ratio)
+        check_share("min_ratio", self.least)
+        check_share("max_ratio", self.most)
         check_one_of("scope", self.scope, ("local", "global"))
         if self.least > self.most:
             raise ArgumentError(f"min_ratio={self.least} is above max_ratio={self.most}; expected at most that.")
         if self.final is not None:
-            check_ratio("final_ratio", self.final)
+            check_share("final_ratio", self.final)
             if self.final < self.ratio:
                 raise ArgumentError(f"final_ratio={self.final} is below ratio={self.ratio}; expected at least that.")
 
@@ -63,12 +63,6 @@ class _Share:
             raise ArgumentError(
                 f"min_ratio={self.least} is above the ratio {end} of a layer, or of all; lower it or raise the ratio."
             )
-
-
-def check_ratio(name: str, value: object) -> None:
-    """Refuse anything but a number in [0, 1); a NaN is none."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ArgumentError(f"{name}={shown(value)}; expected a number of at least 0 and below 1.")
 
 
 class NothingFitsError(MaskError):
@@ -207,7 +201,7 @@ def _ratios(names: Layers, ratio: float, known: Collection[str], default: list[s
                 f"layer {name!r} is not one that can be masked in this model; it has {listed or 'none'}."
                 f"{close_to(str(name), known)}"
             )
-        check_ratio(f"ratio of layer {name!r}", own)
+        check_share(f"ratio of layer {name!r}", own)
     if not given:
         raise MaskError("no layer to mask: the model holds none of a registered type, or none was named.")
     return {name: float(given[name]) for name in known if name in given}

@@ -10,6 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from torchshear.errors import ArgumentError, WeightError
+from torchshear.graph import check_module
 from torchshear.pruners.masks._parametrization import held_weights
 
 
@@ -121,8 +122,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     Raises:
         ArgumentError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+    check_module(model)
     found: dict[str, Layer] = {}
     for prefix, module in model.named_modules():
         describe = next((_TYPES[name] for name in map(_full_name, type(module).__mro__) if name in _TYPES), None)

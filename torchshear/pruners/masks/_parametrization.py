@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import close_to, outside_inference_mode
+from torchshear.graph import check_module, close_to, outside_inference_mode
 from torchshear.pruners.masks._masks import Masks
 
 Existing = Literal["multiply", "replace"]
@@ -113,8 +113,7 @@ def apply(model: nn.Module, masks: Masks, existing: Existing = "multiply") -> No
         MaskError: a name or shape is not that of a parameter, the weight is computed by another parametrization, it is
             on the meta device, or two names of one tied parameter have different masks. The model is unchanged then.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+    check_module(model)
     if not isinstance(masks, Masks):
         raise ArgumentError(
             f"masks is {type(masks).__name__}; expected Masks, as choose_masks gives or Masks.of makes."
@@ -245,8 +244,7 @@ def _order(module: nn.Module) -> tuple[str, ...]:
 
 
 def _masked_places(model: nn.Module) -> list[_Place]:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is {type(model).__name__}; expected a torch.nn.Module.")
+    check_module(model)
     masked = {(id(p.module), p.attribute): p for p in _places(model) if p.mask is not None}
     if not masked:
         raise MaskError("no masks lie on this model; lay them on with torchshear.pruners.masks.apply.")
