@@ -114,7 +114,11 @@ def test_layers_of_no_width_run() -> None:
     ("make", "expected", "message"),
     [
         (lambda: with_buffer(torch.eye(3).to_sparse()), ArgumentError, "'table' is in the layout torch.sparse_coo"),
-        (lambda: with_buffer(torch.zeros(3).to(torch.float8_e4m3fn)), ArgumentError, "'table' is of torch.float8_e4m3fn"),
+        (
+            lambda: with_buffer(torch.zeros(3).to(torch.float8_e4m3fn)),
+            ArgumentError,
+            "'table' is of torch.float8_e4m3fn",
+        ),
         (
             lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)),
             ArgumentError,

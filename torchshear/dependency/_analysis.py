@@ -36,7 +36,7 @@ def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> Chann
         The channel groups, in order of appearance of their first parameter.
 
     Raises:
-        ArgumentError: `graph` is none, or the model has no such output.
+        ArgumentError: `graph` is no captured graph, or the model has no such output.
     """
     check_kind("graph", graph, Graph, "a captured graph, from torchshear.trace")
     algebra, facts = Algebra(), Facts()

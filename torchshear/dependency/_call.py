@@ -14,17 +14,13 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._read_values import digest_of, label_of
 from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
-from torchshear.graph._graph import shape_of, tensor_operands
+from torchshear.graph._graph import COPIES, shape_of, tensor_operands
 from torchshear.graph._masked import masked_form
 from torchshear.graph._run import bound_arguments
 
 Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]
 NewValue = Callable[[Keep], Any]
-
-_COPIES = frozenset(
-    {"aten.lift_fresh_copy.default", "aten.detach_.default", "aten.detach.default", "aten.alias.default"}
-)
 
 
 class Because(NamedTuple):
@@ -228,7 +224,7 @@ class Call:
         while len(operand.users) == 1:
             if operand.op == "get_attr":
                 return operand
-            if str(operand.target) not in _COPIES:
+            if str(operand.target) not in COPIES:
                 return None
             operand = operand.all_input_nodes[0]
         return None

@@ -219,11 +219,19 @@ def _size(size: Any) -> int:
     return int(size)
 
 
+COPIES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "detach_", "lift_fresh_copy"))
+"""Operators that hand on the values of their operand."""
+
+
+def is_unknown(size: Any) -> bool:
+    """Whether a size is known only when the model runs, as where a mask picks positions."""
+    return isinstance(size, torch.SymInt) and size.node.hint is None
+
+
 def depends_on_values(node: fx.Node) -> bool:
-    """Whether a size of a node's value is known only when it runs, as where a mask picks positions."""
+    """Whether a size of a node's value is known only when it runs."""
     value = node.meta.get("val")
-    sizes = value.shape if isinstance(value, Tensor) else ()
-    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in sizes)
+    return isinstance(value, Tensor) and any(map(is_unknown, value.shape))
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:
