@@ -9,7 +9,9 @@ from torch import Tensor, nn
 import torchshear
 from tests.models import randomise
 from tests.oracle import assert_equals_masked, assert_same_function, check_random_pruning, masked_copy
+from tests.strategies import kept_sets
 from torchshear.errors import PlanError
+from torchshear.pruners import plan_from_kept
 
 MASK = torch.arange(12) % 3 == 0
 OTHERS = ~MASK
@@ -88,4 +90,102 @@ def test_a_mask_is_cut_with_its_channels_and_belongs_to_the_plan() -> None:
     other = Picking(lambda m, h: h[:, m.mask], 4).double().eval()
     other.mask.copy_(torch.arange(12) % 3 == 1)
     with pytest.raises(PlanError, match="'mask' holds other values"):
+        torchshear.shrink(other, result.plan, (x,))
+
+
+class Pairing(nn.Module):
+    """Channels multiplied in pairs that two buffers name, one for each side."""
+
+    def __init__(self, pick: Callable[["Pairing", Tensor], Tensor], pairs: Tensor) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(pairs.shape[1], 4)
+        self.pick = pick
+        self.register_buffer("rows", pairs[0].clone())
+        self.register_buffer("columns", pairs[1].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Four numbers."""
+        return self.two(self.pick(self, self.one(self.first(x).relu())).tanh())
+
+
+def paired(pick: Callable[[Pairing, Tensor], Tensor], pairs: Tensor) -> tuple[Pairing, Tensor]:
+    return randomise(Pairing(pick, pairs).double()).eval(), torch.randn(3, 6, dtype=torch.float64)
+
+
+def assert_random_cuts_are_exact(model: Pairing, x: Tensor) -> None:
+    """As `check_random_pruning`, but for the buffers of positions, which are counted anew."""
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    for seed in range(3):
+        plan = plan_from_kept(groups, kept_sets(groups, seed))
+        small = torchshear.shrink(model, plan, (x,))
+        assert_equals_masked(model, small, plan, (x,))
+
+
+RING = torch.stack([torch.arange(12), torch.arange(12).roll(1)])
+NO_NEIGHBOURS = torch.tensor([(i, j) for i in range(12) for j in range(i) if 1 < i - j < 11]).T
+PICKS = {
+    "two picks": lambda m, h: h[:, m.rows] * h[:, m.columns],
+    "after more": lambda m, h: h[..., m.rows].sigmoid() - h.index_select(-1, m.columns).relu() * 2,
+    "one pick": lambda m, h: (h[:, :, None] * h[:, None].sigmoid())[:, m.rows, m.columns],
+}
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("name", PICKS)
+def test_pairs_go_with_either_of_their_channels(name: str, offset: int) -> None:
+    model, x = paired(PICKS[name], torch.triu_indices(12, 12, offset))
+    result = torchshear.prune(model, (x,), ratio=0.5)
+    assert result.form == "native"
+    assert result.model.one.out_features == 6
+    assert torch.equal(torch.stack([result.model.rows, result.model.columns]), torch.triu_indices(6, 6, offset))
+    kept = result.plan.masks()["one.bias"]
+    assert torch.equal(result.plan.masks()["two.weight"].any(0), kept[model.rows] & kept[model.columns])
+    assert_random_cuts_are_exact(model, x)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "least"),
+    [
+        (torch.triu_indices(12, 12, 1), 2),  # whichever two stay are a pair
+        (torch.triu_indices(12, 12), 1),
+        (NO_NEIGHBOURS, 6),  # of five channels all ten pairs may be missing: twelve are
+        (RING, 7),  # every other one would leave nothing
+    ],
+)
+def test_of_pairs_one_stays(pairs: Tensor, least: int) -> None:
+    model, x = paired(PICKS["two picks"], pairs)
+    result = torchshear.prune(model, (x,), ratio=0.99)
+    assert result.model.one.out_features == least
+    assert result.model.two.in_features > 0
+    assert_equals_masked(model, result.model, result.plan, (x,))
+
+
+def test_pairs_without_a_channel_in_common_stay_tied() -> None:
+    model, x = paired(PICKS["two picks"], torch.arange(12).view(6, 2).T)
+    groups = torchshear.analyze(torchshear.trace(model, (x,)))
+    assert [group.width for group in groups] == [8, 6]
+    assert_random_cuts_are_exact(model, x)
+
+
+def test_picks_that_do_not_meet_lose_what_they_pick_alone() -> None:
+    model, x = paired(lambda m, h: torch.cat([h[:, m.rows], h[:, m.columns]], 1), RING)
+    model.two = nn.Linear(24, 4).double()
+    result = torchshear.prune(model, (x,), ratio=0.5)
+    masks = result.plan.masks()
+    assert torch.equal(masks["two.weight"].any(0), masks["one.bias"][torch.cat([model.rows, model.columns])])
+    assert_equals_masked(model, result.model, result.plan, (x,))
+
+
+def test_one_buffer_for_both_sides_is_not_renumbered_twice() -> None:
+    model, x = paired(lambda m, h: (h[:, :, None] * h[:, None])[:, m.rows, m.rows], torch.arange(12).repeat(2, 1))
+    result = torchshear.prune(model, (x,), ratio=0.5)
+    assert any(why.startswith("picked by an index tensor: ") for why in result.plan.refused.values())
+    assert_equals_masked(model, result.model, result.plan, (x,))
+
+
+def test_other_pairs_belong_to_another_plan() -> None:
+    model, x = paired(PICKS["two picks"], torch.triu_indices(12, 12, 1))
+    result = torchshear.prune(model, (x,), ratio=0.5)
+    other, _ = paired(PICKS["two picks"], torch.triu_indices(12, 12, 1).flip(0))
+    with pytest.raises(PlanError, match="'(rows|columns)' holds other values"):
         torchshear.shrink(other, result.plan, (x,))

@@ -83,6 +83,10 @@ class Algebra:
         width = max(axis.units.shape[1] for axis in axes)
         return Axis(np.concatenate([widened(axis.units, width) for axis in axes]))
 
+    def any_of(self, axes: Sequence[Axis]) -> Axis:
+        """One axis in place of several of one size: position i needs all that position i of each needs."""
+        return Axis(np.concatenate([axis.units for axis in axes], 1))
+
     def merge(self, axes: Sequence[Axis]) -> Axis:
         """The product of axes, first outermost: position (i, j) needs all that i and j need."""
         total = prod(axis.size for axis in axes)

@@ -122,7 +122,10 @@ class ChannelGroup:
             if self.width > 1:
                 return f"at least {self.least} units of it must stay"
             if all(member.size == len(member.positions) for member in self.members):
-                return "there is only one"
+                size = max(member.size for member in self.members)
+                return (
+                    f"all {size} are tied to one another, so that none goes alone" if size > 1 else "there is only one"
+                )
             return "the only one of its layer that splits or shuffles send this way; the last of a part stays"
         return f"{self.n_blocks} balanced blocks of one unit each"
 

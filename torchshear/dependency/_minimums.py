@@ -1,7 +1,7 @@
 """Minimums: how many units of each group must stay, so that enough positions of an axis do."""
 
 from collections.abc import Iterable, Mapping
-from math import prod
+from math import comb, prod
 
 import numpy as np
 
@@ -54,6 +54,7 @@ def keep_crossings(
 
     Of an axis that is a product of whole groups something is left if something is left of each. Where groups cross in
     another way, as channels and the blocks that they are shuffled in, each may take a share of the positions only.
+    Where positions are pairs of units of one group, so many stay that two of them are a pair.
 
     Args:
         algebra: the units.
@@ -77,11 +78,22 @@ def keep_crossings(
         for number, group in enumerate(crossing):
             others = sum(share[other] for other in crossing[number + 1 :])
             fair = left // (len(crossing) - number) // share[group]
-            cut = max(fair, int(share[group] + others <= left))
+            cut = max(fair, int(share[group] + others <= left), _cut_beside_pairs(rows, int(widths[group]), len(share)))
             peers = joint.get(group, 1)
             cut = min(cut, int(widths[group]) - peers * least.get(group, 1))
             least[group] = -(-(int(widths[group]) - cut) // peers)
             left -= cut * share[group]
+
+
+def _cut_beside_pairs(rows: Ids, width: int, n_groups: int) -> int:
+    """How many units of a single group may go, whichever, with a pair of the others among the positions; 0 if unclear.
+
+    Of k units that stay, at most as many pairs are missing as are missing of all.
+    """
+    if n_groups > 1 or rows.shape[1] > 2:
+        return 0
+    n_pairs = len(np.unique(np.sort(rows[(rows != PAD).all(1)], 1), axis=0))
+    return width - next((k for k in range(width) if comb(k, 2) > comb(width, 2) - n_pairs), width)
 
 
 def _holds_product(rows: Ids, groups: Ids, group_of: Ids, widths: Ids) -> bool:

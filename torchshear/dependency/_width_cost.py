@@ -37,8 +37,8 @@ class WidthCost:
     The size of an axis is a sum of products of widths: positions that depend on units of the same groups go together,
     and of n such positions n * (product over these groups of kept units / units) are left. That is exact where all
     units of a group stand for equally many positions, as in every axis but those that join unequal multiples of the
-    same units; `Cut.cost` has the exact figure of a choice of units. Sizes enter parameters and operations as products,
-    so that either is multilinear in the widths.
+    same units or hold some pairs of them only; `Cut.cost` has the exact figure of a choice of units. Sizes enter
+    parameters and operations as products, so that either is multilinear in the widths.
 
     Args:
         groups: the analysed network.
