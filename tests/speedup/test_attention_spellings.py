@@ -66,6 +66,30 @@ def test_multihead_attention_is_cut_however_it_is_called(built: dict, called: di
     result.model.train()(tokens).sum().backward()
 
 
+class Pooling(nn.Module):
+    """A learned query looks at all tokens, so that one projection makes queries and another keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.out = nn.Linear(3, 16), nn.Linear(16, 4)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.query = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Four features of each sample."""
+        t = self.stem(x)
+        return self.out(self.attention(self.query.expand(len(t), 1, 16), t, t)[0])
+
+
+def test_heads_are_halved_where_queries_are_projected_apart() -> None:
+    """The rows of `in_proj_weight` for queries and those for keys and values are the same heads and dimensions."""
+    result = _prune_exactly(Pooling(), (TOKENS,))
+    assert {group.role: (group.width, len(group.kept)) for group in result.plan.groups if "head" in group.role} == {
+        "heads": (4, 2),
+        "head_dim": (4, 2),
+    }
+
+
 @pytest.mark.parametrize("called", [{}, {"average_attn_weights": False}], ids=str)
 def test_attention_weights_that_are_given_keep_their_shape(called: dict) -> None:
     model = randomise(OfTorch({"batch_first": True}, called, gives_weights=True).double()).eval()

@@ -100,11 +100,17 @@ def _holds_product(rows: Ids, groups: Ids, group_of: Ids, widths: Ids) -> bool:
     """Whether some of the positions are a product of whole groups, or all units of one, each once or more often."""
     kinds, kind_of = np.unique(np.sort(groups, 1), axis=0, return_inverse=True)
     for kind in range(len(kinds)):
-        here = np.unique(rows[kind_of.reshape(-1) == kind], axis=0)
-        factors = _factors(here[:, (here != PAD).any(0)], group_of)
+        here = kind_of.reshape(-1) == kind
+        factors = _factors(_by_group(rows[here], groups[here]), group_of)
         if factors and all(width == widths[group] for group, width in factors):
             return True
     return False
+
+
+def _by_group(rows: Ids, groups: Ids) -> Ids:
+    """Different rows, in each the units in the order of their groups, without the columns that only fill up."""
+    ordered = np.unique(np.take_along_axis(rows, np.argsort(groups, 1, kind="stable"), 1), axis=0)
+    return ordered[:, (ordered != PAD).any(0)]
 
 
 def _factors(rows: Ids, group_of: Ids) -> list[Factor]:
