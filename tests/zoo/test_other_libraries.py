@@ -131,21 +131,28 @@ def test_vision_transformer_of_open_clip() -> None:
 
 
 @needs("transformers")
-def test_siglip() -> None:
-    """Its pooling is an nn.MultiheadAttention, so it comes back traced; its towers are pruned all the same."""
+@pytest.mark.parametrize(("layers", "form"), [(6, "native"), (1, "traced")])
+def test_siglip(layers: int, form: str) -> None:
+    """Its pooling is an nn.MultiheadAttention, which is as wide inside as outside: whole where that costs little."""
     load_torchvision()
     from transformers import SiglipConfig, SiglipModel
 
     torch.manual_seed(0)
-    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4}
     text = own | {"vocab_size": 99, "max_position_embeddings": 16, "projection_size": 32}
     vision = own | {"image_size": 32, "patch_size": 8}
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     inputs = {"input_ids": torch.randint(1, 98, (2, 16)), "pixel_values": torch.randn(2, 3, 32, 32)}
     result = pruned(model, kwargs=inputs)
+    assert result.form == form
+    whole = [group.name for group in result.report.groups if group.kept == group.width]
+    assert all(name.startswith("vision_model.head.attention.in_proj_weight[0]") for name in whole)
+    assert len(whole) == (2 if form == "native" else 0)
     assert result.report.after.n_params < 0.6 * result.report.before.n_params
     with torch.no_grad():
         assert result.model(**inputs).logits_per_image.shape == (2, 2)
+        if form == "native":
+            assert result.model.get_image_features(torch.randn(1, 3, 32, 32)).pooler_output.shape == (1, 32)
 
 
 def test_conformer_of_torchaudio() -> None:

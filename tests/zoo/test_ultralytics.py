@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-SHARES = {"yolov8n": 0.33, "yolo11n": 0.33, "yolo12n": 0.31}  # of the parameters that are left
+SHARES = {"yolov8n": 0.33, "yolo11n": 0.33, "yolo12n": 0.31, "yolo26n": 0.31}  # of the parameters that are left
 
 
 @pytest.fixture(scope="module", params=SHARES)
