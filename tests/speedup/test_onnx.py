@@ -275,6 +275,7 @@ def test_a_missing_folder_is_named(tmp_path):
         ({"check_batches": (1, 0)}, ArgumentError, "check_batches must hold whole numbers of at least 1, but got 0"),
         ({"check_batches": (True,)}, ArgumentError, "but got True"),
         ({"rtol": -1.0}, ArgumentError, "rtol must be a finite number of at least 0"),
+        ({"rtol": 10**400}, ArgumentError, "rtol must be a finite number of at least 0"),
         ({"atol": float("nan")}, ArgumentError, "atol must be a finite number"),
         ({"args": ()}, ArgumentError, r"do not fit Linear.forward.*missing a required argument: 'input'"),
         ({"kwargs": {"typo": 1}}, ArgumentError, "unexpected keyword argument 'typo'"),
@@ -285,6 +286,12 @@ def test_bad_arguments_are_refused(tmp_path, options, error, message):
     with pytest.raises(error, match=message):
         export_onnx(nn.Linear(4, 4), tmp_path / "model.onnx", **({"args": torch.randn(1, 4)} | options))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["rtol", "atol"])
+def test_a_tolerance_may_be_a_whole_number_of_any_size(tmp_path, name):
+    file = export_onnx(nn.Linear(4, 4), tmp_path / "model.onnx", torch.randn(1, 4), **{name: 10**30})
+    assert file.dynamic_batch
 
 
 def test_meta_weights_are_refused(tmp_path):

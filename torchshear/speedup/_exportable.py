@@ -1,5 +1,6 @@
 """What is refused before a model is converted to ONNX."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,7 @@ def check_limits(check_batches: Sequence[int], rtol: float, atol: float, opset: 
         if not is_whole(batch) or not 1 <= batch <= MOST:
             raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {shown(batch)}.")
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={shown(value)}.")
 
 

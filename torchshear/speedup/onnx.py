@@ -123,7 +123,7 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
     given = ExampleInputs.of((args,) if isinstance(args, Tensor) else args, kwargs)
     call = ExampleCall.of(model, given.args, given.kwargs, dynamic_shapes)
     check_tensors(model, call)
-    target, check = as_path(path, "the path of an ONNX file"), _Tolerance(rtol, atol)
+    target, check = as_path(path, "the path of an ONNX file"), _Tolerance(float(rtol), float(atol))
     if not str(target).isprintable():
         raise ArgumentError(f"the path {str(target)!r} has characters that onnx cannot write; choose another name.")
     with _evaluating(model), plain_outputs(model):

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -257,8 +258,10 @@ def test_masks_that_do_not_fit_change_nothing(tensors: dict[str, torch.Tensor], 
 
 def test_bad_arguments() -> None:
     net, masks = masked()
-    with pytest.raises(ArgumentError, match="existing='add'; expected 'multiply' or 'replace'"):
+    with pytest.raises(ArgumentError, match="existing='add'; expected one of 'multiply', 'replace'"):
         m.apply(net, masks, "add")
+    with pytest.raises(ArgumentError, match="existing=.*ndarray"):
+        m.apply(net, masks, np.zeros((2, 3)))
     with pytest.raises(ArgumentError, match="model is int"):
         m.apply(3, masks)
     with pytest.raises(MaskError, match="'0.weight' is on the meta device"):

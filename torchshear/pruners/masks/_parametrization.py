@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
+from torchshear._arguments import check_one_of
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import check_module, close_to, outside_inference_mode
 from torchshear.pruners.masks._masks import Masks
@@ -118,8 +119,7 @@ def apply(model: nn.Module, masks: Masks, existing: Existing = "multiply") -> No
         raise ArgumentError(
             f"masks is {type(masks).__name__}; expected Masks, as choose_masks gives or Masks.of makes."
         )
-    if existing not in ("multiply", "replace"):
-        raise ArgumentError(f"existing={existing!r}; expected 'multiply' or 'replace'.")
+    check_one_of("existing", existing, ("multiply", "replace"))
     places = list(_places(model))
     by_name = {name: place for place in places for name in place.names}
     chosen: dict[int, tuple[str, Tensor]] = {}
