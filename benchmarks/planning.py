@@ -99,10 +99,10 @@ CHECKS = Timer()
 AGAIN = Timer(CHECKS)
 CHECKS.watch(torchshear.graph._capture, "agrees")
 CHECKS.watch(torchshear.graph._capture, "differs_in_training")
-CHECKS.watch(torchshear.speedup._native_form._Making, "find")
-CHECKS.watch(torchshear.speedup._scales.Scaling, "of_implied")
-CHECKS.watch(torchshear.speedup._native_form, "_failure_in_training")
-AGAIN.watch(torchshear.speedup._shrink, "capture")
+CHECKS.watch(torchshear.speedup.native._form._Making, "find")
+CHECKS.watch(torchshear.speedup.native._scale_places.Scaling, "of_implied")
+CHECKS.watch(torchshear.speedup.native._form, "_failure_in_training")
+AGAIN.watch(torchshear.speedup.shrinking._whole_model, "capture")
 
 
 def ours(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> dict[str, float]:

@@ -45,7 +45,8 @@ from tests.zoo import zoo
 from tests.zoo.torchvision_models import load_torchvision
 from torchshear import api
 from torchshear.graph import PartRun, _run
-from torchshear.speedup import TracedModule, _apply
+from torchshear.speedup import TracedModule
+from torchshear.speedup import _shrink as _apply
 
 VISION_MODELS = (
     "torchvision:resnet50",

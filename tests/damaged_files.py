@@ -26,10 +26,11 @@ from tests.blocks import Source
 from tests.damaging import damaged_bytes, damaged_document, damaged_tensors
 from torchshear import PruningPlan
 from torchshear.cli._folder import RECORD, output_folder
+from torchshear.compat.unipruning import plan_from_unipruning_mask, read_unipruning_config, write_unipruning_mask
+from torchshear.configs import load_config, parse_config, resolve
 from torchshear.dependency import _plan_file
 from torchshear.errors import TorchshearError
-from torchshear.pruners import masks, plan_from_unipruning_mask, read_unipruning_config, write_unipruning_mask
-from torchshear.pruners.configs import load_config, parse_config, resolve
+from torchshear.pruners import masks
 from torchshear.pruners.masks import _masks
 
 Files = dict[str, bytes]

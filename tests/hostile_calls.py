@@ -20,7 +20,8 @@ from torch.nn.functional import cross_entropy
 
 import torchshear
 from tests.blocks import Source
-from torchshear import comparison, inspection, pruners, speedup
+from torchshear import comparison, configs, inspection, pruners, speedup
+from torchshear.compat import nni, unipruning
 from torchshear.errors import TorchshearError
 from torchshear.pruners import masks
 
@@ -86,7 +87,7 @@ class Given:
         laid = masks.choose_masks(model, "1x1", 0.5)
         result.plan.save(folder / "plan.json")
         torchshear.export_onnx(model, folder / "dense.onnx", (x,))
-        pruners.write_unipruning_mask(result.plan, folder / "mask.json")
+        unipruning.write_unipruning_mask(result.plan, folder / "mask.json")
         (folder / "config.yaml").write_text("- op_types: [Conv2d]\n  sparsity: 0.5\n")
         (folder / "src").mkdir()
         save_file(model.state_dict(), folder / "src" / "model.safetensors")
@@ -191,14 +192,14 @@ CALLS: dict[str, Call] = {
     "PruningPlan.load": Call(torchshear.PruningPlan.load, lambda g: {"path": g.folder / "plan.json"}),
     "PruningPlan.save": Call(torchshear.PruningPlan.save, lambda g: {"self": g.plan, "path": g.folder / "p.json"}),
     "L1NormPruner": Call(
-        pruners.L1NormPruner,
+        nni.L1NormPruner,
         lambda g: {
             **{"model": g.model, "config_list": CONFIG, "args": (g.x,), "kwargs": None, "dependency_aware": False},
             **{"align": None, "min_width": 1},
         },
     ),
     "ActivationAPoZRankPruner": Call(
-        pruners.ActivationAPoZRankPruner,
+        nni.ActivationAPoZRankPruner,
         lambda g: {"model": g.model, "config_list": CONFIG, "args": (g.x,), "data": data(g), "batches": 1},
     ),
     "channel_means": Call(
@@ -206,28 +207,32 @@ CALLS: dict[str, Call] = {
     ),
     "plan_from_kept": Call(pruners.plan_from_kept, lambda g: {"groups": g.groups, "kept": dict(g.plan.kept)}),
     "plan_dependency_aware": Call(
-        pruners.plan_dependency_aware,
+        nni.plan_dependency_aware,
         lambda g: {"groups": g.groups, "ratios": {"conv": 0.5}, "criterion": "l1", "extra": "apply"},
     ),
     "plan_unipruning": Call(
-        pruners.plan_unipruning, lambda g: {"groups": g.groups, "target_params": 0.8, "run": 1, "min_width": 1}
+        unipruning.plan_unipruning,
+        lambda g: {"groups": g.groups, "target_params": 0.8, "run": 1, "min_width": 1},
     ),
-    "parse_config": Call(pruners.parse_config, lambda g: {"config": CONFIG}),
-    "load_config": Call(pruners.load_config, lambda g: {"path": g.folder / "config.yaml"}),
+    "parse_config": Call(configs.parse_config, lambda g: {"config": CONFIG}),
+    "load_config": Call(configs.load_config, lambda g: {"path": g.folder / "config.yaml"}),
     "find_criterion": Call(pruners.find_criterion, lambda g: {"name": "l1"}),
     "check_recalibration": Call(speedup.check_recalibration, lambda g: {"model": g.model, "batches": 1}),
     "shrink_to_form": Call(
         speedup.shrink_to_form, lambda g: {"model": g.model, "plan": g.plan, "form": "native", "verify": False}
     ),
     "plan_from_unipruning_mask": Call(
-        pruners.plan_from_unipruning_mask, lambda g: {"groups": g.groups, "path": g.folder / "mask.json"}
+        unipruning.plan_from_unipruning_mask,
+        lambda g: {"groups": g.groups, "path": g.folder / "mask.json"},
     ),
     "write_unipruning_mask": Call(
-        pruners.write_unipruning_mask, lambda g: {"plan": g.plan, "path": g.folder / "written.json"}
+        unipruning.write_unipruning_mask,
+        lambda g: {"plan": g.plan, "path": g.folder / "written.json"},
     ),
-    "read_unipruning_config": Call(pruners.read_unipruning_config, lambda g: {"config": {"target_sparsity": 0.5}}),
+    "read_unipruning_config": Call(unipruning.read_unipruning_config, lambda g: {"config": {"target_sparsity": 0.5}}),
     "resolve": Call(
-        pruners.resolve, lambda g: {"model": g.model, "entries": pruners.parse_config(CONFIG), "groups": g.groups}
+        configs.resolve,
+        lambda g: {"model": g.model, "entries": configs.parse_config(CONFIG), "groups": g.groups},
     ),
     "random_criterion": Call(pruners.random_criterion, lambda g: {"seed": 0}),
     "choose_masks": Call(masks.choose_masks, lambda g: {"model": g.model, "pattern": "1x1", "ratio": 0.5}),

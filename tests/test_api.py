@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import torchshear
 from tests.models import Residual, image, randomise
 from torchshear.errors import ArgumentError, VerificationError, WeightError
-from torchshear.speedup import _apply
+from torchshear.speedup import _shrink as _apply
 
 
 def test_one_call_gives_model_plan_report_and_proof() -> None:

@@ -6,8 +6,9 @@ from types import ModuleType
 
 import pytest
 
+from torchshear.compat.unipruning import _config as _unipruning
+from torchshear.configs import _neural_compressor, _nni
 from torchshear.dependency import registered_operators, unregister
-from torchshear.pruners.configs import _neural_compressor, _nni, _unipruning
 from torchshear.pruners.criteria import _registry
 
 ROOT = Path(__file__).parent.parent

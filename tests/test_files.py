@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torchshear
-from torchshear import _files
-from torchshear._files import atomic_path
 from torchshear.errors import ArgumentError, OutputError
-from torchshear.speedup import onnx
+from torchshear.speedup.onnx import _export as onnx
+from torchshear.storage import _writing as _files
+from torchshear.storage._writing import atomic_path
 
 
 def write(path: Path, text: str = "new") -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 import torchshear
 from torchshear import _other_tools
+from torchshear.compat.nni import L1NormPruner, LevelPruner, Pruner
 from torchshear.errors import KeywordError, OtherToolImportError, OtherToolNameError, TorchshearError
-from torchshear.pruners import L1NormPruner, LevelPruner, Pruner
 
 MIGRATION = Path(__file__).parents[1] / "docs" / "migration.md"
 TABLES = {**_other_tools.NAMES, **_other_tools.METHODS, **_other_tools.KEYWORDS}
@@ -27,7 +27,7 @@ def test_importing_a_name_of_another_tool_shows_what_to_use(package: str) -> Non
         with pytest.raises(AttributeError, match=f"^{package} has no '{name}': "):
             getattr(import_module(package), name)
         assert not hasattr(import_module(package), name)
-    with pytest.raises(ImportError, match="prepare_pruning.*torchshear.pruners.ConfigPruner"):
+    with pytest.raises(ImportError, match="prepare_pruning.*torchshear.compat.nni.ConfigPruner"):
         from torchshear.pruners import prepare_pruning  # noqa: F401
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 import torchshear
 from tests.models import Classifier, image, labelled
 from torchshear import _asking, api
+from torchshear.compat.nni import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
 from torchshear.errors import ArgumentError, DataError, PlanError
-from torchshear.pruners import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
 
 X = (image(size=6),)
 

@@ -10,7 +10,6 @@ import torchshear
 
 ROOT = Path(torchshear.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-LAYERS = {"graph": 0, "dependency": 1, "pruners": 2, "speedup": 2}
 
 
 def module_of(path: Path) -> str:
@@ -28,19 +27,61 @@ def imports_of(path: Path) -> set[str]:
     return {name for name in found if name.split(".")[0] == "torchshear"}
 
 
-def layer(module: str) -> int:
-    part = module.split(".")[1] if "." in module else "(top)"
-    lowest = ("_arguments", "_batches", "_checkpoint", "_distributed", "_files", "_other_tools", "_tables")
-    low = {"errors": -3, "_reading": -2, **dict.fromkeys(lowest, -1)}
-    return LAYERS.get(part, low.get(part, 3))
+# A layer imports itself and those above it in this list; parts on one line do not know each other.
+LAYERS = (
+    ("errors",),
+    ("storage", "_arguments", "_tables", "_other_tools"),
+    ("graph",),
+    ("dependency",),
+    ("calibration",),
+    ("pruners", "speedup"),
+    ("configs",),
+    ("_words", "report"),
+    ("_asking",),
+    ("api",),
+    ("compat", "comparison", "inspection"),
+    ("cli",),
+)
+INNER_LAYERS = {
+    "torchshear.pruners": (("criteria", "masks"), ("selection",)),
+    "torchshear.speedup": (
+        ("rewriting",),
+        ("comparing", "checkpoints"),
+        ("native", "latency"),
+        ("shrinking", "onnx"),
+        ("verification",),
+        ("compensation",),
+    ),
+}
+
+
+def place(module: str, package: str, layers: tuple[tuple[str, ...], ...]) -> int | None:
+    """The layer of a module within a package; None of one that is in no layer, as the package itself."""
+    part = module.removeprefix(f"{package}.").split(".")[0]
+    return next((number for number, names in enumerate(layers) if part in names), None)
+
+
+def test_every_part_has_a_layer() -> None:
+    files = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    parts = files - {"__init__", "__pycache__"}
+    assert parts == {name for names in LAYERS for name in names}
+    for package, layers in INNER_LAYERS.items():
+        folder = ROOT.parent / package.replace(".", "/")
+        folders = {path.name for path in folder.iterdir() if path.is_dir() and path.name != "__pycache__"}
+        assert folders == {name for names in layers for name in names}
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_run_one_way(path: Path) -> None:
     own = module_of(path)
-    for other in imports_of(path):
-        same_package = own.split(".")[1:2] == other.split(".")[1:2]
-        assert same_package or layer(other) < layer(own) or layer(own) == 3, f"{own} imports {other}"
+    for package, layers in {"torchshear": LAYERS, **INNER_LAYERS}.items():
+        here = place(own, package, layers)
+        if not own.startswith(f"{package}.") or here is None:
+            continue
+        for other in imports_of(path):
+            there = place(other, package, layers) if other.startswith(f"{package}.") else None
+            is_inner = own.removeprefix(f"{package}.").split(".")[0] == other.removeprefix(f"{package}.").split(".")[0]
+            assert there is None or is_inner or there < here, f"{own} imports {other}"
 
 
 def test_no_cycles() -> None:

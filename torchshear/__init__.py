@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from torchshear import _stages as _stages  # provides pruner classes with shrink, verify and export_onnx
 from torchshear._other_tools import answering
 from torchshear.api import PruneResult, plan, prune
 from torchshear.dependency import PruningPlan, analyze

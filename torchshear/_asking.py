@@ -10,6 +10,18 @@ from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, shown
 from torchshear._words import Selection, Sight
+from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, Loss, Statistics
+from torchshear.configs import (
+    DEFAULT_PATTERN,
+    ConfigList,
+    Entry,
+    ResolvedConfig,
+    Widths,
+    load_config,
+    parse_config,
+    plan_config,
+    resolve,
+)
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
@@ -17,20 +29,13 @@ from torchshear.pruners import (
     Criterion,
     Ratio,
     Request,
-    ResolvedConfig,
     channel_means,
     check_request,
     choose_targets,
     collect,
-    load_config,
-    parse_config,
     plan_units,
-    resolve,
 )
-from torchshear.pruners.classes import ConfigList, Widths, plan_config
-from torchshear.pruners.configs import DEFAULT_PATTERN, Entry
 from torchshear.pruners.criteria import needs_of
-from torchshear.pruners.statistics import ALL_SUMS, SUMS_OF_GRADIENTS, Loss, Statistics
 from torchshear.speedup import Leave
 
 BATCHES: Final = 32
@@ -290,7 +295,7 @@ def _read_entries(config: ConfigList, criterion: str | Criterion | None) -> tupl
         if not (entry.excludes or entry.removes_channels or entry.pattern == DEFAULT_PATTERN):
             raise ArgumentError(
                 f"{entry.label} sets single weights to zero (pattern {entry.pattern!r}), which makes nothing smaller, "
-                f"and prune only removes. Use torchshear.pruners.ConfigPruner or LevelPruner, or "
+                f"and prune only removes. Use torchshear.compat.nni.ConfigPruner or LevelPruner, or "
                 f"torchshear.pruners.masks.choose_masks."
             )
     return entries

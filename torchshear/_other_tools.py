@@ -20,7 +20,7 @@ _SCHEDULE: Final = (
 _SEARCH: Final = "searches are not here: give the shares yourself, as torchshear.plan(groups, ratio={'layer1': 0.3})"
 _TRAINS: Final = "pruners that train are not here: train yourself, then prune"
 _NO_HOOKS: Final = "there are no hooks: the masks on the model that compress() gives hold through any training loop"
-_MAKE_ONE: Final = "use torchshear.pruners.ConfigPruner(model, config, args=(x,)), its compress() and shrink()"
+_MAKE_ONE: Final = "use torchshear.compat.nni.ConfigPruner(model, config, args=(x,)), its compress() and shrink()"
 _SHRINK: Final = "use torchshear.shrink(model, plan), or shrink() of a pruner"
 _ANALYZE: Final = "use torchshear.analyze(torchshear.trace(model, args)), whose groups are what goes together"
 _TORCH_PRUNING: Final = "use torchshear.prune(model, args, criterion='l2', ratio=0.5), which gives a smaller copy"
@@ -47,7 +47,7 @@ NAMES: Final = _table(
     ("SensitivityPruner SensitivityAnalysis NetAdaptPruner SimulatedAnnealingPruner AutoCompressPruner", _SEARCH),
     ("AMCPruner AMCTaskGenerator AutoCompressTaskGenerator SimulatedAnnealingTaskGenerator", _SEARCH),
     ("ADMMPruner MovementPruner", _TRAINS),
-    ("TaylorPruner", "use torchshear.pruners.TaylorFOWeightPruner, or criterion='taylor_bn' for gates behind norms"),
+    ("TaylorPruner", "use torchshear.compat.nni.TaylorFOWeightPruner, or criterion='taylor_bn' for gates behind norms"),
     ("BasicPruner OneshotPruner OneShotPruner", "use one of the pruners of torchshear.pruners, as L1NormPruner"),
     ("ModelSpeedup", _SHRINK),
     ("ChannelDependency GroupDependency InputChannelDependency ReshapeDependency fix_mask_conflict", _ANALYZE),
@@ -62,8 +62,11 @@ NAMES: Final = _table(
     ("prune_wanda", "use criterion='wanda', of whole units, with data="),
     ("SparseGPTPruning sparse_gpt dsnot", "pruners that rewrite the weights that stay are not here"),
     # UniPruning
-    ("UniPruner", "use torchshear.pruners.read_unipruning_config and torchshear.pruners.plan_unipruning"),
-    ("prune_by_mask convert", "use torchshear.pruners.plan_from_unipruning_mask, then torchshear.shrink"),
+    (
+        "UniPruner",
+        "use read_unipruning_config and plan_unipruning of torchshear.compat.unipruning",
+    ),
+    ("prune_by_mask convert", "use torchshear.compat.unipruning.plan_from_unipruning_mask, then torchshear.shrink"),
     ("SCOP PrunerKfCompressAlgo PrunerFtCompressAlgo", _TRAINS),
     # Torch-Pruning
     ("MagnitudePruner MetaPruner BasePruner BNScalePruner SaliencyPruner OutputPruner", _TORCH_PRUNING),

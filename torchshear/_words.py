@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from torchshear._other_tools import unknown_keyword
+from torchshear.calibration import Loss
+from torchshear.configs import ConfigList
 from torchshear.dependency.alignment import Alignment
 from torchshear.pruners import Ratio
-from torchshear.pruners.classes import ConfigList
-from torchshear.pruners.statistics import Loss
 
 
 class Shares(TypedDict, total=False):

@@ -7,13 +7,14 @@ from typing import Any, Literal, Unpack
 from torch import nn
 
 from torchshear._asking import ask
-from torchshear._batches import LikeExample
 from torchshear._words import Choice, Selection, check_keywords
+from torchshear.calibration import Statistics
+from torchshear.calibration._loader import LikeExample
+from torchshear.configs import ResolvedConfig
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.graph import outside_inference_mode, trace
-from torchshear.pruners import Criterion, Ratio, Request, ResolvedConfig, WeightSource, plan_units
-from torchshear.pruners.statistics import Statistics
+from torchshear.pruners import Criterion, Ratio, Request, WeightSource, plan_units
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import (
     Fold,
@@ -195,6 +196,20 @@ def prune(
     return PruneResult(
         small, made, report, shrunk.verification, shrunk.form, shrunk.fold, planning.resolved, asked.recalibrates
     )
+
+
+def shrink_planned(
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+) -> PruneResult:
+    """Shrink a model by a plan that was made elsewhere, prove the result and report on it.
+
+    Raises:
+        PlanError: the plan is not of this model.
+        VerificationError: the shrunk model is not equal to the masked one.
+    """
+    shrunk, plan = shrink_and_record(model, plan, args, kwargs)
+    report = make_report(plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
+    return PruneResult(shrunk.model, plan, report, shrunk.verification, shrunk.form)
 
 
 def shrink_and_record(

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.models import image
-from torchshear.pruners import plan_unipruning
+from torchshear.compat.unipruning import plan_unipruning
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import torchshear
 from tests.models import Grouped, Tied, image, randomise
 from torchshear import PruningPlan
 from torchshear.pruners import plan_from_kept
-from torchshear.speedup._state import cut_tensor
+from torchshear.speedup.rewriting._state import cut_tensor
 
 
 class Shuffled(nn.Module):

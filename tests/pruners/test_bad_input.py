@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.calibration.test_statistics import Net, analysed, batches
 from tests.models import randomise
 from tests.pruners.test_every_criterion import is_scored, mixed, score
-from tests.pruners.test_statistics import Net, analysed, batches
+from torchshear.calibration import SUMS_OF_GRADIENTS
 from torchshear.errors import ArgumentError, DataError, PlanError
 from torchshear.pruners import registered_criteria
 from torchshear.pruners.criteria import needs_of
-from torchshear.pruners.statistics import SUMS_OF_GRADIENTS
 
 ON_DATA = tuple(name for name in registered_criteria() if needs_of(name))
 ON_GRADIENTS = tuple(name for name in ON_DATA if needs_of(name) & SUMS_OF_GRADIENTS)

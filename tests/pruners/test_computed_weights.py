@@ -11,12 +11,13 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 import torchshear
 from tests.models import randomise
 from tests.oracle import assert_outputs_equal, fresh_inputs
+from torchshear.calibration._weight_source import weights_to_score
+from torchshear.compat.nni import L1NormPruner
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import MaskError, WeightError
-from torchshear.pruners import L1NormPruner, UnscorableError, masks, registered_criteria
-from torchshear.pruners._scoring import group_scores
-from torchshear.pruners._weight_source import weights_to_score
+from torchshear.pruners import UnscorableError, masks, registered_criteria
 from torchshear.pruners.criteria import find_criterion, needs_of
+from torchshear.pruners.selection._scoring import group_scores
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 TARGET = torch.tensor([1, 3])

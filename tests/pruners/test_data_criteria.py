@@ -7,13 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.calibration.test_statistics import Net, analysed, batches, collected, gradients
 from tests.models import randomise
-from tests.pruners.test_statistics import Net, analysed, batches, collected, gradients
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, registered_criteria
-from torchshear.pruners._scoring import group_scores
 from torchshear.pruners.criteria import needs_of
+from torchshear.pruners.selection._scoring import group_scores
 
 GRADIENTS = ("taylor", "taylor_bn", "group_fisher", "snip", "snip_momentum", "gradient")
 ALL = tuple(name for name in registered_criteria() if name != "random")

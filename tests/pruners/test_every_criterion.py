@@ -19,12 +19,12 @@ from tests.pruners import naive
 from tests.pruners.kinds import LAYERS, Experts, Pooled, Recurrent
 from tests.pruners.test_sensitivity import Block, Gated
 from tests.pruners.test_sensitivity import data as tokens
+from torchshear.calibration import SUMS_OF_GRADIENTS
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, plan_from_kept, registered_criteria
-from torchshear.pruners._scoring import COMBINE, group_scores
 from torchshear.pruners.criteria import declared_needs
-from torchshear.pruners.statistics import SUMS_OF_GRADIENTS
+from torchshear.pruners.selection._scoring import COMBINE, group_scores
 
 CRITERIA = registered_criteria()
 BY_DEFINITION = tuple(name for name in CRITERIA if name != "random")  # which follows no formula

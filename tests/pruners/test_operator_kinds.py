@@ -16,7 +16,7 @@ from tests.models import randomise
 from tests.pruners.naive_recurrent import RECURRENT, Read, Steps, loss_of, root_mean_squares, variance
 from torchshear.dependency import ChannelGroup, ChannelGroups, operator_rule, unregister
 from torchshear.pruners import Statistics, UnscorableError, find_criterion
-from torchshear.pruners._scoring import group_scores
+from torchshear.pruners.selection._scoring import group_scores
 
 STEPS, INPUTS, HIDDEN = 4, 5, 3
 

@@ -167,7 +167,7 @@ def test_rows_lie_along_any_dimension() -> None:
 
 @pytest.mark.parametrize("piece", [1 << 18, 5])
 def test_rows_of_blocks_come_one_after_another(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchshear.pruners.statistics._sums.PIECE", piece)
+    monkeypatch.setattr("torchshear.calibration._sums.PIECE", piece)
     torch.manual_seed(0)
     model = GroupedTransposed().double().eval()
     groups, statistics = seen(model, 3, 4, 5, 5)

@@ -16,7 +16,10 @@ from tests.plan_files import edit_plan
 from torchshear import PruneResult, PruningPlan
 from torchshear.errors import PlanError, VerificationError
 from torchshear.graph import parameters_on_meta
-from torchshear.speedup import KeptScale, TracedModule, _apply, _job, _native_form, shrink_to_form
+from torchshear.speedup import KeptScale, TracedModule, shrink_to_form
+from torchshear.speedup import _shrink as _apply
+from torchshear.speedup.native import _form as _native_form
+from torchshear.speedup.shrinking import _prepared_plan as _job
 
 
 class Settings:

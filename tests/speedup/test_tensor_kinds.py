@@ -12,9 +12,9 @@ from torch.nn import functional
 import torchshear
 from tests.models import Residual, image, randomise
 from tests.oracle import assert_equals_masked, n_elements
+from torchshear.compat.nni import L1FilterPruner
 from torchshear.errors import ArgumentError
 from torchshear.pruners import masks
-from torchshear.pruners.classes import L1FilterPruner
 from torchshear.speedup import shrink_to_form
 
 DTYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32, "double": torch.float64}

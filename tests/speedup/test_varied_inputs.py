@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import torchshear
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs
-from torchshear.speedup._varied_inputs import check_examples, table_sizes, varied_inputs
+from torchshear.speedup.comparing._varied_inputs import check_examples, table_sizes, varied_inputs
 
 
 class Lookup(nn.Module):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import torchshear
 from tests.zoo.torchvision_models import build, is_installed
+from torchshear.compat import nni
 
 pytestmark = [
     pytest.mark.zoo,
@@ -25,7 +25,7 @@ def test_resnet18_by_a_list_of_nni() -> None:
         {"op_partial_names": ["layer2."], "op_types": ["Conv2d"], "sparsity": 0.25},
         {"op_names": ["layer3.0.conv1", "layer4.1.conv2"], "exclude": True},
     ]
-    pruner = torchshear.pruners.L1FilterPruner(model, config, args=args)
+    pruner = nni.L1FilterPruner(model, config, args=args)
     masked, result = pruner.compress(), pruner.shrink()
     small = result.model
     assert small.conv1.out_channels == small.layer1[1].conv2.out_channels == 32
@@ -43,7 +43,7 @@ def test_resnet18_by_a_list_of_nni() -> None:
 def test_mobilenet_v2_by_its_norms() -> None:
     model, args = build("mobilenet_v2")
     config = [{"op_types": ["BatchNorm2d"], "sparsity": 0.3}]
-    pruner = torchshear.pruners.SlimPruner(model, config, args=args)
+    pruner = nni.SlimPruner(model, config, args=args)
     masked, result = pruner.compress(), pruner.shrink()
     groups = [group for group in result.plan.groups if group.ratio]
     total, left = sum(group.width for group in groups), sum(len(group.kept) for group in groups)

@@ -14,9 +14,9 @@ from typing import Annotated, Final
 import typer
 from safetensors import SafetensorError
 
-from torchshear._files import DRAFT, atomic_path
-from torchshear._reading import UnreadableError, read_json
 from torchshear.errors import OutputError
+from torchshear.storage._reading import UnreadableError, read_json
+from torchshear.storage._writing import DRAFT, atomic_path
 
 RECORD: Final = f"{DRAFT}written.json"
 _FORMAT: Final = "torchshear.output"

@@ -13,15 +13,15 @@ from safetensors.torch import save_model
 from torch import nn
 
 import torchshear
-from torchshear._files import atomic_path
 from torchshear.cli._bench import measure, print_latency
 from torchshear.cli._example import Target, load_example
 from torchshear.cli._folder import Force, folder_name, output_folder
 from torchshear.cli._options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
-from torchshear.pruners.configs import render_config
+from torchshear.configs import render_config
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile, Verification
+from torchshear.storage._writing import atomic_path
 
 Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torchshear._arguments import check_kind, is_whole, shown
 from torchshear._asking import Data, missing_data
 from torchshear._words import Shares
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Criterion, Request, random_criterion, registered_criteria
-from torchshear.pruners.statistics import Statistics
 from torchshear.speedup import resolve_alignment
 
 _CONTROLS: Final = ("uniform", "random")

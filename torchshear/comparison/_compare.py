@@ -11,6 +11,7 @@ from torch import nn
 from torchshear._arguments import check_callback, check_kind
 from torchshear._asking import Data, check_looked_at, read_data
 from torchshear._words import Comparing, check_keywords
+from torchshear.calibration import Statistics
 from torchshear.comparison._asked import Contender, budgets_of, contenders_of, random_criteria, request_of
 from torchshear.comparison._record import Comparison
 from torchshear.comparison._trial import Evaluate, Trial
@@ -18,7 +19,6 @@ from torchshear.dependency import ChannelGroups, analyze
 from torchshear.graph import trace
 from torchshear.pruners import Criterion, collect
 from torchshear.pruners.criteria import needs_of
-from torchshear.pruners.statistics import Statistics
 
 _ARGUMENTS: Final = "model, evaluate, args, kwargs, criteria, seeds, progress"
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, Final
 
-from torchshear._files import atomic_path
 from torchshear.comparison._row import Row, of_other_size
 from torchshear.errors import ArgumentError
+from torchshear.storage._writing import atomic_path
 
 _CUT: Final = "#9db4cc"
 _FINAL: Final = "#1f4e79"

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from torchshear._asking import Data
-from torchshear._batches import LikeExample
 from torchshear.api import shrink_and_record
+from torchshear.calibration import Statistics
+from torchshear.calibration._loader import LikeExample
 from torchshear.comparison._asked import Budget, Contender
 from torchshear.comparison._row import Row
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, TorchshearError, first_line
 from torchshear.graph import copy_model
 from torchshear.pruners import Request, plan_units
-from torchshear.pruners.statistics import Statistics
 from torchshear.report import make_report
 from torchshear.speedup import recalibrate
 

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from torchshear._files import atomic_path
-from torchshear._reading import UnreadableError, as_path, parse_json, read_bytes, read_text
 from torchshear.errors import PlanError
+from torchshear.storage._reading import UnreadableError, as_path, parse_json, read_bytes, read_text
+from torchshear.storage._writing import atomic_path
 
 Indices = npt.NDArray[np.int64]
 

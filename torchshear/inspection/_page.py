@@ -15,12 +15,12 @@ from importlib.resources import files
 from os import PathLike
 from typing import Any
 
-from torchshear._files import atomic_path
 from torchshear.dependency import ChannelGroups, Value, check_groups
 from torchshear.graph import Mode
 from torchshear.inspection._cards import Level, make_levels
 from torchshear.inspection._document import groups_document
 from torchshear.inspection._layout import lay_out
+from torchshear.storage._writing import atomic_path
 
 _SCRIPTS = ("model.js", "search.js", "scene.js", "draw.js", "panel.js", "main.js")
 _WIDTH, _HEAD, _CHIP = 188, 38, 18  # of a card, its two lines of text, a line of tensors

@@ -9,13 +9,7 @@ from rich.progress import track
 from torch import Tensor
 
 from torchshear._arguments import check_count, check_flag, check_kind, shown
-from torchshear._distributed import agree
-from torchshear.dependency import ChannelGroups, analyze
-from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph, as_names, outside_inference_mode
-from torchshear.pruners._targets import choose_targets
-from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
-from torchshear.pruners.statistics import (
+from torchshear.calibration import (
     ALL_SUMS,
     SUM_OF_MEANS,
     SUMS_OF_GRADIENTS,
@@ -26,6 +20,12 @@ from torchshear.pruners.statistics import (
     all_reduced,
     batches_of,
 )
+from torchshear.calibration._processes import agree
+from torchshear.dependency import ChannelGroups, analyze
+from torchshear.errors import ArgumentError, WeightError
+from torchshear.graph import Graph, as_names, outside_inference_mode
+from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
+from torchshear.pruners.selection._targets import choose_targets
 
 _ANY = 0.5  # a ratio, where only what stays whole is asked
 

@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from torchshear._arguments import check_kind
+from torchshear.calibration import Statistics
+from torchshear.calibration._weight_source import WeightSource
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, check_groups, make_plan
 from torchshear.errors import PlanError
-from torchshear.pruners._choosing import Choosing
-from torchshear.pruners._request import Request
-from torchshear.pruners._weight_source import WeightSource
-from torchshear.pruners.statistics import Statistics
+from torchshear.pruners.selection._choosing import Choosing
+from torchshear.pruners.selection._request import Request
 
 Indices = npt.NDArray[np.int64]
 

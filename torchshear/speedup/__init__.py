@@ -1,18 +1,18 @@
 """What makes a plan real: shrink, fold, recalibrate, verify, ONNX export, latency, and alignment to hardware."""
 
-from torchshear.speedup._apply import shrink, shrink_to_form
-from torchshear.speedup._fold import fold_constants
-from torchshear.speedup._fold_record import Fold, FoldedConstants, SkippedConstants
-from torchshear.speedup._kept_scale import KeptScale
-from torchshear.speedup._leaving import Leave
-from torchshear.speedup._load import load_checkpoint
-from torchshear.speedup._recalibrate import check_recalibration, recalibrate
-from torchshear.speedup._shrunk import Shrunk
-from torchshear.speedup._stream import ShrunkCheckpoint, shrink_checkpoint
-from torchshear.speedup._traced import TracedModule
-from torchshear.speedup.alignment import detect_profile, profiles, resolve_alignment
+from torchshear.speedup._result import Shrunk
+from torchshear.speedup._shrink import shrink, shrink_to_form
+from torchshear.speedup.checkpoints._load import load_checkpoint
+from torchshear.speedup.checkpoints._stream import ShrunkCheckpoint, shrink_checkpoint
+from torchshear.speedup.compensation._fold import fold_constants
+from torchshear.speedup.compensation._fold_record import Fold, FoldedConstants, SkippedConstants
+from torchshear.speedup.compensation._recalibrate import check_recalibration, recalibrate
 from torchshear.speedup.latency import LatencyComparison, LatencyResult, compare_latency
+from torchshear.speedup.latency._alignment import detect_profile, profiles, resolve_alignment
+from torchshear.speedup.native._attention_scale import KeptScale
 from torchshear.speedup.onnx import OnnxFile, export_onnx
+from torchshear.speedup.rewriting._traced import TracedModule
+from torchshear.speedup.shrinking._whole_groups import Leave
 from torchshear.speedup.verification import Verification, verify
 
 __all__ = [

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._data import means_of_values, with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
-from torchshear.pruners.statistics import Statistics
 
 
 @criterion("apoz", needs=("zeros",), comparable=True)

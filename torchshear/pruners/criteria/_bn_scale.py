@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners._roles import NORM_ROLES
+from torchshear.dependency._role_sets import NORM_ROLES
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import unit_sums
-from torchshear.pruners.statistics import Statistics
 
 
 @criterion("bn_scale", needs=(), comparable=True)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from torchshear.calibration import SUMS_OF_GRADIENTS, Statistics, ValueSums, WeightSums
 from torchshear.dependency import ChannelGroup
+from torchshear.dependency._role_sets import OWN_ROLES
 from torchshear.errors import ArgumentError
-from torchshear.pruners._roles import OWN_ROLES
 from torchshear.pruners.criteria._registry import UnscorableError, needs_of
 from torchshear.pruners.criteria._weights import unit_sums
-from torchshear.pruners.statistics import SUMS_OF_GRADIENTS, Statistics, ValueSums, WeightSums
 
 
 def with_needs(statistics: Statistics | None, criterion: str) -> Statistics:

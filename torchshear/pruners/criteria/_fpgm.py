@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup, Member
-from torchshear.pruners._roles import MAKING_ROLES
+from torchshear.dependency._role_sets import MAKING_ROLES
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import not_finite, readable
-from torchshear.pruners.statistics import Statistics
 
 _ROWS = 256  # units whose distances are in memory at a time
 _NEAR = 0.1  # pairs whose squared distance is below this share of their squared lengths are subtracted

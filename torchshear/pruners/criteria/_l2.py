@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.criteria._weights import unit_sums
-from torchshear.pruners.statistics import Statistics
 
 
 @criterion("l2", needs=())

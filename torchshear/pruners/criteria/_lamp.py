@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._registry import criterion
 from torchshear.pruners.criteria._weights import unit_sums
-from torchshear.pruners.statistics import Statistics
 
 
 @criterion("lamp", needs=(), comparable=True)

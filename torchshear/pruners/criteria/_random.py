@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
 from torchshear.pruners.criteria._registry import Criterion, criterion
-from torchshear.pruners.statistics import Statistics
 
 
 def random_criterion(seed: int = 0) -> Criterion:

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from torchshear.calibration import ALL_SUMS, Statistics, Sum
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError, TorchshearError
-from torchshear.pruners.statistics import ALL_SUMS, Statistics, Sum
 
 Indices = npt.NDArray[np.int64]
 Criterion = Callable[[ChannelGroup, Mapping[str, Tensor], Statistics | None], Tensor]
@@ -46,7 +46,7 @@ def criterion(
 
     Args:
         name: the word that users choose it by.
-        needs: names of the sums that it reads from `statistics`, see `torchshear.pruners.statistics.Sum`; empty if it
+        needs: names of the sums that it reads from `statistics`, see `torchshear.calibration.Sum`; empty if it
             reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything.
         comparable: whether scores of units of different groups mean the same, as an estimate of the loss does. Those of
             other criteria are divided by their mean over the group where groups are ranked together.

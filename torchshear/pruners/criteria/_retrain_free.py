@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
-from torchshear.pruners.statistics import Statistics
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

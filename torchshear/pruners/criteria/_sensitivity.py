@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners._roles import HEADS, MAKING_ROLES
+from torchshear.dependency._role_sets import HEADS, MAKING_ROLES
 from torchshear.pruners.criteria._data import row_sums, with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
-from torchshear.pruners.statistics import Statistics
 
 
 @criterion("sensitivity", needs=("rows", "heads"))

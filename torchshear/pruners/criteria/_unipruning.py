@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import position_sums
-from torchshear.pruners.statistics import Statistics
 
 
 @criterion("unipruning", needs=())

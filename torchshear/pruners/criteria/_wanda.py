@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from torchshear.calibration import Layer, Statistics, wide
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import readable, unit_sums
-from torchshear.pruners.statistics import Layer, Statistics, wide
 
 _LAYERS = frozenset({"out", "depthwise"})
 

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from torchshear.calibration import wide
 from torchshear.dependency import ChannelGroup, Member
+from torchshear.dependency._role_sets import OWN_ROLES
 from torchshear.errors import WeightError
-from torchshear.pruners._roles import OWN_ROLES
-from torchshear.pruners.statistics import wide
 
 _PIECE = 1 << 19  # elements that are worked on at a time: a few MB, which stay in the cache
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchshear._files import atomic_path
-from torchshear._reading import UnreadableError, as_path, check_tensors, parse_json
 from torchshear.errors import MaskError, first_line
+from torchshear.storage._reading import UnreadableError, as_path, check_tensors, parse_json
+from torchshear.storage._writing import atomic_path
 
 _FORMAT = "torchshear.masks"
 _VERSION = 2

@@ -9,9 +9,9 @@ from torch import Tensor
 from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs, locate
 from torchshear.graph._run import graph_values
-from torchshear.speedup._compare import relative_error, tolerance
-from torchshear.speedup._cut_positions import gather, map_axes
-from torchshear.speedup._rewrite import rewrite_graph
+from torchshear.speedup.comparing._compare import relative_error, tolerance
+from torchshear.speedup.rewriting._cut_positions import gather, map_axes
+from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.verification._reference import MaskedNetwork
 from torchshear.speedup.verification._runs import conditions, leaves_of
 from torchshear.speedup.verification._weights import State, Values

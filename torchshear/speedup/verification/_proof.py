@@ -14,9 +14,9 @@ from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError, VerificationError, WeightError, first_line
 from torchshear.graph import ExampleInputs, Mode, capture, output_leaves
 from torchshear.graph._ties import Choices
-from torchshear.speedup._compare import relative_error, tolerance
-from torchshear.speedup._shrink import training_cut
-from torchshear.speedup._traced import TracedModule
+from torchshear.speedup.comparing._compare import relative_error, tolerance
+from torchshear.speedup.rewriting._traced import TracedModule
+from torchshear.speedup.shrinking._whole_model import training_cut
 from torchshear.speedup.verification._difference import first_difference
 from torchshear.speedup.verification._gradients import compare_gradients
 from torchshear.speedup.verification._reference import MaskedNetwork

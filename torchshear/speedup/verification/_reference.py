@@ -19,8 +19,8 @@ from torchshear.dependency._call import Facts
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import MaskedCall, locate, masked_form
 from torchshear.graph._run import is_only_read
-from torchshear.speedup._compare import relative_error, tolerance
-from torchshear.speedup._cut_positions import keep_of
+from torchshear.speedup.comparing._compare import relative_error, tolerance
+from torchshear.speedup.rewriting._cut_positions import keep_of
 
 Kept = dict[int, Tensor]
 _SAME = 1e-11  # relative difference of sums over equal numbers

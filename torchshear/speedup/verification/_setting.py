@@ -12,18 +12,18 @@ from torchshear.errors import VerificationError, first_line
 from torchshear.graph import ExampleInputs, Graph, Mode, caches_of, failure_of, output_leaves, zeros_are_exact
 from torchshear.graph._run import graph_output
 from torchshear.graph._ties import Choices
-from torchshear.speedup._compare import relative_error, tolerance
-from torchshear.speedup._kept_scale import share_names
-from torchshear.speedup._shrink import TrainingCut
-from torchshear.speedup._small_inputs import smaller_inputs
-from torchshear.speedup._traced import TracedModule
-from torchshear.speedup._varied_inputs import (
+from torchshear.speedup.comparing._compare import relative_error, tolerance
+from torchshear.speedup.comparing._small_inputs import smaller_inputs
+from torchshear.speedup.comparing._varied_inputs import (
     check_examples,
     gives_numbers,
     n_outputs_with_nan,
     table_sizes,
     varied_inputs,
 )
+from torchshear.speedup.native._attention_scale import share_names
+from torchshear.speedup.rewriting._traced import TracedModule
+from torchshear.speedup.shrinking._whole_model import TrainingCut
 from torchshear.speedup.verification._runs import (
     Run,
     as_it_is,

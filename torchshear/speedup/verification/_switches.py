@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from torchshear.speedup._traced import TracedModule
+from torchshear.speedup.rewriting._traced import TracedModule
 
 Switch = tuple[str, str]  # name of a module, and of its attribute
 _ON = 0.37

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from torchshear._arguments import check_count, check_kind
+from torchshear.calibration._arguments import arguments_of
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs, Mode, PartRun, alone, failure_of, whole_of
-from torchshear.speedup._batches import arguments_of
-from torchshear.speedup._shrink import TrainingCut, analysis_of, recorded_run
-from torchshear.speedup._traced import signature_of
+from torchshear.speedup.rewriting._traced import signature_of
+from torchshear.speedup.shrinking._whole_model import TrainingCut, analysis_of, recorded_run
 from torchshear.speedup.verification._proof import prove
 from torchshear.speedup.verification._setting import Setting
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.dependency import ChannelGroups, Cut, StatePlan, make_state_plan
-from torchshear.speedup._redrawn import fill
-from torchshear.speedup._state import cut_tensor, slice_state
+from torchshear.speedup.comparing._random_weights import fill
+from torchshear.speedup.rewriting._state import cut_tensor, slice_state
 
 State = Mapping[str, Tensor]
 

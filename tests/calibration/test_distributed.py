@@ -1,0 +1,172 @@
+"""Two processes that collect together sum what one process would on the data of both; none waits for one that ended."""
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional
+
+import torchshear
+from tests.calibration.test_statistics import Net, analysed, batches
+from tests.models import randomise
+from tests.processes import end_together
+from tests.pruners.test_sensitivity import Block
+from tests.pruners.test_sensitivity import data as tokens
+from torchshear.dependency import ChannelGroups
+from torchshear.errors import DataError
+from torchshear.pruners import Statistics, find_criterion, registered_criteria
+from torchshear.pruners.criteria import needs_of
+
+
+def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
+    data = batches(4)[2 * rank : 2 * rank + counts[rank]]
+
+    def run(groups: ChannelGroups) -> dict[str, Any]:
+        found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2)
+        heads = _heads(tokens(3, 5, 12)[2 * rank : 2 * rank + 2])
+        return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)} | heads
+
+    _saved(rank, folder, run)
+
+
+def _saved(rank: int, folder: str, run: Callable[[ChannelGroups], dict[str, Any]]) -> None:
+    """Save what a function gives, or its error, in a group of two processes."""
+    limit = timedelta(seconds=60)  # of waiting for the other process
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
+    try:
+        torch.save(run(analysed(randomise(Net()).eval())), _file(folder, rank))
+    except Exception as error:
+        torch.save({"error": f"{type(error).__name__}: {error}"}, _file(folder, rank))
+    end_together(folder)
+
+
+def _broken_loader() -> Iterator[Any]:
+    yield batches(1)[0]
+    raise OSError("disk gone")
+
+
+def _broken_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    raise KeyError("no such class")
+
+
+def _heads(data: list[Any]) -> dict[str, Any]:
+    """What is summed of attention heads."""
+    model = randomise(Block()).double().eval()
+    groups = torchshear.analyze(torchshear.trace(model, (data[0][0],)))
+    return {"heads": dict(torchshear.collect(groups, data, functional.cross_entropy, len(data)).heads)}
+
+
+ON_DATA = tuple(name for name in registered_criteria() if needs_of(name))
+
+
+def _scores(groups: ChannelGroups, statistics: Statistics) -> dict[str, dict[str, torch.Tensor]]:
+    """Scores of all groups by all criteria that look at data."""
+    return {
+        name: {group.name: find_criterion(name)(group, _weights(groups), statistics) for group in groups}
+        for name in ON_DATA
+    }
+
+
+def _weights(groups: ChannelGroups) -> dict[str, torch.Tensor]:
+    return {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+
+
+def _kept(groups: ChannelGroups, statistics: Statistics) -> dict[str, dict[str, list[int]]]:
+    plans = {name: torchshear.plan(groups, name, 0.5, statistics=statistics) for name in ON_DATA}
+    return {name: {group: units.tolist() for group, units in plan.kept.items()} for name, plan in plans.items()}
+
+
+FAILURES: dict[str, dict[str, Any]] = {
+    "loader": {"loader": _broken_loader()},
+    "loss": {"loss_fn": _broken_loss},
+    "argument": {"batches": 0},
+    "criteria": {"criteria": "apoz"},
+    "length": {"batches": 1},
+}
+
+
+def _fail(rank: int, folder: str, others: tuple[str, ...]) -> None:
+    """Collect once for each failure, which the second process meets."""
+
+    def run(groups: ChannelGroups) -> dict[str, Any]:
+        errors: dict[str, Any] = {}
+        for how in others:
+            options = {"loader": batches(2), "loss_fn": functional.cross_entropy, "batches": 2}
+            try:
+                torchshear.collect(groups, **(options | (FAILURES[how] if rank else {})))
+            except Exception as error:
+                errors[how] = f"{type(error).__name__}: {error}"
+        return errors
+
+    _saved(rank, folder, run)
+
+
+def _file(folder: str, rank: int) -> str:
+    return f"{folder}/{rank}.pt"
+
+
+def _numbers(statistics: Statistics) -> dict[str, Any]:
+    return {
+        "n": (statistics.n_batches, statistics.n_samples),
+        "taylor": {name: sums.taylor for name, sums in statistics.weights.items()},
+        "rows": {str(key): sums.squares for key, sums in statistics.rows.items()},
+        "gates": {name: (sums.squares, sums.batches) for name, sums in statistics.gates.items()},
+        "values": {str(key): (sums.count, sums.squares) for key, sums in statistics.values.items()},
+        "loss": statistics.loss,
+    }
+
+
+def _both(folder: Path, argument: Any, function: Callable[..., None] = _collect) -> list[dict[str, Any]]:
+    mp.spawn(function, (str(folder), argument), nprocs=2)
+    return [torch.load(_file(str(folder), rank), weights_only=True) for rank in (0, 1)]
+
+
+def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> None:
+    first, second = _both(tmp_path, (2, 2))
+    groups = analysed(randomise(Net()).eval())
+    alone = torchshear.collect(groups, batches(4), functional.cross_entropy, 4)
+    torch.testing.assert_close(first["numbers"], second["numbers"], rtol=0, atol=0)
+    torch.testing.assert_close(first["numbers"], _numbers(alone), rtol=1e-5, atol=1e-9)
+    assert first["kept"] == second["kept"]
+    heads = _heads(tokens(3, 5, 12))
+    assert heads["heads"]
+    torch.testing.assert_close({"heads": first["heads"]}, heads)
+    torch.testing.assert_close(first["heads"], second["heads"], rtol=0, atol=0)
+    expected, kept = _scores(groups, alone), _kept(groups, alone)
+    in_turn = [batches(4)[number] for number in (0, 2, 1, 3)]  # only momentum knows an order
+    turns = torchshear.collect(groups, in_turn, functional.cross_entropy, 4)
+    expected["snip_momentum"], kept["snip_momentum"] = (f(groups, turns)["snip_momentum"] for f in (_scores, _kept))
+    torch.testing.assert_close(first["scores"], expected, rtol=1e-5, atol=1e-9)
+    assert first["kept"] == kept
+
+
+def test_every_process_says_that_one_has_too_little_data(tmp_path: Path) -> None:
+    errors = [found["error"] for found in _both(tmp_path, (2, 1))]
+    own = errors[1].removeprefix("DataError: ")
+    assert errors == [f"DataError: process 1 could not collect: {own}", f"DataError: {own}"]
+    assert "ended after 1 of 2 batches" in errors[1]
+
+
+def test_whatever_stops_one_process_stops_both(tmp_path: Path) -> None:
+    first, second = _both(tmp_path, tuple(FAILURES), _fail)
+    assert second["loader"] == "OSError: disk gone"
+    assert first["loader"] == "DataError: process 1 could not collect: OSError: disk gone"
+    assert second["loss"] == "KeyError: 'no such class'"
+    assert first["loss"] == "DataError: process 1 could not collect: KeyError: 'no such class'"
+    assert second["argument"].startswith("ArgumentError: batches must be a whole number")
+    assert first["argument"].startswith("DataError: process 1 could not collect: batches must be")
+    assert first["criteria"] == second["criteria"]
+    assert first["criteria"].startswith("DataError: processes collect for different networks or criteria")
+    assert first["length"] == second["length"]
+    assert first["length"].startswith("DataError: processes ran [2, 1] batches; expected equally many on each")
+
+
+def test_one_process_needs_no_group() -> None:
+    assert not dist.is_initialized()
+    with pytest.raises(DataError, match="ended after 1 of 2"):
+        torchshear.collect(analysed(Net().eval()), batches(1), None, 2)

@@ -1,0 +1,418 @@
+"""Statistics: what is summed, against naive loops over the model itself; and data that does not fit."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import torchshear
+from tests.models import Residual, image, randomise
+from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS, Statistics, find_taps
+from torchshear.calibration._weight_sums import WeightAccumulators
+from torchshear.dependency import ChannelGroups
+from torchshear.errors import ArgumentError, DataError, WeightError
+
+
+class Net(nn.Module):
+    """Convolution, norm, activation, residual sum, classifier."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = functional.relu, groups: int = 2) -> None:
+        super().__init__()
+        self.act = act
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=groups), nn.BatchNorm2d(12)
+        self.down = nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        y = self.act(self.up_norm(self.up(x)))
+        x = self.act(x + self.down(y))
+        return self.head(x.mean((2, 3)))
+
+
+def batches(count: int = 3, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 6, 6, generator=generator), torch.randint(0, 5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def analysed(model: nn.Module) -> ChannelGroups:
+    return torchshear.analyze(torchshear.trace(model, (torch.zeros(2, 3, 6, 6),)))
+
+
+def collected(model: nn.Module, **options: Any) -> tuple[ChannelGroups, Statistics]:
+    groups = analysed(model)
+    loss = options.pop("loss_fn", functional.cross_entropy)
+    return groups, torchshear.collect(groups, batches(), loss, batches=3, **options)
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    return randomise(Net()).eval()
+
+
+def test_activations_are_those_behind_the_activation(net: nn.Module) -> None:
+    seen: list[Tensor] = []
+
+    def remember(x: Tensor) -> Tensor:
+        seen.append(functional.relu(x).detach())
+        return functional.relu(x)
+
+    _, statistics = collected(net, loss_fn=None)
+    assert not statistics.weights
+    assert not statistics.gates
+    net.act = remember  # type: ignore[assignment]
+    with torch.no_grad():
+        for x, _ in batches():
+            net(x)
+    values = torch.stack([torch.cat(seen[i::3]).double() for i in (1,)])[0]
+    (tap,) = statistics.taps["up.weight[0]"]
+    sums = statistics.values[tap.node, tap.dim]
+    assert sums.count == values.numel() // 12
+    torch.testing.assert_close(sums.zeros, (values == 0).double().sum((0, 2, 3)))
+    torch.testing.assert_close(sums.total, values.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.squares, values.square().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.magnitude, values.abs().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
+
+
+def test_a_residual_stream_is_seen_behind_the_sum(net: nn.Module) -> None:
+    taps = find_taps(analysed(net))["stem.weight[0]"]
+    assert len(taps.made) == 2
+    assert len(taps.activated) == 2
+    assert all(tap.has_zeros for tap in taps.activated)
+
+
+def gradients(net: nn.Module) -> Iterator[dict[str, Tensor]]:
+    for x, target in batches():
+        loss = functional.cross_entropy(net(x), target)
+        found = torch.autograd.grad(loss, list(net.parameters()))
+        yield dict(zip((name for name, _ in net.named_parameters()), found, strict=True))
+
+
+def weight_sums(net: nn.Module, found: Iterable[Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
+    """Sums of gradients by what is summed and parameter, one batch after another."""
+    named = {name: p.detach() for name, p in net.named_parameters()}
+    sums = {word: {name: torch.zeros_like(p) for name, p in named.items()} for word in SUMS_OF_WEIGHTS}
+    for each in found:
+        for name, weight in named.items():
+            given = each.get(name)
+            gradient = torch.zeros_like(weight) if given is None else given
+            sums["taylor"][name] += (weight * gradient) ** 2
+            sums["saliency"][name] += (weight * gradient).abs()
+            sums["momentum"][name] = 0.9 * sums["momentum"][name] + (weight * gradient).abs()
+            sums["gradient"][name] += gradient.abs()
+    return sums
+
+
+class TwoHeads(nn.Module):
+    """A layer with two outputs, of which a loss may leave one out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.one, self.two = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = functional.relu(self.norm(self.stem(x)))
+        return self.one(x), self.two(x)
+
+
+def test_a_gradient_that_is_not_there_is_zero() -> None:
+    net = randomise(TwoHeads()).eval()
+    data = [(torch.randn(4, 6), keep) for keep in (True, False, True, False)]
+
+    def loss(outputs: tuple[Tensor, Tensor], keep: bool) -> Tensor:
+        return outputs[0].square().mean() + (outputs[1].square().mean() if keep else 0)
+
+    names = [name for name, _ in net.named_parameters()]
+    found = [torch.autograd.grad(loss(net(x), keep), list(net.parameters()), allow_unused=True) for x, keep in data]
+    expected = weight_sums(net, [dict(zip(names, each, strict=True)) for each in found])
+    groups = torchshear.analyze(torchshear.trace(net, (data[0][0],)))
+    statistics = torchshear.collect(groups, data, loss, 4)
+    for name in names:
+        for word, sums in expected.items():
+            torch.testing.assert_close(getattr(statistics.weights[name], word), sums[name])
+
+
+@pytest.mark.parametrize("lines", [{}, {"weight": {0: 0}, "scale": {0: 0}, "bias": {0: 0}}])
+def test_only_what_is_not_finite_is_told(lines: dict[str, dict[int, int]]) -> None:
+    weights = {"weight": torch.zeros(4, 5), "scale": torch.zeros(4), "bias": torch.ones(4)}
+    for spoiled in weights:
+        for number in (torch.inf, -torch.inf, torch.nan):
+            gradients = {name: torch.ones_like(weight) for name, weight in weights.items()}
+            gradients[spoiled].view(-1)[-1] = number
+            assert WeightAccumulators(weights, {"taylor"}, lines).add(gradients)[1] == {spoiled}
+    large: dict[str, Tensor | None] = {name: torch.full_like(weight, 3e38) for name, weight in weights.items()}
+    assert not WeightAccumulators(weights, (), lines).add(large)[1]
+
+
+def test_a_chain_of_a_thousand_calls() -> None:
+    net = nn.Sequential(*(part for _ in range(450) for part in (nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
+    x = torch.randn(2, 4)
+    groups = torchshear.analyze(torchshear.trace(net, (x,)))
+    statistics = torchshear.collect(groups, [x], None, 1, criteria="wanda")
+    assert len(statistics.layers) == 451
+
+
+def test_gradients_are_those_of_each_batch(net: nn.Module) -> None:
+    groups, statistics = collected(net)
+    named = {name: p.detach() for name, p in net.named_parameters()}
+    expected = weight_sums(net, gradients(net))
+    for name in named:
+        for word, sums in expected.items():
+            torch.testing.assert_close(getattr(statistics.weights[name], word), sums[name])
+    alone = torchshear.collect(groups, batches(), functional.cross_entropy, 3, criteria="snip")
+    for name in named:
+        torch.testing.assert_close(alone.weights[name].saliency, expected["saliency"][name])
+    rows = sum(
+        ((named["norm.weight"] * g["norm.weight"] + named["norm.bias"] * g["norm.bias"]) ** 2 for g in gradients(net)),
+        torch.zeros(8),
+    )
+    torch.testing.assert_close(statistics.rows["norm.weight", 0].squares, rows.double(), rtol=1e-5, atol=1e-9)
+
+
+def test_a_gate_stands_behind_every_layer_of_a_group_for_every_sample(net: nn.Module) -> None:
+    _, statistics = collected(net)
+    squares, each = torch.zeros(8, dtype=torch.float64), []
+    for x, target in batches():
+        gate = torch.ones(len(x), 8, requires_grad=True)
+        wide = gate[:, :, None, None]
+        y = functional.relu(net.norm(net.stem(x) * wide))
+        z = functional.relu(net.up_norm(net.up(y)))
+        out = net.head(functional.relu(y + net.down(z) * wide).mean((2, 3)))
+        (found,) = torch.autograd.grad(functional.cross_entropy(out, target), [gate])
+        squares += found.double().square().sum(0)
+        each.append(found.sum(0))
+    torch.testing.assert_close(statistics.gates["stem.weight[0]"].squares, squares, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        statistics.gates["stem.weight[0]"].batches, torch.stack(each, 1).double(), rtol=1e-4, atol=1e-7
+    )
+
+
+class InPlace(nn.Module):
+    """Layers whose results are overwritten, at once and by a view of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 7, 1), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, gates: tuple[Tensor, ...] | None = None) -> Tensor:
+        y = self.one(x)
+        y = y if gates is None else y * gates[0][:, :, None, None]
+        y = functional.silu(y, inplace=True)
+        z = functional.dropout(self.two(y), 0.5, self.training)
+        z = z if gates is None else z * gates[1][:, :, None, None]
+        wide = z.flatten(2)
+        wide.mul_(2)
+        return self.head(torch.tanh(z).mean((2, 3)))
+
+
+def test_gates_on_results_that_are_overwritten() -> None:
+    net = randomise(InPlace()).eval()
+    _, statistics = collected(net, criteria="group_fisher")
+    squares = [torch.zeros(6, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)]
+    for x, target in batches():
+        gates = (torch.ones(len(x), 6, requires_grad=True), torch.ones(len(x), 7, requires_grad=True))
+        found = torch.autograd.grad(functional.cross_entropy(net(x, gates), target), gates)
+        squares = [sums + gradient.double().square().sum(0) for sums, gradient in zip(squares, found, strict=True)]
+    for name, expected in zip(("one.weight[0]", "two.weight[0]"), squares, strict=True):
+        torch.testing.assert_close(statistics.gates[name].squares, expected, rtol=1e-5, atol=1e-10)
+
+
+class Turned(nn.Module):
+    """Linear layers that read sequences with the batch behind the time, and with both in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(6, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, gates: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        y = self.one(x.transpose(0, 1))  # (time, batch, width)
+        y = y if gates is None else y * gates[0]
+        y = torch.tanh(y).transpose(0, 1)
+        z = self.two(y.reshape(-1, 6))
+        z = z if gates is None else z * gates[1].repeat_interleave(x.shape[1], 0)
+        return self.head(torch.tanh(z).reshape(*x.shape[:2], 7).mean(1))
+
+
+def test_inputs_without_a_common_batch_have_gates() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.one(x)).sum(0) * torch.tanh(self.two(y)).sum(0))
+
+    data = (torch.randn(5, 3), torch.randn(3, 4))
+    groups = torchshear.analyze(torchshear.trace(randomise(Pair()).eval(), data))
+    statistics = torchshear.collect(groups, [data], lambda output, _: output.sum(), 1)
+    assert all(bool((sums.squares > 0).all()) for sums in statistics.gates.values())
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_gates_find_the_samples_in_any_dimension(size: int) -> None:
+    net = randomise(Turned()).eval()
+    groups = torchshear.analyze(torchshear.trace(net, (torch.zeros(2, 8, 3),)))
+    x = torch.randn(size, 8, 3, generator=torch.Generator().manual_seed(5))
+    target = torch.arange(size) % 5
+    statistics = torchshear.collect(groups, [(x, target)], functional.cross_entropy, 1)
+    gates = (torch.ones(size, 6, requires_grad=True), torch.ones(size, 7, requires_grad=True))
+    found = torch.autograd.grad(functional.cross_entropy(net(x, gates), target), gates)
+    for name, gradient in zip(("one.weight[0]", "two.weight[0]"), found, strict=True):
+        squares = gradient.double().square().sum(0)
+        torch.testing.assert_close(statistics.gates[name].squares, squares, rtol=1e-5, atol=1e-10)
+
+
+def test_sums_are_the_same_in_any_pieces(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, whole = collected(net)
+    monkeypatch.setattr("torchshear.calibration._sums.PIECE", 7)
+    pieces = torchshear.collect(groups, batches(), functional.cross_entropy, 3)
+    for key, sums in whole.values.items():
+        for word in ("zeros", "total", "magnitude", "squares"):
+            torch.testing.assert_close(getattr(pieces.values[key], word), getattr(sums, word), rtol=1e-5, atol=1e-6)
+    for kind in ("weights", "rows", "gates"):
+        for name, one in getattr(whole, kind).items():
+            for field in fields(one):
+                other = getattr(getattr(pieces, kind)[name], field.name)
+                torch.testing.assert_close(other, getattr(one, field.name), rtol=1e-4, atol=1e-9)
+
+
+def test_only_what_is_asked_for_is_summed(net: nn.Module) -> None:
+    _, apoz = collected(net, criteria="apoz")
+    assert apoz.sums == {"zeros"}
+    assert apoz.loss is None
+    assert not apoz.weights
+    assert not apoz.gates
+    assert all(len(sums.zeros) and not len(sums.squares) for sums in apoz.values.values())
+    _, two = collected(net, criteria=["taylor", "wanda"])
+    assert two.sums == {"taylor", "inputs"}
+    assert all(not len(sums.gradient) for sums in two.weights.values())
+    assert all(len(sums.squares) and not len(sums.total) for sums in two.values.values())
+    with pytest.raises(ArgumentError, match="criterion 'snip' looks at gradients; give a loss_fn"):
+        collected(net, loss_fn=None, criteria=["apoz", "snip"])
+    with pytest.raises(ArgumentError, match="criteria=3; expected names of criteria"):
+        collected(net, criteria=3)
+    _, mine = collected(net, loss_fn=None, criteria=lambda group, weights, statistics: torch.zeros(1))
+    assert mine.sums == ALL_SUMS - SUMS_OF_GRADIENTS
+
+
+def test_nothing_of_the_model_changes(net: nn.Module) -> None:
+    net.train()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    state = torch.get_rng_state()
+    collected(net)
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    assert net.training
+    assert all(parameter.grad is None for parameter in net.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda x, t: (x, t),
+        lambda x, t: [x, t],
+        lambda x, t: ((x,), t),
+    ],
+)
+def test_batches_come_in_the_forms_that_loaders_give(net: nn.Module, form: Any) -> None:
+    groups = analysed(net)
+    one = torchshear.collect(groups, [form(*b) for b in batches()], functional.cross_entropy, batches=3)
+    assert one.loss == collected(net)[1].loss
+    assert one.n_samples == 12
+
+
+def test_keyword_batches_of_a_dictionary() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = randomise(Net())
+
+        def forward(self, *, image: Tensor) -> Tensor:
+            return self.net(image)
+
+    graph = torchshear.trace(Keywords().eval(), (), {"image": torch.zeros(2, 3, 6, 6)})
+    loader = [{"image": x, "label": t} for x, t in batches()]
+    statistics = torchshear.collect(graph, loader, lambda out, batch: functional.cross_entropy(out, batch["label"]), 3)
+    assert statistics.n_batches == 3
+
+
+def test_half_precision_is_summed_in_float32(net: nn.Module) -> None:
+    groups = torchshear.analyze(torchshear.trace(net.to(torch.bfloat16), (torch.zeros(2, 3, 6, 6).bfloat16(),)))
+    statistics = torchshear.collect(groups, batches(), lambda out, t: functional.cross_entropy(out.float(), t), 3)
+    assert statistics.weights["stem.weight"].taylor.dtype == torch.float32
+    assert "float32" in statistics.notes[0]
+
+
+def _nan_loss(output: Tensor, target: Tensor) -> Tensor:
+    return functional.cross_entropy(output, target) * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("loader", "loss_fn", "count", "words"),
+    [
+        ([], None, 3, "gave no batch"),
+        (None, None, 3, "the loader is NoneType"),
+        (batches(2), None, 3, "ended after 2 of 3 batches"),
+        ([torch.zeros(2, 4, 6, 6)], None, 1, r"\(2, 4, 6, 6\)"),
+        ([{"x": 1}], None, 1, "is a dictionary with x"),
+        ([(1, 2, 3)], None, 1, "tuple"),
+        (batches(1), lambda out, t: out, 1, "expected a scalar"),
+        (batches(1), lambda out, t: 1.0, 1, "loss of batch 0 is float"),
+        (batches(1), lambda out, t: out.detach().sum(), 1, "does not depend"),
+        (batches(1), _nan_loss, 1, "loss of batch 0 is nan"),
+        (batches(1), lambda out, t: (out * 0).sum().sqrt(), 1, "NaN or infinite at"),
+    ],
+)
+def test_data_that_does_not_fit_is_refused(net: nn.Module, loader: Any, loss_fn: Any, count: int, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        torchshear.collect(analysed(net), loader, loss_fn, count)
+
+
+def test_a_loss_that_does_not_reach_a_group_is_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 1)
+            self.a, self.b = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.stem(x)
+            return self.a(x), self.b(x)
+
+    with pytest.raises(DataError, match=r"reaches group 'a.0.weight\[0\]'"):
+        torchshear.collect(analysed(Two().eval()), batches(1), lambda out, t: out[1].sum(), 1)
+
+
+def test_arguments_are_checked(net: nn.Module) -> None:
+    groups = analysed(net)
+    with pytest.raises(ArgumentError, match="batches=0"):
+        torchshear.collect(groups, batches(), None, 0)
+    with pytest.raises(ArgumentError, match="loss_fn is str"):
+        torchshear.collect(groups, batches(), "mse", 1)  # type: ignore[arg-type]
+    other = torchshear.collect(
+        torchshear.trace(randomise(Residual()).eval(), (image(),)), [(image(),)], None, batches=1
+    )
+    with pytest.raises(ArgumentError, match="statistics are of a network"):
+        torchshear.plan(groups, criterion="apoz", statistics=other)
+    with pytest.raises(ArgumentError, match="no statistics were given"):
+        torchshear.plan(groups, criterion="taylor")
+    with pytest.raises(ArgumentError, match="without a loss"):
+        torchshear.plan(groups, criterion="taylor", statistics=torchshear.collect(groups, batches(), None, 3))
+    with pytest.raises(WeightError, match="meta device"):
+        torchshear.collect(analysed(Net().to("meta").eval()), batches(), None, 1)
+
+
+def test_an_endless_loader_is_stopped(net: nn.Module) -> None:
+    def endless() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from batches()
+
+    assert torchshear.collect(analysed(net), endless(), None, 5).n_batches == 5

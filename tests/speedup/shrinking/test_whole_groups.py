@@ -1,0 +1,167 @@
+"""Groups are left whole where only that keeps a model's own class, if it costs little; plans replay it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from tests.oracle import assert_equals_masked, assert_is_slice
+from tests.strategies import randomise
+from torchshear.errors import ArgumentError, PlanError
+from torchshear.speedup import TracedModule, shrink_to_form
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+class Attention(nn.Module):
+    """As in YOLO11: what comes out has the width of the stream, however many heads of whatever width there are."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head, self.key = heads, width // heads, width // heads // 2
+        self.qkv = nn.Conv2d(width, width + 2 * self.key * heads, 1)
+        self.leave = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(x).view(b, self.heads, 2 * self.key + self.head, h * w)
+        q, k, v = qkv.split([self.key, self.key, self.head], 2)
+        shares = (q.transpose(-2, -1) @ k * 0.25).softmax(-1)
+        return self.leave((v @ shares.transpose(-2, -1)).view(b, c, h, w))
+
+
+class Detector(nn.Module):
+    """Much convolution around two small attentions."""
+
+    def __init__(self, wide: int = 96) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, wide, 3), nn.ReLU(), nn.Conv2d(wide, wide, 3), nn.ReLU())
+        self.enter = nn.Conv2d(wide, 16, 1)
+        self.blocks = nn.ModuleList(Attention(16, 2) for _ in range(2))
+        self.leave = nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(self.stem(x))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.leave(x)
+
+
+@pytest.fixture(scope="module")
+def model() -> Detector:
+    return randomise(Detector().eval(), 3)
+
+
+@pytest.fixture(scope="module")
+def result(model: Detector) -> torchshear.PruneResult:
+    return torchshear.prune(model, (IMAGE,))
+
+
+def size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_class_is_kept_at_little_cost(model: Detector, result: torchshear.PruneResult) -> None:
+    assert type(result.model) is Detector
+    assert_equals_masked(model, result.model, result.plan, (IMAGE,))
+    assert_is_slice(model, result.model, result.plan)
+    smallest = size(torchshear.prune(model, (IMAGE,), form="traced").model)
+    assert smallest < size(result.model) <= smallest + 0.1 * (size(model) - smallest)
+
+
+def test_the_report_says_which_groups_stay_whole_and_what_that_costs(result: torchshear.PruneResult) -> None:
+    assert "groups left whole for that" in result.report.form
+    assert "of what the cut saves" in result.report.form
+    whole = [group for group in result.report.groups if "keeps its own class" in group.note]
+    assert len(whole) == 2  # the same in both blocks
+    assert all(group.kept == group.width and repr(group.name) in result.report.form for group in whole)
+    assert result.report.requested_ratio == result.report.achieved_ratio == 0.5
+
+
+def test_a_plan_replays_it_without_a_search(
+    model: Detector, result: torchshear.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result.plan.save(tmp_path / "plan.json")
+    monkeypatch.setattr("torchshear.speedup.shrinking._prepared_plan.native_form", None)
+    plan = torchshear.PruningPlan.load(tmp_path / "plan.json")
+    again = torchshear.shrink(randomise(Detector().eval(), 9), plan)
+    again.load_state_dict(result.model.state_dict())
+    assert torch.equal(again(IMAGE), result.model(IMAGE))
+
+
+def test_a_target_is_met_all_the_same(model: Detector) -> None:
+    result = torchshear.prune(model, (IMAGE,), target_macs=0.3)
+    assert type(result.model) is Detector
+    assert 0.25 * result.report.before.macs < result.report.after.macs <= 0.3 * result.report.before.macs
+
+
+def test_a_config_list_leaves_them_whole_too(model: Detector) -> None:
+    result = torchshear.prune(model, (IMAGE,), config=[{"op_types": ["Conv2d"], "sparsity": 0.5}])
+    assert type(result.model) is Detector
+    assert_equals_masked(model, result.model, result.plan, (IMAGE,))
+
+
+def test_parts_of_a_model_keep_their_class(model: Detector) -> None:
+    result = torchshear.prune(model, (IMAGE,), submodules=["enter", "blocks.0", "stem"])
+    assert result.form == "native"
+    assert type(result.model.blocks[0]) is Attention
+
+
+def test_what_costs_much_comes_back_traced_and_says_so() -> None:
+    small = randomise(Detector(4).eval(), 3)
+    result = torchshear.prune(small, (IMAGE,))
+    assert isinstance(result.model, TracedModule)
+    assert "at most 10% of what the cut saves" in result.report.form
+
+
+def test_native_insists_whatever_it_costs() -> None:
+    small = randomise(Detector(4).eval(), 3)
+    result = torchshear.prune(small, (IMAGE,), form="native")
+    assert type(result.model) is Detector
+    assert size(result.model) < size(small)
+    assert_equals_masked(small, result.model, result.plan, (IMAGE,))
+
+
+def test_traced_insists_on_the_graph(model: Detector) -> None:
+    result = torchshear.prune(model, (IMAGE,), form="traced")
+    assert isinstance(result.model, TracedModule)
+    assert all(len(group.kept) == group.width // 2 for group in result.plan.groups if group.width > 1)
+
+
+def test_native_that_cannot_be_is_refused() -> None:
+    class Literal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.leave(self.enter(x).view(-1, 8))
+
+    with pytest.raises(PlanError, match="the native form is not equal to the rewritten graph"):
+        torchshear.prune(Literal().eval(), (torch.randn(2, 6),), form="native")
+
+
+@pytest.mark.parametrize("form", ["graph", None, 1])
+def test_other_words_are_refused(model: Detector, form: object) -> None:
+    with pytest.raises(ArgumentError, match="expected one of 'auto', 'native', 'traced'"):
+        torchshear.prune(model, (IMAGE,), form=form)  # type: ignore[arg-type]
+
+
+def test_a_native_form_found_at_once_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchshear.speedup.shrinking._whole_model.leave_whole", _refuse)
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
+    assert torchshear.prune(plain.eval(), (IMAGE,)).form == "native"
+
+
+def test_what_was_planned_is_shrunk_as_it_was_planned(model: Detector) -> None:
+    """Only `prune` may choose other groups; a plan says what to keep."""
+    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (IMAGE,))))
+    shrunk = shrink_to_form(model, plan)
+    assert (shrunk.form, shrunk.plan) == ("traced", plan)
+
+
+def _refuse(*args: object) -> Callable[..., object]:
+    raise AssertionError

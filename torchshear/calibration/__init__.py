@@ -1,0 +1,43 @@
+"""Data run through a model, and what it shows of each unit: activations, gradients, gates."""
+
+from torchshear.calibration._batches import batches_of
+from torchshear.calibration._layers import Layer, find_layers
+from torchshear.calibration._run import Loss, Run
+from torchshear.calibration._shared_statistics import all_reduced
+from torchshear.calibration._statistics import (
+    ALL_SUMS,
+    SUM_OF_MEANS,
+    SUMS_OF_GRADIENTS,
+    SUMS_OF_WEIGHTS,
+    GateSums,
+    RowSums,
+    Statistics,
+    Sum,
+    ValueSums,
+    WeightSums,
+)
+from torchshear.calibration._sums import wide
+from torchshear.calibration._taps import GroupTaps, Tap, find_taps
+
+__all__ = [
+    "ALL_SUMS",
+    "SUMS_OF_GRADIENTS",
+    "SUMS_OF_WEIGHTS",
+    "SUM_OF_MEANS",
+    "GateSums",
+    "GroupTaps",
+    "Layer",
+    "Loss",
+    "RowSums",
+    "Run",
+    "Statistics",
+    "Sum",
+    "Tap",
+    "ValueSums",
+    "WeightSums",
+    "all_reduced",
+    "batches_of",
+    "find_layers",
+    "find_taps",
+    "wide",
+]

@@ -1,0 +1,119 @@
+"""The calls of a graph that read weights, and over which dimensions they sum."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from torchshear.calibration._recurrent import is_recurrent, passes
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency._call import bind_arguments
+from torchshear.dependency._registry import operator_name
+from torchshear.dependency.rules._contraction import explicit_equation
+from torchshear.dependency.rules._weights import weight_behind
+from torchshear.graph._computed import is_of_state
+from torchshear.graph._graph import shape_of, tensor_operands
+
+# Products of matrices, and where the first of the two stands among the tensors that they read.
+_MANY = {"matmul": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0, "grouped_mm_fallback": 0}
+_SUMMED = {  # dimensions of the input and of the weight
+    "linear": (-1, 1),
+    **{f"conv{rank}d": (1, 1) for rank in (1, 2, 3)},
+    **{f"conv_transpose{rank}d": (1, 0) for rank in (1, 2, 3)},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A call that reads a weight.
+
+    Attributes:
+        node: name of the call.
+        weight: canonical name of its weight.
+        bias: canonical name of its bias, or "".
+        source: name of the node that it reads, or of a value inside a recurrent call.
+        dim: dimension of what it reads that it sums over, from 0; None for a norm or another layer.
+        inputs: dimension of its weight that it sums over, from 0; None where `dim` is.
+    """
+
+    node: str
+    weight: str
+    bias: str
+    source: str
+    dim: int | None
+    inputs: int | None
+
+
+def find_layers(groups: ChannelGroups) -> Iterator[Layer]:
+    """All calls that read a weight and perhaps a bias; of a recurrent call each of its weights."""
+    carriers = groups.facts.carriers
+    for node in groups.graph:
+        if node.op == "call_function" and not is_of_state(node):
+            yield from _layers_of_passes(node) if is_recurrent(node) else _layers_of(node, carriers)
+
+
+def _layers_of(node: fx.Node, carriers: Mapping[str, fx.Node]) -> Iterator[Layer]:
+    is_product = short_name(node) in (*_MANY, "linear", "einsum")
+    are_read = {n: is_product or is_state(n) or n.name in carriers for n in node.all_input_nodes}
+    behind = {n: weight_behind(n, carriers) if is_read else None for n, is_read in are_read.items()}
+    held = {n: found for n, found in behind.items() if found is not None}
+    computed = [n for n in behind if n not in held and isinstance(n.meta.get("val"), Tensor)]
+    if not held or not computed:
+        return
+    operand = next((n for n in held if len(shape_of(n)) > 1), next(iter(held)))  # `addmm` has the bias first
+    others = [n for n in held if n is not operand and len(shape_of(n)) == 1]
+    source, dim, at = _read(node, operand, computed)
+    weight, places = held[operand]
+    inputs = None if at is None else places[at]
+    bias = str(held[others[0]][0].target) if others else ""
+    yield Layer(node.name, str(weight.target), bias, source, None if inputs is None else dim, inputs)
+
+
+def is_state(node: fx.Node) -> bool:
+    """Whether a node is a parameter, buffer or constant."""
+    return node.op == "get_attr"
+
+
+def short_name(node: fx.Node) -> str:
+    """Name of an operator of torch or of transformers without its overload, "" of any other."""
+    parts = operator_name(node).split(".")
+    return parts[1] if len(parts) > 1 and parts[0] in ("aten", "transformers") else ""
+
+
+def _layers_of_passes(node: fx.Node) -> Iterator[Layer]:
+    """Both weights of each layer and direction of a recurrent call, and that of a projection."""
+    for one in passes(node):
+        biases = (*one.biases, "", "")
+        for weight, bias, source in zip(one.weights, biases, (one.source, one.before, ""), strict=False):
+            if weight:
+                yield Layer(node.name, weight, bias, source, *((one.dim, 1) if source else (None, None)))
+
+
+def _read(node: fx.Node, weight: fx.Node, computed: Sequence[fx.Node]) -> tuple[str, int | None, int | None]:
+    """What a call multiplies a weight with, and the dimensions of both that it sums over if that is one pair."""
+    name, ranks = short_name(node), (len(shape_of(computed[0])), len(shape_of(weight)))
+    if name == "einsum":
+        return _read_by_equation(node, weight, computed)
+    if name in _MANY:
+        left, right = tensor_operands(node)[_MANY[name] :][:2]
+        if right is weight:
+            return left.name, len(shape_of(left)) - 1, max(ranks[1] - 2, 0)
+        return right.name, max(len(shape_of(right)) - 2, 0), ranks[1] - 1
+    if name not in _SUMMED:
+        return computed[0].name, None, None
+    dims = _SUMMED[name]
+    return computed[0].name, dims[0] % ranks[0], min(dims[1], ranks[1] - 1)
+
+
+def _read_by_equation(
+    node: fx.Node, weight: fx.Node, computed: Sequence[fx.Node]
+) -> tuple[str, int | None, int | None]:
+    operands = tensor_operands(node)
+    terms, output = explicit_equation(bind_arguments(node)["equation"], [len(shape_of(n)) for n in operands])
+    own = terms[operands.index(weight)]
+    for other, term in zip(operands, terms, strict=True):
+        summed = [letter for letter in own if letter in term and letter not in output]
+        summed = [letter for letter in summed if sum(letter in each for each in terms) == 2]
+        if other in computed and len(summed) == 1:
+            return other.name, term.index(summed[0]), own.index(summed[0])
+    return computed[0].name, None, None

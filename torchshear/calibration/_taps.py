@@ -1,0 +1,254 @@
+"""Where in a graph the units of a group can be seen: values that its layers make, and behind activations."""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import fx
+
+from torchshear.calibration._layers import is_state, short_name
+from torchshear.calibration._recurrent import axes_of, is_recurrent, passes
+from torchshear.calibration._samples import sample_dim, sample_input
+from torchshear.dependency import ChannelGroups, Member
+from torchshear.dependency._call import Result
+from torchshear.dependency._registry import operator_name
+from torchshear.dependency._role_sets import MAKING_ROLES
+from torchshear.dependency._units import Ids
+from torchshear.dependency.rules._weights import weight_behind
+from torchshear.graph._graph import shape_of
+
+# Activations by operator, and whether their results are exactly zero over a range of inputs.
+_HAS_ZEROS = {
+    **dict.fromkeys(("relu", "relu_", "relu6", "relu6_", "threshold", "threshold_"), True),
+    **dict.fromkeys(("hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "hardshrink", "softshrink"), True),
+    **dict.fromkeys(("gelu", "gelu_", "silu", "silu_", "mish", "mish_", "tanh", "tanh_", "sigmoid", "sigmoid_"), False),
+    **dict.fromkeys(("elu", "elu_", "celu", "selu", "selu_", "leaky_relu", "leaky_relu_", "softplus"), False),
+    **dict.fromkeys(("prelu", "_prelu_kernel", "rrelu", "log_sigmoid", "logit", "softsign"), False),
+}
+_Shown = tuple[fx.Node, fx.Node | None]  # an activation, and what is added to another branch in front of it
+
+_CLAMPS = frozenset({"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"})
+_NONNEGATIVE = frozenset({"relu", "relu_", "relu6", "relu6_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tap:
+    """One dimension of a value in which units of a group stand.
+
+    Attributes:
+        node: name of the node that gives the value, or of a layer inside a recurrent call.
+        dim: the dimension.
+        size: of that dimension.
+        positions: positions along it.
+        units: for each of `positions`, the unit of the group.
+        operator: what the value comes from, as in "aten.relu.default".
+        has_zeros: whether that operator is an activation whose results are exactly zero over a range of inputs.
+        is_nonnegative: whether its results are never below zero.
+        samples: dimension along which the samples stand; None if there is none.
+        through: name of an activation that the value is put through before it is looked at; "" if it is not.
+    """
+
+    node: str
+    dim: int
+    size: int
+    positions: Ids
+    units: Ids
+    operator: str
+    has_zeros: bool = False
+    is_nonnegative: bool = False
+    samples: int | None = None
+    through: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What its sums are found by: name of what is looked at, and the dimension."""
+        return f"{self.node}>{self.through}" if self.through else self.node, self.dim
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GroupTaps:
+    """Where a group can be seen.
+
+    Attributes:
+        made: results of the layers that make its units; where gates stand.
+        activated: results of the first activations behind them; a recurrent layer has its own inside.
+        by_layer: weight of a layer -> the same of that layer alone. Where its activation is behind a sum with another
+            branch, what it adds to the sum is put through that activation, unless this has weights of its own.
+    """
+
+    made: tuple[Tap, ...]
+    activated: tuple[Tap, ...]
+    by_layer: Mapping[str, tuple[Tap, ...]] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> tuple[Tap, ...]:
+        """Where the group is looked at: behind its activations, or behind its layers if it has none."""
+        return self.activated or self.made
+
+
+def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
+    """For each group that can shrink, the values in which its units can be seen."""
+    places = _Places(groups)
+    taps: dict[str, GroupTaps] = {}
+    for number, group in enumerate(groups):
+        if group.is_prunable:
+            makers_of: dict[str, list[fx.Node]] = {}
+            for member in group.members:  # a weight from a group to itself has two
+                makers_of.setdefault(member.name, []).extend(places.makers(member))
+            makers = list(dict.fromkeys(node for nodes in makers_of.values() for node in nodes))
+            made = [tap for node in makers for tap in places.of(node, number)]
+            shown = {node: list(_shown(node, number, places, set(makers))) for node in makers}
+            activated = dict.fromkeys(found for node in makers for found, _ in shown[node])
+            seen = [tap for node in activated for tap in places.of(node, number)]
+            by_layer = {
+                name: tuple(_of_layer(nodes, number, places, shown)) for name, nodes in makers_of.items() if nodes
+            }
+            taps[group.name] = GroupTaps(tuple(made), tuple(seen), by_layer)
+    return taps
+
+
+def _of_layer(makers: list[fx.Node], group: int, places: "_Places", shown: Mapping[fx.Node, list[_Shown]]) -> list[Tap]:
+    """Where the results of a layer's own calls are looked at."""
+    found: dict[tuple[str, int], Tap] = {}
+    for activation, before in [pair for node in makers for pair in shown[node]]:
+        branch = before if len(activation.all_input_nodes) == 1 else None
+        for tap in places.of(activation if branch is None else branch, group):
+            if branch is not None:
+                tap = replace(
+                    tap,
+                    operator=operator_name(activation),
+                    has_zeros=_gives_zeros(activation),
+                    is_nonnegative=_is_nonnegative(activation),
+                    through=activation.name,
+                )
+            found.setdefault(tap.key, tap)
+    return list(found.values()) or [tap for node in makers for tap in places.of(node, group)]
+
+
+class _Places:
+    """Which units of which group stand where in the values of a graph."""
+
+    def __init__(self, groups: ChannelGroups) -> None:
+        self.groups = groups
+        size = len(groups.algebra.store)
+        self._group_of = np.full(size, -1, np.int64)
+        self._unit_of = np.zeros(size, np.int64)
+        for number, group in enumerate(groups):
+            self._group_of[group.atoms] = number
+            self._unit_of[group.atoms] = np.arange(group.width)
+        self.computed: set[fx.Node] = set()
+        for node in groups.graph:
+            if node.op == "placeholder" or any(n in self.computed for n in node.all_input_nodes):
+                self.computed.add(node)
+        self._nodes_of: dict[str, list[fx.Node]] = {}
+        for node in filter(is_state, groups.graph):
+            self._nodes_of.setdefault(str(node.target), []).append(node)
+        source = sample_input(groups.graph)
+        self._batch = source[1] if source is not None else 1
+        self._along: dict[int, tuple[object, Mapping[int, tuple[Ids, Ids]]]] = {}
+
+    def of(self, node: fx.Node, group: int) -> list[Tap]:
+        """Dimensions of a value in which a group stands."""
+        axes = self.groups.facts.axes.get(node.name)
+        if is_recurrent(node):
+            return self._in_passes(node, axes, group)
+        found: list[Tap] = []
+        if isinstance(axes, tuple) and len(axes) == len(shape_of(node)):
+            for dim, axis in enumerate(axes):
+                at = self._units_along(axis.units).get(group)
+                if at is not None:
+                    samples = self._sample_dim(shape_of(node), dim)
+                    zeros, nonnegative = _gives_zeros(node), _is_nonnegative(node)
+                    name = operator_name(node)
+                    found.append(Tap(node.name, dim, axis.size, *at, name, zeros, nonnegative, samples))
+        return found
+
+    def _in_passes(self, node: fx.Node, results: Result, group: int) -> list[Tap]:
+        """Of a recurrent call what each layer and direction gives at all steps."""
+        found: list[Tap] = []
+        own = passes(node)
+        for one, axis in zip(own, axes_of(results, len(own)), strict=True):
+            at = self._units_along(axis.units).get(group)
+            if at is not None:
+                samples = self._sample_dim(one.shape, one.dim, one.batch)
+                zeros = one.has_zeros
+                found.append(Tap(one.name, one.dim, axis.size, *at, operator_name(node), zeros, zeros, samples))
+        return found
+
+    def _sample_dim(self, shape: tuple[int, ...], other: int, known: int | None = None) -> int | None:
+        return sample_dim(self.groups.graph, self._batch, shape, other, known)
+
+    def has(self, node: fx.Node, group: int) -> bool:
+        """Whether a group stands in a value, or in one of several that a call gives."""
+        results = self.groups.facts.axes.get(node.name)
+        each = results if isinstance(results, list) else [results or ()]
+        return any(group in self._units_along(axis.units) for axes in each for axis in axes)
+
+    def makers(self, member: Member) -> Iterator[fx.Node]:
+        """Calls that make units of a group from a weight: the first ones that anything computed enters, too."""
+        waiting = list(self._nodes_of.get(member.name, ())) if member.roles & MAKING_ROLES else []
+        while waiting:
+            for user in waiting.pop().users:
+                if user in self.computed and weight_behind(user, {}) is None:
+                    yield user
+                else:
+                    waiting.append(user)
+
+    def _units_along(self, units: Ids) -> Mapping[int, tuple[Ids, Ids]]:
+        known = self._along.get(id(units))
+        if known is None:
+            rows = self.groups.algebra.store.resolve(units)
+            positions, columns = np.nonzero(rows)
+            atoms = rows[positions, columns]
+            of = self._group_of[atoms]
+            by_group = {
+                int(number): (positions[of == number], self._unit_of[atoms[of == number]])
+                for number in np.unique(of[of >= 0])
+            }
+            known = self._along[id(units)] = (units, by_group)
+        return known[1]
+
+
+def _shown(maker: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Shown]:
+    """Where what a call makes is seen as an activation: in itself, if it is recurrent, or behind it."""
+    if is_recurrent(maker):
+        yield maker, None
+    else:
+        yield from _activations(maker, group, places, makers)
+
+
+def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Shown]:
+    """The first activations behind a value; one sum with another branch may lie between, which is told with them."""
+    waiting: deque[tuple[fx.Node, fx.Node | None]] = deque([(start, None)])
+    seen = {start}
+    while waiting:
+        node, branch = waiting.popleft()
+        for user in node.users:
+            if user in seen or user in makers or not places.has(user, group):
+                continue
+            seen.add(user)
+            if _is_activation(user):
+                yield user, branch
+                continue
+            is_sum = sum(n in places.computed for n in user.all_input_nodes) > 1
+            if not is_sum or branch is None:
+                waiting.append((user, node if is_sum else branch))
+
+
+def _is_activation(node: fx.Node) -> bool:
+    return short_name(node) in _HAS_ZEROS or short_name(node) in _CLAMPS
+
+
+def _gives_zeros(node: fx.Node) -> bool:
+    return _lower_bound(node) == 0 if short_name(node) in _CLAMPS else _HAS_ZEROS.get(short_name(node), False)
+
+
+def _is_nonnegative(node: fx.Node) -> bool:
+    return _lower_bound(node) >= 0 if short_name(node) in _CLAMPS else short_name(node) in _NONNEGATIVE
+
+
+def _lower_bound(clamp: fx.Node) -> float:
+    low = clamp.args[1] if len(clamp.args) > 1 else clamp.kwargs.get("min", clamp.kwargs.get("min_val"))
+    return low if isinstance(low, int | float) else -math.inf

@@ -1,0 +1,1 @@
+"""Names and files of other pruning tools, each a thin layer over torchshear."""

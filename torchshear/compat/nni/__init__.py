@@ -1,0 +1,47 @@
+"""NNI: its pruners as classes under the names that its users know, and its dependency-aware mode."""
+
+from typing import TYPE_CHECKING
+
+from torchshear._other_tools import answering
+from torchshear.compat.nni._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
+from torchshear.compat.nni._named import (
+    ActivationAPoZRankFilterPruner,
+    ActivationAPoZRankPruner,
+    ActivationMeanRankFilterPruner,
+    ActivationMeanRankPruner,
+    ConfigPruner,
+    FPGMPruner,
+    L1FilterPruner,
+    L1NormPruner,
+    L2FilterPruner,
+    L2NormPruner,
+    LevelPruner,
+    SlimPruner,
+    TaylorFOWeightFilterPruner,
+    TaylorFOWeightPruner,
+)
+from torchshear.compat.nni._pruner import Pruner
+
+__all__ = [
+    "ActivationAPoZRankFilterPruner",
+    "ActivationAPoZRankPruner",
+    "ActivationMeanRankFilterPruner",
+    "ActivationMeanRankPruner",
+    "ConfigPruner",
+    "DependencyAwarePlan",
+    "FPGMPruner",
+    "L1FilterPruner",
+    "L1NormPruner",
+    "L2FilterPruner",
+    "L2NormPruner",
+    "LayerMask",
+    "LevelPruner",
+    "Pruner",
+    "SlimPruner",
+    "TaylorFOWeightFilterPruner",
+    "TaylorFOWeightPruner",
+    "plan_dependency_aware",
+]
+
+if not TYPE_CHECKING:
+    __getattr__ = answering(__name__)

@@ -1,0 +1,1 @@
+"""Choosing the units that stay: shares by group, budgets, limits, and the exact choice itself."""

@@ -1,0 +1,287 @@
+"""How the units that stay are chosen: every group by its own share, or in pools until a share or a budget is met."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from torchshear.calibration import Statistics
+from torchshear.calibration._weight_source import WeightSource, weights_to_score
+from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, check_groups, dense_cost
+from torchshear.errors import ArgumentError, PlanError
+from torchshear.graph import Cost
+from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion, is_comparable, rearrangement_of
+from torchshear.pruners.selection._budget import Budget, Solver, check_feasible, refined
+from torchshear.pruners.selection._exact import (
+    Limits,
+    Width,
+    allowed_widths,
+    choose_units,
+    choose_width,
+    n_removed,
+    rearranged_units,
+    removal_order,
+)
+from torchshear.pruners.selection._limits import default_most, limits_of
+from torchshear.pruners.selection._pools import Ladder, Steps, isomorphism_classes, rank, take_share
+from torchshear.pruners.selection._request import Request
+from torchshear.pruners.selection._scoring import group_scores
+from torchshear.pruners.selection._targets import FOR_ITS_CLASS, choose_targets
+
+Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What stays of the groups that shrink, why others do not, and the share that each was asked for."""
+
+    kept: Mapping[str, Indices]
+    notes: Mapping[str, str]
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+
+class Choosing:
+    """One network and one request."""
+
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        request: Request,
+        weights: WeightSource,
+        statistics: Statistics | None,
+        whole: Collection[str] = (),
+    ) -> None:
+        check_groups(groups)
+        if torch.get_default_device().type == "meta":
+            raise ArgumentError("torch's default device is meta, where nothing has values; plan outside of it.")
+        self.groups = groups
+        self.request = request
+        self.criterion: Criterion = find_criterion(request.criterion)
+        self.targets = choose_targets(groups, request.shares, request.axes, request.exclude)
+        self.targets |= dict.fromkeys(whole, FOR_ITS_CLASS)
+        self.limits = limits_of(groups, request, self.targets)
+        self.statistics = statistics
+        self.weights = weights
+        self.unscored: dict[str, str] = {}
+        self.is_by_ratio = request.scope == "local" and not request.has_budget
+
+    def choose(self) -> Chosen:
+        """What stays."""
+        return self._by_ratio() if self.is_by_ratio else self._by_pools()
+
+    def check(self) -> None:
+        """Raise what makes the request impossible whatever the scores, before anything is scored or run."""
+        if self.is_by_ratio:
+            self._widths()
+        else:
+            self._check_reachable(self._ladders(), *self._budget())
+
+    # -- every group by its own share ---------------------------------------------------------------------------------
+
+    def _by_ratio(self) -> Chosen:
+        """Every group loses its share, rounded to the nearest width that it may have."""
+        widths = self._widths()
+        shrinking = [group for group in self.groups if widths[group.name].kept < group.width]
+        scores = self._scores(shrinking)
+        kept = {
+            group.name: self._rearranged(group, choose_units(group, scores[group.name], widths[group.name].kept))
+            for group in shrinking
+            if group.name in scores
+        }
+        notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
+        return Chosen(kept, notes, self._asked())
+
+    def _widths(self) -> dict[str, Width]:
+        """How many units of each group stay.
+
+        Raises:
+            ArgumentError: all of all groups.
+        """
+        widths = {group.name: self._width(group) for group in self.groups}
+        chosen = tuple(group for group in self.groups.prunable if self.targets[group.name].ratio)
+        if chosen and not any(widths[group.name].kept < group.width for group in self.groups):
+            raise ArgumentError(_nothing_moves(chosen, self.request, self.limits))
+        return widths
+
+    def _width(self, group: ChannelGroup) -> Width:
+        """How many units of a group stay; all of them where it is to stay whole."""
+        target = self.targets[group.name]
+        if target.ratio is None:
+            return Width(group.width, f"stays whole: {target.reason}")
+        return choose_width(group, target.ratio, self.request.alignment, self.limits[group.name])
+
+    def _asked(self) -> dict[str, float]:
+        return {name: target.ratio for name, target in self.targets.items() if target.ratio is not None}
+
+    # -- groups that are ranked together, or a budget -----------------------------------------------------------------
+
+    def _by_pools(self) -> Chosen:
+        """Units go in the order of pools until a share of each pool has gone, or a budget is met."""
+        ladders = self._ladders()
+        budget, dense = self._budget()
+        self._check_reachable(ladders, budget, dense)
+        if not ladders:
+            return Chosen({}, self._whole(), self._asked())
+        scores = self._scores([one.group for one in ladders])
+        ladders = [self._scored(one, scores[one.group.name]) for one in ladders if one.group.name in scores]
+        if self.unscored:
+            self._check_reachable(ladders, budget, dense)
+        steps = rank(ladders, self._normalizes())
+        if budget is None:
+            taken = take_share(steps, self._room(ladders), len(ladders))
+        else:
+            taken = self._within(budget, ladders, steps)
+        if not taken.any():
+            raise ArgumentError(_nothing_moves(tuple(one.group for one in ladders), self.request, self.limits))
+        return Chosen(self._left(ladders, taken), self._whole() | self.unscored, {} if budget else self._asked())
+
+    def _whole(self) -> dict[str, str]:
+        """Why groups stay whole whatever the scores."""
+        notes = {name: f"stays whole: {target.reason}" for name, target in self.targets.items() if target.reason}
+        return notes | {group.name: group.reason for group in self.groups if group.reason}
+
+    def _ladders(self) -> list[Ladder]:
+        """One for each group that may shrink, from its own width down."""
+        chosen = [group for group in self.groups.prunable if self.targets[group.name].ratio]
+        classes = isomorphism_classes(self.groups) if self.request.scope == "isomorphic" else {}
+        ladders = []
+        for group in chosen:
+            target = self.targets[group.name]
+            allowed = allowed_widths(group, self.request.alignment, self.limits[group.name])[::-1]
+            is_forced = allowed[0] < group.width
+            widths = np.concatenate([[group.width], allowed]) if is_forced else allowed
+            own = {"local": group.name, "global": "", "isomorphic": classes.get(group.name, "")}[self.request.scope]
+            pool = f"{target.key}|{own}"
+            ladders.append(Ladder(group, widths, n_forced=int(is_forced), pool=pool, speed=target.ratio or 1.0))
+        return ladders
+
+    def _scored(self, ladder: Ladder, scores: Floats) -> Ladder:
+        order = removal_order(ladder.group, scores)
+        return replace(ladder, order=order, scores=None if self.request.scope == "local" else scores)
+
+    def _budget(self) -> tuple[Budget | None, Cost]:
+        dense = dense_cost(self.groups.graph)
+        if not self.request.has_budget:
+            return None, dense
+        budget = Budget.of(dense, self.request.target_macs, self.request.target_params)
+        if budget.holds(dense):
+            asked = [f"{n}={getattr(self.request, n)}" for n in ("target_macs", "target_params")]
+            raise ArgumentError(
+                f"{' and '.join(word for word in asked if not word.endswith('None'))}: the dense model keeps within it "
+                f"already, with {dense.macs:,} MACs and {dense.n_params:,} parameters. Ask for less."
+            )
+        return budget, dense
+
+    def _check_reachable(self, ladders: Sequence[Ladder], budget: Budget | None, dense: Cost) -> None:
+        """Raise PlanError, with the best that is possible, where the limits forbid what is asked."""
+        limits = self._said_limits()
+        if budget is not None:
+            check_feasible(Solver(self.groups, ladders), budget, dense, limits)
+            return
+        for pool, room in self._room(ladders).items():
+            here = [one for one in ladders if one.pool == pool]
+            total = sum(one.group.width for one in here)
+            most = sum(one.most for one in here)
+            forced = sum(int(one.widths[0] - one.widths[one.n_forced]) for one in here)
+            if forced > room:
+                raise PlanError(
+                    f"ratio={here[0].speed} removes {room} of {total} units of {len(here)} groups that are ranked "
+                    f"together, but min_ratio takes {forced} of them. Raise the ratio, or lower min_ratio."
+                )
+            if most < room:
+                raise PlanError(
+                    f"ratio={here[0].speed} is to remove {room} of {total} units of {len(here)} groups that are ranked "
+                    f"together; at most {most} can go ({most / total:.1%}), under {limits}. Ask for less, or "
+                    f"loosen a limit."
+                )
+
+    def _said_limits(self) -> str:
+        request = self.request
+        most = request.max_ratio if request.max_ratio is not None else default_most(request)
+        said = [f"min_width={request.min_width}", f"alignment {request.alignment.name!r}"]
+        said += [] if most is None else [f"max_ratio={most}"]
+        whole = sum(1 for target in self.targets.values() if target.reason) + len(self.unscored)
+        return ", ".join(said) + (f" and {whole} groups that stay whole" if whole else "")
+
+    def _room(self, ladders: Sequence[Ladder]) -> dict[str, int]:
+        """Pool -> units that are to go."""
+        totals: dict[str, int] = {}
+        for one in ladders:
+            totals[one.pool] = totals.get(one.pool, 0) + one.group.width
+        speeds = {one.pool: one.speed for one in ladders}
+        return {pool: n_removed(total, speeds[pool]) for pool, total in totals.items()}
+
+    def _within(self, budget: Budget, ladders: Sequence[Ladder], steps: Steps) -> Indices:
+        solver = Solver(self.groups, ladders)
+
+        def exact(taken: Indices) -> Cost:
+            return Cut(self.groups, self._left(ladders, taken)).cost()
+
+        return refined(lambda tight: solver.solve(steps, tight), exact, budget)
+
+    def _left(self, ladders: Sequence[Ladder], taken: Indices) -> dict[str, Indices]:
+        """Units that stay after some steps of each ladder, for the groups that lose any."""
+        kept = {}
+        for one, n in zip(ladders, taken, strict=True):
+            if n:
+                assert one.order is not None
+                kept[one.group.name] = self._rearranged(
+                    one.group, np.sort(one.order[one.group.width - one.widths[n] :])
+                )
+        return kept
+
+    def _rearranged(self, group: ChannelGroup, kept: Indices) -> Indices:
+        """Units that stay, after those exchanges that the criterion asks for when their number is known."""
+        return rearranged_units(group, kept, rearrangement_of(self.criterion), self.statistics)
+
+    def _normalizes(self) -> bool:
+        word = self.request.normalize
+        return word == "mean" or (word == "auto" and not is_comparable(self.criterion))
+
+    # -- scores -------------------------------------------------------------------------------------------------------
+
+    def _scores(self, shrinking: Sequence[ChannelGroup]) -> dict[str, Floats]:
+        """Scores of groups by name; those of which the criterion has nothing to say are noted, and stay whole."""
+        _check_statistics(self.groups, self.statistics)
+        tensors: Mapping[str, Tensor] = weights_to_score(self.groups, self.weights)
+        scores: dict[str, Floats] = {}
+        for group in shrinking:
+            try:
+                scores[group.name] = group_scores(group, self.criterion, tensors, self.statistics, self.request.combine)
+            except UnscorableError as error:
+                self.unscored[group.name] = f"stays whole: {error}"
+        if self.unscored and not scores:
+            raise ArgumentError(
+                f"the criterion cannot score any of {len(self.unscored)} groups: {next(iter(self.unscored.values()))}."
+            )
+        return scores
+
+
+def _check_statistics(groups: ChannelGroups, statistics: Statistics | None) -> None:
+    if statistics is not None and not isinstance(statistics, Statistics):
+        raise ArgumentError(f"statistics is {type(statistics).__name__}; expected what torchshear.collect gives.")
+    if statistics is not None and statistics.fingerprint != groups.graph.fingerprint:
+        raise ArgumentError(
+            f"the statistics are of a network with graph {statistics.fingerprint[:12]}, the groups of one with "
+            f"{groups.graph.fingerprint[:12]}. Collect them with the network that is planned."
+        )
+
+
+def _nothing_moves(groups: tuple[ChannelGroup, ...], request: Request, limits: Mapping[str, Limits]) -> str:
+    """Say which ratio would do: ratios are tried in steps of a hundredth, group by group."""
+    alignment = request.alignment
+    steps = (step / 100 for step in range(1, 100))
+    least = next(
+        (s for s in steps if any(choose_width(g, s, alignment, limits[g.name]).kept < g.width for g in groups)), None
+    )
+    widest = max(groups, key=lambda group: group.width)
+    advice = f"use ratio={least} or more" if least else "use a smaller alignment or min_width"
+    return (
+        f"ratio={request.shares} removes nothing: none of {len(groups)} groups (the widest is {widest.name!r} with "
+        f"{widest.width} units) can lose a unit under alignment {alignment.name!r} and min_width={request.min_width}; "
+        f"{advice}."
+    )

@@ -1,0 +1,188 @@
+"""Exact choice of the units that stay: the one selector that every criterion goes through."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from torchshear.calibration import Statistics
+from torchshear.dependency import ChannelGroup
+from torchshear.dependency.alignment import Alignment
+from torchshear.errors import ArgumentError, PlanError
+from torchshear.pruners.criteria import Rearrangement
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Width:
+    """How many units of a group stay.
+
+    Attributes:
+        kept: number of units.
+        note: why it is not what was asked, or "".
+    """
+
+    kept: int
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Between which widths a group may be chosen.
+
+    Attributes:
+        min_width: the fewest units to keep, at least 1; in each dimension, where units are shared out among several.
+        min_ratio: fraction of the units that goes in any case.
+        max_ratio: fraction of the units that may go; None for no limit.
+    """
+
+    min_width: int = 1
+    min_ratio: float = 0.0
+    max_ratio: float | None = None
+
+
+def allowed_widths(group: ChannelGroup, alignment: Alignment, limits: Limits) -> Indices:
+    """Widths that a group may have: within limits, aligned, equally many units gone from each balanced block.
+
+    Args:
+        group: the group.
+        alignment: which widths the target runs well.
+        limits: the limits.
+
+    Returns:
+        Ascending, shape (n,). The group's own width is the last, unless a minimum ratio forbids it.
+
+    Raises:
+        PlanError: no width keeps both the minimum ratio and the other rules.
+    """
+    if not group.is_prunable:
+        return np.array([group.width])
+    peer = group.width // group.n_peers
+    allowed = alignment.allowed_widths(peer, group.multiplicity) * group.n_peers
+    cut = group.width - allowed
+    most = group.max_cut if limits.max_ratio is None else min(group.max_cut, n_removed(group.width, limits.max_ratio))
+    fits = (cut % group.n_blocks == 0) & (cut <= most) & (allowed >= min(limits.min_width, peer) * group.n_peers)
+    found = np.asarray(allowed[fits], np.int64)
+    enough = found[found <= group.width - n_removed(group.width, limits.min_ratio)]
+    if not len(enough):
+        raise PlanError(
+            f"min_ratio={limits.min_ratio} of group {group.name!r} (width {group.width}) cannot be met: at most "
+            f"{group.width - found[0]} units can go under {_rules(group, alignment, limits)}. Lower it, or loosen "
+            f"these."
+        )
+    return np.asarray(enough, np.int64)
+
+
+def n_removed(width: int, ratio: float) -> int:
+    """floor(width * ratio), undoing the rounding of products such as 100 * 0.29 = 28.999999999999996."""
+    return int(np.floor(width * ratio + 1e-9))
+
+
+def choose_width(group: ChannelGroup, ratio: float, alignment: Alignment, limits: Limits | None = None) -> Width:
+    """How many units stay when a share `ratio` is to go.
+
+    floor(width * ratio) units go, which is rounded to the nearest width that is aligned, keeps the limits, and takes
+    equally many from each balanced block; of two equally near the wider one.
+
+    Args:
+        group: the group.
+        ratio: fraction of units to remove, in [0, 1).
+        alignment: which widths the target runs well.
+        limits: the limits; None for none.
+
+    Raises:
+        PlanError: the limits contradict the other rules.
+    """
+    if not group.is_prunable:
+        return Width(group.width, group.reason or "")
+    limits = limits or Limits()
+    target = group.width - n_removed(group.width, ratio)
+    allowed = allowed_widths(group, alignment, limits)
+    kept = int(allowed[np.lexsort((-allowed, np.abs(allowed - target)))[0]])
+    if kept == target:
+        return Width(kept)
+    rules = _rules(group, alignment, limits)
+    if kept == group.width:
+        return Width(kept, f"stays whole: no narrower width is nearer to {target} under {rules}")
+    return Width(kept, f"{target} rounded to {kept} by {rules}")
+
+
+def _rules(group: ChannelGroup, alignment: Alignment, limits: Limits) -> str:
+    """The rules that may forbid a width."""
+    rules = [] if alignment.block == 1 else [f"alignment {alignment.name}"]
+    rules += [f"{group.n_blocks} balanced blocks"] if group.n_blocks > 1 else []
+    rules += [f"min_ratio={limits.min_ratio}"] if limits.min_ratio else []
+    rules += [f"max_ratio={limits.max_ratio}"] if limits.max_ratio is not None else []
+    return " and ".join(rules) or "min_width"
+
+
+def choose_units(group: ChannelGroup, scores: npt.NDArray[np.float64], kept: int) -> Indices:
+    """The units that stay: exactly `kept` of them, those with the highest scores.
+
+    Among equal scores the later unit goes first. In a balanced group each block loses equally many.
+
+    Args:
+        group: the group; C = group.width units.
+        scores: shape (C,), bigger = keep.
+        kept: number of units to keep; C - kept is a multiple of the number of blocks.
+
+    Returns:
+        Indices of the units that stay, ascending, shape (kept,).
+    """
+    return np.sort(removal_order(group, scores)[group.width - kept :])
+
+
+def rearranged_units(
+    group: ChannelGroup, kept: Indices, rearrange: Rearrangement | None, statistics: Statistics | None
+) -> Indices:
+    """The units that stay after a criterion has exchanged some of those that its scores chose.
+
+    Args:
+        group: the group.
+        kept: units chosen by scores, ascending.
+        rearrange: what exchanges them; None: they stay as they are.
+        statistics: what was seen on data.
+
+    Raises:
+        ArgumentError: it gave other than as many units of each block.
+    """
+    if rearrange is None:
+        return kept
+    given = np.sort(np.asarray(rearrange(group, kept.copy(), statistics)).reshape(-1))
+    is_choice = given.dtype.kind in "iu" and len(np.unique(given)) == len(given) == len(kept)
+    if (
+        not is_choice
+        or not np.isin(given, np.arange(group.width)).all()
+        or _shares(group, given) != _shares(group, kept)
+    ):
+        raise ArgumentError(
+            f"the criterion rearranged the units of group {group.name!r} to {given.tolist()[:8]}; expected "
+            f"{len(kept)} different ones below {group.width}, of each block as many as it was given."
+        )
+    return given.astype(np.int64)
+
+
+def _shares(group: ChannelGroup, units: Indices) -> list[int]:
+    """How many of some units are of each balanced block."""
+    blocks = np.zeros(group.width, np.int64) if group.balance is None else group.balance
+    return [int(count) for count in np.bincount(blocks[units], minlength=group.n_blocks)]
+
+
+def removal_order(group: ChannelGroup, scores: npt.NDArray[np.float64], left: Indices | None = None) -> Indices:
+    """Units in the order in which they go: by score, of balanced blocks one of each in turn.
+
+    Args:
+        group: the group; C = group.width units.
+        scores: shape (C,), bigger = keep.
+        left: units that are left, ascending; None for all.
+
+    Returns:
+        All units that are left, in order.
+    """
+    units = np.arange(group.width) if left is None else left
+    blocks = np.zeros(len(units), np.int64) if group.balance is None else group.balance[units]
+    order = np.lexsort((-units, scores[units], blocks))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(blocks))[:-1]])
+    rank = np.arange(len(units)) - starts[blocks[order]]
+    return units[order[np.argsort(rank, kind="stable")]]

@@ -1,0 +1,112 @@
+"""What is asked of a plan: how to score, how much is to go, and within which limits."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+
+from torchshear._arguments import MOST, is_whole
+from torchshear.dependency.alignment import Alignment
+from torchshear.errors import ArgumentError
+from torchshear.graph import close_to
+from torchshear.pruners.criteria import Criterion
+from torchshear.pruners.selection._per_group import Ratio, check_ratio
+from torchshear.pruners.selection._scoring import COMBINE
+
+SCOPES: Final[Mapping[str, str]] = {
+    "local": "every group loses its own share",
+    "global": "units of all groups are ranked together",
+    "isomorphic": "units of groups with the same operators around them are ranked together",
+}
+"""Scope -> which units are ranked against one another."""
+
+_ANY_WIDTH: Final = Alignment.none()
+NORMALIZE: Final = ("auto", "mean", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked of a plan; `torchshear.plan` says what each word means.
+
+    Raises:
+        ArgumentError: a value is outside what it may be, or two contradict each other.
+    """
+
+    criterion: str | Criterion = "l1"
+    ratio: Ratio | None = None
+    scope: str = "local"
+    target_macs: float | None = None
+    target_params: float | None = None
+    min_ratio: Ratio = 0.0
+    max_ratio: Ratio | None = None
+    alignment: Alignment = _ANY_WIDTH
+    min_width: int = 1
+    axes: str | Collection[str] | None = None
+    exclude: str | Collection[str] = ()
+    combine: str = "sum"
+    normalize: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing; what only a network can tell is refused when a plan is made."""
+        for name, words in (("scope", SCOPES), ("combine", COMBINE), ("normalize", NORMALIZE)):
+            word = getattr(self, name)
+            if not isinstance(word, str) or word not in words:
+                raise ArgumentError(f"{name}={word!r}; expected one of {', '.join(words)}.{close_to(str(word), words)}")
+        if not is_whole(self.min_width) or not 1 <= self.min_width <= MOST:
+            raise ArgumentError(
+                f"min_width={self.min_width!r}; expected an integer of at least 1, the fewest channels to keep."
+            )
+        for name in ("target_macs", "target_params"):
+            _check_target(name, getattr(self, name))
+        if self.has_budget and self.ratio is not None and not isinstance(self.ratio, Mapping):
+            raise ArgumentError(
+                f"ratio={self.ratio} and a target of MACs or parameters both say how much is to go; give one. A "
+                f"mapping of ratios may stand beside a target, and says how fast groups shrink beside each other."
+            )
+        if self.ratio is not None and not isinstance(self.ratio, Mapping):
+            check_ratio("ratio", self.ratio)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether MACs or parameters are to be met."""
+        return self.target_macs is not None or self.target_params is not None
+
+    @property
+    def shares(self) -> Ratio:
+        """The ratio, or the default one."""
+        return 0.5 if self.ratio is None else self.ratio
+
+    def to_json(self) -> dict[str, Any]:
+        """What was asked, as plain data; what was left at its default is not said, but for the first four."""
+        criterion = self.criterion
+        said: dict[str, Any] = {
+            "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
+            "alignment": self.alignment.name,
+            "min_width": self.min_width,
+        }
+        if self.ratio is not None or not self.has_budget:
+            said["ratio"] = _plain(self.shares)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in (*said, "alignment", "ratio") and value != field.default:
+                said[field.name] = (
+                    [value] if field.name in ("axes", "exclude") and isinstance(value, str) else _plain(value)
+                )
+        return said
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, Collection) and not isinstance(value, str) else value
+
+
+def _check_target(name: str, target: object) -> None:
+    is_number = isinstance(target, int | float) and not isinstance(target, bool)
+    if target is not None and not (is_number and target > 0):  # type: ignore[operator]
+        raise ArgumentError(
+            f"{name}={target!r}; expected what may be left: a share of the dense model in (0, 1], or a number above 1."
+        )

@@ -1,0 +1,400 @@
+"""Latency of ONNX models in onnxruntime on the CPU, compared in interleaved rounds."""
+
+import gc
+import io
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+from rich.console import Console
+from rich.table import Table
+
+from torchshear._arguments import check_callback, check_count, check_kind, shown
+from torchshear.errors import ArgumentError, LatencyError
+from torchshear.speedup.latency._session import error_reason, fitting_inputs, made_inputs, open_session
+
+__all__ = ["LatencyComparison", "LatencyResult", "compare_latency"]
+
+_RESAMPLES: Final = 2000
+_NOISY_IQR: Final = 0.1  # share of the median, as torch.utils.benchmark.Measurement warns
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyResult:
+    """Times of one model.
+
+    Attributes:
+        name: what the caller calls the model.
+        path: its ONNX file.
+        times_ms: one time per round, in milliseconds per inference; each is the mean of `runs_per_sample` runs.
+        runs_per_sample: inferences in a row that make one time.
+        confidence: of the interval, between 0 and 1.
+        seed: of the bootstrap.
+
+    Raises:
+        ArgumentError: there is no time, or one is not a positive finite number.
+    """
+
+    name: str
+    path: Path
+    times_ms: tuple[float, ...]
+    runs_per_sample: int = 1
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse times that have no median."""
+        if not self.times_ms or not all(math.isfinite(time_ms) and time_ms > 0 for time_ms in self.times_ms):
+            raise ArgumentError(
+                f"times_ms of {self.name!r} must be positive finite numbers, but got {self.times_ms!r}."
+            )
+
+    @property
+    def median_ms(self) -> float:
+        """Median time of one inference, in milliseconds."""
+        return float(np.median(self.times_ms))
+
+    @property
+    def interval_ms(self) -> tuple[float, float]:
+        """Percentile bootstrap interval of the median, in milliseconds (Efron and Tibshirani 1993, chapter 13)."""
+        times_ms = np.asarray(self.times_ms)
+        medians = np.median(times_ms[_resamples(len(times_ms), self.seed)], axis=1)
+        return _percentile_interval(medians, self.confidence)
+
+    @property
+    def iqr_ms(self) -> float:
+        """Distance between the quartiles, in milliseconds."""
+        low, high = np.percentile(self.times_ms, (25, 75))
+        return float(high - low)
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyComparison:
+    """Times of several models, taken in the same rounds.
+
+    Attributes:
+        results: name -> times; all have the same number of rounds, and time i of each is from round i.
+        baseline: the name that the others are compared with.
+        batch: size of the first dimension of the inputs.
+        threads: intra-op threads of every session.
+        runtime: name and version of what ran the models.
+        cpu: name of the processor.
+
+    Raises:
+        ArgumentError: there is no result, the baseline is not among them, or the numbers of rounds differ.
+    """
+
+    results: Mapping[str, LatencyResult]
+    baseline: str
+    batch: int = 1
+    threads: int = 1
+    runtime: str = f"onnxruntime {onnxruntime.__version__}"
+    cpu: str = "unknown"
+
+    def __post_init__(self) -> None:
+        """Freeze the mapping and check that rounds can be paired."""
+        object.__setattr__(self, "results", MappingProxyType(dict(self.results)))
+        if self.baseline not in self.results:
+            raise ArgumentError(
+                f"baseline {self.baseline!r} is none of the results: {', '.join(self.results) or 'none'}."
+            )
+        rounds = {name: len(result.times_ms) for name, result in self.results.items()}
+        if len(set(rounds.values())) > 1:
+            raise ArgumentError(f"all models must have the same number of rounds, but got {rounds}.")
+
+    def __getitem__(self, name: str) -> LatencyResult:
+        if name not in self.results:
+            raise ArgumentError(f"no model is called {name!r}. Measured: {', '.join(self.results)}.")
+        return self.results[name]
+
+    def speedup(self, name: str) -> float:
+        """Give how many times faster a model is than the baseline: the ratio of the medians.
+
+        Raises:
+            ArgumentError: no model has this name.
+        """
+        return self[self.baseline].median_ms / self[name].median_ms
+
+    def speedup_interval(self, name: str) -> tuple[float, float]:
+        """Give the interval of the speed-up, by a bootstrap that draws rounds, so that both models keep their pairing.
+
+        Raises:
+            ArgumentError: no model has this name.
+        """
+        result, baseline = self[name], self[self.baseline]
+        rounds = _resamples(len(result.times_ms), result.seed)
+        medians = np.median(np.asarray(result.times_ms)[rounds], axis=1)
+        ratios = np.median(np.asarray(baseline.times_ms)[rounds], axis=1) / medians
+        return _percentile_interval(ratios, result.confidence)
+
+    def is_faster(self, name: str) -> bool:
+        """Say whether the whole interval of the speed-up lies above 1.
+
+        Raises:
+            ArgumentError: no model has this name.
+        """
+        return self.speedup_interval(name)[0] > 1
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the figures must know, one sentence each: models that are not faster, and noisy times."""
+        notes = [self._verdict(name) for name in self.results if name != self.baseline and not self.is_faster(name)]
+        for name, result in self.results.items():
+            share = result.iqr_ms / result.median_ms
+            if share > _NOISY_IQR:
+                notes.append(
+                    f"The times of {name!r} are noisy: their quartiles are {share:.0%} of the median apart. "
+                    f"Close other programs, or raise rounds or min_seconds."
+                )
+        return tuple(notes)
+
+    def _verdict(self, name: str) -> str:
+        """Say in a sentence that a model is not faster."""
+        low, high = self.speedup_interval(name)
+        verdict = "is slower than" if high < 1 else "is not measurably faster than"
+        return f"{name!r} {verdict} {self.baseline!r}: speed-up {self.speedup(name):.2f} ({low:.2f} to {high:.2f})."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give everything as values that JSON can hold, raw times in milliseconds included."""
+        return {
+            "baseline": self.baseline,
+            "batch": self.batch,
+            "threads": self.threads,
+            "runtime": self.runtime,
+            "cpu": self.cpu,
+            "notes": list(self.notes),
+            "results": {
+                name: {
+                    "path": str(result.path),
+                    "median_ms": result.median_ms,
+                    "interval_ms": list(result.interval_ms),
+                    "iqr_ms": result.iqr_ms,
+                    "confidence": result.confidence,
+                    "seed": result.seed,
+                    "speedup": self.speedup(name),
+                    "speedup_interval": list(self.speedup_interval(name)),
+                    "is_faster": self.is_faster(name),
+                    "runs_per_sample": result.runs_per_sample,
+                    "times_ms": list(result.times_ms),
+                }
+                for name, result in self.results.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        """Give a table of 100 columns, with the notes below it."""
+        first = self[self.baseline]
+        table = Table(
+            title=f"{self.runtime}, {self.cpu}, {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch}"
+        )
+        table.add_column("model")
+        headings = (
+            "median ms",
+            f"{first.confidence:.0%} interval",
+            "IQR ms",
+            "speed-up",
+            f"{first.confidence:.0%} interval",
+        )
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        for name, result in self.results.items():
+            cells = (f"{result.median_ms:.3f}", _span(result.interval_ms, 3), f"{result.iqr_ms:.3f}")
+            table.add_row(name, *cells, f"{self.speedup(name):.2f}", _span(self.speedup_interval(name), 2))
+        console = Console(file=io.StringIO(), width=100, color_system=None, markup=False)
+        console.print(table)
+        for note in self.notes:
+            console.print(note, highlight=False)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text.rstrip("\n")
+
+
+def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurement, with a default that is safe
+    models: Mapping[str, str | os.PathLike[str]],
+    *,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    batch: int = 1,
+    threads: int = 1,
+    rounds: int = 50,
+    warmup: int = 10,
+    min_seconds: float = 0.002,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyComparison:
+    """Measure ONNX models against each other in onnxruntime on the CPU.
+
+    Every round times each model once, in an order drawn anew, so that a machine that slows down slows all of them. The
+    threads do not spin between inferences: two spinning sessions in one process disturb each other by up to a factor
+    of two, while without spinning repeated medians of one thread agree within 1 to 2 % (measured).
+
+    Args:
+        models: name -> ONNX file; the first is the baseline.
+        inputs: input name -> array, given to every model. Without them each model gets inputs made from its signature:
+            standard normal floats, zeros for integers, true for bools, all drawn with `seed`.
+        batch: size of a free first dimension where inputs are made; not used with `inputs`.
+        threads: intra-op threads per session; inter-op is always 1.
+        rounds: times kept per model; 20 or more for an interval that means something.
+        warmup: inferences per model before the first round.
+        min_seconds: shortest duration of one sample; shorter inferences are run several times in a row and averaged.
+            The default of 2 ms keeps the clock and the call below 1 % of a sample.
+        confidence: of all intervals, between 0 and 1.
+        seed: of the inputs, of the order and of the bootstrap.
+        progress: called with (rounds done, rounds) after each round.
+
+    Returns:
+        The times and what follows from them. Sessions are closed.
+
+    Raises:
+        ArgumentError: there is no model, or a number is out of its range.
+        LatencyError: a file is missing, invalid or holds an operator that onnxruntime does not run; or inputs do not
+            fit a model, or cannot be made for it, or differ between the models.
+    """
+    _check_numbers(models, inputs, batch=batch, threads=threads, rounds=rounds, warmup=warmup, seed=seed)
+    check_callback("progress", progress)
+    _check_shares(confidence=confidence, min_seconds=min_seconds)
+    inferences = _prepared(models, inputs, batch=batch, threads=threads, seed=seed)
+    runs = {name: inference.runs_lasting(min_seconds, warmup) for name, inference in inferences.items()}
+    times_ms: dict[str, list[float]] = {name: [] for name in inferences}
+    names, order = list(inferences), np.random.default_rng(seed)
+    with _without_garbage_collection():
+        for done in range(1, rounds + 1):
+            for index in order.permutation(len(names)):
+                name = names[index]
+                times_ms[name].append(inferences[name].mean_ms(runs[name]))
+            if progress is not None:
+                progress(done, rounds)
+    results = {
+        name: LatencyResult(name, Path(models[name]), tuple(times_ms[name]), runs[name], confidence, seed)
+        for name in names
+    }
+    return LatencyComparison(results, names[0], inferences[names[0]].batch, threads, cpu=_cpu_name())
+
+
+@dataclass(frozen=True, slots=True)
+class _Inference:
+    """A session with the inputs that it is timed on."""
+
+    name: str
+    session: onnxruntime.InferenceSession
+    feeds: Mapping[str, np.ndarray]
+
+    @property
+    def batch(self) -> int:
+        """Size of the first dimension of the first input; 1 if it has none."""
+        return next((array.shape[0] for array in self.feeds.values() if array.ndim), 1)
+
+    def mean_ms(self, n_runs: int) -> float:
+        """Run `n_runs` times in a row and give the milliseconds of one."""
+        run, feeds = self.session.run, dict(self.feeds)
+        start = time.perf_counter_ns()
+        for _ in range(n_runs):
+            run(None, feeds)
+        return (time.perf_counter_ns() - start) / n_runs / 1e6
+
+    def runs_lasting(self, min_seconds: float, warmup: int) -> int:
+        """Warm up, and give the number of runs that last `min_seconds` together."""
+        try:
+            self.session.run(None, dict(self.feeds))
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise LatencyError(f"{self.name!r} fails on the inputs it was given: {error_reason(error)}") from error
+        times_ms = [self.mean_ms(1) for _ in range(max(warmup, 3))]
+        return max(1, math.ceil(min_seconds * 1e3 / max(float(np.median(times_ms)), 1e-3)))
+
+
+def _prepared(
+    models: Mapping[str, str | os.PathLike[str]],
+    inputs: Mapping[str, np.ndarray] | None,
+    *,
+    batch: int,
+    threads: int,
+    seed: int,
+) -> dict[str, _Inference]:
+    """Open every model and give it inputs of the same shapes and types."""
+    inferences: dict[str, _Inference] = {}
+    for name, path in models.items():
+        session = open_session(path, threads)
+        feeds = made_inputs(name, session, batch, seed) if inputs is None else fitting_inputs(name, session, inputs)
+        inferences[name] = _Inference(name, session, feeds)
+    first = next(iter(inferences.values()))
+    for inference in inferences.values():
+        wanted, got = _signature(first.feeds), _signature(inference.feeds)
+        if wanted != got:
+            raise LatencyError(
+                f"{inference.name!r} takes {got}, but {first.name!r} takes {wanted}; their times cannot be compared. "
+                f"Export both with the same example inputs."
+            )
+    return inferences
+
+
+def _signature(feeds: Mapping[str, np.ndarray]) -> list[str]:
+    """Give type and shape of each input."""
+    return [f"{array.dtype}{list(array.shape)}" for array in feeds.values()]
+
+
+def _check_numbers(models: Mapping[str, object], inputs: Mapping[str, object] | None, **numbers: int) -> None:
+    """Refuse an empty mapping and counts below their minimum."""
+    check_kind("models", models, Mapping, "a mapping from names to ONNX files")
+    is_named = inputs is None or (isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs))
+    if not is_named:
+        raise ArgumentError(f"inputs={shown(inputs)}; expected a mapping from names to arrays, or None.")
+    if not models:
+        raise ArgumentError(
+            "models is empty. Expected at least one entry, name -> ONNX file; the first is the baseline."
+        )
+    for name, value in numbers.items():
+        check_count(name, value, least=0 if name in ("seed", "warmup") else 1)
+
+
+def _check_shares(*, confidence: float, min_seconds: float) -> None:
+    """Refuse a confidence outside (0, 1) and a duration that is negative or over an hour."""
+    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
+        raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={shown(confidence)}.")
+    if not isinstance(min_seconds, int | float) or not 0 <= min_seconds <= 3600:
+        raise ArgumentError(f"min_seconds must be a duration of 0 to 3600 s, but got min_seconds={shown(min_seconds)}.")
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Keep the garbage collector out of the times, as the standard library's timeit does."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _resamples(n_times: int, seed: int) -> np.ndarray:
+    """Draw the rounds of every bootstrap sample: indices of shape (resamples, n_times)."""
+    return np.random.default_rng(seed).integers(0, n_times, (_RESAMPLES, n_times))
+
+
+def _percentile_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Give the central interval that holds a share `confidence` of the values."""
+    low, high = np.quantile(values, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return float(low), float(high)
+
+
+def _cpu_name() -> str:
+    """Give the processor's name as the system reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name"]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _span(interval: tuple[float, float], digits: int) -> str:
+    """Write an interval for the table."""
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"

@@ -1,0 +1,99 @@
+"""The trials that a native form has to pass, each made when the one before is passed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from torchshear.graph import Cache, ExampleInputs, Graph, as_if_exporting, copy_model, failure_of
+from torchshear.graph._precision import to_float64
+from torchshear.graph._run import graph_values
+from torchshear.speedup.comparing._random_weights import SharedWeights
+from torchshear.speedup.comparing._small_inputs import smaller_inputs
+from torchshear.speedup.comparing._varied_inputs import gives_numbers, table_sizes, varied_inputs
+from torchshear.speedup.native._reference_run import Expected, Trial
+
+
+class Trials:
+    """The example, also as if it were exported, and random inputs, with one sample more where the batch is free.
+
+    One input is not enough: an activation may be saturated throughout, a size may fit one batch by accident. Nor are
+    the weights that the model has; the random inputs meet others. Of images, these have few pixels where the graph
+    takes them. What the graph gives is computed once for each.
+
+    Args:
+        model: the original.
+        graph: the captured original.
+        rewritten: the graph after the cut.
+        sliced: canonical name -> shrunk tensor.
+        caches: what the model keeps of values that it has computed from its weights.
+        dtype: dtype to compute in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: Graph,
+        rewritten: fx.Graph,
+        sliced: Mapping[str, Tensor],
+        caches: Sequence[Cache],
+        dtype: torch.dtype,
+    ) -> None:
+        self.dtype = dtype
+        self._model = model
+        self._graph = graph
+        self._rewritten = rewritten
+        self._sliced = sliced
+        kinds = graph.state
+        drawn = [n for n, t in sliced.items() if kinds[n].kind == "parameter" and t.is_floating_point() and t.ndim]
+        self._weights = SharedWeights(sliced, dtype, drawn, caches)
+        self._example = self._trial(example_of(graph), None)
+        self._random: Trial | None = None
+
+    def twin(self, work: nn.Module) -> nn.Module:
+        """A copy of a native form that computes in the dtype of the trials, with the parameters that the graph has."""
+        memo = {id(t): self._weights.tensors[n] for n, t in self._sliced.items() if isinstance(t, nn.Parameter)}
+        twin = copy_model(work, memo)
+        return twin.to(torch.float64) if self.dtype is torch.float64 else twin
+
+    def __iter__(self) -> Iterator[Trial]:
+        """Give the trials. Whether that of an export is needed is known once the first one has been run."""
+        yield self._example
+        if self._example.questions and self._exports():
+            yield self._example.varied(exporting=True)
+        if self._random is None:
+            self._random = self._with_other_weights()
+        yield self._random
+
+    def _exports(self) -> bool:
+        """Whether the original runs if it believes that it is being exported."""
+        with as_if_exporting():
+            return failure_of(self._model, example_of(self._graph), "eval") is None
+
+    def _with_other_weights(self) -> Trial:
+        """A trial with other weights; with the model's own where the network does not compute numbers with others."""
+        inputs = smaller_inputs(self._graph, self._model)
+        batch = example_of(self._graph).batch_size()
+        more = inputs.with_batch(batch + 1) if self._graph.batch_hint is not None and batch else inputs
+        takes = partial(gives_numbers, self._model, example=example_of(self._graph))
+        inputs = varied_inputs(more, table_sizes(self._graph), takes, seed=1)
+        trial = self._trial(inputs, 1)
+        outputs = trial.expected.outputs
+        if all(bool(out.isfinite().all()) for out in outputs if isinstance(out, Tensor)):
+            return trial
+        return self._trial(inputs, None)
+
+    def _trial(self, inputs: ExampleInputs, seed: int | None) -> Trial:
+        def values(leaves: list[object]) -> Iterator[object]:
+            for _, value in graph_values(self._rewritten, self._weights.tensors, leaves):
+                yield value
+
+        own = to_float64(inputs) if self.dtype is torch.float64 else inputs.copy()
+        return Trial(Expected(own, self.dtype, values, self._weights, seed))
+
+
+def example_of(graph: Graph) -> ExampleInputs:
+    """The example; at most four samples of it where the batch is free, which the graph is known to run on."""
+    batch = graph.inputs.batch_size()
+    return graph.inputs.with_batch(4) if graph.batch_hint is not None and batch and batch > 4 else graph.inputs

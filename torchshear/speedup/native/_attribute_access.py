@@ -1,0 +1,70 @@
+"""Which attributes a model reads while it runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from torchshear.dependency import Slot
+from torchshear.graph import alone
+from torchshear.speedup.native._size_attributes import is_record
+
+Reads = set[tuple[int, str]]  # id of the object, name of the attribute
+
+
+@contextmanager
+def recorded(model: nn.Module) -> Iterator[Reads]:
+    """Record what is read of the modules of a model and of the objects of settings that they hold.
+
+    Their classes note it for a while. Subclasses would do so as well without a change to the classes, but making one
+    is an event that some classes act on.
+    """
+    reads: Reads = set()
+    owners: dict[int, Any] = {}
+    for module in model.modules():
+        owners[id(module)] = module
+        owners.update((id(value), value) for value in vars(module).values() if is_record(value))
+    watched: list[tuple[type, Any]] = []
+    with alone():
+        try:
+            for cls in dict.fromkeys(type(owner) for owner in owners.values()):
+                own = vars(cls).get("__getattribute__")
+                try:
+                    type.__setattr__(cls, "__getattribute__", _noting(cls, reads))
+                except TypeError:  # a class written in C is not watched: all that its instances hold may be read
+                    same = [owner for owner in owners.values() if type(owner) is cls]
+                    reads |= {(id(owner), name) for owner in same for name in vars(owner)}
+                    continue
+                watched.append((cls, own))
+            yield reads
+        finally:
+            for cls, own in reversed(watched):
+                if own is None:
+                    type.__delattr__(cls, "__getattribute__")
+                else:
+                    type.__setattr__(cls, "__getattribute__", own)
+
+
+def _noting(cls: type, reads: Reads) -> Any:
+    """Reading an attribute as a class does it, with a note of which."""
+    read: Any = cls.__getattribute__
+
+    def note(self: Any, name: str) -> Any:
+        reads.add((id(self), name))
+        return read(self, name)
+
+    return note
+
+
+def is_read(module: nn.Module, slot: Slot, reads: Reads) -> bool:
+    """Whether a slot of a module was read; settings may be read under other names than they are stored under."""
+    if (id(module), slot.attribute) not in reads:
+        return False
+    if not isinstance(slot.item, str):
+        return True
+    record = getattr(module, slot.attribute)
+    names = {name for owner, name in reads if owner == id(record)}
+    aliases = names - vars(record).keys() - set(dir(type(record)))
+    value = vars(record)[slot.item]
+    return slot.item in names or any(getattr(record, name, None) == value for name in aliases)
