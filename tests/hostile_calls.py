@@ -1,18 +1,13 @@
 """Wrong values for every argument of the public functions: each call works, or raises an error of our own tree."""
 
 import inspect
-import io
-import math
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,11 +15,14 @@ from torch.nn.functional import cross_entropy
 
 import torchshear
 from tests.blocks import Source
-from torchshear import comparison, configs, inspection, pruners, speedup
+from tests.hostile_values import FAILS, VALUES
+from torchshear import comparison, configs, dependency, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
+from torchshear.dependency.alignment import Alignment
 from torchshear.errors import TorchshearError
 from torchshear.pruners import masks
 
+CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
 SECONDS = 30  # of one processor; a call that takes more hangs
 
 
@@ -40,27 +38,6 @@ class Network(nn.Module):
         return y
 
 
-class _Forever:
-    """Gives batches without end."""
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            yield (torch.randn(2, 3, 6, 6), torch.zeros(2, dtype=torch.int64))
-
-
-_FAILS = "disk on fire"
-
-
-class _Raises:
-    """Fails at whatever is asked of it."""
-
-    def __iter__(self) -> Iterator[Any]:
-        raise OSError(_FAILS)
-
-    def __len__(self) -> int:
-        raise OSError(_FAILS)
-
-
 @dataclass(frozen=True, repr=False)
 class Given:
     """What valid calls are made with."""
@@ -73,6 +50,10 @@ class Given:
     small: nn.Module
     statistics: Any
     masks: Any
+    second: Any
+    pruner: Any
+    compared: Any
+    measured: Any
     folder: Path
 
     @classmethod
@@ -85,14 +66,23 @@ class Given:
         data = [(x, torch.tensor([0, 1]))]
         statistics = torchshear.collect(groups, data, cross_entropy, batches=1, progress=False)
         laid = masks.choose_masks(model, "1x1", 0.5)
+        laid.save(folder / "masks.safetensors")
         result.plan.save(folder / "plan.json")
         torchshear.export_onnx(model, folder / "dense.onnx", (x,))
+        second = torchshear.plan(torchshear.analyze(torchshear.trace(result.model, (x,))))
+        pruner = nni.L1NormPruner(model, CONFIG, args=(x,))
+        pruner.compress()
+        compared = comparison.compare(model, lambda model: 0.5, args=(x,), criteria=["l1"], seeds=(0,), ratio=0.5)
+        measured = torchshear.compare_latency(
+            {"dense": folder / "dense.onnx", "same": folder / "dense.onnx"}, batch=1, rounds=2, min_seconds=1e-4
+        )
         unipruning.write_unipruning_mask(result.plan, folder / "mask.json")
         (folder / "config.yaml").write_text("- op_types: [Conv2d]\n  sparsity: 0.5\n")
         (folder / "src").mkdir()
         save_file(model.state_dict(), folder / "src" / "model.safetensors")
         torch.manual_seed(0)
-        return cls(model, x, groups.graph, groups, result.plan, result.model, statistics, laid, folder)
+        found = (groups.graph, groups, result.plan, result.model, statistics, laid, second, pruner, compared, measured)
+        return cls(model, x, *found, folder)
 
 
 class Call(NamedTuple):
@@ -121,7 +111,6 @@ def semi_structured() -> dict[str, Any]:
     return found
 
 
-CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
 CALLS: dict[str, Call] = {
     "trace": Call(torchshear.trace, lambda g: {"model": g.model, "args": (g.x,), "kwargs": {}, "submodules": None}),
     "analyze": Call(torchshear.analyze, lambda g: {"graph": g.graph, "prunable_outputs": ()}),
@@ -191,6 +180,7 @@ CALLS: dict[str, Call] = {
     ),
     "PruningPlan.load": Call(torchshear.PruningPlan.load, lambda g: {"path": g.folder / "plan.json"}),
     "PruningPlan.save": Call(torchshear.PruningPlan.save, lambda g: {"self": g.plan, "path": g.folder / "p.json"}),
+    "PruningPlan.then": Call(torchshear.PruningPlan.then, lambda g: {"self": g.plan, "second": g.second}),
     "L1NormPruner": Call(
         nni.L1NormPruner,
         lambda g: {
@@ -201,6 +191,18 @@ CALLS: dict[str, Call] = {
     "ActivationAPoZRankPruner": Call(
         nni.ActivationAPoZRankPruner,
         lambda g: {"model": g.model, "config_list": CONFIG, "args": (g.x,), "data": data(g), "batches": 1},
+    ),
+    "SlimPruner": Call(
+        nni.SlimPruner,
+        lambda g: {"model": g.model, "config_list": [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}], "args": (g.x,)},
+    ),
+    "LevelPruner": Call(nni.LevelPruner, lambda g: {"model": g.model, "config_list": CONFIG, "args": ()}),
+    "Pruner.export_model": Call(
+        nni.Pruner.export_model,
+        lambda g: {
+            **{"self": g.pruner, "model_path": g.folder / "model.safetensors", "mask_path": g.folder / "m.safetensors"},
+            **{"onnx_path": None},
+        },
     ),
     "channel_means": Call(
         pruners.channel_means, lambda g: {"network": g.groups, "loader": data(g), "batches": 1, "progress": False}
@@ -242,6 +244,11 @@ CALLS: dict[str, Call] = {
     "pattern_lock": Call(masks.pattern_lock, lambda g: {"model": g.model, "layers": None}),
     "plan_from_masks": Call(masks.plan_from_masks, lambda g: {"groups": g.groups, "masks": g.masks}),
     "to_semi_structured": Call(masks.to_semi_structured, lambda g: semi_structured()),
+    "Masks.of": Call(
+        masks.Masks.of, lambda g: {"tensors": {"fc.weight": torch.ones(4, 8, dtype=torch.bool)}, "pattern": "1x1"}
+    ),
+    "Masks.save": Call(masks.Masks.save, lambda g: {"self": g.masks, "path": g.folder / "saved.safetensors"}),
+    "Masks.load": Call(masks.Masks.load, lambda g: {"path": g.folder / "masks.safetensors"}),
     "report": Call(masks.report, lambda g: {"masks": g.masks, "width": 100}),
     "compare": Call(
         comparison.compare,
@@ -249,6 +256,30 @@ CALLS: dict[str, Call] = {
             **{"model": g.model, "evaluate": lambda model: 0.5, "args": (g.x,), "kwargs": None, "criteria": ["l1"]},
             **{"seeds": (0,), "target_macs": 0.5, "scope": "local"},
         },
+    ),
+    "Comparison.row": Call(
+        comparison.Comparison.row,
+        lambda g: {"self": g.compared, "criterion": "l1", "budget": g.compared.budgets[0]},
+    ),
+    "Comparison.ranked": Call(
+        comparison.Comparison.ranked, lambda g: {"self": g.compared, "budget": g.compared.budgets[0]}
+    ),
+    "Comparison.draw": Call(
+        comparison.Comparison.draw, lambda g: {"self": g.compared, "path": g.folder / "picture.png"}
+    ),
+    "LatencyComparison.speedup": Call(
+        speedup.LatencyComparison.speedup, lambda g: {"self": g.measured, "name": "same"}
+    ),
+    "LatencyComparison.is_faster": Call(
+        speedup.LatencyComparison.is_faster, lambda g: {"self": g.measured, "name": "same"}
+    ),
+    "ChannelGroups.describe": Call(dependency.ChannelGroups.describe, lambda g: {"self": g.groups, "mode": "eval"}),
+    "ChannelGroups.to_networkx": Call(
+        dependency.ChannelGroups.to_networkx, lambda g: {"self": g.groups, "mode": "train"}
+    ),
+    "Alignment": Call(Alignment, lambda g: {"block": 8, "granule": 4, "name": "own"}),
+    "Alignment.allowed_widths": Call(
+        Alignment.allowed_widths, lambda g: {"self": Alignment(8, 4, "own"), "width": 20, "multiplicity": 1}
     ),
     "describe_groups": Call(inspection.describe_groups, lambda g: {"groups": g.groups}),
     "find_group": Call(inspection.find_group, lambda g: {"groups": g.groups, "text": "0"}),
@@ -262,94 +293,6 @@ CALLS: dict[str, Call] = {
 }
 
 CALLBACKS = ("criterion", "evaluate", "loss_fn", "progress", "score")
-
-VALUES: dict[str, Callable[[], Any]] = {
-    "none": lambda: None,
-    "true": lambda: True,
-    "false": lambda: False,
-    "zero": lambda: 0,
-    "one": lambda: 1,
-    "minus one": lambda: -1,
-    "huge": lambda: 10**30,
-    "half": lambda: 0.5,
-    "nan": lambda: math.nan,
-    "infinite": lambda: math.inf,
-    "negative": lambda: -0.5,
-    "complex": lambda: 1j,
-    "fraction": lambda: Fraction(1, 2),
-    "numpy number": lambda: np.float32(0.5),
-    "numpy integer": lambda: np.int64(3),
-    "numpy nan": lambda: np.float64("nan"),
-    "numpy array": lambda: np.zeros((2, 3)),
-    "object array": lambda: np.array([None, "x"], dtype=object),
-    "empty text": lambda: "",
-    "text": lambda: "conv",
-    "pattern": lambda: "[",
-    "nul": lambda: "a\0b",
-    "surrogate": lambda: "\udcff",
-    "long text": lambda: "x" * 5000,
-    "slashes": lambda: "/".join(["x" * 300] * 20),
-    "folder": lambda: "/",
-    "device": lambda: "/dev/null/x",
-    "bytes": lambda: b"conv",
-    "path": lambda: Path("nowhere"),
-    "empty list": lambda: [],
-    "list of none": lambda: [None],
-    "list of numbers": lambda: [0.5, 1],
-    "list of text": lambda: ["conv"],
-    "nested": lambda: [[[[]]]],
-    "endless list": lambda: _endless(),
-    "set": lambda: {"conv"},
-    "range": lambda: range(3),
-    "generator": lambda: (number for number in range(3)),
-    "empty dict": lambda: {},
-    "dict": lambda: {"conv": 0.5},
-    "dict of none": lambda: {None: None},
-    "dict of nan": lambda: {"*": math.nan},
-    "dict of lists": lambda: {"conv": [1, 2]},
-    "dict of numbers": lambda: {1: 2},
-    "object": object,
-    "class": lambda: nn.Linear,
-    "function": lambda: len,
-    "file": lambda: io.StringIO("{}"),
-    "lock": threading.Lock,
-    "forever": _Forever,
-    "raises": _Raises,
-    "slice": lambda: slice(2),
-    "ellipsis": lambda: ...,
-    "dtype": lambda: torch.float32,
-    "device object": lambda: torch.device("meta"),
-    "module": lambda: nn.Linear(2, 3),
-    "empty module": lambda: nn.Module(),
-    "lazy module": lambda: nn.LazyLinear(3),
-    "scripted module": lambda: torch.jit.script(nn.Linear(2, 3)),
-    "meta module": lambda: nn.Linear(2, 3, device="meta"),
-    "module list": lambda: nn.ModuleList([nn.Linear(2, 3)]),
-    "parameter": lambda: nn.Parameter(torch.randn(2, 3)),
-    "tensor": lambda: torch.randn(2, 3, 6, 6),
-    "scalar tensor": lambda: torch.tensor(0.5),
-    "empty tensor": lambda: torch.empty(0),
-    "integer tensor": lambda: torch.zeros(2, 3, dtype=torch.int64),
-    "meta tensor": lambda: torch.empty(2, 3, 6, 6, device="meta"),
-    "sparse tensor": lambda: torch.eye(3).to_sparse(),
-    "float8 tensor": lambda: torch.zeros(2, 3).to(torch.float8_e4m3fn),
-    "nan tensor": lambda: torch.full((2, 3, 6, 6), math.nan),
-    "tuple of sparse": lambda: (torch.eye(3).to_sparse(),),
-    "tuple of float8": lambda: (torch.zeros(2, 3, 6, 6).to(torch.float8_e4m3fn),),
-    "tuple of meta": lambda: (torch.empty(2, 3, 6, 6, device="meta"),),
-    "tuple of nothing": lambda: (torch.empty(0, 3, 6, 6),),
-    "tuple of text": lambda: ("x",),
-    "tuple of object": lambda: (object(),),
-    "tuple of wrong shape": lambda: (torch.randn(2, 4, 6, 6),),
-    "tuple of too many": lambda: (torch.randn(2, 3, 6, 6),) * 3,
-}
-
-
-def _endless() -> list[Any]:
-    """A list that holds itself."""
-    found: list[Any] = []
-    found.append(found)
-    return found
 
 
 def parameters_of(name: str, given: Given) -> list[str]:
@@ -394,7 +337,7 @@ def is_refused(name: str, wrong: Mapping[str, str], given: Given) -> bool:
     except TorchshearError as error:
         message = str(error)
     except Exception as error:
-        if not getattr(error, "__notes__", None) and str(error) != _FAILS:
+        if not getattr(error, "__notes__", None) and str(error) != FAILS:
             error.add_note(f"{name} with {dict(wrong)}")
             raise
         return True

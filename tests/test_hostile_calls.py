@@ -13,19 +13,33 @@ from hypothesis import strategies as st
 
 import torchshear
 from tests.blocks import RandomSource
-from tests.hostile_calls import CALLS, Given, check_call, is_refused
-from torchshear import comparison, inspection, pruners, speedup
+from tests.hostile_calls import CALLS, Given, check_call, is_refused, parameters_of
+from tests.hostile_values import VALUES
+from torchshear import comparison, configs, inspection, pruners, speedup
+from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
 
 # Of these a call that succeeds takes half a second or more; `benchmarks/fuzz_inputs.py --section calls` makes many.
 SLOW = ("compare", "compare_latency", "export_onnx", "prune", "prune by a config", "shrink", "fold_constants")
+
+# Of these many wrong arguments are taken, and many calls so made take long together.
+LONG = ("L1NormPruner", "ActivationAPoZRankPruner", "SlimPruner", "Pruner.export_model", "shrink_to_form")
 
 # What is called by other code of ours, or by whoever writes a criterion or a rule, with values that were checked.
 INNER = {
     *("check_request", "choose_targets", "choose_units", "choose_width", "isomorphism_classes", "plan_units"),
     *("criterion", "unit_sums", "registered_criteria", "detect_profile", "profiles", "layer_type", "applied_masks"),
     *("groups_document", "has_matplotlib", "render_comparison"),
+    *("config_words", "mask_weights", "plan_config", "render_config"),
 }
+
+# Methods that torch or other code of ours calls, or that are two of a kind with one that is called.
+INNER_METHODS = {
+    "Entry.asks_the_same",
+    *("KeptScale.register", "Mask.forward", "Mask.right_inverse", "TracedModule.forward"),
+    "LatencyComparison.speedup_interval",
+}
+MODULES = (torchshear, configs, pruners, masks, speedup, nni, unipruning, comparison, inspection)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +51,21 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Given]:
 
 
 def test_every_public_function_is_called() -> None:
-    modules = (torchshear, pruners, masks, speedup, comparison, inspection)
-    public = {name for module in modules for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+    public = {name for module in MODULES for name in module.__all__ if inspect.isfunction(getattr(module, name))}
     assert public - INNER <= CALLS.keys(), "give the new function valid arguments in tests/hostile_calls.py"
+
+
+def test_every_public_method_is_called() -> None:
+    classes = {one for module in MODULES for name in module.__all__ if inspect.isclass(one := getattr(module, name))}
+    methods = {
+        f"{one.__name__}.{name}"
+        for one in classes
+        for name in vars(one)
+        if not name.startswith("_") and inspect.isroutine(method := getattr(one, name))
+        if inspect.signature(method).parameters.keys() - {"self"}
+    }
+    assert "PruningPlan.then" in methods
+    assert methods - INNER_METHODS <= CALLS.keys(), "give the new method valid arguments in tests/hostile_calls.py"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -55,6 +81,13 @@ def test_wrong_arguments_are_refused(made: Given, seed: int) -> None:
     source = RandomSource(random.Random(seed))
     name = source.choice([name for name in CALLS if name not in SLOW])
     check_call(name, source, made)
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in (*SLOW, *LONG)])
+def test_every_wrong_value_of_every_argument(name: str, made: Given) -> None:
+    for argument in parameters_of(name, made):
+        for value in VALUES:
+            is_refused(name, {argument: value}, made)
 
 
 @pytest.mark.parametrize("name", SLOW)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from torchshear.comparison._row import Row, of_other_size
 from torchshear.errors import ArgumentError
+from torchshear.storage._reading import as_path
 from torchshear.storage._writing import atomic_path
 
 _CUT: Final = "#9db4cc"
@@ -30,14 +31,12 @@ def draw_panels(title: str, before: float, panels: Mapping[str, Sequence[Row]], 
         path: the file to write.
 
     Raises:
-        ArgumentError: matplotlib is not installed, or the name of the file ends otherwise than it may.
+        ArgumentError: matplotlib is not installed, or `path` is no path or ends otherwise than it may.
         OutputError: the file cannot be written; what was there before is unchanged.
     """
-    suffix = os.path.splitext(os.fspath(path))[1].lower()
-    if suffix not in _SUFFIXES:
-        raise ArgumentError(
-            f"cannot draw into {os.fspath(path)!r}; expected a name that ends in {', '.join(_SUFFIXES)}."
-        )
+    path = as_path(path, "the path of a picture")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ArgumentError(f"cannot draw into {str(path)!r}; expected a name that ends in {', '.join(_SUFFIXES)}.")
     figure = _figure(title, before, panels)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=160)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from torchshear._arguments import check_one_of
 from torchshear._tables import Cell
 from torchshear.comparison._picture import draw_panels
 from torchshear.comparison._row import Row, of_other_size
@@ -45,7 +46,12 @@ class Comparison:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def ranked(self, budget: str) -> tuple[Row, ...]:
-        """The rows of a budget, best score first, those without a score last."""
+        """The rows of a budget, best score first, those without a score last.
+
+        Raises:
+            ArgumentError: `budget` is none of `budgets`.
+        """
+        check_one_of("budget", budget, self.budgets)
         rows = [row for row in self.rows if row.budget == budget]
         return tuple(sorted(rows, key=lambda row: (row.score is None, -(row.score or 0.0))))
 
@@ -53,12 +59,11 @@ class Comparison:
         """The row of a criterion or control.
 
         Raises:
-            KeyError: there is none.
+            ArgumentError: there is none.
         """
-        for row in self.rows:
-            if (row.criterion, row.budget) == (criterion, budget):
-                return row
-        raise KeyError(f"no row of {criterion!r} at {budget!r}")
+        rows = {row.criterion: row for row in self.ranked(budget)}
+        check_one_of("criterion", criterion, rows)
+        return rows[criterion]
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain data for JSON."""

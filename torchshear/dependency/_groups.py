@@ -7,7 +7,7 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from torchshear._arguments import check_kind
+from torchshear._arguments import check_kind, check_one_of
 from torchshear.dependency._axis import Algebra
 from torchshear.dependency._call import Facts
 from torchshear.dependency._network import Value, describe_network, draw_network
@@ -205,7 +205,11 @@ class ChannelGroups(Sequence[ChannelGroup]):
 
         Args:
             mode: "eval", or "train" for the graph captured in train mode where there is one of its own.
+
+        Raises:
+            ArgumentError: it is neither.
         """
+        check_one_of("mode", mode, ("eval", "train"))
         group_of = np.full(len(self.algebra.store), -1, np.int64)
         for number, group in enumerate(self.groups):
             group_of[group.atoms] = number

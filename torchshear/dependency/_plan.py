@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from torchshear._arguments import check_kind
 from torchshear.dependency._composition import composed_units
 from torchshear.dependency._cut import Cut
 from torchshear.dependency._form import Form, read_form, write_form
@@ -152,8 +153,10 @@ class PruningPlan:
         The result holds no form: that of either does not say what both need.
 
         Raises:
-            PlanError: `second` is not a plan for the pruned model.
+            ArgumentError: `second` is no plan.
+            PlanError: it is not a plan for the pruned model.
         """
+        check_kind("second", second, PruningPlan, "a plan for what this one leaves, as torchshear.plan makes")
         return compose(self, second)
 
     def __eq__(self, other: object) -> bool:

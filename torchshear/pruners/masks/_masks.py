@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from torchshear._arguments import check_kind
 from torchshear.errors import MaskError, first_line
 from torchshear.storage._reading import UnreadableError, as_path, check_tensors, parse_json
 from torchshear.storage._writing import atomic_path
@@ -70,8 +71,16 @@ class Masks:
         """Check and wrap masks.
 
         Raises:
+            ArgumentError: the masks are no mapping from names, `layers` is no tuple of reports, or `pattern` no text.
             MaskError: a mask is no bool tensor.
         """
+        check_kind("tensors", tensors, Mapping, "a mapping from names of parameters to masks")
+        check_kind("layers", layers, tuple, "reports of layers")
+        for report in layers:
+            check_kind("an entry of layers", report, LayerReport, "the report of a layer")
+        check_kind("pattern", pattern, str, "the name of a pattern, or ''")
+        for name in tensors:
+            check_kind("a name of a mask", name, str, "the name of a parameter")
         for name, mask in tensors.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 what = f"of type {mask.dtype}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"

@@ -112,8 +112,8 @@ class LatencyComparison:
             raise ArgumentError(f"all models must have the same number of rounds, but got {rounds}.")
 
     def __getitem__(self, name: str) -> LatencyResult:
-        if name not in self.results:
-            raise ArgumentError(f"no model is called {name!r}. Measured: {', '.join(self.results)}.")
+        if not isinstance(name, str) or name not in self.results:
+            raise ArgumentError(f"no model is called {shown(name)}. Measured: {', '.join(self.results)}.")
         return self.results[name]
 
     def speedup(self, name: str) -> float:
