@@ -43,6 +43,7 @@ LAYERS = (
     ("cli",),
 )
 INNER_LAYERS = {
+    "torchshear.graph": (("model",), ("numerics", "masked"), ("capture",)),
     "torchshear.pruners": (("criteria", "masks"), ("selection",)),
     "torchshear.speedup": (
         ("rewriting",),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear.graph import alone
-from torchshear.graph._quiet import quiet_torch
+from torchshear.graph.model._quiet import quiet_torch
 
 
 class Network(nn.Module):

@@ -7,9 +7,9 @@ import torchshear
 from tests.zoo.rt_detr import build_rt_detr
 from tests.zoo.transformers_models import is_installed
 from torchshear.graph import output_leaves
-from torchshear.graph._check import run_graph
-from torchshear.graph._precision import computing_in, to_float64
-from torchshear.graph._ties import Choices
+from torchshear.graph.capture._check import run_graph
+from torchshear.graph.numerics._float64 import computing_in, to_float64
+from torchshear.graph.numerics._ties import Choices
 
 pytestmark = [
     pytest.mark.zoo,

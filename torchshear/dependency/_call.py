@@ -15,8 +15,8 @@ from torchshear.dependency._read_values import digest_of, label_of
 from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
 from torchshear.graph._graph import COPIES, shape_of, tensor_operands
-from torchshear.graph._masked import masked_form
 from torchshear.graph._run import bound_arguments
+from torchshear.graph.masked._call import masked_form
 
 Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]

@@ -9,7 +9,7 @@ from torch import fx
 from torchshear.dependency._axis import Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.errors import ArgumentError
-from torchshear.graph._masked import forget_masked_form
+from torchshear.graph.masked._call import forget_masked_form
 
 Rule = Callable[[Call], Result]
 

@@ -10,12 +10,12 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.graph._follow import Follows, Place, SecondShapes
-from torchshear.graph._functions import FunctionCall
+from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._parts import Parts
+from torchshear.graph.model._mode import Mode
 
 Shape = tuple[int, ...]
-Mode = Literal["eval", "train"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
-from torchshear.graph._accepted import unusual
 from torchshear.graph._contract import register_dataclasses
 from torchshear.graph._input_values import InputMaker, Json, describe_input
+from torchshear.graph.model._checks import unusual
 
 
 @dataclass(frozen=True, slots=True)

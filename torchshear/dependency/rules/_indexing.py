@@ -10,7 +10,7 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, bind_arguments
 from torchshear.dependency._registry import is_elementwise, operator_name, operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
-from torchshear.graph._masks import mask_behind
+from torchshear.graph.capture._mask_sizes import mask_behind
 
 
 @operator_rule("aten.index_select")

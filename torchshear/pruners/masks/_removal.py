@@ -24,8 +24,8 @@ from torchshear.dependency._units import PAD
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import Graph, alone, close_to, output_leaves
 from torchshear.graph._computed import computed_value, is_of_state
-from torchshear.graph._precision import computing_in
 from torchshear.graph._run import graph_output
+from torchshear.graph.numerics._float64 import computing_in
 from torchshear.pruners.masks._masks import Masks
 from torchshear.pruners.masks._members import by_position, mask_of_units, unit_values
 

@@ -8,9 +8,9 @@ from torch import Tensor, fx, nn
 
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs, Graph, output_leaves
-from torchshear.graph._check import run_model
-from torchshear.graph._mode import in_mode
 from torchshear.graph._run import bound_arguments
+from torchshear.graph.capture._check import run_model
+from torchshear.graph.model._mode import in_mode
 
 _HANDED_ON = frozenset(
     f"aten.{name}"

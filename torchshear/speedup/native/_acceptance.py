@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchshear.graph import Cache, ExampleInputs, Graph, as_if_exporting, copy_model, failure_of
-from torchshear.graph._precision import to_float64
 from torchshear.graph._run import graph_values
+from torchshear.graph.numerics._float64 import to_float64
 from torchshear.speedup.comparing._random_weights import SharedWeights
 from torchshear.speedup.comparing._small_inputs import smaller_inputs
 from torchshear.speedup.comparing._varied_inputs import gives_numbers, table_sizes, varied_inputs

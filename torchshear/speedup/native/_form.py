@@ -25,8 +25,8 @@ from torchshear.graph import (
     locate,
     whole_of,
 )
-from torchshear.graph._precision import computing_in, to_float64
 from torchshear.graph._run import graph_values
+from torchshear.graph.numerics._float64 import computing_in, to_float64
 from torchshear.speedup.comparing._varied_inputs import random_like
 from torchshear.speedup.native._acceptance import Trials, example_of
 from torchshear.speedup.native._attention_scale import explain_scales, scaled

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency import Cut, Part
 from torchshear.graph import module_outputs
-from torchshear.graph._precision import computing_in
+from torchshear.graph.numerics._float64 import computing_in
 
 Pair = tuple[fx.Node, fx.Node]
 Run = Callable[[torch.dtype, Callable[[fx.Node, Any], Any]], Iterator[tuple[fx.Node, Any]]]

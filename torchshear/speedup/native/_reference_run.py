@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
 from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
-from torchshear.graph._mode import in_mode, noting_questions
-from torchshear.graph._precision import computing_in
+from torchshear.graph.model._mode import in_mode, noting_questions
+from torchshear.graph.numerics._float64 import computing_in
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.comparing._random_weights import SharedWeights
 from torchshear.speedup.native._attention_scale import KeptScale

@@ -13,8 +13,8 @@ from torch import nn
 
 from torchshear.dependency import Sizes, Slot
 from torchshear.graph import ExampleInputs, failure_of, output_leaves, parameters_on_meta
-from torchshear.graph._check import run_model
-from torchshear.graph._mode import in_mode
+from torchshear.graph.capture._check import run_model
+from torchshear.graph.model._mode import in_mode
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.native._size_attributes import Choice, assign, assigned
 

@@ -19,7 +19,7 @@ from torchshear.graph import (
     ExampleInputs,
     Graph,
     PartRun,
-    capture,
+    capture_in_mode,
     check_module,
     free_dimensions,
     is_on_meta,
@@ -294,7 +294,7 @@ def training_cut(model: nn.Module, graph: Graph, cut: Cut) -> TrainingCut:
     groups = cut.groups
     if graph.training is not None and not graph.training.is_assumed and groups.training_facts is not None:
         return TrainingCut(graph.training, cut, groups.training_facts)
-    train = capture(model, graph.inputs, "train", graph)
+    train = capture_in_mode(model, graph.inputs, "train", graph)
     algebra, facts = groups.algebra.copy(), groups.facts.copy()
     of_train = facts.for_other_graph()
     relate(train, algebra, of_train, groups.prunable_outputs)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from torchshear.graph._dispatch import LeanDispatchMode
+from torchshear.graph.numerics._dispatch import LeanDispatchMode
 
 _NORM_BACKWARDS = frozenset({torch.ops.aten.native_batch_norm_backward.default})
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torchshear.dependency import Cut
 from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError, VerificationError, WeightError, first_line
-from torchshear.graph import ExampleInputs, Mode, capture, output_leaves
-from torchshear.graph._ties import Choices
+from torchshear.graph import ExampleInputs, Mode, capture_in_mode, output_leaves
+from torchshear.graph.numerics._ties import Choices
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.shrinking._whole_model import training_cut
@@ -313,7 +313,7 @@ class _Proof:
     def _network_with_other_graph(self, trial: Trial) -> Run:
         """What the network on fewer channels gives by the graph of the original as it is now."""
         setting = self.setting
-        graph = capture(setting.original, setting.graph.inputs, "eval")
+        graph = capture_in_mode(setting.original, setting.graph.inputs, "eval")
         groups = with_graph(setting.groups, graph)
         values = Values(groups, Cut(groups, setting.plan.kept))
         return self._masked_network([trial, setting.beside(trial)], values)[0]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchshear.graph._dispatch import LeanDispatchMode
+from torchshear.graph.numerics._dispatch import LeanDispatchMode
 
 _MEANS = {"rand": 0.5, "rand_like": 0.5, "randn": 0.1, "randn_like": 0.1, "normal_functional": 0.1}
 _IN_PLACE = {"uniform_": 0.5, "normal_": 0.1, "exponential_": 0.5}

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.dependency import PruningPlan
 from torchshear.graph import Cache, ExampleInputs, Mode, caches_of, copy_model, forget, output_leaves
-from torchshear.graph._mode import in_mode
-from torchshear.graph._precision import computing_in, to_float64
+from torchshear.graph.model._mode import in_mode
+from torchshear.graph.numerics._float64 import computing_in, to_float64
 from torchshear.speedup.verification._kernels import SoundKernels
 from torchshear.speedup.verification._random import EqualRandomness
 

@@ -11,7 +11,7 @@ from torchshear.dependency import ChannelGroups, Cut, PruningPlan, dense_cost
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import ExampleInputs, Graph, Mode, caches_of, failure_of, output_leaves, zeros_are_exact
 from torchshear.graph._run import graph_output
-from torchshear.graph._ties import Choices
+from torchshear.graph.numerics._ties import Choices
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.comparing._small_inputs import smaller_inputs
 from torchshear.speedup.comparing._varied_inputs import (

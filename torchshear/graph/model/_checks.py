@@ -1,0 +1,65 @@
+"""Which models are captured: told before torch.export fails on one in words of its own."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from torchshear._arguments import check_kind
+from torchshear.errors import ArgumentError
+from torchshear.graph.model._meta import is_on_meta
+
+# Modules that run another one, by where it is inside them.
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is not a module, runs another module in a way that a graph does not hold, or cannot be computed with.
+
+    Raises:
+        ArgumentError: says what to give instead.
+    """
+    check_module(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentError("model is a ScriptModule, which torch.export refuses; give the module it was made from.")
+    inner = _WRAPPERS.get(type(model).__name__) if type(model).__module__.startswith("torch.") else None
+    if inner is not None:
+        raise ArgumentError(
+            f"model is a {type(model).__name__} around a {type(getattr(model, inner)).__name__}; expected the module "
+            f"itself. Give model.{inner}, and wrap the pruned model again."
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        _check_tensor(name, tensor)
+    if torch.get_default_device().type == "meta" and not is_on_meta(model):
+        raise ArgumentError("torch's default device is meta, where nothing has values; call outside of that context.")
+
+
+def check_module(model: object) -> None:
+    """Raise ArgumentError for what is no module."""
+    check_kind("model", model, nn.Module, "a torch.nn.Module instance")
+
+
+def check_sized(name: str, tensor: Tensor) -> None:
+    """Raise ArgumentError for a parameter or buffer whose shape is found when its module first runs."""
+    if is_lazy(tensor):
+        raise ArgumentError(f"{name!r} is lazy and has no shape yet; run the model once on example inputs.")
+
+
+def unusual(tensor: Tensor) -> str:
+    """The layout or type of a tensor with which few operators compute; "" for those of most tensors."""
+    if tensor.layout is not torch.strided:
+        return f"in the layout {tensor.layout}"
+    return f"of {tensor.dtype}" if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else ""
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    check_sized(name, tensor)
+    if unusual(tensor):
+        raise ArgumentError(
+            f"{name!r} is {unusual(tensor)}, with which few operators compute. Expected dense tensors of 16 bits or "
+            f"more: prune the model before it is quantized or made sparse."
+        )
+    if tensor.is_inference():
+        raise ArgumentError(
+            f"{name!r} was made in torch.inference_mode(), and so can never be trained again. Build or load the "
+            f"model outside of it; copy.deepcopy(model), called outside of it, gives one with ordinary tensors."
+        )

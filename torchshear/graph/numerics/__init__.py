@@ -1,0 +1,1 @@
+"""Comparable numbers: float64 throughout, and the same choice among equal values."""
