@@ -20,7 +20,7 @@ TABLES = {**_other_tools.NAMES, **_other_tools.METHODS, **_other_tools.KEYWORDS}
 
 @pytest.mark.parametrize("package", ["torchshear", "torchshear.pruners"])
 def test_importing_a_name_of_another_tool_shows_what_to_use(package: str) -> None:
-    for name in ("AGPPruner", "prepare_pruning", "UniPruner", "MagnitudePruner", "DependencyGraph"):
+    for name in ("AGPPruner", "prepare_pruning", "prepare_compression", "UniPruner", "MagnitudePruner", "DependencyGraph"):
         with pytest.raises(ImportError, match=f"^{package} has no '{name}': ") as error:
             exec(f"from {package} import {name}", {})
         assert isinstance(error.value, TorchshearError | OtherToolImportError)

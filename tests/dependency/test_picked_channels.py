@@ -100,8 +100,8 @@ class Pairing(nn.Module):
         super().__init__()
         self.first, self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(pairs.shape[1], 4)
         self.pick = pick
-        self.register_buffer("rows", pairs[0].clone())
-        self.register_buffer("columns", pairs[1].clone())
+        self.register_buffer("rows", pairs[0])
+        self.register_buffer("columns", pairs[1])
 
     def forward(self, x: Tensor) -> Tensor:
         """Four numbers."""
