@@ -25,6 +25,8 @@ _SHRINK: Final = "use torchshear.shrink(model, plan), or shrink() of a pruner"
 _ANALYZE: Final = "use torchshear.analyze(torchshear.trace(model, args)), whose groups are what goes together"
 _TORCH_PRUNING: Final = "use torchshear.prune(model, args, criterion='l2', ratio=0.5), which gives a smaller copy"
 _CRITERION: Final = "criteria have names here: criterion='l2'; see torchshear.pruners.registered_criteria()"
+_NNI: Final = "the classes of NNI are in torchshear.compat.nni, under their own names"
+_UNIPRUNING: Final = "it is in torchshear.compat.unipruning"
 _NOT_NEEDED: Final = "it is not needed here"
 _ARGS: Final = "example inputs are args=(x,) and kwargs={...}"
 _DATA: Final = "batches are data=, their number batches=, the loss loss_fn="
@@ -45,10 +47,13 @@ NAMES: Final = _table(
     ("AGPPruner LinearPruner LotteryTicketPruner IterativePruner PruningScheduler", _SCHEDULE),
     ("AGPTaskGenerator LinearTaskGenerator LotteryTicketTaskGenerator FunctionBasedTaskGenerator", _SCHEDULE),
     ("SensitivityPruner SensitivityAnalysis NetAdaptPruner SimulatedAnnealingPruner AutoCompressPruner", _SEARCH),
+    ("L1NormPruner L1FilterPruner L2NormPruner L2FilterPruner FPGMPruner SlimPruner LevelPruner ConfigPruner", _NNI),
+    ("ActivationAPoZRankPruner ActivationAPoZRankFilterPruner ActivationMeanRankPruner", _NNI),
+    ("ActivationMeanRankFilterPruner TaylorFOWeightPruner TaylorFOWeightFilterPruner Pruner", _NNI),
     ("AMCPruner AMCTaskGenerator AutoCompressTaskGenerator SimulatedAnnealingTaskGenerator", _SEARCH),
     ("ADMMPruner MovementPruner", _TRAINS),
     ("TaylorPruner", "use torchshear.compat.nni.TaylorFOWeightPruner, or criterion='taylor_bn' for gates behind norms"),
-    ("BasicPruner OneshotPruner OneShotPruner", "use one of the pruners of torchshear.pruners, as L1NormPruner"),
+    ("BasicPruner OneshotPruner OneShotPruner", "use one of the pruners of torchshear.compat.nni, as L1NormPruner"),
     ("ModelSpeedup", _SHRINK),
     ("ChannelDependency GroupDependency InputChannelDependency ReshapeDependency fix_mask_conflict", _ANALYZE),
     ("auto_set_denpendency_group_ids not_safe_to_prune", f"{_NOT_NEEDED}: what is coupled is found in the graph"),
@@ -66,6 +71,7 @@ NAMES: Final = _table(
         "UniPruner",
         "use read_unipruning_config and plan_unipruning of torchshear.compat.unipruning",
     ),
+    ("read_unipruning_config plan_unipruning write_unipruning_mask plan_from_unipruning_mask", _UNIPRUNING),
     ("prune_by_mask convert", "use torchshear.compat.unipruning.plan_from_unipruning_mask, then torchshear.shrink"),
     ("SCOP PrunerKfCompressAlgo PrunerFtCompressAlgo", _TRAINS),
     # Torch-Pruning
@@ -82,7 +88,7 @@ NAMES: Final = _table(
     ("prune_conv_out_channels prune_conv_in_channels prune_linear_out_channels prune_linear_in_channels", _SHRINK),
     ("prune_batchnorm_out_channels", _SHRINK),
     ("count_ops_and_params", "parameters and MACs are in the report of torchshear.prune"),
-    ("pruner", "use torchshear.prune, or the classes of torchshear.pruners"),
+    ("pruner", "use torchshear.prune, or the classes of torchshear.compat.nni"),
 )
 
 METHODS: Final = _table(
