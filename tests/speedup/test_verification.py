@@ -16,9 +16,9 @@ from torchshear.graph import ExampleInputs
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup.comparing._compare import relative_error
 from torchshear.speedup.verification._gradients import compare_gradients
-from torchshear.speedup.verification._reference import MaskedNetwork
-from torchshear.speedup.verification._runs import Run, as_it_is, run_module
-from torchshear.speedup.verification._weights import Values
+from torchshear.speedup.verification._masked_network import MaskedNetwork
+from torchshear.speedup.verification._runs import run_module
+from torchshear.speedup.verification._state_cut import StateCut
 
 
 class Flipped(nn.Module):
@@ -199,8 +199,8 @@ def test_cut_positions_that_are_alive_are_found() -> None:
     model = randomise(Normed()).double()
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(3, 4, dtype=torch.float64),)))
     cut = Cut(groups, {groups[0].name: np.array([0, 1, 2, 4, 7, 8])})
-    values = Values(groups, cut)
-    masked = values.masked(values.of(model))
+    state_cut = StateCut(groups, cut)
+    masked = state_cut.mask(state_cut.state_of(model))
     facts = groups.facts.copy()
     inputs = [[torch.randn(3, 4, dtype=torch.float64)] for _ in range(2)]
     assert list(MaskedNetwork(groups.graph.fx_graph, facts, cut, masked).values(inputs))
@@ -499,13 +499,13 @@ def test_gradients_that_are_zero_but_for_rounding_are_equal() -> None:
     """Behind a norm over each map, a mean of each map tells nothing of what came before: all but the last are noise."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).double()
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 4, dtype=torch.float64),)))
-    values = Values(groups, Cut(groups, {}))
+    state_cut = StateCut(groups, Cut(groups, {}))
     noise = [{name: 1e-12 * torch.randn_like(p) for name, p in model.named_parameters()} for _ in range(2)]
-    one, two = (Run([], gradients | {"2.bias": torch.full((4,), 0.07).double()}) for gradients in noise)
-    assert compare_gradients(values, one, two, "in eval mode", is_wide=True) < 1e-7
-    two.gradients["1.weight"][0] = 1e-7  # type: ignore[index]
+    one, two = (gradients | {"2.bias": torch.full((4,), 0.07).double()} for gradients in noise)
+    assert compare_gradients(state_cut, one, two, "eval", is_float64=True) < 1e-7
+    two["1.weight"][0] = 1e-7
     with pytest.raises(VerificationError, match=r"in eval mode the gradient of '1\.weight' differs"):
-        compare_gradients(values, one, two, "in eval mode", is_wide=True)
+        compare_gradients(state_cut, one, two, "eval", is_float64=True)
 
 
 def test_gradients_of_one_sample_are_those_of_its_layout() -> None:
@@ -522,5 +522,7 @@ def test_gradients_of_one_sample_are_those_of_its_layout() -> None:
         output.register_hook(odd)
 
     model.register_forward_hook(watch)
-    run = run_module(model, ExampleInputs.of((torch.randn(1, 8, 4, 4).double(),)), torch.float64, take=as_it_is)
+    run = run_module(
+        model, ExampleInputs.of((torch.randn(1, 8, 4, 4).double(),)), torch.float64, select_gradient=lambda _, g: g
+    )
     torch.testing.assert_close(run.gradients["bias"], seen.sum((0, 2, 3)))  # type: ignore[index]

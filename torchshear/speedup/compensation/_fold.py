@@ -21,15 +21,15 @@ from torchshear.speedup.compensation._fold_record import Fold
 from torchshear.speedup.rewriting._state import slice_state
 from torchshear.speedup.shrinking._whole_model import analysis_of
 from torchshear.speedup.verification._runs import (
-    conditions,
-    fresh_copy,
-    in_dtype,
-    kept_outputs,
-    leaves_of,
-    own_dtype,
+    copy_inputs,
+    copy_without_caches,
+    dtype_of,
+    equal_conditions,
+    flat_inputs,
     run_module,
+    slice_outputs,
 )
-from torchshear.speedup.verification._weights import Values
+from torchshear.speedup.verification._state_cut import StateCut
 
 
 @alone()
@@ -86,11 +86,11 @@ def fold_constants(
         model, small = (PartRun(whole_of(one), graph.parts) for one in (model, small))
     trials = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
     dtype = _widest(small, trials[0])
-    trials = [in_dtype(trial, dtype) for trial in trials]
-    network = ConstantNetwork(graph, cut, _in_dtype(Values(groups, cut).of(model), dtype))
+    trials = [copy_inputs(trial, dtype) for trial in trials]
+    network = ConstantNetwork(graph, cut, _in_dtype(StateCut(groups, cut).state_of(model), dtype))
     try:
-        with conditions(dtype):
-            inputs = [leaves_of(trial.copy()) for trial in trials[:2]]
+        with equal_conditions(dtype):
+            inputs = [flat_inputs(trial.copy()) for trial in trials[:2]]
             places = find_places(network, inputs) if means is None else find_places_of_means(network, inputs, means)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise VerificationError(
@@ -110,9 +110,9 @@ def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tens
 def _widest(small: nn.Module, example: ExampleInputs) -> torch.dtype:
     """float64 if the shrunk model runs in it, else the model's own dtype."""
     try:
-        run_module(fresh_copy(small, example, torch.float64), example, torch.float64)
+        run_module(copy_without_caches(small, example, torch.float64), example, torch.float64)
     except (RuntimeError, TypeError, NotImplementedError):
-        return own_dtype(small)
+        return dtype_of(small)
     return torch.float64
 
 
@@ -132,13 +132,13 @@ def _proved(
     Raises:
         VerificationError: it is too large.
     """
-    candidate = fresh_copy(small, trials[0], dtype)
+    candidate = copy_without_caches(small, trials[0], dtype)
     _put(whole_of(candidate), exact)
     worst = 0.0
     for trial in trials:
-        with conditions(dtype):
-            (value,) = network.walk([leaves_of(trial.copy())], _as_found(network, places))
-        expected = kept_outputs(plan, output_leaves(value))
+        with equal_conditions(dtype):
+            (value,) = network.walk([flat_inputs(trial.copy())], _as_found(network, places))
+        expected = slice_outputs(plan, output_leaves(value))
         actual = run_module(candidate, trial, dtype).outputs
         error = relative_error(expected, actual)
         if error > tolerance(actual):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from torchshear.dependency import Axes, Axis, Cut
 
@@ -44,6 +44,11 @@ def gather(tensor: Tensor, axes: Axes, cut: Cut) -> Tensor:
         if cut.changes(axis):
             tensor = tensor.index_select(dim, _positions(keep_of(axis, tensor.shape[dim], cut), tensor))
     return tensor
+
+
+def writes_to_operand(node: fx.Node) -> bool:
+    """Check that a call writes to an operand."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _by_row(axes: Axes) -> list[Axes]:

@@ -1,44 +1,34 @@
-"""The proof of one cut: which reference holds, and all comparisons with it."""
+"""The proof of one cut: every comparison of a shrunk model with its reference."""
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from torchshear.dependency import Cut
-from torchshear.dependency._analysis import with_graph
-from torchshear.errors import CaptureError, PlanError, VerificationError, WeightError, first_line
-from torchshear.graph import ExampleInputs, Mode, capture_in_mode, output_leaves
+from torchshear.errors import VerificationError, first_line
+from torchshear.graph import ExampleInputs, Mode
 from torchshear.graph.numerics._ties import Choices
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.rewriting._traced import TracedModule
-from torchshear.speedup.shrinking._whole_model import training_cut
-from torchshear.speedup.verification._difference import first_difference
 from torchshear.speedup.verification._gradients import compare_gradients
-from torchshear.speedup.verification._reference import MaskedNetwork
-from torchshear.speedup.verification._runs import (
-    Run,
-    conditions,
-    detached,
-    given,
-    gradients_of,
-    in_dtype,
-    kept_outputs,
-    leaves_of,
-    run_module,
+from torchshear.speedup.verification._model_pair import ModelPair, Probe
+from torchshear.speedup.verification._references import (
+    ModuleReference,
+    NetworkReference,
+    Reference,
+    describe_difference,
 )
-from torchshear.speedup.verification._setting import Setting, Trial
-from torchshear.speedup.verification._switches import Switch, find_switches, switched_on
-from torchshear.speedup.verification._weights import Values
+from torchshear.speedup.verification._runs import Run
+
+Switch = tuple[str, str]  # name of a module, and of its attribute
+_ON = 0.37
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What a proof found.
+class ProofResult:
+    """Errors that a proof found, all of them small enough.
 
     Attributes:
         max_error: largest difference of an output.
@@ -53,343 +43,186 @@ class Found:
     modes: tuple[Mode, ...]
 
 
-def prove(setting: Setting, extra: Sequence[ExampleInputs] = ()) -> Found:
-    """Compare outputs on all trials, and outputs and gradients of both modes on the last.
+class Proof:
+    """Compares outputs on all probes, and outputs and gradients of both modes on the last.
 
     Args:
-        setting: what is compared.
-        extra: further inputs on which outputs are compared.
-
-    Raises:
-        VerificationError: they differ.
-        WeightError: they cannot be compared, since weights are NaN or infinite.
-    """
-    return _Proof(setting).run(extra)
-
-
-class _Proof:
-    """A proof under way.
+        pair: the models.
 
     Attributes:
-        setting: what is compared.
-        excused: name of a call -> where it is, for calls whose operator sees kept positions only.
-        has_gradients: whether the reference can be run with gradients; an operator need not have a derivative.
+        pair: the models.
+        reference: what the shrunk model is compared with.
     """
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.excused: dict[str, str] = {}
-        self.has_gradients = True
-        self._candidates: dict[Trial, Run] = {}
+    def __init__(self, pair: ModelPair) -> None:
+        self.pair = pair
+        self.reference: Reference
+        self._small_runs: dict[Probe, Run] = {}
 
-    def run(self, extra: Sequence[ExampleInputs]) -> Found:
-        setting = self.setting
-        is_module, expected = self._expected()
-        last, errors, actual = setting.last, [], Run([])
-        for number, trial in enumerate((setting.first, setting.second, last)):
-            actual = self._candidate_on(trial)
-            error = self._compare(trial, expected[number], actual, expected[number - 1], is_module=is_module)
-            errors += [error] if trial.dtype is last.dtype else []  # large images are compared in the model's own dtype
-        values, is_wide = setting.values, last.dtype is torch.float64
-        gradient_errors = [compare_gradients(values, expected[-1], actual, "in eval mode", is_wide=is_wide)]
-        self._candidates[last] = actual = Run(actual.outputs)  # gradients take as much memory as the shrunk model
-        in_eval = Run(expected.pop().outputs) if is_module else expected.pop()
-        trained = self._of_module_in_training() if is_module else self._of_network_in_training(in_eval)
+    def run(self, extra: Sequence[ExampleInputs] = ()) -> ProofResult:
+        """Make all comparisons.
+
+        Args:
+            extra: further inputs on which outputs are compared.
+
+        Raises:
+            VerificationError: the models differ.
+            WeightError: they cannot be compared, since weights are NaN or infinite.
+        """
+        pair, expected = self.pair, self._run_reference()
+        last, errors, actual = pair.last, [], Run([])
+        for number, probe in enumerate((pair.first, pair.second, last)):
+            actual = self._run_small_once(probe)
+            error = self._compare_outputs(probe, expected[number], actual, expected[number - 1])
+            errors += [error] if probe.dtype is last.dtype else []  # large images are compared in the model's own dtype
+        modes: tuple[Mode, ...] = ("eval",)
+        is_float64 = last.dtype is torch.float64
+        wanted, gradients = expected[-1].gradients, actual.gradients
+        gradient_errors = [compare_gradients(pair.state_cut, wanted, gradients, "eval", is_float64=is_float64)]
+        del wanted, gradients  # they take as much memory as the shrunk model
+        self._small_runs[last] = actual = Run(actual.outputs)
+        trained = self.reference.run_in_training(expected)
         if trained is not None:
-            actual = self._candidate(last, "train", gradients=self.has_gradients)
-            errors.append(_compare_in_training(trained, actual))
-            gradient_errors.append(compare_gradients(values, trained, actual, "in train mode", is_wide=is_wide))
-        switched = self._compare_switched(is_module=is_module)
-        errors += [] if switched is None else [switched]
-        errors += [self._compare_extra(Trial(inputs, None, last.dtype), is_module=is_module) for inputs in extra]
+            modes = ("eval", "train")
+            actual = self._run_small(last, "train", gradients=self.reference.has_gradients)
+            errors.append(relative_error(trained.outputs, actual.outputs))
+            if errors[-1] > tolerance(trained.outputs):
+                raise VerificationError(
+                    f"in train mode the shrunk model differs from the masked model by {errors[-1]:.2g} relative, "
+                    f"though it does not in eval mode; expected at most {tolerance(trained.outputs):.0e}. Its code "
+                    f"uses a size in that mode alone."
+                )
+            wanted, gradients = trained.gradients, actual.gradients
+            gradient_errors.append(compare_gradients(pair.state_cut, wanted, gradients, "train", is_float64=is_float64))
+        errors += self._compare_switched()
+        for inputs in extra:
+            probe = Probe(inputs, None, last.dtype)
+            outputs = self.reference.run(probe)
+            errors.append(self._compare_outputs(probe, outputs, self._run_small(probe), outputs))
         known = [error for error in gradient_errors if error is not None]
-        modes: tuple[Mode, ...] = ("eval",) if trained is None else ("eval", "train")
-        return Found(max(errors), max(known, default=None), tuple(self.excused.values()), modes)
+        return ProofResult(max(errors), max(known, default=None), tuple(self.reference.excused.values()), modes)
 
-    def _expected(self) -> tuple[bool, list[Run]]:
-        """Whether the masked module is the reference, and what the reference gives on the three trials."""
-        mixes, n_noted = self.setting.mixes, len(self.setting.left_out)
-        if mixes != "yes":
-            self.has_gradients = self._is_differentiable(is_module=True)
+    def _run_reference(self) -> list[Run]:
+        """Choose the reference and run it on the three probes.
+
+        It is the masked module if zeros at cut positions change nothing, or if the shrunk model equals it; else the
+        network on fewer channels.
+        """
+        pair, n_noted = self.pair, len(self.pair.left_out)
+        if pair.cross_channel != "inexact":
+            self.reference = ModuleReference(pair)
             try:
-                expected = self._of_module()
-                if mixes == "no" or self._gives(expected):
-                    return True, expected
+                expected = self.reference.run_probes()
+                if pair.cross_channel == "none":
+                    return expected
+                actual = [self._run_small_once(probe) for probe in (pair.first, pair.second, pair.last)]
+                pairs = [(one.outputs, other.outputs) for one, other in zip(expected, actual, strict=True)]
+                if all(relative_error(one, other) <= tolerance(one) for one, other in pairs):
+                    return expected
             except Exception:  # zeros for weights may be more than the model's own code takes
-                if mixes == "no":
+                if pair.cross_channel == "none":
                     raise
-            del self.setting.left_out[n_noted:]
-            self._candidates.clear()
-        self.has_gradients = self._is_differentiable(is_module=False)
-        return False, self._of_network()
+            del pair.left_out[n_noted:]
+            self._small_runs.clear()
+        self.reference = NetworkReference(pair)
+        return self.reference.run_probes()
 
-    def _gives(self, expected: Sequence[Run]) -> bool:
-        """Whether the shrunk model gives on the trials what is expected."""
-        trials = (self.setting.first, self.setting.second, self.setting.last)
-        pairs = zip(trials, expected, strict=True)
-        return all(relative_error(e.outputs, self._candidate_on(t).outputs) <= tolerance(e.outputs) for t, e in pairs)
+    def _run_small_once(self, probe: Probe) -> Run:
+        """Run the shrunk model on one of the three probes, on the last with gradients; a second call gives that run."""
+        if probe not in self._small_runs:
+            gradients = probe is self.pair.last and self.reference.has_gradients
+            known = self.pair.first_run if probe is self.pair.first else None
+            self._small_runs[probe] = known or self._run_small(probe, gradients=gradients)
+        return self._small_runs[probe]
 
-    # -- the user's own module with masked parameters -----------------------------------------------------------------
-
-    def _of_module(self) -> list[Run]:
-        first = [self._masked_module(trial) for trial in (self.setting.first, self.setting.second)]
-        last = self.setting.last
-        return [*first, self._with_gradients(lambda gradients: self._masked_module(last, gradients=gradients))]
-
-    def _is_differentiable(self, *, is_module: bool) -> bool:
-        """Whether gradients can be compared: a graph does not hold the backward of some functions of the user's."""
-        lost = self.setting.graph.lost_backwards
-        is_graph = not is_module or self.setting.is_traced
-        if lost and is_graph:
-            self.setting.left_out.append(f"gradients: a graph does not hold the backward of {lost[0]}")
-        return not (lost and is_graph)
-
-    def _with_gradients(self, run: Callable[[bool], Run]) -> Run:
-        """A run with gradients, or without if there are none."""
-        if not self.has_gradients:
-            return run(False)
-        try:
-            found = run(True)
-        except (RuntimeError, NotImplementedError, CaptureError) as error:
-            found = run(False)
-            self.setting.left_out.append(f"gradients: the original has none: {first_line(error)[:160]}")
-        self.has_gradients = found.gradients is not None
-        return found
-
-    def _masked_module(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
-        setting = self.setting
-        take = setting.values.of_gradient if gradients else None
-        with given(setting.original, setting.own(setting.original, setting.masked(trial)), setting.caches[0]):
-            return run_module(setting.original, trial.inputs, trial.dtype, mode, partial(self._keep, mode=mode), take)
-
-    def _keep(self, leaves: list[Any], mode: Mode) -> list[Any]:
-        """What is compared of the outputs in a mode, which are those of eval mode unless both were captured."""
-        return kept_outputs(self.setting.plan, leaves, "eval" if self.setting.graph.training is None else mode)
-
-    def _of_module_in_training(self) -> Run | None:
-        """What it gives in train mode on the last trial; None where nothing can be compared."""
-        if not self._can_train():
-            return None
-        trial = self.setting.last
-        try:
-            return self._masked_module(trial, "train", gradients=self.has_gradients)
-        except Exception as error:  # a forward may raise anything
-            self._note_no_training(error)
-            return None
-
-    def _can_train(self) -> bool:
-        traced = [module for module in self.setting.small.modules() if isinstance(module, TracedModule)]
-        if any("train" not in call.forwards for module in traced for call in module._calls):
-            self.setting.left_out.append("train mode: the traced form has no graph for it")
-            return False
-        return True
-
-    def _note_no_training(self, error: Exception) -> None:
-        self.setting.left_out.append(f"train mode: the original does not run in it: {first_line(error)[:160]}")
-
-    # -- the network on fewer channels --------------------------------------------------------------------------------
-
-    def _of_network(self) -> list[Run]:
-        """The first two trials side by side, so that what is cut can be checked; the graph is checked on the last."""
-        values = self.setting.values
-        runs = self._masked_network([self.setting.first, self.setting.second], values)
-        last = self.setting.last
-        self._check_graph(last)
-        return [*runs, self._with_gradients(lambda grad: self._masked_network([last], values, gradients=grad)[0])]
-
-    def _masked_network(self, trials: Sequence[Trial], values: Values, *, gradients: bool = False) -> list[Run]:
-        """What the original graph gives on tensors of full size, if operators see kept positions; gradients of one."""
-        setting, graph, trial = self.setting, values.groups.graph, trials[0]
-        own = trial.state or setting.state
-        masked = values.masked({name: own.get(name, entry.tensor) for name, entry in graph.state.items()})
-        leaves = {
-            name: tensor.detach().requires_grad_()
-            for name, tensor in masked.items()
-            if gradients and tensor.is_floating_point() and graph.state[name].kind == "parameter"
-        }
-        network = MaskedNetwork(graph.fx_graph, values.groups.facts, values.cut, {**masked, **leaves}, self.excused)
-        inputs = [leaves_of(in_dtype(one.inputs, trial.dtype)) for one in trials]
-        with conditions(trial.dtype, gradients=gradients):
-            ((_, outputs),) = deque(network.values(inputs), maxlen=1)  # of the last node; others are not kept
-            kept = [self._keep(output_leaves(one), graph.mode) for one in outputs]
-            found = gradients_of(kept[0], leaves, values.of_gradient) if gradients else None
-        return [Run(detached(one), found) for one in kept]
-
-    def _of_network_in_training(self, in_eval: Run) -> Run | None:
-        """What it gives in train mode on the last trial; None where nothing can be compared."""
-        setting, trial = self.setting, self.setting.last
-        if not self._can_train():
-            return None
-        try:
-            dense = setting.dense(trial, "train")
-        except Exception as error:  # a forward may raise anything
-            self._note_no_training(error)
-            return None
-        if relative_error(trial.dense or [], dense) <= tolerance(dense):
-            return in_eval  # the original computes the same in both modes, and so does the network
-        try:
-            training = setting.training or training_cut(setting.model, setting.graph, setting.cut)
-        except (CaptureError, PlanError) as error:
-            setting.left_out.append(f"train mode: {first_line(error)[:160]}")
-            return None
-        graph = replace(training.graph, state={**training.graph.state, **setting.graph.state})
-        values = Values(replace(training.cut.groups, graph=graph, facts=training.facts), training.cut)
-        return self._masked_network([trial, setting.beside(trial)], values, gradients=self.has_gradients)[0]
-
-    # -- comparing ----------------------------------------------------------------------------------------------------
-
-    def _candidate_on(self, trial: Trial) -> Run:
-        """What the shrunk model gives on one of the trials, of the last with gradients; run once."""
-        if trial not in self._candidates:
-            is_known = trial is self.setting.first and trial.inputs is self.setting.base and self.setting.on_base
-            is_last = trial is self.setting.last
-            self._candidates[trial] = is_known or self._candidate(trial, gradients=is_last and self.has_gradients)
-        return self._candidates[trial]
-
-    def _candidate(self, trial: Trial, mode: Mode = "eval", *, gradients: bool = False) -> Run:
-        """What the shrunk model gives.
+    def _run_small(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+        """Run the shrunk model.
 
         Raises:
             VerificationError: it does not run.
         """
         try:
-            return self.setting.shrunk(trial, mode, gradients=gradients)
+            return self.pair.run_small(probe, mode, gradients=gradients)
         except Exception as error:  # a forward may raise anything
             what = f"the shrunk model does not run in {mode} mode: {type(error).__name__}: {first_line(error)[:160]}."
-            raise VerificationError(f"{what} {self._difference(trial, float('inf'))}") from error
+            raise VerificationError(f"{what} {describe_difference(self.pair, probe, float('inf'))}") from error
 
-    def _compare(self, trial: Trial, expected: Run, actual: Run, beside: Run, *, is_module: bool) -> float:
-        """Largest difference of an output.
+    def _compare_outputs(self, probe: Probe, expected: Run, actual: Run, other: Run) -> float:
+        """Return the largest difference of an output.
+
+        Args:
+            probe: inputs and weights of the runs.
+            expected: run of the reference.
+            actual: run of the shrunk model.
+            other: a run of the reference on other inputs, which tells what is ordinary for its outputs.
 
         Raises:
-            VerificationError: it is too large, also where both choose alike among values that are equal.
+            VerificationError: it is too large, also where both models choose alike among values that are equal.
             WeightError: no model would be equal, since weights are NaN or infinite.
         """
         limit = tolerance(expected.outputs)
-        error = relative_error(expected.outputs, actual.outputs, beside.outputs)
+        error = relative_error(expected.outputs, actual.outputs, other.outputs)
         if error > limit:
-            _check_weights(self.setting)
-            _check_state(self.setting, trial)
-            error = min(error, self._error_without_ties(trial, beside, limit, is_module=is_module))
+            self.pair.check_comparable(probe)
+            choices = Choices()
+            with choices.kept():
+                expected = self.reference.run(probe)
+            with choices.followed(limit):
+                actual = self._run_small(probe)
+            error = min(error, relative_error(expected.outputs, actual.outputs, other.outputs))
         if error > limit:
-            raise VerificationError(self._difference(trial, error))
+            raise VerificationError(describe_difference(self.pair, probe, error))
         return error
 
-    def _compare_extra(self, trial: Trial, *, is_module: bool) -> float:
-        """Largest difference of an output on inputs of the user's."""
-        if is_module:
-            expected = self._masked_module(trial)
-        else:
-            (expected,) = self._masked_network([trial], self.setting.values)
-        return self._compare(trial, expected, self._candidate(trial), expected, is_module=is_module)
+    def _compare_switched(self) -> list[float]:
+        """Compare outputs with attributes that are zero set to another number, which they may get after the cut.
 
-    def _compare_switched(self, *, is_module: bool) -> float | None:
-        """Largest difference with numbers in attributes that switch something off set to others; None without any."""
-        setting, trial = self.setting, self.setting.last
-        switches = find_switches(setting.original, setting.candidate)
-        if not switches or setting.graph.parts is not None:
-            return None
-        if self._is_without_effect(switches):
-            return None
-        try:
-            with switched_on(setting.original, switches):
-                expected = self._masked_module(trial) if is_module else self._network_with_other_graph(trial)
-        except Exception as error:  # code of the model may take no other numbers
-            setting.left_out.append(f"attributes that are 0.0: the original takes no others: {first_line(error)[:160]}")
-            return None
-        with switched_on(setting.candidate, switches):
-            return self._compare(trial, expected, self._candidate(trial), expected, is_module=is_module)
-
-    def _is_without_effect(self, switches: tuple[Switch, ...]) -> bool:
-        """Whether the shrunk model, whose code is that of the original, gives the same with other attributes."""
-        trial = self.setting.last
-        before = self._candidate_on(trial).outputs
-        try:
-            with switched_on(self.setting.candidate, switches):
-                return relative_error(before, self.setting.shrunk(trial).outputs) <= tolerance(before)
-        except Exception:  # whether the original runs is seen next
-            return False
-
-    def _network_with_other_graph(self, trial: Trial) -> Run:
-        """What the network on fewer channels gives by the graph of the original as it is now."""
-        setting = self.setting
-        graph = capture_in_mode(setting.original, setting.graph.inputs, "eval")
-        groups = with_graph(setting.groups, graph)
-        values = Values(groups, Cut(groups, setting.plan.kept))
-        return self._masked_network([trial, setting.beside(trial)], values)[0]
-
-    def _error_without_ties(self, trial: Trial, beside: Run, limit: float, *, is_module: bool) -> float:
-        """Largest difference of an output if the candidate chooses as the reference does where values are equal."""
-        choices = Choices()
-        with choices.kept():
-            if is_module:
-                expected = self._masked_module(trial)
-            else:
-                (expected,) = self._masked_network([trial], self.setting.values)
-        with choices.followed(limit):
-            actual = self._candidate(trial)
-        return relative_error(expected.outputs, actual.outputs, beside.outputs)
-
-    def _difference(self, trial: Trial, error: float) -> str:
-        setting = self.setting
-        inputs = in_dtype(trial.inputs, trial.dtype)
-        return first_difference(setting.values, trial.state or setting.state, inputs, trial.dtype, error)
-
-    def _check_graph(self, trial: Trial) -> None:
-        """The captured graph may stand for the model only if it computes, uncut, what the model does.
-
-        Raises:
-            VerificationError: it does not.
-            WeightError: nor could it, since its weights are NaN or infinite.
+        Returns:
+            The largest difference of an output; nothing where no attribute is zero, or none has an effect.
         """
-        if trial.is_captured or self.setting.is_captured(trial):
-            return
-        _check_weights(self.setting)
-        _check_state(self.setting, trial)
-        raise VerificationError(
-            f"the captured graph is not the model: on inputs of the shapes of the example they differ. The forward of "
-            f"{self.setting.plan.model_type} depends on what a graph cannot hold, such as values of its inputs in "
-            f"Python."
-        )
+        pair, probe = self.pair, self.pair.last
+        switches = _find_switches(pair.original, pair.candidate)
+        if not switches or pair.graph.parts is not None:
+            return []
+        before = self._run_small_once(probe).outputs
+        with suppress(Exception), _switched_on(pair.candidate, switches):  # if the original does not run is seen next
+            if relative_error(before, pair.run_small(probe).outputs) <= tolerance(before):
+                return []  # the code of the shrunk model is that of the original
+        try:
+            with _switched_on(pair.original, switches):
+                expected = self.reference.run_recaptured(probe)
+        except Exception as error:  # code of the model may take no other numbers
+            pair.left_out.append(f"attributes that are 0.0: the original takes no others: {first_line(error)[:160]}")
+            return []
+        with _switched_on(pair.candidate, switches):
+            return [self._compare_outputs(probe, expected, self._run_small(probe), expected)]
 
 
-def _compare_in_training(expected: Run, actual: Run) -> float:
-    """Largest difference of an output in train mode.
+def _find_switches(original: nn.Module, candidate: nn.Module) -> tuple[Switch, ...]:
+    """Find attributes of the user's modules that are the number 0.0 in both models, as in a warm-up.
 
-    Raises:
-        VerificationError: it is too large.
+    A traced model has none: an attribute became a number in its graphs, and stays so.
     """
-    error = relative_error(expected.outputs, actual.outputs)
-    if error > tolerance(expected.outputs):
-        raise VerificationError(
-            f"in train mode the shrunk model differs from the masked model by {error:.2g} relative, though it does "
-            f"not in eval mode; expected at most {tolerance(expected.outputs):.0e}. Its code uses a size in that mode "
-            f"alone."
-        )
-    return error
+    if any(isinstance(module, TracedModule) for module in candidate.modules()):
+        return ()
+    others = dict(candidate.named_modules())
+    return tuple(
+        (name, attribute)
+        for name, module in original.named_modules()
+        if not type(module).__module__.startswith("torch.")
+        for attribute, value in vars(module).items()
+        if type(value) is float and value == 0 and vars(others.get(name, module)).get(attribute) == 0
+    )
 
 
-def _check_state(setting: Setting, trial: Trial) -> None:
-    """Raise VerificationError if a second run of the original on the same inputs gives something else.
-
-    Attributes and buffers are put back after every run, so that models which count their runs can be compared. What
-    lies elsewhere cannot be.
-    """
-    with given(setting.original, setting.own(setting.original, trial.state), setting.caches[0]):
-        runs = [run_module(setting.original, trial.inputs, trial.dtype).outputs for _ in range(2)]
-    error = relative_error(*runs)
-    if error > tolerance(runs[0]):
-        raise VerificationError(
-            f"{setting.plan.model_type} is stateful: two runs of the model on the same inputs differ by {error:.2g} "
-            f"relative, since its forward changes something outside its attributes and buffers. Nothing can be "
-            f"compared with it; keep that in an attribute, or prune the model without it."
-        )
-
-
-def _check_weights(setting: Setting) -> None:
-    """Raise WeightError if numbers of the model are NaN or infinite, which are equal to nothing."""
-    for name, tensor in setting.state.items():
-        is_weight = setting.graph.state[name].kind == "parameter" and tensor.is_floating_point()
-        n_bad = int((~tensor.isfinite()).sum()) if is_weight and isinstance(tensor, Tensor) else 0
-        if n_bad:
-            raise WeightError(f"{name!r} is NaN or infinite in {n_bad} places; load the trained weights.")
+@contextmanager
+def _switched_on(model: nn.Module, switches: tuple[Switch, ...]) -> Iterator[None]:
+    """Set attributes to another number than zero for a while."""
+    modules = dict(model.named_modules())
+    try:
+        for name, attribute in switches:
+            setattr(modules[name], attribute, _ON)
+        yield
+    finally:
+        for name, attribute in switches:
+            setattr(modules[name], attribute, 0.0)

@@ -14,22 +14,22 @@ from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs, Mode, PartRun, alone, failure_of, whole_of
 from torchshear.speedup.rewriting._traced import signature_of
 from torchshear.speedup.shrinking._whole_model import TrainingCut, analysis_of, recorded_run
-from torchshear.speedup.verification._proof import prove
-from torchshear.speedup.verification._setting import Setting
+from torchshear.speedup.verification._model_pair import ModelPair
+from torchshear.speedup.verification._proof import Proof
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared, and how closely it agreed.
+    """Comparisons that were made, and how closely both models agreed.
 
     Attributes:
         reference: "masked" for the original module with the cut parameters set to zero; "kept positions" where an
-            operator mixes positions (norms, softmax, means), for the original graph with masked parameters in which
-            those operators, and no others, see the kept positions only.
+            operator computes over an axis that is cut (norms, softmax, means), for the original graph with masked
+            parameters in which those operators, and no others, see the kept positions only.
         max_error: largest difference of any element of an output, relative to that element and to the ordinary values
             of its output.
         dtype: dtype in which both were computed.
-        n_inputs: number of inputs compared: the example, random ones, and random ones with weights drawn anew.
+        n_inputs: number of inputs compared: the example, random ones, and random ones with random weights.
         operators: the calls that were compared on kept positions only, with module and source line.
         modes: the modes in which outputs and gradients were compared.
         max_gradient_error: largest difference of a gradient of a parameter, likewise; None where none was compared.
@@ -58,14 +58,14 @@ def verify(
     data: Iterable[Any] | None = None,
     batches: int = 8,
 ) -> Verification:
-    """Prove that a shrunk model is the masked model, on the example inputs and on random ones of their shapes.
+    """Prove that a shrunk model computes what the masked model computes.
 
-    Of a plan for parts, each call of each part is compared: those that the original makes of them in a run on the
-    example inputs, or the captured ones if none are given; then the shrunk model is run whole.
+    Both run on the example inputs and on random ones of the same shapes, in float64, or in their own dtype where an
+    operator refuses that. Compared are outputs in eval and in train mode, with equal random numbers, and gradients of
+    all parameters; outputs that shrink at the positions that they keep. Both models are left as they were.
 
-    Both are computed in float64, or in their own dtype where an operator refuses that: outputs in eval and in train
-    mode, with random numbers made equal, and gradients of all parameters. Outputs that shrink are compared at the
-    positions that they keep. Nothing is changed.
+    Of a plan for parts of a model, each call of each part is compared, as the original makes it in a run on the example
+    inputs, or as it was captured if none are given; then the shrunk model is run whole.
 
     Args:
         model: the original model.
@@ -74,9 +74,9 @@ def verify(
         args: example arguments; without any, those of the plan.
         kwargs: example keyword arguments.
         seed: seed of the random inputs and weights.
-        data: a second line of defence: a loader whose batches are compared as well, with the model's own weights. Where
-            positions are mixed, batches have the shapes of the example but for the number of samples.
-        batches: how many batches of the data to compare.
+        data: a loader whose batches are compared as well, with the model's own weights. Where an operator computes over
+            an axis that is cut, they have the shapes of the example but for the number of samples.
+        batches: number of batches of the data to compare.
 
     Returns:
         The reference that was used and the largest relative difference, at most 1e-9 in float64.
@@ -84,8 +84,8 @@ def verify(
     Raises:
         ArgumentError: the example inputs are empty or without values, or data is given for parts of a model.
         DataError: the loader gives fewer batches, or a batch does not fit the model.
-        VerificationError: outputs or gradients differ; names the first value in the graph that does. Or a model with
-            smaller parts does not run whole.
+        VerificationError: outputs or gradients differ; the message names the first value in the graph that does. Or a
+            model with smaller parts does not run whole.
     """
     check_kind("small", small, nn.Module, "the shrunk model")
     check_count("seed", seed, least=0)
@@ -119,7 +119,7 @@ def verify_analyzed(
     extra: Sequence[ExampleInputs] = (),
     training: TrainingCut | None = None,
 ) -> Verification:
-    """As `verify`, where the network is analyzed already.
+    """Prove a shrunk model as `verify` does, with an analysis that is at hand.
 
     Args:
         model: the original model.
@@ -129,40 +129,34 @@ def verify_analyzed(
         given: the example inputs; None for those of the plan.
         seed: seed of the random inputs and weights.
         extra: further inputs to compare outputs on.
-        training: the original in train mode, if it has been captured.
-    """
-    example = given if given is not None else recorded_run(model, plan, None, None)[1]
-    if groups.graph.parts is None:
-        setting = Setting(model, small, plan, groups, example, seed, training)
-    else:
-        whole, smaller = (PartRun(whole_of(one), groups.graph.parts) for one in (model, small))
-        setting = Setting(whole, smaller, plan, groups, groups.graph.inputs, seed)
-    found = prove(setting, extra)
-    if groups.graph.parts is not None and given is not None:
-        _check_whole(small, plan, example)
-    return Verification(
-        reference="kept positions" if found.excused else "masked",
-        max_error=found.max_error,
-        dtype=setting.dtype,
-        n_inputs=3 + len(extra),
-        operators=found.excused,
-        modes=found.modes,
-        max_gradient_error=found.max_gradient_error,
-        left_out=tuple(setting.left_out),
-    )
-
-
-def _check_whole(small: nn.Module, plan: PruningPlan, example: ExampleInputs) -> None:
-    """See that a model runs whole with its smaller parts, where its example inputs are known.
+        training: the original captured in train mode, if it has been.
 
     Raises:
-        VerificationError: it does not.
+        VerificationError: see `verify`.
     """
-    if not (example.args or example.kwargs) or any(tensor.is_meta for tensor in small.parameters()):
-        return
-    failure = failure_of(small, example, "eval")
-    if failure is not None:
-        raise VerificationError(
-            f"each part of {plan.model_type} equals the masked one, but the model no longer runs whole: {failure}. Its "
-            f"code outside the parts depends on what is inside them; name smaller modules as parts."
-        )
+    example = given if given is not None else recorded_run(model, plan, None, None)[1]
+    parts = groups.graph.parts
+    if parts is None:
+        pair = ModelPair(model, small, plan, groups, example, seed, training)
+    else:
+        whole, smaller = (PartRun(whole_of(one), parts) for one in (model, small))
+        pair = ModelPair(whole, smaller, plan, groups, groups.graph.inputs, seed)
+    result = Proof(pair).run(extra)
+    is_on_meta = any(tensor.is_meta for tensor in small.parameters())
+    if parts is not None and given is not None and (given.args or given.kwargs) and not is_on_meta:
+        failure = failure_of(small, given, "eval")
+        if failure is not None:
+            raise VerificationError(
+                f"each part of {plan.model_type} equals the masked one, but the model no longer runs whole: {failure}. "
+                f"Its code outside the parts depends on what is inside them; name smaller modules as parts."
+            )
+    return Verification(
+        reference="kept positions" if result.excused else "masked",
+        max_error=result.max_error,
+        dtype=pair.dtype,
+        n_inputs=3 + len(extra),
+        operators=result.excused,
+        modes=result.modes,
+        max_gradient_error=result.max_gradient_error,
+        left_out=tuple(pair.left_out),
+    )
