@@ -50,7 +50,7 @@ def _is_buildable(description: Description) -> bool:
     return True
 
 
-def failure_of(description: Description, kept_seed: int) -> Exception | None:
+def run_failure(description: Description, kept_seed: int) -> Exception | None:
     """The exception that checking a network ends in, or None."""
     try:
         check(description, kept_seed)
@@ -72,7 +72,7 @@ def report_failure(seed: int, description: Description, error: Exception, minimi
     print(f"  network   {json.dumps(description)}")
     if minimises:
         kind = _kind(error)
-        small = minimised(description, lambda d: _kind(failure_of(d, seed)) == kind)
+        small = minimised(description, lambda d: _kind(run_failure(d, seed)) == kind)
         print(f"  minimised {json.dumps(small)}")
     sys.stdout.flush()
 

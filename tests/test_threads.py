@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear.graph import alone
-from torchshear.graph.model._quiet import quiet_torch
+from torchshear.graph import run_exclusively
+from torchshear.graph.model._quiet import silence_torch
 
 
 class Network(nn.Module):
@@ -100,7 +100,7 @@ def test_data_is_collected_in_threads() -> None:
 
 
 def test_errors_of_other_threads_are_heard(capsys: pytest.CaptureFixture[str]) -> None:
-    with quiet_torch():
+    with silence_torch():
         sys.stderr.write("dumped\n")
         in_threads([lambda: sys.stderr.write("of another thread\n")])
     assert capsys.readouterr().err == "of another thread\n"
@@ -110,13 +110,13 @@ def test_a_call_waits_for_another_thread() -> None:
     entered, order = threading.Event(), []
 
     def wait() -> None:
-        with alone():
+        with run_exclusively():
             entered.set()
             order.append("first")
-            with alone():  # the same thread may enter again
+            with run_exclusively():  # the same thread may enter again
                 order.append("again")
 
-    with alone():
+    with run_exclusively():
         thread = threading.Thread(target=wait)
         thread.start()
         assert not entered.wait(0.1)

@@ -18,10 +18,10 @@ from torchshear.dependency import (
     Call,
     Keep,
     MaskedCall,
-    among_zeros,
     masked_operator,
     operator_rule,
     registered_operators,
+    scatter_into_zeros,
     unregister,
 )
 from torchshear.errors import ArgumentError, VerificationError
@@ -154,10 +154,10 @@ def _gate_rule(call: Call) -> list[Axes]:
 
 def _masked_gate(call: MaskedCall) -> tuple[Tensor, Tensor]:
     """The operator on the kept rows of its weight, put back among zeros."""
-    kept = call.kept("weight")[0]
+    kept = call.kept_masks("weight")[0]
     blocks = kept.unflatten(0, (call.arg("n_blocks"), -1)).any(1)
-    y, mean = call.run(weight=call.restricted("weight"), n_blocks=int(blocks.sum()))
-    return among_zeros(y, kept, -1), among_zeros(mean, blocks, -1)
+    y, mean = call.run(weight=call.select_kept("weight"), n_blocks=int(blocks.sum()))
+    return scatter_into_zeros(y, kept, -1), scatter_into_zeros(mean, blocks, -1)
 
 
 def test_a_rule_that_mixes_needs_a_masked_form() -> None:

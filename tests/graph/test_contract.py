@@ -36,7 +36,7 @@ class Caching(nn.Module):
 def test_a_cache_is_left_out_and_what_it_holds_may_shrink() -> None:
     model, x = Caching().eval(), torch.randn(3, 6)
     graph = torchshear.trace(model, (x,))
-    assert graph.left_out == ("1 (Cache)",)
+    assert graph.omitted_outputs == ("1 (Cache)",)
     result = torchshear.prune(model, (x,), ratio=0.5)
     assert result.form == "native"
     output, cache = result.model(x)
@@ -132,7 +132,7 @@ def test_classes_without_names_of_their_parts_go_out(
 
     model, x = Net().eval(), torch.randn(3, 6)
     graph = torchshear.trace(model, (x,))
-    assert (output_names(graph.out_spec), graph.left_out) == (names, left_out)
+    assert (output_names(graph.out_spec), graph.omitted_outputs) == (names, left_out)
     small = shrink_to_form(model, torchshear.plan(torchshear.analyze(graph), ratio=0.5), form=form).model
     given, expected = pytree.tree_flatten(small(x)), pytree.tree_flatten(model(x))
     assert type(small(x)) is type(model(x))

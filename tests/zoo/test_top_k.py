@@ -8,8 +8,8 @@ from tests.zoo.rt_detr import build_rt_detr
 from tests.zoo.transformers_models import is_installed
 from torchshear.graph import output_leaves
 from torchshear.graph.capture._check import run_graph
-from torchshear.graph.numerics._float64 import computing_in, to_float64
-from torchshear.graph.numerics._ties import Choices
+from torchshear.graph.numerics._float64 import compute_in, to_float64
+from torchshear.graph.numerics._ties import TieBreaker
 
 pytestmark = [
     pytest.mark.zoo,
@@ -32,12 +32,12 @@ def test_choices_of_float32_are_followed_in_float64_where_they_are_ties() -> Non
         head.weight.data.mul_(1e-12)  # every position has the same score in float32, and nearly so in float64
         torch.nn.init.ones_(head.bias)
     graph = torchshear.trace(model, (), inputs)
-    choices, wide = Choices(), to_float64(graph.inputs)
-    with torch.no_grad(), choices.kept():
+    choices, wide = TieBreaker(), to_float64(graph.inputs)
+    with torch.no_grad(), choices.record():
         expected = output_leaves(model(**inputs))
-    with computing_in(torch.float64), choices.followed(1e-4):
+    with compute_in(torch.float64), choices.replay(1e-4):
         actual = output_leaves(run_graph(graph, wide))
-    assert choices.n_followed
+    assert choices.n_replayed
     for one, two in zip(expected, actual, strict=True):
         if one is not None and one.is_floating_point():
             torch.testing.assert_close(one.double(), two, rtol=1e-3, atol=1e-4)

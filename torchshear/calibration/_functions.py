@@ -77,11 +77,11 @@ _ADVICE = "choose a criterion that looks at no gradients, or prune without that 
 
 def _check(call: FunctionCall, graph: Graph, nodes: dict[str, fx.Node], gated: Collection[str]) -> None:
     """Raise DataError if gradients through a function cannot be had."""
-    read = [operand for name in call.inside for operand in nodes[name].all_input_nodes]
-    unseen = [n for n in read if n.name not in {*call.inside, *call.inputs} and _may_learn(n, graph)]
-    within = sorted(set(call.inside) & set(gated) - set(call.outputs))
+    read = [operand for name in call.operators for operand in nodes[name].all_input_nodes]
+    unseen = [n for n in read if n.name not in {*call.operators, *call.inputs} and _may_learn(n, graph)]
+    within = sorted(set(call.operators) & set(gated) - set(call.outputs))
     reason = ""
-    if not call.is_known:
+    if not call.is_replayable:
         reason = "the tensors that it is given are not known, as under torch.vmap"
     elif unseen:
         reason = f"it reads {_name(unseen[0])!r} without being given it as an argument"

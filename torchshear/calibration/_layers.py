@@ -11,7 +11,7 @@ from torchshear.dependency._call import bind_arguments
 from torchshear.dependency._registry import operator_name
 from torchshear.dependency.rules._contraction import explicit_equation
 from torchshear.dependency.rules._weights import weight_behind
-from torchshear.graph._computed import is_of_state
+from torchshear.graph._computed import is_from_state
 from torchshear.graph._graph import shape_of, tensor_operands
 
 # Products of matrices, and where the first of the two stands among the tensors that they read.
@@ -48,7 +48,7 @@ def find_layers(groups: ChannelGroups) -> Iterator[Layer]:
     """All calls that read a weight and perhaps a bias; of a recurrent call each of its weights."""
     carriers = groups.facts.carriers
     for node in groups.graph:
-        if node.op == "call_function" and not is_of_state(node):
+        if node.op == "call_function" and not is_from_state(node):
             yield from _layers_of_passes(node) if is_recurrent(node) else _layers_of(node, carriers)
 
 

@@ -30,7 +30,7 @@ from torchshear.calibration._weight_sums import WeightAccumulators
 from torchshear.dependency import ChannelGroups, computed_weights
 from torchshear.dependency._role_sets import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.errors import DataError, first_line
-from torchshear.graph import alone, locate
+from torchshear.graph import locate, run_exclusively
 from torchshear.graph._run import interpret, is_written
 
 Loss = Callable[[Any, Any], Tensor]
@@ -144,7 +144,7 @@ class Run:
     def batch(self, leaves: list[Any], target: Any) -> None:
         """Run one batch forward, and backward where there is a loss."""
         size = len(leaves[self._source[0]]) if self._source is not None else 1
-        with alone(), torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
+        with run_exclusively(), torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
             held: dict[str, Tensor] = {}
             if not size:
                 raise DataError(f"batch {self.n_batches} holds no sample; expected at least one.")

@@ -15,7 +15,7 @@ def sample_input(graph: Graph) -> tuple[int, int] | None:
     """
     nodes = [node for node in graph if node.op == "placeholder"]
     batched = [number for number, node in enumerate(nodes) if shape_of(node)]
-    free = [number for number in batched if graph.is_free(nodes[number], 0)]
+    free = [number for number in batched if graph.is_dynamic(nodes[number], 0)]
     for number in free or batched:
         size = shape_of(nodes[number])[0]
         if not size:

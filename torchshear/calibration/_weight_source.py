@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from torchshear.dependency import ChannelGroups, computed_weights
 from torchshear.dependency._read_values import differing_value
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph, close_to
-from torchshear.graph._computed import computed_value
+from torchshear.graph import Graph, close_names
+from torchshear.graph._computed import compute_from_state
 from torchshear.storage._checkpoint import match_names, open_checkpoint
 
 WeightSource = Mapping[str, Tensor] | str | PathLike[str] | None
@@ -138,7 +138,7 @@ class _ComputedWeights(Mapping[str, Tensor]):
             return self.held[name]
         with torch.random.fork_rng(devices=[]):  # what is drawn at random is drawn alike each time
             torch.manual_seed(0)
-            return computed_value(node, lambda part: self._part(part, name))
+            return compute_from_state(node, lambda part: self._part(part, name))
 
     def _part(self, name: str, weight: str) -> Tensor:
         """A tensor that a weight is computed of."""
@@ -147,7 +147,8 @@ class _ComputedWeights(Mapping[str, Tensor]):
         own = self.buffers[name] if name in self.buffers else self.graph.state[name].tensor
         if own.is_meta and not self.held[weight].is_meta:
             raise WeightError(
-                f"{weight!r} is not read as it is: a weight is computed of it and of {name!r}, which is missing among "
-                f"the weights that were given.{close_to(name, self.buffers)} Give the whole state_dict, with buffers."
+                f"{weight!r} is not read as it is: a weight is computed of it and of {name!r}, which is missing "
+                f"among the weights that were given.{close_names(name, self.buffers)} Give the whole state_dict, with "
+                f"buffers."
             )
         return own

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from torchshear.cli._example import call, failure_of, find_object, kind_of
 from torchshear.errors import ArgumentError, DataError, TorchshearError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 
 _EXPECTED: Final = "a function without arguments that returns an iterable of batches, or such an iterable"
 Loss = Callable[[Any, Any], Tensor]
@@ -113,7 +113,7 @@ def load_loss(name: str) -> Loss:
     """
     if name not in _LOSSES and ":" not in name:
         raise ArgumentError(
-            f"loss {name!r}; expected one of {LOSS_NAMES}, or package.module:function.{close_to(name, _LOSSES)}"
+            f"loss {name!r}; expected one of {LOSS_NAMES}, or package.module:function.{close_names(name, _LOSSES)}"
         )
     function = _LOSSES.get(name) or find_object(
         name, "function", "a function of output and target that returns a scalar tensor"

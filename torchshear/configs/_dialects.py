@@ -9,7 +9,7 @@ from torchshear._arguments import shown
 from torchshear.configs import _neural_compressor, _nni
 from torchshear.configs._entry import Entry
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 
 _PARSERS: Final[Mapping[str, tuple[Callable[[object], tuple[Entry, ...]], frozenset[str]]]] = MappingProxyType(
     {
@@ -46,7 +46,7 @@ def parse_config(config: object, dialect: str | None = None) -> tuple[Entry, ...
     """
     if dialect is not None and (not isinstance(dialect, str) or dialect not in _PARSERS):
         raise ArgumentError(
-            f"dialect={shown(dialect)}; expected one of {', '.join(_PARSERS)}.{close_to(str(dialect), _PARSERS)}"
+            f"dialect={shown(dialect)}; expected one of {', '.join(_PARSERS)}.{close_names(str(dialect), _PARSERS)}"
         )
     parse, _ = _PARSERS[dialect or _dialect(_keys(config))]
     entries = parse(config)
@@ -103,7 +103,7 @@ def _dialect(keys: Collection[str]) -> str:
         said = " and ".join(f"{words[0]!r} of {name}" for name, words in telling.items())
         raise ArgumentError(f"the config mixes words: {said}. Write it in the words of one dialect.")
     every = sorted({word for _, words in _PARSERS.values() for word in words})
-    near = "".join(dict.fromkeys(close_to(key, every) for key in sorted(keys) if key not in every))
+    near = "".join(dict.fromkeys(close_names(key, every) for key in sorted(keys) if key not in every))
     raise ArgumentError(
         f"the keys {', '.join(sorted(keys)) or '(none)'} do not tell whose words the config is in.{near} Expected "
         f"what is to go, as 'sparsity' in NNI's words or 'target_sparsity' in Neural Compressor's; or say dialect= to "

@@ -18,7 +18,7 @@ from torchshear.configs._values import (
     text,
 )
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 
 _CRITERIA: Final = {
     "magnitude": "l1",
@@ -44,7 +44,7 @@ def _pruning_type(place: str, value: Any) -> str:
         raise ArgumentError(f"{place}={word!r} follows a schedule, and these pruners remove all at once; {known}")
     if word in _OTHER_TYPES:
         raise ArgumentError(f"{place}={word!r} needs {_OTHER_TYPES[word]}, which no config list does here; {known}")
-    raise ArgumentError(f"{place}={word!r}; {known}{close_to(word, _CRITERIA)}")
+    raise ArgumentError(f"{place}={word!r}; {known}{close_names(word, _CRITERIA)}")
 
 
 def _pattern(place: str, value: Any) -> str:
@@ -56,7 +56,7 @@ def _pattern(place: str, value: Any) -> str:
     if found is None or (found[2] == ":" and int(found[1]) >= int(found[3])):
         raise ArgumentError(
             f"{place}={word!r}; expected {', '.join(_PATTERNS)}, NxM (a block of N outputs by M inputs), or N:M with N "
-            f"below M (N of M consecutive inputs go).{close_to(word, _PATTERNS)}"
+            f"below M (N of M consecutive inputs go).{close_names(word, _PATTERNS)}"
         )
     return word
 

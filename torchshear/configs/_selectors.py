@@ -9,7 +9,7 @@ from typing import Final
 from torchshear.configs._entry import Entry, Where
 from torchshear.configs._layers import Layer
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 
 # Words of Neural Compressor that stand for several classes.
 _FAMILIES: Final = MappingProxyType({"Conv": frozenset({"_ConvNd", "Conv1D"}), "Linear": frozenset({"Linear"})})
@@ -144,8 +144,8 @@ def _unmatched(entry: Entry, word: str, what: str, known: tuple[str, ...], modul
         return f"{said}: the module of that name has no parameters."
     within = next((name for name in known if word in name), None) if "type" not in what else None
     if within is not None:
-        return f"{said}. Names are matched whole, and it is only part of {within!r}.{close_to(word, known)}"
-    return f"{said}.{close_to(word, known) or ' Known: ' + ', '.join(known[:8]) + '.'}"
+        return f"{said}. Names are matched whole, and it is only part of {within!r}.{close_names(word, known)}"
+    return f"{said}.{close_names(word, known) or ' Known: ' + ', '.join(known[:8]) + '.'}"
 
 
 def _said(entry: Entry) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 
 Reader = Callable[[str, Any], Any]
 """(place, value) -> checked value; the place is as "config_list[1]: sparsity"."""
@@ -32,7 +32,7 @@ def read_keys(label: str, given: object, readers: Mapping[str, Reader], what: st
     for key, value in given.items():
         if key not in readers:
             raise ArgumentError(
-                f"{label}: {key!r} is no key of {what}.{close_to(str(key), readers)} Known: "
+                f"{label}: {key!r} is no key of {what}.{close_names(str(key), readers)} Known: "
                 f"{', '.join(sorted(readers))}."
             )
         read[key] = readers[key](f"{label}: {key}", value)
@@ -100,7 +100,7 @@ def one_of(known: Collection[str]) -> Reader:
     def read(place: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
             raise ArgumentError(
-                f"{place}={_shown(value)}; expected one of {', '.join(known)}.{close_to(str(value), known)}"
+                f"{place}={_shown(value)}; expected one of {', '.join(known)}.{close_names(str(value), known)}"
             )
         return value
 

@@ -16,7 +16,7 @@ from torchshear.dependency._registry import operator_rule, registered_operators,
 from torchshear.dependency._state_plan import Renumbering, StatePlan, make_state_plan
 from torchshear.dependency._uses import FAMILIES, ROLES
 from torchshear.dependency._width_cost import WidthCost
-from torchshear.graph import MaskedCall, among_zeros, masked_operator
+from torchshear.graph import MaskedCall, masked_operator, scatter_into_zeros
 
 __all__ = [
     "FAMILIES",
@@ -47,7 +47,6 @@ __all__ = [
     "StatePlan",
     "Value",
     "WidthCost",
-    "among_zeros",
     "analyze",
     "check_groups",
     "computed_weights",
@@ -58,5 +57,6 @@ __all__ = [
     "operator_rule",
     "part_costs",
     "registered_operators",
+    "scatter_into_zeros",
     "unregister",
 ]

@@ -16,7 +16,7 @@ from torchshear.dependency._grouping import form_groups
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._registry import Rule, find_position_rule, find_rule
 from torchshear.graph import Graph, check_outputs, matches, output_nodes
-from torchshear.graph._graph import depends_on_values, shape_of
+from torchshear.graph._graph import has_data_dependent_shape, shape_of
 
 assert _rules
 
@@ -98,7 +98,7 @@ class _Walker:
         self.graph = graph
         self.algebra = algebra
         self.facts = facts
-        self._inputs = graph.input_phrases()
+        self._inputs = graph.describe_inputs()
 
     def visit(self, node: fx.Node) -> None:
         """Give the node's value its axes."""
@@ -142,7 +142,7 @@ class _Walker:
                 continue
             is_prunable = any(matches(pattern, name) for pattern in self.prunable_outputs)
             for dim, axis in enumerate(axes):
-                if not is_prunable or self.graph.is_free(value, dim):
+                if not is_prunable or self.graph.is_dynamic(value, dim):
                     self.algebra.fix([axis], what)
                 for row in axis.rows[1:]:  # one tensor keeps the same positions in each row
                     self.algebra.equate(axis.rows[0], row, what)
@@ -156,7 +156,7 @@ class _Walker:
             return _checked(call, self._with_positions(call, rule))
         except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
             self.facts.edits.pop(node.name, None)
-            if any(depends_on_values(one) for one in (node, *call.tensor_args)):
+            if any(has_data_dependent_shape(one) for one in (node, *call.tensor_args)):
                 return call.refuse("how many positions there are depends on values, as of a mask")
             return call.refuse(f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
 

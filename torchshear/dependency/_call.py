@@ -15,7 +15,7 @@ from torchshear.dependency._read_values import digest_of, label_of
 from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
 from torchshear.graph._graph import COPIES, shape_of, tensor_operands
-from torchshear.graph._run import bound_arguments
+from torchshear.graph._run import arguments_by_name
 from torchshear.graph.masked._call import masked_form
 
 Result = Axes | list[Axes] | None
@@ -202,9 +202,9 @@ class Call:
         assert isinstance(shape, tuple)
         return shape
 
-    def is_free(self, operand: str | fx.Node, dim: int) -> bool:
+    def is_dynamic(self, operand: str | fx.Node, dim: int) -> bool:
         """Whether a dimension of an operand is free (the batch)."""
-        return self.graph.is_free(self.arg(operand) if isinstance(operand, str) else operand, dim)
+        return self.graph.is_dynamic(self.arg(operand) if isinstance(operand, str) else operand, dim)
 
     def is_boolean(self, operand: fx.Node) -> bool:
         """Whether a tensor operand holds truth values, as a mask does."""
@@ -393,4 +393,4 @@ class Call:
 
 def bind_arguments(node: fx.Node) -> Mapping[str, Any]:
     """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
-    return bound_arguments(node.target, node.args, node.kwargs)
+    return arguments_by_name(node.target, node.args, node.kwargs)

@@ -11,8 +11,8 @@ from torchshear.dependency._call import Facts
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups
 from torchshear.dependency.rules._weights import unmoved
 from torchshear.graph import Graph
-from torchshear.graph._computed import is_of_state, sources
-from torchshear.graph._graph import is_conversion, written
+from torchshear.graph._computed import ancestors, is_from_state
+from torchshear.graph._graph import format_arguments, is_conversion
 
 
 def carrier_of(node: fx.Node, algebra: Algebra, facts: Facts) -> fx.Node | None:
@@ -29,9 +29,9 @@ def carrier_of(node: fx.Node, algebra: Algebra, facts: Facts) -> fx.Node | None:
         The node of that tensor; None if the value depends on an input, is no tensor, or stands for none.
     """
     axes = facts.axes.get(node.name)
-    if not is_of_state(node) or not isinstance(node.meta.get("val"), Tensor) or not isinstance(axes, tuple):
+    if not is_from_state(node) or not isinstance(node.meta.get("val"), Tensor) or not isinstance(axes, tuple):
         return None
-    for held in sources(node):
+    for held in ancestors(node):
         own = facts.axes.get(held.name) if held.op == "get_attr" else None
         if isinstance(own, tuple) and [axis.size for axis in own] == [axis.size for axis in axes]:
             pairs = zip(axes, own, strict=True)
@@ -66,15 +66,15 @@ def computed_weights(groups: ChannelGroups) -> dict[str, tuple[fx.Node, ...]]:
 
 def _expression(node: fx.Node) -> str:
     """How a value is computed, as text."""
-    parts = [part for part in sources(node) if not is_conversion(part)]
+    parts = [part for part in ancestors(node) if not is_conversion(part)]
     labels = {part: f"%{number}" for number, part in enumerate(parts)}
-    return ";".join(f"{part.target}{written((part.args, part.kwargs), labels)}" for part in parts)
+    return ";".join(f"{part.target}{format_arguments((part.args, part.kwargs), labels)}" for part in parts)
 
 
 def _read(graph: Graph) -> Iterator[fx.Node]:
     """Values of the model's own tensors alone that calls with other operands read, without moves of dimensions."""
     for node in graph:
-        if is_of_state(node) and any(not is_of_state(user) for user in node.users):
+        if is_from_state(node) and any(not is_from_state(user) for user in node.users):
             yield unmoved(node)[0]
 
 
@@ -91,7 +91,7 @@ def with_factors(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> 
     beside: dict[str, set[str]] = {}
     for node in read:
         held = facts.carriers.get(node.name)
-        for other in sources(node) if held is not None else ():
+        for other in ancestors(node) if held is not None else ():
             if other.op == "get_attr" and other is not held and str(other.target) not in direct:
                 beside.setdefault(str(other.target), set()).add(str(held.target))  # type: ignore[union-attr]
     return tuple(_with_factors(group, beside) for group in groups) if beside else tuple(groups)

@@ -5,7 +5,7 @@ import numpy as np
 from torchshear.dependency._analysis import analyze
 from torchshear.dependency._width_cost import WidthCost
 from torchshear.graph import Graph
-from torchshear.graph.capture._part_advice import Forecast, provide_forecast
+from torchshear.graph.capture._part_advice import Forecast, register_forecast
 
 
 def forecast(graph: Graph) -> Forecast:
@@ -21,4 +21,4 @@ def forecast(graph: Graph) -> Forecast:
     return Forecast(cost(widths).n_params, cost(halves).n_params)
 
 
-provide_forecast(forecast)
+register_forecast(forecast)

@@ -194,8 +194,8 @@ def _sizes(graph: Graph, node: fx.Node, value: Tensor, item: int | None = None) 
         place = dim if item is None else (item, dim)
         if isinstance(size, torch.SymInt):
             sizes.append(str(size))
-        elif graph.is_free(node, place):
-            sizes.append(str(graph.follows(node, place) or "by batch"))
+        elif graph.is_dynamic(node, place):
+            sizes.append(str(graph.batch_formula(node, place) or "by batch"))
         else:
             sizes.append(int(size))
     return sizes

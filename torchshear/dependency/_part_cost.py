@@ -9,7 +9,7 @@ from torch import fx
 from torchshear.dependency._cut import Cut, graph_macs
 from torchshear.graph import Cost, locate
 from torchshear.graph._graph import shape_of
-from torchshear.graph._parts import is_inside
+from torchshear.graph._parts import is_in_parts
 
 
 def part_costs(cut: Cut) -> dict[str, tuple[Cost, Cost]]:
@@ -29,11 +29,11 @@ def part_costs(cut: Cut) -> dict[str, tuple[Cost, Cost]]:
 
     def cost(name: str, shape: Callable[[fx.Node], Any], state_shape: Callable[[str], tuple[int, ...]]) -> Cost:
         one = parts.of(name)
-        held = {graph.aliases[alias] for alias in graph.aliases if is_inside(alias, one)}
+        held = {graph.aliases[alias] for alias in graph.aliases if is_in_parts(alias, one)}
         n_params = sum(
             int(np.prod(state_shape(key), dtype=np.int64)) for key in held if graph.state[key].kind == "parameter"
         )
-        return Cost(n_params, graph_macs(graph, shape, lambda node: is_inside(locate(node).module, one)))
+        return Cost(n_params, graph_macs(graph, shape, lambda node: is_in_parts(locate(node).module, one)))
 
     return {
         name: (cost(name, shape_of, lambda key: graph.state[key].shape), cost(name, cut.shape, cut.state_shape))

@@ -11,7 +11,7 @@ from torchshear.dependency._groups import ChannelGroup, Member
 from torchshear.dependency._registry import operator_name
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph import Graph
-from torchshear.graph._computed import is_of_state
+from torchshear.graph._computed import is_from_state
 
 
 def with_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
@@ -41,7 +41,7 @@ def _scales(graph: Graph, carriers: Mapping[str, fx.Node]) -> dict[str, str]:
     read: dict[fx.Node, list[fx.Node]] = {
         node: [behind[0] for n in node.all_input_nodes if (behind := weight_behind(n, carriers)) is not None]
         for node in graph
-        if node.op == "call_function" and not is_of_state(node)
+        if node.op == "call_function" and not is_from_state(node)
     }
     n_calls = Counter(weight for weights in read.values() for weight in weights)
     found: dict[str, str] = {}

@@ -1,28 +1,28 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
-from torchshear.graph._contract import output_leaves, plain_outputs
+from torchshear.graph._contract import drop_opaque_outputs, output_leaves
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._location import Location, enclosing_modules, first_names, locate, module_outputs
-from torchshear.graph._names import as_names, close_to, matches
+from torchshear.graph._location import Location, canonical_module_names, enclosing_modules, locate, module_outputs
+from torchshear.graph._names import close_names, matches, parse_names
 from torchshear.graph._output_names import output_names
 from torchshear.graph._outputs import check_outputs, output_nodes, shape_with_batch
-from torchshear.graph._parts import PartRun, Parts, whole_of
-from torchshear.graph.capture._check import failure_of
-from torchshear.graph.capture._dynamic_sizes import free_dimensions
+from torchshear.graph._parts import PartRun, Parts, whole_model
+from torchshear.graph.capture._check import run_failure
+from torchshear.graph.capture._dynamic_sizes import dynamic_dimensions
 from torchshear.graph.capture._recording import record_parts
 from torchshear.graph.capture._trace import capture_in_mode, trace, trace_inputs
 from torchshear.graph.masked import _operators  # registers the masked forms of the ATen operators
-from torchshear.graph.masked._call import MaskedCall, among_zeros, masked_form, masked_operator, zeros_are_exact
-from torchshear.graph.model._alone import alone, outside_inference_mode
-from torchshear.graph.model._caches import Cache, caches_of, forget
-from torchshear.graph.model._checks import check_module, check_sized
+from torchshear.graph.masked._call import MaskedCall, masked_form, masked_operator, scatter_into_zeros, zeros_are_exact
+from torchshear.graph.model._alone import outside_inference_mode, run_exclusively
+from torchshear.graph.model._caches import Cache, clear_caches, find_caches
+from torchshear.graph.model._checks import check_has_shape, check_module
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._meta import is_on_meta, parameters_on_meta
-from torchshear.graph.model._mode import Mode, as_if_exporting
-from torchshear.graph.model._preserve import kept_state
+from torchshear.graph.model._mode import Mode, set_exporting_flag
+from torchshear.graph.model._preserve import preserve_state
 
 assert _operators
 
@@ -38,24 +38,19 @@ __all__ = [
     "PartRun",
     "Parts",
     "StateTensor",
-    "alone",
-    "among_zeros",
-    "as_if_exporting",
-    "as_names",
-    "caches_of",
+    "canonical_module_names",
     "capture_in_mode",
+    "check_has_shape",
     "check_module",
     "check_outputs",
-    "check_sized",
-    "close_to",
+    "clear_caches",
+    "close_names",
     "copy_model",
+    "drop_opaque_outputs",
+    "dynamic_dimensions",
     "enclosing_modules",
-    "failure_of",
-    "first_names",
-    "forget",
-    "free_dimensions",
+    "find_caches",
     "is_on_meta",
-    "kept_state",
     "locate",
     "masked_form",
     "masked_operator",
@@ -67,11 +62,16 @@ __all__ = [
     "output_nodes",
     "outside_inference_mode",
     "parameters_on_meta",
-    "plain_outputs",
+    "parse_names",
+    "preserve_state",
     "record_parts",
+    "run_exclusively",
+    "run_failure",
+    "scatter_into_zeros",
+    "set_exporting_flag",
     "shape_with_batch",
     "trace",
     "trace_inputs",
-    "whole_of",
+    "whole_model",
     "zeros_are_exact",
 ]

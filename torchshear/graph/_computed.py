@@ -11,7 +11,7 @@ from torchshear.graph._run import is_only_read
 _OF_STATE = "of_state"  # in the meta of a node
 
 
-def is_of_state(node: fx.Node) -> bool:
+def is_from_state(node: fx.Node) -> bool:
     """Whether a value is a tensor of the model, or computed of such tensors and of constants alone."""
     if _OF_STATE not in node.meta:
         for each in node.graph.nodes:
@@ -22,7 +22,7 @@ def is_of_state(node: fx.Node) -> bool:
     return bool(node.meta[_OF_STATE])
 
 
-def sources(node: fx.Node) -> list[fx.Node]:
+def ancestors(node: fx.Node) -> list[fx.Node]:
     """All nodes that a value is computed of and the value itself, in execution order."""
     found, waiting = {node}, [node]
     while waiting:
@@ -33,16 +33,16 @@ def sources(node: fx.Node) -> list[fx.Node]:
     return sorted(found)
 
 
-def computed_value(node: fx.Node, load: Callable[[str], Tensor]) -> Tensor:
+def compute_from_state(node: fx.Node, load: Callable[[str], Tensor]) -> Tensor:
     """A value that is computed of the model's own tensors.
 
     Args:
-        node: the node that gives it; `is_of_state`.
+        node: the node that gives it; `is_from_state`.
         load: gives the tensor of a parameter, buffer or constant by its canonical name; not written to.
     """
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
-        for each in sources(node):
+        for each in ancestors(node):
             if each.op == "get_attr":
                 tensor = load(str(each.target)).detach()
                 values[each] = tensor if is_only_read(each) else tensor.clone()

@@ -55,7 +55,7 @@ def left_out(output: Any) -> tuple[str, ...]:
 
 
 @contextmanager
-def plain_outputs(model: nn.Module) -> Iterator[list[str]]:
+def drop_opaque_outputs(model: nn.Module) -> Iterator[list[str]]:
     """Have the model return None in place of objects that torch.export does not know, for a while.
 
     Gives a list that a call of the model fills with what was left out.

@@ -27,20 +27,21 @@ class FunctionCall:
         args: positional arguments, with an `Operand` in place of each tensor of the graph.
         kwargs: keyword arguments, likewise.
         outputs: names of the nodes of its results, "" for what is no tensor or is never read.
-        inside: names of the nodes of its operators.
+        operators: names of the nodes of its operators.
         module: name of the module that calls it; "" is the model itself.
-        is_known: whether a node is known for each of its tensors, so that it can be called in place of its operators.
-        is_own: whether its operators do not give its backward, or could not be compared with it.
+        is_replayable: whether a node is known for each of its tensors, so that the function can be called in place of
+            its operators.
+        has_own_backward: whether its operators do not give its backward, or could not be compared with it.
     """
 
     function: type[Function]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[str, ...]
-    inside: tuple[str, ...]
+    operators: tuple[str, ...]
     module: str
-    is_known: bool
-    is_own: bool = False
+    is_replayable: bool
+    has_own_backward: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:

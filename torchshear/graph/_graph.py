@@ -57,10 +57,10 @@ class Graph:
         second: which sizes follow the batch, as a second capture tells; None if the batch is static.
         training: the same model captured in train mode, if that reads parameters or buffers which the eval graph leaves
             unread, as auxiliary heads are, or gives other outputs, as raw maps for a loss are; else None.
-        left_out: outputs that are not captured, with their types: objects that torch.export does not know, such as a
-            cache of keys and values.
-        is_assumed: whether every `if` on a value of a tensor was answered with no during capture, since torch.export
-            could not capture both branches. Such a graph says what depends on what, and is not to be run.
+        omitted_outputs: outputs that are not captured, with their types: objects that torch.export does not know, such
+            as a cache of keys and values.
+        has_assumed_branches: whether every `if` on a value of a tensor was answered with no during capture, since
+            torch.export could not capture both branches. Such a graph says what depends on what, and is not to be run.
         parts: where only some modules of the model were captured, which ones; the graph then holds all of their calls,
             one after another, its inputs are `(args, kwargs)` of each call, and its outputs the results of all. None
             where the model was captured whole.
@@ -79,8 +79,8 @@ class Graph:
     batch_hint: int | None
     second: SecondShapes | None = None
     training: "Graph | None" = None
-    left_out: tuple[str, ...] = ()
-    is_assumed: bool = False
+    omitted_outputs: tuple[str, ...] = ()
+    has_assumed_branches: bool = False
     parts: Parts | None = None
     functions: tuple[FunctionCall, ...] = ()
 
@@ -106,12 +106,12 @@ class Graph:
         for number, node in enumerate(n for n in self.fx_graph.nodes if not is_conversion(n)):
             labels[node] = f"%{number}"
             target = "" if node.op == "placeholder" else node.target
-            digest.update(f"{node.op}|{target}|{written((node.args, node.kwargs), labels)}\n".encode())
+            digest.update(f"{node.op}|{target}|{format_arguments((node.args, node.kwargs), labels)}\n".encode())
         for name, entry in sorted(self.state.items()):
             digest.update(f"{name}|{entry.shape}\n".encode())
         return digest.hexdigest()
 
-    def is_free(self, node: fx.Node, place: Place) -> bool:
+    def is_dynamic(self, node: fx.Node, place: Place) -> bool:
         """Whether the size of a dimension of a node's value, or of one of its values, follows the batch, or data."""
         size = _size_at(node, place)
         if isinstance(size, torch.SymInt):
@@ -119,7 +119,7 @@ class Graph:
         second = self.second.size(node.name, place) if self.second is not None and size is not None else None
         return second is not None and second != size
 
-    def follows(self, node: fx.Node, place: Place) -> Follows | None:
+    def batch_formula(self, node: fx.Node, place: Place) -> Follows | None:
         """How a size that is free follows the batch; None if it does in no simple way, or follows data."""
         size = _size_at(node, place)
         second = self.second.size(node.name, place) if self.second is not None else None
@@ -130,9 +130,9 @@ class Graph:
     @property
     def lost_backwards(self) -> tuple[FunctionCall, ...]:
         """Calls of functions whose gradients are others than those of the operators in the graph."""
-        return tuple(call for call in self.functions if call.is_own)
+        return tuple(call for call in self.functions if call.has_own_backward)
 
-    def input_phrases(self) -> dict[str, str]:
+    def describe_inputs(self) -> dict[str, str]:
         """What the inputs are called in messages: name of a node -> a phrase."""
         nodes = [node for node in self.fx_graph.nodes if node.op == "placeholder"]
         owners = self._owners([len(pytree.tree_leaves(given)) for given in self.inputs.args])
@@ -175,18 +175,18 @@ def is_conversion(node: fx.Node) -> bool:
     return str(node.target).rpartition(".")[0] in _HANDED_ON
 
 
-def written(value: Any, labels: Mapping[fx.Node, str]) -> str:
+def format_arguments(value: Any, labels: Mapping[fx.Node, str]) -> str:
     """Arguments of a call as text, nodes by their labels, without devices and types."""
     if isinstance(value, fx.Node):
-        return written(value.args[0], labels) if is_conversion(value) else labels[value]
+        return format_arguments(value.args[0], labels) if is_conversion(value) else labels[value]
     if isinstance(value, torch.device | torch.dtype):
         return ""
     if isinstance(value, Mapping):
-        return ",".join(f"{key}={written(item, labels)}" for key, item in value.items())
+        return ",".join(f"{key}={format_arguments(item, labels)}" for key, item in value.items())
     if isinstance(value, slice):
         value = (value.start, value.stop, value.step)
     if isinstance(value, list | tuple):
-        return "(" + ",".join(written(item, labels) for item in value) + ")"
+        return "(" + ",".join(format_arguments(item, labels) for item in value) + ")"
     return str(value)
 
 
@@ -223,15 +223,15 @@ COPIES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "detac
 """Operators that hand on the values of their operand."""
 
 
-def is_unknown(size: Any) -> bool:
+def is_data_dependent(size: Any) -> bool:
     """Whether a size is known only when the model runs, as where a mask picks positions."""
     return isinstance(size, torch.SymInt) and size.node.hint is None
 
 
-def depends_on_values(node: fx.Node) -> bool:
+def has_data_dependent_shape(node: fx.Node) -> bool:
     """Whether a size of a node's value is known only when it runs."""
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and any(map(is_unknown, value.shape))
+    return isinstance(value, Tensor) and any(map(is_data_dependent, value.shape))
 
 
 def tensor_operands(node: fx.Node) -> list[fx.Node]:

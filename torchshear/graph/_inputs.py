@@ -75,7 +75,7 @@ class ExampleInputs:
         """Repeat or cut every tensor along dimension 0 to `size` rows."""
         return self.map(lambda t: t[torch.arange(size, device=t.device) % t.shape[0]] if t.ndim else t)
 
-    def unfilled(self, size: int) -> "ExampleInputs":
+    def without_values(self, size: int) -> "ExampleInputs":
         """Tensors of the same layout with `size` rows and no values, for who only reads shapes."""
         return self.map(lambda t: _unfilled(t, size) if t.ndim else t)
 

@@ -81,7 +81,7 @@ def _n_shared(one: tuple[tuple[str, str], ...], other: tuple[tuple[str, str], ..
     return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def first_names(model: nn.Module) -> dict[str, str]:
+def canonical_module_names(model: nn.Module) -> dict[str, str]:
     """Every name of every module -> the first one, which is the one that `named_modules` gives.
 
     A module that others share is called by the name of whoever calls it.

@@ -32,13 +32,13 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(translate(pattern))
 
 
-def close_to(word: str, known: Iterable[str]) -> str:
+def close_names(word: str, known: Iterable[str]) -> str:
     """A hint with the known names that are nearest to a word, or ""."""
     near = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     return f" Close to it: {', '.join(near)}." if near else ""
 
 
-def as_names(argument: str, given: object) -> tuple[str, ...]:
+def parse_names(argument: str, given: object) -> tuple[str, ...]:
     """One name or several as a tuple.
 
     Args:

@@ -7,7 +7,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
 from torchshear.graph._graph import Graph, shape_of
-from torchshear.graph._names import as_names, close_to, matches
+from torchshear.graph._names import close_names, matches, parse_names
 from torchshear.graph._output_names import output_names
 
 
@@ -24,7 +24,7 @@ def check_outputs(graph: Graph, given: object) -> tuple[str, ...]:
     Raises:
         ArgumentError: one fits no output; lists the outputs with their shapes. Or the graph is of parts of a model.
     """
-    patterns = as_names("prunable_outputs", given)
+    patterns = parse_names("prunable_outputs", given)
     if patterns and graph.parts is not None:
         raise ArgumentError(
             f"prunable_outputs={list(patterns)!r} with submodules; outputs of parts keep their shapes, since the rest "
@@ -40,14 +40,14 @@ def check_outputs(graph: Graph, given: object) -> tuple[str, ...]:
             raise ArgumentError(
                 f"prunable_outputs: {pattern!r} fits no output of {graph.model_type}, which has {known}"
                 f"{', ...' if len(shown) > 40 else ''}. Name one of these, or a pattern such as 'features.*'."
-                f"{close_to(pattern, shown)}"
+                f"{close_names(pattern, shown)}"
             )
     return patterns
 
 
 def shape_with_batch(graph: Graph, node: fx.Node) -> tuple[int | None, ...]:
     """Sizes of a node's value, None where they follow the batch."""
-    return tuple(None if graph.is_free(node, dim) else size for dim, size in enumerate(shape_of(node)))
+    return tuple(None if graph.is_dynamic(node, dim) else size for dim, size in enumerate(shape_of(node)))
 
 
 def _shape(graph: Graph, value: Any) -> str:

@@ -53,16 +53,16 @@ class PartRun(nn.Module):
         return tuple(results)
 
 
-def whole_of(model: nn.Module) -> nn.Module:
+def whole_model(model: nn.Module) -> nn.Module:
     """The model whose parts a `PartRun` runs, of a copy the copy of the model; any other module itself."""
     return model._origin[0] if isinstance(model, PartRun) else model
 
 
-def parts_of(model: nn.Module) -> Parts | None:
+def model_parts(model: nn.Module) -> Parts | None:
     """What a `PartRun` runs; None for any other module."""
     return model._parts if isinstance(model, PartRun) else None
 
 
-def is_inside(name: str, parts: Parts | None) -> bool:
+def is_in_parts(name: str, parts: Parts | None) -> bool:
     """Whether a qualified name lies in one of the parts; True for any name where there are no parts."""
     return parts is None or any(name == part or name.startswith(f"{part}.") for part in parts.names)

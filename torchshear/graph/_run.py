@@ -12,7 +12,7 @@ Apply = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 Replace = Callable[[fx.Node, Any], Any]
 
 
-def bound_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
     if not isinstance(target, torch._ops.OpOverload):
         return {**{str(i): value for i, value in enumerate(args)}, **kwargs}

@@ -23,7 +23,7 @@ from torchshear.calibration import (
 from torchshear.calibration._processes import agree
 from torchshear.dependency import ChannelGroups, analyze
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph, as_names, outside_inference_mode
+from torchshear.graph import Graph, outside_inference_mode, parse_names
 from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
 from torchshear.pruners.selection._targets import choose_targets
 
@@ -117,7 +117,7 @@ class _Making:
         _check(self.loss_fn, self.batches)
         groups = network if isinstance(network, ChannelGroups) else analyze(network)
         _check_weights(groups.graph)
-        exclude = as_names("exclude", self.exclude)
+        exclude = parse_names("exclude", self.exclude)
         targets = choose_targets(groups, _ANY, None, exclude) if exclude else {}
         whole = frozenset(name for name, target in targets.items() if target.ratio is None)
         return Run(groups, self.loss_fn, self.sums(), whole)

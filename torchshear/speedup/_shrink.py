@@ -9,7 +9,7 @@ from torch import nn
 from torchshear._arguments import check_flag, check_one_of
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, alone, is_on_meta
+from torchshear.graph import ExampleInputs, is_on_meta, run_exclusively
 from torchshear.speedup._result import Shrunk
 from torchshear.speedup.compensation._fold import fold_constants
 from torchshear.speedup.shrinking._parts import shrink_parts
@@ -58,7 +58,7 @@ def shrink(
     return shrink_to_form(model, plan, args, kwargs, fold_bias=fold_bias, verify=verify).model
 
 
-@alone()
+@run_exclusively()
 def shrink_to_form(
     model: nn.Module,
     plan: PruningPlan,

@@ -201,9 +201,9 @@ def test_rows_that_join_the_batch_are_told() -> None:
     model = Wrapped(lambda h: torch.cat([h.new_ones(3, 8), h]).view(h.shape[0] + 3, 8)[3:])
     graph = assert_free(model, torch.randn(4, 6))
     view = next(node for node in graph if str(node.target) == "aten.view.default")
-    assert graph.is_free(view, 0)
-    assert str(graph.follows(view, 0)) == "batch+3"
-    assert not graph.is_free(view, 1)
+    assert graph.is_dynamic(view, 0)
+    assert str(graph.batch_formula(view, 0)) == "batch+3"
+    assert not graph.is_dynamic(view, 1)
     values = torchshear.analyze(graph).describe()
     assert next(value for value in values if value.name == view.name).tensors[0][0].size == "batch+3"
 

@@ -46,7 +46,7 @@ def traced(function: Callable[[Tensor], Tensor], *, x: Tensor | None = None) -> 
 
 
 @pytest.mark.parametrize(
-    ("function", "is_own"),
+    ("function", "has_own_backward"),
     [
         (lambda h: Reversed.apply(h, 1.0), True),
         (Rounded.apply, True),
@@ -65,12 +65,12 @@ def traced(function: Callable[[Tensor], Tensor], *, x: Tensor | None = None) -> 
 @pytest.mark.parametrize("x", [torch.randn(2, 4), torch.zeros(3, 4)])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_backward_is_own_where_it_is_not_that_of_the_operators(
-    function: Callable[[Tensor], Tensor], is_own: bool, x: Tensor, enabled: bool
+    function: Callable[[Tensor], Tensor], has_own_backward: bool, x: Tensor, enabled: bool
 ) -> None:
     with torch.set_grad_enabled(enabled):
         (call,) = traced(function, x=x).functions
-    assert call.is_own is is_own
-    assert call.is_known
+    assert call.has_own_backward is has_own_backward
+    assert call.is_replayable
 
 
 def test_calls_are_found_with_their_operands_and_results() -> None:
@@ -81,7 +81,7 @@ def test_calls_are_found_with_their_operands_and_results() -> None:
     assert call.function is Product
     assert call.args == (Operand("linear"), Operand("product_weight"), Operand("product_bias"))
     assert call.outputs == ("add", "mul")
-    assert set(call.inside) == {"t", "matmul", "add", "mul"}
+    assert set(call.operators) == {"t", "matmul", "add", "mul"}
     assert str(call).startswith("Product (functions.py:")
 
 
@@ -93,13 +93,13 @@ def test_a_tied_weight_is_found_under_its_first_name() -> None:
     model.function = lambda h: sum(Product.apply(h @ model.first, model.product.weight, model.product.bias))
     (call,) = torchshear.trace(model, (torch.randn(2, 4),)).functions
     assert call.args == (Operand("matmul"), Operand("first"), Operand("product_bias"))
-    assert call.is_known
-    assert not call.is_own
+    assert call.is_replayable
+    assert not call.has_own_backward
 
 
-@pytest.mark.parametrize(("factor", "is_own"), [(1.0, False), (3.0, True)])
+@pytest.mark.parametrize(("factor", "has_own_backward"), [(1.0, False), (3.0, True)])
 def test_gradients_that_a_function_itself_gives_to_parameters_are_compared_and_taken_back(
-    factor: float, is_own: bool
+    factor: float, has_own_backward: bool
 ) -> None:
     model = Between(Swish.apply)
     model.scale, added = nn.Parameter(torch.rand(6) + 1), []
@@ -118,7 +118,9 @@ def test_gradients_that_a_function_itself_gives_to_parameters_are_compared_and_t
             return gradient * model.scale
 
     model.function = Adding.apply
-    assert [call.is_own for call in torchshear.trace(model, (torch.randn(2, 4),)).functions] == [is_own]
+    assert [call.has_own_backward for call in torchshear.trace(model, (torch.randn(2, 4),)).functions] == [
+        has_own_backward
+    ]
     assert added
     assert model.scale.grad is None
 
@@ -133,17 +135,17 @@ def test_wrong_weight_gradients_are_found_behind_right_ones_of_the_input() -> No
     model = Between(Swish.apply)
     model.function = lambda h: sum(Halved.apply(h, model.weight, model.bias))
     model.weight, model.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
-    assert [call.is_own for call in torchshear.trace(model, (torch.randn(2, 4),)).functions] == [True]
+    assert [call.has_own_backward for call in torchshear.trace(model, (torch.randn(2, 4),)).functions] == [True]
 
 
 def test_gradients_that_reach_no_parameter_do_not_count() -> None:
-    assert [call.is_own for call in traced(lambda h: h + Rounded.apply(h.detach())).functions] == [False]
+    assert [call.has_own_backward for call in traced(lambda h: h + Rounded.apply(h.detach())).functions] == [False]
 
     def without_gradients(h: Tensor) -> Tensor:
         with torch.no_grad():
             return Rounded.apply(h)
 
-    assert [call.is_own for call in traced(lambda h: h + without_gradients(h)).functions] == [False]
+    assert [call.has_own_backward for call in traced(lambda h: h + without_gradients(h)).functions] == [False]
 
 
 def test_a_function_under_autocast_is_found() -> None:
@@ -152,13 +154,13 @@ def test_a_function_under_autocast_is_found() -> None:
             return Rounded.apply(h @ torch.eye(6)).float()
 
     (call,) = traced(narrow).functions
-    assert call.is_own
-    assert call.is_known
+    assert call.has_own_backward
+    assert call.is_replayable
 
 
 def test_functions_inside_a_checkpoint_are_found_and_gradients_go_on_behind_it() -> None:
     graph = traced(lambda h: checkpoint(lambda y: Swish.apply(Rounded.apply(y)), h, use_reentrant=True))
-    assert [(call.function, call.is_own) for call in graph.functions] == [(Rounded, True), (Swish, False)]
+    assert [(call.function, call.has_own_backward) for call in graph.functions] == [(Rounded, True), (Swish, False)]
     assert not any(node.target is torch._C._set_grad_enabled for node in graph)
 
 
@@ -167,7 +169,7 @@ def test_functions_that_only_training_calls_are_in_the_graph_of_train_mode() -> 
     model.function = lambda h: Reversed.apply(h, 1.0) if model.training else h
     inputs = ExampleInputs.of((torch.randn(2, 4),))
     assert capture_in_mode(model, inputs, "eval").functions == ()
-    assert [call.is_own for call in capture_in_mode(model, inputs, "train").lost_backwards] == [True]
+    assert [call.has_own_backward for call in capture_in_mode(model, inputs, "train").lost_backwards] == [True]
 
 
 def test_backwards_are_not_compared_on_the_meta_device() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.graph import ExampleInputs, Graph, capture_in_mode
-from torchshear.graph._contract import plain_outputs
+from torchshear.graph._contract import drop_opaque_outputs
 from torchshear.graph._graph import shape_of
 from torchshear.graph.capture import _trace as capturing
 from torchshear.graph.capture._replay import second_capture
@@ -86,7 +86,7 @@ NETWORKS = {
 
 
 def _first(model: nn.Module, inputs: ExampleInputs, batch: int, mode: str) -> Graph:
-    exported = capturing._export(model, inputs.unfilled(batch))
+    exported = capturing._export(model, inputs.without_values(batch))
     return capturing._to_graph(*exported, model, inputs, mode, batch)  # type: ignore[arg-type]
 
 
@@ -101,9 +101,9 @@ def test_is_what_torch_export_gives(name: str, mode: str) -> None:
     model = make()
     inputs = ExampleInputs.of((torch.randn(shape),))
     model(*inputs.args)
-    with in_mode(model, mode), plain_outputs(model):  # type: ignore[arg-type]
+    with in_mode(model, mode), drop_opaque_outputs(model):  # type: ignore[arg-type]
         first = _first(model, inputs, 37, mode)
-        found = second_capture(first, model, inputs.unfilled(3))
+        found = second_capture(first, model, inputs.without_values(3))
         wanted = _first(model, inputs, 3, mode)
     assert found is not None
     assert _described(found) == _described(wanted)
@@ -114,8 +114,8 @@ def test_is_what_torch_export_gives(name: str, mode: str) -> None:
 def test_other_calls_are_left_to_torch_export(make: type[nn.Module]) -> None:
     inputs = ExampleInputs.of((torch.randn(2, 4),))
     model = make()
-    with in_mode(model, "eval"), plain_outputs(model):
-        assert second_capture(_first(model, inputs, 37, "eval"), model, inputs.unfilled(3)) is None
+    with in_mode(model, "eval"), drop_opaque_outputs(model):
+        assert second_capture(_first(model, inputs, 37, "eval"), model, inputs.without_values(3)) is None
 
 
 def test_a_call_more_is_left_to_torch_export() -> None:
@@ -132,8 +132,8 @@ def test_a_call_more_is_left_to_torch_export() -> None:
 
     inputs = ExampleInputs.of((torch.randn(2, 4),))
     model = Notes()
-    with in_mode(model, "eval"), plain_outputs(model):
-        assert second_capture(_first(model, inputs, 3, "eval"), model, inputs.unfilled(37)) is None
+    with in_mode(model, "eval"), drop_opaque_outputs(model):
+        assert second_capture(_first(model, inputs, 3, "eval"), model, inputs.without_values(37)) is None
 
 
 def test_other_constants_are_left_to_torch_export() -> None:
@@ -143,8 +143,8 @@ def test_other_constants_are_left_to_torch_export() -> None:
 
     inputs = ExampleInputs.of((torch.randn(2, 2),))
     model = Scaled()
-    with in_mode(model, "eval"), plain_outputs(model):
-        assert second_capture(_first(model, inputs, 37, "eval"), model, inputs.unfilled(3)) is None
+    with in_mode(model, "eval"), drop_opaque_outputs(model):
+        assert second_capture(_first(model, inputs, 37, "eval"), model, inputs.without_values(3)) is None
     assert capture_in_mode(model, inputs, "eval").batch_hint is None
 
 
@@ -167,10 +167,10 @@ def test_leaves_no_traces() -> None:
     model = Remembers()
     inputs = ExampleInputs.of((torch.randn(2, 4),))
     generator = torch.get_rng_state()
-    with in_mode(model, "eval"), plain_outputs(model):
+    with in_mode(model, "eval"), drop_opaque_outputs(model):
         first = _first(model, inputs, 37, "eval")
         model.last = None
-        assert second_capture(first, model, inputs.unfilled(3)) is not None
+        assert second_capture(first, model, inputs.without_values(3)) is not None
         assert model.last is None
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.backends.mkldnn.enabled

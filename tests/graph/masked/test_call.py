@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency import registered_operators
 from torchshear.errors import ArgumentError
-from torchshear.graph import MaskedCall, among_zeros, masked_form, masked_operator
+from torchshear.graph import MaskedCall, masked_form, masked_operator, scatter_into_zeros
 from torchshear.graph.masked._call import _FORMS, forget_masked_form
 
 aten = torch.ops.aten
@@ -249,7 +249,7 @@ def test_what_is_looked_up_by_position_is_looked_up_in_the_full_row() -> None:
 
 
 def test_positions_are_put_where_they_were() -> None:
-    assert among_zeros(torch.tensor([[1, 2]]), FEW, -1).tolist() == [[0, 1, 2]]
+    assert scatter_into_zeros(torch.tensor([[1, 2]]), FEW, -1).tolist() == [[0, 1, 2]]
 
 
 def test_a_masked_form_is_registered_once() -> None:

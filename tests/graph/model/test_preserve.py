@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchshear.graph import kept_state
+from torchshear.graph import preserve_state
 
 
 class Stateful(nn.Module):
@@ -56,7 +56,7 @@ def test_all_that_a_run_keeps_is_put_back() -> None:
     model, x = Stateful(), torch.randn(2, 3)
     model(x)
     before, objects = state_of(model), dict(vars(model))
-    with kept_state(model):
+    with preserve_state(model):
         model(x)
         model(x)
         assert model.calls == 3
@@ -71,7 +71,7 @@ def test_all_that_a_run_keeps_is_put_back() -> None:
 def test_it_is_put_back_when_a_run_fails() -> None:
     model = Stateful()
     model.one.register_forward_hook(lambda *_: 1 / 0)
-    with kept_state(model), pytest.raises(ZeroDivisionError):
+    with preserve_state(model), pytest.raises(ZeroDivisionError):
         model(torch.randn(2, 3))
     assert model.calls == int(model.count) == 0
 
@@ -80,7 +80,7 @@ def test_what_autograd_holds_is_not_disturbed() -> None:
     model = nn.BatchNorm1d(3).eval()
     x = torch.randn(4, 3, requires_grad=True)
     loss = model(x).sum()  # its backward reads the running variance
-    with kept_state(model):
+    with preserve_state(model):
         model.train()(x)
     loss.backward()
     assert model.running_mean is not None
@@ -102,7 +102,7 @@ def test_what_hooks_write_to_is_put_back_also_where_functions_name_each_other() 
     made["hook"].__module__ = None
     model.register_forward_hook(made["hook"])
     model.register_forward_hook(lambda module, args, output: note(output))
-    with kept_state(model):
+    with preserve_state(model):
         model(torch.randn(2, 3))
         assert len(seen) == 5
     assert seen == [1]

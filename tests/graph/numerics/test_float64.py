@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph.numerics._float64 import computing_in, to_float64
+from torchshear.graph.numerics._float64 import compute_in, to_float64
 
 
 class Casting(nn.Module):
@@ -31,10 +31,10 @@ def test_weights_are_widened_where_they_are_used() -> None:
     model, inputs = Casting().eval(), ExampleInputs.of((torch.randn(2, 5, 6),))
     wide_inputs = to_float64(inputs).args
     with torch.no_grad():
-        with computing_in(torch.float64):
+        with compute_in(torch.float64):
             narrow = model(*wide_inputs)
         table = model.table.clone()
-        with computing_in(torch.float64):
+        with compute_in(torch.float64):
             wide = model.double()(*wide_inputs)
     assert narrow.dtype == wide.dtype == torch.float64
     torch.testing.assert_close(narrow, wide, rtol=1e-6, atol=1e-7)  # the table alone is rounded
@@ -46,7 +46,7 @@ def test_nothing_is_written_to_the_weights() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x = torch.randn(2, 6, dtype=torch.float64)
-    with torch.no_grad(), computing_in(torch.float64):
+    with torch.no_grad(), compute_in(torch.float64):
         narrow = model(x)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear.graph import trace
-from torchshear.graph.model._mode import as_if_exporting, noting_questions
+from torchshear.graph.model._mode import record_export_queries, set_exporting_flag
 from torchshear.speedup import shrink_to_form
 from torchshear.speedup.comparing._small_inputs import smaller_inputs
 from torchshear.speedup.native import _form as _native_form
@@ -102,10 +102,10 @@ def test_a_form_that_is_wrong_only_while_it_is_exported_is_found() -> None:
 def test_questions_are_noted_of_the_code_of_a_model_only() -> None:
     for kind, asks in ((Net, False), (Asking, True)):
         askers: list[str] = []
-        with noting_questions(askers):
+        with record_export_queries(askers):
             kind().eval()(IMAGE)
         assert bool(askers) == asks
-    with as_if_exporting(), noting_questions(askers):
+    with set_exporting_flag(), record_export_queries(askers):
         assert not torch.compiler.is_exporting()
 
 

@@ -18,7 +18,7 @@ from torchshear.calibration import Statistics, find_layers
 from torchshear.calibration._weight_source import WeightSource, weights_to_score
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, check_groups, make_plan
 from torchshear.errors import ArgumentError
-from torchshear.graph import as_names, close_to, node_macs
+from torchshear.graph import close_names, node_macs, parse_names
 from torchshear.graph._graph import tensor_operands
 from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion
 from torchshear.pruners.selection._exact import n_removed
@@ -152,7 +152,9 @@ def plan_dependency_aware(
     if statistics is not None:
         check_kind("statistics", statistics, Statistics, "what torchshear.collect gives")
     if not isinstance(extra, str) or extra not in EXTRA:
-        raise ArgumentError(f"extra={shown(extra)}; expected one of {', '.join(EXTRA)}.{close_to(str(extra), EXTRA)}")
+        raise ArgumentError(
+            f"extra={shown(extra)}; expected one of {', '.join(EXTRA)}.{close_names(str(extra), EXTRA)}"
+        )
     asked = _by_weight(groups, ratios)
     score = find_criterion(criterion)
     tensors = weights_to_score(groups, weights)
@@ -286,12 +288,12 @@ def _by_weight(groups: ChannelGroups, ratios: Mapping[str, float]) -> dict[str, 
     names = {layer_of(name): name for name in weights} | {name: name for name in weights}
     if not isinstance(ratios, Mapping):
         raise ArgumentError(f"ratios is {type(ratios).__name__}; expected a mapping from layers to fractions.")
-    as_names("keys of ratios", ratios)
+    parse_names("keys of ratios", ratios)
     found: dict[str, float] = {}
     for name, ratio in ratios.items():
         check_ratio(f"ratios[{name!r}]", ratio)
         if name not in names:
-            raise ArgumentError(f"ratios: {name!r} is no layer whose channels can go.{close_to(name, names)}")
+            raise ArgumentError(f"ratios: {name!r} is no layer whose channels can go.{close_names(name, names)}")
         if names[name] in found:
             raise ArgumentError(f"ratios: two entries for {names[name]!r}; give one.")
         found[names[name]] = float(ratio)

@@ -30,7 +30,7 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze, computed_
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import check_module, copy_model, outside_inference_mode, trace
-from torchshear.graph._computed import computed_value
+from torchshear.graph._computed import compute_from_state
 from torchshear.pruners import collect
 from torchshear.pruners.criteria import declared_needs, needs_of
 from torchshear.pruners.masks import Masks, apply, plan_from_masks
@@ -336,12 +336,12 @@ def _without_lost_norms(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> d
         return tensor if mask is None else torch.where(mask.to(tensor.device), tensor, 0)
 
     for name, nodes in computed_weights(groups).items():
-        if name not in masks or bool(computed_value(nodes[0], masked).isfinite().all()):
+        if name not in masks or bool(compute_from_state(nodes[0], masked).isfinite().all()):
             continue
         gone = ~masks[name].flatten(1).any(1)
         changed[name] = masks[name].clone()
         changed[name][gone] = True
-        value = computed_value(nodes[0], masked)
+        value = compute_from_state(nodes[0], masked)
         if not value.isfinite().all() or value[gone].any():
             raise MaskError(
                 f"the network computes a weight of {name!r}, which is NaN where that is masked; make the weight "

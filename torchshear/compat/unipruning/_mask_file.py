@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torchshear._arguments import check_kind
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member, PruningPlan, check_groups
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 from torchshear.pruners._planning import plan_from_kept
 from torchshear.pruners.selection._per_group import layer_of
 from torchshear.storage._reading import UnreadableError, as_path, read_json, shortened
@@ -100,7 +100,7 @@ def plan_from_unipruning_mask(groups: ChannelGroups, path: str | PathLike[str]) 
         if name not in layers:
             raise PlanError(
                 f"{str(path)!r}: {name!r} is no layer whose channels can go; expected names of modules."
-                f"{close_to(name, layers)}"
+                f"{close_names(name, layers)}"
             )
         for group, one in _units(str(path), name, layers[name], channels):
             for other in said.setdefault(group.name, []):

@@ -10,7 +10,7 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, bind_arguments
 from torchshear.dependency._registry import is_elementwise, operator_name, operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
-from torchshear.graph.capture._mask_sizes import mask_behind
+from torchshear.graph.capture._mask_sizes import unwrap_copies
 
 
 @operator_rule("aten.index_select")
@@ -51,7 +51,7 @@ def _index(call: Call) -> Axes:
 
 def _where_true(call: Call, axis: Axis, mask: fx.Node) -> Axis | None:
     """The axis of positions where a mask is true, which loses what the axis does; None if the mask is computed."""
-    values = call.constant(mask_behind(mask))
+    values = call.constant(unwrap_copies(mask))
     if values is None:
         return None
     call.tie(axis, call.axes(mask)[0])

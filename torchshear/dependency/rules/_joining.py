@@ -93,7 +93,7 @@ def _split_along_its_own(call: Call) -> Result:
 def _parts(call: Call, dim: int) -> Result:
     x = call.axes("self")
     sizes = [shape[dim] for shape in call.out_shape]
-    if call.is_free("self", dim):
+    if call.is_dynamic("self", dim):
         return [(*x[:dim], call.fixed(size, "a part of a free dimension"), *x[dim + 1 :]) for size in sizes]
     stops = list(accumulate(sizes))
     starts = [stop - size for size, stop in zip(sizes, stops, strict=True)]
@@ -125,7 +125,7 @@ def _select(call: Call) -> Axes:
         x = call.axes("self")
     if isinstance(index, fx.Node):
         call.fix([x[dim]], "selected by a computed index")
-    elif call.is_free("self", dim):
+    elif call.is_dynamic("self", dim):
         call.fix([x[dim]], "a free dimension")
     else:
         index %= x[dim].size
@@ -140,7 +140,7 @@ def _slice(call: Call) -> Axes:
     dim = call.dim("dim", len(x))
     start, stop, step = call.arg("start"), call.arg("end"), call.arg("step")
     size, out_size = x[dim].size, call.out_shape[dim]
-    if call.is_free("self", dim) or any(isinstance(value, fx.Node) for value in (start, stop, step)):
+    if call.is_dynamic("self", dim) or any(isinstance(value, fx.Node) for value in (start, stop, step)):
         call.fix([x[dim]], "sliced at a computed position")
         return (*x[:dim], call.fixed(out_size, "sliced at a computed position"), *x[dim + 1 :])
     start, stop, _ = slice(start, stop, step).indices(size)
@@ -187,7 +187,7 @@ def _select_scatter(call: Call) -> Axes:
     for axis, other in zip((*x[:dim], *x[dim + 1 :]), source, strict=True):
         call.tie(axis, other)
     index = call.arg("index")
-    if isinstance(index, fx.Node) or call.is_free("self", dim):
+    if isinstance(index, fx.Node) or call.is_dynamic("self", dim):
         call.fix([x[dim]], "written at a computed index")
     else:
         index %= x[dim].size
@@ -204,7 +204,7 @@ def _slice_scatter(call: Call) -> Axes:
     for i, (axis, other) in enumerate(zip(x, source, strict=True)):
         if i != dim:
             call.tie(axis, other)
-    is_computed = call.is_free("self", dim) or any(isinstance(value, fx.Node) for value in given)
+    is_computed = call.is_dynamic("self", dim) or any(isinstance(value, fx.Node) for value in given)
     if is_computed or given[2] != 1:
         call.fix([x[dim], source[dim]], "written at a computed position or every so many")
         return x

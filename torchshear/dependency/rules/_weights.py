@@ -7,7 +7,7 @@ from torch import fx
 
 from torchshear.dependency._call import Call, bind_arguments
 from torchshear.dependency._registry import operator_name
-from torchshear.graph._computed import is_of_state
+from torchshear.graph._computed import is_from_state
 from torchshear.graph._graph import shape_of
 
 Place = int | None
@@ -25,7 +25,7 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
         reads: those that are summed over.
     """
     found = weight_behind(operand, call.carriers)
-    if found is None or is_of_state(call.node):  # no layer: a weight is computed
+    if found is None or is_from_state(call.node):  # no layer: a weight is computed
         return
     weight, places = found
     for role, dims in (("out", makes), ("in_", reads)):

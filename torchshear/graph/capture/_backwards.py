@@ -40,7 +40,7 @@ def with_own_backwards(graph: Graph) -> Graph:
                 own = _Comparison(graph).run()
             except Exception:  # the graph does not run on the example: its values may not be those that it asks for
                 own = {}
-    calls = tuple(replace(call, is_own=own.get(number, True)) for number, call in enumerate(graph.functions))
+    calls = tuple(replace(call, has_own_backward=own.get(number, True)) for number, call in enumerate(graph.functions))
     return replace(graph, functions=calls)
 
 
@@ -71,14 +71,14 @@ class _Comparison:
         self._n_readers: Counter[str] = Counter()
         for number, call in enumerate(graph.functions):
             made = [name for name in call.outputs if name]
-            if made and call.is_known:
+            if made and call.is_replayable:
                 self._pieces[number] = _Piece.of(call, graph)
                 self._calls.setdefault(max(made, key=order.__getitem__), []).append(number)
                 self._n_readers.update(self._pieces[number].read)
 
     def run(self) -> dict[int, bool]:
         """Number of a call -> whether its backward is its own."""
-        found = {number: not call.is_known for number, call in enumerate(self._graph.functions)}
+        found = {number: not call.is_replayable for number, call in enumerate(self._graph.functions)}
         held: Values = {}
         learning: set[str] = set()  # names of nodes whose values follow parameters
         for node, value in graph_values(self._graph.fx_graph, self._state(), self._leaves()):
@@ -89,7 +89,7 @@ class _Comparison:
             for number in self._calls.get(node.name, ()):
                 piece = self._pieces[number]
                 by = learning.intersection(piece.read) if torch.is_grad_enabled() else set()
-                found[number] = bool(by) and piece.is_own({name: held[name] for name in piece.read}, sorted(by))
+                found[number] = bool(by) and piece.differs({name: held[name] for name in piece.read}, sorted(by))
                 self._n_readers.subtract(piece.read)
                 held = {name: value for name, value in held.items() if self._n_readers[name]}
         return found
@@ -132,14 +132,14 @@ class _Piece:
 
     @classmethod
     def of(cls, call: FunctionCall, graph: Graph) -> "_Piece":
-        names = set(call.inside)
+        names = set(call.operators)
         inside = tuple(node for node in graph if node.name in names)
         others = [n for node in inside for n in node.all_input_nodes if n.name not in names]
         read = dict.fromkeys([*call.inputs, *(node.name for node in others)])
         unseen = [node for node in others if node.op == "get_attr" and node.name not in call.inputs]
         return cls(call, inside, tuple(read), {node.name: graph.state[str(node.target)].tensor for node in unseen})
 
-    def is_own(self, values: Values, by: list[str]) -> bool:
+    def differs(self, values: Values, by: list[str]) -> bool:
         """Whether gradients by some of the values differ, on any of several changes of the values.
 
         Args:

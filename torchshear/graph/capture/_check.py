@@ -14,9 +14,9 @@ from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._outputs import output_nodes
 from torchshear.graph._run import graph_output
 from torchshear.graph.model._mode import Mode, in_mode
-from torchshear.graph.model._preserve import kept_state
-from torchshear.graph.numerics._float64 import computing_in, to_float64
-from torchshear.graph.numerics._ties import Choices
+from torchshear.graph.model._preserve import preserve_state
+from torchshear.graph.numerics._float64 import compute_in, to_float64
+from torchshear.graph.numerics._ties import TieBreaker
 
 
 def agrees(graph: Graph, model: nn.Module) -> bool:
@@ -60,16 +60,16 @@ def _agrees_on(graph: Graph, model: nn.Module, inputs: ExampleInputs, expected: 
     wanted, found = output_leaves(expected), output_leaves(_seeded(lambda: run_graph(graph, inputs)))
     if _are_close(wanted, found, _last_digits(wanted)):
         return True
-    choices = Choices()
+    choices = TieBreaker()
     for dtype in (torch.float64, None):
         given = to_float64(inputs) if dtype is not None else inputs
         try:
-            with computing_in(dtype or torch.float32), choices.kept():
+            with compute_in(dtype or torch.float32), choices.record():
                 wanted = output_leaves(_seeded(lambda given=given: run_model(model, given)))  # type: ignore[misc]
         except Exception:  # a kernel, or a check in the model's code, may refuse float64
             continue
         tolerance = _tolerance(wanted)
-        with computing_in(dtype or torch.float32), choices.followed(tolerance):
+        with compute_in(dtype or torch.float32), choices.replay(tolerance):
             found = output_leaves(_seeded(lambda given=given: run_graph(graph, given)))  # type: ignore[misc]
         return _are_close(wanted, found, tolerance)
     return False
@@ -88,7 +88,7 @@ def run_graph(graph: Graph, inputs: ExampleInputs) -> Any:
         return graph_output(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
 
 
-def failure_of(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> str | None:
+def run_failure(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> str | None:
     """What a model raises when it is run in a mode, in a line, or None if it runs; it is left as it was."""
     with in_mode(model, mode):
         try:
@@ -136,8 +136,8 @@ def _captured_structure(graph: Graph, batch: int) -> _Structure | None:
     for _, node in output_nodes(graph):
         shape = shape_of(node) if isinstance(node, fx.Node) else None
         if shape is not None and graph.second is not None:
-            follows = [graph.follows(node, dim) for dim in range(len(shape))]
-            if any(one is None and graph.is_free(node, dim) for dim, one in enumerate(follows)):
+            follows = [graph.batch_formula(node, dim) for dim in range(len(shape))]
+            if any(one is None and graph.is_dynamic(node, dim) for dim, one in enumerate(follows)):
                 return None
             shape = tuple(one.at(batch) if one is not None else size for one, size in zip(follows, shape, strict=True))
         shapes.append(shape)
@@ -147,7 +147,7 @@ def _captured_structure(graph: Graph, batch: int) -> _Structure | None:
 def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
     """The model's outputs; its state is put back."""
     own = inputs.copy()
-    with torch.no_grad(), kept_state(model):
+    with torch.no_grad(), preserve_state(model):
         return model(*own.args, **own.kwargs)
 
 

@@ -5,18 +5,18 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
-from torchshear.graph._contract import plain_outputs
+from torchshear.graph._contract import drop_opaque_outputs
 from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph.capture._replay import run_without_values, second_capture
-from torchshear.graph.model._caches import caches_of, forget
+from torchshear.graph.capture._replay import can_run_without_values, second_capture
+from torchshear.graph.model._caches import clear_caches, find_caches
 from torchshear.graph.model._mode import in_mode
-from torchshear.graph.model._quiet import quiet_torch
+from torchshear.graph.model._quiet import silence_torch
 
 Place = tuple[int, int]  # number of a tensor among the inputs, and a dimension of it
 
 
-def free_dimensions(model: nn.Module, graphs: Sequence[Graph]) -> frozenset[Place]:
+def dynamic_dimensions(model: nn.Module, graphs: Sequence[Graph]) -> frozenset[Place]:
     """Find dimensions that may have other sizes than in the example.
 
     The model is run without values at twice the size and at one more. Where it runs, the calls of both runs and their
@@ -42,15 +42,15 @@ def free_dimensions(model: nn.Module, graphs: Sequence[Graph]) -> frozenset[Plac
 
 def _is_free(model: nn.Module, graph: Graph, places: set[Place]) -> bool:
     """Whether some dimensions of inputs may have another size."""
-    with quiet_torch(), in_mode(model, graph.mode), plain_outputs(model):
-        forget(model, caches_of(model, graph.inputs))
+    with silence_torch(), in_mode(model, graph.mode), drop_opaque_outputs(model):
+        clear_caches(model, find_caches(model, graph.inputs))
         expected = second_capture(graph, model, graph.inputs)
         if expected is None:
             return False
         found = [
             second_capture(graph, model, other)
             for other in _resized(graph.inputs, places)
-            if run_without_values(model, other)
+            if can_run_without_values(model, other)
         ]
         return bool(found) and all(one is not None and _are_equal(expected.fx_graph, one.fx_graph) for one in found)
 

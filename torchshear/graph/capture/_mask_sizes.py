@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from torchshear.graph._graph import COPIES, StateTensor, depends_on_values, is_unknown
+from torchshear.graph._graph import COPIES, StateTensor, has_data_dependent_shape, is_data_dependent
 
 
-def mask_behind(operand: fx.Node) -> fx.Node:
+def unwrap_copies(operand: fx.Node) -> fx.Node:
     """The buffer or literal that an operand is, also behind copies of it; else the operand itself."""
     node = operand
     while str(node.target) in COPIES:
@@ -17,7 +17,7 @@ def mask_behind(operand: fx.Node) -> fx.Node:
     return node if node.op == "get_attr" else operand
 
 
-def settle_sizes(graph: fx.Graph, state: Mapping[str, StateTensor]) -> None:
+def resolve_mask_sizes(graph: fx.Graph, state: Mapping[str, StateTensor]) -> None:
     """Give values the sizes that they have by the masks which a model holds; torch.export knows no values.
 
     Args:
@@ -27,13 +27,13 @@ def settle_sizes(graph: fx.Graph, state: Mapping[str, StateTensor]) -> None:
     known: dict[Any, int] = {}
     for node in graph.nodes:
         if str(node.target) == "aten.index.Tensor":
-            (*_, last) = (mask_behind(index) for index in node.args[1] if index is not None)
+            (*_, last) = (unwrap_copies(index) for index in node.args[1] if index is not None)
             entry = state.get(str(last.target)) if last.op == "get_attr" else None
             if entry is not None and entry.tensor.dtype is torch.bool and not entry.tensor.is_meta:
-                for size in filter(is_unknown, node.meta["val"].shape):
+                for size in filter(is_data_dependent, node.meta["val"].shape):
                     known.setdefault(size.node.expr, int(entry.tensor.sum()))
     for node in graph.nodes if known else ():
-        if depends_on_values(node):
+        if has_data_dependent_shape(node):
             value = node.meta["val"]
             sizes = [_number(size, known) for size in value.shape]
             with value.fake_mode:
@@ -42,7 +42,7 @@ def settle_sizes(graph: fx.Graph, state: Mapping[str, StateTensor]) -> None:
 
 def _number(size: Any, known: Mapping[Any, int]) -> Any:
     """A size as a number, where it follows from known ones."""
-    if not is_unknown(size):
+    if not is_data_dependent(size):
         return size
     number = size.node.expr.subs(known)
     return int(number) if number.is_number else size

@@ -33,7 +33,7 @@ class Forecast:
 _FORECAST: list[Callable[[Graph], Forecast]] = []
 
 
-def provide_forecast(forecast: Callable[[Graph], Forecast]) -> None:
+def register_forecast(forecast: Callable[[Graph], Forecast]) -> None:
     """Say how a captured network is foretold to shrink, which takes an analysis; done once, by the stage of that."""
     _FORECAST[:] = [forecast]
 

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph.capture._branches import MaskedAssignments
-from torchshear.graph.model._mode import as_if_exporting
-from torchshear.graph.model._preserve import kept_state
+from torchshear.graph.model._mode import set_exporting_flag
+from torchshear.graph.model._preserve import preserve_state
 
 # Operators that give a tensor of the size of their first operand, and take long to find that out.
 _NORMS = frozenset(
@@ -45,7 +45,7 @@ def second_capture(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Gra
 
     Args:
         first: the capture; only read. Its batch may have been made free.
-        model: the model, in the mode to capture, with outputs as `plain_outputs` makes them.
+        model: the model, in the mode to capture, with outputs as `drop_opaque_outputs` makes them.
         inputs: inputs of any batch. Their values are not read.
 
     Returns:
@@ -76,7 +76,7 @@ def names_read(model: nn.Module, inputs: ExampleInputs) -> set[str] | None:
     return {name for name, tensor in run.state.items() if id(tensor) in read}
 
 
-def run_without_values(model: nn.Module, inputs: ExampleInputs) -> bool:
+def can_run_without_values(model: nn.Module, inputs: ExampleInputs) -> bool:
     """Whether a model can be run on tensors of the shapes of some inputs, without values."""
     try:
         _recorded(model, inputs)
@@ -134,7 +134,7 @@ def _recorded(model: nn.Module, inputs: ExampleInputs) -> _Recorded:
     args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (inputs.args, inputs.kwargs))
     leaves = pytree.tree_leaves((args, kwargs))
     recorder = _Recorder()
-    with kept_state(model), mode, as_if_exporting(), _plain_kernels(), recorder, MaskedAssignments():
+    with preserve_state(model), mode, set_exporting_flag(), _plain_kernels(), recorder, MaskedAssignments():
         output = torch.func.functional_call(model, dict(state), args, kwargs)  # which writes to the dict
     return _Recorded(state, leaves, recorder.calls, output)
 

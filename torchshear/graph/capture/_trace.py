@@ -18,32 +18,32 @@ from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import CaptureError, first_line
-from torchshear.graph._contract import plain_outputs
+from torchshear.graph._contract import drop_opaque_outputs
 from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._parts import PartRun, is_inside, parts_of, whole_of
+from torchshear.graph._parts import PartRun, is_in_parts, model_parts, whole_model
 from torchshear.graph.capture._backwards import with_own_backwards
 from torchshear.graph.capture._branches import MaskedAssignments, RefusedBranches
 from torchshear.graph.capture._check import agrees, differs_in_training
 from torchshear.graph.capture._clean_copy import clean_copy
 from torchshear.graph.capture._dynamic_batch import free_batch, hides_batch, probe_prime, second_batch
 from torchshear.graph.capture._functions import SeenCall, function_calls, watched_functions
-from torchshear.graph.capture._mask_sizes import settle_sizes
+from torchshear.graph.capture._mask_sizes import resolve_mask_sizes
 from torchshear.graph.capture._part_advice import advise_parts
 from torchshear.graph.capture._recording import record_parts
 from torchshear.graph.capture._replay import names_read, second_capture
-from torchshear.graph.model._alone import alone
-from torchshear.graph.model._caches import caches_of, forget
+from torchshear.graph.model._alone import run_exclusively
+from torchshear.graph.model._caches import clear_caches, find_caches
 from torchshear.graph.model._checks import check_model
 from torchshear.graph.model._meta import buffers_on_meta, is_on_meta
 from torchshear.graph.model._mode import Mode, in_mode
-from torchshear.graph.model._preserve import kept_state
+from torchshear.graph.model._preserve import preserve_state
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator, or torchvision would be taken for torch
 _HERE = f"{Path(__file__).parents[1]}{os.sep}"
 
 
-@alone()
+@run_exclusively()
 def trace(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -109,7 +109,7 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
         CaptureError: torch.export cannot capture the model.
     """
     graph = capture_in_mode(model, inputs, "eval")
-    own = {name for name, entry in graph.state.items() if entry.tensor.ndim and is_inside(name, graph.parts)}
+    own = {name for name, entry in graph.state.items() if entry.tensor.ndim and is_in_parts(name, graph.parts)}
     other_outputs = differs_in_training(graph, model)
     unread = own - _reads(graph)
     if not other_outputs and not (unread and _may_read_in_training(model, inputs, unread)):
@@ -125,10 +125,10 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
 
 def _may_read_in_training(model: nn.Module, inputs: ExampleInputs, names: set[str]) -> bool:
     """Whether any of some parameters and buffers is read in train mode, as one run or capture tells."""
-    given = inputs.unfilled(second_batch(inputs)) if inputs.batch_size() else inputs.copy()
+    given = inputs.without_values(second_batch(inputs)) if inputs.batch_size() else inputs.copy()
     try:
-        with in_mode(model, "train"), plain_outputs(model), _without_traces():
-            forget(model, caches_of(model, inputs))
+        with in_mode(model, "train"), drop_opaque_outputs(model), _without_traces():
+            clear_caches(model, find_caches(model, inputs))
             read = names_read(model, given)
             if read is None:
                 read = _reads(_to_graph(*_export(model, given), model, inputs, "train", None))
@@ -144,7 +144,7 @@ def _training_graph(model: nn.Module, inputs: ExampleInputs, graph: Graph) -> Gr
     except CaptureError:
         try:
             with RefusedBranches():
-                return replace(capture_in_mode(model, inputs, "train"), is_assumed=True)
+                return replace(capture_in_mode(model, inputs, "train"), has_assumed_branches=True)
         except CaptureError:
             return None
 
@@ -168,9 +168,9 @@ def capture_in_mode(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: 
         CaptureError: torch.export cannot capture the model.
     """
     check_model(model)
-    caches = caches_of(model, inputs)
-    with in_mode(model, mode), plain_outputs(model) as dropped:
-        forget(model, caches)
+    caches = find_caches(model, inputs)
+    with in_mode(model, mode), drop_opaque_outputs(model) as dropped:
+        clear_caches(model, caches)
         graph = _free_batch_graph(model, inputs, mode, other) or _static_graph(model, inputs, mode)
         graph = with_own_backwards(graph)
     if dropped and not any(node.all_input_nodes for node in graph if node.op == "output"):
@@ -178,7 +178,7 @@ def capture_in_mode(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: 
             f"{type(model).__name__} returns no tensor that torch can see: {', '.join(dropped)}. Expected tensors, or "
             f"tuples, lists, dicts or dataclasses of them; register other containers with torch.utils._pytree."
         )
-    return replace(graph, left_out=tuple(dropped))
+    return replace(graph, omitted_outputs=tuple(dropped))
 
 
 def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_other_mode: Graph | None) -> Graph | None:
@@ -192,7 +192,7 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_ot
         graph = _freed(first, other)
         prime = probe_prime(model, inputs, other)
         if graph is not None and hides_batch(graph) and prime is not None:
-            first = _to_graph(*_export(model, inputs.unfilled(prime)), model, inputs, mode, prime)
+            first = _to_graph(*_export(model, inputs.without_values(prime)), model, inputs, mode, prime)
             graph = _freed(first, other)
     except Exception:  # any failure here only means that another batch does not suit the model
         return None
@@ -201,7 +201,7 @@ def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_ot
 
 def _at_first_batch(model: nn.Module, inputs: ExampleInputs, mode: Mode, prime: int, other: Graph | None) -> Graph:
     """The capture at the first batch, from torch.export, or from a run that is held against that in the other mode."""
-    given = inputs.unfilled(prime)
+    given = inputs.without_values(prime)
     found = second_capture(other, model, given) if other is not None and not _counts_batches(model) else None
     if found is None:
         return _to_graph(*_export(model, given), model, inputs, mode, prime)
@@ -216,7 +216,7 @@ def _counts_batches(model: nn.Module) -> bool:
 
 def _at_second_batch(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph:
     """The capture at another batch, from a run that is held against the first or from torch.export."""
-    given = inputs.unfilled(second_batch(inputs))
+    given = inputs.without_values(second_batch(inputs))
     found = second_capture(first, model, given)
     if found is not None:
         return found
@@ -257,7 +257,7 @@ def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, l
     The Python code of the graphs that it makes on its way is not needed, and not compiled. What the model keeps of the
     run is put back, since its tensors have no values: another capture would take them for constants.
     """
-    with kept_state(model), _use_lazy_graph_module(True), MaskedAssignments(), watched_functions() as seen:
+    with preserve_state(model), _use_lazy_graph_module(True), MaskedAssignments(), watched_functions() as seen:
         if not is_on_meta(model):
             return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), seen
         inputs = inputs.map(lambda tensor: tensor.to("meta"))
@@ -280,7 +280,7 @@ def _to_graph(
             constant = program.constants[node.target].detach()
             node.target = _constant_name(model, str(node.target), mode)
             state[node.target] = StateTensor(node.target, "constant", constant, False)
-    settle_sizes(fx_graph, state)
+    resolve_mask_sizes(fx_graph, state)
     return Graph(
         fx_graph=fx_graph,
         state=types.MappingProxyType(state),
@@ -288,17 +288,17 @@ def _to_graph(
         inputs=inputs,
         in_spec=pytree.tree_structure((inputs.args, inputs.kwargs)),
         out_spec=program.call_spec.out_spec,
-        model_type=f"{type(whole_of(model)).__module__}.{type(whole_of(model)).__qualname__}",
+        model_type=f"{type(whole_model(model)).__module__}.{type(whole_model(model)).__qualname__}",
         mode=mode,
         batch_hint=batch_hint,
-        parts=parts_of(model),
+        parts=model_parts(model),
         functions=function_calls(fx_graph, seen),
     )
 
 
 def _constant_name(model: nn.Module, name: str, mode: Mode) -> str:
     """Name of a constant: the path of a tensor attribute, else torch.export's name, made another in each mode."""
-    owner: Any = whole_of(model)
+    owner: Any = whole_model(model)
     for part in name.split("."):
         owner = getattr(owner, part, None)
     return name if mode == "eval" or isinstance(owner, torch.Tensor) else f"{name}_in_training"
@@ -333,7 +333,7 @@ def _unsaved(model: nn.Module) -> set[str]:
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     """Name the part, the module and the user's line in which capture failed, and torch's first words on it."""
     part, module, line = _origin_of(model, error)
-    what = type(whole_of(model)).__name__
+    what = type(whole_model(model)).__name__
     where = f"module {module!r}" if module else what
     if isinstance(dict(model.named_modules()).get(module), ObserverBase):
         return CaptureError(

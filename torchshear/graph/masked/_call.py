@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.errors import ArgumentError
-from torchshear.graph._run import bound_arguments
+from torchshear.graph._run import arguments_by_name
 
 Kept = Mapping[int, Tensor]  # dimension -> bool mask over its positions, for dimensions that lose some
 
@@ -32,15 +32,15 @@ class MaskedCall:
         self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], kept: Callable[[fx.Node], Kept]
     ) -> None:
         self.node = node
-        self._values = bound_arguments(node.target, args, kwargs)
-        self._nodes = bound_arguments(node.target, node.args, node.kwargs)
+        self._values = arguments_by_name(node.target, args, kwargs)
+        self._nodes = arguments_by_name(node.target, node.args, node.kwargs)
         self._kept = kept
 
     def arg(self, name: str) -> Any:
         """Value of an argument by its name in the operator's schema; operands are of full size."""
         return self._values.get(name)
 
-    def kept(self, name: str) -> Kept:
+    def kept_masks(self, name: str) -> Kept:
         """Masks of the kept positions of an operand, for each dimension that loses some."""
         node = self._nodes.get(name)
         return self._kept(node) if isinstance(node, fx.Node) else {}
@@ -51,15 +51,15 @@ class MaskedCall:
         some = [given] if isinstance(given, int) else list(given) if given else range(rank)
         return [int(dim) % rank for dim in some]
 
-    def restricted(self, name: str, dims: Iterable[int] | None = None) -> Tensor:
+    def select_kept(self, name: str, dims: Iterable[int] | None = None) -> Tensor:
         """The operand at the kept positions of some dimensions; of all if none are named."""
         value: Tensor = self.arg(name)
-        for dim, mask in self.kept(name).items():
+        for dim, mask in self.kept_masks(name).items():
             if dims is None or dim in dims:
                 value = value.index_select(dim, mask.nonzero().flatten())
         return value
 
-    def filled(self, name: str, dims: Iterable[int], number: int | None = None, *, value: float = 0) -> Tensor:
+    def fill_cut(self, name: str, dims: Iterable[int], number: int | None = None, *, value: float = 0) -> Tensor:
         """The operand with a number at the cut positions of some dimensions.
 
         Args:
@@ -76,18 +76,18 @@ class MaskedCall:
                 operand = operand.masked_fill(_along(~mask, dim, operand.ndim), value)
         return operand
 
-    def without_cut(self, value: Tensor, name: str, dims: Iterable[int]) -> Tensor:
+    def zero_cut(self, value: Tensor, name: str, dims: Iterable[int]) -> Tensor:
         """A value of the operand's size with zeros at what is cut of some dimensions of the operand."""
-        for dim, mask in self.kept(name).items():
+        for dim, mask in self.kept_masks(name).items():
             if dim in dims:
                 value = value.masked_fill(_along(~mask, dim, value.ndim), 0)
         return value
 
-    def put_back(self, value: Tensor, name: str, dims: Iterable[int] | None = None) -> Tensor:
-        """The reverse of `restricted`: positions of a value back where they were in the operand, among zeros."""
-        for dim, mask in self.kept(name).items():
+    def scatter_kept(self, value: Tensor, name: str, dims: Iterable[int] | None = None) -> Tensor:
+        """The reverse of `select_kept`: positions of a value back where they were in the operand, among zeros."""
+        for dim, mask in self.kept_masks(name).items():
             if dims is None or dim in dims:
-                value = among_zeros(value, mask, dim)
+                value = scatter_into_zeros(value, mask, dim)
         return value
 
     def run(self, /, **replaced: Any) -> Any:
@@ -142,7 +142,7 @@ def forget_masked_form(name: str) -> None:
     _EXACT.discard(name)
 
 
-def among_zeros(value: Tensor, mask: Tensor, dim: int) -> Tensor:
+def scatter_into_zeros(value: Tensor, mask: Tensor, dim: int) -> Tensor:
     """Put the positions of a value along a dimension where a mask is true, and zeros elsewhere.
 
     Args:

@@ -38,12 +38,12 @@ _CONTRACTED: dict[str, dict[str, tuple[int, ...]]] = {
 def _product(call: MaskedCall) -> Any:
     """A term of a sum of products is gone if one of its factors is zero."""
     name = str(call.node.target).rpartition(".")[0]
-    return call.run(**{operand: call.filled(operand, dims) for operand, dims in _CONTRACTED[name].items()})
+    return call.run(**{operand: call.fill_cut(operand, dims) for operand, dims in _CONTRACTED[name].items()})
 
 
 @masked_operator("aten.tensordot", zeros_are_exact=True)
 def _tensordot(call: MaskedCall) -> Any:
-    return call.run(self=call.filled("self", call.arg("dims_self")))
+    return call.run(self=call.fill_cut("self", call.arg("dims_self")))
 
 
 @masked_operator("aten.linalg_multi_dot", "aten.chain_matmul", zeros_are_exact=True)
@@ -51,7 +51,7 @@ def _chain(call: MaskedCall) -> Any:
     """A product of matrices: each is summed over with the one before it, a vector in front with the one behind it."""
     name = "tensors" if call.arg("matrices") is None else "matrices"
     return call.run(
-        **{name: [call.filled(name, [-1], i) for i in range(len(call.arg(name)) - 1)] + call.arg(name)[-1:]}
+        **{name: [call.fill_cut(name, [-1], i) for i in range(len(call.arg(name)) - 1)] + call.arg(name)[-1:]}
     )
 
 
@@ -68,7 +68,7 @@ def _einsum(call: MaskedCall) -> Any:
         before, dots, after = term.partition("...")
         places = [(letter, dim) for dim, letter in enumerate(before)]
         places += [(letter, dim - len(after)) for dim, letter in enumerate(after)] if dots else []
-        tensors.append(call.filled("tensors", [dim for letter, dim in places if letter not in output], number))
+        tensors.append(call.fill_cut("tensors", [dim for letter, dim in places if letter not in output], number))
     return call.run(tensors=tensors)
 
 
@@ -118,7 +118,7 @@ def _by_position(call: MaskedCall) -> Any:
     "aten.aminmax",
 )
 def _reduction(call: MaskedCall) -> Any:
-    return call.run(self=call.restricted("self", call.dims("dim", "self")))
+    return call.run(self=call.select_kept("self", call.dims("dim", "self")))
 
 
 @masked_operator(
@@ -134,8 +134,8 @@ def _reduction(call: MaskedCall) -> Any:
 def _with_positions(call: MaskedCall) -> Any:
     """Some kept positions, by their numbers in the full row."""
     dims = call.dims("dim", "self")
-    found = call.run(self=call.restricted("self", dims))
-    mask = call.kept("self").get(dims[0]) if len(dims) == 1 else None
+    found = call.run(self=call.select_kept("self", dims))
+    mask = call.kept_masks("self").get(dims[0]) if len(dims) == 1 else None
     if mask is None or (isinstance(found, Tensor) and found.is_floating_point()):
         return found
     numbers = mask.nonzero().flatten()
@@ -150,7 +150,7 @@ def _with_positions(call: MaskedCall) -> Any:
 )
 def _along_one(call: MaskedCall) -> Any:
     dims = call.dims("dim", "self")
-    return call.put_back(call.run(self=call.restricted("self", dims)), "self", dims)
+    return call.scatter_kept(call.run(self=call.select_kept("self", dims)), "self", dims)
 
 
 # What adds nothing to a running product or extreme, which then stands still at cut positions.
@@ -165,16 +165,16 @@ _NEUTRAL = {
 @masked_operator(*_NEUTRAL)
 def _running(call: MaskedCall) -> Any:
     dims = call.dims("dim", "self")
-    found = call.run(self=call.filled("self", dims, value=_NEUTRAL[str(call.node.target).rpartition(".")[0]]))
-    mask = call.kept("self").get(dims[0])
+    found = call.run(self=call.fill_cut("self", dims, value=_NEUTRAL[str(call.node.target).rpartition(".")[0]]))
+    mask = call.kept_masks("self").get(dims[0])
     if mask is None or isinstance(found, Tensor):
-        return found if mask is None else call.without_cut(found, "self", dims)
-    return call.without_cut(found[0], "self", dims), found[1]
+        return found if mask is None else call.zero_cut(found, "self", dims)
+    return call.zero_cut(found[0], "self", dims), found[1]
 
 
 @masked_operator("aten.cumsum", zeros_are_exact=True)
 def _running_sum(call: MaskedCall) -> Any:
-    return call.run(self=call.filled("self", call.dims("dim", "self")))
+    return call.run(self=call.fill_cut("self", call.dims("dim", "self")))
 
 
 @masked_operator("aten.cosine_similarity", "aten.linalg_vecdot", "aten.pairwise_distance", "aten.cdist")
@@ -185,24 +185,24 @@ def _comparison(call: MaskedCall) -> Any:
     rank = max(call.arg(name).ndim for name in names)
     places = {name: call.arg(name).ndim + (dim - rank if dim >= 0 else dim) for name in names}
     whole = [torch.ones(call.arg(name).shape[place], dtype=torch.bool) for name, place in places.items()]
-    masks = [call.kept(n).get(place, all_).cpu() for (n, place), all_ in zip(places.items(), whole, strict=True)]
+    masks = [call.kept_masks(n).get(place, all_).cpu() for (n, place), all_ in zip(places.items(), whole, strict=True)]
     if min(map(len, masks)) > 1 and not masks[0].equal(masks[1]):  # a single position is compared with all
         raise VerificationError(
             f"{call.node.name!r} compares two operands that are cut at different positions, {locate(call.node)}: the "
             f"rule of the operator forgets to tie them."
         )
-    return call.run(**{name: call.restricted(name, [place]) for name, place in places.items()})
+    return call.run(**{name: call.select_kept(name, [place]) for name, place in places.items()})
 
 
 @masked_operator("aten.layer_norm", "aten.rms_norm")
 def _over_last(call: MaskedCall) -> Tensor:
     x: Tensor = call.arg("input")
     dims = list(range(x.ndim - len(call.arg("normalized_shape")), x.ndim))
-    kept = call.restricted("input", dims)
+    kept = call.select_kept("input", dims)
     if "layer_norm" in str(call.node.target):
         kept = kept - kept.mean(dims, keepdim=True)
     eps = torch.finfo(x.dtype).eps if call.arg("eps") is None else call.arg("eps")
-    result = call.put_back(kept * (kept.square().mean(dims, keepdim=True) + eps).rsqrt(), "input", dims)
+    result = call.scatter_kept(kept * (kept.square().mean(dims, keepdim=True) + eps).rsqrt(), "input", dims)
     return _scaled(result, call.arg("weight"), call.arg("bias"))
 
 
@@ -214,7 +214,7 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 @masked_operator("aten.group_norm")
 def _over_groups(call: MaskedCall) -> Tensor:
     x, n_groups = call.arg("input"), int(call.arg("num_groups"))
-    kept = call.kept("input")
+    kept = call.kept_masks("input")
     mask = x.new_ones(x.shape[1]) if 1 not in kept else kept[1].to(x.dtype)
     mask = mask.reshape(1, n_groups, -1, 1)
     rows = x.reshape(x.shape[0], n_groups, x.shape[1] // n_groups, -1)
@@ -232,33 +232,33 @@ def _per_channel(call: MaskedCall) -> Tensor:
     x: Tensor = call.arg("input")
     first = 0 if "batch_norm" in str(call.node.target) else 2
     dims = [dim for dim in range(first, x.ndim) if dim != 1]
-    kept = call.restricted("input", dims)
+    kept = call.select_kept("input", dims)
     kept = kept - kept.mean(dims, keepdim=True)
     normal = kept * (kept.square().mean(dims, keepdim=True) + call.arg("eps")).rsqrt()
-    result = call.put_back(normal, "input", dims).movedim(1, -1)
+    result = call.scatter_kept(normal, "input", dims).movedim(1, -1)
     return _scaled(result, call.arg("weight"), call.arg("bias")).movedim(-1, 1)
 
 
 @masked_operator("aten._weight_norm")
 def _weight_norm(call: MaskedCall) -> Tensor:
-    v, g = call.restricted("v"), call.arg("g")
+    v, g = call.select_kept("v"), call.arg("g")
     dim = int(call.arg("dim")) % v.ndim
-    if dim in call.kept("v"):
-        g = g.index_select(dim, call.kept("v")[dim].nonzero().flatten())
+    if dim in call.kept_masks("v"):
+        g = g.index_select(dim, call.kept_masks("v")[dim].nonzero().flatten())
     others = [i for i in range(v.ndim) if i != dim]
-    return call.put_back(v * g / v.square().sum(others, keepdim=True).sqrt(), "v")
+    return call.scatter_kept(v * g / v.square().sum(others, keepdim=True).sqrt(), "v")
 
 
 @masked_operator("aten.renorm")
 def _renorm(call: MaskedCall) -> Tensor:
-    return call.put_back(call.run(self=call.restricted("self")), "self")
+    return call.scatter_kept(call.run(self=call.select_kept("self")), "self")
 
 
 @masked_operator("aten.scaled_dot_product_attention")
 def _attention(call: MaskedCall) -> Tensor:
     """Softmax over the kept keys of q k^T * scale, times v; the scale is that of all features."""
     full_width = call.arg("query").shape[-1]
-    q, k, v = call.filled("query", [-1]), call.filled("key", [-1]), call.arg("value")
+    q, k, v = call.fill_cut("query", [-1]), call.fill_cut("key", [-1]), call.arg("value")
     if call.arg("enable_gqa"):
         k, v = (one.repeat_interleave(q.shape[-3] // one.shape[-3], -3) for one in (k, v))
     scale = 1 / sqrt(full_width) if call.arg("scale") is None else call.arg("scale")
@@ -266,7 +266,7 @@ def _attention(call: MaskedCall) -> Tensor:
     hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=q.device)
     if call.arg("is_causal"):
         hidden = torch.ones_like(hidden).triu(1)
-    gone = call.kept("key").get(call.arg("key").ndim - 2)
+    gone = call.kept_masks("key").get(call.arg("key").ndim - 2)
     hidden = hidden if gone is None else hidden | ~gone
     mask = call.arg("attn_mask")
     if mask is not None:

@@ -10,7 +10,7 @@ _LOCK = threading.RLock()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def run_exclusively() -> Iterator[None]:
     """Wait for calls under way in other threads, and have further ones wait; also a decorator.
 
     While a model is captured or compared, settings of the whole process are changed for a while: torch's default dtype

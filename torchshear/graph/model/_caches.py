@@ -17,7 +17,7 @@ Cache = tuple[str, str]  # name of a module, and of the attribute: a dictionary,
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
-def caches_of(model: nn.Module, inputs: ExampleInputs) -> tuple[Cache, ...]:
+def find_caches(model: nn.Module, inputs: ExampleInputs) -> tuple[Cache, ...]:
     """What is a cache: a dictionary or an attribute that, emptied, holds after a run in eval mode what it held before.
 
     Such tensors follow the parameters, as an attention bias picked from its table does, or the inputs, as a table of
@@ -62,7 +62,7 @@ def _after_run(
     """What some caches hold after a run in eval mode that begins with others emptied; nothing if it fails."""
     modules, own = dict(model.named_modules()), inputs.copy()
     with in_mode(model, "eval"), torch.no_grad():
-        forget(model, emptied)
+        clear_caches(model, emptied)
         try:
             model(*own.args, **own.kwargs)
         except Exception:  # a forward that needs what one of them held may raise anything
@@ -115,7 +115,7 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else dict(value) if isinstance(value, dict) else value
 
 
-def forget(model: nn.Module, caches: Iterable[Cache]) -> None:
+def clear_caches(model: nn.Module, caches: Iterable[Cache]) -> None:
     """Empty caches, by name: a dictionary holds nothing then, a buffer has no elements, another attribute is None.
 
     (A buffer that is None when torch.export comes to it is left with a tensor of its own.)

@@ -38,7 +38,7 @@ def check_module(model: object) -> None:
     check_kind("model", model, nn.Module, "a torch.nn.Module instance")
 
 
-def check_sized(name: str, tensor: Tensor) -> None:
+def check_has_shape(name: str, tensor: Tensor) -> None:
     """Raise ArgumentError for a parameter or buffer whose shape is found when its module first runs."""
     if is_lazy(tensor):
         raise ArgumentError(f"{name!r} is lazy and has no shape yet; run the model once on example inputs.")
@@ -52,7 +52,7 @@ def unusual(tensor: Tensor) -> str:
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
-    check_sized(name, tensor)
+    check_has_shape(name, tensor)
     if unusual(tensor):
         raise ArgumentError(
             f"{name!r} is {unusual(tensor)}, with which few operators compute. Expected dense tensors of 16 bits or "

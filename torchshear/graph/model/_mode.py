@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from torchshear.graph.model._alone import alone
-from torchshear.graph.model._preserve import kept_state
-from torchshear.graph.model._quiet import quiet_torch
+from torchshear.graph.model._alone import run_exclusively
+from torchshear.graph.model._preserve import preserve_state
+from torchshear.graph.model._quiet import silence_torch
 
 Mode = Literal["eval", "train"]
 
@@ -22,9 +22,9 @@ _ASK_ALWAYS = (nn.Module.__call__.__code__.co_filename, str(Path(torch.__file__)
 
 @contextmanager
 def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
-    """Put the model into a mode; afterwards its state (see `kept_state`) and the RNG are what they were."""
+    """Put the model into a mode; afterwards its state (see `preserve_state`) and the RNG are what they were."""
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with alone(), kept_state(model), torch.random.fork_rng(devices=devices), quiet_torch():
+    with run_exclusively(), preserve_state(model), torch.random.fork_rng(devices=devices), silence_torch():
         flags = [(module, module.training) for module in model.modules()]
         try:
             warnings.simplefilter("ignore")  # the model's own warnings come when it is run
@@ -40,7 +40,7 @@ def in_mode(model: nn.Module, mode: Mode) -> Iterator[None]:
 
 
 @contextmanager
-def as_if_exporting() -> Iterator[None]:
+def set_exporting_flag() -> Iterator[None]:
     """Have `torch.compiler.is_exporting()` say yes, so that code takes the branches that a capture takes."""
     with _flags_of_compiler(True):
         yield
@@ -49,7 +49,7 @@ def as_if_exporting() -> Iterator[None]:
 @contextmanager
 def _flags_of_compiler(value: Any) -> Iterator[None]:
     flags = ("_is_compiling_flag", "_is_exporting_flag")
-    with alone():
+    with run_exclusively():
         before = {name: getattr(torch.compiler, name) for name in flags if hasattr(torch.compiler, name)}
         try:
             for name in before:
@@ -74,7 +74,7 @@ class _Question:
 
 
 @contextmanager
-def noting_questions(askers: list[str]) -> Iterator[None]:
+def record_export_queries(askers: list[str]) -> Iterator[None]:
     """Note who asks `torch.compiler` whether it is compiling or exporting, and answer no.
 
     Args:

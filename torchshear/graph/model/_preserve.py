@@ -18,7 +18,7 @@ _PLAIN = frozenset({type(None), bool, int, float, str, tuple, nn.Parameter})  # 
 
 
 @contextmanager
-def kept_state(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Put back, afterwards, the attributes, buffers and hooks of a model's modules, and what they hold.
 
     That are counters, averages and caches, whether a run assigns them or writes to them: values of buffers and of other

@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr
 from threading import get_ident
 from typing import Final, TextIO
 
-from torchshear.graph.model._alone import alone
+from torchshear.graph.model._alone import run_exclusively
 
 _NOISY_LOGGERS: Final = ("torch", "torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir")
 _TRIED = "torch._subclasses.fake_tensor"  # tells of sizes that do not fit as errors, which is what is tried out
@@ -35,11 +35,11 @@ class _Silenced(io.TextIOBase):
 
 
 @contextmanager
-def quiet_torch() -> Iterator[None]:
+def silence_torch() -> Iterator[None]:
     """Silence the exporter's messages, its dumps of failed graphs and warnings about its own code, not the model's."""
     loggers = [logging.getLogger(name) for name in (*_NOISY_LOGGERS, _TRIED)]
     levels = [one.level for one in loggers]
-    with alone(), warnings.catch_warnings(), redirect_stderr(_Silenced(sys.stderr)):
+    with run_exclusively(), warnings.catch_warnings(), redirect_stderr(_Silenced(sys.stderr)):
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|onnx|onnxscript|onnx_ir)(\.|$)")
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)

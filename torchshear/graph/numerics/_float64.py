@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph.model._alone import alone
+from torchshear.graph.model._alone import run_exclusively
 from torchshear.graph.numerics._dispatch import LeanDispatchMode
 
 _WIDER = {
@@ -180,7 +180,7 @@ def _is_view(func: Any) -> bool:
 
 
 @contextmanager
-def computing_in(dtype: torch.dtype) -> Iterator[None]:
+def compute_in(dtype: torch.dtype) -> Iterator[None]:
     """In float64, compute everything in float64, whatever casts the code has; in another dtype, leave it as it is.
 
     Language models compute norms, softmax and rotary tables in float32 whatever their weights are; without this, two
@@ -189,7 +189,7 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
     if dtype is not torch.float64:
         yield
         return
-    with alone():
+    with run_exclusively():
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:

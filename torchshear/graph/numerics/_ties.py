@@ -28,7 +28,7 @@ _ORDERING: Final = frozenset(
 _OF_ONE_RESULT: Final = (_aten.argmax.default, _aten.argmin.default)
 
 
-class Choices:
+class TieBreaker:
     """The positions that top-k, sort, argmax and the like chose in one run, in the order of the calls.
 
     Two runs of one network that round differently may choose differently among values that are equal up to rounding,
@@ -37,24 +37,24 @@ class Choices:
     that it would choose itself, in the same order, up to a tolerance. A difference that is no tie is never hidden.
 
     Attributes:
-        n_followed: how many choices the last block of `followed` took over from the run that was kept.
+        n_replayed: how many choices the last block of `replay` took over from the run that was kept.
 
     Example:
-        >>> choices, x = Choices(), torch.tensor([1.0, 3.0, 3.0])
-        >>> with choices.kept():
+        >>> choices, x = TieBreaker(), torch.tensor([1.0, 3.0, 3.0])
+        >>> with choices.record():
         ...     kept = (x + torch.tensor([0.0, 0.0, 1e-12]).double()).argmax()
-        >>> with choices.followed(tolerance=1e-9):
+        >>> with choices.replay(tolerance=1e-9):
         ...     followed = (x + torch.tensor([0.0, 1e-12, 0.0]).double()).argmax()
-        >>> int(kept), int(followed), choices.n_followed
+        >>> int(kept), int(followed), choices.n_replayed
         (2, 2, 1)
     """
 
     def __init__(self) -> None:
-        self.n_followed = 0
+        self.n_replayed = 0
         self._made: list[tuple[Any, tuple[int, ...], Tensor]] = []  # operator, shape of the operand, positions
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
+    def record(self) -> Iterator[None]:
         """Keep the choices of what runs in the block; those of an earlier run are dropped."""
         self._made.clear()
 
@@ -66,14 +66,14 @@ class Choices:
             yield
 
     @contextmanager
-    def followed(self, tolerance: float) -> Iterator[None]:
+    def replay(self, tolerance: float) -> Iterator[None]:
         """Have what runs in the block choose as the kept run did, wherever that is a tie.
 
         Args:
             tolerance: how far apart values may be that count as equal, relative to them and to their median.
         """
         waiting = list(self._made)
-        self.n_followed = 0
+        self.n_replayed = 0
 
         def follow(func: Any, operand: Tensor, dim: int | None, result: Any) -> Any:
             while waiting:  # a call that only one of the runs makes is passed over
@@ -95,7 +95,7 @@ class Choices:
         theirs = _values_at(operand, dim, positions)
         if not _are_tied(_values_at(operand, dim, own), theirs, tolerance):
             return result
-        self.n_followed += 1
+        self.n_replayed += 1
         return positions.clone() if func in _OF_ONE_RESULT else (theirs, positions.clone())
 
 

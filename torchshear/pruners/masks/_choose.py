@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchshear._arguments import check_kind, check_one_of, check_share
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import as_names, close_to
+from torchshear.graph import close_names, parse_names
 from torchshear.pruners.masks._candidates import Candidate, layer_candidate
 from torchshear.pruners.masks._heads import head_candidate, head_groups, is_default, weights_of_heads
 from torchshear.pruners.masks._layers import Layer, find_layers
@@ -193,13 +193,13 @@ def _ratios(names: Layers, ratio: float, known: Collection[str], default: list[s
     """
     given = dict.fromkeys(default, ratio) if names is None else names
     if not isinstance(given, Mapping):
-        given = dict.fromkeys(as_names("layers", given), ratio)
+        given = dict.fromkeys(parse_names("layers", given), ratio)
     for name, own in given.items():
         if name not in known:
             listed = ", ".join([*list(known)[:6], *(["..."] if len(known) > 6 else [])])
             raise ArgumentError(
                 f"layer {name!r} is not one that can be masked in this model; it has {listed or 'none'}."
-                f"{close_to(str(name), known)}"
+                f"{close_names(str(name), known)}"
             )
         check_share(f"ratio of layer {name!r}", own)
     if not given:
@@ -224,7 +224,7 @@ def _check_previous(previous: object, model: nn.Module) -> None:
             what = f"which has shape {shapes[name]}" if name in shapes else "which is no parameter of this model"
             raise MaskError(
                 f"the previous masks hold one of shape {tuple(mask.shape)} for {name!r}, {what}: they are of another "
-                f"model.{close_to(name, shapes) if name not in shapes else ''}"
+                f"model.{close_names(name, shapes) if name not in shapes else ''}"
             )
 
 

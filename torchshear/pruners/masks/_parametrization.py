@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from torchshear._arguments import check_one_of
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import check_module, close_to, outside_inference_mode
+from torchshear.graph import check_module, close_names, outside_inference_mode
 from torchshear.pruners.masks._masks import Masks
 
 Existing = Literal["multiply", "replace"]
@@ -152,7 +152,7 @@ def _parameter(places: dict[str, _Place], name: str, mask: Tensor) -> nn.Paramet
     if name not in places:
         raise MaskError(
             f"the masks name {name!r}, which is no parameter of this model; they are for another model or for another "
-            f"wrapper of it.{close_to(name, places)}"
+            f"wrapper of it.{close_names(name, places)}"
         )
     parameter = places[name].parameter
     if parameter is None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 from torchshear.pruners.masks._selection import ranks
 
 Reduce = Literal["mean", "sum", "max"]
@@ -224,7 +224,7 @@ def parse_pattern(text: object) -> Pattern:
         found = re.fullmatch(form, text) if isinstance(text, str) else None
         if found is not None:
             return make(*found.groups())
-    near = close_to(str(text), ("1x1", "4x1", "2:4", "channelx1", "1xchannel", HEADS))
+    near = close_names(str(text), ("1x1", "4x1", "2:4", "channelx1", "1xchannel", HEADS))
     raise ArgumentError(
         f"pattern={text!r}; expected 'NxM' as in '1x1' or '4x1', 'N:M' as in '2:4', 'channelx1', '1xchannel' or "
         f"'heads'.{near}"

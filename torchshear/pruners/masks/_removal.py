@@ -22,10 +22,10 @@ from torchshear.dependency import (
 )
 from torchshear.dependency._units import PAD
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import Graph, alone, close_to, output_leaves
-from torchshear.graph._computed import computed_value, is_of_state
+from torchshear.graph import Graph, close_names, output_leaves, run_exclusively
+from torchshear.graph._computed import compute_from_state, is_from_state
 from torchshear.graph._run import graph_output
-from torchshear.graph.numerics._float64 import computing_in
+from torchshear.graph.numerics._float64 import compute_in
 from torchshear.pruners.masks._masks import Masks
 from torchshear.pruners.masks._members import by_position, mask_of_units, unit_values
 
@@ -39,7 +39,7 @@ _N_PROBES: Final = 2  # random inputs, beside the example
 _TOLERANCE: Final = 1e-9  # of the largest output; what is proved is the sum of exact zeros
 
 
-@alone()
+@run_exclusively()
 def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> PruningPlan:
     """Plan the removal of units that masks have ended, so that the shrunk model computes what the masked one does.
 
@@ -108,7 +108,7 @@ class _State:
     def of(cls, groups: ChannelGroups, tensors: Tensors) -> "_State":
         """The tensors of an analysed network with the weights that it computes of them."""
         nodes = computed_weights(groups)
-        weights = {name: computed_value(found[0], tensors.__getitem__) for name, found in nodes.items()}
+        weights = {name: compute_from_state(found[0], tensors.__getitem__) for name, found in nodes.items()}
         computed = {node.name: name for name, found in nodes.items() for node in found}
         return cls(tensors, {**tensors, **weights}, computed)
 
@@ -128,7 +128,7 @@ def _masked_tensors(graph: Graph, masks: Masks | None) -> dict[str, Tensor]:
             what = (
                 f"shape {tuple(mask.shape)}, not {tuple(state[name].shape)}" if name in state else "no such parameter"
             )
-            raise MaskError(f"the mask of {given!r} is for another model: {what}.{close_to(given, graph.aliases)}")
+            raise MaskError(f"the mask of {given!r} is for another model: {what}.{close_names(given, graph.aliases)}")
         state[name] = torch.where(mask.to(state[name].device), state[name], 0)
     return state
 
@@ -142,7 +142,7 @@ def _mixed(groups: ChannelGroups) -> set[str]:
     with_computed = {
         node.name
         for node in groups.graph
-        if not is_of_state(node) and any(is_of_state(n) and n.op != "get_attr" for n in node.all_input_nodes)
+        if not is_from_state(node) and any(is_from_state(n) and n.op != "get_attr" for n in node.all_input_nodes)
     }
     products = with_computed & facts.uses.contractions.keys()
     rows = [store.resolve(a.units) for name, axes in facts.mixed.items() if name not in products for a in axes]
@@ -181,7 +181,7 @@ def _balanced(group: ChannelGroup, ended: Bools) -> Bools:
 def _is_same(groups: ChannelGroups, state: _State, goes: Mapping[str, Bools], unread: Mapping[str, Bools]) -> bool:
     """Whether outputs stay when units are zeroed, and when those that nobody reads are drawn anew."""
     graph = groups.graph
-    if graph.is_assumed:
+    if graph.has_assumed_branches:
         return False
     zeroed, drawn = dict(state.weights), dict(state.weights)
     generator = torch.Generator().manual_seed(0)
@@ -242,7 +242,7 @@ def _run(graph: Graph, state: _State, weights: Tensors, leaves: list[Any], dtype
     def replaced(node: fx.Node, value: Any) -> Any:
         return weights[state.computed[node.name]] if node.name in state.computed else value
 
-    with torch.no_grad(), torch.random.fork_rng(devices), computing_in(dtype):
+    with torch.no_grad(), torch.random.fork_rng(devices), compute_in(dtype):
         torch.manual_seed(0)  # what is drawn at random inside the model is drawn alike
         copied = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return output_leaves(graph_output(graph.fx_graph, stored, copied, replaced))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 from torchshear.pruners.masks._layers import Layer, dense_values
 
 WeightScore = Callable[[str, Tensor], Tensor]
@@ -53,7 +53,7 @@ def find_scorer(score: Score, layers: list[Layer]) -> Scorer:
         if score not in _NAMED:
             raise ArgumentError(
                 f"score={score!r}; expected one of {', '.join(_NAMED)}, a mapping from layers to tensors, or a "
-                f"function.{close_to(score, _NAMED)}"
+                f"function.{close_names(score, _NAMED)}"
             )
         if score in _OF_GRADIENTS and all(layer.tensor.grad is None for layer in layers):
             raise ArgumentError(
@@ -74,7 +74,7 @@ def _looked_up(scores: Mapping[str, Tensor], layer: Layer) -> Tensor:
     if layer.name not in scores:
         raise ArgumentError(
             f"the scores hold nothing for layer {layer.name!r}; expected a tensor of shape "
-            f"{tuple(layer.tensor.shape)} for every layer that is masked.{close_to(layer.name, scores)}"
+            f"{tuple(layer.tensor.shape)} for every layer that is masked.{close_names(layer.name, scores)}"
         )
     return scores[layer.name]
 

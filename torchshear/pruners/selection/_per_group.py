@@ -7,7 +7,7 @@ from typing import Final
 from torchshear._arguments import is_share, shown
 from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.graph import as_names, close_to, matches
+from torchshear.graph import close_names, matches, parse_names
 
 _WEIGHTS: Final = frozenset({"weight", "weight_orig", "weight_v"})  # the latter of hooks of `torch.nn.utils`
 
@@ -84,7 +84,7 @@ class Keyed:
         self._ratios = dict(ratios)
         if not self._ratios:
             raise ArgumentError(f"{what} is an empty mapping; expected ratios by role, name pattern or group.")
-        as_names(f"keys of {what}", self._ratios)
+        parse_names(f"keys of {what}", self._ratios)
         for key, ratio in self._ratios.items():
             check_ratio(f"{what}[{key!r}]", ratio)
         names = {group.name for group in groups}
@@ -163,7 +163,7 @@ class Keyed:
                 return f"what it names makes no channel group; {fixed.name}[{fixed.dim}] is fixed: {fixed.reason}."
         if any(matches(key, alias) for aliases in self._aliases.values() for alias in aliases):
             return "what it names makes no channel group."
-        close = close_to(key, [*ROLES, *known_names(self._groups), *(group.name for group in self._groups)])
+        close = close_names(key, [*ROLES, *known_names(self._groups), *(group.name for group in self._groups)])
         return f"it is no channel group and no role, and fits no parameter or module.{close}"
 
     def _fits(self, key: str, group: ChannelGroup) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from torchshear._arguments import MOST, is_whole
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_to
+from torchshear.graph import close_names
 from torchshear.pruners.criteria import Criterion
 from torchshear.pruners.selection._per_group import Ratio, check_ratio
 from torchshear.pruners.selection._scoring import COMBINE
@@ -52,7 +52,9 @@ class Request:
         for name, words in (("scope", SCOPES), ("combine", COMBINE), ("normalize", NORMALIZE)):
             word = getattr(self, name)
             if not isinstance(word, str) or word not in words:
-                raise ArgumentError(f"{name}={word!r}; expected one of {', '.join(words)}.{close_to(str(word), words)}")
+                raise ArgumentError(
+                    f"{name}={word!r}; expected one of {', '.join(words)}.{close_names(str(word), words)}"
+                )
         if not is_whole(self.min_width) or not 1 <= self.min_width <= MOST:
             raise ArgumentError(
                 f"min_width={self.min_width!r}; expected an integer of at least 1, the fewest channels to keep."

@@ -6,7 +6,7 @@ from typing import Final
 
 from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.graph import as_names, close_to, matches
+from torchshear.graph import close_names, matches, parse_names
 from torchshear.pruners.selection._factors import lesser_factors
 from torchshear.pruners.selection._per_group import (
     Keyed,
@@ -57,7 +57,7 @@ def choose_targets(
         ArgumentError: a ratio is outside [0, 1); a role, key or pattern is unknown, fits nothing, or decides nothing;
             two patterns ask different ratios of one group; nothing that can shrink is left.
     """
-    kept = _Kept(groups, _as_roles(groups, axes), as_names("exclude", exclude))
+    kept = _Kept(groups, _as_roles(groups, axes), parse_names("exclude", exclude))
     asked = Keyed(groups, "ratio", ratio) if isinstance(ratio, Mapping) else None
     if asked is None:
         check_ratio("ratio", ratio)
@@ -86,12 +86,12 @@ def _as_roles(groups: ChannelGroups, axes: str | Collection[str] | None) -> tupl
     """The roles that may shrink, narrower ones included, and as they were given."""
     if axes is None:
         return frozenset(ROLES), ()
-    names = as_names("axes", axes)
+    names = parse_names("axes", axes)
     if not names:
         raise ArgumentError(f"axes={axes!r} names no role, so nothing could shrink; leave it away to prune all.")
     for name in names:
         if name not in ROLES:
-            raise ArgumentError(f"axes: {name!r} is no role; {roles_here(groups)}{close_to(name, ROLES)}")
+            raise ArgumentError(f"axes: {name!r} is no role; {roles_here(groups)}{close_names(name, ROLES)}")
     allowed = frozenset(role for name in names for role in narrower(name))
     if not any(group.role in allowed for group in groups):
         raise ArgumentError(f"axes: no group has the role {' or '.join(map(repr, names))}; {roles_here(groups)}")
@@ -136,7 +136,7 @@ class _Kept:
 
 
 def _close(groups: ChannelGroups, word: str) -> str:
-    return close_to(word, [*known_names(groups), *(group.name for group in groups)])
+    return close_names(word, [*known_names(groups), *(group.name for group in groups)])
 
 
 def _check_something_left(groups: ChannelGroups, targets: Mapping[str, Target], axes: object, exclude: object) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.errors import ArgumentError, CheckpointError
-from torchshear.graph import check_module, check_sized, outside_inference_mode
+from torchshear.graph import check_has_shape, check_module, outside_inference_mode
 from torchshear.storage._checkpoint import Checkpoint, match_names, open_checkpoint
 
 _Slot = tuple[dict[str, Tensor | None], str]  # where a module keeps a tensor
@@ -31,7 +31,7 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
     """
     check_module(model)
     for name, parameter in model.named_parameters():
-        check_sized(name, parameter)
+        check_has_shape(name, parameter)
     checkpoint = open_checkpoint(source)
     tensors, slots, unsaved = _slots(model)
     lost = sorted(name for name in unsaved if tensors[name].is_meta and tensors[name].numel())

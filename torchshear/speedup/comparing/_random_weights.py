@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from torchshear.graph import Cache, forget
+from torchshear.graph import Cache, clear_caches
 
 _PERIOD = 65537  # a prime, so that no two rows of a matrix are the same
 
@@ -50,7 +50,7 @@ class SharedWeights:
                     fill(self.tensors[name], self._own[name], generator)
             self._seed = seed
         if model is not None and self._caches:
-            forget(model, self._caches)
+            clear_caches(model, self._caches)
 
 
 def _twin(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs, Graph, output_leaves
-from torchshear.graph._run import bound_arguments
+from torchshear.graph._run import arguments_by_name
 from torchshear.graph.capture._check import run_model
 from torchshear.graph.model._mode import in_mode
 
@@ -81,7 +81,7 @@ def _readers(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
 def _n_rows(reader: fx.Node, operand: fx.Node) -> int | None:
     """Rows of the table in which a call looks an operand up; None if it does something else."""
     name = str(reader.target).rpartition(".")[0]
-    given = bound_arguments(reader.target, reader.args, reader.kwargs)
+    given = arguments_by_name(reader.target, reader.args, reader.kwargs)
     if name in ("aten.embedding", "aten.embedding_bag") and given["indices"] is operand:
         return int(given["weight"].meta["val"].shape[0])
     if name == "aten.index" and operand in given["indices"]:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torchshear._arguments import check_kind
 from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import VerificationError, WeightError
-from torchshear.graph import ExampleInputs, PartRun, alone, is_on_meta, output_leaves, whole_of
+from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, run_exclusively, whole_model
 from torchshear.speedup._result import Shrunk
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.comparing._varied_inputs import random_like
@@ -32,7 +32,7 @@ from torchshear.speedup.verification._runs import (
 from torchshear.speedup.verification._state_cut import StateCut
 
 
-@alone()
+@run_exclusively()
 def fold_constants(
     model: nn.Module,
     shrunk: Shrunk,
@@ -83,7 +83,7 @@ def fold_constants(
         raise WeightError("the model is on the meta device: without values there are no constants to fold.")
     graph, cut, small = groups.graph, Cut(groups, plan.kept), shrunk.model
     if graph.parts is not None:
-        model, small = (PartRun(whole_of(one), graph.parts) for one in (model, small))
+        model, small = (PartRun(whole_model(one), graph.parts) for one in (model, small))
     trials = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
     dtype = _widest(small, trials[0])
     trials = [copy_inputs(trial, dtype) for trial in trials]
@@ -133,7 +133,7 @@ def _proved(
         VerificationError: it is too large.
     """
     candidate = copy_without_caches(small, trials[0], dtype)
-    _put(whole_of(candidate), exact)
+    _put(whole_model(candidate), exact)
     worst = 0.0
     for trial in trials:
         with equal_conditions(dtype):

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
-from torchshear.graph import Cache, ExampleInputs, Graph, as_if_exporting, copy_model, failure_of
+from torchshear.graph import Cache, ExampleInputs, Graph, copy_model, run_failure, set_exporting_flag
 from torchshear.graph._run import graph_values
 from torchshear.graph.numerics._float64 import to_float64
 from torchshear.speedup.comparing._random_weights import SharedWeights
@@ -68,8 +68,8 @@ class Trials:
 
     def _exports(self) -> bool:
         """Whether the original runs if it believes that it is being exported."""
-        with as_if_exporting():
-            return failure_of(self._model, example_of(self._graph), "eval") is None
+        with set_exporting_flag():
+            return run_failure(self._model, example_of(self._graph), "eval") is None
 
     def _with_other_weights(self) -> Trial:
         """A trial with other weights; with the model's own where the network does not compute numbers with others."""

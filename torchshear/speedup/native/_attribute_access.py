@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from torchshear.dependency import Slot
-from torchshear.graph import alone
+from torchshear.graph import run_exclusively
 from torchshear.speedup.native._size_attributes import is_record
 
 Reads = set[tuple[int, str]]  # id of the object, name of the attribute
@@ -26,7 +26,7 @@ def recorded(model: nn.Module) -> Iterator[Reads]:
         owners[id(module)] = module
         owners.update((id(value), value) for value in vars(module).values() if is_record(value))
     watched: list[tuple[type, Any]] = []
-    with alone():
+    with run_exclusively():
         try:
             for cls in dict.fromkeys(type(owner) for owner in owners.values()):
                 own = vars(cls).get("__getattribute__")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from torchshear.dependency import Scales, Sizes
-from torchshear.graph import copy_model, first_names, locate
+from torchshear.graph import canonical_module_names, copy_model, locate
 from torchshear.speedup.native._attention_scale import keep_scale
 from torchshear.speedup.native._size_attributes import assign
 from torchshear.speedup.rewriting._rewrite import Change
@@ -40,7 +40,7 @@ def native_copy(
         scales: parts of what modules give that are to be multiplied.
     """
     duplicate = copy_model(model, dict(replacements))
-    by_module = _changes_by_module(changes, first_names(duplicate))
+    by_module = _changes_by_module(changes, canonical_module_names(duplicate))
     modes = [(module, module.training) for module in duplicate.modules()]
     for module, _ in modes:
         module.training = False  # reading a parametrised weight computes it, and in train mode changes its buffers

@@ -16,17 +16,17 @@ from torchshear.graph import (
     Cache,
     ExampleInputs,
     Graph,
-    as_if_exporting,
-    caches_of,
+    clear_caches,
     copy_model,
-    failure_of,
-    forget,
+    find_caches,
     is_on_meta,
     locate,
-    whole_of,
+    run_failure,
+    set_exporting_flag,
+    whole_model,
 )
 from torchshear.graph._run import graph_values
-from torchshear.graph.numerics._float64 import computing_in, to_float64
+from torchshear.graph.numerics._float64 import compute_in, to_float64
 from torchshear.speedup.comparing._varied_inputs import random_like
 from torchshear.speedup.native._acceptance import Trials, example_of
 from torchshear.speedup.native._attention_scale import explain_scales, scaled
@@ -137,7 +137,7 @@ def recorded_form(
     if problem is not None:
         what = _description(form.sizes, form.scales)
         raise PlanError(
-            f"the plan says that {type(whole_of(model)).__name__} has the native form, {what}; made so, it is not "
+            f"the plan says that {type(whole_model(model)).__name__} has the native form, {what}; made so, it is not "
             f"equal to the rewritten graph: {problem}. Expected the same class, configuration and library versions as "
             f"when the plan was made; make a new plan, or take the traced form with "
             f'torchshear.speedup.shrink_to_form(model, plan, form="traced").'
@@ -175,7 +175,7 @@ class _Making:
         replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
         replacements |= {id(own): sliced[name] for name, own in own_constants(model, graph) if name in sliced}
         rewritten = rewrite_graph(graph.fx_graph, cut.groups.facts, cut)
-        return cls(model, cut, replacements, sliced, rewritten, caches_of(model, graph.inputs))
+        return cls(model, cut, replacements, sliced, rewritten, find_caches(model, graph.inputs))
 
     @property
     def graph(self) -> Graph:
@@ -189,7 +189,7 @@ class _Making:
     def native(self, sizes: Sizes = _NOTHING, scales: Scales = _NOTHING) -> nn.Module:
         changes = changed_integers(self.graph.fx_graph, self.cut.groups.facts, self.cut)
         native = native_copy(self.model, self.replacements, changes, sizes, scales)
-        forget(native, self.caches)
+        clear_caches(native, self.caches)
         return native
 
     def settings(self, native: nn.Module) -> Sizes | None:
@@ -264,11 +264,11 @@ class _Making:
         """Whether the original does not run in float64 either: some fast kernels take narrower types alone."""
         example = example_of(self.graph)
         wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(example)
-        for branch in (nullcontext, as_if_exporting):
+        for branch in (nullcontext, set_exporting_flag):
             with branch():
-                if failure_of(self.model, example, "eval") is None:
-                    with computing_in(torch.float64):
-                        if failure_of(wide, inputs, "eval") is not None:
+                if run_failure(self.model, example, "eval") is None:
+                    with compute_in(torch.float64):
+                        if run_failure(wide, inputs, "eval") is not None:
                             return True
         return False
 
@@ -367,10 +367,10 @@ def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> s
     """Why a native form does not run in train mode though its original does, or None."""
     inputs: ExampleInputs = random_like(example_of(graph), seed=0)
     twin = copy_model(native, {id(parameter): parameter for parameter in native.parameters()})  # no run leaves traces
-    failure = failure_of(twin, inputs, "train")
+    failure = run_failure(twin, inputs, "train")
     if failure is not None and inputs.batch_size() == 1:
         inputs = random_like(_example_in_training(graph), seed=0)
-        failure = failure_of(twin, inputs, "train")
-    if failure is None or failure_of(model, inputs, "train") is not None:
+        failure = run_failure(twin, inputs, "train")
+    if failure is None or run_failure(model, inputs, "train") is not None:
         return None
     return f"its own forward does not run in train mode on the smaller tensors ({failure})"

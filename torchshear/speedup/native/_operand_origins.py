@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency import Cut, Part
 from torchshear.graph import module_outputs
-from torchshear.graph.numerics._float64 import computing_in
+from torchshear.graph.numerics._float64 import compute_in
 
 Pair = tuple[fx.Node, fx.Node]
 Run = Callable[[torch.dtype, Callable[[fx.Node, Any], Any]], Iterator[tuple[fx.Node, Any]]]
@@ -61,7 +61,7 @@ class _Tracking:
         """Run as far as the last product."""
         found: dict[Pair, Sides] = {}
         left = len(self.pairs)
-        with torch.enable_grad(), computing_in(dtype), torch.random.fork_rng(devices=[]):
+        with torch.enable_grad(), compute_in(dtype), torch.random.fork_rng(devices=[]):
             for node, value in run(dtype, self._replace):
                 if node.name in self.ends:
                     self.values[node.name] = value

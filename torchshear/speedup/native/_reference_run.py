@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
-from torchshear.graph import ExampleInputs, as_if_exporting, output_leaves
-from torchshear.graph.model._mode import in_mode, noting_questions
-from torchshear.graph.numerics._float64 import computing_in
+from torchshear.graph import ExampleInputs, output_leaves, set_exporting_flag
+from torchshear.graph.model._mode import in_mode, record_export_queries
+from torchshear.graph.numerics._float64 import compute_in
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.comparing._random_weights import SharedWeights
 from torchshear.speedup.native._attention_scale import KeptScale
@@ -88,7 +88,7 @@ class Expected:
         given, value = self.inputs.copy(), None
         self.weights.draw(self.seed)
         try:
-            with torch.no_grad(), computing_in(self.dtype), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), compute_in(self.dtype), torch.random.fork_rng(devices=[]):
                 for value in self._values(pytree.tree_leaves((given.args, given.kwargs))):
                     note(value)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
@@ -290,9 +290,9 @@ def _given(trial: Trial, inside: Call | None) -> tuple[tuple[Any, ...], dict[str
 @contextmanager
 def _conditions(model: nn.Module, name: str, trial: Trial) -> Iterator[None]:
     """Weights, dtype, branches and random numbers of a trial; what a module keeps of a run is forgotten behind it."""
-    exporting = as_if_exporting() if trial.exporting else noting_questions(trial.questions)
+    exporting = set_exporting_flag() if trial.exporting else record_export_queries(trial.questions)
     trial.expected.weights.draw(trial.expected.seed, model)
-    with torch.no_grad(), computing_in(trial.expected.dtype), in_mode(model.get_submodule(name), "eval"), exporting:
+    with torch.no_grad(), compute_in(trial.expected.dtype), in_mode(model.get_submodule(name), "eval"), exporting:
         yield
 
 

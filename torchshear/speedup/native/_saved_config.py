@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from torchshear.dependency import Sizes, Slot
-from torchshear.graph import ExampleInputs, failure_of, output_leaves, parameters_on_meta
+from torchshear.graph import ExampleInputs, output_leaves, parameters_on_meta, run_failure
 from torchshear.graph.capture._check import run_model
 from torchshear.graph.model._mode import in_mode
 from torchshear.speedup.comparing._compare import relative_error, tolerance
@@ -95,7 +95,7 @@ def _is_the_same(native: nn.Module, sizes: Sizes, inputs: ExampleInputs) -> bool
 
 
 def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Any] | None:
-    if failure_of(model, inputs, "eval") is not None:
+    if run_failure(model, inputs, "eval") is not None:
         return None
     with in_mode(model, "eval"):
         return output_leaves(run_model(model, inputs))

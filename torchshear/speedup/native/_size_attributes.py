@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from torchshear.dependency import Cut, Form, Sizes, Slot
 from torchshear.errors import PlanError
-from torchshear.graph import Graph, enclosing_modules, first_names
+from torchshear.graph import Graph, canonical_module_names, enclosing_modules
 from torchshear.speedup.rewriting._rewrite import changed_integers
 
 _NO_RECORDS = (nn.Module, Tensor, ModuleType, Enum)
@@ -94,7 +94,7 @@ def choices(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[Choice]]
         graph: the captured model.
         cut: the units that go.
     """
-    sizes, words = _changed_sizes(graph, cut, first_names(model))
+    sizes, words = _changed_sizes(graph, cut, canonical_module_names(model))
     found: dict[str, list[Choice]] = {}
     for name, module in model.named_modules():
         changes = sizes.get(name, {})
@@ -138,7 +138,7 @@ def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:
             for dim, axis in enumerate(part):
                 if cut.changes(axis):
                     old, new = axis.size, int(cut.keep(axis).sum())
-                    follows = graph.follows(value, dim if item is None else (item, dim))
+                    follows = graph.batch_formula(value, dim if item is None else (item, dim))
                     found.add((old, new))
                     if follows is not None and not follows.more and new % (old // follows.times) == 0:
                         found.add((follows.times, new * follows.times // old))

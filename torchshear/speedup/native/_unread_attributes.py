@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.dependency import Cut, Sizes, Slot
-from torchshear.graph import ExampleInputs, copy_model, failure_of, output_leaves
+from torchshear.graph import ExampleInputs, copy_model, output_leaves, run_failure
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.native._attribute_access import is_read, recorded
 from torchshear.speedup.native._builder import is_torch_module
@@ -47,8 +47,8 @@ def unread_sizes(model: nn.Module, native: nn.Module, cut: Cut, known: Sizes, in
     if not any(found.values()):
         return {}
     with recorded(native) as reads, torch.random.fork_rng(devices=[]):
-        failure_of(native, inputs, "eval")
-        failure_of(native, inputs, "train")
+        run_failure(native, inputs, "eval")
+        run_failure(native, inputs, "train")
         left = {
             name: [choice for choice in some if not is_read(modules[name], choice.slot, reads)]
             for name, some in found.items()
@@ -117,7 +117,7 @@ def _calls(model: nn.Module, names: Collection[str], inputs: ExampleInputs) -> d
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(see, with_kwargs=True))
     try:
-        failure_of(model, inputs, "eval")
+        run_failure(model, inputs, "eval")
     finally:
         for handle in handles:
             handle.remove()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, ExportError, LatencyError
-from torchshear.graph import ExampleInputs, alone, check_module, kept_state, plain_outputs
-from torchshear.graph.model._quiet import quiet_torch
+from torchshear.graph import ExampleInputs, check_module, drop_opaque_outputs, preserve_state, run_exclusively
+from torchshear.graph.model._quiet import silence_torch
 from torchshear.speedup.comparing._compare import ordinary_scale
 from torchshear.speedup.comparing._example_call import DynamicShapes, ExampleCall
 from torchshear.speedup.latency._session import error_reason, open_session
@@ -65,7 +65,7 @@ class OnnxFile:
     dynamic_sizes: tuple[str, ...] = ()
 
 
-@alone()
+@run_exclusively()
 def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -126,7 +126,7 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
     target, check = as_path(path, "the path of an ONNX file"), _Tolerance(float(rtol), float(atol))
     if not str(target).isprintable():
         raise ArgumentError(f"the path {str(target)!r} has characters that onnx cannot write; choose another name.")
-    with _evaluating(model), plain_outputs(model):
+    with _evaluating(model), drop_opaque_outputs(model):
         if call.batch is None:
             reason = "no example input is a tensor with a first dimension"
         else:
@@ -242,7 +242,7 @@ def _converted(model: nn.Module, call: ExampleCall, free: Free, opset: int | Non
     if free != "nothing" or call.asked:
         shapes = call.dynamic_shapes(batch=free != "nothing", lengths=free == "batch and length")
     try:
-        with quiet_torch(), signed(model):
+        with silence_torch(), signed(model):
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(decomposed(captured), dynamo=True, verbose=False, opset_version=opset)
     except Exception as error:
@@ -364,7 +364,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     for module, _ in modes:
         module.training = False
     try:
-        with kept_state(model), torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
+        with preserve_state(model), torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
             yield
     finally:
         for module, mode in modes:

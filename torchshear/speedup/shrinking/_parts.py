@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
 from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError
-from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_of
+from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_model
 from torchshear.speedup.native._form import own_constants
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, lost_backwards, untrainable
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
@@ -47,7 +47,7 @@ def shrink_parts(
     job, native = make_native(given, recorded, kind, leave)
     kinds: dict[str, FormKind] = dict.fromkeys(parts.names, native.form.kind)
     if native.model is not None:
-        return Made(in_mode_of(whole_of(native.model), model), replace(native.form, parts=kinds), job.plan)
+        return Made(in_mode_of(whole_model(native.model), model), replace(native.form, parts=kinds), job.plan)
     looks_further = recorded is None and kind != "traced" and len(parts.names) > 1
     return _part_by_part(given, {} if looks_further else kinds, native.form)
 
@@ -63,7 +63,7 @@ def _part_by_part(job: Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
     parts = job.cut.groups.graph.parts
     assert parts is not None
     found: dict[str, Form] = {}
-    memo, model = _replacements(job), whole_of(job.run)
+    memo, model = _replacements(job), whole_model(job.run)
     for name in parts.names:
         native, found[name] = (None, whole) if kinds.get(name) == "traced" else _native_part(job, name, kinds, whole)
         original = model.get_submodule(name)
@@ -81,7 +81,7 @@ def _part_by_part(job: Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
 def _replacements(job: Job) -> dict[int, Any]:
     """Id of each tensor of the model -> its new version."""
     found: dict[int, Any] = {id(job.tensors[name]): tensor for name, tensor in job.sliced.items()}
-    constants = own_constants(whole_of(job.run), job.cut.groups.graph)
+    constants = own_constants(whole_model(job.run), job.cut.groups.graph)
     return found | {id(own): job.sliced[name] for name, own in constants if name in job.sliced}
 
 
@@ -108,7 +108,7 @@ def _captured(job: Job, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
     """Some calls of one part, captured by themselves, with the cut in terms of their axes."""
     groups = job.cut.groups
     assert groups.graph.parts is not None
-    run = PartRun(whole_of(job.run), Parts((name,) * len(calls), groups.graph.parts.pinned))
+    run = PartRun(whole_model(job.run), Parts((name,) * len(calls), groups.graph.parts.pinned))
     graph = trace_inputs(run, ExampleInputs(tuple(calls), {}))
     return run, Cut(with_graph(groups, graph), job.cut.kept)
 
@@ -118,12 +118,12 @@ def _native_part(job: Job, name: str, kinds: Mapping[str, FormKind], whole: Form
     run, cut = _captured(job, name, _calls_of(job.cut.groups.graph, name))
     recorded = replace(whole, kind="native") if name in kinds else None
     _, native = make_native(replace(job, run=run, cut=cut), recorded, None)
-    return (None if native.model is None else whole_of(native.model).get_submodule(name)), native.form
+    return (None if native.model is None else whole_model(native.model).get_submodule(name)), native.form
 
 
 def _traced_part(job: Job, name: str) -> TracedModule:
     """One part as rewritten graphs, one pair for each signature that it is called with."""
-    part = whole_of(job.run).get_submodule(name)
+    part = whole_model(job.run).get_submodule(name)
     entries = _part_entries(job, name)
     calls: list[TracedCall] = []
     for number, given in enumerate(_calls_of(job.cut.groups.graph, name)):
@@ -175,7 +175,7 @@ def _renamed(graph: fx.Graph, names: Mapping[str, str]) -> fx.Graph:
 
 def _part_entries(job: Job, part: str) -> list[StateEntry]:
     """Parameters and buffers of one part under all names that it has for them."""
-    prefix, graph, transient = f"{part}.", job.cut.groups.graph, transient_names(whole_of(job.run))
+    prefix, graph, transient = f"{part}.", job.cut.groups.graph, transient_names(whole_model(job.run))
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in graph.aliases.items():
         if alias.startswith(prefix):

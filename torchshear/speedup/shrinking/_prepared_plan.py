@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from torchshear.dependency import ChannelGroups, Cut, Form, PruningPlan
-from torchshear.graph import Graph, is_on_meta, whole_of
+from torchshear.graph import Graph, is_on_meta, whole_model
 from torchshear.speedup.native._form import Native, native_form
 from torchshear.speedup.rewriting._state import slice_state
 
@@ -35,7 +35,7 @@ class Job:
         Raises:
             PlanError: the plan does not fit the groups.
         """
-        cut, tensors = Cut(groups, plan.kept), tensors_of(whole_of(run), groups.graph)
+        cut, tensors = Cut(groups, plan.kept), tensors_of(whole_model(run), groups.graph)
         return cls(run, plan, cut, tensors, slice_state(cut, tensors))
 
     def native(self) -> Native:

@@ -12,7 +12,7 @@ from itertools import islice
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, dense_cost
 from torchshear.errors import TorchshearError
-from torchshear.graph import Cost, enclosing_modules, first_names
+from torchshear.graph import Cost, canonical_module_names, enclosing_modules
 from torchshear.speedup.native._form import Native
 from torchshear.speedup.shrinking._prepared_plan import Job
 
@@ -133,7 +133,7 @@ class _Search:
         if module is None:
             return {}
         twins = [name for name, other in self.modules.items() if type(other) is type(self.modules[module])]
-        first: Mapping[str, str] = first_names(self.job.run)
+        first: Mapping[str, str] = canonical_module_names(self.job.run)
         around = {node.name: enclosing_modules(node) or ("",) for node in self.groups.graph}
         numbers: set[int] = set()
         for value in self.groups.describe():

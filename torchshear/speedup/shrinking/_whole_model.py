@@ -21,11 +21,11 @@ from torchshear.graph import (
     PartRun,
     capture_in_mode,
     check_module,
-    free_dimensions,
+    dynamic_dimensions,
     is_on_meta,
     record_parts,
     trace_inputs,
-    whole_of,
+    whole_model,
 )
 from torchshear.speedup.native._form import Native, recorded_form
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, lost_backwards, untrainable
@@ -125,7 +125,7 @@ def analysis_of(
         raise ArgumentError(
             f"plan is {type(plan).__name__}; expected a PruningPlan, from torchshear.plan or PruningPlan.load."
         )
-    model = whole_of(model)
+    model = whole_model(model)
     if plan.analysis is not None and _is_same_instance(model, plan.analysis.graph):
         _check_values(model, plan, plan.analysis.graph)
         check_agreement(plan, plan.analysis)
@@ -153,7 +153,7 @@ def recorded_run(
         ArgumentError: no inputs are given, and the plan does not describe its own.
         CaptureError: the model has parts and does not run on the given inputs.
     """
-    model = whole_of(model)
+    model = whole_model(model)
     run = model if plan.parts is None else PartRun(model, plan.parts)
     if args is None and kwargs is None:
         return run, _inputs_of(plan, model)
@@ -226,7 +226,7 @@ def _call_spec(model: nn.Module, graphs: Mapping[str, Graph], rewritten: Mapping
     out_specs = {mode: graph.out_spec for mode, graph in graphs.items()}
     is_free = all(graph.batch_hint is not None for graph in graphs.values())
     keeps_calls = all(_has_same_calls(graph.fx_graph, rewritten[mode]) for mode, graph in graphs.items())
-    others = free_dimensions(model, list(graphs.values())) if keeps_calls else frozenset()
+    others = dynamic_dimensions(model, list(graphs.values())) if keeps_calls else frozenset()
     shapes = input_shapes(graphs["eval"], is_free, others)
     return CallSpec(graphs["eval"].in_spec, out_specs, signature_of(model), *shapes)
 
@@ -292,7 +292,7 @@ def training_cut(model: nn.Module, graph: Graph, cut: Cut) -> TrainingCut:
         PlanError: the cut does not fit it.
     """
     groups = cut.groups
-    if graph.training is not None and not graph.training.is_assumed and groups.training_facts is not None:
+    if graph.training is not None and not graph.training.has_assumed_branches and groups.training_facts is not None:
         return TrainingCut(graph.training, cut, groups.training_facts)
     train = capture_in_mode(model, graph.inputs, "train", graph)
     algebra, facts = groups.algebra.copy(), groups.facts.copy()

@@ -11,9 +11,9 @@ from torch import nn
 
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, dense_cost
 from torchshear.errors import VerificationError, WeightError, first_line
-from torchshear.graph import ExampleInputs, Mode, caches_of, failure_of, output_leaves, zeros_are_exact
+from torchshear.graph import ExampleInputs, Mode, find_caches, output_leaves, run_failure, zeros_are_exact
 from torchshear.graph._run import graph_output
-from torchshear.graph.numerics._ties import Choices
+from torchshear.graph.numerics._ties import TieBreaker
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.comparing._small_inputs import smaller_inputs
 from torchshear.speedup.comparing._varied_inputs import (
@@ -113,7 +113,7 @@ class ModelPair:
         self.graph = groups.graph
         self.cut = Cut(groups, plan.kept)
         self.state_cut = StateCut(groups, self.cut)
-        self.caches = caches_of(model, example), caches_of(small, example)
+        self.caches = find_caches(model, example), find_caches(small, example)
         self.original = copy_sharing_values(model, self.caches[0])
         self.candidate = copy_sharing_values(small, self.caches[1])
         self.state = self.state_cut.state_of(self.original)
@@ -144,7 +144,7 @@ class ModelPair:
         if self.graph.batch_hint is None or not batch or batch == samples:
             return example
         few = example.with_batch(samples)
-        return example if failure_of(self.model, few, "eval") is not None else few
+        return example if run_failure(self.model, few, "eval") is not None else few
 
     def _comparison_dtype(self) -> torch.dtype:
         """Return float64 if both models run in it, else their own dtype.
@@ -246,11 +246,11 @@ class ModelPair:
         """
         names = (str(node.target).split(".") for node in self.graph if node.op == "call_function")
         is_choosing = any(len(name) == 3 and name[1] in _CHOOSING for name in names)
-        choices = Choices()
-        with choices.kept():
+        choices = TieBreaker()
+        with choices.record():
             dense = self.run_original(probe) if probe.dense is None or is_choosing else probe.dense
         limit = tolerance(dense)
-        with equal_conditions(probe.dtype), choices.followed(limit):
+        with equal_conditions(probe.dtype), choices.replay(limit):
             leaves = flat_inputs(copy_inputs(probe.inputs, probe.dtype))
             found = output_leaves(graph_output(self.graph.fx_graph, probe.state or self.state, leaves))
         return relative_error(dense, found) <= limit

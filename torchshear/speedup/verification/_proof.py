@@ -9,7 +9,7 @@ from torch import nn
 
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import ExampleInputs, Mode
-from torchshear.graph.numerics._ties import Choices
+from torchshear.graph.numerics._ties import TieBreaker
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.verification._gradients import compare_gradients
@@ -164,10 +164,10 @@ class Proof:
         error = relative_error(expected.outputs, actual.outputs, other.outputs)
         if error > limit:
             self.pair.check_comparable(probe)
-            choices = Choices()
-            with choices.kept():
+            choices = TieBreaker()
+            with choices.record():
                 expected = self.reference.run(probe)
-            with choices.followed(limit):
+            with choices.replay(limit):
                 actual = self._run_small(probe)
             error = min(error, relative_error(expected.outputs, actual.outputs, other.outputs))
         if error > limit:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import PruningPlan
-from torchshear.graph import Cache, ExampleInputs, Mode, caches_of, copy_model, forget, output_leaves
+from torchshear.graph import Cache, ExampleInputs, Mode, clear_caches, copy_model, find_caches, output_leaves
 from torchshear.graph.model._mode import in_mode
 from torchshear.graph.numerics._dispatch import LeanDispatchMode
-from torchshear.graph.numerics._float64 import computing_in, to_float64
+from torchshear.graph.numerics._float64 import compute_in, to_float64
 from torchshear.speedup.verification._gradients import Gradients, SelectGradient, gradients_of
 
 SelectOutputs = Callable[[list[Any]], list[Any]]
@@ -87,7 +87,7 @@ def equal_conditions(dtype: torch.dtype, *, gradients: bool = False) -> Iterator
     """Compute in one dtype throughout, with equal random numbers, with or without gradients."""
     randomness = EqualRandomness()  # type: ignore[no-untyped-call]
     kernels = SoundKernels() if gradients else nullcontext()  # type: ignore[no-untyped-call]
-    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), randomness, kernels, computing_in(dtype):
+    with torch.set_grad_enabled(gradients), torch.random.fork_rng(devices=[]), randomness, kernels, compute_in(dtype):
         yield
 
 
@@ -100,14 +100,14 @@ def copy_sharing_values(model: nn.Module, caches: tuple[Cache, ...]) -> nn.Modul
     """Copy a model, with parameters of its own that share the memory of the model's."""
     shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters() if type(p) is nn.Parameter}
     twin = copy_model(model, shared)
-    forget(twin, caches)
+    clear_caches(twin, caches)
     return twin
 
 
 def copy_without_caches(model: nn.Module, example: ExampleInputs, dtype: torch.dtype) -> nn.Module:
     """Copy a model without the values that its modules computed from parameters; in float64 if `dtype` is that."""
     twin = copy_model(model)
-    forget(twin, caches_of(model, example))
+    clear_caches(twin, find_caches(model, example))
     return twin.to(dtype) if dtype is torch.float64 else twin
 
 
@@ -184,7 +184,7 @@ def use_values(model: nn.Module, values: Mapping[str, Tensor] | None, caches: tu
         yield
         return
     own = [(t, t.data, values[n]) for n, t in (*model.named_parameters(), *model.named_buffers()) if n in values]
-    forget(model, caches)
+    clear_caches(model, caches)
     try:
         for tensor, _, value in own:
             tensor.data = value.to(tensor.dtype)
@@ -192,4 +192,4 @@ def use_values(model: nn.Module, values: Mapping[str, Tensor] | None, caches: tu
     finally:
         for tensor, data, _ in own:
             tensor.data = data
-        forget(model, caches)
+        clear_caches(model, caches)

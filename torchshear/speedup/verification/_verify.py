@@ -11,7 +11,7 @@ from torchshear._arguments import check_count, check_kind
 from torchshear.calibration._arguments import arguments_of
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, DataError, VerificationError
-from torchshear.graph import ExampleInputs, Mode, PartRun, alone, failure_of, whole_of
+from torchshear.graph import ExampleInputs, Mode, PartRun, run_exclusively, run_failure, whole_model
 from torchshear.speedup.rewriting._traced import signature_of
 from torchshear.speedup.shrinking._whole_model import TrainingCut, analysis_of, recorded_run
 from torchshear.speedup.verification._model_pair import ModelPair
@@ -46,7 +46,7 @@ class Verification:
     left_out: tuple[str, ...] = ()
 
 
-@alone()
+@run_exclusively()
 def verify(
     model: nn.Module,
     small: nn.Module,
@@ -102,7 +102,7 @@ def verify(
     extra: list[ExampleInputs] = []
     for number, one in enumerate(given_batches):
         extra.append(ExampleInputs(*one))
-        failure = failure_of(model, extra[-1], "eval")
+        failure = run_failure(model, extra[-1], "eval")
         if failure is not None:
             raise DataError(f"the model does not run on batch {number} of data: {failure}")
     return verify_analyzed(model, small, plan, groups, given, seed=seed, extra=extra)
@@ -139,12 +139,12 @@ def verify_analyzed(
     if parts is None:
         pair = ModelPair(model, small, plan, groups, example, seed, training)
     else:
-        whole, smaller = (PartRun(whole_of(one), parts) for one in (model, small))
+        whole, smaller = (PartRun(whole_model(one), parts) for one in (model, small))
         pair = ModelPair(whole, smaller, plan, groups, groups.graph.inputs, seed)
     result = Proof(pair).run(extra)
     is_on_meta = any(tensor.is_meta for tensor in small.parameters())
     if parts is not None and given is not None and (given.args or given.kwargs) and not is_on_meta:
-        failure = failure_of(small, given, "eval")
+        failure = run_failure(small, given, "eval")
         if failure is not None:
             raise VerificationError(
                 f"each part of {plan.model_type} equals the masked one, but the model no longer runs whole: {failure}. "
