@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear.graph import run_exclusively
-from torchshear.graph.model._quiet import silence_torch
+from torchshear.graph.model._process import silence_torch
 
 
 class Network(nn.Module):

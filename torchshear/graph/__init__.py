@@ -16,13 +16,12 @@ from torchshear.graph.capture._recording import record_parts
 from torchshear.graph.capture._trace import capture_in_mode, trace, trace_inputs
 from torchshear.graph.masked import _operators  # registers the masked forms of the ATen operators
 from torchshear.graph.masked._call import MaskedCall, masked_form, masked_operator, scatter_into_zeros, zeros_are_exact
-from torchshear.graph.model._alone import outside_inference_mode, run_exclusively
 from torchshear.graph.model._caches import Cache, clear_caches, find_caches
 from torchshear.graph.model._checks import check_has_shape, check_module
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._meta import is_on_meta, parameters_on_meta
-from torchshear.graph.model._mode import Mode, set_exporting_flag
-from torchshear.graph.model._preserve import preserve_state
+from torchshear.graph.model._process import outside_inference_mode, run_exclusively, set_exporting_flag
+from torchshear.graph.model._state import Mode, preserve_state
 
 assert _operators
 

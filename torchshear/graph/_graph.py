@@ -13,7 +13,7 @@ from torchshear.graph._follow import Follows, Place, SecondShapes
 from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._parts import Parts
-from torchshear.graph.model._mode import Mode
+from torchshear.graph.model._state import Mode
 
 Shape = tuple[int, ...]
 

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError
 from torchshear.graph._contract import register_dataclasses
 from torchshear.graph._input_values import InputMaker, Json, describe_input
-from torchshear.graph.model._checks import unusual
+from torchshear.graph.model._checks import unusual_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,10 @@ class ExampleInputs:
         except RecursionError as error:
             raise ArgumentError("args or kwargs hold themselves, or are nested too deeply.") from error
         for number, tensor in enumerate(tensors):
-            if unusual(tensor):
+            if unusual_format(tensor):
                 raise ArgumentError(
-                    f"tensor {number} of the example inputs is {unusual(tensor)}, with which few operators compute; "
-                    f"expected a dense one of 16 bits or more."
+                    f"tensor {number} of the example inputs is {unusual_format(tensor)}, with which few operators "
+                    f"compute; expected a dense one of 16 bits or more."
                 )
         return found
 

@@ -9,7 +9,7 @@ from torchshear.graph._contract import drop_opaque_outputs
 from torchshear.graph._graph import shape_of
 from torchshear.graph.capture import _trace as capturing
 from torchshear.graph.capture._replay import second_capture
-from torchshear.graph.model._mode import in_mode
+from torchshear.graph.model._state import in_mode
 
 
 class Factories(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear.graph import trace
-from torchshear.graph.model._mode import record_export_queries, set_exporting_flag
+from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.speedup import shrink_to_form
 from torchshear.speedup.comparing._small_inputs import smaller_inputs
 from torchshear.speedup.native import _form as _native_form

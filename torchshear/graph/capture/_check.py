@@ -13,8 +13,7 @@ from torchshear.graph._graph import Graph, shape_of
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._outputs import output_nodes
 from torchshear.graph._run import graph_output
-from torchshear.graph.model._mode import Mode, in_mode
-from torchshear.graph.model._preserve import preserve_state
+from torchshear.graph.model._state import Mode, in_mode, preserve_state
 from torchshear.graph.numerics._float64 import compute_in, to_float64
 from torchshear.graph.numerics._ties import TieBreaker
 

@@ -20,7 +20,7 @@ from torchshear.graph._parts import PartRun, Parts
 from torchshear.graph.capture._check import run_model
 from torchshear.graph.model._checks import check_module
 from torchshear.graph.model._meta import buffers_on_meta, is_on_meta
-from torchshear.graph.model._mode import in_mode
+from torchshear.graph.model._state import in_mode
 
 _SOURCES_TO_SKIP = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 _CAPTURED_LEAVES = (Tensor, bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph.capture._branches import MaskedAssignments
-from torchshear.graph.model._mode import set_exporting_flag
-from torchshear.graph.model._preserve import preserve_state
+from torchshear.graph.model._process import set_exporting_flag
+from torchshear.graph.model._state import preserve_state
 
 # Operators that give a tensor of the size of their first operand, and take long to find that out.
 _NORMS = frozenset(

@@ -32,12 +32,11 @@ from torchshear.graph.capture._mask_sizes import resolve_mask_sizes
 from torchshear.graph.capture._part_advice import advise_parts
 from torchshear.graph.capture._recording import record_parts
 from torchshear.graph.capture._replay import names_read, second_capture
-from torchshear.graph.model._alone import run_exclusively
 from torchshear.graph.model._caches import clear_caches, find_caches
 from torchshear.graph.model._checks import check_model
 from torchshear.graph.model._meta import buffers_on_meta, is_on_meta
-from torchshear.graph.model._mode import Mode, in_mode
-from torchshear.graph.model._preserve import preserve_state
+from torchshear.graph.model._process import run_exclusively
+from torchshear.graph.model._state import Mode, in_mode, preserve_state
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator, or torchvision would be taken for torch
 _HERE = f"{Path(__file__).parents[1]}{os.sep}"

@@ -1,4 +1,4 @@
-"""Which models are captured: told before torch.export fails on one in words of its own."""
+"""Checks of a model before its capture, so that the error is ours and says what to do."""
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +8,12 @@ from torchshear._arguments import check_kind
 from torchshear.errors import ArgumentError
 from torchshear.graph.model._meta import is_on_meta
 
-# Modules that run another one, by where it is inside them.
+# Attribute that holds the model, by the class of torch's modules that wrap one.
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuse what is not a module, runs another module in a way that a graph does not hold, or cannot be computed with.
+    """Refuse what is not a module, wraps the module to be captured, or holds tensors that cannot be computed with.
 
     Raises:
         ArgumentError: says what to give instead.
@@ -28,7 +28,17 @@ def check_model(model: nn.Module) -> None:
             f"itself. Give model.{inner}, and wrap the pruned model again."
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        _check_tensor(name, tensor)
+        check_has_shape(name, tensor)
+        if unusual_format(tensor):
+            raise ArgumentError(
+                f"{name!r} is {unusual_format(tensor)}, with which few operators compute. Expected dense tensors of 16 "
+                f"bits or more: prune the model before it is quantized or made sparse."
+            )
+        if tensor.is_inference():
+            raise ArgumentError(
+                f"{name!r} was made in torch.inference_mode(), and so can never be trained again. Build or load the "
+                f"model outside of it; copy.deepcopy(model), called outside of it, gives one with ordinary tensors."
+            )
     if torch.get_default_device().type == "meta" and not is_on_meta(model):
         raise ArgumentError("torch's default device is meta, where nothing has values; call outside of that context.")
 
@@ -39,27 +49,13 @@ def check_module(model: object) -> None:
 
 
 def check_has_shape(name: str, tensor: Tensor) -> None:
-    """Raise ArgumentError for a parameter or buffer whose shape is found when its module first runs."""
+    """Raise ArgumentError for a lazy parameter or buffer, whose shape is found when its module first runs."""
     if is_lazy(tensor):
         raise ArgumentError(f"{name!r} is lazy and has no shape yet; run the model once on example inputs.")
 
 
-def unusual(tensor: Tensor) -> str:
-    """The layout or type of a tensor with which few operators compute; "" for those of most tensors."""
+def unusual_format(tensor: Tensor) -> str:
+    """Return a phrase for a sparse layout or an 8-bit type, with which few operators compute; "" for other tensors."""
     if tensor.layout is not torch.strided:
         return f"in the layout {tensor.layout}"
     return f"of {tensor.dtype}" if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else ""
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    check_has_shape(name, tensor)
-    if unusual(tensor):
-        raise ArgumentError(
-            f"{name!r} is {unusual(tensor)}, with which few operators compute. Expected dense tensors of 16 bits or "
-            f"more: prune the model before it is quantized or made sparse."
-        )
-    if tensor.is_inference():
-        raise ArgumentError(
-            f"{name!r} was made in torch.inference_mode(), and so can never be trained again. Build or load the "
-            f"model outside of it; copy.deepcopy(model), called outside of it, gives one with ordinary tensors."
-        )

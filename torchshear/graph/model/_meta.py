@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Have the modules that are made in the block put their parameters on the meta device as they are made.
+    """Have the modules that are made in a block put their parameters on the meta device as they are made.
 
-    Buffers are made with their values, other than under `torch.device("meta")`: an analysis can read those that hold
+    Unlike under `torch.device("meta")`, buffers are made with their values. So an analysis can read those that hold
     positions, and those that no checkpoint holds, as frequencies of rotary embeddings, are there when weights are
-    loaded. No memory is taken for parameters beyond one at a time. Not for several threads that make modules at once.
+    loaded. Memory is taken for one parameter at a time. Not for several threads that make modules at once.
 
     Example:
         >>> with parameters_on_meta():
@@ -35,13 +35,13 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def is_on_meta(model: nn.Module) -> bool:
-    """Whether any parameter of a model is on the meta device."""
+    """Return whether any parameter of a model is on the meta device."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 
 @contextmanager
 def buffers_on_meta(model: nn.Module) -> Iterator[None]:
-    """Put twins without values in the place of a model's buffers, one for each, and the buffers back."""
+    """Replace each buffer of a model by one without values for a block."""
     twins: dict[int, Tensor] = {}
     moved = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None and not b.is_meta]
     try:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph.model._alone import run_exclusively
+from torchshear.graph.model._process import run_exclusively
 from torchshear.graph.numerics._dispatch import LeanDispatchMode
 
 _WIDER = {

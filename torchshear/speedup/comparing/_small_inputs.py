@@ -7,7 +7,7 @@ from torch.utils import _pytree as pytree
 from torchshear.graph import ExampleInputs, Graph, output_leaves
 from torchshear.graph._run import graph_output
 from torchshear.graph.capture._check import run_model
-from torchshear.graph.model._mode import in_mode
+from torchshear.graph.model._state import in_mode
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 
 _LARGE = 128  # rows and columns from which on an image is cut

@@ -10,7 +10,7 @@ from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs, Graph, output_leaves
 from torchshear.graph._run import arguments_by_name
 from torchshear.graph.capture._check import run_model
-from torchshear.graph.model._mode import in_mode
+from torchshear.graph.model._state import in_mode
 
 _HANDED_ON = frozenset(
     f"aten.{name}"

@@ -18,7 +18,7 @@ from torchshear.calibration._arguments import arguments_of
 from torchshear.calibration._processes import agree, is_distributed, summed
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
 from torchshear.graph import check_module, copy_model, outside_inference_mode
-from torchshear.graph.model._mode import in_mode
+from torchshear.graph.model._state import in_mode
 from torchshear.speedup.rewriting._traced import signature_of
 
 _logger = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
 from torchshear.graph import ExampleInputs, output_leaves, set_exporting_flag
-from torchshear.graph.model._mode import in_mode, record_export_queries
+from torchshear.graph.model._process import record_export_queries
+from torchshear.graph.model._state import in_mode
 from torchshear.graph.numerics._float64 import compute_in
 from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.comparing._random_weights import SharedWeights

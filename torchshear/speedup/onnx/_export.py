@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, ExportError, LatencyError
 from torchshear.graph import ExampleInputs, check_module, drop_opaque_outputs, preserve_state, run_exclusively
-from torchshear.graph.model._quiet import silence_torch
+from torchshear.graph.model._process import silence_torch
 from torchshear.speedup.comparing._compare import ordinary_scale
 from torchshear.speedup.comparing._example_call import DynamicShapes, ExampleCall
 from torchshear.speedup.latency._session import error_reason, open_session

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency import PruningPlan
 from torchshear.graph import Cache, ExampleInputs, Mode, clear_caches, copy_model, find_caches, output_leaves
-from torchshear.graph.model._mode import in_mode
+from torchshear.graph.model._state import in_mode
 from torchshear.graph.numerics._dispatch import LeanDispatchMode
 from torchshear.graph.numerics._float64 import compute_in, to_float64
 from torchshear.speedup.verification._gradients import Gradients, SelectGradient, gradients_of
