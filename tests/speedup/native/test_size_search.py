@@ -350,7 +350,7 @@ def test_where_no_attribute_helps_the_reason_names_module_and_line() -> None:
     result = pruned(Sequence(Computed(24, 4)), X)
     assert result.form == "traced"
     assert "module 'blocks.0'" in result.report.form
-    assert "test_repair.py:" in result.report.form
+    assert "test_size_search.py:" in result.report.form
     assert result.verification.max_error < 1e-12
 
 

@@ -26,7 +26,7 @@ from torchshear.speedup.comparing._random_weights import SharedWeights
 from torchshear.speedup.native._attention_scale import KeptScale
 
 Fingerprint = tuple[float, float]
-_INNER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent.parent}{os.sep}", "<")
+_INNER = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[2]}{os.sep}", "<")
 _ROW = 4096  # elements that are summed with one row of weights
 _SAME = {torch.float64: 1e-11}  # relative difference of the fingerprints of equal values
 _SAME_IN_NARROWER = 1e-6
