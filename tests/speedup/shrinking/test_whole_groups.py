@@ -1,6 +1,7 @@
 """Groups are left whole where only that keeps a model's own class, if it costs little; plans replay it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 import torchshear
 from tests.oracle import assert_equals_masked, assert_is_slice
 from tests.strategies import randomise
+from torchshear.dependency import Form
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.speedup import TracedModule, shrink_to_form
+from torchshear.speedup import Leave, TracedModule, shrink_to_form
+from torchshear.speedup.native._form import Native
+from torchshear.speedup.shrinking._prepared_plan import Job
+from torchshear.speedup.shrinking._whole_groups import leave_whole
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -161,6 +166,83 @@ def test_what_was_planned_is_shrunk_as_it_was_planned(model: Detector) -> None:
     plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (IMAGE,))))
     shrunk = shrink_to_form(model, plan)
     assert (shrunk.form, shrunk.plan) == ("traced", plan)
+
+
+@dataclass
+class Searched:
+    """A search in which making the native form is played: it is right where enough groups are whole.
+
+    Attributes:
+        job: the cut of the detector.
+        tried: number of groups that were left whole, each time.
+        enough: number of groups that must be.
+    """
+
+    job: Job
+    tried: list[int]
+    enough: int
+
+    def run(self, most: float) -> Native:
+        """Search, with plans as `prune` makes them."""
+        groups = self.job.cut.groups
+        leave = Leave(lambda whole: torchshear.plan(groups, exclude=tuple(whole)), most)
+        return leave_whole(self.job, self.job.native(), leave)[1]
+
+
+@pytest.fixture
+def searched(model: Detector, monkeypatch: pytest.MonkeyPatch) -> Searched:
+    groups = torchshear.analyze(torchshear.trace(model, (IMAGE,)))
+    search = Searched(Job.of(model, groups, torchshear.plan(groups)), [], 7)
+
+    def native(job: Job) -> Native:
+        search.tried.append(sum(len(of.kept) == of.width for of in job.plan.groups))
+        if search.tried[-1] < search.enough:
+            return Native(None, Form("traced", "too few are whole"), "blocks.0")
+        return Native(model, Form("native", "enough are whole"))
+
+    monkeypatch.setattr(Job, "native", native)
+    return search
+
+
+def test_kinds_are_tried_alone_and_all_then_all_but_one(searched: Searched) -> None:
+    """The kinds are, the cheapest first: two groups each of queries and keys, of values, of heads; and the stream."""
+    assert searched.run(0.9).model is not None
+    assert searched.tried == [0, 2, 2, 7, 6, 5, 5, 5]
+
+
+def test_a_search_in_which_nothing_helps_ends_with_all_kinds(searched: Searched) -> None:
+    searched.enough = 8
+    assert searched.run(0.9).model is None
+    assert searched.tried == [0, 2, 2, 7]
+
+
+def test_a_search_ends_where_the_kinds_it_needs_cost_too_much(searched: Searched) -> None:
+    """The stream may be left whole, heads may be, but not both."""
+    assert searched.run(0.01).model is None
+    assert searched.tried == [0, 2, 2, 7, 6, 5]
+
+
+def test_the_only_kind_of_a_module_is_left_before_those_of_another() -> None:
+    """Attention of torch is as wide inside as outside, and this stream is the output."""
+
+    class Other(nn.MultiheadAttention):
+        pass
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = (kind(16, 1, batch_first=True) for kind in (nn.MultiheadAttention, Other))
+            self.wide = nn.Sequential(nn.Linear(16, 1600), nn.ReLU(), nn.Linear(1600, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for attention in (self.one, self.two):
+                x = x + attention(x, x, x, need_weights=False)[0]
+            return x + self.wide(x)
+
+    net = randomise(Net().eval(), 3)
+    result = torchshear.prune(net, (torch.randn(2, 5, 16),))
+    assert type(result.model) is Net
+    assert {group.name.partition(".")[0] for group in result.report.groups if group.note} == {"one", "two"}
 
 
 def _refuse(*args: object) -> Callable[..., object]:

@@ -1,17 +1,18 @@
 """The trials that a native form has to pass, each made when the one before is passed."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
-from torchshear.graph import Cache, ExampleInputs, Graph, copy_model, run_failure, set_exporting_flag
+from torchshear.graph import ExampleInputs, copy_model
 from torchshear.graph._run import graph_values
 from torchshear.graph.numerics._float64 import to_float64
 from torchshear.speedup.comparing._random_weights import SharedWeights
 from torchshear.speedup.comparing._small_inputs import smaller_inputs
 from torchshear.speedup.comparing._varied_inputs import gives_numbers, table_sizes, varied_inputs
+from torchshear.speedup.native._original import Original
 from torchshear.speedup.native._reference_run import Expected, Trial
 
 
@@ -23,32 +24,23 @@ class Trials:
     takes them. What the graph gives is computed once for each.
 
     Args:
-        model: the original.
-        graph: the captured original.
+        original: the captured original.
         rewritten: the graph after the cut.
         sliced: canonical name -> shrunk tensor.
-        caches: what the model keeps of values that it has computed from its weights.
         dtype: dtype to compute in.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        graph: Graph,
-        rewritten: fx.Graph,
-        sliced: Mapping[str, Tensor],
-        caches: Sequence[Cache],
-        dtype: torch.dtype,
+        self, original: Original, rewritten: fx.Graph, sliced: Mapping[str, Tensor], dtype: torch.dtype
     ) -> None:
         self.dtype = dtype
-        self._model = model
-        self._graph = graph
+        self._original = original
         self._rewritten = rewritten
         self._sliced = sliced
-        kinds = graph.state
+        kinds = original.graph.state
         drawn = [n for n, t in sliced.items() if kinds[n].kind == "parameter" and t.is_floating_point() and t.ndim]
-        self._weights = SharedWeights(sliced, dtype, drawn, caches)
-        self._example = self._trial(example_of(graph), None)
+        self._weights = SharedWeights(sliced, dtype, drawn, original.caches)
+        self._example = self._trial(original.example, None)
         self._random: Trial | None = None
 
     def twin(self, work: nn.Module) -> nn.Module:
@@ -60,24 +52,20 @@ class Trials:
     def __iter__(self) -> Iterator[Trial]:
         """Give the trials. Whether that of an export is needed is known once the first one has been run."""
         yield self._example
-        if self._example.questions and self._exports():
+        if self._example.questions and self._original.runs_as_exported:
             yield self._example.varied(exporting=True)
         if self._random is None:
             self._random = self._with_other_weights()
         yield self._random
 
-    def _exports(self) -> bool:
-        """Whether the original runs if it believes that it is being exported."""
-        with set_exporting_flag():
-            return run_failure(self._model, example_of(self._graph), "eval") is None
-
     def _with_other_weights(self) -> Trial:
         """A trial with other weights; with the model's own where the network does not compute numbers with others."""
-        inputs = smaller_inputs(self._graph, self._model)
-        batch = example_of(self._graph).batch_size()
-        more = inputs.with_batch(batch + 1) if self._graph.batch_hint is not None and batch else inputs
-        takes = partial(gives_numbers, self._model, example=example_of(self._graph))
-        inputs = varied_inputs(more, table_sizes(self._graph), takes, seed=1)
+        model, graph, example = self._original.model, self._original.graph, self._original.example
+        inputs = smaller_inputs(graph, model)
+        batch = example.batch_size()
+        more = inputs.with_batch(batch + 1) if graph.batch_hint is not None and batch else inputs
+        takes = partial(gives_numbers, model, example=example)
+        inputs = varied_inputs(more, table_sizes(graph), takes, seed=1)
         trial = self._trial(inputs, 1)
         outputs = trial.expected.outputs
         if all(bool(out.isfinite().all()) for out in outputs if isinstance(out, Tensor)):
@@ -91,9 +79,3 @@ class Trials:
 
         own = to_float64(inputs) if self.dtype is torch.float64 else inputs.copy()
         return Trial(Expected(own, self.dtype, values, self._weights, seed))
-
-
-def example_of(graph: Graph) -> ExampleInputs:
-    """The example; at most four samples of it where the batch is free, which the graph is known to run on."""
-    batch = graph.inputs.batch_size()
-    return graph.inputs.with_batch(4) if graph.batch_hint is not None and batch and batch > 4 else graph.inputs

@@ -1,7 +1,6 @@
 """Whether the user's own module, with smaller tensors and other sizes, is what the rewritten graph is."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,24 +12,22 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import Cut, Form, Scales, Sizes
 from torchshear.errors import PlanError
 from torchshear.graph import (
-    Cache,
     ExampleInputs,
     Graph,
     clear_caches,
     copy_model,
-    find_caches,
     is_on_meta,
     locate,
     run_failure,
-    set_exporting_flag,
     whole_model,
 )
 from torchshear.graph._run import graph_values
-from torchshear.graph.numerics._float64 import compute_in, to_float64
+from torchshear.graph.numerics._float64 import to_float64
 from torchshear.speedup.comparing._varied_inputs import random_like
-from torchshear.speedup.native._acceptance import Trials, example_of
+from torchshear.speedup.native._acceptance import Trials
 from torchshear.speedup.native._attention_scale import explain_scales, scaled
 from torchshear.speedup.native._builder import native_copy
+from torchshear.speedup.native._original import Original
 from torchshear.speedup.native._reference_run import Fault, RefusedDtypeError, Trial, find_fault
 from torchshear.speedup.native._saved_config import is_built_from_settings, settings_of
 from torchshear.speedup.native._scale_places import Scaling
@@ -61,14 +58,14 @@ class Native:
     fails_in: str | None = None
 
 
-def native_form(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> Native:
+def native_form(original: Original, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> Native:
     """A copy of the user's module that equals the rewritten graph.
 
     Both are compared in float64 on the example and on random inputs, also with the branches that code takes while it
     is exported. Where they differ, the sizes that the modules keep in attributes are searched.
 
     Args:
-        model: the original.
+        original: the captured original.
         cut: the units that go.
         tensors: canonical name -> tensor of the original.
         sliced: canonical name -> shrunk tensor.
@@ -76,7 +73,7 @@ def native_form(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], slice
     Returns:
         The copy with what made it, or a traced form that says why.
     """
-    making = _Making.of(model, cut, tensors, sliced)
+    model, making = original.model, _Making.of(original, cut, tensors, sliced)
     unsaid = implied_arguments(cut.groups.graph.fx_graph, cut.groups.facts, cut)
     scaling = Scaling(cut, [node for node, _ in unsaid], making.run, (torch.float64, making.own_dtype))
     scales = next(iter(scaling.of_implied()), None) if unsaid else {}
@@ -94,10 +91,10 @@ def native_form(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], slice
     if fault is not None:
         return Native(None, Form("traced", _reason(fault, making)), fault.modules[0])
     native, sizes = making.native(found.repair.sizes, found.scales), dict(found.repair.sizes)
-    failure = _failure_in_training(native, model, cut.groups.graph)
+    failure = _failure_in_training(native, original)
     if failure is not None:
         return Native(None, Form("traced", failure))
-    unread = unread_sizes(model, native, cut, sizes, _example_in_training(cut.groups.graph))
+    unread = unread_sizes(model, native, cut, sizes, original.example_in_training)
     if unread:
         sizes |= unread
         native = making.native(sizes, found.scales)
@@ -111,14 +108,14 @@ def native_form(model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], slice
 
 
 def recorded_form(
-    model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor], form: Form
+    original: Original, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor], form: Form
 ) -> nn.Module:
     """A copy of the user's module with the sizes and factors of a recorded form, compared as in `native_form`.
 
     On the meta device there are no values to compare; the copy is made nevertheless.
 
     Args:
-        model: the original.
+        original: the captured original.
         cut: the units that go.
         tensors: canonical name -> tensor of the original.
         sliced: canonical name -> shrunk tensor.
@@ -127,13 +124,14 @@ def recorded_form(
     Raises:
         PlanError: the model has no such attributes or modules, or the copy does not equal the rewritten graph.
     """
+    model = original.model
     check_slots(model, form)
-    making = _Making.of(model, cut, tensors, sliced)
+    making = _Making.of(original, cut, tensors, sliced)
     native = making.native(form.sizes, form.scales)
     if is_on_meta(model):
         return native
     fault = making.fault_of(form)
-    problem = _failure_in_training(native, model, cut.groups.graph) if fault is None else _reason(fault, making)
+    problem = _failure_in_training(native, original) if fault is None else _reason(fault, making)
     if problem is not None:
         what = _description(form.sizes, form.scales)
         raise PlanError(
@@ -162,24 +160,22 @@ class _Found:
 class _Making:
     """All that making and trying a native form needs."""
 
-    model: nn.Module
+    original: Original
     cut: Cut
     replacements: dict[int, Tensor]
     sliced: Mapping[str, Tensor]
     rewritten: fx.Graph
-    caches: tuple[Cache, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> "_Making":
+    def of(cls, original: Original, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> "_Making":
         graph = cut.groups.graph
         replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
-        replacements |= {id(own): sliced[name] for name, own in own_constants(model, graph) if name in sliced}
-        rewritten = rewrite_graph(graph.fx_graph, cut.groups.facts, cut)
-        return cls(model, cut, replacements, sliced, rewritten, find_caches(model, graph.inputs))
+        replacements |= {id(own): sliced[name] for name, own in own_constants(original.model, graph) if name in sliced}
+        return cls(original, cut, replacements, sliced, rewrite_graph(graph.fx_graph, cut.groups.facts, cut))
 
     @property
     def graph(self) -> Graph:
-        return self.cut.groups.graph
+        return self.original.graph
 
     @property
     def own_dtype(self) -> torch.dtype:
@@ -188,15 +184,16 @@ class _Making:
 
     def native(self, sizes: Sizes = _NOTHING, scales: Scales = _NOTHING) -> nn.Module:
         changes = changed_integers(self.graph.fx_graph, self.cut.groups.facts, self.cut)
-        native = native_copy(self.model, self.replacements, changes, sizes, scales)
-        clear_caches(native, self.caches)
+        native = native_copy(self.original.model, self.replacements, changes, sizes, scales)
+        clear_caches(native, self.original.caches)
         return native
 
     def settings(self, native: nn.Module) -> Sizes | None:
         """Numbers of the model's config that say the widths of its native form; None if there are none."""
         if not is_built_from_settings(native):
             return {}
-        return settings_of(native, choices(self.model, self.graph, self.cut).get("", ()), example_of(self.graph))
+        found = choices(self.original.model, self.graph, self.cut).get("", ())
+        return settings_of(native, found, self.original.example)
 
     def find(self, work: nn.Module, scaling: Scaling, scales: Scales) -> _Found:
         """Sizes and factors with which a copy is right, and what is wrong nevertheless."""
@@ -213,14 +210,14 @@ class _Making:
 
     def trials(self, dtype: torch.dtype) -> Trials:
         """What a copy has to pass, computed in a dtype."""
-        return Trials(self.model, self.graph, self.rewritten, self.sliced, self.caches, dtype)
+        return Trials(self.original, self.rewritten, self.sliced, dtype)
 
     def _find_in(self, work: nn.Module, trials: Trials, scaling: Scaling, scales: Scales) -> _Found:
         """As `find`, by trials in one dtype."""
         twin = trials.twin(work)
         if all(self._fault(twin, scales, trial) is None for trial in trials):
             return _Found(Repair({}, None), scales)
-        search = _Search(twin, choices(self.model, self.graph, self.cut), trials, scaling)
+        search = _Search(twin, choices(self.original.model, self.graph, self.cut), trials, scaling)
         return search.run(scales)
 
     def fault_of(self, form: Form) -> Fault | None:
@@ -230,7 +227,7 @@ class _Making:
             module.training = False
         try:
             fault = self._first_fault(work, form.scales, self.trials(torch.float64))
-            if fault is None or fault.check or not self._refuses_float64():
+            if fault is None or fault.check or not self.original.refuses_float64:
                 return fault
         except RefusedDtypeError:
             pass
@@ -242,11 +239,13 @@ class _Making:
 
     def _is_of_dtype(self, work: nn.Module, found: _Found) -> bool:
         """Whether code fails in float64 that does not fail in the model's own dtype."""
+        if not self.original.refuses_float64:
+            return False
         trials, fault = self.trials(self.own_dtype), found.repair.fault
         twin = trials.twin(work)
         with assigned(dict(twin.named_modules()), found.repair.sizes):
             narrow = self._fault(twin, found.scales, next(iter(trials)))
-        return not (fault is not None and fault.is_like(narrow)) and self._refuses_float64()
+        return not (fault is not None and fault.is_like(narrow))
 
     @staticmethod
     def _fault(model: nn.Module, scales: Scales, trial: Trial) -> Fault | None:
@@ -255,22 +254,10 @@ class _Making:
 
     def run(self, dtype: torch.dtype, change: Callable[[fx.Node, Any], Any]) -> Iterator[tuple[fx.Node, Any]]:
         """Nodes of the rewritten graph with their values on the example, some of which are replaced."""
-        inputs = example_of(self.graph)
+        inputs = self.original.example
         inputs = to_float64(inputs) if dtype is torch.float64 else inputs.copy()
         leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
         return graph_values(self.rewritten, self.sliced, leaves, change)
-
-    def _refuses_float64(self) -> bool:
-        """Whether the original does not run in float64 either: some fast kernels take narrower types alone."""
-        example = example_of(self.graph)
-        wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(example)
-        for branch in (nullcontext, set_exporting_flag):
-            with branch():
-                if run_failure(self.model, example, "eval") is None:
-                    with compute_in(torch.float64):
-                        if run_failure(wide, inputs, "eval") is not None:
-                            return True
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,20 +344,14 @@ def own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
     return found
 
 
-def _example_in_training(graph: Graph) -> ExampleInputs:
-    """The example, with two samples where it has one and the batch is free: batch norms need two values a channel."""
-    inputs = example_of(graph)
-    return inputs.with_batch(2) if graph.batch_hint is not None and inputs.batch_size() == 1 else inputs
-
-
-def _failure_in_training(native: nn.Module, model: nn.Module, graph: Graph) -> str | None:
+def _failure_in_training(native: nn.Module, original: Original) -> str | None:
     """Why a native form does not run in train mode though its original does, or None."""
-    inputs: ExampleInputs = random_like(example_of(graph), seed=0)
+    inputs: ExampleInputs = random_like(original.example, seed=0)
     twin = copy_model(native, {id(parameter): parameter for parameter in native.parameters()})  # no run leaves traces
     failure = run_failure(twin, inputs, "train")
     if failure is not None and inputs.batch_size() == 1:
-        inputs = random_like(_example_in_training(graph), seed=0)
+        inputs = random_like(original.example_in_training, seed=0)
         failure = run_failure(twin, inputs, "train")
-    if failure is None or run_failure(model, inputs, "train") is not None:
+    if failure is None or run_failure(original.model, inputs, "train") is not None:
         return None
     return f"its own forward does not run in train mode on the smaller tensors ({failure})"

@@ -13,6 +13,7 @@ from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_model
 from torchshear.speedup.native._form import own_constants
+from torchshear.speedup.native._original import Original
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, lost_backwards, untrainable
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._state import slice_state
@@ -117,7 +118,7 @@ def _native_part(job: Job, name: str, kinds: Mapping[str, FormKind], whole: Form
     """One part in its native form, or why it has none; as it is recorded if its kind is known."""
     run, cut = _captured(job, name, _calls_of(job.cut.groups.graph, name))
     recorded = replace(whole, kind="native") if name in kinds else None
-    _, native = make_native(replace(job, run=run, cut=cut), recorded, None)
+    _, native = make_native(replace(job, original=Original(run, cut.groups.graph), cut=cut), recorded, None)
     return (None if native.model is None else whole_model(native.model).get_submodule(name)), native.form
 
 

@@ -2,7 +2,8 @@
 
 The module whose own code goes wrong on the smaller tensors is known. Of the groups that run through it, with those that
 play the same part in other modules of its class, one kind is left whole, the cheapest first. Where that is not enough,
-all are, and then as many as can be are cut again.
+all are, and then as many as can be are cut again, those that cost most first. A kind that it does not do without stays,
+and the search ends where those that stay cost too much.
 """
 
 import re
@@ -17,8 +18,9 @@ from torchshear.speedup.native._form import Native
 from torchshear.speedup.shrinking._prepared_plan import Job
 
 LITTLE = 0.1  # share of what the cut saves that the native form may cost
-_MOST_TRIED = 12  # native forms that are made in one search
-_MOST_ALONE = 4  # of these, with one kind of group left whole
+_MOST_TRIED = 8  # native forms that are made in one search
+_MOST_TRIED_IF_ASKED = 16  # likewise where the native form is asked for at any price
+_MOST_ALONE = 2  # of these, with one kind of group left whole
 
 Kind = tuple[str, str]  # role of some groups, and their names in a module without numbers
 Kinds = Mapping[Kind, list[str]]  # with the names of the groups
@@ -75,29 +77,38 @@ class _Search:
         self.dense, self.cut = dense_cost(self.groups.graph), job.cut.cost()
         self.modules = dict(job.run.named_modules())
         self.shrinking = {of.name for of in job.plan.groups if len(of.kept) < of.width}
-        self.left = _MOST_TRIED
+        self.left = _MOST_TRIED if leave.most < 1 else _MOST_TRIED_IF_ASKED
+        self.failed: set[frozenset[str]] = set()  # names of groups that were not enough
 
     def run(self, failed: Native) -> tuple[list[str], Job, Native] | None:
         """Groups to leave whole, and the native form that the model has then."""
-        kinds = self._kinds_in(failed.fails_in)
+        kinds, found = self._kinds_in(failed.fails_in), None
         for kind, names in islice(kinds.items(), _MOST_ALONE):
             found = self._try({kind: names})
             if found is not None and found[1].model is not None:
                 return self._worthwhile({kind: names}, found)
-        found = self._try(kinds) if len(kinds) > 1 else None
+        if len(kinds) > 1:
+            found = self._try(kinds)
         while found is not None and found[1].model is None:
             more = self._kinds_in(found[1].fails_in, known=_names(kinds))
             if not more:
                 return None
-            kinds = {**kinds, **more}
+            kinds = _joined(kinds, more)
             found = self._try(kinds)
-        if found is None:
-            return None
+        return None if found is None else self._narrowed(kinds, found)
+
+    def _narrowed(self, kinds: Kinds, found: _Tried) -> tuple[list[str], Job, Native] | None:
+        """What is left of kinds that are enough where those that it does without are cut again."""
+        needed: list[str] = []
         for kind in sorted(kinds, key=lambda kind: -self.price(kinds[kind])):
             fewer = {other: names for other, names in kinds.items() if other != kind}
-            again = self._try(fewer) if len(fewer) > 1 else None
+            again = self._try(fewer)
             if again is not None and again[1].model is not None:
                 kinds, found = fewer, again
+                continue
+            needed += kinds[kind]
+            if not self._may_cost(self.price(needed)):
+                return None
         return self._worthwhile(kinds, found)
 
     def _worthwhile(self, kinds: Kinds, found: _Tried) -> tuple[list[str], Job, Native] | None:
@@ -109,15 +120,19 @@ class _Search:
         return price <= self.leave.most and price < 1
 
     def _try(self, kinds: Kinds) -> _Tried | None:
-        """The native form with groups left whole, or why there is none; None where no more can be tried."""
-        if not self.left:
+        """The native form with groups left whole, or why there is none; None where no more can or need be tried."""
+        whole = frozenset(_names(kinds))
+        if not self.left or not whole or whole in self.failed:
             return None
         self.left -= 1
         try:
-            job = Job.of(self.job.run, self.groups, self.leave.replan(_names(kinds)))
+            job = self.job.with_plan(self.leave.replan(_names(kinds)))
         except TorchshearError:  # nothing would be left to cut, or too little for a target
             return None
-        return job, job.native()
+        native = job.native()
+        if native.model is None:
+            self.failed.add(whole)
+        return job, native
 
     def price(self, whole: Collection[str]) -> float:
         """Share of what the cut saves that is lost where groups stay whole: of parameters or MACs, the larger."""
@@ -148,6 +163,11 @@ class _Search:
                 found.setdefault((group.role, part), []).append(group.name)
         prices = {kind: self.price(names) for kind, names in found.items()}
         return {kind: found[kind] for kind in sorted(found, key=prices.__getitem__) if self._may_cost(prices[kind])}
+
+
+def _joined(kinds: Kinds, more: Kinds) -> Kinds:
+    """All groups of both; modules of two classes may have kinds that read the same."""
+    return {kind: [*kinds.get(kind, ()), *more.get(kind, ())] for kind in (*kinds, *(more.keys() - kinds.keys()))}
 
 
 def _names(kinds: Kinds) -> list[str]:

@@ -99,7 +99,7 @@ def make_native(
     if recorded is not None and kind in (None, recorded.kind):
         if recorded.kind == "traced":
             return job, Native(None, recorded)
-        native = recorded_form(job.run, job.cut, job.tensors, job.sliced, recorded)
+        native = recorded_form(job.original, job.cut, job.tensors, job.sliced, recorded)
         unseen = "; not compared again on the meta device, where there are no values" if is_on_meta(job.run) else ""
         return job, Native(native, replace(recorded, reason=f"{recorded.reason}{unseen}"))
     if kind == "traced":

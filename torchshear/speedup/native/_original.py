@@ -1,0 +1,59 @@
+"""A captured model, with what is found out about it once for all cuts that are tried."""
+
+from contextlib import nullcontext
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from torchshear.graph import Cache, ExampleInputs, Graph, copy_model, find_caches, run_failure, set_exporting_flag
+from torchshear.graph.numerics._float64 import compute_in, to_float64
+
+
+class Original:
+    """A model as it is before a cut.
+
+    Attributes:
+        model: the model, or the calls of its parts; not changed.
+        graph: its capture.
+    """
+
+    def __init__(self, model: nn.Module, graph: Graph) -> None:
+        self.model = model
+        self.graph = graph
+
+    @cached_property
+    def example(self) -> ExampleInputs:
+        """The example; at most four samples of it where the batch is free, which the graph is known to run on."""
+        inputs = self.graph.inputs
+        batch = inputs.batch_size()
+        return inputs.with_batch(4) if self.graph.batch_hint is not None and batch and batch > 4 else inputs
+
+    @cached_property
+    def example_in_training(self) -> ExampleInputs:
+        """The example, with two samples where it has one and the batch is free: batch norms need two values each."""
+        is_single = self.graph.batch_hint is not None and self.example.batch_size() == 1
+        return self.example.with_batch(2) if is_single else self.example
+
+    @cached_property
+    def caches(self) -> tuple[Cache, ...]:
+        """What the model keeps of values that it has computed from its weights."""
+        return find_caches(self.model, self.graph.inputs)
+
+    @cached_property
+    def runs_as_exported(self) -> bool:
+        """Whether it runs if it believes that it is being exported."""
+        with set_exporting_flag():
+            return run_failure(self.model, self.example, "eval") is None
+
+    @cached_property
+    def refuses_float64(self) -> bool:
+        """Whether it does not run in float64 though it does in its own dtype: some fast kernels take narrow types."""
+        wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(self.example)
+        for branch in (nullcontext, set_exporting_flag):
+            with branch():
+                if run_failure(self.model, self.example, "eval") is None:
+                    with compute_in(torch.float64):
+                        if run_failure(wide, inputs, "eval") is not None:
+                            return True
+        return False
