@@ -21,6 +21,27 @@ between("index.Tensor", lambda x: x[:, index(4, 1, 1)], "tokens")
 between("index.Tensor", lambda x: x[:, [True, True, False] * 4], "features", lambda: nn.Linear(8, 3))
 between("index.Tensor", lambda x: x[:, index(2, 0), index(1, 3)], "rows")
 between("index.Tensor", lambda x: x.mT[..., index(2, 0).view(1, 2)].sum(3).mT, "tokens")
+PAIRS = torch.triu_indices(12, 12, 1).tolist()
+
+
+def products(x: Tensor) -> Tensor:
+    """The products of all pairs of features."""
+    return x[:, PAIRS[0]] * x[:, PAIRS[1]]
+
+
+between("index.Tensor", products, "features", lambda: nn.Linear(66, 3))
+between(
+    "index_select",
+    lambda x: x.index_select(1, index(*PAIRS[0])).sigmoid() - x.index_select(1, index(*PAIRS[1])),
+    "features",
+    lambda: nn.Linear(66, 3),
+)
+between(
+    "index.Tensor",
+    lambda x: (x[:, :, None] * x[:, None].sigmoid())[:, PAIRS[0], PAIRS[1]],
+    "features",
+    lambda: nn.Linear(66, 3),
+)
 between("gather", lambda x: x.gather(1, along(x, 2, 0, 1)), "tokens")
 between("take_along_dim", lambda x: x.take_along_dim(index(2, 0).view(1, 2, 1), 1), "tokens")
 for op in ("scatter", "scatter_", "scatter_add", "scatter_add_"):
