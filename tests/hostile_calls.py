@@ -117,9 +117,9 @@ CALLS: dict[str, Call] = {
     "plan": Call(
         torchshear.plan,
         lambda g: {
-            **{"groups": g.groups, "criterion": "l1", "ratio": 0.5, "align": None, "min_width": 1, "axes": None},
+            **{"groups": g.groups, "criterion": "l1", "ratio": 0.5, "align": None, "min_width": 1, "roles": None},
             **{"exclude": (), "weights": None, "statistics": None, "scope": "local", "min_ratio": 0.0},
-            **{"max_ratio": None, "combine": "sum", "normalize": "auto"},
+            **{"max_ratio": None, "group_reduction": "sum", "normalize": "auto"},
         },
     ),
     "plan for a target": Call(

@@ -74,19 +74,19 @@ def test_the_network_is_as_read(groups: ChannelGroups) -> None:
 
 
 def test_chosen_roles_shrink_and_nothing_else(model: nn.Module) -> None:
-    result = torchshear.prune(model, (image(),), ratio=0.5, axes="channels")
+    result = torchshear.prune(model, (image(),), ratio=0.5, roles="channels")
     assert cut(result.plan) == {"one.0.weight[0]": 6, "two.0.weight[0]": 10}
     assert_equals_masked(model, result.model, result.plan, (image(),))
-    assert notes(result.plan)["stem.weight[0]"] == "stays whole: its role 'residual' is not among axes=channels"
+    assert notes(result.plan)["stem.weight[0]"] == "stays whole: its role 'residual' is not among roles=channels"
     assert notes(result.plan)["one.0.weight[0]"] == ""
     assert result.report.requested_ratio == result.report.achieved_ratio == 0.5
-    assert "not among axes=channels" in str(result.report)
+    assert "not among roles=channels" in str(result.report)
 
 
 def test_several_roles(groups: ChannelGroups) -> None:
-    plan = torchshear.plan(groups, ratio=0.25, axes=["ffn", "residual"])
+    plan = torchshear.plan(groups, ratio=0.25, roles=["ffn", "residual"])
     assert cut(plan) == {"stem.weight[0]": 2, "down.weight[0]": 4, "head.0.weight[0]": 6}
-    assert plan.request["axes"] == ["ffn", "residual"]
+    assert plan.request["roles"] == ["ffn", "residual"]
 
 
 def test_every_key_decides_in_its_order(groups: ChannelGroups) -> None:
@@ -176,7 +176,7 @@ class Vision(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("axes", "widths"),
+    ("roles", "widths"),
     [
         ("heads", {4: 2, 6: 6, 24: 24, 96: 96}),
         ("head_dim", {4: 4, 6: 3, 24: 24, 96: 96}),
@@ -184,10 +184,10 @@ class Vision(nn.Module):
         (("ffn", "heads"), {4: 2, 6: 6, 24: 24, 96: 48}),
     ],
 )
-def test_a_transformer_by_role(axes: str | tuple[str, ...], widths: dict[int, int]) -> None:
+def test_a_transformer_by_role(roles: str | tuple[str, ...], widths: dict[int, int]) -> None:
     model = randomise(Vision().double().eval(), seed=5)
     x = torch.randn(2, 7, 10, dtype=torch.float64)
-    result = torchshear.prune(model, (x,), ratio=0.5, axes=axes)
+    result = torchshear.prune(model, (x,), ratio=0.5, roles=roles)
     assert {group.width: len(group.kept) for group in result.plan.groups} == widths
     assert result.verification.max_error <= 1e-9
     assert n_elements(result.model) < n_elements(model)
@@ -212,7 +212,7 @@ def test_a_role_stands_for_narrower_ones_unless_they_are_named() -> None:
     groups = torchshear.analyze(torchshear.trace(GroupedQueries(), (torch.randn(2, 5, 6),)))
     by_role = {group.role: group.name for group in groups}
     assert by_role.keys() == {"kv_heads", "q_heads", "qk_dim", "v_dim"}
-    both = torchshear.plan(groups, axes="heads")
+    both = torchshear.plan(groups, roles="heads")
     assert cut(both) == {by_role["kv_heads"]: 1, by_role["q_heads"]: 1}
     one = torchshear.plan(groups, ratio={"heads": 0.5, "q_heads": 0, "head_dim": 1 / 3})
     assert cut(one) == {by_role["kv_heads"]: 1, by_role["qk_dim"]: 2, by_role["v_dim"]: 2}
@@ -221,12 +221,12 @@ def test_a_role_stands_for_narrower_ones_unless_they_are_named() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"axes": "chanels"}, r"axes: 'chanels' is no role; roles of this model's groups are residual \(2\), "),
-        ({"axes": "chanels"}, "Close to it: channels"),
-        ({"axes": "heads"}, r"axes: no group has the role 'heads'; .*channels \(2\), ffn \(1\); other roles are"),
-        ({"axes": ["state", "heads"]}, "no group has the role 'state' or 'heads'; roles of this model's groups are"),
-        ({"axes": []}, "names no role"),
-        ({"axes": 5}, "axes=5; expected a string or several"),
+        ({"roles": "chanels"}, r"roles: 'chanels' is no role; roles of this model's groups are residual \(2\), "),
+        ({"roles": "chanels"}, "Close to it: channels"),
+        ({"roles": "heads"}, r"roles: no group has the role 'heads'; .*channels \(2\), ffn \(1\); other roles are"),
+        ({"roles": ["state", "heads"]}, "no group has the role 'state' or 'heads'; roles of this model's groups are"),
+        ({"roles": []}, "names no role"),
+        ({"roles": 5}, "roles=5; expected a string or several"),
         ({"ratio": {}}, "empty mapping"),
         ({"ratio": {"ffn": 1.0}}, r"ratio\['ffn'\]=1.0; expected a number in \[0, 1\)"),
         ({"ratio": {"ffn": "half"}}, r"ratio\['ffn'\]='half'"),
@@ -239,7 +239,7 @@ def test_a_role_stands_for_narrower_ones_unless_they_are_named() -> None:
         ({"ratio": {"heads": 0.5}}, "'heads' decides nothing: no group has that role"),
         ({"ratio": {"head.2": 0.5}}, r"head.2.weight\[0\] is fixed: model output 0"),
         (
-            {"ratio": {"channels": 0.5}, "axes": "ffn"},
+            {"ratio": {"channels": 0.5}, "roles": "ffn"},
             "'channels' decides nothing: group 'one.0.weight.0.' stays whole",
         ),
         ({"ratio": {"ffn": 0.5, "head.0": 0.1}}, "'ffn' decides nothing: for group .* the key 'head.0' comes first"),
@@ -250,7 +250,7 @@ def test_a_role_stands_for_narrower_ones_unless_they_are_named() -> None:
         ({"exclude": "layer4.*"}, "exclude: 'layer4.*' fits no parameter, module or channel group"),
         ({"exclude": ["two", "hed"]}, "'hed' fits no parameter.*Close to it: head"),
         ({"exclude": "*"}, r"exclude='\*' leaves nothing that can shrink"),
-        ({"axes": "ffn", "exclude": "head"}, "axes='ffn', exclude='head' leaves nothing that can shrink"),
+        ({"roles": "ffn", "exclude": "head"}, "roles='ffn', exclude='head' leaves nothing that can shrink"),
         ({"ratio": {"ffn": 0.001}}, "ratio={'ffn': 0.001} removes nothing: none of 1 groups"),
     ],
 )
@@ -260,7 +260,7 @@ def test_nothing_does_nothing_in_silence(groups: ChannelGroups, arguments: dict,
 
 
 def test_unknown_keywords_are_refused(model: nn.Module) -> None:
-    with pytest.raises(TypeError, match="no argument 'axis'; expected model, .*axes, exclude, prunable_outputs"):
+    with pytest.raises(TypeError, match="no argument 'axis'; expected model, .*roles, exclude, prunable_outputs"):
         torchshear.prune(model, (image(),), axis="ffn")
 
 
@@ -294,8 +294,8 @@ def test_a_damaged_ratio_is_damage(groups: ChannelGroups, tmp_path: Path) -> Non
 def test_the_lowest_scores_go_whatever_chose_the_group(groups: ChannelGroups) -> None:
     """Choosing changes which groups lose units, not which units a group loses."""
     everything = torchshear.plan(groups, ratio=0.5).kept
-    for axes in ("channels", "ffn", "residual"):
-        kept = torchshear.plan(groups, ratio=0.5, axes=axes).kept
+    for roles in ("channels", "ffn", "residual"):
+        kept = torchshear.plan(groups, ratio=0.5, roles=roles).kept
         for group in groups:
-            expected = everything[group.name] if group.role == axes else np.arange(group.width)
+            expected = everything[group.name] if group.role == roles else np.arange(group.width)
             assert np.array_equal(kept[group.name], expected)

@@ -85,7 +85,7 @@ def test_a_form_may_be_insisted_on() -> None:
 
 
 def test_axes_may_be_given_more_than_once() -> None:
-    assert widths(pruned("--axes", "ffn", "--axes", "residual")) == {"stem": 4, "up": 12, "one": 8}
+    assert widths(pruned("--roles", "ffn", "--roles", "residual")) == {"stem": 4, "up": 12, "one": 8}
 
 
 def test_roles_are_shown() -> None:
@@ -103,7 +103,7 @@ def test_roles_are_shown() -> None:
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
-        (("--axes", "heads"), 1, "no group has the role 'heads'"),
+        (("--roles", "heads"), 1, "no group has the role 'heads'"),
         (("--exclude", "layer4"), 1, "exclude: 'layer4' fits no parameter"),
         (("--prunable-output", "logit"), 1, "fits no output of chosen_nets.Net, which has logits"),
         (("--ratio", "ffn=0.5", "--ratio", "0.5"), 2, "'0.5' among several"),
@@ -128,9 +128,9 @@ def test_shares_are_read() -> None:
 def test_scopes_targets_and_limits_reach_the_plan() -> None:
     document = pruned(
         "--scope", "global", "--target-macs", "0.5", "--max-ratio", "residual=0.3", "--max-ratio", "*=0.9",
-        "--combine", "mean", "--normalize", "none",
+        "--group-reduction", "mean", "--normalize", "none",
     )  # fmt: skip
-    assert (document["request"]["combine"], document["request"]["normalize"]) == ("mean", "none")
+    assert (document["request"]["group_reduction"], document["request"]["normalize"]) == ("mean", "none")
     assert document["request"]["scope"] == "global"
     assert document["request"]["max_ratio"] == {"residual": 0.3, "*": 0.9}
     assert "ratio" not in document["request"]

@@ -174,7 +174,7 @@ def kept() -> dict[str, list[int]]:
 def expected(criterion: str, **words: object) -> torchshear.PruneResult:
     model, args, kwargs = load_example("data_nets:net")
     from_module = NamedLoader("data_nets:batches")
-    return torchshear.prune(model, args, kwargs, criterion, data=from_module, batches=3, **words)  # type: ignore[arg-type]
+    return torchshear.prune(model, args, kwargs, criterion=criterion, data=from_module, batches=3, **words)  # type: ignore[arg-type]
 
 
 # -- data and losses --------------------------------------------------------------------------------------------------
@@ -290,8 +290,8 @@ def test_a_config_prints_what_it_means(columns: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--criterion", "apoz"), "the criterion 'apoz' looks at activations; give batches as data= (--data)."),
-        (("--criterion", "apo"), "criterion='apo'; expected one of"),
+        (("--criterion", "apoz"), "the criterion 'apoz' looks at activations; give batches as --data."),
+        (("--criterion", "apo"), "--criterion 'apo'; expected one of"),
         (("--criterion", "apoz", "--data", "data_nets"), "cannot read 'data_nets'. Expected package.module:loader"),
         (("--criterion", "apoz", "--data", "data_net:loader"), "no module 'data_net' in"),
         (("--criterion", "apoz", "--data", "data_nets:lader"), "has no 'lader'. Did you mean 'loader'? Expected a fun"),
@@ -306,10 +306,10 @@ def test_a_config_prints_what_it_means(columns: int) -> None:
         (("--criterion", "apoz", "--data", "data_nets:loader"), "the loader ended after 3 of 32 batches"),
         (
             ("--criterion", "taylor", "--data", "data_nets:loader"),
-            "looks at gradients; give a loss as loss_fn= (--loss)",
+            "looks at gradients; give a loss as --loss",
         ),
         (("--data", "data_nets:loader"), "data is given, and no criterion looks at it (l1)"),
-        (("--recalibrate",), "recalibrate= is given without data"),
+        (("--recalibrate",), "--recalibrate is given without data"),
         (
             ("--loss", "cros_entropy"),
             "loss 'cros_entropy'; expected one of cross_entropy, mse, output, or package.modu",
@@ -329,9 +329,9 @@ def test_a_config_prints_what_it_means(columns: int) -> None:
         (("--config", "wrong.yaml"), "config_list[1]: 'sparcity' is no key of an NNI entry. Close to it: sparsity"),
         (("--config", "fits_nothing.yaml"), "config_list[0]"),
         (("--config", "twice.yaml"), "the key 'sparsity' stands twice in one mapping, again in line 3"),
-        (("--config", "good.yaml", "--ratio", "0.5"), "config= says which layers lose how much, and ratio=0.5"),
-        (("--config", "good.yaml", "--min-ratio", "0"), "and min_ratio=0.0 says something else"),
-        (("--target-macs", "0"), "target_macs=0.0; expected what may be left"),
+        (("--config", "good.yaml", "--ratio", "0.5"), "--config says which layers lose how much, and --ratio 0.5"),
+        (("--config", "good.yaml", "--min-ratio", "0.1"), "and --min-ratio 0.1 says something else"),
+        (("--target-macs", "0"), "--target-macs 0.0; expected what may be left"),
     ],
 )
 def test_bad_words_of_prune(options: tuple[str, ...], message: str) -> None:
@@ -414,12 +414,12 @@ def test_compare_without_matplotlib_writes_the_rest(monkeypatch: pytest.MonkeyPa
         ("too_many", (), "returned (Net, tuple, dict, function, int). Expected"),
         ("text_score", (), "evaluate gave 'high' of type str for the dense model; expected a number"),
         ("failing_score", (), "evaluate fails on the dense model: ZeroDivisionError: division by zero"),
-        ("scored", ("--criteria", "l3"), "criterion='l3'; expected one of"),
+        ("scored", ("--criteria", "l3"), "--criterion 'l3'; expected one of"),
         ("scored", ("--data", "data_nets:no_loader"), "gives an object of type int"),
-        ("scored", ("--loss", "mse"), "loss_fn= is given without data"),
+        ("scored", ("--loss", "mse"), "--loss is given without data"),
         ("scored", ("--target-macs", "0.5", "--ratio", "0.5"), "expected one kind of budget"),
         ("scored", ("--target-macs", "0.0001"), "the best possible is"),
-        ("scored", ("--scope", "lokal"), "scope='lokal'; expected one of local, global, isomorphic"),
+        ("scored", ("--scope", "lokal"), "--scope 'lokal'; expected one of local, global, isomorphic"),
         ("scored", ("--align", "wide"), "wide"),
         ("scored", ("--seed", "1", "--seed", "1"), "each once"),
     ],

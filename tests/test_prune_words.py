@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.models import Classifier, image, labelled
-from torchshear import _asking, api
+from torchshear import api, options
 from torchshear.compat.nni import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
 from torchshear.errors import ArgumentError, DataError, PlanError
 
@@ -40,20 +40,20 @@ def test_data_gives_the_plan_of_the_stages(model: nn.Module, criterion: str, kin
     statistics = torchshear.collect(groups, labelled(), functional.cross_entropy, 3)
     expected = torchshear.plan(groups, criterion, 0.5, statistics=statistics)
     words = {"loss_fn": functional.cross_entropy} if criterion == "taylor" else {}
-    result = torchshear.prune(model, X, None, criterion, 0.5, data=kind(labelled()), batches=3, **words)
+    result = torchshear.prune(model, X, criterion=criterion, ratio=0.5, data=kind(labelled()), batches=3, **words)
     assert kept(result.plan) == kept(expected)
     assert kept(result.plan) != kept(torchshear.prune(model, X, ratio=0.5).plan)
 
 
 def test_only_what_the_criterion_looks_at_is_collected(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    collect = _asking.collect
+    collect = options.collect
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(collect(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(_asking, "collect", spy)
+    monkeypatch.setattr(options, "collect", spy)
     torchshear.prune(model, X, criterion="apoz", data=labelled(), loss_fn=functional.cross_entropy, batches=3)
     assert [statistics.sums for statistics in seen] == [{"zeros"}]
     assert (seen[0].n_batches, seen[0].weights) == (3, {})
@@ -172,8 +172,8 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"criterion": "apoz"}, r"criterion 'apoz' looks at activations; give batches as data= \(--data\)\."),
-        ({"criterion": "taylor"}, r"'taylor' looks at gradients; give batches as data= .*loss as loss_fn="),
+        ({"criterion": "apoz"}, r"criterion 'apoz' looks at activations; give batches as data=\."),
+        ({"criterion": "taylor"}, r"'taylor' looks at gradients; give batches as data=, and a loss as loss_fn="),
         ({"criterion": "taylor", "data": [1]}, r"'taylor' looks at gradients; give a loss as loss_fn="),
         ({"criterion": "tailor", "data": [1]}, r"criterion='tailor'; .*Did you mean 'taylor'"),
         ({"data": [1]}, r"data is given, and no criterion looks at it \(l1\)\. Leave data= away"),
@@ -186,9 +186,9 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
             {"criterion": "apoz", "data": [1], "batches": 0},
             "batches must be a whole number of at least 1",
         ),
-        ({"fold_bias": "mean"}, r"fold_bias='mean'; expected False, True .* or 'means'"),
+        ({"fold_bias": "mean"}, r"fold_bias='mean'; expected False, True or 'means'"),
         ({"fold_bias": 1}, r"fold_bias=1; expected"),
-        ({"fold_bias": "means"}, r"fold_bias='means' takes means over data; give batches as data= \(--data\)"),
+        ({"fold_bias": "means"}, r"fold_bias='means' takes means over data; give batches as data="),
         ({"fold_bias": True, "data": [1]}, r"data is given, and no criterion looks at it \(l1\)"),
         ({"config": CONFIG, "ratio": 0.5}, r"config= says which layers lose how much, and ratio=0.5 says something"),
         ({"config": CONFIG, "scope": "global"}, r"and scope='global' says something else"),
@@ -211,7 +211,7 @@ def test_contradictions_and_what_is_missing_are_told_before_tracing(
 
 
 def test_empty_words_beside_a_config_say_nothing(model: nn.Module) -> None:
-    said = torchshear.prune(model, X, config=CONFIG, exclude=(), axes=None, target_macs=None)
+    said = torchshear.prune(model, X, config=CONFIG, exclude=(), roles=None, target_macs=None)
     assert kept(said.plan) == kept(torchshear.prune(model, X, config=CONFIG).plan)
     assert said.plan.n_cut > 0
 

@@ -63,7 +63,7 @@ NAMES: Final = _table(
     # Neural Compressor
     ("WeightPruningConfig PruningConfig", "a config is a dictionary: {'pruning_configs': [...], ...}"),
     ("prepare_pruning prepare_compression CompressionManager Pruning BasicPruning RetrainFreePruning", _MAKE_ONE),
-    ("model_slim parse_auto_slim_config", "use torchshear.prune(model, args, axes=('ffn', 'heads'))"),
+    ("model_slim parse_auto_slim_config", "use torchshear.prune(model, args, roles=('ffn', 'heads'))"),
     ("prune_wanda", "use criterion='wanda', of whole units, with data="),
     ("SparseGPTPruning sparse_gpt dsnot", "pruners that rewrite the weights that stay are not here"),
     # UniPruning
@@ -147,7 +147,7 @@ KEYWORDS: Final = _table(
     ("num_heads in_channel_groups out_channel_groups channel_groups", f"{_NOT_NEEDED}: heads and groups are found"),
     (
         "prune_num_heads prune_head_dims head_pruning_ratio head_pruning_ratio_dict",
-        "use ratio={'heads': 0.25}, or axes=",
+        "use ratio={'heads': 0.25}, or roles=",
     ),
     ("customized_pruners unwrapped_parameters root_module_types forward_fn output_transform", _NOT_NEEDED),
 )

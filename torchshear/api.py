@@ -1,19 +1,26 @@
-"""The public functions that join the stages: plan with an alignment profile, and prune in one call."""
+"""The public functions that join the stages: `plan` with an alignment profile, and `prune` in one call."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Unpack
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from torchshear._asking import ask
-from torchshear._words import Choice, Selection, check_keywords
-from torchshear.calibration import Statistics
+from torchshear.calibration import Loss, Statistics
 from torchshear.calibration._loader import LikeExample
-from torchshear.configs import ResolvedConfig
+from torchshear.configs import ConfigList, ResolvedConfig
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
 from torchshear.graph import outside_inference_mode, trace
+from torchshear.options import (
+    CalibrationOptions,
+    FoldBias,
+    Form,
+    Planner,
+    PruneOptions,
+    check_criterion,
+    checked_call,
+)
 from torchshear.pruners import Criterion, Ratio, Request, WeightSource, plan_units
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import (
@@ -23,15 +30,12 @@ from torchshear.speedup import (
     Verification,
     check_recalibration,
     fold_constants,
-    recalibrate,
     resolve_alignment,
     shrink_to_form,
 )
+from torchshear.speedup import recalibrate as recalibrate_norms
 
-__all__ = ["Choice", "PruneResult", "Selection", "plan", "prune"]
-
-_PLAN_ARGUMENTS = "groups, criterion, ratio, align, min_width, axes, exclude, weights, statistics"
-_PRUNE_ARGUMENTS = "model, args, kwargs, criterion, ratio, align, min_width, fold_bias"
+__all__ = ["PruneResult", "plan", "prune"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,109 +70,179 @@ class PruneResult:
         return f"<PruneResult: {self.form} {type(self.model).__name__}, {self.report.changes}, {proof}>"
 
 
-def plan(  # noqa: PLR0913 - independent choices, given by name
+@checked_call
+def plan(  # noqa: PLR0913 - independent options, given by name
     groups: ChannelGroups,
     criterion: str | Criterion = "l1",
     ratio: Ratio | None = None,
+    *,
+    scope: str = "local",
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    min_ratio: Ratio = 0.0,
+    max_ratio: Ratio | None = None,
+    group_reduction: str = "sum",
+    normalize: str = "auto",
+    roles: str | Collection[str] | None = None,
+    exclude: str | Collection[str] = (),
     align: int | str | Alignment | None = None,
     min_width: int = 1,
-    axes: str | Collection[str] | None = None,
-    exclude: str | Collection[str] = (),
     weights: WeightSource = None,
     statistics: Statistics | None = None,
-    **selection: Unpack[Selection],
 ) -> PruningPlan:
     """Decide what to remove: a share of every channel group that may shrink, lowest scores first.
 
     Args:
         groups: the analysed network, from `torchshear.analyze`.
         criterion: name of a criterion ("l1", "l2", "fpgm", "bn_scale", "random", or one that looks at data) or a
-            function like one. A group of which it has nothing to say stays whole, and the plan says why.
-        ratio: fraction of the units of each group to remove, in [0, 1), left away 0.5; or a mapping from what it is
-            for: the name of a group, a pattern of module or parameter names ("layer3", "*.mlp.*"), a role ("ffn"), or
+            function like one. A group that it cannot score stays whole, and the plan says why.
+        ratio: fraction of the units of each group to remove, in [0, 1); 0.5 by default. Or a mapping to such fractions
+            from the name of a group, a pattern of module or parameter names ("layer3", "*.mlp.*"), a role ("ffn"), or
             "*" for all others. Where several keys fit a group, the first kind in this order counts. A pattern fits a
             group if it fits a layer that makes its units. Groups that no key fits stay whole.
-        align: kept widths are rounded to the nearest multiple of an integer, or to what a profile ("cpu-avx2",
-            "cuda-fp16", ...) or this machine ("auto") runs well. None: any width.
-        min_width: the fewest units to keep in a group.
-        axes: role or roles that may shrink, of `torchshear.dependency.ROLES`: "heads", "head_dim" and "ffn" stand for
+        scope: the units that are ranked against one another. "local": those of one group, which loses its own ratio.
+            "global": those of all groups, or of all that one key of `ratio` decides; scores that cannot be compared
+            between groups are divided by their mean over the group. "isomorphic": those of groups with the same
+            operators around them (arXiv:2407.04616).
+        target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
+            in (0, 1], or a whole number of at least 2. The result is at most that, and as near as widths allow. Within
+            a local scope all groups lose the same share, or shares in proportion to a mapping of ratios.
+        target_params: parameters that may be left, likewise. With both, both hold.
+        min_ratio: share that each group loses in any case, in [0, 1), or a mapping as for `ratio`.
+        max_ratio: largest share that a group may lose, likewise. None: 0.98 where groups are ranked together, and no
+            limit elsewhere.
+        group_reduction: how scores of a group's members become one. "sum": the criterion's own formula over the whole
+            group. "filters": the same over the weights of the layers that make the units, without scales of norms.
+            "mean", "max", "normalized" (mean of each member's scores over their mean) or "geometric" mean: of the
+            scores of each layer, norm or table by itself. Criteria that score the group as a whole (activations, gates
+            on all of its layers) give the same by "sum", "mean", "max" and "geometric".
+        normalize: "mean" divides scores by their mean over the group before groups are ranked together; "none" does
+            not; "auto" does where the criterion's scores mean nothing outside of their group.
+        roles: role or roles that may shrink, of `torchshear.dependency.ROLES`: "heads", "head_dim" and "ffn" stand for
             narrower ones, too. None: all.
         exclude: patterns of module or parameter names, or names of groups. A group with any member that one of them
             fits stays whole.
-        weights: what criteria look at, for a model on the meta device: the folder of a checkpoint in safetensors, of
-            which one tensor is read at a time; or a mapping from parameter names to tensors, likewise. None: the
-            tensors of the model that was traced.
-        statistics: what was seen of the model on data, from `torchshear.collect`; needed by criteria of activations
-            ("apoz", "mean_activation", "activation_variance", "wanda") and of gradients ("taylor", "taylor_bn",
-            "group_fisher", "retrain_free", "sensitivity", "snip", "snip_momentum", "gradient").
-        **selection: how much goes where, see `Selection`: `scope`, `target_macs`, `target_params`, `min_ratio`,
-            `max_ratio`, `combine`, `normalize`.
+        align: kept widths are rounded to the nearest multiple of an integer, or to what a profile ("cpu-avx2",
+            "cuda-fp16", ...) or this machine ("auto") runs well. None: any width.
+        min_width: the fewest units to keep in a group.
+        weights: tensors to score, for a model on the meta device: the folder of a checkpoint in safetensors, of which
+            one tensor is read at a time; or a mapping from parameter names to tensors, likewise. None: the tensors of
+            the model that was traced.
+        statistics: sums over data, from `torchshear.collect`; needed by criteria of activations ("apoz",
+            "mean_activation", "activation_variance", "wanda") and of gradients ("taylor", "taylor_bn", "group_fisher",
+            "retrain_free", "sensitivity", "snip", "snip_momentum", "gradient").
 
     Returns:
         The plan. Nothing is changed. It says of every group that stays whole why.
 
     Raises:
+        KeywordError: an argument does not exist.
         ArgumentError: unknown criterion or profile; ratio outside [0, 1), or too small to remove anything; a role, key
             or pattern that is unknown, fits nothing or decides nothing; two patterns that ask different ratios of one
-            group.
-        ArgumentError: statistics are missing, without what the criterion needs, or of another network.
+            group; statistics are missing, without what the criterion needs, or of another network.
         PlanError: the target or the ratio cannot be reached under the limits; says what the best possible is, before
             anything is scored.
         WeightError: the weights are NaN, infinite, on the meta device, or not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> groups = torchshear.analyze(torchshear.trace(model, (torch.randn(1, 4),)))
+        >>> torchshear.plan(groups, "l2", 0.25).groups[0].kept.size
+        6
     """
-    alignment = resolve_alignment(align)
-    check_keywords("plan", selection, Selection, _PLAN_ARGUMENTS)
     request = Request(
         criterion=criterion,
         ratio=ratio,
-        alignment=alignment,
-        min_width=min_width,
-        axes=axes,
+        scope=scope,
+        target_macs=target_macs,
+        target_params=target_params,
+        min_ratio=min_ratio,
+        max_ratio=max_ratio,
+        group_reduction=group_reduction,
+        normalize=normalize,
+        roles=roles,
         exclude=exclude,
-        **selection,
+        alignment=resolve_alignment(align),
+        min_width=min_width,
     )
     return plan_units(groups, request, weights, statistics)
 
 
+@checked_call
 @outside_inference_mode()
-def prune(
+def prune(  # noqa: PLR0913 - independent options, given by name
     model: nn.Module,
-    args: tuple[Any, ...] = (),
+    args: tuple[Any, ...] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
     criterion: str | Criterion | None = None,
     ratio: Ratio | None = None,
+    scope: str = "local",
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    min_ratio: Ratio = 0.0,
+    max_ratio: Ratio | None = None,
+    group_reduction: str = "sum",
+    normalize: str = "auto",
+    roles: str | Collection[str] | None = None,
+    exclude: str | Collection[str] = (),
+    prunable_outputs: str | Collection[str] = (),
+    submodules: Sequence[str] | None = None,
+    config: ConfigList | None = None,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
-    fold_bias: bool | Literal["means"] = False,
-    **choice: Unpack[Choice],
+    data: Iterable[Any] | None = None,
+    loss_fn: Loss | None = None,
+    batches: int | None = None,
+    recalibrate: bool = False,
+    fold_bias: FoldBias = False,
+    form: Form = "auto",
 ) -> PruneResult:
     """Prune a model in one call: trace, analyze, plan, shrink, verify.
 
     Args:
         model: the model; it is left as it is.
-        args: example positional arguments.
+        args: example positional arguments; a tensor counts as one argument.
         kwargs: example keyword arguments.
         criterion: name of a criterion or a function like one; None: "l1", or what a config says. One that looks at data
             needs `data`, and of this only what it looks at is summed.
-        ratio: fraction of the units of each channel group to remove, in [0, 1), or a mapping; see `torchshear.plan`.
-        align: see `torchshear.plan`.
+        ratio: fraction of the units of each group to remove, in [0, 1), or a mapping; see `torchshear.plan`.
+        scope: the units that are ranked against one another; see `torchshear.plan`.
+        target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
+            in (0, 1], or a whole number of at least 2.
+        target_params: parameters that may be left, likewise.
+        min_ratio: share that each group loses in any case; see `torchshear.plan`.
+        max_ratio: largest share that a group may lose; see `torchshear.plan`.
+        group_reduction: how scores of a group's members become one; see `torchshear.plan`.
+        normalize: whether scores are divided by their mean over the group; see `torchshear.plan`.
+        roles: role or roles that may shrink, None for all; see `torchshear.plan`.
+        exclude: patterns of names that stay whole; see `torchshear.plan`.
+        prunable_outputs: names of outputs that may shrink, see `torchshear.analyze`; all others keep their shapes.
+        submodules: names of modules to prune inside a model that cannot be captured whole, as `["backbone"]`; see
+            `torchshear.trace`.
+        config: a config list of NNI or Neural Compressor, or the path of a file of one, in place of a ratio, a target
+            and all that says what may shrink; see docs/config-lists.md.
+        align: widths that the device runs well; see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
-        fold_bias: whether removed channels count for their constants rather than for zeros, see `torchshear.shrink`;
-            or "means", for what they are on average over `data`.
-        **choice: what may shrink: `axes` and `exclude` as for `torchshear.plan`, `prunable_outputs` as for
-            `torchshear.analyze`. Without them every group may, and every output keeps its shape. `submodules` as for
-            `torchshear.trace`, as `["backbone"]`: only these modules, inside the whole model. And how much goes where:
-            `scope`, `target_macs`, `target_params` and the other words of `torchshear.plan`; or in place of all these
-            and of the ratio `config`, a config list or the path of one. `data`, `loss_fn` and `batches` as for
-            `torchshear.collect`; `recalibrate=True` gives batch norms new statistics of the same data in the end.
-            `form` as in `Choice`: the model's own class where that costs little, or one form in any case.
+        data: batches for criteria that look at activations or gradients, for `recalibrate` and for
+            `fold_bias="means"`; see `torchshear.collect` for their form.
+        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
+        batches: how many batches to run; None: 32.
+        recalibrate: True gives batch norms new statistics of the data after the cut; see `torchshear.recalibrate`.
+        fold_bias: True lets a removed channel count for the constant that it holds without input, "means" for what it
+            is on average over the data, rather than for zero; see `torchshear.shrink`.
+        form: form of the result. "native": a copy of the model's own class; where only whole groups give that, they
+            stay whole at any cost. "traced": the rewritten graphs. "auto": native where leaving groups whole costs at
+            most a tenth of what the cut saves, in parameters and MACs; traced elsewhere.
 
     Returns:
         The pruned model with its plan and report. A model in which nothing can shrink comes back as a copy, and the
         report says why.
 
     Raises:
+        KeywordError: an argument does not exist.
         ArgumentError: an argument is outside what is accepted, or contradicts another; the criterion needs data or a
             loss that is not given, or nothing looks at the data that is.
         DataError: the data or the loss does not fit the model.
@@ -177,24 +251,55 @@ def prune(
         PlanError: what is asked cannot be reached; or `form="native"`, and there is no native form.
         VerificationError: the shrunk model is not equal to the masked one, or with folded constants not to the original
             with those constants; nothing is returned then.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> torchshear.prune(model, torch.randn(1, 4), ratio=0.5).model[0]
+        Linear(in_features=4, out_features=4, bias=True)
     """
-    check_keywords("prune", choice, Choice, _PRUNE_ARGUMENTS)
-    asked = ask(criterion, ratio, resolve_alignment(align), min_width, choice, fold_bias)
-    if asked.recalibrates:
-        check_recalibration(model, asked.data.batches)
-    groups = analyze(trace(model, args, kwargs, choice.get("submodules")), choice.get("prunable_outputs", ()))
-    planning = asked.planning(model, groups)
-    shrunk, made = shrink_and_record(model, planning.plan(), args, kwargs, *asked.form_of(planning))
+    check_criterion(criterion)
+    args = (args,) if isinstance(args, Tensor) else args
+    request = Request(
+        criterion="l1" if criterion is None else criterion,
+        ratio=ratio,
+        scope=scope,
+        target_macs=target_macs,
+        target_params=target_params,
+        min_ratio=min_ratio,
+        max_ratio=max_ratio,
+        group_reduction=group_reduction,
+        normalize=normalize,
+        roles=roles,
+        exclude=exclude,
+        alignment=resolve_alignment(align),
+        min_width=min_width,
+    )
+    options = PruneOptions.parse(
+        request,
+        has_criterion=criterion is not None,
+        config=config,
+        submodules=submodules,
+        calibration=CalibrationOptions.parse(data, loss_fn, batches, recalibrate),
+        recalibrate=recalibrate,
+        fold_bias=fold_bias,
+        form=form,
+    )
+    if recalibrate:
+        check_recalibration(model, options.calibration.batches)
+    groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
+    planner = Planner.of(options, model, groups)
+    shrunk, made = shrink_and_record(model, planner.plan(), args, kwargs, *options.form_of(planner))
     if fold_bias:
-        shrunk = fold_constants(model, shrunk, made, means=asked.means(groups))
+        shrunk = fold_constants(model, shrunk, made, means=options.means(groups))
     small = shrunk.model
-    if asked.recalibrates:
-        assert asked.data.loader is not None, "checked before the model was traced"
-        loader = LikeExample(asked.data.loader, (args, dict(kwargs or {})))
-        small = recalibrate(small, loader, asked.data.batches, progress=False)
+    if recalibrate:
+        assert options.calibration.loader is not None, "checked before the model was traced"
+        loader = LikeExample(options.calibration.loader, (args, dict(kwargs or {})))
+        small = recalibrate_norms(small, loader, options.calibration.batches, progress=False)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
     return PruneResult(
-        small, made, report, shrunk.verification, shrunk.form, shrunk.fold, planning.resolved, asked.recalibrates
+        small, made, report, shrunk.verification, shrunk.form, shrunk.fold, planner.resolved, recalibrate
     )
 
 

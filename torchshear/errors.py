@@ -40,7 +40,7 @@ class OtherToolImportError(TorchshearError, ImportError):
 
 
 class KeywordError(ArgumentError, TypeError):
-    """A keyword argument does not exist; the message says what there is, and what to use for words of other tools."""
+    """Arguments do not fit a signature; the message says what there is, and what to use for words of other tools."""
 
 
 class CaptureError(TorchshearError):

@@ -64,7 +64,7 @@ def test_scores_are_those_of_single_calls(model: nn.Module) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("words", [{}, {"scope": "global", "normalize": "none"}, {"combine": "normalized"}])
+@pytest.mark.parametrize("words", [{}, {"scope": "global", "normalize": "none"}, {"group_reduction": "normalized"}])
 def test_the_uniform_control_keeps_first_channels_of_all_groups_alike(model: nn.Module, words: dict[str, Any]) -> None:
     seen: list[Any] = []
 

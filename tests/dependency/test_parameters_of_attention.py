@@ -53,7 +53,7 @@ def test_queries_are_pruned_where_asked() -> None:
     """Fewer latents are the network with those latents alone: compared with one whose rows were taken by hand."""
     model = Pooled(by_hand).eval()
     x = torch.randn(2, 9, 8)
-    result = torchshear.prune(model, (x,), axes="queries")
+    result = torchshear.prune(model, (x,), roles="queries")
     kept = torch.from_numpy(result.plan.kept["latents[0]"])
     assert len(kept) == LATENTS // 2
     model.latents = nn.Parameter(model.latents[kept])

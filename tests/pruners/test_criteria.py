@@ -188,13 +188,13 @@ def test_a_function_is_a_criterion_and_bad_scores_are_refused() -> None:
         torchshear.plan(groups, criterion=lambda group, weights, statistics: torch.zeros(1))
 
 
-@pytest.mark.parametrize("combine", ["sum", "mean"])
+@pytest.mark.parametrize("group_reduction", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
-def test_scores_of_any_real_type_count(dtype: torch.dtype, combine: str) -> None:
+def test_scores_of_any_real_type_count(dtype: torch.dtype, group_reduction: str) -> None:
     def first_half(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
         return (torch.arange(group.width) < group.width // 2).to(dtype)
 
-    plan = torchshear.plan(analysed("residual"), criterion=first_half, combine=combine)
+    plan = torchshear.plan(analysed("residual"), criterion=first_half, group_reduction=group_reduction)
     assert plan.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
 
 

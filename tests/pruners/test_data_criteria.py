@@ -262,8 +262,8 @@ def test_only_scores_of_members_depend_on_how_these_are_combined(name: str, is_w
     groups, statistics = collected(randomise(Net()).eval())
     weights = {n: e.tensor for n, e in groups.graph.state.items() if e.kind == "parameter"}
 
-    def scored(combine: str) -> np.ndarray:
-        return group_scores(groups["stem.weight[0]"], find_criterion(name), weights, statistics, combine)
+    def scored(group_reduction: str) -> np.ndarray:
+        return group_scores(groups["stem.weight[0]"], find_criterion(name), weights, statistics, group_reduction)
 
     for word in ("mean", "max", "geometric"):
         assert np.allclose(scored(word), scored("sum"), rtol=1e-12 if is_whole else 1e-3) is is_whole

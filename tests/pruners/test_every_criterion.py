@@ -24,7 +24,7 @@ from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, plan_from_kept, registered_criteria
 from torchshear.pruners.criteria import declared_needs
-from torchshear.pruners.selection._scoring import COMBINE, group_scores
+from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS, group_scores
 
 CRITERIA = registered_criteria()
 BY_DEFINITION = tuple(name for name in CRITERIA if name != "random")  # which follows no formula
@@ -232,11 +232,11 @@ def test_the_order_of_members_does_not_matter(name: str) -> None:
         np.testing.assert_allclose(score(name, groups, turned, statistics), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("combine", [word for word in COMBINE if word != "geometric"])
+@pytest.mark.parametrize("group_reduction", [word for word in GROUP_REDUCTIONS if word != "geometric"])
 @pytest.mark.parametrize("name", CRITERIA)
-def test_members_are_scored_apart(name: str, combine: str) -> None:
+def test_members_are_scored_apart(name: str, group_reduction: str) -> None:
     _, groups, statistics = mixed()
-    plan = torchshear.plan(groups, name, 0.5, statistics=statistics, combine=combine)
+    plan = torchshear.plan(groups, name, 0.5, statistics=statistics, group_reduction=group_reduction)
     assert plan.n_cut
     for group in groups:
         if is_scored(name, groups, group, statistics):

@@ -210,7 +210,10 @@ def test_what_cannot_be_reached_is_said_before_anything_is_scored(
     ("asked", "message"),
     [
         ({"scope": "globe"}, r"scope='globe'; expected one of local, global, isomorphic.*Close to it: global"),
-        ({"combine": "median"}, "combine='median'; expected one of sum, filters, mean, max, normalized, geometric"),
+        (
+            {"group_reduction": "median"},
+            "group_reduction='median'; expected one of sum, filters, mean, max, normalized, geometric",
+        ),
         ({"normalize": "l2"}, "normalize='l2'"),
         ({"target_macs": 0}, "target_macs=0; expected what may be left"),
         ({"target_params": "half"}, "target_params='half'"),
@@ -236,7 +239,7 @@ def test_where_nothing_is_to_go_all_stays(blocks: ChannelGroups, scope: str) -> 
         assert str(make_report(plan))
 
 
-@pytest.mark.parametrize("word", ["scope", "combine", "normalize", "criterion"])
+@pytest.mark.parametrize("word", ["scope", "group_reduction", "normalize", "criterion"])
 @pytest.mark.parametrize("given", [["l1", "global"], {}, {"sum"}])
 def test_lists_in_place_of_a_word_are_refused(blocks: ChannelGroups, word: str, given: object) -> None:
     with pytest.raises(ArgumentError, match=f"{word}=.*expected one of"):
@@ -254,8 +257,8 @@ def test_unknown_keywords_are_refused(blocks: ChannelGroups) -> None:
         torchshear.plan(blocks, sparsity=0.5)  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("combine", ["mean", "max", "normalized", "geometric"])
-def test_members_are_combined_as_asked(combine: str) -> None:
+@pytest.mark.parametrize("group_reduction", ["mean", "max", "normalized", "geometric"])
+def test_members_are_combined_as_asked(group_reduction: str) -> None:
     model = randomise(Residual())
     groups = groups_of(model)
     rows = torch.stack(
@@ -267,7 +270,7 @@ def test_members_are_combined_as_asked(combine: str) -> None:
         "max": rows.max(0).values,
         "normalized": (rows / rows.mean(1, keepdim=True)).mean(0),
         "geometric": rows.log().mean(0).exp(),
-    }[combine]
-    plan = torchshear.plan(groups, "l1", 0.5, combine=combine)
+    }[group_reduction]
+    plan = torchshear.plan(groups, "l1", 0.5, group_reduction=group_reduction)
     stem = plan.kept["stem.weight[0]"]
     assert sorted(stem.tolist()) == sorted(torch.argsort(expected, descending=True)[:4].tolist())

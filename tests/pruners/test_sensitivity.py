@@ -89,7 +89,7 @@ def test_of_twelve_heads_the_eight_that_matter_most_stay_in_their_places() -> No
     groups, statistics = seen(model, 3, 5, 24)
     found = score(groups, statistics, "heads")
     assert found.square().sum().item() == pytest.approx(1, rel=1e-12)
-    plan = torchshear.plan(groups, "sensitivity", 4 / 12, statistics=statistics, axes="heads")
+    plan = torchshear.plan(groups, "sensitivity", 4 / 12, statistics=statistics, roles="heads")
     (group,) = [group for group in plan.groups if group.width == 12]
     assert group.kept.tolist() == sorted(found.argsort(descending=True)[:8].tolist())
 
@@ -204,7 +204,7 @@ def test_heads_and_rows_are_ranked_together_beside_their_mean() -> None:
     torch.manual_seed(0)
     model = Block().double().eval()
     groups, statistics = seen(model, 3, 5, 12)
-    plan = torchshear.plan(groups, "sensitivity", 0.4, statistics=statistics, scope="global", axes=("heads", "ffn"))
+    plan = torchshear.plan(groups, "sensitivity", 0.4, statistics=statistics, scope="global", roles=("heads", "ffn"))
     lost = []
     for role in ("heads", "ffn"):
         (group,) = [group for group in groups if group.role == role]

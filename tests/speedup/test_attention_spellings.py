@@ -204,7 +204,7 @@ def test_heads_in_the_batch_are_cut(split: str, scaled: str, multiply: str, name
 def test_names_are_not_taken_twice_where_sizes_are_computed() -> None:
     """A computed size is multiplied in the graph; so are values, in calls that may be named the same."""
     model = randomise(ByHand(SPLITS["reshape"], SCALES["q * size"], PRODUCTS["bmm"], named=True).double()).eval()
-    result = torchshear.prune(model, (TOKENS,), axes=("heads", "head_dim"), ratio=0.5)
+    result = torchshear.prune(model, (TOKENS,), roles=("heads", "head_dim"), ratio=0.5)
     assert [len(group.kept) for group in result.plan.groups if group.role != "rank"] == [2, 2, 2]
     assert_equals_masked(model, result.model, result.plan, (TOKENS,))
 
@@ -212,10 +212,10 @@ def test_names_are_not_taken_twice_where_sizes_are_computed() -> None:
 def test_head_dimensions_stay_whole_by_either_spelling() -> None:
     """What the README says to do for the user's own class; this model has no feed-forward layer."""
     model = randomise(OfTorch({"batch_first": True}, {"need_weights": False}).double()).eval()
-    for asked in ({"axes": ("residual", "ffn", "heads")}, {"ratio": {"head_dim": 0, "*": 0.5}}):
+    for asked in ({"roles": ("residual", "ffn", "heads")}, {"ratio": {"head_dim": 0, "*": 0.5}}):
         result = torchshear.prune(model, (TOKENS,), **asked)
         assert [len(g.kept) for g in result.plan.groups if g.role == "head_dim"] == [4]
     assert result.form == "native"
     assert_equals_masked(model, result.model, result.plan, (TOKENS,))
     with pytest.raises(ArgumentError, match="no group has the role 'experts' or 'state'; roles of this model's"):
-        torchshear.prune(model, (TOKENS,), axes=("experts", "state"))
+        torchshear.prune(model, (TOKENS,), roles=("experts", "state"))

@@ -244,7 +244,7 @@ def test_equal_tokens_prove_nothing() -> None:
     model, tokens, zeros = Language().eval(), torch.randint(0, 60, (2, 8)), torch.zeros(2, 8, dtype=torch.long)
     with torch.no_grad():
         model.q.weight.mul_(8)
-    result = torchshear.prune(model, (zeros,), axes="heads")
+    result = torchshear.prune(model, (zeros,), roles="heads")
     assert (result.form, result.model.heads) == ("native", 2)
     torch.testing.assert_close(result.model(tokens), masked_copy(model, result.plan)(tokens), rtol=1e-5, atol=1e-5)
     result.model.heads = 4

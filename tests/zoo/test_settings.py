@@ -32,7 +32,7 @@ def t5() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("choice", "widths"), [({"axes": "ffn"}, (32, 8, 32, 4)), ({}, (32, 4, 32, 2))], ids=["ffn", "all"]
+    ("choice", "widths"), [({"roles": "ffn"}, (32, 8, 32, 4)), ({}, (32, 4, 32, 2))], ids=["ffn", "all"]
 )
 def test_t5_is_loaded_again(choice: dict[str, Any], widths: tuple[int, ...], tmp_path: Path) -> None:
     model = t5()

@@ -10,6 +10,7 @@ from torchshear.cli._bench import bench
 from torchshear.cli._compare import compare
 from torchshear.cli._example import load_example
 from torchshear.cli._inspect import inspect
+from torchshear.cli._options import name_flags
 from torchshear.cli._prune import prune
 from torchshear.cli._shrink import shrink
 from torchshear.errors import TorchshearError
@@ -25,7 +26,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except TorchshearError as error:
-            typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+            typer.echo(f"error: {name_flags(' '.join(str(error).split()))}", err=True)
             raise typer.Exit(1) from error
 
 

@@ -18,9 +18,9 @@ _ASKED: Final = (
     "scope",
     "min_ratio",
     "max_ratio",
-    "combine",
+    "group_reduction",
     "normalize",
-    "axes",
+    "roles",
     "exclude",
     "prunable_outputs",
     "submodules",
@@ -75,7 +75,14 @@ def compare(  # noqa: PLR0913 - options, given by name
         if "data" in choice:
             choice["data"].say = say
         found = compare_criteria(
-            model, evaluate, args, kwargs, criteria or None, seeds or (0, 1, 2), progress=say, **words
+            model,
+            evaluate,
+            args,
+            kwargs,
+            criteria=criteria or None,
+            seeds=seeds or (0, 1, 2),
+            progress=say,
+            **words,
         )
     console = stdout_console()
     console.print(render_comparison(found, console.width), soft_wrap=True)

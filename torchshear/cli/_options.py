@@ -12,7 +12,7 @@ import typer
 
 from torchshear.cli._data import LOSS_NAMES, NamedLoader, load_loss
 from torchshear.errors import ArgumentError
-from torchshear.pruners import COMBINE, SCOPES, registered_criteria
+from torchshear.pruners import GROUP_REDUCTIONS, SCOPES, registered_criteria
 
 
 def _check_ratio(given: list[str] | None) -> list[str] | None:
@@ -30,13 +30,15 @@ _RATIO = typer.Option(
     help="Share of each group's channels to remove, in [0, 1); or KEY=SHARE, once or more, where KEY is a role, a "
     "pattern of module or parameter names, a group, or * for all others. Default: 0.5, or what a target asks.",
 )
-_COMBINE = typer.Option(metavar="WORD", help=f"How scores of a group's members become one: {', '.join(COMBINE)}.")
+_GROUP_REDUCTION = typer.Option(
+    metavar="WORD", help=f"How scores of a group's members become one: {', '.join(GROUP_REDUCTIONS)}."
+)
 _NORMALIZE = typer.Option(
     metavar="WORD",
     help="Whether scores are divided by their mean over the group before groups are ranked together: mean, none or "
     "auto (where they mean nothing outside of their group).",
 )
-_AXES = typer.Option(metavar="ROLE", help="Role that may shrink, as ffn or heads; once or more. Default: all.")
+_ROLES = typer.Option(metavar="ROLE", help="Role that may shrink, as ffn or heads; once or more. Default: all.")
 _EXCLUDE = typer.Option(metavar="PATTERN", help="Modules or parameters that keep their shapes; once or more.")
 _WORDS = "; ".join(f"{word}: {what}" for word, what in SCOPES.items())
 _SCOPE = typer.Option(
@@ -97,9 +99,9 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "target_params": _Option(Annotated[float | None, _PARAMS], float),
     "min_ratio": _Option(Annotated[list[str] | None, _LEAST], lambda given: parse_ratio(given)),
     "max_ratio": _Option(Annotated[list[str] | None, _MOST], lambda given: parse_ratio(given)),
-    "combine": _Option(Annotated[str | None, _COMBINE], str),
+    "group_reduction": _Option(Annotated[str | None, _GROUP_REDUCTION], str),
     "normalize": _Option(Annotated[str | None, _NORMALIZE], str),
-    "axes": _Option(Annotated[list[str] | None, _AXES], list),
+    "roles": _Option(Annotated[list[str] | None, _ROLES], list),
     "exclude": _Option(Annotated[list[str] | None, _EXCLUDE], list),
     "prunable_outputs": _Option(Annotated[list[str] | None, _OUTPUT], list),
     "submodules": _Option(Submodules, list),
@@ -111,6 +113,26 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "form": _Option(Annotated[str | None, _FORM], str),
 }
 EVERY: Final = tuple(_OPTIONS)
+_OTHER_FLAGS: Final = {"loss_fn": "loss", "submodules": "submodule", "prunable_outputs": "prunable-output"}
+_NAMES: Final = "|".join([*_OPTIONS, "criterion", "align", "min_width", "fold_bias"])
+_PARAMETER: Final = re.compile(rf"(?<![\w.])({_NAMES})=(\['[^\]]*'\])?")
+
+
+def name_flags(message: str) -> str:
+    """Name the flags of the command line in a message of the library, which names its parameters.
+
+    >>> name_flags("give a loss as loss_fn=, and ratio=0.5, or submodules=['one', 'two']")
+    'give a loss as --loss, and --ratio 0.5, or --submodule one --submodule two'
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name = _OTHER_FLAGS.get(match[1], match[1].replace("_", "-"))
+        if match[2]:
+            return " ".join(f"--{name} {value}" for value in re.findall(r"'([^']*)'", match[2]))
+        is_followed = message[match.end() : match.end() + 1].strip(" .,;:)")
+        return f"--{name} " if is_followed else f"--{name}"
+
+    return _PARAMETER.sub(flag, message)
 
 
 def takes_choice(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

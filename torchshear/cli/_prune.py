@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -19,13 +19,15 @@ from torchshear.cli._folder import Force, folder_name, output_folder
 from torchshear.cli._options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.configs import render_config
+from torchshear.errors import ArgumentError
+from torchshear.options import FoldBias
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile, Verification
 from torchshear.storage._writing import atomic_path
 
 Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
 
-_FOLDS: Mapping[str | None, Any] = {None: False, "constants": True}
+_FOLDS: Final[Mapping[str | None, FoldBias]] = {None: False, "constants": True, "means": "means"}
 
 
 @takes_choice(*EVERY)
@@ -67,13 +69,22 @@ def prune(  # noqa: PLR0913 - options, given by name
     With --submodule, only these modules are pruned inside the model, and the ONNX files are theirs: dense-NAME.onnx and
     pruned-NAME.onnx.
     """
+    if fold_bias not in _FOLDS:
+        raise ArgumentError(f"fold_bias={fold_bias!r}; expected constants or means.")
     model, args, kwargs = load_example(target)
-    ratio = choice.pop("ratio", None)
     with output_folder(output, "prune", force) as draft, status("pruning and verifying") as say:
         if "data" in choice:
             choice["data"].say = say
-        fold = _FOLDS.get(fold_bias, fold_bias)  # another word is for `prune` to refuse
-        result = torchshear.prune(model, args, kwargs, criterion, ratio, parse_align(align), min_width, fold, **choice)
+        result = torchshear.prune(
+            model,
+            args,
+            kwargs,
+            criterion=criterion,
+            align=parse_align(align),
+            min_width=min_width,
+            fold_bias=_FOLDS[fold_bias],
+            **choice,
+        )
         pairs = _pairs(model, result, args, kwargs)
         files = _write(draft, result, pairs, say)
         document = _report_document(target, result, files)

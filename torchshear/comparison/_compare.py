@@ -1,37 +1,55 @@
 """Several criteria at the same budgets, on one model."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Final, Unpack
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchshear._arguments import check_callback, check_kind
-from torchshear._asking import Data, check_looked_at, read_data
-from torchshear._words import Comparing, check_keywords
-from torchshear.calibration import Statistics
-from torchshear.comparison._asked import Contender, budgets_of, contenders_of, random_criteria, request_of
+from torchshear.calibration import Loss, Statistics
+from torchshear.comparison._contenders import Contender, budgets_of, contenders_of, random_criteria, request_of
 from torchshear.comparison._record import Comparison
 from torchshear.comparison._trial import Evaluate, Trial
 from torchshear.dependency import ChannelGroups, analyze
+from torchshear.dependency.alignment import Alignment
 from torchshear.graph import trace
-from torchshear.pruners import Criterion, collect
+from torchshear.options import CalibrationOptions, checked_call
+from torchshear.pruners import Criterion, Ratio, collect
 from torchshear.pruners.criteria import needs_of
+from torchshear.speedup import resolve_alignment
 
-_ARGUMENTS: Final = "model, evaluate, args, kwargs, criteria, seeds, progress"
 
-
-def compare(
+@checked_call
+def compare(  # noqa: PLR0913 - independent options, given by name
     model: nn.Module,
     evaluate: Evaluate,
-    args: tuple[Any, ...] = (),
+    args: tuple[Any, ...] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
+    *,
     criteria: Sequence[str | Criterion] | None = None,
+    target_macs: float | Sequence[float] | None = None,
+    target_params: float | Sequence[float] | None = None,
+    ratio: float | Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    scope: str = "local",
+    min_ratio: Ratio = 0.0,
+    max_ratio: Ratio | None = None,
+    group_reduction: str = "sum",
+    normalize: str = "auto",
+    roles: str | Collection[str] | None = None,
+    exclude: str | Collection[str] = (),
+    prunable_outputs: str | Collection[str] = (),
+    submodules: Sequence[str] | None = None,
+    align: int | str | Alignment | None = None,
+    min_width: int = 1,
+    data: Iterable[Any] | None = None,
+    loss_fn: Loss | None = None,
+    batches: int | None = None,
+    recalibrate: bool = False,
     progress: Callable[[str], None] | None = None,
-    **words: Unpack[Comparing],
 ) -> Comparison:
     """Prune a model by several criteria at the same budgets, and score what comes out.
 
@@ -43,48 +61,70 @@ def compare(
     Args:
         model: the model; it is left as it is.
         evaluate: called as `evaluate(model)` on a copy of the model and on each pruned one, in eval mode and from the
-            same random state; gives a number, the higher the better. It may change what it is given, as by training.
-        args: example positional arguments.
+            same random state; gives a number, the higher the better. It may change its model, as by training.
+        args: example positional arguments; a tensor counts as one argument.
         kwargs: example keyword arguments.
         criteria: names of criteria, or functions like one. None: all that can score with the data that is given.
+        target_macs: multiply-accumulate operations that may be left, see `torchshear.plan`; one number or several. Half
+            of them where no budget is given.
+        target_params: parameters that may be left, in place of MACs; one number or several.
+        ratio: share of each group's units to remove, in place of MACs; one number or several.
         seeds: seeds of the random control.
-        progress: told in words what is being done.
-        **words: the budgets, one of `target_macs` (left away, 0.5), `target_params` and `ratio`, each a number or
-            several; `scope`, `min_ratio`, `max_ratio`, `combine`, `normalize`, `align`, `min_width`, `axes`, `exclude`
-            as for `torchshear.plan`; `prunable_outputs`, `submodules`, `data`, `loss_fn`, `batches` and `recalibrate`
-            as for `torchshear.prune`. The batches are taken from `data` once, and held.
+        scope: the units that are ranked against one another; see `torchshear.plan`, as for the next six.
+        min_ratio: share that each group loses in any case.
+        max_ratio: largest share that a group may lose.
+        group_reduction: how scores of a group's members become one.
+        normalize: whether scores are divided by their mean over the group.
+        roles: role or roles that may shrink; None: all.
+        exclude: patterns of names that stay whole.
+        prunable_outputs: names of outputs that may shrink; see `torchshear.analyze`.
+        submodules: names of modules to prune inside the model; see `torchshear.trace`.
+        align: widths that the device runs well; see `torchshear.plan`.
+        min_width: the fewest units to keep in a group.
+        data: batches for criteria that look at data and for `recalibrate`; see `torchshear.collect`. They are taken
+            once, and held.
+        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
+        batches: how many batches to run; None: 32.
+        recalibrate: True scores each model again after its batch norms got new statistics of the data.
+        progress: called with a line of text at every step.
 
     Returns:
         A row for each criterion at each budget; `str()` of it is a table. A criterion that cannot score the model, or
         cannot meet the budget, has a row with the reason.
 
     Raises:
-        ArgumentError: a word is outside what it may be, or two contradict each other; a criterion is unknown;
+        KeywordError: an argument does not exist.
+        ArgumentError: an argument is outside what it may be, or two contradict each other; a criterion is unknown;
             `evaluate` fails, or gives no finite number for the dense model.
         DataError: data or loss does not fit the model.
         CaptureError: the model cannot be traced.
         TorchshearError: no criterion and no control can be pruned by; the error of the first.
     """
-    check_keywords("compare", words, Comparing, _ARGUMENTS)
+    args = (args,) if isinstance(args, Tensor) else args
     check_callback("progress", progress)
     check_kind("evaluate", evaluate, Callable, "a function of a model that gives a number")  # type: ignore[arg-type]
     say = (lambda text: None) if progress is None else progress
-    data = read_data(words)
-    recalibrates = words.get("recalibrate", False)
-    contenders, left_out = contenders_of(criteria, random_criteria(seeds), data)
-    check_looked_at([one.criteria[0] for one in contenders if not one.is_control], data, recalibrates)
+    calibration = CalibrationOptions.parse(data, loss_fn, batches, recalibrate)
+    contenders, left_out = contenders_of(criteria, random_criteria(seeds), calibration)
+    calibration.check_used([one.criteria[0] for one in contenders if not one.is_control], recalibrate)
+    limits: dict[str, Any] = {"min_ratio": min_ratio, "max_ratio": max_ratio, "roles": roles, "exclude": exclude}
+    limits |= {"min_width": min_width, "alignment": resolve_alignment(align)}
+    ranking: dict[str, Any] = {"scope": scope, "group_reduction": group_reduction, "normalize": normalize}
+    budgets = budgets_of({"target_macs": target_macs, "target_params": target_params, "ratio": ratio})
     runs = [
-        (one, b, [request_of(one, c, b, words) for c in one.criteria]) for b in budgets_of(words) for one in contenders
+        (one, budget, [request_of(one, criterion, budget, limits, ranking) for criterion in one.criteria])
+        for budget in budgets
+        for one in contenders
     ]
-    if data.loader is not None:  # once, so that all see the same batches whatever the loader does
-        data = replace(data, loader=list(islice(data.loader, data.batches)))
+    if calibration.loader is not None:  # once, so that all see the same batches whatever the loader does
+        calibration = replace(calibration, loader=list(islice(calibration.loader, calibration.batches)))
     say("tracing and analysing")
-    groups = analyze(trace(model, args, kwargs, words.get("submodules")), words.get("prunable_outputs", ()))
+    groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
     say("collecting statistics")
     start = time.perf_counter()
-    statistics = _statistics(groups, contenders, data)
+    statistics = _statistics(groups, contenders, calibration)
     seconds = time.perf_counter() - start
-    trial = Trial(model, evaluate, args, kwargs, groups, statistics, data if recalibrates else None)
+    trial = Trial(model, evaluate, args, kwargs, groups, statistics, calibration if recalibrate else None)
     say("evaluating the dense model")
     trial.score_dense()
     rows = []
@@ -105,7 +145,7 @@ def compare(
     )
 
 
-def _statistics(groups: ChannelGroups, contenders: Sequence[Contender], data: Data) -> Statistics | None:
+def _statistics(groups: ChannelGroups, contenders: Sequence[Contender], data: CalibrationOptions) -> Statistics | None:
     looking = [one.criteria[0] for one in contenders if not one.is_control and not one.lacks]
     looking = [criterion for criterion in looking if needs_of(criterion)]
     if data.loader is None or not looking:

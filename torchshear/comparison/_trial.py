@@ -10,15 +10,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torchshear._asking import Data
 from torchshear.api import shrink_and_record
 from torchshear.calibration import Statistics
 from torchshear.calibration._loader import LikeExample
-from torchshear.comparison._asked import Budget, Contender
+from torchshear.comparison._contenders import Budget, Contender
 from torchshear.comparison._row import Row
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, TorchshearError, first_line
 from torchshear.graph import copy_model
+from torchshear.options import CalibrationOptions
 from torchshear.pruners import Request, plan_units
 from torchshear.report import make_report
 from torchshear.speedup import recalibrate
@@ -37,7 +37,7 @@ class Trial:
     kwargs: Mapping[str, Any] | None
     groups: ChannelGroups
     statistics: Statistics | None
-    new_statistics: Data | None
+    new_statistics: CalibrationOptions | None
     before: float = math.nan
     whole: dict[Budget, set[str]] = field(default_factory=dict)
     first_error: TorchshearError | None = None

@@ -47,7 +47,7 @@ def plan_config(
     widths: Widths,
     statistics: Statistics | None,
     whole: Collection[str] = (),
-    combine: str | None = None,
+    group_reduction: str | None = None,
 ) -> PruningPlan:
     """Plan what a config asks of channel groups, pool by pool.
 
@@ -57,8 +57,8 @@ def plan_config(
         widths: which widths are allowed.
         statistics: what criteria that look at data need.
         whole: names of groups that stay whole nevertheless, so that the model keeps its own class.
-        combine: how scores of a group's members become one, see `torchshear.plan`; None: as the criterion has it, or of
-            the filters alone where the config is one of Neural Compressor, which scores nothing else.
+        group_reduction: how scores of a group's members become one, see `torchshear.plan`; None: as the criterion has
+            it, or of the filters alone where the config is one of Neural Compressor, which scores nothing else.
 
     Raises:
         ArgumentError: as `torchshear.plan`.
@@ -67,7 +67,7 @@ def plan_config(
     pools: dict[_Pool, dict[str, float]] = defaultdict(dict)
     for name, ratio in resolved.ratios.items():
         entry = resolved.targets[name].entry
-        own = combine or ("filters" if entry.dialect == "neural_compressor" else "sum")
+        own = group_reduction or ("filters" if entry.dialect == "neural_compressor" else "sum")
         pools[entry.criterion, entry.pool, entry.min_ratio, entry.max_ratio, own][name] = ratio
     kept: dict[str, Indices] = {}
     notes = {name: target.reason for name, target in resolved.targets.items() if target.reason}
@@ -164,8 +164,12 @@ def _score(entry: Entry, model: nn.Module, layers: list[str], statistics: Statis
 
 def _request(groups: ChannelGroups, key: _Pool, ratios: dict[str, float], widths: Widths) -> Request:
     """What is asked of groups that are ranked alike; all others stay whole."""
-    criterion, pool, least, most, combine = key
-    limits: dict[str, Any] = {"alignment": widths.alignment, "min_width": widths.min_width, "combine": combine}
+    criterion, pool, least, most, group_reduction = key
+    limits: dict[str, Any] = {
+        "alignment": widths.alignment,
+        "min_width": widths.min_width,
+        "group_reduction": group_reduction,
+    }
     if pool is None:
         return Request(criterion=criterion or "l1", ratio=ratios, **limits)
     others = tuple(group.name for group in groups if group.name not in ratios)

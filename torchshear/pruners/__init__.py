@@ -21,11 +21,11 @@ from torchshear.pruners.selection._exact import Limits, Width, choose_units, cho
 from torchshear.pruners.selection._per_group import Ratio
 from torchshear.pruners.selection._pools import isomorphism_classes
 from torchshear.pruners.selection._request import SCOPES, Request
-from torchshear.pruners.selection._scoring import COMBINE
+from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 from torchshear.pruners.selection._targets import Target, choose_targets
 
 __all__ = [
-    "COMBINE",
+    "GROUP_REDUCTIONS",
     "SCOPES",
     "Criterion",
     "Limits",

@@ -85,7 +85,7 @@ def test_each_class_is_its_criterion(name: str) -> None:
     statistics = torchshear.collect(graph, data, functional.cross_entropy, 3, progress=False)
     ratio = {"one.weight[0]": 0.5, "two.weight[0]": 0.5}
     groups = torchshear.analyze(graph)
-    expected = torchshear.plan(groups, CLASSES[name], ratio, statistics=statistics, combine="filters")
+    expected = torchshear.plan(groups, CLASSES[name], ratio, statistics=statistics, group_reduction="filters")
     assert result.plan == expected
     assert isinstance(result, torchshear.PruneResult)
     assert (result.model.one.out_channels, result.model.two.out_channels) == (4, 6)

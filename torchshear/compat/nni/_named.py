@@ -73,7 +73,7 @@ class SlimPruner(Pruner):
 
     criterion: ClassVar[str | None] = "bn_scale"
     is_global: ClassVar[bool] = True
-    combine: ClassVar[str] = "mean"
+    group_reduction: ClassVar[str] = "mean"
 
 
 class ActivationAPoZRankFilterPruner(Pruner):

@@ -69,7 +69,7 @@ class Pruner:
         criterion: the criterion of all entries; None where the config names it.
         pattern: what a unit is, where the config does not say.
         is_global: whether layers of entries without a pool are ranked together.
-        combine: how scores of a channel in several layers become one, see `torchshear.plan`.
+        group_reduction: how scores of a channel in several layers become one, see `torchshear.plan`.
 
     Raises:
         ArgumentError: the config is wrong or does not fit the model, see `torchshear.configs.resolve`; data or a loss
@@ -80,7 +80,7 @@ class Pruner:
     criterion: ClassVar[str | None] = None
     pattern: ClassVar[str] = "out_channel"
     is_global: ClassVar[bool] = False
-    combine: ClassVar[str] = "filters"
+    group_reduction: ClassVar[str] = "filters"
 
     def __init__(  # noqa: PLR0913 - keywords, each a choice of its own
         self,
@@ -293,7 +293,9 @@ class Pruner:
                 coupled = plan_coupled(self._groups, self._resolved, statistics)
                 plan, channels, self._layer_masks = coupled.plan, coupled.masks, coupled.layers
             else:
-                plan = plan_config(self._groups, self._resolved, self._widths, statistics, combine=self.combine)
+                plan = plan_config(
+                    self._groups, self._resolved, self._widths, statistics, group_reduction=self.group_reduction
+                )
                 channels = plan.masks()
             parts.append(self._of_parameters(channels))
         elif self._groups is not None:

@@ -61,7 +61,7 @@ class Choosing:
         self.groups = groups
         self.request = request
         self.criterion: Criterion = find_criterion(request.criterion)
-        self.targets = choose_targets(groups, request.shares, request.axes, request.exclude)
+        self.targets = choose_targets(groups, request.shares, request.roles, request.exclude)
         self.targets |= dict.fromkeys(whole, FOR_ITS_CLASS)
         self.limits = limits_of(groups, request, self.targets)
         self.statistics = statistics
@@ -251,7 +251,9 @@ class Choosing:
         scores: dict[str, Floats] = {}
         for group in shrinking:
             try:
-                scores[group.name] = group_scores(group, self.criterion, tensors, self.statistics, self.request.combine)
+                scores[group.name] = group_scores(
+                    group, self.criterion, tensors, self.statistics, self.request.group_reduction
+                )
             except UnscorableError as error:
                 self.unscored[group.name] = f"stays whole: {error}"
         if self.unscored and not scores:

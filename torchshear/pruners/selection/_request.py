@@ -1,5 +1,6 @@
 """What is asked of a plan: how to score, how much is to go, and within which limits."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -12,7 +13,7 @@ from torchshear.errors import ArgumentError
 from torchshear.graph import close_names
 from torchshear.pruners.criteria import Criterion
 from torchshear.pruners.selection._per_group import Ratio, check_ratio
-from torchshear.pruners.selection._scoring import COMBINE
+from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 SCOPES: Final[Mapping[str, str]] = {
     "local": "every group loses its own share",
@@ -42,14 +43,14 @@ class Request:
     max_ratio: Ratio | None = None
     alignment: Alignment = _ANY_WIDTH
     min_width: int = 1
-    axes: str | Collection[str] | None = None
+    roles: str | Collection[str] | None = None
     exclude: str | Collection[str] = ()
-    combine: str = "sum"
+    group_reduction: str = "sum"
     normalize: str = "auto"
 
     def __post_init__(self) -> None:
         """Refuse what means nothing; what only a network can tell is refused when a plan is made."""
-        for name, words in (("scope", SCOPES), ("combine", COMBINE), ("normalize", NORMALIZE)):
+        for name, words in (("scope", SCOPES), ("group_reduction", GROUP_REDUCTIONS), ("normalize", NORMALIZE)):
             word = getattr(self, name)
             if not isinstance(word, str) or word not in words:
                 raise ArgumentError(
@@ -93,7 +94,7 @@ class Request:
             value = getattr(self, field.name)
             if field.name not in (*said, "alignment", "ratio") and value != field.default:
                 said[field.name] = (
-                    [value] if field.name in ("axes", "exclude") and isinstance(value, str) else _plain(value)
+                    [value] if field.name in ("roles", "exclude") and isinstance(value, str) else _plain(value)
                 )
         return said
 
@@ -107,8 +108,14 @@ def _plain(value: Any) -> Any:
 
 
 def _check_target(name: str, target: object) -> None:
-    is_number = isinstance(target, int | float) and not isinstance(target, bool)
-    if target is not None and not (is_number and target > 0):  # type: ignore[operator]
+    """Raise ArgumentError for what is neither None, nor a share in (0, 1], nor a whole number of at least 2."""
+    if target is None:
+        return
+    is_number = isinstance(target, int | float | np.integer | np.floating) and not isinstance(target, bool)
+    is_share = is_number and 0 < target <= 1  # type: ignore[operator]
+    is_amount = is_number and target >= 2 and (is_whole(target) or target == math.inf or target.is_integer())  # type: ignore
+    if not is_share and not is_amount:
         raise ArgumentError(
-            f"{name}={target!r}; expected what may be left: a share of the dense model in (0, 1], or a number above 1."
+            f"{name}={target!r}; expected what may be left: a share of the dense model in (0, 1], or a whole number of "
+            f"at least 2."
         )

@@ -37,7 +37,7 @@ def _geometric(scores: Floats) -> Floats:
         return np.asarray(np.exp(np.nanmean(np.log(scores), 0)), np.float64)
 
 
-COMBINE: Final[Mapping[str, Callable[[Floats], Floats] | None]] = {
+GROUP_REDUCTIONS: Final[Mapping[str, Callable[[Floats], Floats] | None]] = {
     "sum": None,
     "filters": None,
     "mean": _mean,
@@ -54,7 +54,7 @@ def group_scores(
     criterion: Criterion,
     weights: Mapping[str, Tensor],
     statistics: Statistics | None,
-    combine: str = "sum",
+    group_reduction: str = "sum",
 ) -> Floats:
     """Score the units of a group.
 
@@ -63,11 +63,11 @@ def group_scores(
         criterion: the function that scores.
         weights: canonical name of a parameter -> tensor.
         statistics: what was seen on data, or None.
-        combine: one of `COMBINE`. "sum" is the criterion on the whole group; "filters" is the criterion on the weights
-            of the layers that make the units, without scales of norms, if it says anything of these; any other applies
-            it to each dimension that belongs to the units themselves (rows of layers, norm scales, embedding columns),
-            and puts these together: their mean, their maximum, the mean of each divided by its own mean over the units,
-            or the geometric mean.
+        group_reduction: one of `GROUP_REDUCTIONS`. "sum" is the criterion on the whole group; "filters" is the
+            criterion on the weights of the layers that make the units, without scales of norms, if it scores these; any
+            other applies it to each dimension that belongs to the units themselves (rows of layers, norm scales,
+            embedding columns), and puts these together: their mean, their maximum, the mean of each divided by its own
+            mean over the units, or the geometric mean.
 
     Returns:
         Scores of shape (C,), float64; bigger = keep.
@@ -76,18 +76,19 @@ def group_scores(
         ArgumentError: the criterion gave something else than C finite numbers, or, for the geometric mean, less than 0.
         UnscorableError: the criterion has nothing to say of the group.
     """
-    together = COMBINE[combine]
+    together = GROUP_REDUCTIONS[group_reduction]
     filters = tuple(member for member in group.members if member.roles & MAKING_ROLES)
-    if combine == "filters" and filters:
+    if group_reduction == "filters" and filters:
         with suppress(UnscorableError):  # a criterion of norms has nothing to say of filters
             return _checked(group, _scores_of(replace(group, members=filters), criterion, weights, statistics))
     if together is None:
         return _checked(group, _scores_of(group, criterion, weights, statistics))
     rows = list(_by_member(group, criterion, weights, statistics))
     scores = np.stack(rows)
-    if combine == "geometric" and (scores < 0).any():
+    if group_reduction == "geometric" and (scores < 0).any():
         raise ArgumentError(
-            f"combine='geometric': the criterion gave scores below 0 for group {group.name!r}; use 'mean' instead."
+            f"group_reduction='geometric': the criterion gave scores below 0 for group {group.name!r}; use 'mean' "
+            f"instead."
         )
     return together(scores)
 

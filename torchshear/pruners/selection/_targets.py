@@ -38,7 +38,7 @@ FOR_ITS_CLASS: Final = Target(None, "so that the model keeps its own class")
 
 
 def choose_targets(
-    groups: ChannelGroups, ratio: Ratio, axes: str | Collection[str] | None, exclude: str | Collection[str]
+    groups: ChannelGroups, ratio: Ratio, roles: str | Collection[str] | None, exclude: str | Collection[str]
 ) -> dict[str, Target]:
     """What is asked of each group.
 
@@ -47,7 +47,7 @@ def choose_targets(
         ratio: a fraction for every group, or a mapping; of the keys that fit a group counts, in this order, its name, a
             pattern of names, its role, a role that stands for narrower ones, and "*". What no key fits stays whole, and
             so does a factor of channels of which another shrinks, unless a key is its name.
-        axes: roles that may shrink, of which some group must have one; None for all.
+        roles: roles that may shrink, of which some group must have one; None for all.
         exclude: patterns of names; a group with a member that one of them fits stays whole. Names of groups, too.
 
     Returns:
@@ -57,7 +57,7 @@ def choose_targets(
         ArgumentError: a ratio is outside [0, 1); a role, key or pattern is unknown, fits nothing, or decides nothing;
             two patterns ask different ratios of one group; nothing that can shrink is left.
     """
-    kept = _Kept(groups, _as_roles(groups, axes), parse_names("exclude", exclude))
+    kept = _Kept(groups, _as_roles(groups, roles), parse_names("exclude", exclude))
     asked = Keyed(groups, "ratio", ratio) if isinstance(ratio, Mapping) else None
     if asked is None:
         check_ratio("ratio", ratio)
@@ -71,7 +71,7 @@ def choose_targets(
             targets[name] = Target(None, f"a factor of channels that shrink with {greater!r}")
     if asked is not None:
         asked.check_all_used({name: target.reason for name, target in targets.items() if target.reason})
-    _check_something_left(groups, targets, axes, exclude)
+    _check_something_left(groups, targets, roles, exclude)
     return targets
 
 
@@ -82,19 +82,19 @@ def _asked_of(group: ChannelGroup, ratio: Ratio, asked: Keyed | None) -> Target:
     return Target(share, key=key) if key is not None else Target(None, "no key of ratio fits it")
 
 
-def _as_roles(groups: ChannelGroups, axes: str | Collection[str] | None) -> tuple[frozenset[str], tuple[str, ...]]:
+def _as_roles(groups: ChannelGroups, roles: str | Collection[str] | None) -> tuple[frozenset[str], tuple[str, ...]]:
     """The roles that may shrink, narrower ones included, and as they were given."""
-    if axes is None:
+    if roles is None:
         return frozenset(ROLES), ()
-    names = parse_names("axes", axes)
+    names = parse_names("roles", roles)
     if not names:
-        raise ArgumentError(f"axes={axes!r} names no role, so nothing could shrink; leave it away to prune all.")
+        raise ArgumentError(f"roles={roles!r} names no role, so nothing could shrink; leave it away to prune all.")
     for name in names:
         if name not in ROLES:
-            raise ArgumentError(f"axes: {name!r} is no role; {roles_here(groups)}{close_names(name, ROLES)}")
+            raise ArgumentError(f"roles: {name!r} is no role; {roles_here(groups)}{close_names(name, ROLES)}")
     allowed = frozenset(role for name in names for role in narrower(name))
     if not any(group.role in allowed for group in groups):
-        raise ArgumentError(f"axes: no group has the role {' or '.join(map(repr, names))}; {roles_here(groups)}")
+        raise ArgumentError(f"roles: no group has the role {' or '.join(map(repr, names))}; {roles_here(groups)}")
     return allowed, names
 
 
@@ -131,7 +131,7 @@ class _Kept:
             if member.name in self._excluded:
                 return self._excluded[member.name]
         if group.role not in self._allowed:
-            return f"its role {group.role!r} is not among axes={', '.join(self._given)}"
+            return f"its role {group.role!r} is not among roles={', '.join(self._given)}"
         return ""
 
 
@@ -139,11 +139,11 @@ def _close(groups: ChannelGroups, word: str) -> str:
     return close_names(word, [*known_names(groups), *(group.name for group in groups)])
 
 
-def _check_something_left(groups: ChannelGroups, targets: Mapping[str, Target], axes: object, exclude: object) -> None:
+def _check_something_left(groups: ChannelGroups, targets: Mapping[str, Target], roles: object, exclude: object) -> None:
     """Raise ArgumentError if what was asked leaves nothing of all that could shrink."""
     if not groups.prunable or any(targets[group.name].ratio is not None for group in groups.prunable):
         return
-    asked = ", ".join(f"{name}={given!r}" for name, given in (("axes", axes), ("exclude", exclude)) if given)
+    asked = ", ".join(f"{name}={given!r}" for name, given in (("roles", roles), ("exclude", exclude)) if given)
     stuck = next((group for group in groups if targets[group.name].ratio is not None), None)
     why = f" Group {stuck.name!r} cannot: {stuck.reason}." if stuck is not None else ""
     raise ArgumentError(f"{asked} leaves nothing that can shrink.{why} {roles_here(groups)}")

@@ -1,4 +1,4 @@
-"""What a comparison is asked: which criteria and controls, at which budgets."""
+"""The criteria and controls of a comparison, and their budgets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,13 @@ import torch
 from torch import Tensor
 
 from torchshear._arguments import check_kind, is_whole, shown
-from torchshear._asking import Data, missing_data
-from torchshear._words import Shares
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
+from torchshear.options import CalibrationOptions
 from torchshear.pruners import Criterion, Request, random_criterion, registered_criteria
-from torchshear.speedup import resolve_alignment
 
 _CONTROLS: Final = ("uniform", "random")
-_BUDGETS: Final = ("target_macs", "target_params", "ratio")
-_OF_THE_REQUEST: Final = (*Shares.__annotations__, "axes", "exclude", "min_width")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +62,9 @@ def random_criteria(seeds: Sequence[int]) -> tuple[Criterion, ...]:
 
 
 def contenders_of(
-    criteria: Sequence[str | Criterion] | None, random: tuple[Criterion, ...], data: Data
+    criteria: Sequence[str | Criterion] | None, random: tuple[Criterion, ...], data: CalibrationOptions
 ) -> tuple[list[Contender], dict[str, str]]:
-    """What is compared, controls first, and what of all criteria is not, with what it lacks.
+    """List the controls and criteria to compare; and those of all criteria that lack data, with what they lack.
 
     Raises:
         ArgumentError: a criterion is unknown, or two have one name.
@@ -82,7 +78,7 @@ def contenders_of(
             raise ArgumentError(f"criteria={shown(criteria)}; expected names of criteria, or functions.")
     names = dict.fromkeys(registered_criteria() if criteria is None else criteria)
     chosen = [name for name in names if name not in _CONTROLS]
-    lacks = {name: missing_data(name, data) for name in chosen}
+    lacks = {name: data.missing_for(name) for name in chosen}
     left_out = {str(name): why for name, why in lacks.items() if why} if criteria is None else {}
     found = [Contender(_name(one), (one,), lacks=lacks[one]) for one in chosen if str(one) not in left_out]
     named = [one.name for one in found]
@@ -96,13 +92,16 @@ def _name(criterion: str | Criterion) -> str:
     return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def budgets_of(words: Mapping[str, Any]) -> list[Budget]:
-    """The budgets that words ask for; half of the MACs if they ask for none.
+def budgets_of(amounts: Mapping[str, Any]) -> list[Budget]:
+    """Return the budgets to compare at; half of the MACs if none is given.
+
+    Args:
+        amounts: "target_macs", "target_params" and "ratio" -> a number, several, or None.
 
     Raises:
-        ArgumentError: words of two kinds are given, or something else than different numbers.
+        ArgumentError: two kinds are given, or something else than different numbers.
     """
-    given = {word: words[word] for word in _BUDGETS if words.get(word) is not None} or {"target_macs": 0.5}
+    given = {word: amount for word, amount in amounts.items() if amount is not None} or {"target_macs": 0.5}
     if len(given) > 1:
         raise ArgumentError(f"{' and '.join(f'{word}={given[word]}' for word in given)}: expected one kind of budget.")
     ((word, value),) = given.items()
@@ -116,15 +115,20 @@ def budgets_of(words: Mapping[str, Any]) -> list[Budget]:
     return budgets
 
 
-def request_of(one: Contender, criterion: str | Criterion, budget: Budget, words: Mapping[str, Any]) -> Request:
-    """What a contender is asked; groups of the uniform control lose the same share, whatever the scope.
+def request_of(
+    one: Contender, criterion: str | Criterion, budget: Budget, limits: Mapping[str, Any], ranking: Mapping[str, Any]
+) -> Request:
+    """Make the request of one criterion at one budget; the uniform control takes the same share of all groups.
+
+    Args:
+        one: the contender.
+        criterion: one of its criteria.
+        budget: what may be left.
+        limits: keywords of `Request` that hold for all.
+        ranking: keywords of `Request` on how units are ranked, which the uniform control does without.
 
     Raises:
-        ArgumentError: a word is outside what it may be.
+        ArgumentError: a value is outside what it may be.
     """
-    asked: dict[str, Any] = {budget.word: budget.value}
-    asked |= {word: words[word] for word in _OF_THE_REQUEST if word in words}
-    if one.name == "uniform":
-        asked |= {"scope": "local", "combine": "sum"}
-    alignment = resolve_alignment(words.get("align"))
-    return Request(criterion=criterion, alignment=alignment, **asked)
+    ranking = {} if one.name == "uniform" else ranking
+    return Request(criterion=criterion, **{budget.word: budget.value}, **limits, **ranking)  # type: ignore[arg-type]
