@@ -9,7 +9,7 @@ import torchshear
 from tests.models import Grouped, Tied, image, randomise
 from torchshear import PruningPlan
 from torchshear.pruners import plan_from_kept
-from torchshear.speedup.rewriting._state import cut_tensor
+from torchshear.speedup.rewriting._slicing import slice_tensor
 
 
 class Shuffled(nn.Module):
@@ -56,7 +56,7 @@ def test_tensors_are_cut_as_the_model_is(tmp_path: Path) -> None:
         of_model = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         assert plan.state
         for name, entry in plan.state.items():
-            assert torch.equal(cut_tensor(of_model[name].detach(), entry), of_small[name])
+            assert torch.equal(slice_tensor(of_model[name].detach(), entry), of_small[name])
             assert of_small[name].shape == entry.new_shape
         for name, shape in plan.whole.items():
             assert of_small[name].shape == shape
@@ -68,5 +68,5 @@ def test_positions_are_counted_anew() -> None:
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 4),)))
     plan = plan_from_kept(groups, {groups[0].name: [0, 3, 7]})
     kept = plan.state["one.weight"].kept[0].tolist()
-    order = cut_tensor(model.order, plan.state["order"])
+    order = slice_tensor(model.order, plan.state["order"])
     assert [kept[i] for i in order.tolist()] == [i % 8 for i in model.order.tolist() if i % 8 in kept]

@@ -11,7 +11,7 @@ import torchshear
 from torchshear.graph import trace
 from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.speedup import shrink_to_form
-from torchshear.speedup.comparing._small_inputs import smaller_inputs
+from torchshear.speedup.comparing._random_inputs import smaller_inputs
 from torchshear.speedup.native import _form as _native_form
 from torchshear.speedup.native._acceptance import Trials
 from torchshear.speedup.native._reference_run import Expected, Trial
@@ -141,9 +141,9 @@ def test_graph_and_twin_share_weights_which_are_drawn_and_come_back(monkeypatch:
     for name, parameter in twins[0].named_parameters():
         assert parameter.data_ptr() == shared.tensors[name].data_ptr() != own[name].data_ptr()
         assert parameter.dtype == torch.float64
-    shared.draw(7)
+    shared.set_values(7)
     assert all(not torch.equal(shared.tensors[name].float(), own[name]) for name in own)
-    shared.draw(None)
+    shared.set_values(None)
     assert all(torch.equal(shared.tensors[name].float(), own[name]) for name in own)
 
 

@@ -31,7 +31,7 @@ from torchshear.speedup.checkpoints._manifest import (
     source_digest,
 )
 from torchshear.speedup.checkpoints._matching import Fit, Unknown, fit
-from torchshear.speedup.rewriting._state import cut_tensor
+from torchshear.speedup.rewriting._slicing import slice_tensor
 from torchshear.storage._checkpoint import Checkpoint, open_checkpoint
 from torchshear.storage._reading import as_path
 from torchshear.storage._writing import DRAFT, publish
@@ -253,8 +253,8 @@ def _make_shard(task: _Task, manifest: Manifest, shard: str, draft: Path) -> Man
 def _cut(value: Tensor, entry: StatePlan | None) -> Tensor:
     """The kept values, moved as integers of their width: bits are kept, whatever torch can do with their type."""
     if entry is None or entry.numbers is not None:
-        return value if entry is None else cut_tensor(value, entry).contiguous()
-    return cut_tensor(value.view(_INTEGERS.get(value.itemsize, value.dtype)), entry).view(value.dtype).contiguous()
+        return value if entry is None else slice_tensor(value, entry).contiguous()
+    return slice_tensor(value.view(_INTEGERS.get(value.itemsize, value.dtype)), entry).view(value.dtype).contiguous()
 
 
 def _stat(task: _Task, shard: str) -> tuple[int, int]:

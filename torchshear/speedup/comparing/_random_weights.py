@@ -1,4 +1,4 @@
-"""Other weights for a comparison: those that a model has may hide what is wrong with it."""
+"""Random weights for a comparison, since those that a model has may hide a difference."""
 
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -12,77 +12,78 @@ _PERIOD = 65537  # a prime, so that no two rows of a matrix are the same
 
 
 class SharedWeights:
-    """Tensors that a graph and a native form compute with in turn: the model's own, or others drawn in their place.
+    """Tensors that a graph and a native form share, with the model's own values or with random ones.
 
     Attention that is nearly even does not show that its heads have a wrong size, and a layer that is all zeros shows
-    nothing of what comes before it; after some training both would. There is one copy of them, whoever uses them.
+    nothing of the layers before it; after some training both would. Sharing them saves a copy.
 
     Attributes:
-        tensors: canonical name -> tensor in the dtype to compute in; parameters are modules' parameters.
+        tensors: canonical name -> tensor in the dtype to compute in; parameters are `nn.Parameter`s.
 
     Args:
         own: canonical name -> tensor of the model.
         dtype: dtype to compute in.
-        drawn: names of those that may be drawn anew: floating parameters of one dimension and more.
-        caches: what a model keeps of values that it has computed from its weights.
+        random: names of the tensors that may get random values: floating parameters of at least one dimension.
+        caches: attributes in which a model keeps values computed from its weights.
     """
 
     def __init__(
-        self, own: Mapping[str, Tensor], dtype: torch.dtype, drawn: Sequence[str], caches: Sequence[Cache]
+        self, own: Mapping[str, Tensor], dtype: torch.dtype, random: Sequence[str], caches: Sequence[Cache]
     ) -> None:
         self._own = own
-        self._drawn = drawn
+        self._random = random
         self._caches = caches
         self._seed: int | None = None
-        self.tensors = {name: _twin(tensor, dtype) for name, tensor in own.items()}
+        self.tensors: dict[str, Tensor] = {}
+        for name, tensor in own.items():
+            value = tensor.detach().to(dtype, copy=True) if tensor.is_floating_point() else tensor.detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            self.tensors[name] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
 
-    def draw(self, seed: int | None, model: nn.Module | None = None) -> None:
-        """Give the tensors the values of a draw, or the model's own.
+    def set_values(self, seed: int | None, model: nn.Module | None = None) -> None:
+        """Give the tensors the random values of a seed, or the model's own.
 
         Args:
-            seed: of the draw; None for the model's own values.
-            model: the model that computes with them next, which forgets what it has computed with others.
+            seed: seed of the values; None for the model's own.
+            model: the model that computes with them next; its caches are cleared.
         """
         if seed != self._seed:
             with torch.no_grad():
-                generator = None if seed is None else torch.Generator().manual_seed(seed)
-                for name in self._drawn:
-                    fill(self.tensors[name], self._own[name], generator)
+                generator = torch.Generator()
+                for name in self._random if seed is None else ():
+                    self.tensors[name].copy_(self._own[name])
+                if seed is not None:
+                    generator.manual_seed(seed)
+                    for name in self._random:
+                        fill_randomly(self.tensors[name], self._own[name], generator)
             self._seed = seed
         if model is not None and self._caches:
             clear_caches(model, self._caches)
 
 
-def _twin(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    value = tensor.detach().to(dtype, copy=True) if tensor.is_floating_point() else tensor.detach()
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+def fill_randomly(tensor: Tensor, own: Tensor, generator: torch.Generator) -> None:
+    """Write random weights into a tensor, with which every layer has an effect on the output.
 
+    Matrices get normal numbers of variance 2 / fan-in, which keeps the size of activations; vectors change a little. In
+    a large tensor the random numbers repeat, since drawing them takes long.
 
-def fill(tensor: Tensor, own: Tensor, generator: torch.Generator | None) -> None:
-    """Give a tensor its own values, or such that every layer has a say.
-
-    Matrices keep the size of what passes them, vectors move a little.
+    Args:
+        tensor: a parameter; written to.
+        own: its values in the model, of the same shape.
+        generator: source of the numbers.
     """
-    if generator is None:
-        tensor.copy_(own)
+    size = own.numel()
+    if not size:
         return
-    if not own.numel():
-        return
-    noise = _noise(own.shape, generator)
+    if size <= _PERIOD:
+        noise = torch.randn(own.shape, generator=generator)
+    else:
+        period, n_whole = torch.randn(_PERIOD, generator=generator), size // _PERIOD
+        flat = torch.empty(size)
+        flat[: n_whole * _PERIOD].view(n_whole, _PERIOD).copy_(period)
+        flat[n_whole * _PERIOD :] = period[: size % _PERIOD]
+        noise = flat.view(own.shape)
     if own.ndim > 1:
         tensor.copy_(noise.mul_(sqrt(2 / max(1, own[0].numel()))))
     else:
         tensor.copy_(own).add_(noise.mul_(0.1).to(own.device))
-
-
-def _noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Numbers of a standard normal distribution; of a large tensor they repeat, since drawing takes long."""
-    size = shape.numel()
-    if size <= _PERIOD:
-        return torch.randn(shape, generator=generator)
-    period = torch.randn(_PERIOD, generator=generator)
-    whole = size // _PERIOD
-    noise = torch.empty(size)
-    noise[: whole * _PERIOD].view(whole, _PERIOD).copy_(period)
-    noise[whole * _PERIOD :] = period[: size % _PERIOD]
-    return noise.view(shape)

@@ -18,7 +18,7 @@ from torchshear.dependency import Axes, Cut
 from torchshear.dependency._call import bind_arguments
 from torchshear.graph import Graph, MaskedCall, masked_form
 from torchshear.graph._run import is_only_read
-from torchshear.speedup.rewriting._cut_positions import keep_of, map_axes, zero_cut
+from torchshear.speedup.rewriting._slicing import keep_mask, map_axes, zero_cut
 
 Bools = npt.NDArray[np.bool_]
 Look = Callable[[fx.Node], Any]
@@ -139,15 +139,6 @@ class ConstantNetwork:
         own: Axes = axes if isinstance(axes, tuple) else ()
         return {dim: ~self.cut.keep(axis) for dim, axis in enumerate(own) if self.cut.changes(axis)}
 
-    def is_touched(self, node: fx.Node) -> bool:
-        """Whether any operand of a call, or its value, loses positions."""
-        for one in (node, *node.all_input_nodes):
-            axes = self._facts.axes.get(one.name)
-            for part in axes if isinstance(axes, list) else [axes or ()]:
-                if any(self.cut.changes(axis) for axis in part):
-                    return True
-        return False
-
     def _loaded(self, node: fx.Node) -> Tensor:
         """A parameter or buffer; a tensor of its own where a call may write to it."""
         name = str(node.target)
@@ -175,7 +166,7 @@ class ConstantNetwork:
         axes = self._facts.axes.get(node.name)
         own: Axes = axes if isinstance(axes, tuple) and isinstance(value, Tensor) else ()
         sizes = [(dim, axis, value.shape[dim]) for dim, axis in enumerate(own) if self.cut.changes(axis)]
-        return {d: torch.from_numpy(keep_of(axis, n, self.cut).copy()).to(value.device) for d, axis, n in sizes}
+        return {d: torch.from_numpy(keep_mask(axis, n, self.cut).copy()).to(value.device) for d, axis, n in sizes}
 
     def _shifted(self, node: fx.Node, value: Any, look: Look) -> Any:
         """A norm's value with its shift on cut channels, as if its scale were zero there."""

@@ -12,13 +12,13 @@ from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import VerificationError, WeightError
 from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, run_exclusively, whole_model
 from torchshear.speedup._result import Shrunk
-from torchshear.speedup.comparing._compare import relative_error, tolerance
-from torchshear.speedup.comparing._varied_inputs import random_like
+from torchshear.speedup.comparing._random_inputs import random_like
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.compensation._constants import ConstantNetwork, Decide, Look
 from torchshear.speedup.compensation._fold_means import Means, find_places_of_means
-from torchshear.speedup.compensation._fold_places import Places, find_places, kept_as_is, writes
+from torchshear.speedup.compensation._fold_places import Places, find_places, kept_as_is
 from torchshear.speedup.compensation._fold_record import Fold
-from torchshear.speedup.rewriting._state import slice_state
+from torchshear.speedup.rewriting._slicing import is_touched, slice_state, writes_to_operand
 from torchshear.speedup.shrinking._whole_model import analysis_of
 from torchshear.speedup.verification._runs import (
     copy_inputs,
@@ -155,8 +155,9 @@ def _as_found(network: ConstantNetwork, places: Places) -> Decide:
     """Values of a call, behind the barrier that a search put before it."""
 
     def decide(node: fx.Node, looks: Sequence[Look]) -> list[Any]:
-        barrier = places.barriers.get(node.name, places.others) if network.is_touched(node) else None
-        if barrier is None or not writes(node):
+        touched = is_touched(node, network.cut.groups.facts, network.cut)
+        barrier = places.barriers.get(node.name, places.others) if touched else None
+        if barrier is None or not writes_to_operand(node):
             return [network.call(node, network.behind(barrier, look)) for look in looks]
         values = [network.call(node, network.behind(barrier, kept_as_is(node, look))) for look in looks]
         through = [network.call(node, look) for look in looks]  # who looks at the same memory must see it

@@ -12,10 +12,10 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency._call import bind_arguments
 from torchshear.graph import locate
-from torchshear.speedup.comparing._compare import relative_error
+from torchshear.speedup.comparing._relative_error import relative_error
 from torchshear.speedup.compensation._constants import Barrier, Bools, ConstantNetwork, Look
 from torchshear.speedup.compensation._fold_record import FoldedConstants, SkippedConstants
-from torchshear.speedup.rewriting._cut_positions import gather, map_axes
+from torchshear.speedup.rewriting._slicing import is_touched, map_axes, select_kept, writes_to_operand
 
 
 class _Layer(NamedTuple):
@@ -112,13 +112,13 @@ class Search:
     def decide(self, node: fx.Node, looks: Sequence[Look]) -> list[Any]:
         """The values of a call, behind a barrier if it reads cut channels and they cannot be folded."""
         network = self.network
-        if not network.is_touched(node):
+        if not is_touched(node, network.cut.groups.facts, network.cut):
             return [self._varied(node, network.call(node, look), run) for run, look in enumerate(looks)]
-        before = [kept_as_is(node, look) for look in looks] if writes(node) else looks
+        before = [kept_as_is(node, look) for look in looks] if writes_to_operand(node) else looks
         masked = self._all(node, before, Barrier("all"))
         through = [network.call(node, look) for look in looks]
         values = self._chosen(node, before, through, masked)
-        if values is not through and writes(node):  # who looks at the same memory must see it
+        if values is not through and writes_to_operand(node):  # who looks at the same memory must see it
             values = [one.copy_(value) for one, value in zip(through, values, strict=True)]
         return [self._varied(node, value, run) for run, value in enumerate(values)]
 
@@ -249,7 +249,7 @@ class Search:
 
     def _kept(self, node: fx.Node, value: Any) -> Any:
         axes = self.network.cut.groups.facts.axes.get(node.name)
-        return map_axes(lambda tensor, own: gather(tensor, own, self.network.cut), value, axes)
+        return map_axes(lambda tensor, own: select_kept(tensor, own, self.network.cut), value, axes)
 
     def _varied(self, node: fx.Node, value: Any, run: int) -> Any:
         """The same with noise on what tokens become in all runs but the first: random tokens could be out of range."""
@@ -274,11 +274,6 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 def layer_of(node: fx.Node) -> str:
     """Name of the module that makes a call, or of the operator where that is the model itself."""
     return locate(node).module or locate(node).operator
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether a call writes to an operand."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def kept_as_is(node: fx.Node, look: Look) -> Look:

@@ -9,9 +9,8 @@ from torch import Tensor, fx, nn
 from torchshear.graph import ExampleInputs, copy_model
 from torchshear.graph._run import graph_values
 from torchshear.graph.numerics._float64 import to_float64
+from torchshear.speedup.comparing._random_inputs import gives_numbers, random_inputs, smaller_inputs, table_sizes
 from torchshear.speedup.comparing._random_weights import SharedWeights
-from torchshear.speedup.comparing._small_inputs import smaller_inputs
-from torchshear.speedup.comparing._varied_inputs import gives_numbers, table_sizes, varied_inputs
 from torchshear.speedup.native._original import Original
 from torchshear.speedup.native._reference_run import Expected, Trial
 
@@ -65,7 +64,7 @@ class Trials:
         batch = example.batch_size()
         more = inputs.with_batch(batch + 1) if graph.batch_hint is not None and batch else inputs
         takes = partial(gives_numbers, model, example=example)
-        inputs = varied_inputs(more, table_sizes(graph), takes, seed=1)
+        inputs = random_inputs(more, table_sizes(graph), takes, seed=1)
         trial = self._trial(inputs, 1)
         outputs = trial.expected.outputs
         if all(bool(out.isfinite().all()) for out in outputs if isinstance(out, Tensor)):

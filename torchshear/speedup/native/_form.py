@@ -23,7 +23,7 @@ from torchshear.graph import (
 )
 from torchshear.graph._run import graph_values
 from torchshear.graph.numerics._float64 import to_float64
-from torchshear.speedup.comparing._varied_inputs import random_like
+from torchshear.speedup.comparing._random_inputs import random_like
 from torchshear.speedup.native._acceptance import Trials
 from torchshear.speedup.native._attention_scale import explain_scales, scaled
 from torchshear.speedup.native._builder import native_copy

@@ -21,8 +21,8 @@ from torchshear.graph import ExampleInputs, output_leaves, set_exporting_flag
 from torchshear.graph.model._process import record_export_queries
 from torchshear.graph.model._state import in_mode
 from torchshear.graph.numerics._float64 import compute_in
-from torchshear.speedup.comparing._compare import relative_error, tolerance
 from torchshear.speedup.comparing._random_weights import SharedWeights
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attention_scale import KeptScale
 
 Fingerprint = tuple[float, float]
@@ -87,7 +87,7 @@ class Expected:
 
     def _run(self, note: Callable[[Any], None]) -> list[Any]:
         given, value = self.inputs.copy(), None
-        self.weights.draw(self.seed)
+        self.weights.set_values(self.seed)
         try:
             with torch.no_grad(), compute_in(self.dtype), torch.random.fork_rng(devices=[]):
                 for value in self._values(pytree.tree_leaves((given.args, given.kwargs))):
@@ -292,7 +292,7 @@ def _given(trial: Trial, inside: Call | None) -> tuple[tuple[Any, ...], dict[str
 def _conditions(model: nn.Module, name: str, trial: Trial) -> Iterator[None]:
     """Weights, dtype, branches and random numbers of a trial; what a module keeps of a run is forgotten behind it."""
     exporting = set_exporting_flag() if trial.exporting else record_export_queries(trial.questions)
-    trial.expected.weights.draw(trial.expected.seed, model)
+    trial.expected.weights.set_values(trial.expected.seed, model)
     with torch.no_grad(), compute_in(trial.expected.dtype), in_mode(model.get_submodule(name), "eval"), exporting:
         yield
 

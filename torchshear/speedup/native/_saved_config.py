@@ -15,7 +15,7 @@ from torchshear.dependency import Sizes, Slot
 from torchshear.graph import ExampleInputs, output_leaves, parameters_on_meta, run_failure
 from torchshear.graph.capture._check import run_model
 from torchshear.graph.model._state import in_mode
-from torchshear.speedup.comparing._compare import relative_error, tolerance
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.native._size_attributes import Choice, assign, assigned
 
 _CONFIG = "config"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torchshear.dependency import Cut, Sizes, Slot
 from torchshear.graph import ExampleInputs, copy_model, output_leaves, run_failure
-from torchshear.speedup.comparing._compare import relative_error, tolerance
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attribute_access import is_read, recorded
 from torchshear.speedup.native._builder import is_torch_module
 from torchshear.speedup.native._size_attributes import Choice, assigned, choices, value_of

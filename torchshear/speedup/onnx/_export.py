@@ -19,12 +19,12 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError, ExportError, LatencyError
 from torchshear.graph import ExampleInputs, check_module, drop_opaque_outputs, preserve_state, run_exclusively
 from torchshear.graph.model._process import silence_torch
-from torchshear.speedup.comparing._compare import ordinary_scale
-from torchshear.speedup.comparing._example_call import DynamicShapes, ExampleCall
+from torchshear.speedup.comparing._relative_error import ordinary_scale
 from torchshear.speedup.latency._session import error_reason, open_session
 from torchshear.speedup.onnx._decompositions import decomposed
+from torchshear.speedup.onnx._example_call import DynamicShapes, ExampleCall
 from torchshear.speedup.onnx._exportable import check_limits, check_tensors
-from torchshear.speedup.rewriting._traced import signed
+from torchshear.speedup.rewriting._traced import showing_signature
 from torchshear.storage._reading import as_path
 from torchshear.storage._writing import DRAFT, atomic_path
 
@@ -242,7 +242,7 @@ def _converted(model: nn.Module, call: ExampleCall, free: Free, opset: int | Non
     if free != "nothing" or call.asked:
         shapes = call.dynamic_shapes(batch=free != "nothing", lengths=free == "batch and length")
     try:
-        with silence_torch(), signed(model):
+        with silence_torch(), showing_signature(model):
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(decomposed(captured), dynamo=True, verbose=False, opset_version=opset)
     except Exception as error:

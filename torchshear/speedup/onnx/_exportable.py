@@ -8,7 +8,7 @@ from torch import nn
 
 from torchshear._arguments import MOST, check_count, check_kind, is_whole, shown
 from torchshear.errors import ArgumentError, ExportError, WeightError
-from torchshear.speedup.comparing._example_call import ExampleCall
+from torchshear.speedup.onnx._example_call import ExampleCall
 
 
 def check_limits(check_batches: Sequence[int], rtol: float, atol: float, opset: int | None) -> None:

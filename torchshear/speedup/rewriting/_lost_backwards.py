@@ -1,4 +1,4 @@
-"""Functions whose backward a graph does not hold: a model in traced form must not be trained without it in silence."""
+"""Autograd functions whose backward a graph does not hold: without it a traced form must not be trained in silence."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,8 +11,8 @@ from torchshear.errors import CaptureError
 from torchshear.graph import FunctionCall, Graph
 
 
-def lost_backwards(graph: Graph) -> str:
-    """Why gradients through a graph are not those of the model, and what to do; "" where they are."""
+def explain_lost_backwards(graph: Graph) -> str:
+    """Say why gradients through a graph are not those of the model, and what to do; "" where they are."""
     calls = list(dict.fromkeys(map(str, graph.lost_backwards)))
     if not calls:
         return ""
@@ -27,28 +27,28 @@ def lost_backwards(graph: Graph) -> str:
     )
 
 
-def untrainable(calls: Iterable[FunctionCall]) -> str:
-    """What is to be added to the reason for a traced form whose graph does not hold the backward of some functions."""
+def explain_untrainable(calls: Iterable[FunctionCall]) -> str:
+    """Return a clause for the reason of a traced form, which says that it cannot be trained; "" for no functions."""
     names = ", ".join(dict.fromkeys(map(str, calls)))
     return f"; it cannot be trained, since a graph does not hold the backward of {names}" if names else ""
 
 
 def check_backwards(graph: Graph) -> None:
     """Raise CaptureError if gradients through a graph are not those of the model."""
-    problem = lost_backwards(graph)
+    problem = explain_lost_backwards(graph)
     if problem:
         raise CaptureError(problem)
 
 
 class WithoutGradients(torch.autograd.Function):
-    """Hands a value on, and refuses to give its gradient.
+    """Identity that refuses to give its gradient.
 
-    A function, not a hook: a capture of the model sees it, so that what is made of that refuses gradients as well.
+    It is a function, not a hook, so that a capture of the model holds it and refuses gradients as well.
     """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, problem: str) -> Tensor:
-        """A copy of the value, which may be written to."""
+        """Copy the value, which may be written to."""
         ctx.problem = problem
         return value.clone()
 
@@ -59,7 +59,7 @@ class WithoutGradients(torch.autograd.Function):
 
 
 def without_gradients(outputs: Any, problem: str) -> Any:
-    """Have whoever takes a gradient of any of the outputs get a CaptureError; values are as they were."""
+    """Return outputs of the same values, of which no gradient can be taken: that raises CaptureError."""
     return pytree.tree_map_only(
         Tensor,
         lambda value: WithoutGradients.apply(value, problem) if value.requires_grad else value,  # type: ignore[no-untyped-call]

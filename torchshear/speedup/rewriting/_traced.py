@@ -15,7 +15,6 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, OutputError
-from torchshear.speedup.rewriting._devices import follow_device
 from torchshear.speedup.rewriting._lost_backwards import without_gradients
 
 
@@ -36,12 +35,23 @@ class GraphCode:
         exec(compile(source, "<traced graph>", "exec"), names)  # made from the graph's own nodes, not from a file
         self._run: Callable[..., Any] = names["forward"]
 
+    @classmethod
+    def of(cls, graph: fx.Graph) -> "GraphCode":
+        """Compile a graph to a function of the module and the flat inputs."""
+        _follow_device(graph)
+        code = graph.python_code("self")
+        scope = {
+            name: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
+            for name, value in code.globals.items()
+        }
+        return cls(code.src, scope)
+
     def __call__(self, module: nn.Module, *leaves: Any) -> Any:
         """Run the graph."""
         return self._run(module, *leaves)
 
     def __reduce__(self) -> Any:
-        """The code, to be compiled again."""
+        """Pickle the code, to be compiled again."""
         return GraphCode, self._made_of
 
 
@@ -49,9 +59,37 @@ class _ModuleName(str):
     """Name of a Python module, which itself cannot be pickled."""
 
 
+def _follow_device(graph: fx.Graph) -> None:
+    """Replace the device that calls of a graph name by the one on which the model's tensors are when it runs.
+
+    A model that was captured on the meta device, or moved after its capture, then makes its masks and positions where
+    its weights are. Graphs that name several devices stay as they are.
+
+    Args:
+        graph: changed in place.
+    """
+    devices = {
+        node: {leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs))) if isinstance(leaf, torch.device)}
+        for node in graph.nodes
+        if node.op == "call_function"
+    }
+    weight = next((node for node in graph.nodes if node.op == "get_attr"), None)
+    if weight is None or len(set().union(*devices.values())) != 1:
+        return
+    with graph.inserting_after(weight):
+        device = graph.call_function(device_of, (weight,))
+    for node in (node for node, named in devices.items() if named):
+        node.args, node.kwargs = pytree.tree_map_only(torch.device, lambda _: device, (node.args, node.kwargs))
+
+
+def device_of(tensor: Tensor) -> torch.device:
+    """Return the device of a tensor."""
+    return tensor.device
+
+
 @dataclass(frozen=True, slots=True)
 class CallSpec:
-    """How a traced module is called.
+    """Calling convention of a traced module.
 
     Attributes:
         in_spec: tree structure of `(args, kwargs)`.
@@ -68,14 +106,14 @@ class CallSpec:
     examples: tuple[tuple[int, ...] | None, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CallSpec":
-        """Nothing in it ever changes, so copies of a module share it."""
+        """Return it itself: it never changes, so copies of a module share it."""
         return self
 
     def __reduce__(self) -> Any:
-        """For pickle, which cannot take all that a user's signature and containers may hold.
+        """Pickle it without annotations.
 
         Raises:
-            OutputError: it cannot; says what can be saved instead.
+            OutputError: a signature or container of the user cannot be pickled; says what can be saved instead.
         """
         plain = [one.replace(annotation=inspect.Parameter.empty) for one in self.signature.parameters.values()]
         signature = inspect.Signature(plain)
@@ -90,18 +128,18 @@ class CallSpec:
                 f"again by small = torchshear.shrink(Model(), torchshear.PruningPlan.load('plan.json')), "
                 f"small.load_state_dict(torch.load('weights.pt'))."
             ) from error
-        return _loaded_spec, (content,)
+        return _unpickle_spec, (content,)
 
 
-def _loaded_spec(content: bytes) -> CallSpec:
-    """A specification from what `CallSpec` pickles of it."""
+def _unpickle_spec(content: bytes) -> CallSpec:
+    """Return the specification that `CallSpec` pickled."""
     with warnings.catch_warnings(action="ignore", category=FutureWarning):
         return CallSpec(*pickle.loads(content))
 
 
 @dataclass(frozen=True, slots=True)
 class StateEntry:
-    """A tensor of a traced module: all names that it goes by, and what it is."""
+    """A tensor of a traced module with all its names."""
 
     names: tuple[str, ...]
     tensor: Tensor
@@ -125,7 +163,7 @@ class TracedCall:
     gradient_error: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TracedCall":
-        """Nothing in it ever changes, so copies of a module share it."""
+        """Return it itself: it never changes, so copies of a module share it."""
         return self
 
     @classmethod
@@ -133,20 +171,51 @@ class TracedCall:
         cls, graphs: Mapping[str, fx.Graph], spec: CallSpec, train_error: str = "", gradient_error: str = ""
     ) -> "TracedCall":
         """Compile the graphs of the modes."""
-        return cls({mode: _compile(graph) for mode, graph in graphs.items()}, spec, train_error, gradient_error)
+        return cls({mode: GraphCode.of(graph) for mode, graph in graphs.items()}, spec, train_error, gradient_error)
 
-    def leaves(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """Flat inputs of the graphs.
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """Flatten arguments into the inputs of the graphs.
 
         Raises:
-            ArgumentError: the arguments have another structure, or other shapes, than those of the capture.
+            ArgumentError: they have another structure, or other shapes, than those of the capture. The graphs hold
+                sizes of their inputs as constants and would compute other shapes wrongly.
         """
-        leaves = self._flatten(args, kwargs)
-        self._check_shapes(leaves)
-        return leaves
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if spec != self.spec.in_spec:
+            try:
+                leaves, spec = pytree.tree_flatten(self._arrange(args, kwargs))
+            except (TypeError, KeyError) as error:
+                raise ArgumentError(f"the arguments do not fit the model: {error}.") from error
+        if spec != self.spec.in_spec:
+            raise ArgumentError(
+                f"the arguments have structure {spec}; expected {self.spec.in_spec}, that of the example inputs. Call "
+                f"the model as it was traced, or trace it as it is called."
+            )
+        for number, (leaf, expected) in enumerate(zip(leaves, self.spec.shapes, strict=True)):
+            if isinstance(leaf, Tensor) and expected is not None:
+                fits = [a == b or b is None for a, b in zip(leaf.shape, expected, strict=False)]
+                if len(leaf.shape) != len(expected) or not all(fits):
+                    sizes = ", ".join("any" if size is None else str(size) for size in expected)
+                    raise ArgumentError(
+                        f"input {number} has shape {tuple(leaf.shape)}; the model was captured for ({sizes}). Prune it "
+                        f"with example inputs of the sizes that it is used with."
+                    )
+        return list(leaves)
+
+    def _arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give arguments by position or by name, and names in the order, as in the example inputs."""
+        given = dict(self.spec.signature.bind(*args, **kwargs).arguments)
+        for parameter in self.spec.signature.parameters.values():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        positions, names = self.spec.in_spec.children()
+        taken = list(self.spec.signature.parameters)[: positions.num_children]
+        by_position = tuple(given.pop(name) for name in taken)
+        by_name = {name: given.pop(name) for name in names.context if name in given}
+        return by_position, by_name | given
 
     def is_as_captured(self, leaves: list[Any]) -> bool:
-        """Whether the inputs have the very sizes of the capture, its batch included."""
+        """Check that the inputs have the very sizes of the capture, its batch included."""
         return all(
             not isinstance(leaf, Tensor) or tuple(leaf.shape) == example
             for leaf, example in zip(leaves, self.spec.examples, strict=True)
@@ -167,61 +236,30 @@ class TracedCall:
             outputs = pytree.tree_unflatten(list(self.forwards[mode](module, *leaves)), self.spec.out_specs[mode])
         return without_gradients(outputs, self.gradient_error) if self.gradient_error else outputs
 
-    def _check_shapes(self, leaves: list[Any]) -> None:
-        """The graph holds sizes of its inputs as constants, so others would be computed wrongly."""
-        for number, (leaf, expected) in enumerate(zip(leaves, self.spec.shapes, strict=True)):
-            if isinstance(leaf, Tensor) and expected is not None:
-                fits = [a == b or b is None for a, b in zip(leaf.shape, expected, strict=False)]
-                if len(leaf.shape) != len(expected) or not all(fits):
-                    sizes = ", ".join("any" if size is None else str(size) for size in expected)
-                    raise ArgumentError(
-                        f"input {number} has shape {tuple(leaf.shape)}; the model was captured for ({sizes}). Prune it "
-                        f"with example inputs of the sizes that it is used with."
-                    )
-
-    def _flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        if spec == self.spec.in_spec:
-            return list(leaves)
-        try:
-            by_position, by_name = self._in_order(args, kwargs)
-        except (TypeError, KeyError) as error:
-            raise ArgumentError(f"the arguments do not fit the model: {error}.") from error
-        leaves, spec = pytree.tree_flatten((by_position, by_name))
-        if spec != self.spec.in_spec:
-            raise ArgumentError(
-                f"the arguments have structure {spec}; expected {self.spec.in_spec}, that of the example inputs. Call "
-                f"the model as it was traced, or trace it as it is called."
-            )
-        return list(leaves)
-
-    def _in_order(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments with those by position and by name, and the names in the order, of the example inputs."""
-        given = dict(self.spec.signature.bind(*args, **kwargs).arguments)
-        for parameter in self.spec.signature.parameters.values():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                given |= given.pop(parameter.name, {})
-        positions, names = self.spec.in_spec.children()
-        taken = list(self.spec.signature.parameters)[: positions.num_children]
-        by_position = tuple(given.pop(name) for name in taken)
-        by_name = {name: given.pop(name) for name in names.context if name in given}
-        return by_position, by_name | given
-
 
 class TracedModule(nn.Module):
     """A model that runs captured graphs over parameters and buffers under their original names.
 
     In eval mode the graph captured in eval mode runs, in train mode the other, so that dropout and batch statistics
-    behave as in the original. `state_dict`, `to`, `deepcopy`, `torch.save` and optimizers work as on any module; what
-    was saved whole is read by `torch.load(..., weights_only=False)`, with the same version of torch. A part that its
-    model calls in several ways has graphs for each; those run that the arguments fit.
+    behave as in the original. `state_dict`, `to`, `deepcopy`, `torch.save` and optimizers work as on any module; a
+    module saved whole is read by `torch.load(..., weights_only=False)`, with the same version of torch. A part that its
+    model calls in several ways has graphs for each way; those that fit the arguments run.
     """
 
     def __init__(self, state: Sequence[StateEntry], calls: Sequence[TracedCall]) -> None:
         super().__init__()
         for entry in state:
             for name in entry.names:
-                _register(self, name, entry)
+                *path, last = name.split(".")
+                module: nn.Module = self
+                for part in path:
+                    if part not in module._modules:
+                        module.add_module(part, nn.Module())
+                    module = module._modules[part]  # type: ignore[assignment]
+                if isinstance(entry.tensor, nn.Parameter):
+                    module.register_parameter(last, entry.tensor)
+                else:
+                    module.register_buffer(last, entry.tensor, persistent=entry.is_persistent)
         self._calls = tuple(calls)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -235,7 +273,7 @@ class TracedModule(nn.Module):
         fits: list[tuple[TracedCall, list[Any]]] = []
         for call in self._calls:
             try:
-                fits.append((call, call.leaves(args, kwargs)))
+                fits.append((call, call.flatten(args, kwargs)))
             except ArgumentError as error:
                 misfits.append(error)
         if not fits:
@@ -246,15 +284,15 @@ class TracedModule(nn.Module):
         return call.run(self, leaves)
 
     def extra_repr(self) -> str:
-        """The modes that can run."""
+        """Return the modes that can run."""
         return f"modes={sorted(self._calls[0].forwards)}"
 
 
-def limits_of(traced: TracedModule) -> str:
-    """What the traced form of a model cannot do, to be added to the reason for it; "" where it can do all."""
+def explain_limits(traced: TracedModule) -> str:
+    """Return clauses for the reason of a traced form, which say what it cannot do; "" where it can do all."""
     found = ""
     for call in traced._calls:
-        if "train" not in call.forwards and not call.gradient_error:  # of that `untrainable` speaks
+        if "train" not in call.forwards and not call.gradient_error:  # of that `explain_untrainable` speaks
             found = f"; it does not run in train mode: {call.train_error.partition(' Expected ')[0]}"
     for spec in (call.spec for call in traced._calls):
         batches = sorted({shape[0] for shape in spec.examples if shape})
@@ -265,38 +303,14 @@ def limits_of(traced: TracedModule) -> str:
     return found
 
 
-def _register(root: nn.Module, name: str, entry: StateEntry) -> None:
-    *path, last = name.split(".")
-    module = root
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
-    if isinstance(entry.tensor, nn.Parameter):
-        module.register_parameter(last, entry.tensor)
-    else:
-        module.register_buffer(last, entry.tensor, persistent=entry.is_persistent)
-
-
-def _compile(graph: fx.Graph) -> GraphCode:
-    """Python code of a graph as a function of the module and the flat inputs."""
-    follow_device(graph)
-    code = graph.python_code("self")
-    scope = {
-        name: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
-        for name, value in code.globals.items()
-    }
-    return GraphCode(code.src, scope)
-
-
 def signature_of(model: nn.Module) -> inspect.Signature:
-    """Signature of a model's forward; of a traced one, that of the original."""
+    """Return the signature of a model's forward; of a traced one, that of the original."""
     return model._calls[0].spec.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
 
 
 @contextmanager
-def signed(model: nn.Module) -> Iterator[None]:
-    """Have the forward of a traced model show the signature of the original for a while, which torch.export reads."""
+def showing_signature(model: nn.Module) -> Iterator[None]:
+    """Have the forward of a traced model show the signature of the original, which torch.export reads, for a while."""
     if not isinstance(model, TracedModule):
         yield
         return

@@ -14,10 +14,17 @@ from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_model
 from torchshear.speedup.native._form import own_constants
 from torchshear.speedup.native._original import Original
-from torchshear.speedup.rewriting._lost_backwards import check_backwards, lost_backwards, untrainable
+from torchshear.speedup.rewriting._lost_backwards import check_backwards, explain_lost_backwards, explain_untrainable
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
-from torchshear.speedup.rewriting._state import slice_state
-from torchshear.speedup.rewriting._traced import CallSpec, StateEntry, TracedCall, TracedModule, limits_of, signature_of
+from torchshear.speedup.rewriting._slicing import slice_state
+from torchshear.speedup.rewriting._traced import (
+    CallSpec,
+    StateEntry,
+    TracedCall,
+    TracedModule,
+    explain_limits,
+    signature_of,
+)
 from torchshear.speedup.shrinking._prepared_plan import Job
 from torchshear.speedup.shrinking._whole_groups import Leave
 from torchshear.speedup.shrinking._whole_model import (
@@ -71,7 +78,9 @@ def _part_by_part(job: Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
         if native is None:
             lost = [call for call in job.cut.groups.graph.lost_backwards if f"{call.module}.".startswith(f"{name}.")]
             traced = memo[id(original)] = _traced_part(job, name)
-            found[name] = replace(found[name], reason=f"{found[name].reason}{untrainable(lost)}{limits_of(traced)}")
+            found[name] = replace(
+                found[name], reason=f"{found[name].reason}{explain_untrainable(lost)}{explain_limits(traced)}"
+            )
         else:
             memo |= {id(module): native.get_submodule(inner) for inner, module in original.named_modules()}
     copied = in_mode_of(copy_model(model, memo), model)
@@ -143,7 +152,7 @@ def _traced_part(job: Job, name: str) -> TracedModule:
             graphs[mode] = _renamed(rewrite_graph(graph.fx_graph, facts, own_cut), renamed)
             entries += _constants(graph, own_cut, renamed)
         spec = _part_spec(part, {mode: source[0] for mode, source in sources.items()}, given)
-        calls.append(TracedCall.of(graphs, spec, error, lost_backwards(cut.groups.graph)))
+        calls.append(TracedCall.of(graphs, spec, error, explain_lost_backwards(cut.groups.graph)))
     return TracedModule(entries, calls)
 
 

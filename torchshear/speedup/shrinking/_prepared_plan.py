@@ -8,7 +8,7 @@ from torchshear.dependency import ChannelGroups, Cut, Form, PruningPlan
 from torchshear.graph import Graph, is_on_meta, whole_model
 from torchshear.speedup.native._form import Native, native_form
 from torchshear.speedup.native._original import Original
-from torchshear.speedup.rewriting._state import slice_state
+from torchshear.speedup.rewriting._slicing import slice_state
 
 
 @dataclass(frozen=True, slots=True, eq=False)

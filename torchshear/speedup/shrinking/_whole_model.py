@@ -28,10 +28,17 @@ from torchshear.graph import (
     whole_model,
 )
 from torchshear.speedup.native._form import Native, recorded_form
-from torchshear.speedup.rewriting._lost_backwards import check_backwards, lost_backwards, untrainable
+from torchshear.speedup.rewriting._lost_backwards import check_backwards, explain_lost_backwards, explain_untrainable
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
-from torchshear.speedup.rewriting._state import slice_state
-from torchshear.speedup.rewriting._traced import CallSpec, StateEntry, TracedCall, TracedModule, limits_of, signature_of
+from torchshear.speedup.rewriting._slicing import slice_state
+from torchshear.speedup.rewriting._traced import (
+    CallSpec,
+    StateEntry,
+    TracedCall,
+    TracedModule,
+    explain_limits,
+    signature_of,
+)
 from torchshear.speedup.shrinking._prepared_plan import Job, tensors_of
 from torchshear.speedup.shrinking._whole_groups import Leave, leave_whole
 
@@ -84,7 +91,7 @@ def shrink_whole(
     graph, form = groups.graph, native.form
     traced, training = _both_modes(model, graph, job.cut, job.sliced)
     if form is not plan.form:
-        form = replace(form, reason=f"{form.reason}{untrainable(graph.lost_backwards)}{limits_of(traced)}")
+        form = replace(form, reason=f"{form.reason}{explain_untrainable(graph.lost_backwards)}{explain_limits(traced)}")
     return Made(in_mode_of(traced, model), form, plan, training)
 
 
@@ -280,7 +287,9 @@ def _both_modes(
         graph = replace(graph, state={**train.state, **graph.state})
     except (CaptureError, PlanError) as failure:
         error = str(failure)
-    call = TracedCall.of(rewritten, _call_spec(model, sources, rewritten), error, lost_backwards(sources["eval"]))
+    call = TracedCall.of(
+        rewritten, _call_spec(model, sources, rewritten), error, explain_lost_backwards(sources["eval"])
+    )
     return TracedModule(_entries(model, graph, sliced), [call]), training
 
 

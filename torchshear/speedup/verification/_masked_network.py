@@ -18,8 +18,8 @@ from torchshear.dependency._call import Facts
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import MaskedCall, locate, masked_form
 from torchshear.graph._run import is_only_read
-from torchshear.speedup.comparing._compare import relative_error, tolerance
-from torchshear.speedup.rewriting._cut_positions import keep_of, writes_to_operand
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup.rewriting._slicing import keep_mask, writes_to_operand
 
 KeptMasks = dict[int, Tensor]  # dimension -> mask of its kept positions
 _SAME = 1e-11  # relative difference of sums over equal numbers
@@ -88,7 +88,7 @@ class MaskedNetwork:
         if not isinstance(axes, tuple) or not isinstance(value, Tensor):
             return {}
         return {
-            dim: torch.from_numpy(keep_of(axis, value.shape[dim], self.cut).copy()).to(value.device)
+            dim: torch.from_numpy(keep_mask(axis, value.shape[dim], self.cut).copy()).to(value.device)
             for dim, axis in enumerate(axes[: value.ndim])
             if not axis.rows and self.cut.changes(axis)
         }

@@ -14,15 +14,15 @@ from torchshear.errors import VerificationError, WeightError, first_line
 from torchshear.graph import ExampleInputs, Mode, find_caches, output_leaves, run_failure, zeros_are_exact
 from torchshear.graph._run import graph_output
 from torchshear.graph.numerics._ties import TieBreaker
-from torchshear.speedup.comparing._compare import relative_error, tolerance
-from torchshear.speedup.comparing._small_inputs import smaller_inputs
-from torchshear.speedup.comparing._varied_inputs import (
+from torchshear.speedup.comparing._random_inputs import (
     check_examples,
     gives_numbers,
     n_outputs_with_nan,
+    random_inputs,
+    smaller_inputs,
     table_sizes,
-    varied_inputs,
 )
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attention_scale import share_names
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.shrinking._whole_model import TrainingCut
@@ -178,7 +178,7 @@ class ModelPair:
             base = base.with_batch(samples)
         with self.original_with(state):
             takes = partial(gives_numbers, self.original, example=self._base)
-            inputs = varied_inputs(base, table_sizes(self.graph), takes, seed)
+            inputs = random_inputs(base, table_sizes(self.graph), takes, seed)
         return Probe(inputs, state, self.dtype)
 
     @cached_property

@@ -10,7 +10,7 @@ from torch import nn
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import ExampleInputs, Mode
 from torchshear.graph.numerics._ties import TieBreaker
-from torchshear.speedup.comparing._compare import relative_error, tolerance
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.verification._gradients import compare_gradients
 from torchshear.speedup.verification._model_pair import ModelPair, Probe

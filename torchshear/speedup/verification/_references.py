@@ -14,9 +14,9 @@ from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError, VerificationError, first_line
 from torchshear.graph import Mode, capture_in_mode, locate, output_leaves
 from torchshear.graph._run import graph_values
-from torchshear.speedup.comparing._compare import relative_error, tolerance
-from torchshear.speedup.rewriting._cut_positions import gather, map_axes
+from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
+from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.shrinking._whole_model import training_cut
 from torchshear.speedup.verification._gradients import gradients_of
@@ -243,7 +243,7 @@ def describe_difference(pair: ModelPair, probe: Probe, error: float) -> str:
             if node.name not in actual:
                 return f"the rewritten graph fails at {node.name!r}, {locate(node)}: its operator rule is wrong."
             try:
-                kept = map_axes(lambda tensor, own: gather(tensor, own, cut), value, facts.axes.get(node.name))
+                kept = map_axes(lambda tensor, own: select_kept(tensor, own, cut), value, facts.axes.get(node.name))
             except (IndexError, RuntimeError):
                 return f"{node.name!r}, {locate(node)}, has other axes than its operator rule says."
             if node.op == "call_function" and isinstance(kept, Tensor) and kept.is_floating_point():

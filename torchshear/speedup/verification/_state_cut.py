@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.dependency import ChannelGroups, Cut, StatePlan, make_state_plan
-from torchshear.speedup.comparing._random_weights import fill
-from torchshear.speedup.rewriting._state import cut_tensor, slice_state
+from torchshear.speedup.comparing._random_weights import fill_randomly
+from torchshear.speedup.rewriting._slicing import slice_state, slice_tensor
 
 State = Mapping[str, Tensor]
 
@@ -78,10 +78,10 @@ class StateCut:
     def slice_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """Return the kept positions of the gradient of a parameter, which may go by any of its names."""
         plan = self.plans.get(self.canonical_name(name))
-        return gradient if plan is None else cut_tensor(gradient, plan)
+        return gradient if plan is None else slice_tensor(gradient, plan)
 
     def random_state(self, state: State, seed: int, *, buffers: bool, fixed: Collection[str] = ()) -> dict[str, Tensor]:
-        """Return tensors of the same shapes with random values that let every layer count: see `fill`.
+        """Return tensors of the same shapes with random values that let every layer count: see `fill_randomly`.
 
         Constants keep their values.
 
@@ -97,7 +97,7 @@ class StateCut:
             kind = self.groups.graph.state[name].kind
             if kind == "parameter" and tensor.is_floating_point():
                 random[name] = torch.empty_like(tensor)
-                fill(random[name], tensor, generator)
+                fill_randomly(random[name], tensor, generator)
             elif kind == "buffer" and tensor.is_floating_point() and buffers and name not in fixed:
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() * 0.1
                 random[name] = tensor + noise.to(tensor.device, tensor.dtype)

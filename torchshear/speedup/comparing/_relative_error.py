@@ -1,4 +1,4 @@
-"""Comparing outputs of two models, element by element."""
+"""Relative difference between the outputs of two models, element by element."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,21 +17,21 @@ _TOLERANCES = {
     torch.float16: 1e-2,
 }
 _ORDINARY = 1e4  # values above so many times the small ones of an output are fillers, not results
-_ENOUGH = 1 << 16  # values that are looked at for a scale
+_ENOUGH = 1 << 16  # number of values that a scale is taken from
 
 
 def tolerance(outputs: Sequence[Any]) -> float:
-    """The largest relative difference that counts as equal, by the coarsest dtype among the outputs."""
+    """Return the largest relative difference that counts as equal, by the coarsest dtype among the outputs."""
     return max((_TOLERANCES.get(v.dtype, 0.0) for v in outputs if isinstance(v, Tensor)), default=0.0)
 
 
 def relative_error(expected: Sequence[Any], actual: Sequence[Any], others: Sequence[Any] | None = None) -> float:
-    """Largest difference of any element, relative to that element and to the ordinary values of its output.
+    """Return the largest difference of any element, relative to that element and to ordinary values of its output.
 
         |a - b| / (|a| + s)
 
-    with s the median magnitude of the ordinary values, never the largest: one filler of -1e9 says nothing of the
-    others. Ordinary are, where the same output on other inputs is given, the elements that differ between both.
+    with s the median magnitude of the ordinary values. It is not the largest value: that may be a filler, such as the
+    -1e9 of a mask. If outputs on other inputs are given, only elements that differ from them are ordinary.
 
     Args:
         expected: flat outputs of the reference.
@@ -39,16 +39,17 @@ def relative_error(expected: Sequence[Any], actual: Sequence[Any], others: Seque
         others: flat outputs of the reference on other inputs.
 
     Returns:
-        The difference. Other shapes, dtypes or numbers of outputs, other integers, and NaN where there was none, count
-        as infinitely different.
+        The difference; infinity for other shapes, dtypes or numbers of outputs, other integers, and NaN in place of a
+        number.
     """
     if len(expected) != len(actual):
         return float("inf")
     others = expected if others is None or len(others) != len(expected) else others
-    return max((_error_of_one(a, b, c) for a, b, c in zip(expected, actual, others, strict=True)), default=0.0)
+    return max((_error_of_value(a, b, c) for a, b, c in zip(expected, actual, others, strict=True)), default=0.0)
 
 
-def _error_of_one(expected: Any, actual: Any, other: Any) -> float:
+def _error_of_value(expected: Any, actual: Any, other: Any) -> float:
+    """Compare one flat output; see `relative_error`."""
     if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
         return 0.0 if type(expected) is type(actual) else float("inf")
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
@@ -57,24 +58,24 @@ def _error_of_one(expected: Any, actual: Any, other: Any) -> float:
         return 0.0
     if not expected.is_floating_point() and not expected.is_complex():
         return 0.0 if torch.equal(expected, actual) else float("inf")
-    wide, there, beside = _real(expected), _real(actual), _real(other)
-    same = (wide == there) | (wide.isnan() & there.isnan())  # masks of -inf are equal, and so is NaN beside numbers
+    wanted, found, beside = _as_float64(expected), _as_float64(actual), _as_float64(other)
+    same = (wanted == found) | (wanted.isnan() & found.isnan())  # masks of -inf are equal, and so is NaN beside numbers
     if bool(same.all()):
-        return float("inf") if bool(wide.isnan().all()) else 0.0
-    scale = ordinary_scale(wide, beside if beside.shape == wide.shape else wide)
-    error = float(((wide - there).abs() / (wide.abs() + scale)).masked_fill(same, 0).max())
+        return float("inf") if bool(wanted.isnan().all()) else 0.0
+    scale = ordinary_scale(wanted, beside if beside.shape == wanted.shape else wanted)
+    error = float(((wanted - found).abs() / (wanted.abs() + scale)).masked_fill(same, 0).max())
     return error if error == error else float("inf")
 
 
-def _real(tensor: Tensor) -> Tensor:
-    """Numbers as float64, complex ones as pairs."""
+def _as_float64(tensor: Tensor) -> Tensor:
+    """Return real numbers as float64, complex ones as pairs of float64."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor.detach().to(torch.float64)
 
 
 def ordinary_scale(values: Tensor, others: Tensor) -> float:
-    """The median magnitude of ordinary values: those that vary between two inputs, without what fills their gaps.
+    """Return the median magnitude of ordinary values: those that vary with the input, without fillers.
 
     Args:
         values: float64 numbers of any shape.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import torchshear
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs
-from torchshear.speedup.comparing._varied_inputs import check_examples, table_sizes, varied_inputs
+from torchshear.speedup.comparing._random_inputs import check_examples, random_inputs, table_sizes
 
 
 class Lookup(nn.Module):
@@ -39,7 +39,7 @@ def test_the_tables_behind_integers_are_found() -> None:
 
 
 def test_integers_run_over_their_tables_and_masks_have_both_values() -> None:
-    drawn = varied_inputs(EXAMPLE, {0: 50, 1: 7}, lambda inputs: True, seed=0).args
+    drawn = random_inputs(EXAMPLE, {0: 50, 1: 7}, lambda inputs: True, seed=0).args
     assert len(drawn[0].unique()) > 15
     assert (int(drawn[0].min()), int(drawn[1].max())) >= (0, 6)
     assert drawn[1].dtype == torch.int32
@@ -51,24 +51,24 @@ def test_integers_run_over_their_tables_and_masks_have_both_values() -> None:
 def test_what_the_model_does_not_take_is_drawn_with_more_care() -> None:
     example = ExampleInputs.of((torch.tensor([3, 1, 2, 9]), torch.randn(4, 2)))
     as_set = lambda inputs: sorted(inputs.args[0].tolist()) == [1, 2, 3, 9]  # noqa: E731
-    drawn = varied_inputs(example, {}, as_set, seed=0).args
+    drawn = random_inputs(example, {}, as_set, seed=0).args
     assert sorted(drawn[0].tolist()) == [1, 2, 3, 9]
     assert not torch.equal(drawn[1], example.args[1])
-    kept = varied_inputs(example, {}, lambda inputs: inputs.args[0].tolist() == [3, 1, 2, 9], seed=0).args
+    kept = random_inputs(example, {}, lambda inputs: inputs.args[0].tolist() == [3, 1, 2, 9], seed=0).args
     assert torch.equal(kept[0], example.args[0])
     assert not torch.equal(kept[1], example.args[1])
 
 
 def test_floating_masks_keep_their_two_values() -> None:
     mask = torch.tensor([[0.0, 0.0, -1e9, 0.0], [0.0, -1e9, -1e9, 0.0]])
-    drawn = varied_inputs(ExampleInputs.of((mask,)), {}, lambda inputs: True, seed=3).args[0]
+    drawn = random_inputs(ExampleInputs.of((mask,)), {}, lambda inputs: True, seed=3).args[0]
     assert set(drawn.unique().tolist()) <= {0.0, float(mask.min())}
     assert not torch.equal(drawn, mask)
 
 
 def test_truth_values_and_complex_numbers_are_drawn() -> None:
     example = ExampleInputs.of((torch.ones(3, 40, dtype=torch.bool), torch.zeros(5, dtype=torch.complex64)))
-    first, second = varied_inputs(example, {}, lambda inputs: True, seed=0).args
+    first, second = random_inputs(example, {}, lambda inputs: True, seed=0).args
     assert 0.4 < float(first.float().mean()) < 0.95
     assert second.dtype == torch.complex64
     assert second.imag.abs().min() > 0
