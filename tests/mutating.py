@@ -17,7 +17,8 @@ from torch import fx
 from torchshear.dependency import ChannelGroups, Cut
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import UNCHANGED, Call, Result, Scaled
-from torchshear.dependency._registry import _POSITION_RULES, _RULES, operator_name
+from torchshear.dependency._registry import _POSITION_RULES, _RULES
+from torchshear.graph import operator_name
 
 DEMANDS = (
     "tie", "fix", "mix", "balance", "equally_wide", "at_least", "part", "block", "renumber", "gives_positions",

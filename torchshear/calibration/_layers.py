@@ -8,19 +8,11 @@ from torch import Tensor, fx
 from torchshear.calibration._recurrent import is_recurrent, passes
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._call import bind_arguments
-from torchshear.dependency._registry import operator_name
 from torchshear.dependency.rules._contraction import explicit_equation
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._computed import is_from_state
 from torchshear.graph._graph import shape_of, tensor_operands
-
-# Products of matrices, and where the first of the two stands among the tensors that they read.
-_MANY = {"matmul": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_grouped_mm": 0, "grouped_mm_fallback": 0}
-_SUMMED = {  # dimensions of the input and of the weight
-    "linear": (-1, 1),
-    **{f"conv{rank}d": (1, 1) for rank in (1, 2, 3)},
-    **{f"conv_transpose{rank}d": (1, 0) for rank in (1, 2, 3)},
-}
+from torchshear.graph._operator import operator_name, operator_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +45,7 @@ def find_layers(groups: ChannelGroups) -> Iterator[Layer]:
 
 
 def _layers_of(node: fx.Node, carriers: Mapping[str, fx.Node]) -> Iterator[Layer]:
-    is_product = short_name(node) in (*_MANY, "linear", "einsum")
+    is_product = operator_of(node).product is not None or _is_einsum(node)
     are_read = {n: is_product or is_state(n) or n.name in carriers for n in node.all_input_nodes}
     behind = {n: weight_behind(n, carriers) if is_read else None for n, is_read in are_read.items()}
     held = {n: found for n, found in behind.items() if found is not None}
@@ -74,10 +66,8 @@ def is_state(node: fx.Node) -> bool:
     return node.op == "get_attr"
 
 
-def short_name(node: fx.Node) -> str:
-    """Name of an operator of torch or of transformers without its overload, "" of any other."""
-    parts = operator_name(node).split(".")
-    return parts[1] if len(parts) > 1 and parts[0] in ("aten", "transformers") else ""
+def _is_einsum(node: fx.Node) -> bool:
+    return operator_name(node) == "aten.einsum.default"
 
 
 def _layers_of_passes(node: fx.Node) -> Iterator[Layer]:
@@ -91,18 +81,23 @@ def _layers_of_passes(node: fx.Node) -> Iterator[Layer]:
 
 def _read(node: fx.Node, weight: fx.Node, computed: Sequence[fx.Node]) -> tuple[str, int | None, int | None]:
     """What a call multiplies a weight with, and the dimensions of both that it sums over if that is one pair."""
-    name, ranks = short_name(node), (len(shape_of(computed[0])), len(shape_of(weight)))
-    if name == "einsum":
+    if _is_einsum(node):
         return _read_by_equation(node, weight, computed)
-    if name in _MANY:
-        left, right = tensor_operands(node)[_MANY[name] :][:2]
-        if right is weight:
-            return left.name, len(shape_of(left)) - 1, max(ranks[1] - 2, 0)
-        return right.name, max(len(shape_of(right)) - 2, 0), ranks[1] - 1
-    if name not in _SUMMED:
+    product = operator_of(node).product
+    if product is None:
         return computed[0].name, None, None
-    dims = _SUMMED[name]
-    return computed[0].name, dims[0] % ranks[0], min(dims[1], ranks[1] - 1)
+    given = bind_arguments(node)
+    operands = [given[product.left], given[product.right]]
+    if weight not in operands:  # what is added
+        return computed[0].name, None, None
+    own = operands.index(weight)
+    over = [_dimension(dim, len(shape_of(operand))) for dim, operand in zip(product.contracted, operands, strict=True)]
+    return operands[1 - own].name, over[1 - own], over[own]
+
+
+def _dimension(dim: int, rank: int) -> int:
+    """A dimension counted from the front; the last or first one where there are too few."""
+    return min(dim, rank - 1) if dim >= 0 else max(dim + rank, 0)
 
 
 def _read_by_equation(

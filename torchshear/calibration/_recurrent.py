@@ -13,11 +13,8 @@ from torch import Tensor, fx
 
 from torchshear.dependency._axis import Axis
 from torchshear.dependency._call import Result, bind_arguments
-from torchshear.dependency._registry import operator_name
 from torchshear.graph._graph import shape_of
-
-_LAYERS = frozenset(f"aten.{kind}.input" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
-_CELLS = frozenset(f"aten.{kind}_cell.default" for kind in ("lstm", "gru", "rnn_tanh", "rnn_relu"))
+from torchshear.graph._operator import Recurrence, operator_of
 
 See = Callable[[str, Tensor], Tensor]
 
@@ -62,12 +59,18 @@ class Pass:
 
 def is_recurrent(node: fx.Node) -> bool:
     """Whether a call is that of a recurrent layer or cell."""
-    return operator_name(node) in _LAYERS | _CELLS
+    return operator_of(node).recurrence is not None
+
+
+def _recurrence(node: fx.Node) -> Recurrence:
+    found = operator_of(node).recurrence
+    assert found is not None
+    return found
 
 
 def passes(node: fx.Node) -> tuple[Pass, ...]:
     """All layers and directions of a recurrent call, in the order of its weights."""
-    return tuple(_passes_of_layers(node) if operator_name(node) in _LAYERS else [_pass_of_cell(node)])
+    return tuple([_pass_of_cell(node)] if _recurrence(node).is_cell else _passes_of_layers(node))
 
 
 def axes_of(results: Result, n_passes: int) -> list[Axis]:
@@ -91,7 +94,7 @@ def run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], see: See) ->
     """
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, args, strict=False)) | kwargs
-    if operator_name(node) in _CELLS:
+    if _recurrence(node).is_cell:
         return _run_cell(node, given, see)
     return _run_layers(node, given, see)
 
@@ -117,7 +120,7 @@ def _passes_of_layers(node: fx.Node) -> Iterator[Pass]:
             biases=tuple(own[2 : 2 + n_biases]),
             source=f"{node.name}:read by {layer}" if layer else given["input"].name,
             before=f"{node.name}:before {number}",
-            has_zeros=operator_name(node) == "aten.rnn_relu.input",
+            has_zeros=_recurrence(node).has_zeros,
             shape=(*shape_of(given["input"])[:2], shape_of(w_hh)[1]),
             batch=0 if given["batch_first"] else 1,
         )
@@ -133,7 +136,7 @@ def _pass_of_cell(node: fx.Node) -> Pass:
         biases=tuple(_name(given[word]) for word in ("b_ih", "b_hh") if given[word] is not None),
         source=given["input"].name,
         before=state.name,
-        has_zeros=operator_name(node) == "aten.rnn_relu_cell.default",
+        has_zeros=_recurrence(node).has_zeros,
         shape=shape_of(state),
         batch=0,
     )

@@ -8,29 +8,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import fx
 
-from torchshear.calibration._layers import is_state, short_name
+from torchshear.calibration._layers import is_state
 from torchshear.calibration._recurrent import axes_of, is_recurrent, passes
 from torchshear.calibration._samples import sample_dim, sample_input
 from torchshear.dependency import ChannelGroups, Member
-from torchshear.dependency._call import Result
-from torchshear.dependency._registry import operator_name
+from torchshear.dependency._call import Result, bind_arguments
 from torchshear.dependency._role_sets import MAKING_ROLES
 from torchshear.dependency._units import Ids
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._graph import shape_of
+from torchshear.graph._operator import Activation, operator_name, operator_of
 
-# Activations by operator, and whether their results are exactly zero over a range of inputs.
-_HAS_ZEROS = {
-    **dict.fromkeys(("relu", "relu_", "relu6", "relu6_", "threshold", "threshold_"), True),
-    **dict.fromkeys(("hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "hardshrink", "softshrink"), True),
-    **dict.fromkeys(("gelu", "gelu_", "silu", "silu_", "mish", "mish_", "tanh", "tanh_", "sigmoid", "sigmoid_"), False),
-    **dict.fromkeys(("elu", "elu_", "celu", "selu", "selu_", "leaky_relu", "leaky_relu_", "softplus"), False),
-    **dict.fromkeys(("prelu", "_prelu_kernel", "rrelu", "log_sigmoid", "logit", "softsign"), False),
-}
 _Shown = tuple[fx.Node, fx.Node | None]  # an activation, and what is added to another branch in front of it
-
-_CLAMPS = frozenset({"hardtanh", "hardtanh_", "clamp", "clamp_", "clamp_min", "clamp_min_"})
-_NONNEGATIVE = frozenset({"relu", "relu_", "relu6", "relu6_", "hardsigmoid", "hardsigmoid_", "sigmoid", "sigmoid_"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -238,17 +227,20 @@ def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Nod
 
 
 def _is_activation(node: fx.Node) -> bool:
-    return short_name(node) in _HAS_ZEROS or short_name(node) in _CLAMPS
+    return operator_of(node).activation is not None
 
 
 def _gives_zeros(node: fx.Node) -> bool:
-    return _lower_bound(node) == 0 if short_name(node) in _CLAMPS else _HAS_ZEROS.get(short_name(node), False)
+    activation = operator_of(node).activation
+    return activation is not None and (activation.has_zeros or _lower_bound(node, activation) == 0)
 
 
 def _is_nonnegative(node: fx.Node) -> bool:
-    return _lower_bound(node) >= 0 if short_name(node) in _CLAMPS else short_name(node) in _NONNEGATIVE
+    activation = operator_of(node).activation
+    return activation is not None and (activation.is_nonnegative or _lower_bound(node, activation) >= 0)
 
 
-def _lower_bound(clamp: fx.Node) -> float:
-    low = clamp.args[1] if len(clamp.args) > 1 else clamp.kwargs.get("min", clamp.kwargs.get("min_val"))
+def _lower_bound(node: fx.Node, activation: Activation) -> float:
+    """The least result by an argument of the call; minus infinity where none says."""
+    low = bind_arguments(node).get(activation.lower_bound)
     return low if isinstance(low, int | float) else -math.inf

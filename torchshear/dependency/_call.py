@@ -14,7 +14,8 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._read_values import digest_of, label_of
 from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
-from torchshear.graph._graph import COPIES, shape_of, tensor_operands
+from torchshear.graph._graph import shape_of, tensor_operands
+from torchshear.graph._operator import operator_of
 from torchshear.graph._run import arguments_by_name
 from torchshear.graph.masked._call import masked_form
 
@@ -224,7 +225,7 @@ class Call:
         while len(operand.users) == 1:
             if operand.op == "get_attr":
                 return operand
-            if str(operand.target) not in COPIES:
+            if operator_of(operand).passes != "copy":
                 return None
             operand = operand.all_input_nodes[0]
         return None

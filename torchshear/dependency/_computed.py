@@ -12,7 +12,8 @@ from torchshear.dependency._groups import ChannelGroup, ChannelGroups
 from torchshear.dependency.rules._weights import unmoved
 from torchshear.graph import Graph
 from torchshear.graph._computed import ancestors, is_from_state
-from torchshear.graph._graph import format_arguments, is_conversion
+from torchshear.graph._graph import format_arguments
+from torchshear.graph._operator import operator_of
 
 
 def carrier_of(node: fx.Node, algebra: Algebra, facts: Facts) -> fx.Node | None:
@@ -66,7 +67,7 @@ def computed_weights(groups: ChannelGroups) -> dict[str, tuple[fx.Node, ...]]:
 
 def _expression(node: fx.Node) -> str:
     """How a value is computed, as text."""
-    parts = [part for part in ancestors(node) if not is_conversion(part)]
+    parts = [part for part in ancestors(node) if not operator_of(part).keeps_positions]
     labels = {part: f"%{number}" for number, part in enumerate(parts)}
     return ";".join(f"{part.target}{format_arguments((part.args, part.kwargs), labels)}" for part in parts)
 

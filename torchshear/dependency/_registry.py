@@ -1,7 +1,6 @@
 """The registry of operator rules: for each operator, how the axes of its operands and its result are related."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
@@ -9,6 +8,7 @@ from torch import fx
 from torchshear.dependency._axis import Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.errors import ArgumentError
+from torchshear.graph._operator import Operator, describe_operator, forget_operator, operator_name, operator_of
 from torchshear.graph.masked._call import forget_masked_form
 
 Rule = Callable[[Call], Result]
@@ -16,25 +16,24 @@ Rule = Callable[[Call], Result]
 _RULES: dict[str, Rule] = {}
 
 
-def operator_rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators.
+def operator_rule(*names: str, operator: Operator | None = None) -> Callable[[Rule], Rule]:
+    """Register a rule for operators, and what else is known of them.
 
     Args:
         names: operator names with namespace, as in "aten.conv2d"; all overloads are meant unless one is named, as in
             "aten.add.Tensor".
+        operator: what is known of them beside the rule, as that they are norms; nothing if it is not given.
 
     Raises:
         ArgumentError: a name has a rule already, or is not "namespace.operator[.overload]".
     """
     for name in names:
-        if not 2 <= len(name.split(".")) <= 3:
-            raise ArgumentError(f"operator name {name!r}; expected 'namespace.operator' or with an overload.")
+        if name in _RULES:
+            raise ArgumentError(f"operator {name!r} has a rule already: {_RULES[name].__name__}.")
+    describe_operator(*names, operator=operator or Operator())
 
     def add(rule: Rule) -> Rule:
-        for name in names:
-            if name in _RULES:
-                raise ArgumentError(f"operator {name!r} has a rule already: {_RULES[name].__name__}.")
-            _RULES[name] = rule
+        _RULES.update(dict.fromkeys(names, rule))
         return rule
 
     return add
@@ -62,24 +61,26 @@ def position_rule(*names: str) -> Callable[[PositionRule], PositionRule]:
 
 
 def find_position_rule(node: fx.Node) -> PositionRule | None:
-    """What is registered for a call that is given positions, or None."""
+    """Find the rule for a call that is given positions; None if there is none."""
     name = operator_name(node)
-    return _POSITION_RULES.get(name) or _POSITION_RULES.get(".".join(name.split(".")[:2]))
+    rule = _POSITION_RULES.get(name) or _POSITION_RULES.get(".".join(name.split(".")[:2]))
+    return _POSITION_RULES["torchshear.passing"] if rule is None and operator_of(node).keeps_values else rule
 
 
 def unregister(name: str) -> None:
-    """Forget the rule of an operator, and its masked form, so that it is unknown again.
+    """Forget all that is known of an operator: its rule, its record and its masked form.
 
     Raises:
         ArgumentError: there is none.
     """
     if _RULES.pop(name, None) is None:
         raise ArgumentError(f"operator {name!r} has no rule.")
+    forget_operator(name)
     forget_masked_form(name)
 
 
 def find_rule(node: fx.Node) -> Rule | None:
-    """The rule for a call, or None if the operator is unknown. Elementwise ones are told by their tag."""
+    """Find the rule for a call; None if the operator is unknown. Elementwise ones are told by torch's tag."""
     name = operator_name(node)
     rule = _RULES.get(name) or _RULES.get(".".join(name.split(".")[:2]))
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
@@ -87,19 +88,6 @@ def find_rule(node: fx.Node) -> Rule | None:
     return rule
 
 
-def is_elementwise(node: fx.Node) -> bool:
-    """Whether a call computes each value from the values at the same position, and is known to."""
-    return find_rule(node) is _RULES["torchshear.pointwise"]
-
-
 def registered_operators() -> tuple[str, ...]:
-    """Names of all operators that have a rule of their own, sorted."""
+    """Return the names of all operators that have a rule of their own, sorted."""
     return tuple(sorted(_RULES))
-
-
-def operator_name(node: fx.Node) -> str:
-    """Name of the operator that a node calls, as in "aten.conv2d.default"."""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    return f"python.{getattr(target, '__name__', target)}"

@@ -19,17 +19,13 @@ from torch import Tensor, fx
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Facts
 from torchshear.dependency._groups import ChannelGroup
-from torchshear.dependency._registry import is_elementwise
 from torchshear.dependency._units import PAD
 from torchshear.dependency._uses import Contraction
 from torchshear.graph import Graph
 from torchshear.graph._graph import tensor_operands
+from torchshear.graph._operator import operator_of
 
-_LIKE_OTHERS = frozenset({"aten.expand_as", "aten.reshape_as", "aten.type_as", "aten.view_as"})  # read a shape or dtype
-_CHOOSE = frozenset({"aten.gather", "aten.index", "aten.index_select"})  # hand on values of the first operand
-_SOFTMAXES = frozenset({"aten._safe_softmax", "aten._softmax", "aten.softmax"})
 _NORMS = frozenset({"norm", "statistic"})
-_SUMS = frozenset({"aten.add", "aten.add_", "aten.sub", "aten.sub_"})
 
 
 def with_roles(
@@ -166,7 +162,7 @@ class _Reader:
 
     def _call(self, node: fx.Node) -> None:
         operands = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor | list | tuple)]
-        if _operator(node) in _LIKE_OTHERS | _CHOOSE:
+        if operator_of(node).passes is not None:  # of other operands it reads the shape, the type, or positions
             operands = operands[:1]
         if any(operand in self._computed for operand in operands):
             self._computed.add(node)
@@ -191,13 +187,13 @@ class _Reader:
         if not isinstance(axes, tuple):
             return
         tensors = tensor_operands(node)
-        is_sum = _operator(node) in _SUMS and len(tensors) == 2
+        is_sum = operator_of(node).is_sum and len(tensors) == 2
         if is_sum and all(tensor in self._computed for tensor in tensors):
             left, right = (self._origins[tensor] for tensor in tensors)
             if left - right and right - left and not left | right <= self._lookups:
                 self.evidence.add("summed", self.evidence.along(axes))
                 self._origins[node] = frozenset({node})
-        if is_elementwise(node) or node.name in self.facts.mixed:
+        if operator_of(node).is_pointwise or node.name in self.facts.mixed:
             self.evidence.add("changed", self.evidence.along(axes))
 
     # -- contractions -------------------------------------------------------------------------------------------------
@@ -220,7 +216,7 @@ class _Reader:
 
     def _has_learned_queries(self, node: fx.Node, found: Contraction, values: Sequence[bool]) -> bool:
         """Whether a parameter is queries or keys and no layer's weight: a softmax runs over what it does not have."""
-        if _operator(node) == "aten.scaled_dot_product_attention":
+        if operator_of(node).has_softmax:  # one of its own, as attention has
             return True
         if any(operand in self._scores for operand in found.operands):  # heads that talk
             return False
@@ -228,10 +224,10 @@ class _Reader:
         reached = [node]
         for value in reached:
             for user in value.users:
-                axes = self.facts.axes.get(user.name)
-                if _operator(user) in _SOFTMAXES and isinstance(axes, tuple):
-                    return self.evidence.are_same(axes[int(user.args[1])], others)  # type: ignore[arg-type]
-                if is_elementwise(user) and user not in reached:
+                axes, known, dim = self.facts.axes.get(user.name), operator_of(user), user.args[1:2]
+                if known.has_softmax and isinstance(axes, tuple) and isinstance(dim[0], int):
+                    return self.evidence.are_same(axes[dim[0]], others)
+                if known.is_pointwise and user not in reached:
                     reached.append(user)
         return False
 

@@ -8,10 +8,10 @@ from torch import fx
 
 from torchshear.dependency._call import Facts, bind_arguments
 from torchshear.dependency._groups import ChannelGroup, Member
-from torchshear.dependency._registry import operator_name
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph import Graph
 from torchshear.graph._computed import is_from_state
+from torchshear.graph._operator import operator_of
 
 
 def with_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
@@ -46,10 +46,11 @@ def _scales(graph: Graph, carriers: Mapping[str, fx.Node]) -> dict[str, str]:
     n_calls = Counter(weight for weights in read.values() for weight in weights)
     found: dict[str, str] = {}
     for node in read:
-        if "batch_norm" not in operator_name(node):
+        norm = operator_of(node).norm
+        if norm is None or norm.over != "batch":
             continue
         given = bind_arguments(node)
-        source, scale = given.get("input"), given.get("weight")
+        source, scale = given.get(norm.input), given.get(norm.scale)
         if isinstance(source, fx.Node) and isinstance(scale, fx.Node) and len(source.users) == 1:
             weights = [weight for weight in read.get(source, ()) if len(graph.state[str(weight.target)].shape) > 1]
             held = weight_behind(scale, carriers)

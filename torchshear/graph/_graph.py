@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from torchshear.graph._follow import Follows, Place, SecondShapes
 from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._operator import operator_of
 from torchshear.graph._parts import Parts
 from torchshear.graph.model._state import Mode
 
@@ -103,7 +104,7 @@ class Graph:
         """
         digest = hashlib.sha256()
         labels: dict[fx.Node, str] = {}
-        for number, node in enumerate(n for n in self.fx_graph.nodes if not is_conversion(n)):
+        for number, node in enumerate(n for n in self.fx_graph.nodes if not operator_of(n).keeps_positions):
             labels[node] = f"%{number}"
             target = "" if node.op == "placeholder" else node.target
             digest.update(f"{node.op}|{target}|{format_arguments((node.args, node.kwargs), labels)}\n".encode())
@@ -155,30 +156,10 @@ class Graph:
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
 
 
-# Operators that hand their operand on, with another type or layout at most.
-_HANDED_ON = frozenset(
-    {
-        "aten._to_copy",
-        "aten.alias",
-        "aten.contiguous",
-        "aten.detach",
-        "aten.detach_",
-        "aten.lift_fresh",
-        "aten.lift_fresh_copy",
-        "aten.to",
-    }
-)
-
-
-def is_conversion(node: fx.Node) -> bool:
-    """Whether a call hands its operand on, with another type or layout at most."""
-    return str(node.target).rpartition(".")[0] in _HANDED_ON
-
-
 def format_arguments(value: Any, labels: Mapping[fx.Node, str]) -> str:
     """Arguments of a call as text, nodes by their labels, without devices and types."""
     if isinstance(value, fx.Node):
-        return format_arguments(value.args[0], labels) if is_conversion(value) else labels[value]
+        return format_arguments(value.args[0], labels) if operator_of(value).keeps_positions else labels[value]
     if isinstance(value, torch.device | torch.dtype):
         return ""
     if isinstance(value, Mapping):
@@ -217,10 +198,6 @@ def _size(size: Any) -> int:
     if isinstance(size, torch.SymInt):
         return int(size.node.hint) if size.node.hint is not None else 0
     return int(size)
-
-
-COPIES = frozenset(f"aten.{name}.default" for name in ("alias", "detach", "detach_", "lift_fresh_copy"))
-"""Operators that hand on the values of their operand."""
 
 
 def is_data_dependent(size: Any) -> bool:

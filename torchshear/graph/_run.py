@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from torchshear.graph._operator import operator_of
+
 Load = Callable[[str], Tensor]
 Apply = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
 Replace = Callable[[fx.Node, Any], Any]
@@ -106,17 +108,14 @@ def is_only_read(node: fx.Node) -> bool:
     return True
 
 
-# Operators that hand their operand on where they do nothing, of which their schemas do not tell.
-_HANDED_ON = frozenset({"aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"})
-
-
 def is_written(node: fx.Node) -> bool:
     """Whether a call writes to the memory of a value, itself or by a view of it; or whoever reads the outputs may.
 
     That batch norms write to their statistics in train mode is not seen.
     """
     for user in node.users:
-        if user.target is operator.getitem or str(user.target).rpartition(".")[0] in _HANDED_ON:
+        is_dropout = operator_of(user).passes == "dropout"  # its schema does not tell that it may give its operand
+        if user.target is operator.getitem or is_dropout:
             if is_written(user):
                 return True
         elif isinstance(user.target, torch._ops.OpOverload):

@@ -1,6 +1,7 @@
 """Rules for the ATen operators, one file a family. Importing this package registers them all."""
 
 from torchshear.dependency.rules import (
+    _activations,
     _attention,
     _choosing,
     _contraction,
@@ -21,6 +22,7 @@ from torchshear.dependency.rules import (
 )
 
 __all__ = [
+    "_activations",
     "_attention",
     "_choosing",
     "_contraction",

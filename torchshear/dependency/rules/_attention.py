@@ -1,14 +1,21 @@
 """Scaled dot-product attention as one operator."""
 
-from math import sqrt
+from collections.abc import Sequence
+from math import prod, sqrt
 
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import UNCHANGED, Call
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.graph._operator import Operator, Shape
 
 
-@operator_rule("aten.scaled_dot_product_attention")
+def _macs(operands: Sequence[Shape], result: Shape) -> int:
+    query, key, value = operands[:3]
+    return prod(query) * key[-2] + prod(query[:-1]) * key[-2] * value[-1]
+
+
+@operator_rule("aten.scaled_dot_product_attention", operator=Operator(has_softmax=True, macs=_macs))
 def _attention(call: Call) -> Axes:
     """softmax(q k^T * scale) v, with q (..., L, E), k (..., S, E), v (..., S, V) and result (..., L, V).
 

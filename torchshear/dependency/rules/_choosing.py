@@ -13,27 +13,7 @@ from torchshear.dependency._registry import operator_rule, position_rule
 from torchshear.dependency.rules._normalization import reduced
 from torchshear.dependency.rules._scattering import tie_others
 from torchshear.dependency.rules._weights import weight_roles
-
-# Operators that hand the values of their first operand on, in another order or shape.
-_PASSING = (
-    "aten._to_copy",
-    "aten.alias",
-    "aten.clone",
-    "aten.contiguous",
-    "aten.detach",
-    "aten.expand",
-    "aten.flatten.using_ints",
-    "aten.permute",
-    "aten.reshape",
-    "aten.select.int",
-    "aten.slice.Tensor",
-    "aten.squeeze",
-    "aten.t",
-    "aten.to",
-    "aten.transpose.int",
-    "aten.unsqueeze",
-    "aten.view.default",
-)
+from torchshear.graph._operator import Operator, Product
 
 
 @operator_rule("aten.topk")
@@ -66,9 +46,13 @@ def _position(call: Call) -> Axes:
     return reduced(call, x, dim, bool(call.arg("keepdim")))
 
 
-@position_rule(*_PASSING)
+@position_rule("torchshear.passing")
 def _passed(call: Call, axis: Axis, rule: Callable[[Call], Result]) -> Result:
-    call.gives_positions(axis)
+    """Operators that hand on the values of their first operand: these stay positions along the axis."""
+    if call.positions(call.tensor_args[0]) is axis:
+        call.gives_positions(axis)
+    else:
+        call.fix([axis], "positions along it are values that this operator computes with")
     return rule(call)
 
 
@@ -163,7 +147,8 @@ def _along(call: Call, axis: Axis, rule: Callable[[Call], Result]) -> Result:
     return index if "gather" in str(call.node.target) else x
 
 
-@operator_rule("transformers.grouped_mm_fallback", "aten._grouped_mm")
+@operator_rule("transformers.grouped_mm_fallback", operator=Operator(product=Product(left="input", right="weight")))
+@operator_rule("aten._grouped_mm", operator=Operator(product=Product(left="self", right="mat2")))
 def grouped_product(call: Call) -> Axes:
     """Runs of rows, each times the matrix of its own group: (rows, k) and (groups, k, n) give (rows, n).
 

@@ -2,7 +2,7 @@
 
 import string
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from math import prod
 
@@ -13,9 +13,28 @@ from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
 from torchshear.dependency.rules._weights import weight_roles
+from torchshear.graph._operator import Operator, Product, Shape
 
 
-@operator_rule("aten.linear")
+def _macs_of_layer(operands: Sequence[Shape], result: Shape) -> int:
+    """Count for every output value one product with each weight of its row."""
+    return prod(result) * prod(operands[1][1:])
+
+
+def _macs_of_product(operands: Sequence[Shape], result: Shape) -> int:
+    return prod(result) * operands[0][-1]
+
+
+def _macs_of_added_product(operands: Sequence[Shape], result: Shape) -> int:
+    return prod(result) * operands[1][-1]
+
+
+@operator_rule(
+    "aten.linear",
+    operator=Operator(
+        product=Product(left="input", right="weight", bias="bias", contracted=(-1, 1)), macs=_macs_of_layer
+    ),
+)
 def _linear(call: Call) -> Axes:
     """Weight is (out, in); the last axis of the input is contracted with dimension 1."""
     x, weight = call.axes("input"), call.axes("weight")
@@ -136,14 +155,24 @@ def _chain(call: Call) -> Axes:
     return product
 
 
-@operator_rule("aten.matmul", "aten.mm", "aten.bmm", "aten.mv", "aten.dot", "aten.vdot")
+@operator_rule("aten.matmul", operator=Operator(product=Product(left="self", right="other"), macs=_macs_of_product))
+@operator_rule(
+    "aten.mm", "aten.bmm", operator=Operator(product=Product(left="self", right="mat2"), macs=_macs_of_product)
+)
+@operator_rule("aten.mv", "aten.dot", "aten.vdot", operator=Operator(macs=_macs_of_product))
 def _matmul(call: Call) -> Axes:
     left, right = call.tensor_args
     _matrix_roles(call, left, right)
     return _product(call, left, right)
 
 
-@operator_rule("aten.addmm", "aten.baddbmm")
+@operator_rule(
+    "aten.addmm",
+    operator=Operator(product=Product(left="mat1", right="mat2", bias="self"), macs=_macs_of_added_product),
+)
+@operator_rule(
+    "aten.baddbmm", operator=Operator(product=Product(left="batch1", right="batch2"), macs=_macs_of_added_product)
+)
 def _added_matmul(call: Call) -> Axes:
     added, left, right = call.tensor_args
     _matrix_roles(call, left, right)

@@ -1,14 +1,42 @@
 """Convolutions of any rank, plain, grouped, depthwise and transposed."""
 
+from collections.abc import Sequence
+from math import prod
+
 from torch import fx
 
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency._uses import Kind
+from torchshear.graph._operator import Operator, Product, Shape
 
 
-@operator_rule("aten.conv1d", "aten.conv2d", "aten.conv3d")
+def _macs(operands: Sequence[Shape], result: Shape) -> int:
+    """Count for every output value one product with each weight of its row."""
+    return prod(result) * prod(operands[1][1:])
+
+
+def _macs_transposed(operands: Sequence[Shape], result: Shape) -> int:
+    """Count for every input value one product with each weight that reads it."""
+    return prod(operands[0]) * prod(operands[1][1:])
+
+
+def _plain(n_space: int) -> Operator:
+    channel = -1 - n_space
+    layer = Product(left="input", right="weight", bias="bias", contracted=(channel, 1), channels=channel)
+    return Operator(product=layer, macs=_macs)
+
+
+def _transposed(n_space: int) -> Operator:
+    channel = -1 - n_space
+    layer = Product(left="input", right="weight", bias="bias", contracted=(channel, 0), channels=channel)
+    return Operator(product=layer, macs=_macs_transposed)
+
+
+@operator_rule("aten.conv1d", operator=_plain(1))
+@operator_rule("aten.conv2d", operator=_plain(2))
+@operator_rule("aten.conv3d", operator=_plain(3))
 def _convolution(call: Call) -> Axes:
     """Weight is (out, in / groups, *kernel)."""
     x, weight = call.axes("input"), call.axes("weight")
@@ -30,8 +58,10 @@ def _convolution(call: Call) -> Axes:
     return _finish(call, x, channel, weight[0], kind)
 
 
-@operator_rule("aten.conv_transpose1d", "aten.conv_transpose2d", "aten.conv_transpose3d")
-def _transposed(call: Call) -> Axes:
+@operator_rule("aten.conv_transpose1d", operator=_transposed(1))
+@operator_rule("aten.conv_transpose2d", operator=_transposed(2))
+@operator_rule("aten.conv_transpose3d", operator=_transposed(3))
+def _transposed_convolution(call: Call) -> Axes:
     """Weight is (in, out / groups, *kernel)."""
     x, weight = call.axes("input"), call.axes("weight")
     channel = len(x) - len(weight) + 1

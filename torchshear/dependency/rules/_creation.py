@@ -5,18 +5,19 @@ from torch import fx
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
+from torchshear.graph._operator import Operator
 
 
 @operator_rule(
-    "aten.empty.memory_format",
     "aten.full",
-    "aten.new_empty",
     "aten.new_full",
     "aten.new_ones",
     "aten.new_zeros",
     "aten.ones",
     "aten.zeros",
+    operator=Operator(is_uniform=True),
 )
+@operator_rule("aten.empty.memory_format", "aten.new_empty")
 def _constant(call: Call) -> Axes:
     """The same value everywhere: any position can go, and the size follows."""
     axes: list[Axis] = []

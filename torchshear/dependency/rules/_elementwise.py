@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call
 from torchshear.dependency._registry import operator_rule
+from torchshear.graph._operator import Operator, describe_operator
 
 
 def broadcast(call: Call, operands: Sequence[Axes], shape: Sequence[int]) -> Axes:
@@ -30,55 +31,50 @@ def broadcast(call: Call, operands: Sequence[Axes], shape: Sequence[int]) -> Axe
     "aten.complex",
     "aten.floor_divide",
     "aten.fmod",
-    "aten.gelu_",
-    "aten.hardswish",
-    "aten.hardswish_",
     "aten.isclose",
     "aten.isnan",
-    "aten.log_sigmoid",
     "aten.masked_fill.Tensor",
     "aten.masked_fill_",
-    "aten.mish_",
     "aten.polar",
-    "aten.relu6_",
     "aten.remainder",
     "aten.round",
-    "aten.threshold_",
     "aten.where.Scalar",
     "aten.where.ScalarOther",
     "aten.where.ScalarSelf",
+    operator=Operator(is_pointwise=True),
 )
-def _pointwise(call: Call) -> Axes:
+def pointwise(call: Call) -> Axes:
+    """Tie the axes of all operands, aligned at the last dimension."""
     return broadcast(call, [call.axes(node) for node in call.tensor_args], call.out_shape)
+
+
+describe_operator("aten.add", "aten.add_", "aten.sub", "aten.sub_", operator=Operator(is_pointwise=True, is_sum=True))
+describe_operator("aten.lift_fresh", operator=Operator(passes="copy"))  # a number in the code as a tensor
 
 
 @operator_rule(
     "aten.alias",
-    "aten.alpha_dropout",
-    "aten.alpha_dropout_",
     "aten.clone",
     "aten.contiguous",
     "aten.detach",
     "aten.detach_",
+    "aten.lift_fresh_copy",
+    operator=Operator(passes="copy"),
+)
+@operator_rule("aten.to", "aten._to_copy", "aten.type_as", operator=Operator(passes="conversion"))
+@operator_rule(
+    "aten.alpha_dropout",
+    "aten.alpha_dropout_",
     "aten.dropout",
     "aten.dropout_",
-    "aten.empty_like",
     "aten.feature_dropout",
     "aten.feature_alpha_dropout",
     "aten.feature_alpha_dropout_",
     "aten.feature_dropout_",
-    "aten.fill_",
-    "aten.full_like",
-    "aten.imag",
-    "aten.lift_fresh_copy",
-    "aten.ones_like",
-    "aten.real",
-    "aten.to",
-    "aten._to_copy",
-    "aten.type_as",
-    "aten.zero_",
-    "aten.zeros_like",
+    operator=Operator(passes="dropout"),
 )
+@operator_rule("aten.full_like", "aten.ones_like", "aten.zeros_like", operator=Operator(is_uniform=True))
+@operator_rule("aten.empty_like", "aten.fill_", "aten.imag", "aten.real", "aten.zero_")
 def _same_axes(call: Call) -> Axes:
     return call.axes(call.tensor_args[0])
 
@@ -86,15 +82,6 @@ def _same_axes(call: Call) -> Axes:
 @operator_rule("aten.copy_")
 def _copy(call: Call) -> Axes:
     return broadcast(call, [call.axes("self"), call.axes("src")], call.out_shape)
-
-
-@operator_rule("aten.prelu")
-def _prelu(call: Call) -> Axes:
-    """One slope a channel: the weight lies along dimension 1 of the input, whatever follows."""
-    x, weight = call.axes("self"), call.axes("weight")
-    if len(weight) == 1 and len(x) > 1 and weight[0].size > 1:
-        call.tie(x[1], weight[0])
-    return x
 
 
 @operator_rule("aten.glu")

@@ -1,6 +1,7 @@
 """Operators that pick positions by an index tensor."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,19 +9,31 @@ from torch import fx
 
 from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, bind_arguments
-from torchshear.dependency._registry import is_elementwise, operator_name, operator_rule
+from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.graph._graph import shape_of
+from torchshear.graph._operator import Operator, SourceDim, operator_name, operator_of
 from torchshear.graph.capture._mask_sizes import unwrap_copies
 
 
-@operator_rule("aten.index_select")
+def _with_rows(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
+    return [None if at == int(given["dim"]) % len(dims) else dim for at, dim in enumerate(dims)]
+
+
+def _with_indices(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim] | None:
+    if len(given["indices"]) != 1:
+        return None
+    return [None] * len(shape_of(given["indices"][0])) + dims[1:]
+
+
+@operator_rule("aten.index_select", operator=Operator(passes="choice", source_dims=_with_rows))
 def _index_select(call: Call) -> Axes:
     x = call.axes("self")
     dim = call.dim("dim", len(x))
     return (*x[:dim], _picked(call, dim, call.arg("index")), *x[dim + 1 :])
 
 
-@operator_rule("aten.index.Tensor")
+@operator_rule("aten.index.Tensor", operator=Operator(passes="choice", source_dims=_with_indices))
 def _index(call: Call) -> Axes:
     """Constant rows of positions, or one of truth values, pick exactly; any other index leaves its axes whole."""
     x = call.axes("self")
@@ -140,7 +153,7 @@ def _elementwise_of(node: fx.Node) -> set[fx.Node]:
     waiting = list(node.users)
     while waiting:
         user = waiting.pop()
-        if user not in found and is_elementwise(user):
+        if user not in found and operator_of(user).is_pointwise:
             found.add(user)
             waiting += user.users
     return found

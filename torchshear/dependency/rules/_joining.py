@@ -1,12 +1,15 @@
 """Operators that join values along an axis or cut one into several: rows of positions joined and cut."""
 
+from collections.abc import Mapping
 from itertools import accumulate
+from typing import Any
 
 from torch import fx
 
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call, Keep, Result
 from torchshear.dependency._registry import operator_rule
+from torchshear.graph._operator import Operator, SourceDim
 
 
 @operator_rule("aten.cat", "aten.concat", "aten.concatenate")
@@ -114,7 +117,12 @@ def _unbind(call: Call) -> Result:
     return [(*x[:dim], *x[dim + 1 :]) for _ in call.out_shape]
 
 
-@operator_rule("aten.select.int")
+def _without_one(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
+    dim = int(given["dim"]) % len(dims)
+    return dims[:dim] + dims[dim + 1 :]
+
+
+@operator_rule("aten.select.int", operator=Operator(passes="layout", source_dims=_without_one))
 def _select(call: Call) -> Axes:
     """The selected position stays; others may go, and the index moves up."""
     x = call.raw_axes("self")
@@ -134,7 +142,7 @@ def _select(call: Call) -> Axes:
     return (*x[:dim], *x[dim + 1 :])
 
 
-@operator_rule("aten.slice.Tensor")
+@operator_rule("aten.slice.Tensor", operator=Operator(passes="layout"))
 def _slice(call: Call) -> Axes:
     x = call.axes("self")
     dim = call.dim("dim", len(x))
@@ -165,7 +173,7 @@ def _strided(call: Call, axis: Axis, start: int, step: int) -> None:
         call.fix([axis], "every so many positions are taken")
 
 
-@operator_rule("aten.narrow")
+@operator_rule("aten.narrow", operator=Operator(passes="layout"))
 def _narrow(call: Call) -> Axes:
     x = call.axes("self")
     dim, start, length = call.dim("dim", len(x)), call.arg("start"), call.arg("length")

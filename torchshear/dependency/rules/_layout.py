@@ -1,5 +1,6 @@
 """Operators that reorder, add, drop or repeat axes without touching the order of positions inside them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,15 +9,37 @@ from torch import fx
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import UNCHANGED, Call, Keep
 from torchshear.dependency._registry import operator_rule
+from torchshear.graph._operator import Operator, SourceDim
+
+_LAYOUT = Operator(passes="layout")
 
 
-@operator_rule("aten.permute")
+def _exchanged(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
+    one, other = (given["dim0"], given["dim1"]) if "dim0" in given else (given["axis0"], given["axis1"])
+    result = list(dims)
+    result[one], result[other] = dims[other], dims[one]
+    return result
+
+
+def _last_two_exchanged(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
+    return [*dims[:-2], dims[-1], dims[-2]]
+
+
+@operator_rule(
+    "aten.permute",
+    operator=Operator(passes="layout", source_dims=lambda given, dims: [dims[int(dim)] for dim in given["dims"]]),
+)
 def _permute(call: Call) -> Axes:
     x = call.axes("self")
     return tuple(x[dim] for dim in call.arg("dims"))
 
 
-@operator_rule("aten.transpose.int", "aten.swapaxes", "aten.swapdims")
+@operator_rule(
+    "aten.transpose.int",
+    "aten.swapaxes",
+    "aten.swapdims",
+    operator=Operator(passes="layout", source_dims=_exchanged),
+)
 def _transpose(call: Call) -> Axes:
     x = list(call.axes("self"))
     names = ("dim0", "dim1") if call.arg("dim0") is not None else ("axis0", "axis1")
@@ -25,13 +48,15 @@ def _transpose(call: Call) -> Axes:
     return tuple(x)
 
 
-@operator_rule("aten.t", "aten.numpy_T", "aten.mT", "aten.mH", "aten.matrix_H", "aten.adjoint")
+@operator_rule("aten.t", "aten.numpy_T", operator=Operator(passes="layout", source_dims=lambda given, dims: dims[::-1]))
+@operator_rule("aten.mT", operator=Operator(passes="layout", source_dims=_last_two_exchanged))
+@operator_rule("aten.mH", "aten.matrix_H", "aten.adjoint")
 def _reverse(call: Call) -> Axes:
     x = call.axes("self")
     return x[::-1] if "numpy_T" in str(call.node.target) else (*x[:-2], *x[-2:][::-1])
 
 
-@operator_rule("aten.movedim", "aten.moveaxis")
+@operator_rule("aten.movedim", "aten.moveaxis", operator=_LAYOUT)
 def _movedim(call: Call) -> Axes:
     x = call.axes("self")
     source, destination = (
@@ -44,14 +69,14 @@ def _movedim(call: Call) -> Axes:
     return tuple(x[dim] for dim in order)
 
 
-@operator_rule("aten.unsqueeze", "aten.unsqueeze_")
+@operator_rule("aten.unsqueeze", "aten.unsqueeze_", operator=_LAYOUT)
 def _unsqueeze(call: Call) -> Axes:
     x = call.axes("self")
     dim = call.dim("dim", len(x) + 1)
     return (*x[:dim], call.fixed(1, "a new dimension"), *x[dim:])
 
 
-@operator_rule("aten.squeeze", "aten.squeeze_")
+@operator_rule("aten.squeeze", "aten.squeeze_", operator=_LAYOUT)
 def _squeeze(call: Call) -> Axes:
     """Only the dimensions that have size 1 now are dropped, even if others shrink to 1. A free batch is left to it."""
     x = call.axes("self")
@@ -67,7 +92,7 @@ def _squeeze(call: Call) -> Axes:
     return tuple(axis for dim, axis in enumerate(x) if dim not in dropped)
 
 
-@operator_rule("aten.expand", "aten.broadcast_to")
+@operator_rule("aten.expand", "aten.broadcast_to", operator=_LAYOUT)
 def _expand(call: Call) -> Axes:
     """A dimension of size 1 becomes copies, which are units of their own: cutting one rewrites the size."""
     x, sizes = call.axes("self"), call.arg("size")
@@ -87,7 +112,7 @@ def _copies(call: Call, given: Any, size: int) -> Axis:
     return call.algebra.virtual(size)
 
 
-@operator_rule("aten.expand_as")
+@operator_rule("aten.expand_as", operator=_LAYOUT)
 def _expand_as(call: Call) -> Axes:
     x, other = call.axes("self"), call.axes("other")
     offset = len(other) - len(x)
@@ -97,12 +122,12 @@ def _expand_as(call: Call) -> Axes:
     return other
 
 
-@operator_rule("aten.repeat")
+@operator_rule("aten.repeat", operator=_LAYOUT)
 def _repeat(call: Call) -> Axes:
     return _repeated(call, call.axes("self"), "repeats")
 
 
-@operator_rule("aten.tile")
+@operator_rule("aten.tile", operator=_LAYOUT)
 def _tile(call: Call) -> Axes:
     """As repeat, but for numbers of times that are given for the last dimensions only."""
     x = call.axes("self")
@@ -128,7 +153,7 @@ def _repeated(call: Call, x: Axes, name: str) -> Axes:
     return tuple(result)
 
 
-@operator_rule("aten.repeat_interleave.self_int")
+@operator_rule("aten.repeat_interleave.self_int", operator=_LAYOUT)
 def _repeat_interleave(call: Call) -> Axes:
     """Each position becomes a run of copies."""
     x, times = call.axes("self"), call.arg("repeats")
@@ -144,7 +169,7 @@ def _repeat_interleave(call: Call) -> Axes:
     return (*x[:dim], merged, *x[dim + 1 :])
 
 
-@operator_rule("aten.flip")
+@operator_rule("aten.flip", operator=_LAYOUT)
 def _flip(call: Call) -> Axes:
     x = list(call.axes("self"))
     for dim in call.arg("dims"):
@@ -152,14 +177,14 @@ def _flip(call: Call) -> Axes:
     return tuple(x)
 
 
-@operator_rule("aten.flipud", "aten.fliplr")
+@operator_rule("aten.flipud", "aten.fliplr", operator=_LAYOUT)
 def _flip_its_own(call: Call) -> Axes:
     x, dim = list(call.axes("self")), 0 if "flipud" in str(call.node.target) else 1
     x[dim] = call.algebra.take(x[dim], slice(None, None, -1))
     return tuple(x)
 
 
-@operator_rule("aten.rot90")
+@operator_rule("aten.rot90", operator=_LAYOUT)
 def _rotate(call: Call) -> Axes:
     """A quarter turn is a transposition and a flip."""
     x = list(call.axes("self"))
@@ -205,7 +230,7 @@ def _pairs(call: Call) -> Axes:
     return x[:-1]
 
 
-@operator_rule("aten.roll")
+@operator_rule("aten.roll", operator=_LAYOUT)
 def _roll(call: Call) -> Axes:
     """Positions move round by `shift`; of the last `shift` ones, those that are kept move to the front."""
     x = list(call.axes("self"))

@@ -3,23 +3,35 @@
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
+from torchshear.graph._operator import Norm, Operator, operator_of
 
 
-def _tie_parameters(call: Call, axes: Axes, *names: str) -> None:
-    for name in names:
+def _tie_parameters(call: Call, axes: Axes) -> None:
+    """Tie scale, shift and running statistics of a norm, each of which lies along some axes of its input."""
+    norm = operator_of(call.node).norm
+    assert norm is not None
+    roles = {norm.scale: "norm", norm.shift: "bias", norm.mean: "statistic", norm.variance: "statistic"}
+    for name, role in roles.items():
         if call.is_tensor(name):
-            for axis, own in zip(axes, call.axes(name), strict=True):
+            for dim, (axis, own) in enumerate(zip(axes, call.axes(name), strict=True)):
                 call.tie(axis, own)
-            role = {"weight": "norm", "bias": "bias"}.get(name, "statistic")
-            for dim in range(len(axes)):
                 call.role(name, **{role: dim})
 
 
-@operator_rule("aten.batch_norm", "aten.instance_norm")
+@operator_rule(
+    "aten.batch_norm",
+    operator=Operator(norm=Norm(over="batch", channels=1, mean="running_mean", variance="running_var", own="training")),
+)
+@operator_rule(
+    "aten.instance_norm",
+    operator=Operator(
+        norm=Norm(over="space", channels=1, mean="running_mean", variance="running_var", own="use_input_stats")
+    ),
+)
 def _per_channel(call: Call) -> Axes:
     """Each channel has its own statistics. Those of the input itself mix its other axes, as those of a kernel do."""
     x = call.axes("input")
-    _tie_parameters(call, x[1:2], "weight", "bias", "running_mean", "running_var")
+    _tie_parameters(call, x[1:2])
     if call.arg("training"):
         call.mix(x[0])
     if call.arg("training") or call.arg("use_input_stats"):
@@ -27,25 +39,25 @@ def _per_channel(call: Call) -> Axes:
     return x
 
 
-@operator_rule("aten.layer_norm", "aten.rms_norm")
+@operator_rule("aten.layer_norm", "aten.rms_norm", operator=Operator(norm=Norm(over="features", channels=-1)))
 def _over_last(call: Call) -> Axes:
     """Statistics run over the last axes, whose sizes the call names."""
     x = call.axes("input")
     n_normalized = len(call.arg("normalized_shape"))
     normalized = x[-n_normalized:]
-    _tie_parameters(call, normalized, "weight", *(["bias"] if call.is_tensor("bias") else []))
+    _tie_parameters(call, normalized)
     for i, axis in enumerate(normalized):
         call.edit_size("normalized_shape", axis, i)
     call.mix(*normalized)
     return x
 
 
-@operator_rule("aten.group_norm")
+@operator_rule("aten.group_norm", operator=Operator(norm=Norm(over="blocks", channels=1)))
 def _over_groups(call: Call) -> Axes:
     """Statistics run over blocks of channels; blocks of one channel mix nothing and go with it."""
     x = call.axes("input")
     n_groups = int(call.arg("num_groups"))
-    _tie_parameters(call, x[1:2], "weight", "bias")
+    _tie_parameters(call, x[1:2])
     if n_groups == x[1].size:
         call.edit_size("num_groups", x[1])
     else:
@@ -85,15 +97,8 @@ def _running_extreme(call: Call) -> Result:
     return [x, x]
 
 
-@operator_rule(
-    "aten.softmax",
-    "aten.log_softmax",
-    "aten._softmax",
-    "aten._log_softmax",
-    "aten.cumsum",
-    "aten.cumprod",
-    "aten.logcumsumexp",
-)
+@operator_rule("aten.softmax", "aten._softmax", operator=Operator(has_softmax=True))
+@operator_rule("aten.log_softmax", "aten._log_softmax", "aten.cumsum", "aten.cumprod", "aten.logcumsumexp")
 def _along_one(call: Call) -> Axes:
     """The values along one axis depend on each other."""
     x = call.axes("self")

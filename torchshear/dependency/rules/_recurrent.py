@@ -6,23 +6,34 @@ hidden size. Cut hidden units stay zero through time if they begin at zero, so t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 from torch import fx
 
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call, Result
 from torchshear.dependency._registry import operator_rule
+from torchshear.graph._operator import Operator, Recurrence, Shape, operator_of
 
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
-# What makes a tensor of one value throughout, and what keeps it so.
-_UNIFORM = frozenset(
-    f"aten.{name}" for name in ("full", "full_like", "new_full", "new_ones", "new_zeros", "ones", "ones_like", "zeros")
-) | {"aten.zeros_like"}
-_SPREADS = frozenset(
-    f"aten.{name}"
-    for name in ("alias", "clone", "contiguous", "detach", "expand", "repeat", "reshape", "to", "unsqueeze", "view")
-)
+def _macs_of_layers(operands: Sequence[Shape], result: Any) -> int:
+    """Count each matrix once a step and sample; operands of rank 3 are input and states, of rank 1 biases."""
+    return prod(operands[0][:2]) * sum(prod(shape) for shape in operands if len(shape) == 2)
+
+
+def _macs_of_cell(operands: Sequence[Shape], result: Any) -> int:
+    """Count both matrices once a sample; operands of rank 2 before them are input and states."""
+    matrices = [shape for shape in operands if len(shape) == 2][-2:]
+    return operands[0][0] * sum(prod(shape) for shape in matrices)
+
+
+def _layers_of(n_gates: int, has_zeros: bool = False) -> Operator:
+    return Operator(recurrence=Recurrence(n_gates=n_gates, has_zeros=has_zeros), macs=_macs_of_layers)
+
+
+def _cell_of(n_gates: int, has_zeros: bool = False) -> Operator:
+    return Operator(recurrence=Recurrence(n_gates=n_gates, is_cell=True, has_zeros=has_zeros), macs=_macs_of_cell)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +45,10 @@ class _Layer:
     read: Axis
 
 
-@operator_rule("aten.lstm.input", "aten.gru.input", "aten.rnn_tanh.input", "aten.rnn_relu.input")
+@operator_rule("aten.lstm.input", operator=_layers_of(4))
+@operator_rule("aten.gru.input", operator=_layers_of(3))
+@operator_rule("aten.rnn_tanh.input", operator=_layers_of(1))
+@operator_rule("aten.rnn_relu.input", operator=_layers_of(1, has_zeros=True))
 def _recurrent(call: Call) -> Result:
     """Input (steps, batch, in) or (batch, steps, in); states (layers * directions, batch, hidden).
 
@@ -75,8 +89,7 @@ def _layers(call: Call, given: Axis) -> list[_Layer]:
 
 
 def _layer(call: Call, weights: Sequence[fx.Node], has_biases: bool) -> _Layer:
-    n_gates = _GATES[str(call.node.target).split(".")[1]]
-    hidden, handed_on, read = _gates(call, n_gates, weights[0], weights[1], weights[2:4] if has_biases else ())
+    hidden, handed_on, read = _gates(call, weights[0], weights[1], weights[2:4] if has_biases else ())
     projections = weights[4:] if has_biases else weights[2:]
     for projection in projections:
         call.role(projection, out=0, in_=1)
@@ -87,9 +100,7 @@ def _layer(call: Call, weights: Sequence[fx.Node], has_biases: bool) -> _Layer:
     return _Layer(hidden, handed_on, read)
 
 
-def _gates(
-    call: Call, n_gates: int, w_ih: fx.Node, w_hh: fx.Node, biases: Sequence[fx.Node]
-) -> tuple[Axis, Axis, Axis]:
+def _gates(call: Call, w_ih: fx.Node, w_hh: fx.Node, biases: Sequence[fx.Node]) -> tuple[Axis, Axis, Axis]:
     """Tie the blocks of rows, one a gate; gives the axes of hidden units and of the columns of both weights."""
     call.one_layer((w_ih, w_hh))
     for weight in (w_ih, w_hh):
@@ -97,7 +108,9 @@ def _gates(
     for bias in biases:
         call.role(bias, bias=0)
     rows = [call.axes(weight)[0] for weight in (w_ih, w_hh, *biases)]
-    size = rows[0].size // n_gates
+    recurrence = operator_of(call.node).recurrence
+    assert recurrence is not None
+    size = rows[0].size // recurrence.n_gates
     blocks = [call.algebra.take(row, slice(at, at + size)) for row in rows for at in range(0, row.size, size)]
     for block in blocks[1:]:
         call.tie(blocks[0], block)
@@ -121,17 +134,19 @@ def _tie_state(call: Call, state: fx.Node, layers: Sequence[Axis], batch: Axis) 
 
 def _is_uniform(node: fx.Node) -> bool:
     """Whether a value is the same at every position."""
-    name = ".".join(str(node.target).split(".")[:2])
-    return name in _UNIFORM or (name in _SPREADS and _is_uniform(node.all_input_nodes[0]))
+    known = operator_of(node)
+    return known.is_uniform or (known.keeps_values and _is_uniform(node.all_input_nodes[0]))
 
 
-@operator_rule("aten.lstm_cell", "aten.gru_cell", "aten.rnn_tanh_cell", "aten.rnn_relu_cell")
+@operator_rule("aten.lstm_cell", operator=_cell_of(4))
+@operator_rule("aten.gru_cell", operator=_cell_of(3))
+@operator_rule("aten.rnn_tanh_cell", operator=_cell_of(1))
+@operator_rule("aten.rnn_relu_cell", operator=_cell_of(1, has_zeros=True))
 def _cell(call: Call) -> Result:
     """One step: input (batch, in), states (batch, hidden)."""
     x = call.axes("input")
-    n_gates = _GATES[str(call.node.target).split(".")[1].removesuffix("_cell")]
     biases = [call.arg(name) for name in ("b_ih", "b_hh") if call.is_tensor(name)]
-    hidden, again, read = _gates(call, n_gates, call.arg("w_ih"), call.arg("w_hh"), biases)
+    hidden, again, read = _gates(call, call.arg("w_ih"), call.arg("w_hh"), biases)
     call.tie(hidden, again)
     call.tie(read, x[1])
     states = call.arg("hx")

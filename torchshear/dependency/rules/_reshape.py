@@ -7,9 +7,12 @@ from typing import Any
 from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import UNCHANGED, Call, Keep
 from torchshear.dependency._registry import operator_rule
+from torchshear.graph._operator import Operator
+
+_LAYOUT = Operator(passes="layout")
 
 
-@operator_rule("aten._reshape_alias")
+@operator_rule("aten._reshape_alias", operator=_LAYOUT)
 def _reshape_alias(call: Call) -> Axes:
     """A view whose strides are given as well; with other sizes it is a plain reshape, whose strides are its own."""
     result = reshape_axes(call, call.axes("self"), call.out_shape)
@@ -25,7 +28,7 @@ def _reshape_alias(call: Call) -> Axes:
     return result
 
 
-@operator_rule("aten.view.default", "aten.reshape", "aten._unsafe_view")
+@operator_rule("aten.view.default", "aten.reshape", "aten._unsafe_view", operator=_LAYOUT)
 def _reshape(call: Call) -> Axes:
     name = "size" if call.arg("size") is not None else "shape"
     result = reshape_axes(call, call.axes("self"), call.out_shape)
@@ -34,7 +37,7 @@ def _reshape(call: Call) -> Axes:
     return result
 
 
-@operator_rule("aten.view_as", "aten.reshape_as")
+@operator_rule("aten.view_as", "aten.reshape_as", operator=_LAYOUT)
 def _reshape_as(call: Call) -> Axes:
     result = reshape_axes(call, call.axes("self"), call.out_shape)
     for axis, other in zip(result, call.axes("other"), strict=True):
@@ -42,12 +45,12 @@ def _reshape_as(call: Call) -> Axes:
     return result
 
 
-@operator_rule("aten.flatten.using_ints", "aten.ravel")
+@operator_rule("aten.flatten.using_ints", "aten.ravel", operator=_LAYOUT)
 def _flatten(call: Call) -> Axes:
     return reshape_axes(call, call.axes("self"), call.out_shape)
 
 
-@operator_rule("aten.unflatten.int")
+@operator_rule("aten.unflatten.int", operator=_LAYOUT)
 def _unflatten(call: Call) -> Axes:
     x = call.axes("self")
     result = reshape_axes(call, x, call.out_shape)

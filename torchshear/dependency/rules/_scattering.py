@@ -6,6 +6,7 @@ from torchshear.dependency._axis import Axes, Axis
 from torchshear.dependency._call import Call
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.graph._operator import Operator
 
 
 def tie_others(call: Call, operands: Sequence[Axes], dim: int) -> None:
@@ -21,7 +22,7 @@ def tie_others(call: Call, operands: Sequence[Axes], dim: int) -> None:
                 call.tie(axes[0], other)
 
 
-@operator_rule("aten.gather")
+@operator_rule("aten.gather", operator=Operator(passes="choice"))
 def _gather(call: Call) -> Axes:
     """out[.., i, ..] = x[.., index[.., i, ..], ..]: along `dim` data chooses, all other axes are those of both."""
     x, index = call.axes("self"), call.axes("index")
@@ -31,7 +32,7 @@ def _gather(call: Call) -> Axes:
     return index
 
 
-@operator_rule("aten.take_along_dim")
+@operator_rule("aten.take_along_dim", operator=Operator(passes="choice"))
 def _take_along(call: Call) -> Axes:
     """As gather, with axes other than `dim` broadcast."""
     x, index = call.axes("self"), call.axes("indices")

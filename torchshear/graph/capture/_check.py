@@ -11,6 +11,7 @@ from torchshear.errors import first_line
 from torchshear.graph._contract import flat_output, output_leaves
 from torchshear.graph._graph import Graph, shape_of
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._operator import operator_of
 from torchshear.graph._outputs import output_nodes
 from torchshear.graph._run import graph_output
 from torchshear.graph.model._state import Mode, in_mode, preserve_state
@@ -46,7 +47,8 @@ def _third_batches(graph: Graph) -> tuple[int, ...]:
     """A batch of one if the model takes that; of two if not, or if the graph was captured at odd batches only."""
     second = graph.second.batches.second if graph.second is not None else 1
     # Batch norms over one value a channel cannot be trained.
-    takes_one = graph.mode == "eval" or not any("batch_norm" in str(node.target) for node in graph)
+    norms = (operator_of(node).norm for node in graph)
+    takes_one = graph.mode == "eval" or not any(norm is not None and norm.over == "batch" for norm in norms)
     return (1, 2) if takes_one and second % 2 == 0 else (2,)
 
 

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from torchshear.graph._graph import COPIES, StateTensor, has_data_dependent_shape, is_data_dependent
+from torchshear.graph._graph import StateTensor, has_data_dependent_shape, is_data_dependent
+from torchshear.graph._operator import operator_of
 
 
 def unwrap_copies(operand: fx.Node) -> fx.Node:
     """The buffer or literal that an operand is, also behind copies of it; else the operand itself."""
     node = operand
-    while str(node.target) in COPIES:
+    while operator_of(node).passes == "copy":
         node = node.all_input_nodes[0]
     return node if node.op == "get_attr" else operand
 

@@ -20,19 +20,11 @@ from torch.utils import _pytree as pytree
 
 from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._operator import operator_named
 from torchshear.graph.capture._branches import MaskedAssignments
 from torchshear.graph.model._process import set_exporting_flag
 from torchshear.graph.model._state import preserve_state
 
-# Operators that give a tensor of the size of their first operand, and take long to find that out.
-_NORMS = frozenset(
-    {
-        torch.ops.aten.batch_norm.default,
-        torch.ops.aten.group_norm.default,
-        torch.ops.aten.instance_norm.default,
-        torch.ops.aten.layer_norm.default,
-    }
-)
 _LIFTED = frozenset({"aten.lift_fresh.default", "aten.lift_fresh_copy.default"})  # a number in the code as a tensor
 
 
@@ -121,7 +113,9 @@ class _Recorder(ProxyTorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = torch.empty_like(args[0]) if func in _NORMS else func(*args, **(kwargs or {}))
+        # Norms give a tensor like their operand, and take long to find that out.
+        is_norm = func.namespace == "aten" and operator_named(str(func)).norm is not None
+        result = torch.empty_like(args[0]) if is_norm else func(*args, **(kwargs or {}))
         self.calls.append(_Call(func, args, kwargs or {}, result))
         return result
 

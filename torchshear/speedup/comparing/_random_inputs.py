@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs, Graph, output_leaves
+from torchshear.graph._operator import operator_of
 from torchshear.graph._run import arguments_by_name, graph_output
 from torchshear.graph.capture._check import run_model
 from torchshear.graph.model._state import in_mode
@@ -16,28 +17,6 @@ from torchshear.speedup.comparing._relative_error import relative_error, toleran
 
 Variant = Literal["random", "inverted masks", "permuted", "as given"]
 
-# Operators behind which an index is still the same index.
-_INDEX_PRESERVING = frozenset(
-    f"aten.{name}"
-    for name in (
-        "_to_copy",
-        "alias",
-        "clone",
-        "contiguous",
-        "detach",
-        "expand",
-        "flatten",
-        "permute",
-        "reshape",
-        "select",
-        "slice",
-        "squeeze",
-        "to",
-        "transpose",
-        "unsqueeze",
-        "view",
-    )
-)
 _TRUE_SHARE = 0.7  # share of a random mask that is true
 _LARGE_IMAGE, _SMALL_IMAGE = 128, 64  # rows and columns
 
@@ -82,7 +61,7 @@ def _indexed_rows(node: fx.Node) -> Iterator[int]:
     """Yield the number of rows of each table that a value indexes, also behind calls that only reshape it."""
     for reader in node.users:
         name = str(reader.target).rpartition(".")[0]
-        if name in _INDEX_PRESERVING:
+        if operator_of(reader).keeps_values:
             yield from _indexed_rows(reader)
         if name not in ("aten.embedding", "aten.embedding_bag", "aten.index", "aten.one_hot"):
             continue

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torchshear.dependency import Axes, Cut
 from torchshear.dependency._call import bind_arguments
 from torchshear.graph import Graph, MaskedCall, masked_form
+from torchshear.graph._operator import operator_of
 from torchshear.graph._run import is_only_read
 from torchshear.speedup.rewriting._slicing import keep_mask, map_axes, zero_cut
 
@@ -26,14 +27,6 @@ Decide = Callable[[fx.Node, Sequence[Look]], list[Any]]
 
 # Roles of the dimensions along which a weight makes channels.
 _MAKING = frozenset({"out", "depthwise", "embedding"})
-# Norms with a shift a channel -> dimension of their channels.
-_NORMS = {
-    "aten.batch_norm": 1,
-    "aten.instance_norm": 1,
-    "aten.group_norm": 1,
-    "aten.layer_norm": -1,
-    "aten.rms_norm": -1,
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -170,14 +163,14 @@ class ConstantNetwork:
 
     def _shifted(self, node: fx.Node, value: Any, look: Look) -> Any:
         """A norm's value with its shift on cut channels, as if its scale were zero there."""
-        name, gone = str(node.target).rpartition(".")[0], self.gone(node)
-        if name not in _NORMS or not gone:
+        norm, gone = operator_of(node).norm, self.gone(node)
+        if norm is None or not gone:
             return value
-        dim = _NORMS[name] % value.ndim
+        dim = norm.channels % value.ndim
         if dim not in gone:
             return value
         index = torch.from_numpy(np.flatnonzero(gone[dim])).to(value.device)
-        bias = bind_arguments(node).get("bias")
+        bias = bind_arguments(node).get(norm.shift)
         shift = torch.zeros(value.shape[dim]).to(value) if bias is None else look(bias)
         line = [1] * value.ndim
         line[dim] = len(index)

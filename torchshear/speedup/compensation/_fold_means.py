@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.speedup.compensation._constants import Barrier, ConstantNetwork, Look
-from torchshear.speedup.compensation._fold_places import LAYERS, UNEVEN, Places, Search, layer_of
+from torchshear.speedup.compensation._fold_places import UNEVEN, Places, Search, layer_of
 from torchshear.speedup.compensation._fold_record import FoldedConstants
 
 Means = Mapping[tuple[str, int], Tensor]
@@ -35,8 +35,6 @@ class _MeanSearch(Search):
 
     def _chosen(self, node: fx.Node, before: Sequence[Look], through: list[Any], masked: list[Any]) -> list[Any]:
         """What a layer gives that reads means, where these fold; else what it gives with zeros."""
-        if str(node.target).rpartition(".")[0] not in LAYERS:
-            return masked
         read = self._read(node)
         if isinstance(read, str):
             return masked

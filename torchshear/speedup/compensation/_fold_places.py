@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,31 +12,12 @@ from torch.utils import _pytree as pytree
 
 from torchshear.dependency._call import bind_arguments
 from torchshear.graph import locate
+from torchshear.graph._operator import operator_of
 from torchshear.speedup.comparing._relative_error import relative_error
 from torchshear.speedup.compensation._constants import Barrier, Bools, ConstantNetwork, Look
 from torchshear.speedup.compensation._fold_record import FoldedConstants, SkippedConstants
 from torchshear.speedup.rewriting._slicing import is_touched, map_axes, select_kept, writes_to_operand
 
-
-class _Layer(NamedTuple):
-    """Names of the arguments of a layer: what it reads, its weight, its bias."""
-
-    input: str
-    weight: str
-    bias: str
-
-
-LAYERS = {
-    **dict.fromkeys(
-        (
-            "aten.linear",
-            *(f"aten.conv{rank}d" for rank in (1, 2, 3)),
-            *(f"aten.conv_transpose{rank}d" for rank in (1, 2, 3)),
-        ),
-        _Layer("input", "weight", "bias"),
-    ),
-    "aten.addmm": _Layer("mat1", "mat2", "self"),
-}
 # Relative differences that equal values may have, by dtype.
 _SAME = {torch.float64: 1e-11, torch.float32: 1e-5}
 _SAME_IN_NARROWER = 1e-2
@@ -176,11 +157,11 @@ class Search:
 
     def _read(self, node: fx.Node) -> _Read | str:
         """What a layer reads; or why the call is none that takes constants."""
-        layer = LAYERS.get(str(node.target).rpartition(".")[0])
-        if layer is None:
+        layer = operator_of(node).product
+        if layer is None or not layer.bias:
             return f"{locate(node).operator} has no bias"
         arguments = bind_arguments(node)
-        operand, weight = arguments[layer.input], arguments[layer.weight]
+        operand, weight = arguments[layer.left], arguments[layer.right]
         if weight in self.network.from_inputs:
             return "the weight is computed from the input"
         if arguments.get("beta", 1) != 1:
@@ -189,8 +170,7 @@ class Search:
         if len(gone) != 1:
             return "its input shrinks in several dimensions, or not in one of its own"
         ((dim, mask),) = gone.items()
-        rank = 0 if "conv" not in str(node.target) else weight.meta["val"].ndim - 2
-        return _Read(operand, dim, mask, node.meta["val"].ndim - 1 - rank)
+        return _Read(operand, dim, mask, node.meta["val"].ndim + layer.channels)
 
     def _constants(self, read: _Read, looks: Sequence[Look]) -> tuple[Bools, Bools]:
         """Masks of the cut channels that are constant in all runs, and of those that are not zero."""
@@ -224,14 +204,17 @@ class Search:
 
     def _target(self, node: fx.Node) -> _Target | str:
         """Where the constants of a layer can go; or why nowhere."""
-        bias = bind_arguments(node)[LAYERS[str(node.target).rpartition(".")[0]].bias]
+        layer = operator_of(node).product
+        assert layer is not None
+        bias = bind_arguments(node)[layer.bias]
         if isinstance(bias, fx.Node):
             return self._own(bias, "bias", 1)
         users = list(node.users)
-        norm = bind_arguments(users[0]) if len(users) == 1 else {}
-        if str(users[0].target) != "aten.batch_norm.default" or norm.get("training") or norm.get("input") is not node:
+        norm = operator_of(users[0]).norm if len(users) == 1 else None
+        given = bind_arguments(users[0])
+        if norm is None or norm.over != "batch" or given.get(norm.own) or given.get(norm.input) is not node:
             return "no bias to fold into, and no batch norm right behind it"
-        mean = norm.get("running_mean")
+        mean = given.get(norm.mean)
         return self._own(mean, "running mean", -1) if isinstance(mean, fx.Node) else "no bias to fold into"
 
     def _own(self, node: fx.Node, what: str, sign: int) -> _Target | str:

@@ -9,11 +9,8 @@ from torch import fx
 
 from torchshear.dependency import Cut
 from torchshear.dependency._call import UNCHANGED, Edit, Facts, Scaled, bind_arguments
-from torchshear.dependency._registry import operator_name
+from torchshear.graph._operator import operator_of
 from torchshear.speedup.rewriting._slicing import is_touched
-
-# Norms by whose statistics modules keep a number of channels that no argument tells.
-_CHANNEL_NORMS = frozenset({"aten.batch_norm.default", "aten.instance_norm.default"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +138,10 @@ def _changed_integers_of(node: fx.Node, facts: Facts, cut: Cut) -> list[tuple[in
             old, new = new.old, new.new
         if isinstance(old, int) and isinstance(new, int):
             changes.append((old, new))
-    if operator_name(node) in _CHANNEL_NORMS and isinstance(axes, tuple) and cut.changes(axes[1]):
-        changes.append((axes[1].size, int(cut.keep(axes[1]).sum())))
+    norm = operator_of(node).norm
+    if norm is not None and norm.over in ("batch", "space") and isinstance(axes, tuple):
+        channels = axes[norm.channels]  # a number that modules keep, and that no argument tells
+        changes.append((channels.size, int(cut.keep(channels).sum())))
     return [(old, new) for old, new in changes if old != new]
 
 
