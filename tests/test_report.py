@@ -1,12 +1,14 @@
 """What a report says to its reader: limits of the result, reasons by their weight, names that stay whole."""
 
 import re
+from html.parser import HTMLParser
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchshear
+import torchshear.comparison
 from torchshear.report import PruningReport, make_report, render_report
 
 
@@ -187,3 +189,58 @@ def test_results_are_written_in_a_line() -> None:
         assert len(repr(value)) < 160
         assert "\n" not in repr(value)
         assert repr(value).startswith(f"<{type(value).__name__}")
+
+
+class _Table(HTMLParser):
+    """Cells of the tables of a page, row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self._is_cell = False
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == "tr":
+            self.rows.append([])
+        self._is_cell = tag in ("td", "th")
+        if self._is_cell:
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._is_cell:
+            self.rows[-1][-1] += data
+
+
+def test_notebooks_show_tables() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    result = torchshear.prune(model, X, ratio=0.5)
+    compared = torchshear.comparison.compare(
+        model, lambda m: m(X).detach().square().mean().item(), X, criteria=["l2"], ratio=0.5
+    )
+    found = {}
+    for shown in (result.report, result.plan, compared):
+        table = _Table()
+        table.feed(shown._repr_html_())
+        found[type(shown).__name__] = table.rows
+    assert found["PruningReport"][1] == ["0.weight[0]", "ffn", "16", "8", "50%", ""]
+    assert found["PruningPlan"] == [["group", "width", "kept", "note"], ["0.weight[0]", "16", "8", ""]]
+    assert [row[0] for row in found["Comparison"][:2]] == ["criterion", "(before)"]
+    assert {"l2", "control: random", "control: uniform"} == {row[0] for row in found["Comparison"][2:]}
+
+
+def test_text_in_tables_of_notebooks_is_escaped() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({"<b>&": nn.Linear(8, 16), "out": nn.Linear(16, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layers["out"](self.layers["<b>&"](x).relu())
+            return out
+
+    report = torchshear.prune(Net().eval(), X).report
+    assert "<b>&." not in report._repr_html_()
+    assert "&lt;b&gt;&amp;.weight[0]" in report._repr_html_()

@@ -1,7 +1,8 @@
-"""Cells of tables for the terminal."""
+"""Tables for the terminal and for notebooks."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 
 from rich.console import Console, ConsoleOptions
 from rich.measure import Measurement
@@ -35,3 +36,25 @@ def _wrapped(line: str, width: int) -> Iterator[str]:
             taken = ""
         taken += piece
     yield taken.rstrip()
+
+
+def html_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], lines: Iterable[str] = ()) -> str:
+    """Return a table as HTML for a notebook; all text in it is escaped.
+
+    Args:
+        title: caption of the table.
+        headings: heading of each column.
+        rows: cells of each row; numbers stand on the right.
+        lines: lines of text below the table.
+    """
+
+    def cell(value: object) -> str:
+        is_number = str(value)[:1].isdigit() or str(value)[:1] == "-"
+        side = "right" if is_number else "left"
+        return f'<td style="text-align: {side}">{escape(str(value))}</td>'
+
+    head = "".join(f'<th style="text-align: left">{escape(heading)}</th>' for heading in headings)
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    below = "".join(f"<div>{escape(line)}</div>" for line in lines)
+    caption = f'<caption style="text-align: left"><b>{escape(title)}</b></caption>'
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from torchshear._tables import Cell
+from torchshear._tables import Cell, html_table
 from torchshear.dependency import (
     ChannelGroup,
     ChannelGroups,
@@ -23,6 +23,7 @@ from torchshear.graph import Cost
 
 _MOST_REASONS = 12
 _MOST_NAMES = 4
+_HEADINGS = ("group", "role", "before", "after", "kept", "note")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,10 @@ class PruningReport:
     def __repr__(self) -> str:
         return f"<PruningReport: {self.changes}>"
 
+    def _repr_html_(self) -> str:
+        rows = (_cells(group) for group in self.groups)
+        return html_table("Channel groups", _HEADINGS, rows, _summary(self).splitlines())
+
     @property
     def changes(self) -> str:
         """Parameters and MACs before and after, in a line."""
@@ -240,19 +245,10 @@ def render_report(report: PruningReport, width: int = 120) -> str:
         width: columns of the terminal.
     """
     table = Table(title="Channel groups", title_justify="left")
-    for heading, justify in (
-        ("group", "left"),
-        ("role", "left"),
-        ("before", "right"),
-        ("after", "right"),
-        ("kept", "right"),
-        ("note", "left"),
-    ):
-        table.add_column(heading, justify=justify)  # type: ignore[arg-type]
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right" if heading in ("before", "after", "kept") else "left")
     for group in report.groups:
-        note = group.note or ("norm, softmax or mean over it" if group.is_mixed else "")
-        kept = f"{group.kept / group.width:.0%}"
-        table.add_row(Cell(group.name), group.role, str(group.width), str(group.kept), kept, Cell(note))
+        table.add_row(*(Cell(text) for text in _cells(group)))
     console = Console(file=io.StringIO(), width=width, color_system=None)
     if all(group.kept == group.width for group in report.groups):
         console.print(_nothing_shrank(report), highlight=False, soft_wrap=True, markup=False)
@@ -260,6 +256,13 @@ def render_report(report: PruningReport, width: int = 120) -> str:
     console.print(_summary(report), highlight=False, soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip()
+
+
+def _cells(group: GroupReport) -> tuple[str, ...]:
+    """Return the cells of a group, one for each heading."""
+    note = group.note or ("norm, softmax or mean over it" if group.is_mixed else "")
+    kept = f"{group.kept / group.width:.0%}"
+    return group.name, group.role, str(group.width), str(group.kept), kept, note
 
 
 def _nothing_shrank(report: PruningReport) -> str:

@@ -6,6 +6,7 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from html import escape
 from statistics import fmean, stdev
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchshear._arguments import check_one_of
-from torchshear._tables import Cell
+from torchshear._tables import Cell, html_table
 from torchshear.comparison._picture import draw_panels
 from torchshear.comparison._row import Row, of_other_size
 
@@ -86,8 +87,18 @@ class Comparison:
         draw_panels(title, self.before, {budget: self.ranked(budget) for budget in self.budgets}, path)
 
     def __str__(self) -> str:
-        """A table for people."""
+        """Return the comparison as text, a table for each budget."""
         return render_comparison(self)
+
+    def __repr__(self) -> str:
+        return f"<Comparison of {len(self.rows)} rows on {self.model}: {'; '.join(self.budgets)}>"
+
+    def _repr_html_(self) -> str:
+        tables = []
+        for budget in self.budgets:
+            headings, rows = _cells(self, budget)
+            tables.append(html_table(f"{self.model}, {budget}", headings, rows, _notes(self, budget)))
+        return "".join(tables) + "".join(f"<div>{escape(line)}</div>" for line in _summary(self))
 
 
 def render_comparison(comparison: Comparison, width: int = 120) -> str:
@@ -115,27 +126,40 @@ def _print(console: Console, line: str) -> None:
 
 
 def _table(comparison: Comparison, budget: str, width: int) -> Table:
-    rows = comparison.ranked(budget)
-    is_recalibrated = any(row.recalibrated for row in rows)
+    headings, rows = _cells(comparison, budget)
+    is_recalibrated = "recalibrated" in headings
+    longest = max(len(text) for row in rows for text in row[3:-1])
+    if is_recalibrated and longest > _SHORT and width < _WIDE:
+        rows = [tuple(text.replace(" ±", "\n±") for text in row) for row in rows]
     table = Table(title=f"{comparison.model}, {budget}", title_justify="left")
-    table.add_column("criterion")
-    for heading in ("MACs", "params", "after cut", *(["recalibrated"] if is_recalibrated else []), "s"):
+    table.add_column(headings[0])
+    for heading in headings[1:]:
         table.add_column(heading, justify="right", no_wrap=True)
-    digits = _digits(comparison)
-    longest = max(len(_score(scores, digits, " ")) for row in rows for scores in (row.scores, row.recalibrated))
-    gap = "\n" if is_recalibrated and longest > _SHORT and width < _WIDE else " "
-    dense = [_number(comparison.before, digits)] * (1 + is_recalibrated)
-    table.add_row("(before)", "100.0%", "100.0%", dense[0], *dense[1:], "", end_section=True)
-    for row in rows:
-        scores = [row.scores, row.recalibrated] if is_recalibrated else [row.scores]
-        table.add_row(
-            Cell(f"control: {row.criterion}" if row.is_control else row.criterion),
-            _NONE if row.macs_share is None else f"{row.macs_share:.1%}",
-            _NONE if row.params_share is None else f"{row.params_share:.1%}",
-            *(_score(one, digits, gap) for one in scores),
-            _NONE if row.seconds is None else f"{row.seconds:.2f}",
-        )
+    for number, (name, *texts) in enumerate(rows):
+        table.add_row(Cell(name), *texts, end_section=number == 0)
     return table
+
+
+def _cells(comparison: Comparison, budget: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the headings of a budget's table, and its rows: the dense model, then each criterion."""
+    found = comparison.ranked(budget)
+    is_recalibrated = any(row.recalibrated for row in found)
+    digits = _digits(comparison)
+    headings = ("criterion", "MACs", "params", "after cut", *(["recalibrated"] if is_recalibrated else []), "s")
+    dense = [_number(comparison.before, digits)] * (1 + is_recalibrated)
+    rows: list[tuple[str, ...]] = [("(before)", "100.0%", "100.0%", *dense, "")]
+    for row in found:
+        scores = [row.scores, row.recalibrated] if is_recalibrated else [row.scores]
+        rows.append(
+            (
+                f"control: {row.criterion}" if row.is_control else row.criterion,
+                _NONE if row.macs_share is None else f"{row.macs_share:.1%}",
+                _NONE if row.params_share is None else f"{row.params_share:.1%}",
+                *(_score(one, digits) for one in scores),
+                _NONE if row.seconds is None else f"{row.seconds:.2f}",
+            )
+        )
+    return headings, rows
 
 
 def _digits(comparison: Comparison) -> int:
@@ -149,10 +173,10 @@ def _number(score: float, digits: int) -> str:
     return f"{round(score, digits) + 0.0:.{digits}f}"  # no minus before a zero
 
 
-def _score(scores: tuple[float, ...], digits: int, gap: str) -> str:
+def _score(scores: tuple[float, ...], digits: int) -> str:
     if not scores:
         return _NONE
-    spread = f"{gap}±{_number(stdev(scores), digits)}" if len(scores) > 1 else ""
+    spread = f" ±{_number(stdev(scores), digits)}" if len(scores) > 1 else ""
     return f"{_number(fmean(scores), digits)}{spread}"
 
 

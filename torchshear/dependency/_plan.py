@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchshear._arguments import check_kind
+from torchshear._tables import html_table
 from torchshear.dependency._composition import composed_units
 from torchshear.dependency._cut import Cut
 from torchshear.dependency._form import Form, read_form, write_form
@@ -104,6 +105,10 @@ class PruningPlan:
             f"<PruningPlan for {self.model_type.rpartition('.')[2]}: {self.n_cut} of {n_units} units go, "
             f"{len(self.groups)} groups, {len(self.state)} tensors shrink>"
         )
+
+    def _repr_html_(self) -> str:
+        rows = ((group.name, group.width, len(group.kept), group.note) for group in self.groups)
+        return html_table("Pruning plan", ("group", "width", "kept", "note"), rows, [repr(self)])
 
     def masks(self) -> dict[str, Tensor]:
         """Masks of all parameters and buffers that shrink.
