@@ -24,17 +24,23 @@ IMAGE = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 SHARES = {"yolov8n": 0.33, "yolo11n": 0.33, "yolo12n": 0.31, "yolo26n": 0.31}  # of the parameters that are left
 
 
-@pytest.fixture(scope="module", params=SHARES)
-def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module, Any]:
-    """Name, model and result."""
+def detector(name: str, folder: Path) -> nn.Module:
+    """A model with random weights; the library keeps its settings in the folder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("YOLO_CONFIG_DIR", str(tmp_path_factory.mktemp("settings")))
+        patch.setenv("YOLO_CONFIG_DIR", str(folder))
         load_torchvision()
         from ultralytics.nn.tasks import DetectionModel
 
         torch.manual_seed(0)
-        model = DetectionModel(f"{request.param}.yaml", nc=5, verbose=False).eval()
+        model = DetectionModel(f"{name}.yaml", nc=5, verbose=False).eval()
     spread_weights(model)
+    return model
+
+
+@pytest.fixture(scope="module", params=SHARES)
+def pruned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, nn.Module, Any]:
+    """Name, model and result."""
+    model = detector(request.param, tmp_path_factory.mktemp("settings"))
     return request.param, model, torchshear.prune(model, (IMAGE,))
 
 
@@ -63,6 +69,18 @@ def test_it_keeps_its_class(pruned: tuple[str, nn.Module, Any]) -> None:
     assert type(result.model) is type(model)
     assert result.verification.max_error < 1e-9
     assert result.report.after.n_params < SHARES[name] * result.report.before.n_params
+
+
+@pytest.mark.parametrize(("ratio", "align"), [(0.3, None), (0.4, 8)])
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_less_is_cut_with_widths_that_fit(name: str, ratio: float, align: int | None, tmp_path: Path) -> None:
+    """Its attention takes the stream for as wide as its heads together: 2 of 39 at a ratio of 0.4, beside 77."""
+    model = detector(name, tmp_path)
+    result = torchshear.prune(model, (IMAGE,), ratio=ratio, align=align)
+    assert type(result.model) is type(model)
+    assert result.verification.max_error < 1e-9
+    assert result.report.after.n_params < (1 - ratio) * result.report.before.n_params
+    assert boxes(result.model(IMAGE)).shape == boxes(model(IMAGE)).shape
 
 
 def test_it_takes_other_image_sizes_and_saves(pruned: tuple[str, nn.Module, Any], tmp_path: Path) -> None:
