@@ -16,11 +16,21 @@ from torchshear.dependency._registry import operator_rule, registered_operators,
 from torchshear.dependency._state_plan import Renumbering, StatePlan, make_state_plan
 from torchshear.dependency._uses import FAMILIES, ROLES
 from torchshear.dependency._width_cost import WidthCost
-from torchshear.graph import MaskedCall, masked_operator, scatter_into_zeros
+from torchshear.graph import (
+    Activation,
+    MaskedCall,
+    Norm,
+    Operator,
+    Product,
+    Recurrence,
+    masked_operator,
+    scatter_into_zeros,
+)
 
 __all__ = [
     "FAMILIES",
     "ROLES",
+    "Activation",
     "Algebra",
     "Axes",
     "Axis",
@@ -36,9 +46,13 @@ __all__ = [
     "Keep",
     "MaskedCall",
     "Member",
+    "Norm",
+    "Operator",
     "OutputPlan",
     "Part",
+    "Product",
     "PruningPlan",
+    "Recurrence",
     "Renumbering",
     "Result",
     "Scales",
