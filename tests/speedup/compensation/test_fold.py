@@ -10,10 +10,10 @@ from torch.nn import functional
 import torchshear
 from tests.models import Attention, randomise
 from tests.oracle import assert_equals_masked, assert_same_function, fingerprint
+from tests.speedup.compensation.faults import spoil_folds
 from torchshear.errors import VerificationError, WeightError
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import Shrunk, TracedModule, fold_constants, shrink_to_form
-from torchshear.speedup.compensation import _fold
 
 FORMS = ("native", "traced")
 
@@ -98,18 +98,6 @@ class Gated(nn.Module):
 
 def picture(size: int = 13) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
-
-
-def spoil_places(monkeypatch: pytest.MonkeyPatch, search: str, name: str) -> None:
-    """Have a search give a little too much for one tensor."""
-    find = getattr(_fold, search)
-
-    def wrong(*args: object) -> object:
-        places = find(*args)
-        places.changes[name] = places.changes[name] * 1.0001
-        return places
-
-    monkeypatch.setattr(_fold, search, wrong)
 
 
 def reasons(shrunk: Shrunk) -> dict[str, str]:
@@ -354,7 +342,7 @@ def test_a_wrong_fold_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None
     plan = planned(model, x)
     shrunk = shrink_to_form(model, plan)
     before = {name: value.clone() for name, value in shrunk.model.state_dict().items()}
-    spoil_places(monkeypatch, "find_places", "head.bias")
+    spoil_folds(monkeypatch, "head.bias")
     with pytest.raises(VerificationError, match=r"folded into .*head\.bias.*differs by"):
         fold_constants(model, shrunk, plan)
     assert all(torch.equal(value, before[name]) for name, value in shrunk.model.state_dict().items())

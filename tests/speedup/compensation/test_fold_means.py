@@ -12,7 +12,7 @@ from torch.nn import functional
 import torchshear
 from tests.models import Attention, Classifier, image, labelled, randomise
 from tests.oracle import assert_same_function, fingerprint
-from tests.speedup.compensation.test_fold import spoil_places
+from tests.speedup.compensation.faults import spoil_folds
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.pruners import channel_means, plan_from_kept
 from torchshear.speedup import Shrunk, TracedModule, fold_constants, shrink_to_form
@@ -207,6 +207,6 @@ def test_data_that_does_not_fit_is_told() -> None:
 
 
 def test_a_wrong_fold_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_places(monkeypatch, "find_places_of_means", "out.bias")
+    spoil_folds(monkeypatch, "out.bias")
     with pytest.raises(VerificationError, match=r"folded into .*out\.bias.*differs by"):
         torchshear.prune(Classifier().eval(), (image(size=6),), fold_bias="means", data=labelled(), batches=3)

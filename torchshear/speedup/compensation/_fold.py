@@ -14,10 +14,15 @@ from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, 
 from torchshear.speedup._result import Shrunk
 from torchshear.speedup.comparing._random_inputs import random_like
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
-from torchshear.speedup.compensation._constants import ConstantNetwork, Decide, Look
-from torchshear.speedup.compensation._fold_means import Means, find_places_of_means
-from torchshear.speedup.compensation._fold_places import Places, find_places, kept_as_is
+from torchshear.speedup.compensation._constant_network import ConstantNetwork, ReadValue
 from torchshear.speedup.compensation._fold_record import Fold
+from torchshear.speedup.compensation._fold_search import (
+    ConstantSearch,
+    FoldDecisions,
+    Means,
+    MeanSearch,
+    read_before_write,
+)
 from torchshear.speedup.rewriting._slicing import is_touched, slice_state, writes_to_operand
 from torchshear.speedup.shrinking._whole_model import analysis_of
 from torchshear.speedup.verification._runs import (
@@ -43,19 +48,19 @@ def fold_constants(
 ) -> Shrunk:
     """Fold the constants of removed channels into a shrunk model, and prove the result.
 
-    A removed channel c is taken for the constant k_c that it holds when everything that multiplies is zero on it and
+    A removed channel c counts as the constant k_c that it holds when everything that multiplies is zero on it and
     everything that adds stays: k = act(beta) behind a norm with shift beta, act(b) behind a layer with bias b alone,
     sums of those where branches meet. A layer with weight W that reads it gets
 
         b_j <- b_j + sum_c sum_taps W[j, c, tap] k_c
 
-    or, where it has no bias but a batch norm right behind it, that norm's running mean gets less by the same. It is
-    done where the sum is the same for every sample and position, which is found by running the captured graph. It is
-    not where padding with zeros cuts the sum off at borders, where a channel is no constant (behind a softmax, a gate
-    that looks at data), or where there is nothing to fold into: no parameter is added.
+    If it has no bias but a batch norm right behind it, that sum is taken from the norm's running mean instead. A layer
+    is left alone if the sum is not the same for every sample and position, which a run of the captured graph shows: if
+    padding with zeros cuts it off at borders, or a channel is no constant (behind a softmax, or a gate that depends on
+    data). It is also left alone if it has nothing to fold into: no parameter is added.
 
-    With `means`, k_c is what the layer reads of channel c on average over data: of all constants the one with the
-    smallest squared error of what the layer gives, taken channel by channel.
+    With `means`, k_c is the mean over data of what the layer reads of channel c: the constant with the smallest squared
+    error of the layer's output, taken channel by channel.
 
     Args:
         model: the original model.
@@ -63,11 +68,11 @@ def fold_constants(
         plan: the plan between them.
         args: example arguments to trace with, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
-        means: of what layers read of the original model, from `torchshear.pruners.channel_means`; None: constants that
-            channels hold without any input.
+        means: means of what layers of the original model read, from `torchshear.pruners.channel_means`; None for the
+            constants that channels hold without any input.
 
     Returns:
-        The same with `fold`, which says what was folded and what was not.
+        The same with `fold`, which lists what was folded and what was not.
 
     Raises:
         VerificationError: the folded model is not the original with constants on the removed channels.
@@ -84,66 +89,70 @@ def fold_constants(
     graph, cut, small = groups.graph, Cut(groups, plan.kept), shrunk.model
     if graph.parts is not None:
         model, small = (PartRun(whole_model(one), graph.parts) for one in (model, small))
-    trials = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
-    dtype = _widest(small, trials[0])
-    trials = [copy_inputs(trial, dtype) for trial in trials]
-    network = ConstantNetwork(graph, cut, _in_dtype(StateCut(groups, cut).state_of(model), dtype))
+    inputs = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
+    dtype = torch.float64
+    try:
+        run_module(copy_without_caches(small, inputs[0], dtype), inputs[0], dtype)
+    except (RuntimeError, TypeError, NotImplementedError):
+        dtype = dtype_of(small)
+    inputs = [copy_inputs(one, dtype) for one in inputs]
+    state = StateCut(groups, cut).state_of(model)
+    wide = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
+    network = ConstantNetwork(graph, cut, wide)
+    search = ConstantSearch(network) if means is None else MeanSearch(network, means)
     try:
         with equal_conditions(dtype):
-            inputs = [flat_inputs(trial.copy()) for trial in trials[:2]]
-            places = find_places(network, inputs) if means is None else find_places_of_means(network, inputs, means)
+            decisions = search.run([flat_inputs(one.copy()) for one in inputs[:2]])
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise VerificationError(
             f"constants of removed channels cannot be followed through the graph: {error}. Shrink with fold_bias=False."
         ) from error
-    exact = slice_state(cut, {name: network.state[name] + added for name, added in places.changes.items()})
-    worst = _proved(small, plan, network, places, exact, trials, dtype)
-    _put(shrunk.model, exact)
+    folded = slice_state(cut, {name: network.state[name] + added for name, added in decisions.changes.items()})
+    max_error = _prove_fold(small, plan, network, decisions, folded, inputs, dtype)
+    _write_values(shrunk.model, folded)
     kind: Literal["constants", "means"] = "constants" if means is None else "means"
-    return replace(shrunk, fold=Fold(kind, tuple(places.folded), tuple(places.skipped), worst, dtype))
+    return replace(shrunk, fold=Fold(kind, tuple(decisions.folded), tuple(decisions.skipped), max_error, dtype))
 
 
-def _in_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-
-
-def _widest(small: nn.Module, example: ExampleInputs) -> torch.dtype:
-    """float64 if the shrunk model runs in it, else the model's own dtype."""
-    try:
-        run_module(copy_without_caches(small, example, torch.float64), example, torch.float64)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return dtype_of(small)
-    return torch.float64
-
-
-def _proved(
+def _prove_fold(
     small: nn.Module,
     plan: PruningPlan,
     network: ConstantNetwork,
-    places: Places,
-    exact: Mapping[str, Tensor],
-    trials: Sequence[ExampleInputs],
+    decisions: FoldDecisions,
+    folded: Mapping[str, Tensor],
+    inputs: Sequence[ExampleInputs],
     dtype: torch.dtype,
 ) -> float:
-    """Largest difference of the folded model from the network with constants.
+    """Compare the folded model with the network with constants, and return the largest difference.
 
     The folded values are taken before they are rounded to the dtype of the model.
 
     Raises:
-        VerificationError: it is too large.
+        VerificationError: the difference is too large.
     """
-    candidate = copy_without_caches(small, trials[0], dtype)
-    _put(whole_model(candidate), exact)
+
+    def compute(node: fx.Node, reads: Sequence[ReadValue]) -> list[Any]:
+        """Compute a call behind the barrier that the search put before it."""
+        touched = is_touched(node, network.facts, network.cut)
+        barrier = decisions.barriers.get(node.name, decisions.default_barrier) if touched else None
+        if barrier is None or not writes_to_operand(node):
+            return [network.call(node, network.read_through(barrier, read)) for read in reads]
+        values = [network.call(node, network.read_through(barrier, read_before_write(node, read))) for read in reads]
+        through = [network.call(node, read) for read in reads]  # views of the same memory must hold the new values
+        return [one.copy_(value) for one, value in zip(through, values, strict=True)]
+
+    candidate = copy_without_caches(small, inputs[0], dtype)
+    _write_values(whole_model(candidate), folded)
     worst = 0.0
-    for trial in trials:
+    for one in inputs:
         with equal_conditions(dtype):
-            (value,) = network.walk([flat_inputs(trial.copy())], _as_found(network, places))
+            (value,) = network.run([flat_inputs(one.copy())], compute)
         expected = slice_outputs(plan, output_leaves(value))
-        actual = run_module(candidate, trial, dtype).outputs
+        actual = run_module(candidate, one, dtype).outputs
         error = relative_error(expected, actual)
         if error > tolerance(actual):
             raise VerificationError(
-                f"with the constants of removed channels folded into {', '.join(sorted(exact)) or 'nothing'}, the "
+                f"with the constants of removed channels folded into {', '.join(sorted(folded)) or 'nothing'}, the "
                 f"shrunk model differs by {error:.2g} relative from the original with those constants; expected at "
                 f"most {tolerance(actual):.0e}. Shrink with fold_bias=False."
             )
@@ -151,22 +160,7 @@ def _proved(
     return worst
 
 
-def _as_found(network: ConstantNetwork, places: Places) -> Decide:
-    """Values of a call, behind the barrier that a search put before it."""
-
-    def decide(node: fx.Node, looks: Sequence[Look]) -> list[Any]:
-        touched = is_touched(node, network.cut.groups.facts, network.cut)
-        barrier = places.barriers.get(node.name, places.others) if touched else None
-        if barrier is None or not writes_to_operand(node):
-            return [network.call(node, network.behind(barrier, look)) for look in looks]
-        values = [network.call(node, network.behind(barrier, kept_as_is(node, look))) for look in looks]
-        through = [network.call(node, look) for look in looks]  # who looks at the same memory must see it
-        return [one.copy_(value) for one, value in zip(through, values, strict=True)]
-
-    return decide
-
-
-def _put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def _write_values(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Write values into the tensors of a model, in their own dtype."""
     named: dict[str, Tensor] = {
         **dict(model.named_parameters(remove_duplicate=False)),

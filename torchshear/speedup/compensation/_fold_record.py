@@ -1,4 +1,4 @@
-"""What is told of a fold: where constants of removed channels went, and where they did not."""
+"""Record of a fold: layers that took constants of removed channels, and layers that did not."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class FoldedConstants:
-    """Constants that went into one layer.
+    """Constants that were folded into one layer.
 
     Attributes:
         layer: name of the module that reads the channels.
@@ -23,11 +23,11 @@ class FoldedConstants:
 
 @dataclass(frozen=True, slots=True)
 class SkippedConstants:
-    """Removed channels that one reader sees as zeros, as without folding.
+    """Removed channels that one layer sees as zeros, as without folding.
 
     Attributes:
         layer: name of the module that reads the channels.
-        n_channels: their number, those that are zero anyway left out.
+        n_channels: number of these channels, without those that are zero anyway.
         reason: why they are not folded.
     """
 
@@ -38,12 +38,12 @@ class SkippedConstants:
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """What became of the constants of removed channels.
+    """Result of folding the constants of removed channels.
 
     Attributes:
-        kind: "constants", what channels hold without any input; or "means", what they held on average over data.
+        kind: "constants" that channels hold without any input, or "means" of what they held over data.
         folded: layers whose bias, or whose batch norm's running mean, holds them now.
-        skipped: readers that see zeros in their place, with reasons.
+        skipped: layers that see zeros in their place, with reasons.
         max_error: largest difference of any output from the original network with constants on the removed channels,
             relative to the output's largest absolute value.
         dtype: dtype in which both were computed.

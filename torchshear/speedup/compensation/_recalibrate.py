@@ -93,7 +93,7 @@ def recalibrate(
             if progress and console.is_terminal
             else found
         ):
-            _run(copy, args, kwargs, n_run, statistics)
+            _run_batch(copy, args, kwargs, n_run, statistics)
             n_run += 1
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure
@@ -103,7 +103,7 @@ def recalibrate(
 
 
 def check_recalibration(model: nn.Module, batches: int) -> None:
-    """Raise what `recalibrate` raises of its arguments alone, see there."""
+    """Check the arguments of `recalibrate`, and raise what it raises of them."""
     check_module(model)
     check_count("batches", batches)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -121,7 +121,9 @@ def check_recalibration(model: nn.Module, batches: int) -> None:
         raise WeightError("the model is on the meta device and cannot be run; load its weights to recalibrate it.")
 
 
-def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int, into: "_Statistics") -> None:
+def _run_batch(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int, into: "_Statistics"
+) -> None:
     """Run one batch.
 
     Raises:
@@ -140,8 +142,8 @@ def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number
 
 
 @dataclass(slots=True)
-class _Sums:
-    """Statistics of one batch norm: its buffers, and sums over its calls in float64."""
+class _NormSums:
+    """Buffers of one batch norm, and sums of the statistics of its calls in float64."""
 
     name: str
     mean: Tensor
@@ -154,18 +156,18 @@ class _Sums:
 
 
 class _Statistics(TorchFunctionMode):
-    """While it is entered, batch norms normalise by the statistics of their batch, which it sums up."""
+    """Function mode in which batch norms normalise by the statistics of their batch, and these are summed up."""
 
-    def __init__(self, norms: Mapping[int, _Sums], with_frozen: bool) -> None:
+    def __init__(self, norms: Mapping[int, _NormSums], with_frozen: bool) -> None:
         super().__init__()
         self.norms = norms
         self.with_frozen = with_frozen
 
     @classmethod
     def of(cls, model: nn.Module, with_frozen: bool) -> "_Statistics":
-        """For the buffers of a model, told by the names that torch's batch norms give them."""
+        """Find the batch norms of a model by the names that torch gives their buffers."""
         buffers = dict(model.named_buffers())
-        norms: dict[int, _Sums] = {}
+        norms: dict[int, _NormSums] = {}
         for name, mean in buffers.items():
             path, _, last = name.rpartition(".")
             prefix = f"{path}." if path else ""
@@ -173,13 +175,13 @@ class _Statistics(TorchFunctionMode):
             if last == "running_mean" and var is not None:
                 zeros = torch.zeros(mean.shape, dtype=torch.float64)
                 counter = buffers.get(f"{prefix}num_batches_tracked")
-                norms[id(mean)] = _Sums(path or "(the model)", mean, var, counter, zeros, zeros.clone())
+                norms[id(mean)] = _NormSums(path or "(the model)", mean, var, counter, zeros, zeros.clone())
         return cls(norms, with_frozen)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Have batch norms with running statistics go by those of the batch; let all other functions be."""
+        """Replace the running statistics of batch norms by those of the batch; leave all other functions alone."""
         kwargs = kwargs or {}
         if func in _BATCH_NORMS:
             given = dict(zip(_BATCH_NORMS[func], args, strict=False)) | kwargs
@@ -187,11 +189,11 @@ class _Statistics(TorchFunctionMode):
             if sums is not None and not given.get("training"):
                 sums.is_frozen = sums.counter is None and given.get("momentum") == 0
                 if self.with_frozen or not sums.is_frozen:
-                    return _by_batch(sums, given)
+                    return _normalize_by_batch(sums, given)
         return func(*args, **kwargs)
 
     def write(self) -> None:
-        """Put the averages into the buffers, over the calls of all processes.
+        """Write the averages over the calls of all processes into the buffers.
 
         Raises:
             ArgumentError: no batch norm was called.
@@ -206,7 +208,7 @@ class _Statistics(TorchFunctionMode):
                 else "the model runs none of its batch norms by torch.nn.functional.batch_norm: there is nothing to "
                 "recalibrate."
             )
-        self._say_what_stays(counts.tolist())
+        self._warn_of_unchanged(counts.tolist())
         with torch.no_grad():
             for sums, count in zip(self.norms.values(), counts.tolist(), strict=True):
                 mean, var = (summed(t) if together else t for t in (sums.sum_mean, sums.sum_var))
@@ -216,8 +218,8 @@ class _Statistics(TorchFunctionMode):
                 if count and sums.counter is not None:
                     sums.counter.fill_(count)
 
-    def _say_what_stays(self, counts: list[int]) -> None:
-        """Name the batch norms that keep their statistics."""
+    def _warn_of_unchanged(self, counts: list[int]) -> None:
+        """Log the batch norms that keep their statistics, and why."""
         left = [sums for sums, count in zip(self.norms.values(), counts, strict=True) if not count]
         frozen = [sums.name for sums in left if sums.is_frozen]
         others = [sums.name for sums in left if not sums.is_frozen]
@@ -230,7 +232,7 @@ class _Statistics(TorchFunctionMode):
                 _logger.warning("batch norms keep their statistics: %s%s: %s.", ", ".join(names[:4]), more, why)
 
 
-def _by_batch(sums: _Sums, given: Mapping[str, Any]) -> Tensor:
+def _normalize_by_batch(sums: _NormSums, given: Mapping[str, Any]) -> Tensor:
     """Normalise by the statistics of the batch, and add them up.
 
     Raises:
