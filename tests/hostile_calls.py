@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 import torchshear
 from tests.blocks import Source
-from tests.hostile_values import FAILS, VALUES
+from tests.hostile_values import FAILS, PLACES, VALUES
 from torchshear import comparison, configs, dependency, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.dependency.alignment import Alignment
@@ -318,16 +318,28 @@ def check_call(name: str, source: Source, given: Given) -> bool:
     """
     n_wrong = source.choice([1, 1, 2])
     names = parameters_of(name, given)
-    wrong = {source.choice(names): source.choice(list(VALUES)) for _ in range(n_wrong)}
+    wrong = {source.choice(names): _key(source) for _ in range(n_wrong)}
     return is_refused(name, wrong, given)
 
 
+def _key(source: Source) -> str:
+    """A key of `VALUES`, or one and where it stands, as in "text in a list"."""
+    key = source.choice(list(VALUES))
+    return f"{key} in {source.choice(list(PLACES))}" if source.choice([True, False]) else key
+
+
+def _wrong(key: str) -> Any:
+    """A new value for a key as `_key` gives it."""
+    value, _, place = key.partition(" in ")
+    return PLACES[place](VALUES[value]()) if place else VALUES[value]()
+
+
 def is_refused(name: str, wrong: Mapping[str, str], given: Given) -> bool:
-    """Whether a call with some arguments wrong, given by keys of `VALUES`, is refused; see `check_call`."""
+    """Whether a call is refused whose wrong arguments keys tell, as "text" or "text in a list"; see `check_call`."""
     call = CALLS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of values that it discourages
-        arguments = call.valid(given) | {argument: VALUES[key]() for argument, key in wrong.items()}
+        arguments = call.valid(given) | {argument: _wrong(key) for argument, key in wrong.items()}
     if any(argument in CALLBACKS and callable(arguments[argument]) for argument in wrong):
         return False  # what a function of the user raises is passed on
     started = time.process_time()

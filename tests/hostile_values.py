@@ -1,4 +1,4 @@
-"""Values of every kind, for arguments that expect another one."""
+"""Values of every kind, for arguments that expect another one, alone or inside of what they expect."""
 
 import io
 import math
@@ -122,3 +122,31 @@ def _endless() -> list[Any]:
     found: list[Any] = []
     found.append(found)
     return found
+
+
+def _entry(**keys: Any) -> list[dict[str, Any]]:
+    """A config list of one entry, in which keys are other than they should be."""
+    return [{"op_types": ["Conv2d"], "sparsity": 0.5} | keys]
+
+
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "a list": lambda value: [value],
+    "a tuple": lambda value: (value,),
+    "a pair": lambda value: [(value, value)],
+    "a mapping": lambda value: {"conv": value},
+    "a key": lambda value: {value: 0.5} if getattr(type(value), "__hash__", None) else {"conv": value},
+    "inputs": lambda value: {"x": value},
+    "a group": lambda value: {"conv.weight[0]": value},
+    "units": lambda value: {"conv.weight[0]": [value]},
+    "masks": lambda value: {"fc.weight": value},
+    "sizes": lambda value: {"x": {2: value}},
+    "a sparsity": lambda value: _entry(sparsity=value),
+    "types": lambda value: _entry(op_types=value),
+    "names": lambda value: _entry(op_names=[value]),
+    "an exclusion": lambda value: [*_entry(), {"exclude": value, "op_names": ["conv"]}],
+    "configs": lambda value: {"pruning_configs": [value], "target_sparsity": 0.5},
+    "a pattern": lambda value: {"pruning_configs": [{"op_names": ["conv"], "pattern": value}]},
+    "a target": lambda value: [(torch.zeros(2, 3, 6, 6), value)],
+    "a batch": lambda value: [{"x": value}],
+}
+"""Where in an argument a wrong value may stand, as `PLACES[place](value)`."""

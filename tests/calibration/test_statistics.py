@@ -364,6 +364,7 @@ def _nan_loss(output: Tensor, target: Tensor) -> Tensor:
         ([torch.zeros(2, 4, 6, 6)], None, 1, r"\(2, 4, 6, 6\)"),
         ([{"x": 1}], None, 1, "is a dictionary with x"),
         ([(1, 2, 3)], None, 1, "tuple"),
+        ([(1, 2)], None, 1, "batch 0 holds int; the model was captured with a tensor"),
         (batches(1), lambda out, t: out, 1, "expected a scalar"),
         (batches(1), lambda out, t: 1.0, 1, "loss of batch 0 is float"),
         (batches(1), lambda out, t: out.detach().sum(), 1, "does not depend"),

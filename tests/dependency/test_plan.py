@@ -62,6 +62,12 @@ def test_a_channel_takes_its_whole_map_out_of_a_linear_layer_behind_a_flatten() 
         ({"one.weight[0]": [0, 99]}, "kept units 0..99 of group 'one.weight.0.'; expected indices below its width 12"),
         ({"one.weight[0]": [0, 0, 4, 8]}, "named twice"),
         ({"one.weight[0]": []}, "would keep no unit"),
+        ({"one.weight[0]": [[0], [4, 8]]}, "are list, which is no list of indices"),
+        (
+            {"one.weight[0]": torch.empty(3, dtype=torch.int64, device="meta")},
+            "are Tensor, which is no list of indices",
+        ),
+        ({"one.weight[0]": torch.zeros(3, requires_grad=True)}, "dtype float32; expected integer indices"),
         ({"other[0]": [0]}, "channel group 'other.0.' is not in this network"),
     ],
 )

@@ -77,21 +77,30 @@ def _checked(given: tuple[tuple[Any, ...], dict[str, Any]], graph: Graph, number
     examples = pytree.tree_leaves((graph.inputs.args, graph.inputs.kwargs))
     is_free = graph.batch_hint is not None
     for leaf, example in zip(leaves, examples, strict=True):
-        if isinstance(leaf, Tensor) and isinstance(example, Tensor):
-            skipped = 1 if is_free and example.ndim else 0
-            if leaf.ndim != example.ndim or leaf.shape[skipped:] != example.shape[skipped:]:
-                any_batch = " with any batch" if is_free else ", whose batch is fixed (use drop_last=True)"
-                raise DataError(
-                    f"batch {number} holds a tensor of shape {tuple(leaf.shape)}; the model was captured for "
-                    f"{tuple(example.shape)}{any_batch}."
-                )
-            if leaf.is_floating_point() != example.is_floating_point():
-                raise DataError(
-                    f"batch {number} holds a tensor of dtype {leaf.dtype}; the model was captured for {example.dtype}."
-                )
+        if isinstance(example, Tensor):
+            _check_tensor(leaf, example, is_free, number)
     if any(isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()) for leaf in leaves):
         raise DataError(f"batch {number} holds NaN; expected numbers. Check the data.")
     return [_like(leaf, example) for leaf, example in zip(leaves, examples, strict=True)]
+
+
+def _check_tensor(leaf: Any, example: Tensor, is_free: bool, number: int) -> None:
+    """Refuse what cannot stand in the place of a tensor that the model was captured with."""
+    if not isinstance(leaf, Tensor):
+        raise DataError(
+            f"batch {number} holds {type(leaf).__name__}; the model was captured with {_described_one(example)} there."
+        )
+    skipped = 1 if is_free and example.ndim else 0
+    if leaf.ndim != example.ndim or leaf.shape[skipped:] != example.shape[skipped:]:
+        any_batch = " with any batch" if is_free else ", whose batch is fixed (use drop_last=True)"
+        raise DataError(
+            f"batch {number} holds a tensor of shape {tuple(leaf.shape)}; the model was captured for "
+            f"{tuple(example.shape)}{any_batch}."
+        )
+    if leaf.is_floating_point() != example.is_floating_point():
+        raise DataError(
+            f"batch {number} holds a tensor of dtype {leaf.dtype}; the model was captured for {example.dtype}."
+        )
 
 
 def _like(leaf: Any, example: Any) -> Any:

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from torchshear._arguments import check_kind
 from torchshear.calibration import Statistics
 from torchshear.calibration._weight_source import WeightSource
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, check_groups, make_plan
-from torchshear.errors import PlanError
+from torchshear.errors import PlanError, first_line
 from torchshear.pruners.selection._choosing import Choosing
 from torchshear.pruners.selection._request import Request
 
@@ -79,7 +80,13 @@ def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPla
 
 
 def _as_indices(name: str, indices: Any) -> Indices:
-    array = np.asarray(indices).reshape(-1)
+    try:
+        array = np.asarray(indices.detach().cpu() if isinstance(indices, Tensor) else indices).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PlanError(
+            f"kept units of group {name!r} are {type(indices).__name__}, which is no list of indices: "
+            f"{first_line(error)}"
+        ) from error
     if array.size and array.dtype.kind not in "iu":
         raise PlanError(f"kept units of group {name!r} have dtype {array.dtype}; expected integer indices.")
     return np.sort(array.astype(np.int64))
