@@ -17,7 +17,7 @@ __all__ = [
     "check_share",
     "is_share",
     "is_whole",
-    "shown",
+    "quote",
 ]
 
 MOST: Final = 2**31 - 1
@@ -40,14 +40,14 @@ def check_kind(name: str, value: object, kind: type | tuple[type, ...], expected
 def check_flag(name: str, value: object) -> None:
     """Raise ArgumentError for what is neither True nor False."""
     if not isinstance(value, bool | np.bool_):
-        raise ArgumentError(f"{name}={shown(value)}; expected True or False.")
+        raise ArgumentError(f"{name}={quote(value)}; expected True or False.")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
     """Raise ArgumentError for what is not a whole number between `least` and `MOST`; a bool is none."""
     if not is_whole(value) or not least <= value <= MOST:  # type: ignore[operator]
         above = f" and at most {MOST}" if is_whole(value) and value > MOST else ""  # type: ignore[operator]
-        raise ArgumentError(f"{name} must be a whole number of at least {least}{above}, but got {name}={shown(value)}.")
+        raise ArgumentError(f"{name} must be a whole number of at least {least}{above}, but got {name}={quote(value)}.")
 
 
 def check_callback(name: str, value: object) -> None:
@@ -59,28 +59,28 @@ def check_callback(name: str, value: object) -> None:
 def check_one_of(name: str, value: object, words: Collection[str]) -> None:
     """Raise ArgumentError for what is none of a few words."""
     if not isinstance(value, str) or value not in words:
-        raise ArgumentError(f"{name}={shown(value)}; expected one of {', '.join(map(repr, words))}.")
+        raise ArgumentError(f"{name}={quote(value)}; expected one of {', '.join(map(repr, words))}.")
 
 
 def check_share(name: str, value: object) -> None:
     """Raise ArgumentError for what is not a number in [0, 1); a bool or a NaN is none."""
     if not is_share(value):
-        raise ArgumentError(f"{name}={shown(value)}; expected a number of at least 0 and below 1.")
+        raise ArgumentError(f"{name}={quote(value)}; expected a number of at least 0 and below 1.")
 
 
 def is_share(value: object) -> bool:
-    """Whether a value is a number in [0, 1), of Python or NumPy, and no bool."""
+    """Return True for a number in [0, 1) of Python or NumPy; a bool is none."""
     is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return is_number and bool(0 <= value < 1)  # type: ignore[operator]
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is an integer, of Python or NumPy, and no bool."""
+    """Return True for an integer of Python or NumPy; a bool is none."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def shown(value: Any) -> str:
-    """A value for a message: itself if that is short, else its type."""
+def quote(value: Any) -> str:
+    """Write a value for a message: itself if that is short, else its type."""
     try:
         if isinstance(value, Collection) and not isinstance(value, str | bytes) and len(value) > 20:
             return f"a {type(value).__name__} of {len(value)}"

@@ -176,14 +176,14 @@ def answering(module: str) -> Callable[[str], NoReturn]:
 
 
 def missing_method(owner: str, name: str) -> AttributeError:
-    """The error for a name that an object does not have."""
+    """Make the error for a name that an object does not have."""
     if name in METHODS:
         return OtherToolNameError(f"{owner} has no {name!r}: {METHODS[name]}. docs/migration.md has more.")
     return AttributeError(f"{owner!r} object has no attribute {name!r}")
 
 
 def unknown_keyword(function: str, name: str, expected: str) -> KeywordError:
-    """The error for a keyword argument that does not exist.
+    """Make the error for a keyword argument that does not exist.
 
     Args:
         function: what was called.

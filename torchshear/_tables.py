@@ -23,12 +23,12 @@ class Cell:
         return Measurement(longest, max(map(len, self.text.splitlines()), default=0)).with_maximum(options.max_width)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        lines = [line for whole in self.text.splitlines() for line in _wrapped(whole, options.max_width)]
+        lines = [line for whole in self.text.splitlines() for line in _wrap(whole, options.max_width)]
         yield Text("\n".join(lines), overflow="fold")
 
 
-def _wrapped(line: str, width: int) -> Iterator[str]:
-    """The lines into which one goes."""
+def _wrap(line: str, width: int) -> Iterator[str]:
+    """Wrap a line to a width."""
     taken = ""
     for piece in _BREAKS.split(line):
         if taken and len(taken) + len(piece.rstrip()) > width:

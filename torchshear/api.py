@@ -40,7 +40,7 @@ __all__ = ["PruneResult", "plan", "prune"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PruneResult:
-    """What `prune` gives.
+    """Pruned model with its plan, its report and its proof.
 
     Attributes:
         model: the pruned model, really smaller.

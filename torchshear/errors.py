@@ -84,5 +84,5 @@ class OutputError(TorchshearError, OSError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message that says anything, or the error's type; for use in a message of our own."""
+    """Return the first line of an error's message that is not empty, or the error's type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 from torch import Tensor, nn
 
-from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, shown
+from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, quote
 from torchshear._other_tools import unknown_keyword
 from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, Loss, Statistics
 from torchshear.configs import (
@@ -181,7 +181,7 @@ class PruneOptions:
         if submodules is not None:
             check_kind("submodules", submodules, Sequence, "a list of names of modules, as ['backbone']")
         if not (isinstance(fold_bias, bool) or (isinstance(fold_bias, str) and fold_bias == "means")):
-            raise ArgumentError(f"fold_bias={shown(fold_bias)}; expected False, True or 'means'.")
+            raise ArgumentError(f"fold_bias={quote(fold_bias)}; expected False, True or 'means'.")
         uses_means = fold_bias == "means"
         if uses_means and calibration.loader is None:
             raise ArgumentError("fold_bias='means' takes means over data; give batches as data=, or write True.")
@@ -203,7 +203,7 @@ class PruneOptions:
 
     @property
     def criteria(self) -> list[str | Criterion]:
-        """The criteria that score units."""
+        """Criteria that score units."""
         if not self.entries:
             return [self.request.criterion]
         named = [entry.criterion or self.request.criterion for entry in self.entries if not entry.excludes]
@@ -288,7 +288,7 @@ def _read_entries(config: ConfigList, request: Request, has_criterion: bool) -> 
         is_empty = value is None or (isinstance(value, tuple | list) and not value)
         if field.name not in _BESIDE_A_CONFIG and not is_empty and value != field.default:
             raise ArgumentError(
-                f"config= says which layers lose how much, and {field.name}={shown(value)} says something else of "
+                f"config= says which layers lose how much, and {field.name}={quote(value)} says something else of "
                 f"that. Give one of them; beside a config there may be criterion, align and min_width."
             )
     criterion = request.criterion if has_criterion else None

@@ -1,4 +1,4 @@
-"""The report of a pruning: what was asked, what was done, group by group, and what could not be done and why."""
+"""Report of a pruning, group by group: the request, the result, and reasons for what stayed."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -91,7 +91,7 @@ class PartReport:
 
 @dataclass(frozen=True, slots=True)
 class PruningReport:
-    """What a plan asks of a model and what it does to it.
+    """Report of a plan: the request, and its effect on a model.
 
     Attributes:
         requested_ratio: fraction of units that was to go, over the groups that can and may shrink; None if units were
@@ -103,11 +103,10 @@ class PruningReport:
         refused: group or "parameter[dimension]" -> why it cannot shrink; the reasons that hold most parameters first.
         form: "native" or "traced", and why, once the model is shrunk; else "".
         outputs: the outputs that were allowed to shrink; all others keep their shapes.
-        target: what was asked to be left at most, "target_macs" and "target_params", as a number; empty if a ratio was
-            asked for.
+        target: largest amounts that may be left, "target_macs" and "target_params"; empty if a ratio was asked for.
         parts: the parts that were pruned inside the model, if it was not pruned whole; parameters in `before` and
             `after` are then those of the whole model, MACs those of the parts.
-        statistics: what is to be known of the statistics that units were scored by.
+        statistics: notes on the statistics that units were scored by.
     """
 
     requested_ratio: float | None
@@ -123,11 +122,11 @@ class PruningReport:
     statistics: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data for JSON."""
+        """Return the report as plain data for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """A table for people."""
+        """Return the report as a table."""
         return render_report(self)
 
     def __repr__(self) -> str:
@@ -177,7 +176,7 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
 
 
 def _outputs(plans: Sequence[OutputPlan]) -> tuple[OutputReport, ...]:
-    """A row for each output; for one that is alike in both modes a single one."""
+    """Make a row for each output; a single one for an output that is alike in both modes."""
     rows: dict[tuple[Any, ...], OutputReport] = {}
     for o in plans:
         name = f"{o.name} in train mode" if o.mode == "train" else o.name
@@ -186,14 +185,14 @@ def _outputs(plans: Sequence[OutputPlan]) -> tuple[OutputReport, ...]:
 
 
 def _targets(plan: PruningPlan, dense: Cost) -> dict[str, int]:
-    """What was to be left at most, as numbers."""
+    """Return the targets of a plan as numbers of MACs and parameters."""
     whole = {"target_macs": dense.macs, "target_params": dense.n_params}
     asked = {name: plan.request[name] for name in whole if plan.request.get(name) is not None}
     return {name: int(share * whole[name]) if share <= 1 else int(share) for name, share in asked.items()}
 
 
 def _by_weight(refused: Mapping[str, str], groups: ChannelGroups) -> dict[str, str]:
-    """What cannot shrink, by the number of parameters in the tensors that each kind of reason is about."""
+    """Sort refused names by the number of parameters that each kind of reason concerns, most first."""
     of_kind: dict[str, dict[str, int]] = {}
     for name, reason in refused.items():
         tensor = name.rpartition("[")[0]
@@ -204,7 +203,7 @@ def _by_weight(refused: Mapping[str, str], groups: ChannelGroups) -> dict[str, s
 
 
 def _kind(reason: str) -> str:
-    """A reason without the operator and the line that it ends with."""
+    """Strip from a reason the operator and the line that it ends with."""
     return reason.partition(": ")[0]
 
 
@@ -238,7 +237,7 @@ def _row(group: ChannelGroup, plan_of: GroupPlan) -> GroupReport:
 
 
 def render_report(report: PruningReport, width: int = 120) -> str:
-    """A report as text.
+    """Write a report as text.
 
     Args:
         report: the report.
@@ -266,7 +265,7 @@ def _cells(group: GroupReport) -> tuple[str, ...]:
 
 
 def _nothing_shrank(report: PruningReport) -> str:
-    """What comes before everything else where the result is a copy of the model, with the weightiest reason."""
+    """Write the first line of a report whose model kept every channel, with the main reason."""
     notes = [group.note for group in report.groups if group.note]
     why = next(iter((*report.refused.values(), *notes)), "the model has no parameters")
     return f"Nothing shrank: the result keeps every channel, first of all because: {why}."
@@ -294,7 +293,7 @@ def _summary(report: PruningReport) -> str:
 
 
 def _refusals(refused: Mapping[str, str]) -> list[str]:
-    """What cannot shrink, by reason."""
+    """List refused names by reason."""
     names: dict[str, list[str]] = {}
     for name, reason in refused.items():
         names.setdefault(_kind(reason), []).append(name)

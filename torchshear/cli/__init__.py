@@ -56,5 +56,5 @@ app.command()(bench)
 
 
 def main() -> None:
-    """The console entry point."""
+    """Run the command line."""
     app()

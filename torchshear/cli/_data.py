@@ -58,7 +58,7 @@ def _nothing(text: str) -> None:
 
 
 def _by_targets(name: str, function: Loss) -> Loss:
-    """A loss of torch on an output and a target that both are tensors."""
+    """Make a loss of torch on an output and a target that both are tensors."""
 
     def loss(output: Any, target: Any) -> Tensor:
         for what, value in (("output of the model", output), ("target of the batch", target)):
@@ -83,7 +83,7 @@ def _mse(output: Tensor, target: Tensor) -> Tensor:
 
 
 def _own_loss(output: Any, target: Any) -> Tensor:
-    """What the model itself gives as its loss."""
+    """Return the loss that the model itself gives."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if found is None and isinstance(output, tuple | list) and output:
         found = output[0]
@@ -106,7 +106,7 @@ LOSS_NAMES: Final = ", ".join(_LOSSES)
 
 
 def load_loss(name: str) -> Loss:
-    """The loss of a name, or what a user names as "package.module:function"; what it raises says so.
+    """Load a loss by its name or as "package.module:function"; errors of the function name it.
 
     Raises:
         ArgumentError: there is none.

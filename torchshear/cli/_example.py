@@ -34,9 +34,9 @@ def load_example(target: str) -> Example:
     Raises:
         ArgumentError: there is no such factory, it fails, or it returns something else than it should.
     """
-    made = _made(target, _EXPECTED, (2, 3))
+    made = _call_factory(target, _EXPECTED, (2, 3))
     model, args, kwargs = (*made, {}) if len(made) == 2 else made
-    return _checked(target, _EXPECTED, model, args, kwargs)
+    return _check_example(target, _EXPECTED, model, args, kwargs)
 
 
 def load_evaluated(target: str) -> tuple[Example, Callable[[nn.Module], float]]:
@@ -48,15 +48,15 @@ def load_evaluated(target: str) -> tuple[Example, Callable[[nn.Module], float]]:
     Raises:
         ArgumentError: there is no such factory, it fails, or it returns something else than it should.
     """
-    *made, evaluate = _made(target, _EVALUATED, (3, 4))
+    *made, evaluate = _call_factory(target, _EVALUATED, (3, 4))
     if not callable(evaluate) or isinstance(evaluate, nn.Module):
         raise ArgumentError(f"{target} returned {kind_of(evaluate)} as its evaluate, the last. Expected {_EVALUATED}.")
     model, args, kwargs = (*made, {}) if len(made) == 2 else made
-    return _checked(target, _EVALUATED, model, args, kwargs), evaluate
+    return _check_example(target, _EVALUATED, model, args, kwargs), evaluate
 
 
-def _made(target: str, expected: str, lengths: tuple[int, int]) -> tuple[Any, ...]:
-    """What a factory returns, if it is a tuple of one of some lengths."""
+def _call_factory(target: str, expected: str, lengths: tuple[int, int]) -> tuple[Any, ...]:
+    """Call a factory, which returns a tuple of one of some lengths."""
     factory = find_object(target, "factory", expected)
     if isinstance(factory, nn.Module) or not callable(factory):
         raise ArgumentError(f"{target} is {kind_of(factory)}. Expected {expected}.")
@@ -67,7 +67,7 @@ def _made(target: str, expected: str, lengths: tuple[int, int]) -> tuple[Any, ..
     return made
 
 
-def _checked(target: str, expected: str, model: Any, args: Any, kwargs: Any) -> Example:
+def _check_example(target: str, expected: str, model: Any, args: Any, kwargs: Any) -> Example:
     for name, value, kind in (("model", model, nn.Module), ("args", args, tuple), ("kwargs", kwargs, Mapping)):
         if not isinstance(value, kind):
             hint = " Write (x,) for a single argument x." if name == "args" else ""
@@ -101,7 +101,7 @@ def find_object(target: str, kind: str, expected: str) -> Any:
     module_name, _, path = target.partition(":")
     if not (path and all(part.isidentifier() for part in [*module_name.split("."), *path.split(".")])):
         raise ArgumentError(f"cannot read {target!r}. Expected package.module:{kind}, as in nets.small:make.")
-    found: Any = _imported(module_name, kind)
+    found: Any = _import_name(module_name, kind)
     for part in path.split("."):
         if not hasattr(found, part):
             near = difflib.get_close_matches(part, [name for name in dir(found) if not name.startswith("_")], n=1)
@@ -111,7 +111,7 @@ def find_object(target: str, kind: str, expected: str) -> Any:
     return found
 
 
-def _imported(name: str, kind: str) -> object:
+def _import_name(name: str, kind: str) -> object:
     folder = os.getcwd()
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -133,5 +133,5 @@ def failure_of(error: Exception) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What an object is, for a message."""
+    """Describe the type of an object for a message."""
     return f"an object of type {type(value).__name__}"

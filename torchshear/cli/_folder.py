@@ -37,7 +37,7 @@ class _Written:
 
 
 def folder_name(text: str) -> Path:
-    """The name of a folder as it is given on the command line.
+    """Check the name of a folder that is given on the command line.
 
     Raises:
         typer.BadParameter: it is empty.
@@ -128,7 +128,7 @@ def _is_ours(entry: Path, own: Mapping[str, _Written]) -> bool:
 
 
 def _read_record(output: Path) -> dict[str, _Written]:
-    """What earlier runs wrote, by name; nothing if no record can be read."""
+    """Read the record of files that earlier runs wrote; empty if there is none."""
     try:
         document = read_json(output / RECORD, _MAX_BYTES)
         files = document["files"] if document["format"] == _FORMAT else {}

@@ -71,7 +71,7 @@ def _print_groups(console: Console, groups: ChannelGroups) -> None:
 
 
 def _unit_of_work(groups: ChannelGroups) -> str:
-    """What MACs are counted of: a sample, or the whole example where the batch is not free."""
+    """Name the unit that MACs are counted for: a sample, or the whole example where the batch is not free."""
     return "sample" if groups.graph.batch_hint is not None else "example"
 
 

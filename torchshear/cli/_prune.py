@@ -92,7 +92,7 @@ def prune(  # noqa: PLR0913 - options, given by name
     console = stdout_console()
     _print_result(console, result)
     if bench:
-        document["latency"] = _measured(console, output, list(pairs))
+        document["latency"] = _measure_files(console, output, list(pairs))
         with output_folder(output, "prune", force, adds=True) as draft:
             (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
@@ -116,7 +116,7 @@ def _write(
 
 
 def _print_result(console: Console, result: torchshear.PruneResult) -> None:
-    """What was asked, what was done, and how it was proved."""
+    """Print the report and the proof of a result."""
     if result.config is not None:
         print_lines(console, render_config(result.config, console.width))
     print_lines(console, render_report(result.report, console.width))
@@ -132,7 +132,7 @@ def _proof(result: torchshear.PruneResult) -> Verification:
     return result.verification
 
 
-def _measured(console: Console, output: Path, suffixes: list[str]) -> dict[str, Any]:
+def _measure_files(console: Console, output: Path, suffixes: list[str]) -> dict[str, Any]:
     """Latency of each pair of ONNX files, printed; of the whole model, or by the name of the part."""
     comparisons = {
         suffix: measure({f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in ("dense", "pruned")})
@@ -145,7 +145,7 @@ def _measured(console: Console, output: Path, suffixes: list[str]) -> dict[str, 
 
 
 def _steps_after(result: torchshear.PruneResult) -> Iterator[str]:
-    """What was done after the proof."""
+    """Name the steps after the proof."""
     if result.fold is not None:
         n_folded, n_skipped = (
             sum(o.n_channels for o in places) for places in (result.fold.folded, result.fold.skipped)

@@ -1,4 +1,4 @@
-"""What the commands print with: lines that fit the terminal, and a word on what is being done."""
+"""Printing on the terminal: lines that fit it, and a line on the current step."""
 
 import textwrap
 from collections.abc import Callable, Iterator

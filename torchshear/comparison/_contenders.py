@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torchshear._arguments import check_kind, is_whole, shown
+from torchshear._arguments import check_kind, is_whole, quote
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
@@ -38,7 +38,7 @@ class Budget:
 
     @property
     def text(self) -> str:
-        """The budget in words."""
+        """Budget in words."""
         if self.word == "ratio":
             return f"ratio {self.value:g}"
         of = "MACs" if self.word == "target_macs" else "parameters"
@@ -51,13 +51,13 @@ def _first_units(group: ChannelGroup, weights: Mapping[str, Tensor], statistics:
 
 
 def random_criteria(seeds: Sequence[int]) -> tuple[Criterion, ...]:
-    """The random control's criteria, one a seed.
+    """Make the random control's criteria, one for each seed.
 
     Raises:
         ArgumentError: there are none, or one is no integer or stands twice.
     """
     if not isinstance(seeds, Sequence) or not all(map(is_whole, seeds)) or not 0 < len(seeds) == len(set(seeds)):
-        raise ArgumentError(f"seeds={shown(seeds)}; expected one or more integers, each once.")
+        raise ArgumentError(f"seeds={quote(seeds)}; expected one or more integers, each once.")
     return tuple(random_criterion(seed) for seed in seeds)
 
 
@@ -75,7 +75,7 @@ def contenders_of(
     if criteria is not None:
         check_kind("criteria", criteria, Sequence, "names of criteria, or functions")
         if not all(isinstance(one, str) or callable(one) for one in criteria):
-            raise ArgumentError(f"criteria={shown(criteria)}; expected names of criteria, or functions.")
+            raise ArgumentError(f"criteria={quote(criteria)}; expected names of criteria, or functions.")
     names = dict.fromkeys(registered_criteria() if criteria is None else criteria)
     chosen = [name for name in names if name not in _CONTROLS]
     lacks = {name: data.missing_for(name) for name in chosen}
@@ -111,7 +111,7 @@ def budgets_of(amounts: Mapping[str, Any]) -> list[Budget]:
         [Budget(word, float(one) if isinstance(one, Fraction) else one) for one in values] if all(is_number) else []
     )
     if not budgets or len({budget.text for budget in budgets}) < len(budgets):
-        raise ArgumentError(f"{word}={shown(value)}; expected a number, or several different ones.")
+        raise ArgumentError(f"{word}={quote(value)}; expected a number, or several different ones.")
     return budgets
 
 

@@ -43,7 +43,7 @@ def draw_panels(title: str, before: float, panels: Mapping[str, Sequence[Row]], 
 
 
 def has_matplotlib() -> bool:
-    """Whether pictures can be drawn."""
+    """Return True if matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 

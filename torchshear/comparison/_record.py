@@ -1,4 +1,4 @@
-"""What a comparison of criteria found: plain data, a table and a picture of it."""
+"""Result of a comparison of criteria: plain data, a table and a picture."""
 
 import io
 import math
@@ -47,7 +47,7 @@ class Comparison:
     left_out: Mapping[str, str] = field(default_factory=dict)
 
     def ranked(self, budget: str) -> tuple[Row, ...]:
-        """The rows of a budget, best score first, those without a score last.
+        """Return the rows of a budget, best score first, those without a score last.
 
         Raises:
             ArgumentError: `budget` is none of `budgets`.
@@ -57,7 +57,7 @@ class Comparison:
         return tuple(sorted(rows, key=lambda row: (row.score is None, -(row.score or 0.0))))
 
     def row(self, criterion: str, budget: str) -> Row:
-        """The row of a criterion or control.
+        """Return the row of a criterion or control.
 
         Raises:
             ArgumentError: there is none.
@@ -67,7 +67,7 @@ class Comparison:
         return rows[criterion]
 
     def to_dict(self) -> dict[str, Any]:
-        """The comparison as plain data for JSON."""
+        """Return the comparison as plain data for JSON."""
         return asdict(self)
 
     def draw(self, path: str | os.PathLike[str]) -> None:
@@ -102,7 +102,7 @@ class Comparison:
 
 
 def render_comparison(comparison: Comparison, width: int = 120) -> str:
-    """A comparison as text: a table for each budget, and below it what is to be known of its rows.
+    """Write a comparison as text: a table for each budget, with notes on its rows below.
 
     Args:
         comparison: the comparison.

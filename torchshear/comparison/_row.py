@@ -1,4 +1,4 @@
-"""What a comparison found of one criterion."""
+"""Result of one criterion in a comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -61,9 +61,9 @@ class Trial:
             self.first_error = self.first_error or error
             return _without(row, first_line(error))
         seconds = (time.perf_counter() - start) / len(asked)
-        return self._scored(row, budget, plans, models, seconds)
+        return self._score_models(row, budget, plans, models, seconds)
 
-    def _scored(
+    def _score_models(
         self, row: Row, budget: Budget, plans: Sequence[PruningPlan], models: Sequence[nn.Module], seconds: float
     ) -> Row:
         what = f"the model pruned by {row.criterion}, {budget.text}"
@@ -88,18 +88,18 @@ class Trial:
             macs_share=_mean_share([(r.after.macs, r.before.macs) for r in reports]),
             params_share=_mean_share([(r.after.n_params, r.before.n_params) for r in reports]),
             seconds=seconds,
-            note=self._unscored(budget, plans[0]).replace(f": {row.criterion}: ", ": "),
+            note=self._note_unscored(budget, plans[0]).replace(f": {row.criterion}: ", ": "),
         )
 
-    def _unscored(self, budget: Budget, plan: PruningPlan) -> str:
-        """Which groups stay whole under this criterion and not under the first control, which scores all."""
+    def _note_unscored(self, budget: Budget, plan: PruningPlan) -> str:
+        """Note the groups that stay whole under this criterion, but not under the first control, which scores all."""
         notes = {group.name: group.note for group in plan.groups if group.note.startswith(_WHOLE)}
         known = self.whole.setdefault(budget, set(notes))
         unscored = [note.removeprefix(_WHOLE) for name, note in notes.items() if name not in known]
         return f"{len(unscored)} of {len(plan.groups)} groups stay whole: {unscored[0]}" if unscored else ""
 
     def _score(self, what: str, model: nn.Module) -> float:
-        """What `evaluate` says of a model.
+        """Score a model by `evaluate`.
 
         Raises:
             ArgumentError: it fails, or gives no number.

@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from torchshear._arguments import shown
+from torchshear._arguments import quote
 from torchshear.configs import _neural_compressor, _nni
 from torchshear.configs._entry import Entry
 from torchshear.errors import ArgumentError
@@ -46,7 +46,7 @@ def parse_config(config: object, dialect: str | None = None) -> tuple[Entry, ...
     """
     if dialect is not None and (not isinstance(dialect, str) or dialect not in _PARSERS):
         raise ArgumentError(
-            f"dialect={shown(dialect)}; expected one of {', '.join(_PARSERS)}.{close_names(str(dialect), _PARSERS)}"
+            f"dialect={quote(dialect)}; expected one of {', '.join(_PARSERS)}.{close_names(str(dialect), _PARSERS)}"
         )
     parse, _ = _PARSERS[dialect or _dialect(_keys(config))]
     entries = parse(config)

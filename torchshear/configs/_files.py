@@ -8,7 +8,7 @@ from typing import Any, Final
 import yaml
 
 from torchshear.errors import ArgumentError, first_line
-from torchshear.storage._reading import UnreadableError, as_path, parse_json, read_text, shortened
+from torchshear.storage._reading import UnreadableError, as_path, parse_json, read_text, shorten
 
 ConfigList = Sequence[Mapping[str, Any]] | Mapping[str, Any] | str | PathLike[str]
 
@@ -140,7 +140,7 @@ def _scalar(node: yaml.Node) -> Any:
     is_number = node.tag in (f"{_TAG}int", f"{_TAG}float")
     if is_number and ":" in node.value:
         raise UnreadableError(
-            f"holds {shortened(node.value)} in line {_line(node)}, which YAML takes for a number in base 60; put it in "
+            f"holds {shorten(node.value)} in line {_line(node)}, which YAML takes for a number in base 60; put it in "
             f"quotes"
         )
     if is_number and len(node.value) > _LONGEST_NUMBER:
@@ -150,10 +150,10 @@ def _scalar(node: yaml.Node) -> Any:
     except (ValueError, LookupError) as error:
         what = node.tag.removeprefix(_TAG)
         raise UnreadableError(
-            f"is not well-formed YAML: {shortened(node.value)} in line {_line(node)} is no {what}"
+            f"is not well-formed YAML: {shorten(node.value)} in line {_line(node)} is no {what}"
         ) from error
     if isinstance(found, float) and not math.isfinite(found):
-        raise UnreadableError(f"holds {shortened(node.value)} in line {_line(node)}, which is no finite number")
+        raise UnreadableError(f"holds {shorten(node.value)} in line {_line(node)}, which is no finite number")
     return found
 
 

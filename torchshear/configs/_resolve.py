@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from torchshear._arguments import shown
+from torchshear._arguments import quote
 from torchshear.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.configs._layers import Layer, LayerGroups, Maskable, list_layers, maskable_weights
 from torchshear.configs._resolved import ConfigRow, GroupTarget, ResolvedConfig
@@ -60,7 +60,7 @@ def resolve(
     if groups is not None:
         check_groups(groups)
     if not isinstance(criterion, str | None) or not isinstance(pattern, str):
-        raise ArgumentError(f"criterion={shown(criterion)} and pattern={shown(pattern)}; expected texts.")
+        raise ArgumentError(f"criterion={quote(criterion)} and pattern={quote(pattern)}; expected texts.")
     if not entries:
         raise ArgumentError("the config has no entries; expected at least one.")
     layers = list_layers(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchshear._arguments import shown
+from torchshear._arguments import quote
 from torchshear.errors import ArgumentError
 
 
@@ -53,5 +53,5 @@ def parse_names(argument: str, given: object) -> tuple[str, ...]:
     is_several = isinstance(given, Collection) and not isinstance(given, Tensor | nn.Module | bytes)
     names: tuple[Any, ...] = tuple(given) if is_several else (given,)  # type: ignore[arg-type]
     if not all(isinstance(name, str) and name for name in names):
-        raise ArgumentError(f"{argument}={shown(given)}; expected a string or several of them.")
+        raise ArgumentError(f"{argument}={quote(given)}; expected a string or several of them.")
     return names

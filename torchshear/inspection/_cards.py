@@ -1,4 +1,4 @@
-"""What is drawn: operators with their tensors as cards, at several levels of detail.
+"""Operators and their tensors as cards, at several levels of detail.
 
 A level of detail cuts the names of modules at some depth. Operators that follow one another in execution order in the
 same module, so cut, are one card. Runs of an order of execution have no cycles among them, whatever the modules call.
@@ -51,7 +51,7 @@ class Level:
 
 
 def make_levels(values: Sequence[Value]) -> tuple[Level, ...]:
-    """The network at several levels of detail, coarsest first, single operators last.
+    """Describe the network at several levels of detail, coarsest first, single operators last.
 
     Levels that show no more than the one before are left out. Numbers that operators compute sizes from are not drawn,
     nor is a tensor of the model apart from the first operator that reads it.
@@ -82,7 +82,7 @@ def _path(module: str) -> list[str]:
 
 
 def _is_drawn(value: Value, used: Set[str]) -> bool:
-    """Whether a node is more than a computation of sizes, or a counter that is raised and read by nothing."""
+    """Return False for a computation of sizes, and for a counter that nothing reads."""
     return value.kind in {"input", "output"} or any(dims or value.name in used for dims in value.tensors)
 
 

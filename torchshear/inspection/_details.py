@@ -20,7 +20,7 @@ _RANGES = 4  # runs of positions that are written out
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """What limits the choice of units in a group, or the meaning of cutting them.
+    """Limit on the choice of units in a group, or on the meaning of cutting them.
 
     Attributes:
         kind: "minimum", "balanced", "tied blocks", "mixed" or "fixed".
@@ -119,7 +119,7 @@ def describe_groups(groups: ChannelGroups) -> tuple[GroupDetail, ...]:
 
 
 def find_group(groups: ChannelGroups, text: str) -> int:
-    """The number of the group that a person means.
+    """Find the number of the group that a name stands for.
 
     Args:
         groups: the analysed network.
@@ -171,7 +171,7 @@ def _graphs(graph: Graph) -> list[Graph]:
 
 
 def _demands(groups: ChannelGroups) -> dict[int, list[Constraint]]:
-    """What operators demand of each group: balance, and statistics over its units."""
+    """Collect the demands of operators on each group: balance, and statistics over its units."""
     store = groups.algebra.store
     group_of = np.full(len(store), -1, np.int64)
     for number, group in enumerate(groups):

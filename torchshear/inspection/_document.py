@@ -1,4 +1,4 @@
-"""What was found out about a network as plain data, for JSON."""
+"""Channel groups of a network as plain data, for JSON."""
 
 from dataclasses import asdict
 from typing import Any
@@ -8,7 +8,7 @@ from torchshear.inspection._details import describe_groups
 
 
 def groups_document(groups: ChannelGroups) -> dict[str, Any]:
-    """The channel groups of a network and what is fixed in it, as data that `json` writes.
+    """Return the channel groups of a network and its fixed dimensions, as data that `json` writes.
 
     Args:
         groups: the analysed network.

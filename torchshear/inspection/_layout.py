@@ -21,7 +21,7 @@ _SWEEPS = 6
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything lies, in pixels at scale 1.
+    """Places of all cards and edges, in pixels at scale 1.
 
     Attributes:
         places: x of each card's middle and y of its top.
@@ -163,12 +163,12 @@ def _break(heights: Sequence[float], start: int, target: float, modules: Sequenc
         used += heights[stop]
         stop += 1
         if used > 0.85 * target:
-            best = min(best, (_shared(modules[stop - 1], modules[stop]), abs(used - target), stop, used))
+            best = min(best, (_n_shared_levels(modules[stop - 1], modules[stop]), abs(used - target), stop, used))
     return best[2], best[3]
 
 
-def _shared(one: str, other: str) -> int:
-    """Components that the names of two modules have in common at their front."""
+def _n_shared_levels(one: str, other: str) -> int:
+    """Count the components that the names of two modules share at their front."""
     count = 0
     for a, b in zip(one.split("."), other.split("."), strict=False):
         if a != b or not a:

@@ -43,7 +43,7 @@ def write_page(groups: ChannelGroups, path: str | PathLike[str]) -> None:
 
 
 def render_page(groups: ChannelGroups) -> str:
-    """The page as text, in ASCII.
+    """Write the page as ASCII text.
 
     Args:
         groups: the analysed network.
@@ -68,7 +68,7 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """A source expression of a content security policy that allows exactly this text."""
+    """Return the source expression of a content security policy that allows exactly this text."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 

@@ -53,11 +53,11 @@ class Frame:
         return min(lefts, default=0.0), max(rights, default=0.0)
 
     def column(self, card: int) -> int:
-        """The column in which a card lies."""
+        """Return the column in which a card lies."""
         return self.column_of[self.row_of[card]]
 
     def is_clear(self, x: float, first: int, last: int) -> bool:
-        """Whether a vertical line at x meets no card of the rows first..last."""
+        """Return True if a vertical line at x meets no card of the rows first..last."""
         return all(
             abs(self.x[card] - x) > self.sizes[card][0] / 2 + _CLEARANCE
             for row in range(first, last + 1)
@@ -67,7 +67,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Which edges run beside the cards, and where.
+    """Lanes of the edges that run beside the cards.
 
     Attributes:
         beside: for edges that run within a column, the source's x, the target's x, or None for a lane in the gutter.

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from torchshear._arguments import check_count, check_flag, check_kind, shown
+from torchshear._arguments import check_count, check_flag, check_kind, quote
 from torchshear.calibration import (
     ALL_SUMS,
     SUM_OF_MEANS,
@@ -163,7 +163,7 @@ def _sums(criteria: str | Criterion | Collection[str | Criterion] | None, loss_f
         return allowed
     named = [criteria] if isinstance(criteria, str) or callable(criteria) else criteria
     if not isinstance(named, Collection) or isinstance(named, Tensor):
-        raise ArgumentError(f"criteria={shown(criteria)}; expected names of criteria or functions, or None for all.")
+        raise ArgumentError(f"criteria={quote(criteria)}; expected names of criteria or functions, or None for all.")
     wanted: frozenset[Sum] = frozenset()
     for name in named:
         if not declared_needs(name) <= allowed:

@@ -114,7 +114,7 @@ def open_checkpoint(path: str | PathLike[str]) -> Checkpoint:
 
 
 def _main_file(path: Path) -> Path:
-    """The file that names or holds all tensors."""
+    """Find the file that names or holds all tensors."""
     if not os.path.isdir(path):
         if os.path.isfile(path) and path.name.endswith((".safetensors", _INDEX)):
             return path
@@ -181,7 +181,7 @@ def _read(path: Path, read: Callable[[Any], _T]) -> _T:
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """Which tensor of a model each tensor of a checkpoint is.
+    """Tensors of a checkpoint matched with those of a model.
 
     Attributes:
         names: name in the checkpoint -> name in the model, for those that the model has.
@@ -216,6 +216,6 @@ def _better(best: Matching, other: Matching) -> Matching:
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:
-    """The first one and the first two parts of dotted names, with the dot."""
+    """Return the first one and the first two parts of dotted names, with the dot."""
     found = {".".join(name.split(".")[:n]) + "." for name in names for n in (1, 2) if name.count(".") >= n}
     return sorted(found, key=lambda prefix: (len(prefix), prefix))

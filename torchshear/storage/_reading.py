@@ -74,7 +74,7 @@ def check_tensors(path: Path) -> None:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a plain file.
+    """Read a plain file.
 
     Args:
         path: the file.
@@ -94,7 +94,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_text(path: Path, most: int) -> str:
-    """The text of a plain file in UTF-8, with or without a mark of the byte order; see `read_bytes`.
+    """Read a plain file as UTF-8, with or without a byte order mark; see `read_bytes`.
 
     Raises:
         UnreadableError: also if it is no text.
@@ -106,7 +106,7 @@ def read_text(path: Path, most: int) -> str:
 
 
 def read_json(path: Path, most: int) -> Any:
-    """The content of a JSON file; see `read_bytes` and `parse_json`."""
+    """Read a JSON file; see `read_bytes` and `parse_json`."""
     return parse_json(read_text(path, most))
 
 
@@ -159,7 +159,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def shortened(value: object) -> str:
-    """A value of a file as it stands in a message, however long it is."""
+def shorten(value: object) -> str:
+    """Shorten a value of a file for a message."""
     text = repr(value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."

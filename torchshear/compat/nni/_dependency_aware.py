@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from torchshear._arguments import check_kind, shown
+from torchshear._arguments import check_kind, quote
 from torchshear._tables import Cell
 from torchshear.calibration import Statistics, find_layers
 from torchshear.calibration._weight_source import WeightSource, weights_to_score
@@ -153,7 +153,7 @@ def plan_dependency_aware(
         check_kind("statistics", statistics, Statistics, "what torchshear.collect gives")
     if not isinstance(extra, str) or extra not in EXTRA:
         raise ArgumentError(
-            f"extra={shown(extra)}; expected one of {', '.join(EXTRA)}.{close_names(str(extra), EXTRA)}"
+            f"extra={quote(extra)}; expected one of {', '.join(EXTRA)}.{close_names(str(extra), EXTRA)}"
         )
     asked = _by_weight(groups, ratios)
     score = find_criterion(criterion)

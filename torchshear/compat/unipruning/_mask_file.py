@@ -17,7 +17,7 @@ from torchshear.errors import ArgumentError, PlanError
 from torchshear.graph import close_names
 from torchshear.pruners._planning import plan_from_kept
 from torchshear.pruners.selection._per_group import layer_of
-from torchshear.storage._reading import UnreadableError, as_path, read_json, shortened
+from torchshear.storage._reading import UnreadableError, as_path, read_json, shorten
 from torchshear.storage._writing import atomic_path
 
 Indices = npt.NDArray[np.int64]
@@ -134,7 +134,7 @@ def _units(
     is_list = isinstance(channels, list) and all(isinstance(c, int) and not isinstance(c, bool) for c in channels)
     if not is_list or len(set(channels)) < len(channels) or not set(channels) <= set(range(size)):
         raise PlanError(
-            f"{path!r}: {name!r} must have different whole numbers below {size}; it has {shortened(channels)}."
+            f"{path!r}: {name!r} must have different whole numbers below {size}; it has {shorten(channels)}."
         )
     is_gone = np.zeros(size, bool)
     is_gone[channels] = True

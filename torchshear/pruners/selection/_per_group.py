@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from torchshear._arguments import is_share, shown
+from torchshear._arguments import is_share, quote
 from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.graph import close_names, matches, parse_names
@@ -20,7 +20,7 @@ def check_ratio(what: str, ratio: object) -> None:
     """Raise ArgumentError unless a ratio is a number in [0, 1)."""
     if not is_share(ratio):
         raise ArgumentError(
-            f"{what}={shown(ratio)}; expected a number in [0, 1), the fraction of channels to remove, or a mapping to "
+            f"{what}={quote(ratio)}; expected a number in [0, 1), the fraction of channels to remove, or a mapping to "
             f"such numbers from roles, name patterns or groups."
         )
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from torchshear._arguments import MOST, is_whole, shown
+from torchshear._arguments import MOST, is_whole, quote
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
 
@@ -91,7 +91,7 @@ def resolve_alignment(align: int | str | Alignment | None) -> Alignment:
     if not is_whole(align) or not 1 <= align <= MOST:
         raise ArgumentError(
             f"align must be a whole number of at least 1, a profile name, an Alignment or None, "
-            f"but got align={shown(align)}. Profiles: {_all_names()}."
+            f"but got align={quote(align)}. Profiles: {_all_names()}."
         )
     return Alignment(align, align, f"multiple of {align}")
 

@@ -18,7 +18,7 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
-from torchshear._arguments import check_callback, check_count, check_kind, shown
+from torchshear._arguments import check_callback, check_count, check_kind, quote
 from torchshear.errors import ArgumentError, LatencyError
 from torchshear.speedup.latency._session import error_reason, fitting_inputs, made_inputs, open_session
 
@@ -113,7 +113,7 @@ class LatencyComparison:
 
     def __getitem__(self, name: str) -> LatencyResult:
         if not isinstance(name, str) or name not in self.results:
-            raise ArgumentError(f"no model is called {shown(name)}. Measured: {', '.join(self.results)}.")
+            raise ArgumentError(f"no model is called {quote(name)}. Measured: {', '.join(self.results)}.")
         return self.results[name]
 
     def speedup(self, name: str) -> float:
@@ -345,7 +345,7 @@ def _check_numbers(models: Mapping[str, object], inputs: Mapping[str, object] | 
     check_kind("models", models, Mapping, "a mapping from names to ONNX files")
     is_named = inputs is None or (isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs))
     if not is_named:
-        raise ArgumentError(f"inputs={shown(inputs)}; expected a mapping from names to arrays, or None.")
+        raise ArgumentError(f"inputs={quote(inputs)}; expected a mapping from names to arrays, or None.")
     if not models:
         raise ArgumentError(
             "models is empty. Expected at least one entry, name -> ONNX file; the first is the baseline."
@@ -357,9 +357,9 @@ def _check_numbers(models: Mapping[str, object], inputs: Mapping[str, object] | 
 def _check_shares(*, confidence: float, min_seconds: float) -> None:
     """Refuse a confidence outside (0, 1) and a duration that is negative or over an hour."""
     if not isinstance(confidence, int | float) or not 0 < confidence < 1:
-        raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={shown(confidence)}.")
+        raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={quote(confidence)}.")
     if not isinstance(min_seconds, int | float) or not 0 <= min_seconds <= 3600:
-        raise ArgumentError(f"min_seconds must be a duration of 0 to 3600 s, but got min_seconds={shown(min_seconds)}.")
+        raise ArgumentError(f"min_seconds must be a duration of 0 to 3600 s, but got min_seconds={quote(min_seconds)}.")
 
 
 @contextmanager

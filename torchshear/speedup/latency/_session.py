@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import onnxruntime
 
-from torchshear._arguments import shown
+from torchshear._arguments import quote
 from torchshear.errors import LatencyError
 from torchshear.storage._reading import as_path
 
@@ -119,7 +119,7 @@ def fitting_inputs(
     """
     nodes = {node.name: node for node in session.get_inputs()}
     if set(nodes) != set(inputs):
-        raise LatencyError(f"{name!r} takes the inputs {sorted(nodes)}, but got {shown(sorted(inputs))}.")
+        raise LatencyError(f"{name!r} takes the inputs {sorted(nodes)}, but got {quote(sorted(inputs))}.")
     for key, node in nodes.items():
         array = np.asarray(inputs[key])
         dtype = _DTYPES.get(node.type.removeprefix("tensor(").removesuffix(")"), node.type)

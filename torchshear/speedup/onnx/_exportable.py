@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from torchshear._arguments import MOST, check_count, check_kind, is_whole, shown
+from torchshear._arguments import MOST, check_count, check_kind, is_whole, quote
 from torchshear.errors import ArgumentError, ExportError, WeightError
 from torchshear.speedup.onnx._example_call import ExampleCall
 
@@ -22,10 +22,10 @@ def check_limits(check_batches: Sequence[int], rtol: float, atol: float, opset: 
     check_kind("check_batches", check_batches, Sequence, "sizes of batches, as (1, 3)")
     for batch in check_batches:
         if not is_whole(batch) or not 1 <= batch <= MOST:
-            raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {shown(batch)}.")
+            raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {quote(batch)}.")
     for name, value in (("rtol", rtol), ("atol", atol)):
         if not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
-            raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={shown(value)}.")
+            raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={quote(value)}.")
 
 
 def check_tensors(model: nn.Module, call: ExampleCall) -> None:
