@@ -97,8 +97,8 @@ class Timer:
 
 CHECKS = Timer()
 AGAIN = Timer(CHECKS)
-CHECKS.watch(torchshear.graph.capture._trace, "agrees")
-CHECKS.watch(torchshear.graph.capture._trace, "differs_in_training")
+CHECKS.watch(torchshear.graph.capture._trace, "agrees_with_model")
+CHECKS.watch(torchshear.graph.capture._trace, "outputs_differ_in_training")
 CHECKS.watch(torchshear.speedup.native._form._Making, "find")
 CHECKS.watch(torchshear.speedup.native._scale_places.Scaling, "of_implied")
 CHECKS.watch(torchshear.speedup.native._form, "_failure_in_training")

@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from torchshear.errors import DataError, first_line
 from torchshear.graph import FunctionCall, Graph
-from torchshear.graph._run import is_written
+from torchshear.graph._nodes import is_written
 
 _CLOSE = 1e-2  # of the largest value: results of a function that is called again, beside those of its operators
 

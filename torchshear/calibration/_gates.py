@@ -11,7 +11,7 @@ from torchshear.calibration._statistics import GateSums
 from torchshear.calibration._sums import GateAccumulator, pieces_of, sum_but, wide
 from torchshear.calibration._taps import GroupTaps, Tap
 from torchshear.dependency import ChannelGroups
-from torchshear.graph._run import is_written
+from torchshear.graph._nodes import is_written
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,8 +10,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency._call import bind_arguments
 from torchshear.dependency.rules._contraction import explicit_equation
 from torchshear.dependency.rules._weights import weight_behind
-from torchshear.graph._computed import is_from_state
-from torchshear.graph._graph import shape_of, tensor_operands
+from torchshear.graph._nodes import is_from_state, shape_of, tensor_operands
 from torchshear.graph._operator import operator_name, operator_of
 
 

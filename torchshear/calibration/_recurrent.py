@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency._axis import Axis
 from torchshear.dependency._call import Result, bind_arguments
-from torchshear.graph._graph import shape_of
+from torchshear.graph._nodes import shape_of
 from torchshear.graph._operator import Recurrence, operator_of
 
 See = Callable[[str, Tensor], Tensor]

@@ -31,7 +31,8 @@ from torchshear.dependency import ChannelGroups, computed_weights
 from torchshear.dependency._role_sets import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.errors import DataError, first_line
 from torchshear.graph import locate, run_exclusively
-from torchshear.graph._run import interpret, is_written
+from torchshear.graph._nodes import is_written
+from torchshear.graph._run import interpret
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -2,7 +2,7 @@
 
 from torchshear.errors import DataError
 from torchshear.graph import Graph
-from torchshear.graph._graph import shape_of
+from torchshear.graph._nodes import shape_of
 
 
 def sample_input(graph: Graph) -> tuple[int, int] | None:

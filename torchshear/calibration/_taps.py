@@ -16,7 +16,7 @@ from torchshear.dependency._call import Result, bind_arguments
 from torchshear.dependency._role_sets import MAKING_ROLES
 from torchshear.dependency._units import Ids
 from torchshear.dependency.rules._weights import weight_behind
-from torchshear.graph._graph import shape_of
+from torchshear.graph._nodes import shape_of
 from torchshear.graph._operator import Activation, operator_name, operator_of
 
 _Shown = tuple[fx.Node, fx.Node | None]  # an activation, and what is added to another branch in front of it

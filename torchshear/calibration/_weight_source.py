@@ -11,7 +11,7 @@ from torchshear.dependency import ChannelGroups, computed_weights
 from torchshear.dependency._read_values import differing_value
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph, close_names
-from torchshear.graph._computed import compute_from_state
+from torchshear.graph._nodes import compute_from_state
 from torchshear.storage._checkpoint import match_names, open_checkpoint
 
 WeightSource = Mapping[str, Tensor] | str | PathLike[str] | None

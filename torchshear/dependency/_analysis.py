@@ -16,7 +16,7 @@ from torchshear.dependency._grouping import form_groups
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._registry import Rule, find_position_rule, find_rule
 from torchshear.graph import Graph, check_outputs, matches, output_nodes
-from torchshear.graph._graph import has_data_dependent_shape, shape_of
+from torchshear.graph._nodes import has_data_dependent_shape, shape_of
 
 assert _rules
 

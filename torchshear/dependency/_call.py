@@ -14,7 +14,7 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._read_values import digest_of, label_of
 from torchshear.dependency._uses import ROLES, Contraction, Kind, Uses
 from torchshear.graph import Graph, locate
-from torchshear.graph._graph import shape_of, tensor_operands
+from torchshear.graph._nodes import shape_of, tensor_operands
 from torchshear.graph._operator import operator_of
 from torchshear.graph._run import arguments_by_name
 from torchshear.graph.masked._call import masked_form

@@ -11,8 +11,7 @@ from torchshear.dependency._call import Facts
 from torchshear.dependency._groups import ChannelGroup, ChannelGroups
 from torchshear.dependency.rules._weights import unmoved
 from torchshear.graph import Graph
-from torchshear.graph._computed import ancestors, is_from_state
-from torchshear.graph._graph import format_arguments
+from torchshear.graph._nodes import ancestors, format_arguments, is_from_state
 from torchshear.graph._operator import operator_of
 
 

@@ -13,7 +13,7 @@ from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._units import PAD, Ids
 from torchshear.errors import PlanError
 from torchshear.graph import Cost, Graph, locate, node_macs
-from torchshear.graph._graph import shape_of, tensor_operands
+from torchshear.graph._nodes import shape_of, tensor_operands
 
 Bools = npt.NDArray[np.bool_]
 

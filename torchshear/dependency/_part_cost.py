@@ -8,7 +8,7 @@ from torch import fx
 
 from torchshear.dependency._cut import Cut, graph_macs
 from torchshear.graph import Cost, locate
-from torchshear.graph._graph import shape_of
+from torchshear.graph._nodes import shape_of
 from torchshear.graph._parts import is_in_parts
 
 

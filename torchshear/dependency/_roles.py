@@ -22,7 +22,7 @@ from torchshear.dependency._groups import ChannelGroup
 from torchshear.dependency._units import PAD
 from torchshear.dependency._uses import Contraction
 from torchshear.graph import Graph
-from torchshear.graph._graph import tensor_operands
+from torchshear.graph._nodes import tensor_operands
 from torchshear.graph._operator import operator_of
 
 _NORMS = frozenset({"norm", "statistic"})

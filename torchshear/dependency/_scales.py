@@ -10,7 +10,7 @@ from torchshear.dependency._call import Facts, bind_arguments
 from torchshear.dependency._groups import ChannelGroup, Member
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph import Graph
-from torchshear.graph._computed import is_from_state
+from torchshear.graph._nodes import is_from_state
 from torchshear.graph._operator import operator_of
 
 

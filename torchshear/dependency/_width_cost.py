@@ -13,7 +13,7 @@ from torchshear.dependency._axis import Axis
 from torchshear.dependency._groups import ChannelGroups
 from torchshear.dependency._units import Ids
 from torchshear.graph import Cost, node_macs
-from torchshear.graph._graph import shape_of, tensor_operands
+from torchshear.graph._nodes import shape_of, tensor_operands
 
 Floats = npt.NDArray[np.float64]
 

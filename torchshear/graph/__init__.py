@@ -1,9 +1,8 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
-from torchshear.graph._contract import drop_opaque_outputs, output_leaves
 from torchshear.graph._cost import Cost, node_macs
 from torchshear.graph._function_call import FunctionCall
-from torchshear.graph._graph import Graph, StateTensor
+from torchshear.graph._graph import Graph, StateTensor, check_outputs, output_nodes, shape_with_batch
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location, canonical_module_names, enclosing_modules, locate, module_outputs
 from torchshear.graph._names import close_names, matches, parse_names
@@ -18,8 +17,7 @@ from torchshear.graph._operator import (
     operator_named,
     operator_of,
 )
-from torchshear.graph._output_names import output_names
-from torchshear.graph._outputs import check_outputs, output_nodes, shape_with_batch
+from torchshear.graph._outputs import drop_opaque_outputs, output_leaves, output_names
 from torchshear.graph._parts import PartRun, Parts, whole_model
 from torchshear.graph.capture._check import run_failure
 from torchshear.graph.capture._dynamic_sizes import dynamic_dimensions

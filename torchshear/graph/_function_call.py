@@ -26,12 +26,13 @@ class FunctionCall:
         function: the class whose `apply` is called.
         args: positional arguments, with an `Operand` in place of each tensor of the graph.
         kwargs: keyword arguments, likewise.
-        outputs: names of the nodes of its results, "" for what is no tensor or is never read.
+        outputs: names of the nodes of its results, "" for a result that is no tensor or is never read.
         operators: names of the nodes of its operators.
         module: name of the module that calls it; "" is the model itself.
         is_replayable: whether a node is known for each of its tensors, so that the function can be called in place of
             its operators.
-        has_own_backward: whether its operators do not give its backward, or could not be compared with it.
+        has_own_backward: whether the gradients of its operators are not those of its backward, or could not be
+            compared with them.
     """
 
     function: type[Function]
@@ -50,7 +51,7 @@ class FunctionCall:
         return tuple(dict.fromkeys(leaf.node for leaf in leaves if isinstance(leaf, Operand)))
 
     def run(self, values: Mapping[str, Tensor]) -> list[Any]:
-        """Call the function again, and give its results.
+        """Call the function again and return its results.
 
         Args:
             values: tensors by the names of `inputs`.
@@ -61,7 +62,7 @@ class FunctionCall:
         return list(results) if isinstance(results, tuple) else [results]
 
     def __str__(self) -> str:
-        """The name of the function, with the line of its forward and the module that calls it."""
+        """Return the name of the function, with the line of its forward and the module that calls it."""
         code = getattr(inspect.unwrap(self.function.forward), "__code__", None)
         line = f" ({Path(code.co_filename).name}:{code.co_firstlineno})" if code is not None else ""
         where = f"module {self.module!r}" if self.module else "the model's forward"

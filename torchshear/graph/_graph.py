@@ -1,4 +1,4 @@
-"""The captured graph: operators, shapes and the tensors of the model by name. Read only after capture."""
+"""The captured graph: operators, shapes, outputs and the tensors of the model by name. Read only after capture."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from torchshear.graph._follow import Follows, Place, SecondShapes
+from torchshear.errors import ArgumentError
 from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._names import close_names, matches, parse_names
+from torchshear.graph._nodes import format_arguments, shape_of
 from torchshear.graph._operator import operator_of
+from torchshear.graph._outputs import output_names
 from torchshear.graph._parts import Parts
 from torchshear.graph.model._state import Mode
 
 Shape = tuple[int, ...]
+Dim = int | tuple[int, int]  # a dimension of a tensor, or the number of one of several tensors and its dimension
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,62 @@ class StateTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class AffineSize:
+    """A size that is `times * batch + plus`."""
+
+    times: int
+    plus: int
+
+    def __str__(self) -> str:
+        """Format the size as in "2*batch+1"."""
+        product = "batch" if self.times == 1 else f"{self.times}*batch"
+        return f"{product}{self.plus:+d}" if self.plus else product
+
+    def at(self, batch: int) -> int:
+        """Return the size at a batch."""
+        return self.times * batch + self.plus
+
+
+def affine_size(sizes: tuple[int, int], batches: tuple[int, int]) -> AffineSize | None:
+    """Return a size as a function of the batch, from its values at two batches.
+
+    A line goes through any two points, so only lines of whole numbers are taken that do not cross zero from a batch of
+    1 on: the batch, its windows, heads or tokens, some rows more or one less. A square is no such line.
+
+    Args:
+        sizes: the size at each of the batches.
+        batches: two batches.
+
+    Returns:
+        The size; None if it does not depend on the batch in this way.
+    """
+    times, rest = divmod(sizes[0] - sizes[1], batches[0] - batches[1])
+    plus = sizes[0] - times * batches[0]
+    crosses_zero = (times + plus) * times < 0
+    return None if rest or not times or crosses_zero else AffineSize(times, plus)
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicShapes:
+    """Shapes that depend on the batch, as two captures at different batches show.
+
+    Attributes:
+        batches: batch of the capture whose graph is kept, and of the other capture.
+        other: name of a node -> its shape, or shapes, in the other capture; only of nodes whose shape differs there.
+    """
+
+    batches: tuple[int, int]
+    other: Mapping[str, Any]
+
+    def size(self, name: str, dim: Dim) -> int | None:
+        """Return a size in the other capture; None if the node has the same shape in both."""
+        shape = self.other.get(name)
+        if shape is None:
+            return None
+        return int(shape[dim] if isinstance(dim, int) else shape[dim[0]][dim[1]])
+
+
+@dataclass(frozen=True, slots=True)
 class Graph:
     """A model captured at ATen level.
 
@@ -55,16 +115,15 @@ class Graph:
         model_type: qualified class name of the model.
         mode: "eval" or "train", the mode in which the model was captured.
         batch_hint: size of the free batch dimension during capture; None if the batch is static.
-        second: which sizes follow the batch, as a second capture tells; None if the batch is static.
-        training: the same model captured in train mode, if that reads parameters or buffers which the eval graph leaves
-            unread, as auxiliary heads are, or gives other outputs, as raw maps for a loss are; else None.
-        omitted_outputs: outputs that are not captured, with their types: objects that torch.export does not know, such
-            as a cache of keys and values.
+        dynamic_shapes: shapes that depend on the batch; None if the batch is static.
+        training: the same model captured in train mode, if that reads parameters or buffers which the eval graph does
+            not read, as auxiliary heads are, or gives other outputs, as raw maps for a loss are; else None.
+        omitted_outputs: names and types of outputs that are not captured: objects that torch.export does not know,
+            such as a cache of keys and values.
         has_assumed_branches: whether every `if` on a value of a tensor was answered with no during capture, since
             torch.export could not capture both branches. Such a graph says what depends on what, and is not to be run.
-        parts: where only some modules of the model were captured, which ones; the graph then holds all of their calls,
-            one after another, its inputs are `(args, kwargs)` of each call, and its outputs the results of all. None
-            where the model was captured whole.
+        parts: the modules that were captured, if the model was not captured whole. The graph then holds all of their
+            calls one after another; its inputs are `(args, kwargs)` of each call, its outputs the results of all.
         functions: calls of functions that define their own backward (`torch.autograd.Function`), of which the graph
             holds the operators only.
     """
@@ -78,7 +137,7 @@ class Graph:
     model_type: str
     mode: Mode
     batch_hint: int | None
-    second: SecondShapes | None = None
+    dynamic_shapes: DynamicShapes | None = None
     training: "Graph | None" = None
     omitted_outputs: tuple[str, ...] = ()
     has_assumed_branches: bool = False
@@ -97,10 +156,10 @@ class Graph:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over operators, arguments and shapes: equal for two models that are the same network.
+        """SHA-256 of operators, arguments and shapes: equal for two models that are the same network.
 
-        On which device they are and in which type makes no difference: devices and types are left out, and so are
-        calls that hand their operand on in another type or layout, which torch.export keeps or drops by the device.
+        Devices and types make no difference: they are left out, and so are calls that return their operand in another
+        type or layout, which torch.export keeps or drops depending on the device.
         """
         digest = hashlib.sha256()
         labels: dict[fx.Node, str] = {}
@@ -112,113 +171,98 @@ class Graph:
             digest.update(f"{name}|{entry.shape}\n".encode())
         return digest.hexdigest()
 
-    def is_dynamic(self, node: fx.Node, place: Place) -> bool:
-        """Whether the size of a dimension of a node's value, or of one of its values, follows the batch, or data."""
-        size = _size_at(node, place)
+    def is_dynamic(self, node: fx.Node, dim: Dim) -> bool:
+        """Return whether a size of a node's value depends on the batch or on data."""
+        size = _size_at(node, dim)
         if isinstance(size, torch.SymInt):
             return True
-        second = self.second.size(node.name, place) if self.second is not None and size is not None else None
-        return second is not None and second != size
+        if self.dynamic_shapes is None or size is None:
+            return False
+        return self.dynamic_shapes.size(node.name, dim) not in (None, size)
 
-    def batch_formula(self, node: fx.Node, place: Place) -> Follows | None:
-        """How a size that is free follows the batch; None if it does in no simple way, or follows data."""
-        size = _size_at(node, place)
-        second = self.second.size(node.name, place) if self.second is not None else None
-        if self.second is None or second is None or size is None or isinstance(size, torch.SymInt):
+    def batch_formula(self, node: fx.Node, dim: Dim) -> AffineSize | None:
+        """Return a dynamic size as a function of the batch; None if there is no simple one, or it depends on data."""
+        size = _size_at(node, dim)
+        if self.dynamic_shapes is None or size is None or isinstance(size, torch.SymInt):
             return None
-        return self.second.batches.follow(size, second)
+        other = self.dynamic_shapes.size(node.name, dim)
+        return None if other is None else affine_size((size, other), self.dynamic_shapes.batches)
 
     @property
     def lost_backwards(self) -> tuple[FunctionCall, ...]:
-        """Calls of functions whose gradients are others than those of the operators in the graph."""
+        """Calls of functions whose gradients are not those of the operators in the graph."""
         return tuple(call for call in self.functions if call.has_own_backward)
 
     def describe_inputs(self) -> dict[str, str]:
-        """What the inputs are called in messages: name of a node -> a phrase."""
+        """Return a phrase for messages for each input, by the name of its node."""
         nodes = [node for node in self.fx_graph.nodes if node.op == "placeholder"]
-        owners = self._owners([len(pytree.tree_leaves(given)) for given in self.inputs.args])
+        parts = self._repeat_parts([len(pytree.tree_leaves(given)) for given in self.inputs.args])
         return {
-            node.name: f"input of part {owners[number]!r}" if owners else f"model input {node.name!r}"
+            node.name: f"input of part {parts[number]!r}" if parts else f"model input {node.name!r}"
             for number, node in enumerate(nodes)
         }
 
     def output_parts(self) -> list[str]:
-        """Part that gives each of the flat outputs; empty where the model was captured whole."""
-        return self._owners([spec.num_leaves for spec in self.out_spec.children()])
+        """Return the part that gives each of the flat outputs; [] where the model was captured whole."""
+        return self._repeat_parts([spec.num_leaves for spec in self.out_spec.children()])
 
-    def _owners(self, counts: list[int]) -> list[str]:
-        """Part of each of the flat inputs or outputs, of which each call has so many."""
+    def _repeat_parts(self, counts: list[int]) -> list[str]:
+        """Return the part of each flat input or output, from their number in each call."""
         calls = self.parts.calls if self.parts is not None else ()
         return [part for part, count in zip(calls, counts, strict=False) for _ in range(count)]
 
     def n_params(self) -> int:
-        """Number of parameter elements, tied parameters counted once."""
+        """Return the number of parameter elements, tied parameters counted once."""
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
 
 
-def format_arguments(value: Any, labels: Mapping[fx.Node, str]) -> str:
-    """Arguments of a call as text, nodes by their labels, without devices and types."""
-    if isinstance(value, fx.Node):
-        return format_arguments(value.args[0], labels) if operator_of(value).keeps_positions else labels[value]
-    if isinstance(value, torch.device | torch.dtype):
-        return ""
-    if isinstance(value, Mapping):
-        return ",".join(f"{key}={format_arguments(item, labels)}" for key, item in value.items())
-    if isinstance(value, slice):
-        value = (value.start, value.stop, value.step)
-    if isinstance(value, list | tuple):
-        return "(" + ",".join(format_arguments(item, labels) for item in value) + ")"
-    return str(value)
-
-
-def _size_at(node: fx.Node, place: Place) -> int | torch.SymInt | None:
-    """A size of a node's value; None where it is no tensor."""
+def _size_at(node: fx.Node, dim: Dim) -> int | torch.SymInt | None:
+    """Return a size of a node's value; None where it is no tensor."""
     value = node.meta.get("val")
-    if not isinstance(place, int):
-        item, place = place
-        value = value[item] if isinstance(value, list | tuple) else None
-    return value.shape[place] if isinstance(value, Tensor) else None
+    if not isinstance(dim, int):
+        number, dim = dim
+        value = value[number] if isinstance(value, list | tuple) else None
+    return value.shape[dim] if isinstance(value, Tensor) else None
 
 
-def shape_of(node: fx.Node) -> Any:
-    """Shape of a node's value in the capture: a tuple of ints, of shapes for several values, None for no tensor."""
-    return _shape(node.meta.get("val"))
+def shape_with_batch(graph: Graph, node: fx.Node) -> tuple[int | None, ...]:
+    """Return the sizes of a node's value, with None for those that depend on the batch."""
+    return tuple(None if graph.is_dynamic(node, dim) else size for dim, size in enumerate(shape_of(node)))
 
 
-def _shape(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return tuple(_size(size) for size in value.shape)
-    if isinstance(value, list | tuple):
-        return tuple(_shape(item) for item in value)
-    return None
+def output_nodes(graph: Graph) -> list[tuple[str, Any]]:
+    """Return the name of each output of a graph with its node, or with its value if it is a constant."""
+    end = next(node for node in reversed(graph.fx_graph.nodes) if node.op == "output")
+    values = pytree.tree_leaves(end.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
+    return list(zip(output_names(graph.out_spec), values, strict=True))
 
 
-def _size(size: Any) -> int:
-    """A size as a number; 0 for one that depends on data."""
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.hint is not None else 0
-    return int(size)
+def check_outputs(graph: Graph, given: object) -> tuple[str, ...]:
+    """Return the names or patterns of outputs that may shrink, after checking that each fits an output.
 
-
-def is_data_dependent(size: Any) -> bool:
-    """Whether a size is known only when the model runs, as where a mask picks positions."""
-    return isinstance(size, torch.SymInt) and size.node.hint is None
-
-
-def has_data_dependent_shape(node: fx.Node) -> bool:
-    """Whether a size of a node's value is known only when it runs."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and any(map(is_data_dependent, value.shape))
-
-
-def tensor_operands(node: fx.Node) -> list[fx.Node]:
-    """Operands of a call that are tensors, in order, each as often as it is given."""
-    found: list[fx.Node] = []
-
-    def collect(operand: fx.Node) -> fx.Node:
-        if isinstance(operand.meta.get("val"), Tensor):
-            found.append(operand)
-        return operand
-
-    fx.map_arg((node.args, node.kwargs), collect)
-    return found
+    Raises:
+        ArgumentError: one fits no output (the message lists the outputs with their shapes), or the graph is of parts.
+    """
+    patterns = parse_names("prunable_outputs", given)
+    if patterns and graph.parts is not None:
+        raise ArgumentError(
+            f"prunable_outputs={list(patterns)!r} with submodules; outputs of parts keep their shapes, since the rest "
+            f"of the model reads them. Leave prunable_outputs out."
+        )
+    phrases: dict[str, str] = {}
+    for one, suffix in ((graph, ""), (graph.training, " in train mode")) if patterns else ():
+        for name, value in output_nodes(one) if one is not None else ():
+            shape = "(no tensor)"
+            if one is not None and isinstance(value, fx.Node) and isinstance(shape_of(value), tuple):
+                sizes = ("batch" if size is None else str(size) for size in shape_with_batch(one, value))
+                shape = f"({', '.join(sizes)})"
+            phrases.setdefault(name, f"{name} {shape}{suffix}")
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in phrases):
+            known = ", ".join(list(phrases.values())[:40])
+            raise ArgumentError(
+                f"prunable_outputs: {pattern!r} fits no output of {graph.model_type}, which has {known}"
+                f"{', ...' if len(phrases) > 40 else ''}. Name one of these, or a pattern such as 'features.*'."
+                f"{close_names(pattern, phrases)}"
+            )
+    return patterns

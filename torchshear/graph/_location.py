@@ -1,10 +1,11 @@
-"""Where a graph node comes from: the module that called it and the line of source that did."""
+"""Origin of a graph node: the module that called it and the line of source that did."""
 
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -35,70 +36,56 @@ class Location:
 
 
 def locate(node: fx.Node) -> Location:
-    """Find where a node of a captured graph comes from."""
-    return Location(_module_name(node), _source_line(node), _operator_name(node))
-
-
-def _operator_name(node: fx.Node) -> str:
-    """Name of what a node calls: "aten.conv2d.default" for an operator of torch, "getitem" for a plain function."""
+    """Return the origin of a node of a captured graph."""
+    operator = str(node.target)
     if node.op == "call_function" and not isinstance(node.target, torch._ops.OperatorBase):
-        return getattr(node.target, "__name__", str(node.target))
-    return str(node.target)
+        operator = getattr(node.target, "__name__", operator)  # a plain function, as "getitem"
+    # Lines of torch's own layers are skipped, so that the caller of a layer is named.
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    outside = [frame for frame in frames if not frame["file"].startswith(_TORCH)]
+    frame = next(reversed(outside or frames), None)
+    source = f"{Path(frame['file']).name}:{frame['line']}" if frame is not None else ""
+    modules = enclosing_modules(node)
+    return Location(modules[-1] if modules else "", source, operator)
 
 
 def enclosing_modules(node: fx.Node) -> tuple[str, ...]:
-    """Names of the modules in whose forward a node was called, outermost first."""
-    return tuple(path for _, path in _calls_around(node))
+    """Return the names of the modules in whose forward a node was called, outermost first."""
+    return tuple(path for _, path in _enclosing_calls(node))
 
 
-def _calls_around(node: fx.Node) -> tuple[tuple[str, str], ...]:
-    """Calls of modules in which a node was called, outermost first: a key for each call, and the module's name."""
+def _enclosing_calls(node: fx.Node) -> tuple[tuple[str, str], ...]:
+    """Return a key and the module's name for each call of a module around a node, outermost first."""
     stack = node.meta.get("nn_module_stack") or {}
     return tuple((key, path) for key, (path, _) in stack.items() if not path.startswith("_empty_nn_module"))
 
 
 def module_outputs(nodes: Iterable[fx.Node]) -> dict[fx.Node, str]:
-    """Nodes whose value is the one tensor that a call of a module hands out, with the module's name.
+    """Return the nodes whose value is the one tensor that a call of a module returns, with the module's name.
 
-    Where modules hand on what a module inside them gives, the outermost is named; never the model itself.
+    Of modules that return the value of a module inside them, the outermost is named; never the model itself.
     """
-    leaving: dict[tuple[tuple[str, str], ...], list[fx.Node]] = defaultdict(list)
+    leaving: dict[tuple[tuple[str, str], ...], list[fx.Node]] = defaultdict(list)  # by the calls that a value leaves
     for node in nodes:
-        around = _calls_around(node)
-        shared = min((_n_shared(around, _calls_around(user)) for user in node.users), default=len(around))
-        for depth in range(shared + 1, len(around) + 1):  # it leaves these
-            leaving[around[:depth]].append(node)
-    found: dict[fx.Node, str] = {}
-    for calls, given in sorted(leaving.items(), key=lambda item: len(item[0])):
-        if len(given) == 1 and isinstance(given[0].meta.get("val"), Tensor) and calls[-1][1]:
-            found.setdefault(given[0], calls[-1][1])
-    return found
-
-
-def _n_shared(one: tuple[tuple[str, str], ...], other: tuple[tuple[str, str], ...]) -> int:
-    """How many calls two nodes have around them in common."""
-    pairs = zip(one, other, strict=False)
-    return next((number for number, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+        calls = _enclosing_calls(node)
+        # A value leaves the calls that it does not share with one of its users.
+        n_shared = [
+            len(list(takewhile(lambda pair: pair[0] == pair[1], zip(calls, _enclosing_calls(user), strict=False))))
+            for user in node.users
+        ]
+        for depth in range(min(n_shared, default=len(calls)) + 1, len(calls) + 1):
+            leaving[calls[:depth]].append(node)
+    names: dict[fx.Node, str] = {}
+    for calls, values in sorted(leaving.items(), key=lambda item: len(item[0])):
+        if len(values) == 1 and isinstance(values[0].meta.get("val"), Tensor) and calls[-1][1]:
+            names.setdefault(values[0], calls[-1][1])
+    return names
 
 
 def canonical_module_names(model: nn.Module) -> dict[str, str]:
-    """Every name of every module -> the first one, which is the one that `named_modules` gives.
+    """Return every name of every module -> its first name, which `named_modules` gives.
 
-    A module that others share is called by the name of whoever calls it.
+    A module that several others hold has several names, and a node has the name of the holder that calls it.
     """
     first: dict[int, str] = {}
     return {name: first.setdefault(id(module), name) for name, module in model.named_modules(remove_duplicate=False)}
-
-
-def _module_name(node: fx.Node) -> str:
-    names = enclosing_modules(node)
-    return names[-1] if names else ""
-
-
-def _source_line(node: fx.Node) -> str:
-    """Innermost user line: torch.nn's own layers are skipped, so that the caller of a layer is named."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
-    for frame in reversed(frames):
-        if not frame["file"].startswith(_TORCH):
-            return f"{Path(frame['file']).name}:{frame['line']}"
-    return f"{Path(frames[-1]['file']).name}:{frames[-1]['line']}" if frames else ""

@@ -1,4 +1,4 @@
-"""Dotted names and patterns for them, as users write them: "layer4.*", "*.attn.*", "head"."""
+"""Dotted names, and patterns for them as users write them: "layer4.*", "*.attn.*", "head"."""
 
 import difflib
 import re
@@ -14,7 +14,7 @@ from torchshear.errors import ArgumentError
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern, as of a shell, fits a dotted name or anything that holds it.
+    """Return whether a shell pattern fits a dotted name, or the name of anything that contains it.
 
     "layer4" and "layer4.*" both fit "layer4.0.conv1.weight"; a star fits dots too. Case counts.
 
@@ -23,26 +23,26 @@ def matches(pattern: str, name: str) -> bool:
         name: name of a parameter or an output, with dots.
     """
     parts = name.split(".")
-    fits = _compiled(pattern).match
+    fits = _compile(pattern).match
     return any(fits(".".join(parts[: i + 1])) is not None for i in range(len(parts)))
 
 
 @lru_cache(maxsize=512)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(translate(pattern))
 
 
 def close_names(word: str, known: Iterable[str]) -> str:
-    """A hint with the known names that are nearest to a word, or ""."""
+    """Return a hint for an error message with the known names nearest to a word; "" if none is near."""
     near = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.5)
     return f" Close to it: {', '.join(near)}." if near else ""
 
 
 def parse_names(argument: str, given: object) -> tuple[str, ...]:
-    """One name or several as a tuple.
+    """Return one name or several as a tuple.
 
     Args:
-        argument: what the argument is called, for the message.
+        argument: name of the argument, for the message.
         given: a string or a collection of strings.
 
     Raises:

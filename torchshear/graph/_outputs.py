@@ -1,56 +1,114 @@
-"""The outputs of a graph by name, and which of them may shrink."""
+"""Outputs of a model: tensors and plain values in containers that torch can take apart, and their names.
 
+Other objects, such as the cache of keys and values that a language model keeps for the next token, are opaque to
+torch.export. They are omitted from the capture, so that the tensors in them may shrink; the model still returns them.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.errors import ArgumentError
-from torchshear.graph._graph import Graph, shape_of
-from torchshear.graph._names import close_names, matches, parse_names
-from torchshear.graph._output_names import output_names
+_PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.SymInt)
 
 
-def output_nodes(graph: Graph) -> list[tuple[str, Any]]:
-    """Name and value of each output of a graph; values that no node makes are constants."""
-    end = next(node for node in reversed(graph.fx_graph.nodes) if node.op == "output")
-    values = pytree.tree_leaves(end.args[0], is_leaf=lambda value: isinstance(value, fx.Node))
-    return list(zip(output_names(graph.out_spec), values, strict=True))
+def output_leaves(output: Any) -> list[Any]:
+    """Return the flat outputs of a model, with None for opaque objects."""
+    return pytree.tree_leaves(_without_opaque(output))
 
 
-def check_outputs(graph: Graph, given: object) -> tuple[str, ...]:
-    """Names or patterns of outputs that may shrink, each of which must fit one.
+def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Return the flat outputs of a model, with None for opaque objects, and the structure that they are taken from."""
+    leaves, spec = pytree.tree_flatten(_without_opaque(output))
+    return list(leaves), spec
 
-    Raises:
-        ArgumentError: one fits no output; lists the outputs with their shapes. Or the graph is of parts of a model.
+
+def register_dataclasses(value: Any) -> None:
+    """Register the dataclasses in a value with torch, which can then take them apart as it does tuples and dicts."""
+    for leaf in pytree.tree_leaves(value):
+        if is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            register_dataclasses(leaf)
+
+
+def _without_opaque(output: Any) -> Any:
+    """Return an output with None in place of opaque objects."""
+    register_dataclasses(output)
+    return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, output)
+
+
+@contextmanager
+def drop_opaque_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """Have a model return None in place of opaque objects for a block.
+
+    Yields:
+        A list that each call of the model fills with the names and types of the objects that were dropped.
     """
-    patterns = parse_names("prunable_outputs", given)
-    if patterns and graph.parts is not None:
-        raise ArgumentError(
-            f"prunable_outputs={list(patterns)!r} with submodules; outputs of parts keep their shapes, since the rest "
-            f"of the model reads them. Leave prunable_outputs out."
-        )
-    shown = {name: f"{name} {_shape(graph, value)}" for name, value in output_nodes(graph)}
-    if graph.training is not None:
-        for name, value in output_nodes(graph.training):
-            shown.setdefault(name, f"{name} {_shape(graph.training, value)} in train mode")
-    for pattern in patterns:
-        if not any(matches(pattern, name) for name in shown):
-            known = ", ".join(list(shown.values())[:40])
-            raise ArgumentError(
-                f"prunable_outputs: {pattern!r} fits no output of {graph.model_type}, which has {known}"
-                f"{', ...' if len(shown) > 40 else ''}. Name one of these, or a pattern such as 'features.*'."
-                f"{close_names(pattern, shown)}"
-            )
-    return patterns
+    dropped: list[str] = []
+
+    def drop(_: nn.Module, __: Any, output: Any) -> Any:
+        plain = _without_opaque(output)
+        leaves, spec = pytree.tree_flatten(output)
+        names = [""] if spec.is_leaf() else output_names(spec)
+        dropped[:] = [
+            f"{name or 'output'} ({type(leaf).__name__})"
+            for name, leaf in zip(names, leaves, strict=True)
+            if leaf is not None and not isinstance(leaf, _PLAIN)
+        ]
+        return () if plain is None else plain  # a hook that returns None changes nothing
+
+    handle = model.register_forward_hook(drop)
+    try:
+        yield dropped
+    finally:
+        handle.remove()
 
 
-def shape_with_batch(graph: Graph, node: fx.Node) -> tuple[int | None, ...]:
-    """Sizes of a node's value, None where they follow the batch."""
-    return tuple(None if graph.is_dynamic(node, dim) else size for dim, size in enumerate(shape_of(node)))
+def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
+    """Return the name of each output, in the order in which outputs are flattened.
+
+    A name is the path to the output, joined by dots: keys of dictionaries, fields of dataclasses and named tuples,
+    positions in tuples and lists, as in "logits" and "features.3". A single output is called "0".
+
+    Args:
+        spec: structure of the outputs.
+    """
+    return tuple(".".join(path) or "0" for path in _paths(spec))
 
 
-def _shape(graph: Graph, value: Any) -> str:
-    if not isinstance(value, fx.Node) or not isinstance(shape_of(value), tuple):
-        return "(no tensor)"
-    return f"({', '.join('batch' if size is None else str(size) for size in shape_with_batch(graph, value))})"
+def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
+    """Yield the path to each leaf of a structure."""
+    if spec.is_leaf():
+        yield ()
+        return
+    children = spec.children()
+    for name, child in zip(_child_names(spec, len(children)), children, strict=True):
+        for path in _paths(child):
+            yield (name, *path)
+
+
+class _Mark:
+    """Stands for an output."""
+
+
+def _child_names(spec: pytree.TreeSpec, count: int) -> list[str]:
+    """Return the names that a container gives its children, found by building one of marks."""
+    marks = [_Mark() for _ in range(count)]
+    positions = [str(position) for position in range(count)]
+    try:
+        container = pytree.SUPPORTED_NODES[spec.type].unflatten_fn(marks, spec.context)
+    except Exception:  # a container of the user's may refuse, in any way, what is not a tensor
+        return positions
+    items: list[tuple[Any, Any]] = []
+    if isinstance(container, Mapping):
+        items = list(container.items())
+    elif is_dataclass(container):
+        items = [(field.name, getattr(container, field.name)) for field in fields(container)]
+    elif hasattr(container, "_fields"):  # a named tuple
+        items = list(zip(container._fields, container, strict=True))
+    names = {id(value): str(name) for name, value in items}
+    return [names.get(id(mark), position) for mark, position in zip(marks, positions, strict=True)]

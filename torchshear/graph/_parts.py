@@ -9,13 +9,13 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Which modules of a model are captured in its place, and how often.
+    """The modules that are captured in place of their model.
 
     Attributes:
         calls: name of the part for each captured call, in the order of the run; a part that is called with several
-            signatures (other shapes, other options) stands there once for each.
-        pinned: canonical name of a parameter or buffer of a part -> why it must stay whole: something outside the parts
-            holds or reads it.
+            signatures (other shapes, other options) is listed once for each.
+        pinned: canonical name of a parameter or buffer of a part -> the reason why it must stay whole: something
+            outside the parts holds or reads it.
     """
 
     calls: tuple[str, ...]
@@ -27,15 +27,15 @@ class Parts:
         return tuple(dict.fromkeys(self.calls))
 
     def of(self, name: str) -> "Parts":
-        """One of the parts alone, with all of its calls."""
+        """Return one of the parts alone, with all of its calls."""
         return Parts(tuple(call for call in self.calls if call == name), self.pinned)
 
 
 class PartRun(nn.Module):
-    """The captured calls of a model's parts as one module.
+    """A module that makes the captured calls of a model's parts.
 
-    Its modules, parameters and buffers are the model's own, under their own names; only the forward is another: it
-    takes `(args, kwargs)` for each captured call and gives the results of all of them.
+    Its modules, parameters and buffers are the model's own, under their own names. Its forward takes `(args, kwargs)`
+    for each captured call and returns the results of all of them.
     """
 
     def __init__(self, model: nn.Module, parts: Parts) -> None:
@@ -46,7 +46,7 @@ class PartRun(nn.Module):
         self._parts = parts
 
     def forward(self, *calls: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, ...]:
-        """Results of the calls, in order."""
+        """Return the results of the calls, in order."""
         results = []
         for name, (args, kwargs) in zip(self._parts.calls, calls, strict=True):
             results.append(self._origin[0].get_submodule(name)(*args, **kwargs))
@@ -54,15 +54,15 @@ class PartRun(nn.Module):
 
 
 def whole_model(model: nn.Module) -> nn.Module:
-    """The model whose parts a `PartRun` runs, of a copy the copy of the model; any other module itself."""
+    """Return the model that a `PartRun` belongs to; any other module itself. A copied `PartRun` belongs to the copy."""
     return model._origin[0] if isinstance(model, PartRun) else model
 
 
 def model_parts(model: nn.Module) -> Parts | None:
-    """What a `PartRun` runs; None for any other module."""
+    """Return the parts that a `PartRun` calls; None for any other module."""
     return model._parts if isinstance(model, PartRun) else None
 
 
 def is_in_parts(name: str, parts: Parts | None) -> bool:
-    """Whether a qualified name lies in one of the parts; True for any name where there are no parts."""
+    """Return whether a qualified name lies in one of the parts; True for any name where there are no parts."""
     return parts is None or any(name == part or name.startswith(f"{part}.") for part in parts.names)

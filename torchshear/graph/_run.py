@@ -1,13 +1,12 @@
-"""Interpret a captured graph node by node."""
+"""Running a captured graph node by node."""
 
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from torchshear.graph._operator import operator_of
+from torchshear.graph._nodes import is_only_read
 
 Load = Callable[[str], Tensor]
 Apply = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -15,51 +14,49 @@ Replace = Callable[[fx.Node, Any], Any]
 
 
 def arguments_by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
+    """Return the arguments of a call by their names in the schema, with defaults filled in.
+
+    The positional arguments of a plain Python function are named by their positions.
+    """
     if not isinstance(target, torch._ops.OpOverload):
         return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
-    bound: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for i, argument in enumerate(target._schema.arguments):
         if i < len(args):
-            bound[argument.name] = args[i]
+            found[argument.name] = args[i]
         elif argument.name in kwargs:
-            bound[argument.name] = kwargs[argument.name]
+            found[argument.name] = kwargs[argument.name]
         else:
-            bound[argument.name] = argument.default_value if argument.has_default_value() else None
-    return bound
-
-
-def _as_it_is(node: fx.Node, value: Any) -> Any:
-    """Replace nothing."""
-    return value
+            found[argument.name] = argument.default_value if argument.has_default_value() else None
+    return found
 
 
 def interpret(
-    graph: fx.Graph, leaves: list[Any], load: Load, apply: Apply, replace: Replace = _as_it_is
+    graph: fx.Graph, leaves: Sequence[Any], load: Load, apply: Apply, replace: Replace | None = None
 ) -> Iterator[tuple[fx.Node, Any]]:
-    """Run a graph and give each node with its value; values are dropped after their last use.
+    """Run a graph and yield each node with its value; values are dropped after their last use.
 
     Args:
         graph: nodes in execution order.
         leaves: flat inputs.
-        load: gives the tensor of a parameter or buffer by its canonical name.
-        apply: gives the value of a call, from the node and its arguments as values.
-        replace: gives another value in place of a node's.
+        load: returns the tensor of a parameter or buffer by its canonical name.
+        apply: returns the value of a call, from the node and its arguments as values.
+        replace: returns another value to go on with, from a node and its value.
     """
     last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
     values: dict[fx.Node, Any] = {}
     inputs = iter(leaves)
     for node in graph.nodes:
         if node.op == "placeholder":
-            values[node] = next(inputs)
+            value = next(inputs)
         elif node.op == "get_attr":
-            values[node] = load(str(node.target))
+            value = load(str(node.target))
         elif node.op == "output":
-            values[node] = fx.map_arg(node.args[0], lambda n: values[n])
+            value = fx.map_arg(node.args[0], values.__getitem__)
         else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-            values[node] = apply(node, args, kwargs)
-        values[node] = replace(node, values[node])
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            value = apply(node, args, kwargs)
+        values[node] = value if replace is None else replace(node, value)
         yield node, values[node]
         for operand in node.all_input_nodes:
             if last_use[operand] is node:
@@ -67,15 +64,15 @@ def interpret(
 
 
 def graph_values(
-    graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any], replace: Replace = _as_it_is
+    graph: fx.Graph, state: Mapping[str, Tensor], leaves: Sequence[Any], replace: Replace | None = None
 ) -> Iterator[tuple[fx.Node, Any]]:
-    """Run a graph as it is, and give each node with its value. The tensors of `state` are not written to.
+    """Run a graph as it is and yield each node with its value.
 
     Args:
         graph: nodes in execution order.
-        state: canonical name -> tensor.
+        state: canonical name -> tensor; not written to.
         leaves: flat inputs.
-        replace: gives another value in place of a node's.
+        replace: returns another value to go on with, from a node and its value.
     """
     shared = {str(node.target) for node in graph.nodes if node.op == "get_attr" and is_only_read(node)}
 
@@ -89,40 +86,11 @@ def graph_values(
     yield from interpret(graph, leaves, load, apply, replace)
 
 
-def graph_output(graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any], replace: Replace = _as_it_is) -> Any:
-    """Run a graph as `graph_values` does, and give its output only."""
+def graph_output(
+    graph: fx.Graph, state: Mapping[str, Tensor], leaves: Sequence[Any], replace: Replace | None = None
+) -> Any:
+    """Run a graph as `graph_values` does and return its output."""
     value: Any = None
     for _, latest in graph_values(graph, state, leaves, replace):
         value = latest
     return value
-
-
-def is_only_read(node: fx.Node) -> bool:
-    """Whether no call writes to a tensor or gives a view of it. Statistics of batch norms, of rank 1, do not say so."""
-    for user in node.users:
-        if not isinstance(user.target, torch._ops.OpOverload):
-            return False
-        given = dict(zip((a.name for a in user.target._schema.arguments), user.args, strict=False)) | user.kwargs
-        if any(given.get(a.name) is node and a.alias_info for a in user.target._schema.arguments):
-            return False
-    return True
-
-
-def is_written(node: fx.Node) -> bool:
-    """Whether a call writes to the memory of a value, itself or by a view of it; or whoever reads the outputs may.
-
-    That batch norms write to their statistics in train mode is not seen.
-    """
-    for user in node.users:
-        is_dropout = operator_of(user).passes == "dropout"  # its schema does not tell that it may give its operand
-        if user.target is operator.getitem or is_dropout:
-            if is_written(user):
-                return True
-        elif isinstance(user.target, torch._ops.OpOverload):
-            given = dict(zip((a.name for a in user.target._schema.arguments), user.args, strict=False)) | user.kwargs
-            infos = [a.alias_info for a in user.target._schema.arguments if given.get(a.name) is node]
-            if any(i is not None and (i.is_write or is_written(user)) for i in infos):
-                return True
-        else:
-            return True
-    return False

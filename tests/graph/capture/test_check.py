@@ -24,7 +24,7 @@ def changed(model: nn.Module, *args: Tensor, by: float) -> bool:
     twin = type(model)()
     twin.load_state_dict(model.state_dict())
     next(twin.parameters()).data.flatten()[0].mul_(1 + by)
-    return _check.agrees(graph, twin.eval())
+    return _check.agrees_with_model(graph, twin.eval())
 
 
 class Filled(nn.Module):
@@ -181,7 +181,7 @@ def test_other_outputs_in_train_mode_are_captured_too(
         monkeypatch.setattr("torchshear.graph.capture._trace.probe_prime", lambda *_: None)
     graph = torchshear.trace(Auxiliary(more), (torch.randn(batch, 3, 8, 8),))
     assert (graph.batch_hint is not None) == is_free
-    assert _check.differs_in_training(graph, Auxiliary(more)) == differs
+    assert _check.outputs_differ_in_training(graph, Auxiliary(more)) == differs
     assert (graph.training is not None) == (differs and (is_free or batch > 1))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear.graph import ExampleInputs, Graph, shape_with_batch
-from torchshear.graph._follow import Batches, Follows
+from torchshear.graph._graph import AffineSize, affine_size
 from torchshear.graph._run import graph_output
 from torchshear.graph.capture import _dynamic_batch
 from torchshear.speedup import shrink_to_form
@@ -177,7 +177,7 @@ def test_what_follows_the_batch_in_another_way_fixes_it(function: Callable[[Tens
 def test_the_captures_alone_say_what_follows_the_batch(
     monkeypatch: pytest.MonkeyPatch, function: Callable[[Tensor], Tensor]
 ) -> None:
-    monkeypatch.setattr("torchshear.graph.capture._trace.agrees", lambda graph, model: True)
+    monkeypatch.setattr("torchshear.graph.capture._trace.agrees_with_model", lambda graph, model: True)
     assert torchshear.trace(Wrapped(function), (torch.randn(2, 8, 6),)).batch_hint is None
 
 
@@ -229,12 +229,12 @@ def test_learned_rows_that_join_the_batch_stay_where_a_size_counts_them() -> Non
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        (59, 2, Follows(1, 0)),
-        (118, 4, Follows(2, 0)),
-        (-59, -2, Follows(-1, 0)),
-        (60, 3, Follows(1, 1)),
-        (58, 1, Follows(1, -1)),
-        (124, 10, Follows(2, 6)),
+        (59, 2, AffineSize(1, 0)),
+        (118, 4, AffineSize(2, 0)),
+        (-59, -2, AffineSize(-1, 0)),
+        (60, 3, AffineSize(1, 1)),
+        (58, 1, AffineSize(1, -1)),
+        (124, 10, AffineSize(2, 6)),
         (118, 118, None),  # a constant
         (59**2, 2**2, None),
         (59**3, 2**3, None),
@@ -243,8 +243,8 @@ def test_learned_rows_that_join_the_batch_stay_where_a_size_counts_them() -> Non
         (30, 1, None),
     ],
 )
-def test_numbers_that_lie_on_a_line_of_whole_numbers(first: int, second: int, expected: Follows | None) -> None:
-    found = Batches(59, 2).follow(first, second)
+def test_numbers_that_lie_on_a_line_of_whole_numbers(first: int, second: int, expected: AffineSize | None) -> None:
+    found = affine_size((first, second), (59, 2))
     assert found == expected
     if found is not None:
         assert (found.at(59), found.at(2)) == (first, second)

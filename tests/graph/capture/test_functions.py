@@ -26,7 +26,7 @@ from tests.functions import (
 )
 from torchshear.graph import ExampleInputs, Graph, capture_in_mode, parameters_on_meta
 from torchshear.graph._function_call import Operand
-from torchshear.graph.capture._functions import watched_functions
+from torchshear.graph.capture._functions import watch_functions
 
 
 class Between(nn.Module):
@@ -191,8 +191,8 @@ def test_a_capture_leaves_gradients_and_functions_as_they_were(model: nn.Module)
 def test_other_threads_and_captures_do_not_disturb_one_another() -> None:
     code = torch.autograd.Function.apply.__func__.__code__
     found: list[Tensor] = []
-    with watched_functions() as outer:
-        with watched_functions():
+    with watch_functions() as outer:
+        with watch_functions():
             pass
         thread = threading.Thread(target=lambda: found.append(Reversed.apply(torch.ones(2), 1.0)))
         thread.start()

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.graph import ExampleInputs, Graph, capture_in_mode
-from torchshear.graph._contract import drop_opaque_outputs
-from torchshear.graph._graph import shape_of
-from torchshear.graph.capture import _trace as capturing
-from torchshear.graph.capture._replay import second_capture
+from torchshear.graph._nodes import shape_of
+from torchshear.graph._outputs import drop_opaque_outputs
+from torchshear.graph.capture._export import export
+from torchshear.graph.capture._replay import replay
 from torchshear.graph.model._state import in_mode
 
 
@@ -86,8 +86,7 @@ NETWORKS = {
 
 
 def _first(model: nn.Module, inputs: ExampleInputs, batch: int, mode: str) -> Graph:
-    exported = capturing._export(model, inputs.without_values(batch))
-    return capturing._to_graph(*exported, model, inputs, mode, batch)  # type: ignore[arg-type]
+    return export(model, inputs.without_values(batch), inputs, mode, batch)  # type: ignore[arg-type]
 
 
 def _described(graph: Graph) -> list[str]:
@@ -103,7 +102,7 @@ def test_is_what_torch_export_gives(name: str, mode: str) -> None:
     model(*inputs.args)
     with in_mode(model, mode), drop_opaque_outputs(model):  # type: ignore[arg-type]
         first = _first(model, inputs, 37, mode)
-        found = second_capture(first, model, inputs.without_values(3))
+        found = replay(first, model, inputs.without_values(3))
         wanted = _first(model, inputs, 3, mode)
     assert found is not None
     assert _described(found) == _described(wanted)
@@ -115,7 +114,7 @@ def test_other_calls_are_left_to_torch_export(make: type[nn.Module]) -> None:
     inputs = ExampleInputs.of((torch.randn(2, 4),))
     model = make()
     with in_mode(model, "eval"), drop_opaque_outputs(model):
-        assert second_capture(_first(model, inputs, 37, "eval"), model, inputs.without_values(3)) is None
+        assert replay(_first(model, inputs, 37, "eval"), model, inputs.without_values(3)) is None
 
 
 def test_a_call_more_is_left_to_torch_export() -> None:
@@ -133,7 +132,7 @@ def test_a_call_more_is_left_to_torch_export() -> None:
     inputs = ExampleInputs.of((torch.randn(2, 4),))
     model = Notes()
     with in_mode(model, "eval"), drop_opaque_outputs(model):
-        assert second_capture(_first(model, inputs, 3, "eval"), model, inputs.without_values(37)) is None
+        assert replay(_first(model, inputs, 3, "eval"), model, inputs.without_values(37)) is None
 
 
 def test_other_constants_are_left_to_torch_export() -> None:
@@ -144,7 +143,7 @@ def test_other_constants_are_left_to_torch_export() -> None:
     inputs = ExampleInputs.of((torch.randn(2, 2),))
     model = Scaled()
     with in_mode(model, "eval"), drop_opaque_outputs(model):
-        assert second_capture(_first(model, inputs, 37, "eval"), model, inputs.without_values(3)) is None
+        assert replay(_first(model, inputs, 37, "eval"), model, inputs.without_values(3)) is None
     assert capture_in_mode(model, inputs, "eval").batch_hint is None
 
 
@@ -170,7 +169,7 @@ def test_leaves_no_traces() -> None:
     with in_mode(model, "eval"), drop_opaque_outputs(model):
         first = _first(model, inputs, 37, "eval")
         model.last = None
-        assert second_capture(first, model, inputs.without_values(3)) is not None
+        assert replay(first, model, inputs.without_values(3)) is not None
         assert model.last is None
     assert torch.equal(torch.get_rng_state(), generator)
     assert torch.backends.mkldnn.enabled

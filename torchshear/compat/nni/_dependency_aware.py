@@ -19,7 +19,7 @@ from torchshear.calibration._weight_source import WeightSource, weights_to_score
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, check_groups, make_plan
 from torchshear.errors import ArgumentError
 from torchshear.graph import close_names, node_macs, parse_names
-from torchshear.graph._graph import tensor_operands
+from torchshear.graph._nodes import tensor_operands
 from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion
 from torchshear.pruners.selection._exact import n_removed
 from torchshear.pruners.selection._per_group import check_ratio, layer_of

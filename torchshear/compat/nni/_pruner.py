@@ -30,7 +30,7 @@ from torchshear.dependency import ChannelGroups, PruningPlan, analyze, computed_
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import check_module, copy_model, outside_inference_mode, trace
-from torchshear.graph._computed import compute_from_state
+from torchshear.graph._nodes import compute_from_state
 from torchshear.pruners import collect
 from torchshear.pruners.criteria import declared_needs, needs_of
 from torchshear.pruners.masks import Masks, apply, plan_from_masks

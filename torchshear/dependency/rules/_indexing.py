@@ -11,9 +11,8 @@ from torchshear.dependency._axis import Algebra, Axes, Axis
 from torchshear.dependency._call import Call, bind_arguments
 from torchshear.dependency._registry import operator_rule
 from torchshear.dependency.rules._elementwise import broadcast
-from torchshear.graph._graph import shape_of
+from torchshear.graph._nodes import shape_of, unwrap_copies
 from torchshear.graph._operator import Operator, SourceDim, operator_name, operator_of
-from torchshear.graph.capture._mask_sizes import unwrap_copies
 
 
 def _with_rows(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from torchshear.dependency._call import Call, bind_arguments
-from torchshear.graph._computed import is_from_state
-from torchshear.graph._graph import shape_of
+from torchshear.graph._nodes import is_from_state, shape_of
 from torchshear.graph._operator import SourceDim, operator_of
 
 

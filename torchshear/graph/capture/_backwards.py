@@ -1,6 +1,6 @@
-"""Whether the operators of a function give its backward, found by running both on the same numbers."""
+"""Comparison of a function's own backward with the gradients of its operators, on the same numbers."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,37 +16,38 @@ from torchshear.graph._run import graph_values
 
 Values = dict[str, Any]
 
-# Largest difference between two gradients that are the same, as a part of the largest number in them.
+# Largest difference between two gradients that count as equal, relative to the largest number in them.
 _TOLERANCES = {torch.float64: 1e-6, torch.bfloat16: 0.1, torch.float16: 0.02}
 _TOLERANCE = 1e-3
 
 
-def with_own_backwards(graph: Graph) -> Graph:
-    """Say of each function that a model calls whether its backward is its own: its operators do not give it.
+def compare_backwards(graph: Graph) -> Graph:
+    """Find the functions whose backward gives other gradients than their operators, and note it in their calls.
 
-    Only gradients that reach a parameter count. They are compared in float64 where the function runs in it, near the
-    example and on random numbers, since an example may lie where both are the same. What cannot be compared, as on the
-    meta device, is taken for its own.
+    Only gradients that reach a parameter count. They are compared in float64 where the function runs in it, both near
+    the example and on random numbers, since the two may agree on the example by accident. Where they cannot be
+    compared, as on the meta device, the backward is taken for another one.
 
     Args:
         graph: the captured model, in whose mode the model is.
+
+    Returns:
+        The graph with `has_own_backward` set in the calls of functions.
     """
-    if not graph.functions:
-        return graph
-    own: Mapping[int, bool] = {}
+    differs: Mapping[int, bool] = {}
     if not any(tensor.is_meta for tensor in [*graph.inputs.tensors(), *(e.tensor for e in graph.state.values())]):
-        with _left_alone(graph):
+        with _preserve_tensors(graph):
             try:
-                own = _Comparison(graph).run()
-            except Exception:  # the graph does not run on the example: its values may not be those that it asks for
-                own = {}
-    calls = tuple(replace(call, has_own_backward=own.get(number, True)) for number, call in enumerate(graph.functions))
-    return replace(graph, functions=calls)
+                differs = _compare_calls(graph)
+            except Exception:  # the graph does not run on the example: code in it may need other values
+                differs = {}
+    calls = (replace(call, has_own_backward=differs.get(n, True)) for n, call in enumerate(graph.functions))
+    return replace(graph, functions=tuple(calls))
 
 
 @contextmanager
-def _left_alone(graph: Graph) -> Iterator[None]:
-    """Leave buffers, gradients and random numbers as they are, whatever a function does to them."""
+def _preserve_tensors(graph: Graph) -> Iterator[None]:
+    """Restore buffers, gradients and the random number generator after a block that runs functions."""
     buffers = [(entry.tensor, entry.tensor.clone()) for entry in graph.state.values() if entry.kind == "buffer"]
     gradients = [(entry.tensor, entry.tensor.grad) for entry in graph.state.values() if entry.kind == "parameter"]
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -60,148 +61,129 @@ def _left_alone(graph: Graph) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-class _Comparison:
-    """One run of a graph, in which each function is compared with its operators where its last result is made."""
+def _compare_calls(graph: Graph) -> dict[int, bool]:
+    """Run a graph, and compare each function with its operators once its last result is known.
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-        order = {node.name: number for number, node in enumerate(graph)}
-        self._calls: dict[str, list[int]] = {}
-        self._pieces: dict[int, _Piece] = {}
-        self._n_readers: Counter[str] = Counter()
-        for number, call in enumerate(graph.functions):
-            made = [name for name in call.outputs if name]
-            if made and call.is_replayable:
-                self._pieces[number] = _Piece.of(call, graph)
-                self._calls.setdefault(max(made, key=order.__getitem__), []).append(number)
-                self._n_readers.update(self._pieces[number].read)
+    Returns:
+        Number of a call -> whether its gradients differ.
+    """
+    order = {node.name: number for number, node in enumerate(graph)}
+    comparisons: dict[int, _Comparison] = {}
+    due: dict[str, list[int]] = defaultdict(list)  # calls by the node of their last result
+    for number, call in enumerate(graph.functions):
+        results = [name for name in call.outputs if name]
+        if results and call.is_replayable:
+            comparisons[number] = _Comparison.of(call, graph)
+            due[max(results, key=order.__getitem__)].append(number)
+    n_readers = Counter(name for comparison in comparisons.values() for name in comparison.read)
+    state = {name: entry.tensor for name, entry in graph.state.items()}
+    # Two samples where the batch is free, as batch norms need in train mode.
+    inputs = graph.inputs.with_batch(2) if graph.batch_hint is not None else graph.inputs.copy()
+    differs = {number: not call.is_replayable for number, call in enumerate(graph.functions)}
+    held: Values = {}
+    trained: set[str] = set()  # names of nodes whose values depend on parameters
+    for node, value in graph_values(graph.fx_graph, state, pytree.tree_leaves((inputs.args, inputs.kwargs))):
+        if _depends_on_parameters(node, trained, graph):
+            trained.add(node.name)
+        if node.name in n_readers:
+            held[node.name] = value.detach().clone() if isinstance(value, Tensor) else value
+        for number in due[node.name]:
+            read = comparisons[number].read
+            by = sorted(trained.intersection(read)) if torch.is_grad_enabled() else []
+            differs[number] = bool(by) and comparisons[number].differs({name: held[name] for name in read}, by)
+            n_readers.subtract(read)
+            held = {name: value for name, value in held.items() if n_readers[name]}
+    return differs
 
-    def run(self) -> dict[int, bool]:
-        """Number of a call -> whether its backward is its own."""
-        found = {number: not call.is_replayable for number, call in enumerate(self._graph.functions)}
-        held: Values = {}
-        learning: set[str] = set()  # names of nodes whose values follow parameters
-        for node, value in graph_values(self._graph.fx_graph, self._state(), self._leaves()):
-            if self._follows_parameters(node, learning):
-                learning.add(node.name)
-            if node.name in self._n_readers:
-                held[node.name] = value.detach().clone() if isinstance(value, Tensor) else value
-            for number in self._calls.get(node.name, ()):
-                piece = self._pieces[number]
-                by = learning.intersection(piece.read) if torch.is_grad_enabled() else set()
-                found[number] = bool(by) and piece.differs({name: held[name] for name in piece.read}, sorted(by))
-                self._n_readers.subtract(piece.read)
-                held = {name: value for name, value in held.items() if self._n_readers[name]}
-        return found
 
-    def _state(self) -> dict[str, Tensor]:
-        return {name: entry.tensor for name, entry in self._graph.state.items()}
-
-    def _leaves(self) -> list[Any]:
-        """The example; two samples of it where the batch is free, as batch norms need in train mode."""
-        inputs = self._graph.inputs
-        own = inputs.with_batch(2) if self._graph.batch_hint is not None else inputs.copy()
-        return pytree.tree_leaves((own.args, own.kwargs))
-
-    def _follows_parameters(self, node: fx.Node, learning: set[str]) -> bool:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-            return False
-        if node.target in (torch.ops.aten.detach.default, torch.ops.aten.detach_.default):
-            return False
-        if node.op == "get_attr":
-            return self._graph.state[str(node.target)].kind == "parameter"
-        return torch.is_grad_enabled() and any(operand.name in learning for operand in node.all_input_nodes)
+def _depends_on_parameters(node: fx.Node, trained: set[str], graph: Graph) -> bool:
+    """Return whether gradients flow from a node's value to parameters, given the earlier nodes of which this holds."""
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+        return False
+    if node.target in (torch.ops.aten.detach.default, torch.ops.aten.detach_.default):
+        return False
+    if node.op == "get_attr":
+        return graph.state[str(node.target)].kind == "parameter"
+    return torch.is_grad_enabled() and any(operand.name in trained for operand in node.all_input_nodes)
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """A function and its operators.
+class _Comparison:
+    """A call of a function and its operators.
 
     Attributes:
         call: the call of the function.
-        inside: its operators, in execution order.
-        read: names of the nodes that it is given, and of others that its operators read.
-        parameters: tensor of the model by the name of its node, for those that are only read.
+        operators: its operators, in execution order.
+        read: names of the nodes that are inputs of the function or that its operators read.
+        parameters: tensors of the model that its operators read and that are no inputs, by the name of the node.
     """
 
     call: FunctionCall
-    inside: tuple[fx.Node, ...]
+    operators: tuple[fx.Node, ...]
     read: tuple[str, ...]
     parameters: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, call: FunctionCall, graph: Graph) -> "_Piece":
+    def of(cls, call: FunctionCall, graph: Graph) -> "_Comparison":
         names = set(call.operators)
-        inside = tuple(node for node in graph if node.name in names)
-        others = [n for node in inside for n in node.all_input_nodes if n.name not in names]
+        operators = tuple(node for node in graph if node.name in names)
+        others = [n for node in operators for n in node.all_input_nodes if n.name not in names]
         read = dict.fromkeys([*call.inputs, *(node.name for node in others)])
         unseen = [node for node in others if node.op == "get_attr" and node.name not in call.inputs]
-        return cls(call, inside, tuple(read), {node.name: graph.state[str(node.target)].tensor for node in unseen})
+        parameters = {node.name: graph.state[str(node.target)].tensor for node in unseen}
+        return cls(call, operators, tuple(read), parameters)
 
     def differs(self, values: Values, by: list[str]) -> bool:
-        """Whether gradients by some of the values differ, on any of several changes of the values.
+        """Return whether gradients differ near the given values or on random ones.
 
         Args:
-            values: what is read, by name.
-            by: names of those whose gradients count.
+            values: the values that are read, by name.
+            by: names of the values whose gradients count.
         """
         for dtype in (torch.float64, None):
-            given = {name: _as(value, dtype) for name, value in values.items()}
+            given = {n: v.to(dtype) if dtype is not None and _is_real(v) else v for n, v in values.items()}
             try:
-                is_other = self._differs(given, by)
+                if self._differs_near(given, by):
+                    return True
             except Exception:  # the function takes no float64, or cannot be called again at all
                 continue
-            return is_other or any(self._differs_if_it_runs(self._drawn(given, scale), by) for scale in (1.0, 10.0))
+            for scale in (1.0, 10.0):
+                drawn = {
+                    n: scale * torch.randn_like(v) if n in self.call.inputs and _is_real(v) else v
+                    for n, v in given.items()
+                }
+                try:
+                    if self._differs_near(drawn, by):
+                        return True
+                except Exception:  # the function may not take random numbers
+                    continue
+            return False
         return True
 
-    def _differs_if_it_runs(self, values: Values, by: list[str]) -> bool:
-        try:
-            return self._differs(values, by)
-        except Exception:  # numbers drawn at random may be none that the function takes
-            return False
-
-    def _drawn(self, values: Values, scale: float) -> Values:
-        """The same with random numbers in place of the floating tensors that the function is given."""
-        drawn = {n: scale * torch.randn_like(v) for n, v in values.items() if n in self.call.inputs and _is_real(v)}
-        return {**values, **drawn}
-
-    def _differs(self, values: Values, by: list[str]) -> bool:
-        """Compare gradients beside the values: an example is often full of zeros, where slopes have corners."""
+    def _differs_near(self, values: Values, by: list[str]) -> bool:
+        """Return whether gradients differ beside some values; examples are often full of zeros, where slopes change."""
         near = {
             n: v + 1e-3 * torch.randn_like(v) if n in self.call.inputs and _is_real(v) else v for n, v in values.items()
         }
         torch.manual_seed(0)
-        leaves = self._leaves(near, by)
-        made = self._results(near | leaves)
-        places = [n for n, name in enumerate(self.call.outputs) if name and _is_differentiable(made[name])]
-        slopes = [torch.randn_like(made[self.call.outputs[n]]) for n in places]
-        by_graph = _gradients([made[self.call.outputs[n]] for n in places], leaves, slopes)
+        leaves = {name: near[name].detach().clone().requires_grad_() for name in by}
+        found = {name: _own_copy(value) for name, value in (near | leaves).items()}
+        for node in self.operators:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: found[operand.name])
+            found[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
+        positions = [n for n, name in enumerate(self.call.outputs) if name and _is_differentiable(found[name])]
+        slopes = [torch.randn_like(found[self.call.outputs[n]]) for n in positions]
+        of_operators = _gradients([found[self.call.outputs[n]] for n in positions], leaves, slopes)
 
         torch.manual_seed(0)
         for tensor in self.parameters.values():
             tensor.grad = None
-        leaves = self._leaves(near, by)
-        results = self.call.run({name: _copied((near | leaves)[name]) for name in self.call.inputs})
-        by_function = _gradients([results[n] for n in places], leaves, slopes)
-        by_function |= {n: t.grad for n, t in self.parameters.items() if n in by and t.grad is not None}
-        return any(_are_different(by_graph[name], by_function[name]) for name in by)
-
-    @staticmethod
-    def _leaves(values: Values, by: list[str]) -> dict[str, Tensor]:
-        return {name: values[name].detach().clone().requires_grad_() for name in by}
-
-    def _results(self, values: Values) -> Values:
-        """Values of all operators inside, and of what they read."""
-        found = {name: _copied(value) for name, value in values.items()}
-        for node in self.inside:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: found[operand.name])
-            found[node.name] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return found
-
-
-def _as(value: Any, dtype: torch.dtype | None) -> Any:
-    return value.to(dtype) if dtype is not None and _is_real(value) else value
+        leaves = {name: near[name].detach().clone().requires_grad_() for name in by}
+        results = self.call.run({name: _own_copy((near | leaves)[name]) for name in self.call.inputs})
+        of_function = _gradients([results[n] for n in positions], leaves, slopes)
+        of_function |= {n: t.grad for n, t in self.parameters.items() if n in by and t.grad is not None}
+        return any(_are_different(of_operators[name], of_function[name]) for name in by)
 
 
 def _is_real(value: Any) -> bool:
@@ -212,13 +194,19 @@ def _is_differentiable(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _copied(value: Any) -> Any:
-    """A tensor that may be written to."""
+def _own_copy(value: Any) -> Any:
+    """Return a tensor that may be written to; other values as they are."""
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def _gradients(outputs: list[Tensor], leaves: Mapping[str, Tensor], slopes: list[Tensor]) -> dict[str, Tensor]:
-    """Gradients by the leaves, zero where an output does not depend on them."""
+    """Return the gradients of outputs by the leaves, zero where no output depends on a leaf.
+
+    Args:
+        outputs: tensors.
+        leaves: name -> tensor that requires gradients.
+        slopes: gradient by each output.
+    """
     pairs = [(out, slope) for out, slope in zip(outputs, slopes, strict=True) if out.requires_grad]
     found: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if pairs:
@@ -228,11 +216,14 @@ def _gradients(outputs: list[Tensor], leaves: Mapping[str, Tensor], slopes: list
 
 
 def _are_different(one: Tensor, other: Tensor) -> bool:
-    """Whether two gradients differ by more than rounding, or only one is finite, as that of a root kept from zero."""
+    """Return whether two gradients differ by more than rounding.
+
+    They do where only one is finite, as that of a square root that the function keeps away from zero.
+    """
     tolerance = _TOLERANCES.get(one.dtype, _TOLERANCE)
-    known = one.isfinite() & other.isfinite()
     if bool((one.isfinite() != other.isfinite()).any()):
         return True
+    known = one.isfinite()
     one, other = (gradient[known].to(torch.complex128) for gradient in (one, other))
     if not one.numel():
         return False

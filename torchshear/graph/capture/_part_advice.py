@@ -1,4 +1,4 @@
-"""Which modules of a model could be pruned as parts, where the model cannot be captured whole."""
+"""Advice on the modules that can be pruned as parts of a model that cannot be captured whole."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph.capture._recording import first_calls, holds_layers
 
-_MOST_TRIES: Final = 24  # captures, each of which takes as long as a part is large
-_MOST_NAMES: Final = 6
+_MAX_TRIES: Final = 24  # captures, each of which takes as long as a part is large
+_MAX_NAMES: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """What half of the channels of a captured network hold.
+    """Size of a model before and after half of the channels of a captured part of it are cut.
 
     Attributes:
         before: number of parameters of the whole model.
-        after: what is left of them.
+        after: number of parameters that are left.
     """
 
     before: int
@@ -34,7 +34,7 @@ _FORECAST: list[Callable[[Graph], Forecast]] = []
 
 
 def register_forecast(forecast: Callable[[Graph], Forecast]) -> None:
-    """Say how a captured network is foretold to shrink, which takes an analysis; done once, by the stage of that."""
+    """Register the function that forecasts the size of a pruned network; it needs the analysis, which registers it."""
     _FORECAST[:] = [forecast]
 
 
@@ -53,7 +53,7 @@ def advise_parts(
         model: the model, in which capture failed.
         inputs: its example inputs.
         failing: name of the module in which it failed.
-        can_capture: tells whether torch.export takes a module; asked first, since that is cheap.
+        can_capture: returns whether torch.export takes a module; tried first, since that is cheap.
         trace_parts: captures modules as parts of the model.
 
     Returns:
@@ -63,7 +63,7 @@ def advise_parts(
     if failure is not None:
         return f"The model does not run on these inputs outside of torch.export either ({first_line(failure)[:120]})."
     device = next((tensor.device for tensor in inputs.tensors()), torch.device("cpu"))
-    tries, unfit = 0, ""
+    tries, unfit = 0, ""  # unfit: a module that can be captured and cannot shrink
 
     def search(parent: nn.Module, prefix: str) -> Iterator[str]:
         nonlocal tries, unfit
@@ -71,7 +71,7 @@ def advise_parts(
             name = f"{prefix}{child}"
             if not holds_layers(module):
                 continue
-            if name in calls and not f"{failing}.".startswith(f"{name}.") and tries < _MOST_TRIES:
+            if name in calls and not f"{failing}.".startswith(f"{name}.") and tries < _MAX_TRIES:
                 tries += 1
                 is_fit = can_capture(module, calls[name].map(lambda t: torch.empty_like(t, device=device)))
                 saved = _forecast([name], trace_parts) if is_fit else None
@@ -82,7 +82,7 @@ def advise_parts(
                     continue
             yield from search(module, f"{name}.")
 
-    names = list(islice(search(model, ""), _MOST_NAMES))
+    names = list(islice(search(model, ""), _MAX_NAMES))
     saved = _forecast(names, trace_parts) if names else None
     if saved is not None:
         return (
@@ -93,7 +93,7 @@ def advise_parts(
 
 
 def _forecast(names: Sequence[str], trace_parts: Callable[[Sequence[str]], Graph]) -> Forecast | None:
-    """How much a model with these parts would shrink; None if it cannot be captured so."""
+    """Return how much a model with these parts would shrink; None if it cannot be captured so."""
     try:
         return _FORECAST[0](trace_parts(names))
     except TorchshearError:

@@ -1,8 +1,8 @@
 """A second capture of a network, at another batch or in train mode, at a fraction of the cost of the first.
 
-The forward is run once more on tensors without values, and the operators that it calls are held against the graph of
-the first capture, one by one: the same calls in the same order make a graph with the arguments and shapes of the second
-run. Anything else is left to torch.export, which takes several times as long.
+The forward is run again on tensors without values, and the operators that it calls are compared with the graph of the
+first capture one by one. The same calls in the same order make a graph with the arguments and shapes of the second run.
+Anything else is left to torch.export, which takes several times as long.
 """
 
 import operator
@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._operator import operator_named
-from torchshear.graph.capture._branches import MaskedAssignments
+from torchshear.graph.capture._export import MaskedAssignments
 from torchshear.graph.model._process import set_exporting_flag
 from torchshear.graph.model._state import preserve_state
 
@@ -29,55 +29,51 @@ _LIFTED = frozenset({"aten.lift_fresh.default", "aten.lift_fresh_copy.default"})
 
 
 class _OtherCallsError(Exception):
-    """The second run is not made of the calls of the first."""
+    """The second run does not make the calls of the first."""
 
 
-def second_capture(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph | None:
-    """Run a captured model once more, and give its graph with the numbers of that run.
+def replay(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph | None:
+    """Run a captured model again and return its graph with the arguments and shapes of that run.
 
     Args:
-        first: the capture; only read. Its batch may have been made free.
+        first: the capture; only read. Its batch may have been freed.
         model: the model, in the mode to capture, with outputs as `drop_opaque_outputs` makes them.
         inputs: inputs of any batch. Their values are not read.
 
     Returns:
-        A graph with one node for each of the first; None if the run is not made of the same calls, or cannot be made
-        without values.
+        A graph with one node for each node of the first; None if the run makes other calls, or needs values.
     """
     try:
-        run = _recorded(model, inputs)
+        run = _record_run(model, inputs)
         if pytree.tree_structure(run.output) != first.out_spec:
             return None
-        return replace(first, fx_graph=_Twin(first, run).graph)
+        return replace(first, fx_graph=_GraphBuilder(first, run).build())
     except Exception:  # code of the model may not run on such tensors, and torch may raise anything then
         return None
 
 
-def names_read(model: nn.Module, inputs: ExampleInputs) -> set[str] | None:
-    """Names of the parameters and buffers that a run of a model reads; None if it cannot be run without values.
+def read_state_names(model: nn.Module, inputs: ExampleInputs) -> set[str] | None:
+    """Return the names of the parameters and buffers that a run of a model reads; None if the run needs values.
 
     Args:
         model: the model, in the mode to run it in.
-        inputs: what to run it on. Their values are not read.
+        inputs: its inputs. Their values are not read.
     """
     try:
-        run = _recorded(model, inputs)
-    except Exception:  # see above
+        run = _record_run(model, inputs)
+    except Exception:  # as in `replay`
         return None
     read = {id(leaf) for call in run.calls for leaf in pytree.tree_leaves((call.args, call.kwargs))}
     return {name for name, tensor in run.state.items() if id(tensor) in read}
 
 
 def can_run_without_values(model: nn.Module, inputs: ExampleInputs) -> bool:
-    """Whether a model can be run on tensors of the shapes of some inputs, without values."""
+    """Return whether a model runs on tensors that have the shapes of some inputs and no values."""
     try:
-        _recorded(model, inputs)
-    except Exception:  # see above
+        _record_run(model, inputs)
+    except Exception:  # as in `replay`
         return False
     return True
-
-
-# -- the second run ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +87,8 @@ class _Call:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recorded:
-    """A run: tensors of the model by name, flat inputs, calls in order, and what came out."""
+class _Run:
+    """A recorded run: tensors of the model by name, flat inputs, calls in order, and the output."""
 
     state: dict[str, Tensor]
     leaves: list[Any]
@@ -101,7 +97,7 @@ class _Recorded:
 
 
 class _Recorder(ProxyTorchDispatchMode):
-    """Notes every operator as torch.export sees it, before it is taken apart, and computes shapes only.
+    """Records every operator as torch.export sees it, before it is taken apart, and computes shapes only.
 
     torch hands calls at that level to modes of a few classes, of which this is one.
     """
@@ -113,15 +109,15 @@ class _Recorder(ProxyTorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Norms give a tensor like their operand, and take long to find that out.
+        # Norms return a tensor like their operand, and take long to find that out.
         is_norm = func.namespace == "aten" and operator_named(str(func)).norm is not None
         result = torch.empty_like(args[0]) if is_norm else func(*args, **(kwargs or {}))
         self.calls.append(_Call(func, args, kwargs or {}, result))
         return result
 
 
-def _recorded(model: nn.Module, inputs: ExampleInputs) -> _Recorded:
-    """Run a model on tensors without values that say that they are where the model's are."""
+def _record_run(model: nn.Module, inputs: ExampleInputs) -> _Run:
+    """Run a model on tensors without values, which name the devices of the model's tensors as theirs."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     named = (*model.named_parameters(), *model.named_buffers())
     state: dict[str, Tensor] = {name: mode.from_tensor(tensor) for name, tensor in named}
@@ -130,13 +126,13 @@ def _recorded(model: nn.Module, inputs: ExampleInputs) -> _Recorded:
     recorder = _Recorder()
     with preserve_state(model), mode, set_exporting_flag(), _plain_kernels(), recorder, MaskedAssignments():
         output = torch.func.functional_call(model, dict(state), args, kwargs)  # which writes to the dict
-    return _Recorded(state, leaves, recorder.calls, output)
+    return _Run(state, leaves, recorder.calls, output)
 
 
 @contextmanager
 def _plain_kernels() -> Iterator[None]:
     """Have calls be taken apart, and flags for fast kernels be passed to operators, as torch.export does."""
-    mkldnn = torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]  # gives those of before, this one first
+    mkldnn = torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]  # returns the old flags, this one first
     try:
         with torch.backends.cudnn.flags(enabled=False), enable_python_dispatcher():
             yield
@@ -144,66 +140,72 @@ def _plain_kernels() -> Iterator[None]:
         torch.backends.mkldnn.set_flags(mkldnn[0])  # type: ignore[no-untyped-call]
 
 
-# -- the graph of the second run ---------------------------------------------------------------------------------------
+class _GraphBuilder:
+    """Makes the graph of a second run: a node for each node of the first."""
 
-
-class _Twin:
-    """Makes the graph of a second run: a node for each node of the first.
-
-    Attributes:
-        graph: the finished graph.
-    """
-
-    def __init__(self, first: Graph, run: _Recorded) -> None:
-        self.graph = fx.Graph()
+    def __init__(self, first: Graph, run: _Run) -> None:
         self._first = first
         self._run = run
+        self._graph = fx.Graph()
         self._twins: dict[fx.Node, fx.Node] = {}
-        self._nodes: dict[int, fx.Node] = {}  # of the latest value of each tensor, by its identity
-        self._new: dict[int, fx.Node] = {}  # of what calls without operands give, by the identity of its memory
-        leaves, calls = iter(run.leaves), iter(run.calls)
-        for node in first:
+        self._by_tensor: dict[int, fx.Node] = {}  # by the identity of a tensor: the node of its latest value
+        self._by_memory: dict[int, fx.Node] = {}  # by the identity of their memory: results of calls without operands
+
+    def build(self) -> fx.Graph:
+        """Return the graph.
+
+        Raises:
+            _OtherCallsError: the second run does not make the calls of the first.
+        """
+        leaves, calls = iter(self._run.leaves), iter(self._run.calls)
+        for node in self._first:
             if node.op == "placeholder":
                 self._add(node, (), {}, next(leaves))
             elif node.op == "get_attr":
-                self._add(node, (), {}, self._own(str(node.target)))
+                name = str(node.target)  # a constant is the same tensor in both runs
+                self._add(node, (), {}, self._run.state.get(name, self._first.state[name].tensor))
             elif isinstance(node.meta.get("val"), int):
                 continue  # a size that is computed from the batch
             elif node.op == "output":
-                self.graph.output(self._outputs(node))
+                pairs = zip(node.args[0], pytree.tree_leaves(self._run.output), strict=True)  # type: ignore[arg-type]
+                self._graph.output(tuple(self._operands(one, two) for one, two in pairs))
             elif node.target is operator.getitem:
-                source, place = self._twins[node.args[0]], node.args[1]  # type: ignore[index]
-                self._add(node, (source, place), {}, source.meta["val"][place])
+                source, position = self._twins[node.args[0]], node.args[1]  # type: ignore[index]
+                self._add(node, (source, position), {}, source.meta["val"][position])
             elif isinstance(node.target, torch._ops.OpOverload):
                 call = next(calls, None)
-                if call is None or not _is_same_operator(node.target, call.target):
+                is_same = call is not None and (
+                    node.target is call.target or {str(node.target), str(call.target)} <= _LIFTED
+                )
+                if call is None or not is_same:
                     raise _OtherCallsError
                 args = self._operands(node.args, call.args)
                 self._add(node, args, self._operands(node.kwargs, call.kwargs), call.result)
             else:  # switches of gradients and autocast, of which no argument is a size
-                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: self._twins[operand])
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self._twins.__getitem__)
                 self._add(node, args, kwargs, node.meta.get("val"))
         if next(calls, None) is not None:
             raise _OtherCallsError
+        return self._graph
 
     def _add(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        twin = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
+        twin = self._graph.create_node(node.op, node.target, args, kwargs, node.name)
         twin.meta = {**node.meta, "val": value}
         self._twins[node] = twin
         if isinstance(value, Tensor):
-            self._nodes[id(value)] = twin
+            self._by_tensor[id(value)] = twin
             if node.op == "call_function" and not twin.all_input_nodes:
-                self._new[_memory(value)] = twin
-
-    def _own(self, name: str) -> Tensor:
-        """The tensor that the second run had for one of the model; a constant is itself."""
-        return self._run.state.get(name, self._first.state[name].tensor)
+                self._by_memory[_memory_of(value)] = twin
 
     def _operands(self, one: Any, two: Any) -> Any:
-        """Arguments of a call in the second run, with nodes in place of tensors.
+        """Return arguments of a call with nodes in place of tensors.
+
+        Args:
+            one: the arguments in the graph of the first run.
+            two: the arguments in the second run.
 
         Raises:
-            _OtherCallsError: a tensor is none that a node is known for.
+            _OtherCallsError: no node is known for a tensor.
         """
         if isinstance(two, Tensor):
             return self._node_of(two, one)
@@ -215,30 +217,20 @@ class _Twin:
         return two
 
     def _node_of(self, tensor: Tensor, beside: Any) -> fx.Node:
-        """The node of a tensor; of a constant, that of the equal one in the first capture.
+        """Return the node of a tensor; for a constant, the node of the equal constant in the first capture.
 
-        What `torch.arange` and the like return is another object than what the operator gave, in the same memory.
+        `torch.arange` and the like return another object than the operator inside did, in the same memory.
         """
-        node = self._nodes.get(id(tensor)) or self._new.get(_memory(tensor))
+        node = self._by_tensor.get(id(tensor)) or self._by_memory.get(_memory_of(tensor))
         if node is not None:
             return node
         entry = self._first.state.get(str(beside.target)) if isinstance(beside, fx.Node) else None
-        if entry is None or beside.op != "get_attr" or not _is_equal(entry.tensor, tensor):
+        known = entry.tensor if entry is not None and beside.op == "get_attr" else None
+        is_equal = known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype
+        if known is None or not is_equal or not torch.equal(known, tensor):
             raise _OtherCallsError
         return self._twins[beside]
 
-    def _outputs(self, node: fx.Node) -> tuple[Any, ...]:
-        leaves = pytree.tree_leaves(self._run.output)
-        return tuple(self._operands(one, two) for one, two in zip(node.args[0], leaves, strict=True))  # type: ignore[arg-type]
 
-
-def _memory(tensor: Tensor) -> int:
+def _memory_of(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _is_same_operator(one: Any, two: Any) -> bool:
-    return one is two or {str(one), str(two)} <= _LIFTED
-
-
-def _is_equal(one: Tensor, two: Tensor) -> bool:
-    return one.shape == two.shape and one.dtype == two.dtype and bool(torch.equal(one, two))

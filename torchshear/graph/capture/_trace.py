@@ -1,45 +1,29 @@
-"""torch.export as the one front end: capture a model in eval or train mode and leave it exactly as it was."""
+"""Capture of a model in eval or train mode, with a free batch where the model allows; the model is left as it was."""
 
-import os
-import traceback
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import fx, nn
-from torch.ao.quantization.observer import ObserverBase
-from torch.export import ExportedProgram
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from torchshear.errors import CaptureError, first_line
-from torchshear.graph._contract import drop_opaque_outputs
-from torchshear.graph._graph import Graph, StateTensor
+from torchshear.errors import CaptureError
+from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._parts import PartRun, is_in_parts, model_parts, whole_model
-from torchshear.graph.capture._backwards import with_own_backwards
-from torchshear.graph.capture._branches import MaskedAssignments, RefusedBranches
-from torchshear.graph.capture._check import agrees, differs_in_training
-from torchshear.graph.capture._clean_copy import clean_copy
+from torchshear.graph._outputs import drop_opaque_outputs
+from torchshear.graph._parts import is_in_parts
+from torchshear.graph.capture._backwards import compare_backwards
+from torchshear.graph.capture._check import agrees_with_model, outputs_differ_in_training
 from torchshear.graph.capture._dynamic_batch import free_batch, hides_batch, probe_prime, second_batch
-from torchshear.graph.capture._functions import SeenCall, function_calls, watched_functions
-from torchshear.graph.capture._mask_sizes import resolve_mask_sizes
+from torchshear.graph.capture._export import RefusedBranches, capture_error, export, find_origin, without_stack_traces
 from torchshear.graph.capture._part_advice import advise_parts
 from torchshear.graph.capture._recording import record_parts
-from torchshear.graph.capture._replay import names_read, second_capture
+from torchshear.graph.capture._replay import read_state_names, replay
 from torchshear.graph.model._caches import clear_caches, find_caches
 from torchshear.graph.model._checks import check_model
-from torchshear.graph.model._meta import buffers_on_meta, is_on_meta
 from torchshear.graph.model._process import run_exclusively
-from torchshear.graph.model._state import Mode, in_mode, preserve_state
-
-_TORCH = f"{Path(torch.__file__).parent}{os.sep}"  # with the separator, or torchvision would be taken for torch
-_HERE = f"{Path(__file__).parents[1]}{os.sep}"
+from torchshear.graph.model._state import Mode, in_mode
 
 
 @run_exclusively()
@@ -81,9 +65,8 @@ def trace(
     try:
         return trace_inputs(model, inputs)
     except CaptureError as error:
-        _, module, _ = _origin_of(model, error.__cause__ or error)
-        parts = partial(_trace_parts, model, inputs)
-        advice = advise_parts(model, inputs, module, _can_export, parts)
+        _, module, _ = find_origin(model, error.__cause__ or error)
+        advice = advise_parts(model, inputs, module, _can_export, partial(_trace_parts, model, inputs))
         raise CaptureError(f"{error} {advice}".rstrip()) from error.__cause__
 
 
@@ -94,14 +77,16 @@ def _trace_parts(model: nn.Module, inputs: ExampleInputs, submodules: Sequence[s
 def _can_export(module: nn.Module, inputs: ExampleInputs) -> bool:
     try:
         with in_mode(module, "eval"):
-            _export(module, inputs)
+            export(module, inputs, inputs, "eval", None)
     except Exception:  # whatever it is that forbids capture
         return False
     return True
 
 
 def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
-    """As `trace`, with arguments that are wrapped already.
+    """Capture a model as `trace` does, with example inputs that are checked already.
+
+    The model is captured in train mode as well if it may read other tensors there or give other outputs.
 
     Raises:
         ArgumentError: `model` is not an nn.Module.
@@ -109,48 +94,41 @@ def trace_inputs(model: nn.Module, inputs: ExampleInputs) -> Graph:
     """
     graph = capture_in_mode(model, inputs, "eval")
     own = {name for name, entry in graph.state.items() if entry.tensor.ndim and is_in_parts(name, graph.parts)}
-    other_outputs = differs_in_training(graph, model)
-    unread = own - _reads(graph)
-    if not other_outputs and not (unread and _may_read_in_training(model, inputs, unread)):
+    unread = own - _names_read(graph)
+    has_other_outputs = outputs_differ_in_training(graph, model)
+    if not has_other_outputs and not (unread and _may_read_in_training(model, inputs, unread)):
         return graph
-    training = _training_graph(model, inputs, graph)
-    if training is None:  # what only training reads then stays whole, which the report lists as unread
+    try:
+        training = capture_in_mode(model, inputs, "train", graph)
+    except CaptureError:
+        try:  # without the branches that are taken at random
+            with RefusedBranches():
+                training = replace(capture_in_mode(model, inputs, "train"), has_assumed_branches=True)
+        except CaptureError:
+            return graph  # tensors that only training reads stay whole, and the report lists them as unread
+    if not has_other_outputs and not unread & _names_read(training):
         return graph
-    if not other_outputs and not unread & _reads(training):
-        return graph
-    state = types.MappingProxyType({**training.state, **graph.state})  # the graphs have constants of their own
+    state = types.MappingProxyType({**training.state, **graph.state})  # each graph has constants of its own
     return replace(graph, training=training, state=state)
 
 
+def _names_read(graph: Graph) -> set[str]:
+    """Return the names of the parameters, buffers and constants that a graph reads."""
+    return {str(node.target) for node in graph if node.op == "get_attr"}
+
+
 def _may_read_in_training(model: nn.Module, inputs: ExampleInputs, names: set[str]) -> bool:
-    """Whether any of some parameters and buffers is read in train mode, as one run or capture tells."""
+    """Return whether a run or a capture in train mode reads one of some parameters and buffers; True if both fail."""
     given = inputs.without_values(second_batch(inputs)) if inputs.batch_size() else inputs.copy()
     try:
-        with in_mode(model, "train"), drop_opaque_outputs(model), _without_traces():
+        with in_mode(model, "train"), drop_opaque_outputs(model), without_stack_traces():
             clear_caches(model, find_caches(model, inputs))
-            read = names_read(model, given)
+            read = read_state_names(model, given)
             if read is None:
-                read = _reads(_to_graph(*_export(model, given), model, inputs, "train", None))
-    except Exception:  # it cannot be captured without more ado, as where branches are drawn at random
+                read = _names_read(export(model, given, inputs, "train", None))
+    except Exception:  # as where branches are taken at random
         return True
     return bool(names & read)
-
-
-def _training_graph(model: nn.Module, inputs: ExampleInputs, graph: Graph) -> Graph | None:
-    """The model captured in train mode; with branches drawn at random left out where it cannot be otherwise."""
-    try:
-        return capture_in_mode(model, inputs, "train", graph)
-    except CaptureError:
-        try:
-            with RefusedBranches():
-                return replace(capture_in_mode(model, inputs, "train"), has_assumed_branches=True)
-        except CaptureError:
-            return None
-
-
-def _reads(graph: Graph) -> set[str]:
-    """Names of the parameters, buffers and constants that a graph reads."""
-    return {str(node.target) for node in graph if node.op == "get_attr"}
 
 
 def capture_in_mode(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: Graph | None = None) -> Graph:
@@ -170,8 +148,14 @@ def capture_in_mode(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: 
     caches = find_caches(model, inputs)
     with in_mode(model, mode), drop_opaque_outputs(model) as dropped:
         clear_caches(model, caches)
-        graph = _free_batch_graph(model, inputs, mode, other) or _static_graph(model, inputs, mode)
-        graph = with_own_backwards(graph)
+        graph = _capture_with_free_batch(model, inputs, mode, other)
+        if graph is None:
+            try:  # with a copy, since torch.export would take one tensor that is given twice for one input
+                graph = export(model, inputs.copy(), inputs, mode, None)
+            except Exception as error:
+                raise capture_error(model, error) from error
+        if graph.functions:
+            graph = compare_backwards(graph)
     if dropped and not any(node.all_input_nodes for node in graph if node.op == "output"):
         raise CaptureError(
             f"{type(model).__name__} returns no tensor that torch can see: {', '.join(dropped)}. Expected tensors, or "
@@ -180,190 +164,38 @@ def capture_in_mode(model: nn.Module, inputs: ExampleInputs, mode: Mode, other: 
     return replace(graph, omitted_outputs=tuple(dropped))
 
 
-def _free_batch_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode, in_other_mode: Graph | None) -> Graph | None:
-    """A graph that takes any batch and is the model, or None if there is no such graph."""
+def _capture_with_free_batch(
+    model: nn.Module, inputs: ExampleInputs, mode: Mode, in_other_mode: Graph | None
+) -> Graph | None:
+    """Return a graph that takes any batch and computes what the model does, or None if there is no such graph."""
     prime = probe_prime(model, inputs)
     if prime is None:
         return None
     try:
-        first = _at_first_batch(model, inputs, mode, prime, in_other_mode)
-        other = _at_second_batch(first, model, inputs)
-        graph = _freed(first, other)
-        prime = probe_prime(model, inputs, other)
+        # The first capture is a replay of the one in the other mode, unless batch norms count their batches, which
+        # they do in train mode alone.
+        norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
+        first: Graph | None = None
+        if in_other_mode is not None and not any(norm.track_running_stats and norm.training for norm in norms):
+            first = replay(in_other_mode, model, inputs.without_values(prime))
+        if first is not None:
+            first = replace(first, mode=mode, batch_hint=prime, dynamic_shapes=None, training=None)
+        else:
+            first = export(model, inputs.without_values(prime), inputs, mode, prime)
+        # The second is a replay of the first, at another batch.
+        given = inputs.without_values(second_batch(inputs))
+        second = replay(first, model, given)
+        if second is None:
+            with without_stack_traces():
+                second = export(model, given, inputs, mode, None)
+        dynamic = free_batch(first, second)
+        graph = None if dynamic is None else replace(first, dynamic_shapes=dynamic)
+        # Sizes inside the graph may be multiples of the prime, too: it is captured once more at another one.
+        prime = probe_prime(model, inputs, second)
         if graph is not None and hides_batch(graph) and prime is not None:
-            first = _to_graph(*_export(model, inputs.without_values(prime)), model, inputs, mode, prime)
-            graph = _freed(first, other)
+            first = export(model, inputs.without_values(prime), inputs, mode, prime)
+            dynamic = free_batch(first, second)
+            graph = None if dynamic is None else replace(first, dynamic_shapes=dynamic)
     except Exception:  # any failure here only means that another batch does not suit the model
         return None
-    return graph if graph is not None and agrees(graph, model) else None
-
-
-def _at_first_batch(model: nn.Module, inputs: ExampleInputs, mode: Mode, prime: int, other: Graph | None) -> Graph:
-    """The capture at the first batch, from torch.export, or from a run that is held against that in the other mode."""
-    given = inputs.without_values(prime)
-    found = second_capture(other, model, given) if other is not None and not _counts_batches(model) else None
-    if found is None:
-        return _to_graph(*_export(model, given), model, inputs, mode, prime)
-    return replace(found, mode=mode, batch_hint=prime, second=None, training=None)
-
-
-def _counts_batches(model: nn.Module) -> bool:
-    """Whether batch norms count their batches, which they do in train mode alone."""
-    norms = (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm))
-    return any(norm.track_running_stats and norm.training for norm in norms)
-
-
-def _at_second_batch(first: Graph, model: nn.Module, inputs: ExampleInputs) -> Graph:
-    """The capture at another batch, from a run that is held against the first or from torch.export."""
-    given = inputs.without_values(second_batch(inputs))
-    found = second_capture(first, model, given)
-    if found is not None:
-        return found
-    with _without_traces():
-        return _to_graph(*_export(model, given), model, inputs, first.mode, None)
-
-
-def _freed(graph: Graph, other: Graph) -> Graph | None:
-    """A graph with a free batch, from captures at two batches; None if they are not of one network."""
-    second = free_batch(graph, other)
-    return None if second is None else replace(graph, second=second)
-
-
-@contextmanager
-def _without_traces() -> Iterator[None]:
-    """Have torch.export not note the source line of each node, which takes time."""
-    before = fx.config.do_not_emit_stack_traces
-    fx.config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx.config.do_not_emit_stack_traces = before
-
-
-def _static_graph(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> Graph:
-    """A graph of the sizes as given."""
-    own = inputs.copy()  # torch.export would take one tensor that is given twice for one input
-    try:
-        program, seen = _export(model, own)
-    except Exception as error:
-        raise _capture_error(model, error) from error
-    return _to_graph(program, seen, model, inputs, mode, None)
-
-
-def _export(model: nn.Module, inputs: ExampleInputs) -> tuple[ExportedProgram, list[SeenCall]]:
-    """Run torch.export; gives the program, and the functions with a backward of their own that the model called.
-
-    The Python code of the graphs that it makes on its way is not needed, and not compiled. What the model keeps of the
-    run is put back, since its tensors have no values: another capture would take them for constants.
-    """
-    with preserve_state(model), _use_lazy_graph_module(True), MaskedAssignments(), watched_functions() as seen:
-        if not is_on_meta(model):
-            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), seen
-        inputs = inputs.map(lambda tensor: tensor.to("meta"))
-        with buffers_on_meta(model):
-            return torch.export.export(model, inputs.args, inputs.kwargs, strict=False), seen
-
-
-def _to_graph(
-    program: ExportedProgram,
-    seen: list[SeenCall],
-    model: nn.Module,
-    inputs: ExampleInputs,
-    mode: Mode,
-    batch_hint: int | None,
-) -> Graph:
-    aliases, state = _model_state(model)
-    fx_graph = clean_copy(program, aliases)
-    for node in fx_graph.nodes:
-        if node.op == "get_attr" and node.target not in state:
-            constant = program.constants[node.target].detach()
-            node.target = _constant_name(model, str(node.target), mode)
-            state[node.target] = StateTensor(node.target, "constant", constant, False)
-    resolve_mask_sizes(fx_graph, state)
-    return Graph(
-        fx_graph=fx_graph,
-        state=types.MappingProxyType(state),
-        aliases=types.MappingProxyType(aliases),
-        inputs=inputs,
-        in_spec=pytree.tree_structure((inputs.args, inputs.kwargs)),
-        out_spec=program.call_spec.out_spec,
-        model_type=f"{type(whole_model(model)).__module__}.{type(whole_model(model)).__qualname__}",
-        mode=mode,
-        batch_hint=batch_hint,
-        parts=model_parts(model),
-        functions=function_calls(fx_graph, seen),
-    )
-
-
-def _constant_name(model: nn.Module, name: str, mode: Mode) -> str:
-    """Name of a constant: the path of a tensor attribute, else torch.export's name, made another in each mode."""
-    owner: Any = whole_model(model)
-    for part in name.split("."):
-        owner = getattr(owner, part, None)
-    return name if mode == "eval" or isinstance(owner, torch.Tensor) else f"{name}_in_training"
-
-
-def _model_state(model: nn.Module) -> tuple[dict[str, str], dict[str, StateTensor]]:
-    """Every name of every parameter and buffer, and the tensors by their first name."""
-    first: dict[int, str] = {}
-    aliases: dict[str, str] = {}
-    state: dict[str, StateTensor] = {}
-    unsaved = _unsaved(model)
-    for kind, named in (
-        ("parameter", model.named_parameters(remove_duplicate=False)),
-        ("buffer", model.named_buffers(remove_duplicate=False)),
-    ):
-        for name, tensor in named:
-            canonical = first.setdefault(id(tensor), name)
-            aliases[name] = canonical
-            is_saved = name not in unsaved or (canonical != name and state[canonical].is_saved)
-            state[canonical] = StateTensor(canonical, kind, tensor, is_saved)  # type: ignore[arg-type]
-    return aliases, state
-
-
-def _unsaved(model: nn.Module) -> set[str]:
-    """Names of buffers that a `state_dict` leaves out."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {
-        f"{path}.{name}" if path else name for path, module in modules for name in module._non_persistent_buffers_set
-    }
-
-
-def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
-    """Name the part, the module and the user's line in which capture failed, and torch's first words on it."""
-    part, module, line = _origin_of(model, error)
-    what = type(whole_model(model)).__name__
-    where = f"module {module!r}" if module else what
-    if isinstance(dict(model.named_modules()).get(module), ObserverBase):
-        return CaptureError(
-            f"torch.export cannot capture {what}: {where} is an observer of torch.ao.quantization, which takes ranges "
-            f"from the values that it sees. Prune the model before it is prepared for quantisation, and prepare the "
-            f"result."
-        )
-    scripted = [name for name, one in model.named_modules() if isinstance(one, torch.jit.ScriptModule)]
-    if scripted:
-        return CaptureError(
-            f"torch.export cannot capture {what}: its module {scripted[0]!r} is a ScriptModule. Put the module that it "
-            f"was made from in its place, or prune only modules beside it: submodules=[...] names them."
-        )
-    return CaptureError(
-        f"torch.export cannot capture {f'part {part!r} of {what}' if part else what}: {type(error).__name__}: "
-        f"{first_line(error)} Where: {where}{', ' + line if line else ''}. Expected a forward that runs on the example "
-        f"inputs without data-dependent Python; check args and kwargs first, then rewrite that line or prune only "
-        f"modules {'inside that part' if part else 'of the model'}: submodules=[...] names them."
-    )
-
-
-def _origin_of(model: nn.Module, error: BaseException) -> tuple[str, str, str]:
-    """Part, module and source line of the user's that an exception came from; "" for what is not known."""
-    names = {id(module): name for name, module in model.named_modules()}
-    part, module, line = "", "", ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        owner, path = frame.f_locals.get("self"), frame.f_code.co_filename
-        if frame.f_code is PartRun.forward.__code__:
-            part = frame.f_locals["name"]
-        elif id(owner) in names:
-            module = names[id(owner)] or type(model).__name__
-        if not path.startswith((_TORCH, _HERE)) and "<" not in path:
-            line = f"{path}:{number} in {frame.f_code.co_name}"
-    return part, module, line
+    return graph if graph is not None and agrees_with_model(graph, model) else None

@@ -23,7 +23,7 @@ from torchshear.dependency import (
 from torchshear.dependency._units import PAD
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import Graph, close_names, output_leaves, run_exclusively
-from torchshear.graph._computed import compute_from_state, is_from_state
+from torchshear.graph._nodes import compute_from_state, is_from_state
 from torchshear.graph._run import graph_output
 from torchshear.graph.numerics._float64 import compute_in
 from torchshear.pruners.masks._masks import Masks

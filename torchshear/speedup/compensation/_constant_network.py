@@ -16,8 +16,8 @@ from torch import Tensor, fx
 from torchshear.dependency import Axes, Cut
 from torchshear.dependency._call import bind_arguments
 from torchshear.graph import Graph, MaskedCall, masked_form
+from torchshear.graph._nodes import is_only_read
 from torchshear.graph._operator import operator_of
-from torchshear.graph._run import is_only_read
 from torchshear.speedup.rewriting._slicing import Bools, keep_mask, map_axes, zero_cut
 
 ReadValue = Callable[[fx.Node], Any]  # operand -> its value

@@ -140,7 +140,7 @@ def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:
                     old, new = axis.size, int(cut.keep(axis).sum())
                     follows = graph.batch_formula(value, dim if item is None else (item, dim))
                     found.add((old, new))
-                    if follows is not None and not follows.more and new % (old // follows.times) == 0:
+                    if follows is not None and not follows.plus and new % (old // follows.times) == 0:
                         found.add((follows.times, new * follows.times // old))
     return found
 

@@ -17,7 +17,7 @@ from torchshear.dependency import Cut
 from torchshear.dependency._call import Facts
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import MaskedCall, locate, masked_form
-from torchshear.graph._run import is_only_read
+from torchshear.graph._nodes import is_only_read
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._slicing import keep_mask, writes_to_operand
 
