@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchshear.calibration import Loss, Statistics
-from torchshear.calibration._loader import LikeExample
 from torchshear.configs import ConfigList, ResolvedConfig
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan, analyze
 from torchshear.dependency.alignment import Alignment
-from torchshear.graph import outside_inference_mode, trace
+from torchshear.graph import ExampleInputs, outside_inference_mode, trace
 from torchshear.options import (
     CalibrationOptions,
     FoldBias,
@@ -33,7 +32,7 @@ from torchshear.speedup import (
     resolve_alignment,
     shrink_to_form,
 )
-from torchshear.speedup import recalibrate as recalibrate_norms
+from torchshear.speedup.compensation._recalibrate import recalibrate_for
 
 __all__ = ["PruneResult", "plan", "prune"]
 
@@ -295,8 +294,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     small = shrunk.model
     if recalibrate:
         assert options.calibration.loader is not None, "checked before the model was traced"
-        loader = LikeExample(options.calibration.loader, (args, dict(kwargs or {})))
-        small = recalibrate_norms(small, loader, options.calibration.batches, progress=False)
+        example = ExampleInputs.of(args, kwargs)
+        small = recalibrate_for(example, small, options.calibration.loader, options.calibration.batches)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
     return PruneResult(
         small, made, report, shrunk.verification, shrunk.form, shrunk.fold, planner.resolved, recalibrate

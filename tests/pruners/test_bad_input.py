@@ -40,10 +40,10 @@ def second(first: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tenso
         ([], "the loader gave no batch; expected at least one"),
         (iter(()), "An iterator that was used before is empty"),
         (batches(2), "the loader ended after 2 of 3 batches; give a longer one, or ask for batches=2"),
-        ([*batches(1), {"image": 1}], "batch 1 is a dictionary with image; 1 positional arguments missing: expected"),
+        ([*batches(1), {"image": 1}], "batch 1 is a dictionary with image; x missing: expected"),
         (
             [*batches(2), (1, 2, 3)],
-            r"batch 2 is tuple\(int, int, int\); expected inputs as the model was captured with",
+            r"batch 2 is tuple\(int, int, int\); forward.* 1 positional argument; expected",
         ),
         ([(torch.zeros(4, 3, 7, 6), torch.zeros(4))], r"batch 0 holds a tensor of shape \(4, 3, 7, 6\)"),
         ([(torch.zeros(4, 3, 6, 6).long(), torch.zeros(4))], "batch 0 holds a tensor of dtype torch.int64"),

@@ -1,7 +1,8 @@
 """Data run through a model, and what it shows of each unit: activations, gradients, gates."""
 
-from torchshear.calibration._batches import batches_of
+from torchshear.calibration._batches import Batch, CallForm, read_batches, read_graph_inputs
 from torchshear.calibration._layers import Layer, find_layers
+from torchshear.calibration._progress import Progress, check_progress, with_progress
 from torchshear.calibration._run import Loss, Run
 from torchshear.calibration._shared_statistics import all_reduced
 from torchshear.calibration._statistics import (
@@ -24,10 +25,13 @@ __all__ = [
     "SUMS_OF_GRADIENTS",
     "SUMS_OF_WEIGHTS",
     "SUM_OF_MEANS",
+    "Batch",
+    "CallForm",
     "GateSums",
     "GroupTaps",
     "Layer",
     "Loss",
+    "Progress",
     "RowSums",
     "Run",
     "Statistics",
@@ -36,8 +40,11 @@ __all__ = [
     "ValueSums",
     "WeightSums",
     "all_reduced",
-    "batches_of",
+    "check_progress",
     "find_layers",
     "find_taps",
+    "read_batches",
+    "read_graph_inputs",
     "wide",
+    "with_progress",
 ]

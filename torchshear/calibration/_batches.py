@@ -1,24 +1,152 @@
-"""Batches of a loader as arguments of a captured model, and what is left of them for the loss."""
+"""Batches of a loader as calls of a model: the one reader of data, for statistics, recalibration and verification."""
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchshear.calibration._loader import first_batches
-from torchshear.errors import DataError
+from torchshear.errors import ArgumentError, DataError
 from torchshear.graph import ExampleInputs, Graph
 
-_FORMS = (
-    "expected inputs as the model was captured with: a tensor, a tuple of the positional arguments with or without a "
-    "target behind them, a pair (inputs, target), or a dictionary with the keyword arguments"
+FORMS = (
+    "expected a tensor; a tuple of the positional arguments with or without a target behind them; a pair (inputs, "
+    "target) whose inputs are a tensor, a tuple of the positional arguments or a dictionary; or a dictionary by names "
+    "of the parameters of forward, whose other keys are for the loss"
 )
 
 
-def batches_of(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tuple[list[Any], Any]]:
-    """The first batches of a loader as flat inputs of a graph, each with its target.
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """One batch of a loader, as a call of the model.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        target: what the loss is given beside the output: the target of a batch, or the batch itself if it has none.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    target: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CallForm:
+    """Form of the calls of a model, by which batches are taken apart.
+
+    Attributes:
+        signature: signature of the model's forward.
+        example: a call with the arguments that batches are to hold, in the same places. None: any call that forward
+            takes, in which a tuple holds the required positional arguments.
+
+    Raises:
+        ArgumentError: forward does not take the arguments of the example.
+    """
+
+    signature: inspect.Signature
+    example: ExampleInputs | None = None
+    _bound: inspect.BoundArguments | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Bind the example to the parameters of forward."""
+        example = self.example
+        try:
+            bound = None if example is None else self.signature.bind(*example.args, **example.kwargs)
+        except TypeError as error:
+            raise ArgumentError(f"the example inputs do not fit forward{self.signature}: {error}.") from error
+        object.__setattr__(self, "_bound", bound)
+
+    @property
+    def n_positional(self) -> int:
+        """Number of positional arguments in a batch that is a tuple."""
+        if self._bound is not None:
+            return len(self._bound.args)
+        required = [parameter for parameter in self.signature.parameters.values() if _is_required(parameter)]
+        return max(1, sum(parameter.kind is not inspect.Parameter.KEYWORD_ONLY for parameter in required))
+
+    def first_is(self, kind: type | tuple[type, ...]) -> bool:
+        """Return whether the first positional argument of the example is of a type."""
+        return self._bound is not None and len(self._bound.args) > 0 and isinstance(self._bound.args[0], kind)
+
+    def by_name(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the items of a dictionary that are arguments.
+
+        Raises:
+            KeyError: one is missing, or there is none; holds the names.
+        """
+        parameters = self.signature.parameters.values()
+        if self._bound is not None:
+            wanted = {**self._bound.arguments, **self._bound.kwargs}
+            variadic = {p.name for p in parameters if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            names = [name for name in wanted if name not in variadic]
+            missing = [name for name in names if name not in batch]
+        else:
+            takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+            names = [name for name in batch if takes_any or name in self.signature.parameters]
+            missing = [p.name for p in parameters if _is_required(p) and p.name not in batch]
+        if missing or not names:
+            raise KeyError(", ".join(missing) or "all arguments of forward")
+        return {name: batch[name] for name in names}
+
+    def arrange(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return arguments in the places of the example's, where they are the same parameters.
+
+        Raises:
+            TypeError: forward does not take them.
+        """
+        bound = self.signature.bind(*args, **kwargs)
+        if self._bound is None or self.example is None or bound.arguments.keys() != self._bound.arguments.keys():
+            return args, kwargs
+        n_args = len(self.example.args)
+        names = list(self.signature.parameters)[n_args : len(bound.args)]
+        by_name = dict(zip(names, bound.args[n_args:], strict=False)) | bound.kwargs
+        if by_name.keys() != self.example.kwargs.keys():
+            return args, kwargs
+        return bound.args[:n_args], {name: by_name[name] for name in self.example.kwargs}
+
+
+def read_batches(loader: Iterable[Any], count: int, form: CallForm, device: torch.device) -> Iterator[Batch]:
+    """Yield the first batches of a loader as calls, on a device.
+
+    Floating numbers are given in the type of the example's, if these have one type.
+
+    Args:
+        loader: gives batches; an endless one is stopped.
+        count: how many to take.
+        form: the form of the calls.
+        device: the device of the model.
+
+    Raises:
+        DataError: the loader is empty or gives fewer batches, or is nothing that gives any; or a batch has none of the
+            forms, or holds tensors without values.
+    """
+    examples = form.example.tensors() if form.example is not None else []
+    types = {tensor.dtype for tensor in examples if tensor.is_floating_point()}
+    dtype = types.pop() if len(types) == 1 else None
+
+    def move(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        return moved.clone() if moved.is_inference() else moved  # no gradient can be taken through the latter
+
+    for number, given in enumerate(_first(loader, count)):
+        try:
+            leaves = pytree.tree_leaves(given)
+        except RecursionError as error:
+            raise DataError(f"batch {number} holds itself, or is nested too deeply to be taken apart.") from error
+        if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+            raise DataError(f"batch {number} holds a tensor on the meta device; expected numbers.")
+        batch = _split(given, form, number)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: move(tensor, dtype), (batch.args, batch.kwargs))
+        yield Batch(args, kwargs, pytree.tree_map_only(Tensor, move, batch.target))
+
+
+def read_graph_inputs(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tuple[list[Any], Any]]:
+    """Yield the first batches of a loader as flat inputs of a graph, each with its target.
 
     Args:
         loader: gives batches.
@@ -26,70 +154,114 @@ def batches_of(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tupl
         graph: the captured model.
 
     Raises:
-        DataError: the loader is empty or gives fewer batches, or a batch does not fit the model.
+        DataError: as for `read_batches`; or a batch does not have the structure, sizes and types of the capture, or
+            holds NaN.
     """
     device = next((t.device for t in graph.inputs.tensors()), torch.device("cpu"))
-    for number, batch in first_batches(loader, count):
-        given, target = _split(batch, graph.inputs, number)
-        moved, target = pytree.tree_map_only(Tensor, lambda t: _moved(t, device), (given, target))
-        yield _checked(moved, graph, number), target
+    form = CallForm(graph.signature, graph.inputs)
+    for number, batch in enumerate(read_batches(loader, count, form, device)):
+        leaves, spec = pytree.tree_flatten((batch.args, batch.kwargs))
+        examples = pytree.tree_leaves((graph.inputs.args, graph.inputs.kwargs))
+        if spec != graph.in_spec:
+            raise DataError(
+                f"batch {number} is {describe(batch.args, batch.kwargs)}; the model was captured with "
+                f"{describe(graph.inputs.args, graph.inputs.kwargs)}."
+            )
+        for leaf, example in zip(leaves, examples, strict=True):
+            if isinstance(example, Tensor):
+                _check_tensor(leaf, example, graph, number)
+        yield [_in_type_of(example, leaf) for leaf, example in zip(leaves, examples, strict=True)], batch.target
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; one that was made in inference mode as one that gradients can be taken through."""
-    moved = tensor.to(device)
-    return moved.clone() if moved.is_inference() else moved
+def describe(*values: Any) -> str:
+    """Return structure, shapes and dtypes of nested values, in short."""
+    if len(values) == 2 and isinstance(values[0], tuple) and isinstance(values[1], dict):
+        values = (*values[0], values[1]) if values[1] else values[0]
+    return ", ".join(_describe_one(value) for value in values) or "nothing"
 
 
-def _split(batch: Any, inputs: ExampleInputs, number: int) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Any]:
-    """Arguments and target of a batch."""
-    if isinstance(batch, Mapping):
-        known = {key: batch[key] for key in inputs.kwargs if key in batch}
-        if not inputs.args and known.keys() == inputs.kwargs.keys():
-            return ((), known), batch
-        missing = ", ".join(sorted(inputs.kwargs.keys() - known.keys())) or f"{len(inputs.args)} positional arguments"
+def _describe_one(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {value.dtype}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_describe_one(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__}({', '.join(_describe_one(item) for item in value)})"
+    return type(value).__name__
+
+
+def _first(loader: Iterable[Any], count: int) -> Iterator[Any]:
+    """Yield as many batches as are asked for, or raise DataError."""
+    done = 0
+    try:
+        given = islice(loader, count)
+    except (TypeError, NotImplementedError) as error:
+        raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
+    for batch in given:
+        yield batch
+        done += 1
+    if done < count:
         raise DataError(
-            f"batch {number} is a dictionary with {', '.join(map(str, batch))}; {missing} missing: {_FORMS}."
+            f"the loader ended after {done} of {count} batches; give a longer one, or ask for batches={done}."
+            if done
+            else "the loader gave no batch; expected at least one. An iterator that was used before is empty."
         )
-    n_args = len(inputs.args)
-    if isinstance(batch, tuple | list) and n_args and not inputs.kwargs:
-        if len(batch) == 2 and type(batch[0]) in (tuple, list) and not isinstance(inputs.args[0], tuple | list):
-            return (tuple(batch[0]), {}), batch[1]
-        if len(batch) == n_args + 1:
-            return (tuple(batch[:n_args]), {}), batch[n_args]
-        if len(batch) == n_args:
-            return (tuple(batch), {}), batch
-    if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Mapping):
-        return _split(batch[0], inputs, number)[0], batch[1]
-    if isinstance(batch, Tensor) and n_args == 1 and not inputs.kwargs:
-        return ((batch,), {}), batch
-    raise DataError(f"batch {number} is {described(batch)}; {_FORMS}: {described(inputs.args, inputs.kwargs)}.")
 
 
-def _checked(given: tuple[tuple[Any, ...], dict[str, Any]], graph: Graph, number: int) -> list[Any]:
-    """Flat inputs, of the structure and sizes of the capture."""
-    leaves, spec = pytree.tree_flatten(given)
-    if spec != graph.in_spec:
+def _split(batch: Any, form: CallForm, number: int) -> Batch:
+    """Take a batch apart into arguments and target.
+
+    Raises:
+        DataError: it has none of the forms, or forward does not take what is in it.
+    """
+    target: Any = batch
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    is_row, n_args = isinstance(batch, tuple | list), form.n_positional
+    first = batch[0] if is_row and len(batch) == 2 else None
+    try:
+        if isinstance(batch, Tensor) or (isinstance(batch, Mapping) and form.first_is(Mapping)):
+            args = (batch,)
+        elif isinstance(batch, Mapping):
+            kwargs = form.by_name(batch)
+        elif isinstance(first, Mapping) and not form.first_is(Mapping):
+            kwargs, target = form.by_name(first), batch[1]
+        elif type(first) in (tuple, list) and not form.first_is((tuple, list)):
+            args, target = tuple(first), batch[1]  # type: ignore[arg-type]
+        elif is_row and n_args and len(batch) in (n_args, n_args + 1):
+            args, target = tuple(batch[:n_args]), batch[n_args] if len(batch) > n_args else batch
+        else:
+            needed = f"{n_args} positional argument{'s' * (n_args > 1)}" if n_args else "keyword arguments"
+            more = " To give more, write ((first, second), target)." if is_row and form.example is None else ""
+            raise DataError(
+                f"batch {number} is {describe(batch)}; forward{form.signature} is to be called with {needed}; "
+                f"{FORMS}.{more}"
+            )
+        args, kwargs = form.arrange(args, kwargs)
+    except KeyError as error:
+        given = ", ".join(map(str, batch if isinstance(batch, Mapping) else batch[0]))
+        raise DataError(f"batch {number} is a dictionary with {given}; {error.args[0]} missing: {FORMS}.") from error
+    except TypeError as error:
         raise DataError(
-            f"batch {number} is {described(*given)}; the model was captured with "
-            f"{described(graph.inputs.args, graph.inputs.kwargs)}."
-        )
-    examples = pytree.tree_leaves((graph.inputs.args, graph.inputs.kwargs))
-    is_free = graph.batch_hint is not None
-    for leaf, example in zip(leaves, examples, strict=True):
-        if isinstance(example, Tensor):
-            _check_tensor(leaf, example, is_free, number)
-    if any(isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any()) for leaf in leaves):
-        raise DataError(f"batch {number} holds NaN; expected numbers. Check the data.")
-    return [_like(leaf, example) for leaf, example in zip(leaves, examples, strict=True)]
+            f"batch {number} is {describe(batch)}, which does not fit forward{form.signature}: {error}; {FORMS}."
+        ) from error
+    return Batch(args, kwargs, target)
 
 
-def _check_tensor(leaf: Any, example: Tensor, is_free: bool, number: int) -> None:
-    """Refuse what cannot stand in the place of a tensor that the model was captured with."""
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )
+
+
+def _check_tensor(leaf: Any, example: Tensor, graph: Graph, number: int) -> None:
+    """Raise DataError for what cannot stand in the place of a tensor that the model was captured with."""
     if not isinstance(leaf, Tensor):
         raise DataError(
-            f"batch {number} holds {type(leaf).__name__}; the model was captured with {_described_one(example)} there."
+            f"batch {number} holds {type(leaf).__name__}; the model was captured with {_describe_one(example)} there."
         )
+    is_free = graph.batch_hint is not None
     skipped = 1 if is_free and example.ndim else 0
     if leaf.ndim != example.ndim or leaf.shape[skipped:] != example.shape[skipped:]:
         any_batch = " with any batch" if is_free else ", whose batch is fixed (use drop_last=True)"
@@ -101,26 +273,10 @@ def _check_tensor(leaf: Any, example: Tensor, is_free: bool, number: int) -> Non
         raise DataError(
             f"batch {number} holds a tensor of dtype {leaf.dtype}; the model was captured for {example.dtype}."
         )
+    if leaf.is_floating_point() and bool(leaf.isnan().any()):
+        raise DataError(f"batch {number} holds NaN; expected numbers. Check the data.")
 
 
-def _like(leaf: Any, example: Any) -> Any:
-    """A floating input in the dtype of the capture."""
+def _in_type_of(example: Any, leaf: Any) -> Any:
     is_floating = isinstance(leaf, Tensor) and isinstance(example, Tensor) and example.is_floating_point()
     return leaf.to(example.dtype) if is_floating else leaf
-
-
-def described(*values: Any) -> str:
-    """Structure, shapes and dtypes of nested values, in short."""
-    if len(values) == 2 and isinstance(values[0], tuple) and isinstance(values[1], dict):
-        values = (*values[0], values[1]) if values[1] else values[0]
-    return ", ".join(_described_one(value) for value in values) or "nothing"
-
-
-def _described_one(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: {_described_one(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}({', '.join(_described_one(item) for item in value)})"
-    return type(value).__name__

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from torchshear.calibration._batches import described
+from torchshear.calibration._batches import describe
 from torchshear.calibration._functions import Functions
 from torchshear.calibration._gates import Gates
 from torchshear.calibration._layers import find_layers
@@ -236,7 +236,7 @@ class Run:
         try:
             loss = self.loss_fn(output, target)
         except Exception as error:
-            error.add_note(f"loss_fn was called with the output and the target {where}: {described(target)}")
+            error.add_note(f"loss_fn was called with the output and the target {where}: {describe(target)}")
             raise
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from torchshear.api import shrink_and_record
 from torchshear.calibration import Statistics
-from torchshear.calibration._loader import LikeExample
 from torchshear.comparison._contenders import Budget, Contender
 from torchshear.comparison._row import Row
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, TorchshearError, first_line
-from torchshear.graph import copy_model
+from torchshear.graph import ExampleInputs, copy_model
 from torchshear.options import CalibrationOptions
 from torchshear.pruners import Request, plan_units
 from torchshear.report import make_report
-from torchshear.speedup import recalibrate
+from torchshear.speedup.compensation._recalibrate import recalibrate_for
 
 Evaluate = Callable[[nn.Module], float]
 _WHOLE: Final = "stays whole: "
@@ -69,9 +68,9 @@ class Trial:
         what = f"the model pruned by {row.criterion}, {budget.text}"
         recalibrated: list[float] = []
         if self.new_statistics is not None and self.new_statistics.loader is not None:
-            loader = LikeExample(self.new_statistics.loader, (self.args, dict(self.kwargs or {})))
-            batches = self.new_statistics.batches
-            anew = [recalibrate(model, loader, batches, progress=False) for model in models]
+            loader, batches = self.new_statistics.loader, self.new_statistics.batches
+            example = ExampleInputs.of(self.args, self.kwargs)
+            anew = [recalibrate_for(example, model, loader, batches) for model in models]
             recalibrated = [self._score(f"{what}, recalibrated", model) for model in anew]
         scores = [self._score(what, model) for model in models]
         bad = [score for score in (*scores, *recalibrated) if not math.isfinite(score)]

@@ -26,7 +26,7 @@ from torchshear.graph.capture._trace import capture_in_mode, trace, trace_inputs
 from torchshear.graph.masked import _operators as _masked_operators  # registers the masked forms of the ATen operators
 from torchshear.graph.masked._call import MaskedCall, masked_form, masked_operator, scatter_into_zeros, zeros_are_exact
 from torchshear.graph.model._caches import Cache, clear_caches, find_caches
-from torchshear.graph.model._checks import check_has_shape, check_module
+from torchshear.graph.model._checks import check_has_shape, check_module, signature_of
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._meta import is_on_meta, parameters_on_meta
 from torchshear.graph.model._process import outside_inference_mode, run_exclusively, set_exporting_flag
@@ -87,6 +87,7 @@ __all__ = [
     "scatter_into_zeros",
     "set_exporting_flag",
     "shape_with_batch",
+    "signature_of",
     "trace",
     "trace_inputs",
     "whole_model",

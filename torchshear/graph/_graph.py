@@ -1,6 +1,7 @@
 """The captured graph: operators, shapes, outputs and the tensors of the model by name. Read only after capture."""
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torchshear.graph.model._state import Mode
 
 Shape = tuple[int, ...]
 Dim = int | tuple[int, int]  # a dimension of a tensor, or the number of one of several tensors and its dimension
+_ANY_CALL = inspect.signature(lambda *args, **kwargs: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ class Graph:
             calls one after another; its inputs are `(args, kwargs)` of each call, its outputs the results of all.
         functions: calls of functions that define their own backward (`torch.autograd.Function`), of which the graph
             holds the operators only.
+        signature: signature of the model's forward.
     """
 
     fx_graph: fx.Graph
@@ -143,6 +146,7 @@ class Graph:
     has_assumed_branches: bool = False
     parts: Parts | None = None
     functions: tuple[FunctionCall, ...] = ()
+    signature: inspect.Signature = _ANY_CALL
 
     def __iter__(self) -> Iterator[fx.Node]:
         return iter(self.fx_graph.nodes)

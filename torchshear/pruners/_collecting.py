@@ -1,24 +1,24 @@
 """Data run through a model, for the criteria that look at it."""
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
-from torchshear._arguments import check_count, check_flag, check_kind, quote
+from torchshear._arguments import check_count, check_kind, quote
 from torchshear.calibration import (
     ALL_SUMS,
     SUM_OF_MEANS,
     SUMS_OF_GRADIENTS,
     Loss,
+    Progress,
     Run,
     Statistics,
     Sum,
     all_reduced,
-    batches_of,
+    check_progress,
+    read_graph_inputs,
+    with_progress,
 )
 from torchshear.calibration._processes import agree
 from torchshear.dependency import ChannelGroups, analyze
@@ -36,7 +36,7 @@ def collect(
     loader: Iterable[Any],
     loss_fn: Loss | None = None,
     batches: int = 32,
-    progress: bool = True,
+    progress: Progress = True,
     criteria: str | Criterion | Collection[str | Criterion] | None = None,
     exclude: str | Collection[str] = (),
 ) -> Statistics:
@@ -50,12 +50,15 @@ def collect(
 
     Args:
         network: the captured model or its channel groups.
-        loader: gives batches: a tensor, a tuple of the positional arguments with or without a target behind them, a
-            pair (inputs, target), or a dictionary with the keyword arguments. An endless one is stopped.
+        loader: gives batches: a tensor; a tuple of the positional arguments with or without a target behind them; a
+            pair (inputs, target) whose inputs are a tensor, a tuple of positional arguments or a dictionary; or a
+            dictionary by names of the parameters of forward, whose other keys are for the loss. An endless one is
+            stopped.
         loss_fn: called as `loss_fn(output, target)`, where the target of a batch without one is the batch itself;
             gives a scalar tensor. None: no gradients.
         batches: how many batches to run.
-        progress: whether to draw a bar where the error stream is a terminal.
+        progress: True draws a bar on a terminal or in a notebook for work over a second, False nothing; a function is
+            called as `progress(done, total, what)` after each batch, as `progress(1, 32, "collecting")`.
         criteria: the criterion or criteria that the statistics are for: only what they need is summed, and gradients
             are taken only if one needs them. None: whatever the loss allows.
         exclude: patterns of module or parameter names, or names of groups, that are not going to be pruned; gradients
@@ -73,12 +76,22 @@ def collect(
             criteria, or another number of batches.
         WeightError: the model is on the meta device.
     """
-    make = _Making(loss_fn, batches, exclude, lambda: _sums(criteria, loss_fn))
-    return _collected(network, loader, make, progress)
+
+    def make_run() -> Run:
+        if loss_fn is not None and not callable(loss_fn):
+            name = type(loss_fn).__name__
+            raise ArgumentError(f"loss_fn is {name}; expected a function of output and target, or None.")
+        groups = _analyzed(network)
+        patterns = parse_names("exclude", exclude)
+        targets = choose_targets(groups, _ANY, None, patterns) if patterns else {}
+        whole = frozenset(name for name, target in targets.items() if target.ratio is None)
+        return Run(groups, loss_fn, _sums_for(criteria, loss_fn), whole)
+
+    return _run_data(make_run, loader, batches, progress)
 
 
 def channel_means(
-    network: Graph | ChannelGroups, loader: Iterable[Any], batches: int = 32, progress: bool = True
+    network: Graph | ChannelGroups, loader: Iterable[Any], batches: int = 32, progress: Progress = True
 ) -> dict[tuple[str, int], Tensor]:
     """Run data through a model in eval mode, and average each channel of what layers read.
 
@@ -86,7 +99,7 @@ def channel_means(
         network: the captured model or its channel groups.
         loader: gives batches, as for `collect`.
         batches: how many to run.
-        progress: whether to draw a bar where the error stream is a terminal.
+        progress: as for `collect`.
 
     Returns:
         (name of the node that a layer reads, dimension of its channels) -> means over all samples and positions, shape
@@ -98,43 +111,28 @@ def channel_means(
             NaN or infinite numbers; another process failed, has another network, or another number of batches.
         WeightError: the model is on the meta device.
     """
-    seen = _collected(network, loader, _Making(None, batches, (), lambda: SUM_OF_MEANS), progress)
+    seen = _run_data(lambda: Run(_analyzed(network), None, SUM_OF_MEANS), loader, batches, progress)
     return {key: sums.total / sums.count for key, sums in seen.values.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class _Making:
-    """What a run is made of; asked for where an error stops all processes."""
+def _run_data(make_run: Callable[[], Run], loader: Iterable[Any], batches: int, progress: Progress) -> Statistics:
+    """Return sums over batches and processes.
 
-    loss_fn: Loss | None
-    batches: int
-    exclude: str | Collection[str]
-    sums: Callable[[], frozenset[Sum]]
-
-    def __call__(self, network: Graph | ChannelGroups) -> Run:
-        """A run over a network."""
-        check_kind("network", network, (Graph, ChannelGroups), "what torchshear.trace or torchshear.analyze gives")
-        _check(self.loss_fn, self.batches)
-        groups = network if isinstance(network, ChannelGroups) else analyze(network)
-        _check_weights(groups.graph)
-        exclude = parse_names("exclude", self.exclude)
-        targets = choose_targets(groups, _ANY, None, exclude) if exclude else {}
-        whole = frozenset(name for name, target in targets.items() if target.ratio is None)
-        return Run(groups, self.loss_fn, self.sums(), whole)
-
-
-def _collected(network: Graph | ChannelGroups, loader: Iterable[Any], make: _Making, progress: bool) -> Statistics:
-    """Sums over batches, and over processes."""
+    Args:
+        make_run: makes the run; called where an error of one process stops all of them.
+        loader: gives batches.
+        batches: how many to run.
+        progress: how to report.
+    """
     run: Run | None = None
     error: Exception | None = None
     try:
-        check_flag("progress", progress)
-        run = make(network)
-        found = batches_of(loader, make.batches, run.graph)
-        console = Console(stderr=True)
-        if progress and console.is_terminal:
-            found = iter(track(found, "collecting", make.batches, console=console, transient=True))
-        for leaves, target in found:
+        check_progress(progress)
+        check_count("batches", batches)
+        run = make_run()
+        for leaves, target in with_progress(
+            read_graph_inputs(loader, batches, run.graph), batches, "collecting", progress
+        ):
             run.batch(leaves, target)
         run.check()
     except Exception as failure:  # the other processes wait for this one to say so
@@ -145,19 +143,16 @@ def _collected(network: Graph | ChannelGroups, loader: Iterable[Any], make: _Mak
     return all_reduced(run.result())
 
 
-def _check(loss_fn: Loss | None, batches: int) -> None:
-    check_count("batches", batches)
-    if loss_fn is not None and not callable(loss_fn):
-        raise ArgumentError(f"loss_fn is {type(loss_fn).__name__}; expected a function of output and target, or None.")
-
-
-def _check_weights(graph: Graph) -> None:
-    if any(entry.tensor.is_meta for entry in graph.state.values()):
+def _analyzed(network: Graph | ChannelGroups) -> ChannelGroups:
+    check_kind("network", network, (Graph, ChannelGroups), "what torchshear.trace or torchshear.analyze gives")
+    groups = network if isinstance(network, ChannelGroups) else analyze(network)
+    if any(entry.tensor.is_meta for entry in groups.graph.state.values()):
         raise WeightError("the model is on the meta device and cannot be run; load its weights to collect statistics.")
+    return groups
 
 
-def _sums(criteria: str | Criterion | Collection[str | Criterion] | None, loss_fn: Loss | None) -> frozenset[Sum]:
-    """What to sum. Criteria that do not say what they need get what the loss allows."""
+def _sums_for(criteria: str | Criterion | Collection[str | Criterion] | None, loss_fn: Loss | None) -> frozenset[Sum]:
+    """Return the sums that criteria need; for criteria that declare no needs, all sums that the loss allows."""
     allowed = ALL_SUMS if loss_fn is not None else ALL_SUMS - SUMS_OF_GRADIENTS
     if criteria is None:
         return allowed

@@ -21,6 +21,7 @@ from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._parts import PartRun, model_parts, whole_model
 from torchshear.graph.capture._clean_copy import clean_copy, resolve_mask_sizes
 from torchshear.graph.capture._functions import function_calls, watch_functions
+from torchshear.graph.model._checks import signature_of
 from torchshear.graph.model._meta import buffers_on_meta, is_on_meta
 from torchshear.graph.model._state import Mode, preserve_state
 
@@ -76,6 +77,7 @@ def export(model: nn.Module, inputs: ExampleInputs, original: ExampleInputs, mod
         batch_hint=batch,
         parts=model_parts(model),
         functions=function_calls(fx_graph, seen),
+        signature=signature_of(model),
     )
 
 

@@ -1,5 +1,7 @@
 """Checks of a model before its capture, so that the error is ours and says what to do."""
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -46,6 +48,12 @@ def check_model(model: nn.Module) -> None:
 def check_module(model: object) -> None:
     """Raise ArgumentError for what is no module."""
     check_kind("model", model, nn.Module, "a torch.nn.Module instance")
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """Return the signature of a model's forward; of a traced form, which takes anything, that of the original."""
+    own = getattr(model, "original_signature", None)
+    return own if isinstance(own, inspect.Signature) else inspect.signature(model.forward)
 
 
 def check_has_shape(name: str, tensor: Tensor) -> None:

@@ -6,20 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchshear._arguments import check_count, check_flag
-from torchshear.calibration._arguments import arguments_of
+from torchshear.calibration import CallForm, Progress, check_progress, read_batches, with_progress
 from torchshear.calibration._processes import agree, is_distributed, summed
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
-from torchshear.graph import check_module, copy_model, outside_inference_mode
+from torchshear.graph import ExampleInputs, check_module, copy_model, outside_inference_mode, signature_of
 from torchshear.graph.model._state import in_mode
-from torchshear.speedup.rewriting._traced import signature_of
 
 _logger = logging.getLogger(__name__)
 
@@ -32,9 +29,8 @@ _BATCH_NORMS: Mapping[Any, tuple[str, ...]] = {
 }
 
 
-@outside_inference_mode()
 def recalibrate(
-    model: nn.Module, loader: Iterable[Any], batches: int = 32, progress: bool = True, frozen: bool = False
+    model: nn.Module, loader: Iterable[Any], batches: int = 32, progress: Progress = True, frozen: bool = False
 ) -> nn.Module:
     """Estimate the running statistics of all batch norms anew, as a model with other weights or widths needs it.
 
@@ -56,10 +52,10 @@ def recalibrate(
 
     Args:
         model: any model with batch norms; it is left as it is.
-        loader: gives batches: a tensor, a tuple of the positional arguments that forward needs with or without a target
-            behind them, a pair (arguments, target), or a dictionary with keyword arguments. An endless one is stopped.
+        loader: gives batches, of the forms that `torchshear.collect` takes; a tuple holds the positional arguments that
+            forward requires. An endless one is stopped.
         batches: how many batches to run.
-        progress: whether to draw a bar where the error stream is a terminal.
+        progress: as for `torchshear.collect`.
         frozen: whether frozen norms get new statistics as well.
 
     Returns:
@@ -77,23 +73,31 @@ def recalibrate(
     Reference: Ioffe and Szegedy, ICML 2015, arXiv:1502.03167 (statistics of the population by averaging over batches);
     for pruned networks Li et al., ECCV 2020, arXiv:2007.02491.
     """
+    return recalibrate_for(None, model, loader, batches, progress, frozen)
+
+
+@outside_inference_mode()
+def recalibrate_for(
+    example: ExampleInputs | None,
+    model: nn.Module,
+    loader: Iterable[Any],
+    batches: int,
+    progress: Progress = False,
+    frozen: bool = False,
+) -> nn.Module:
+    """Recalibrate a model on batches that hold the arguments of an example call; see `recalibrate` for the rest."""
     check_recalibration(model, batches)
     check_flag("frozen", frozen)
-    check_flag("progress", progress)
+    check_progress(progress)
     copy = copy_model(model)
     statistics = _Statistics.of(copy, frozen)
     n_run = 0
     error: Exception | None = None
     try:
         device = next((t.device for t in (*copy.parameters(), *copy.buffers())), torch.device("cpu"))
-        found = arguments_of(loader, batches, signature_of(copy), device)
-        console = Console(stderr=True)
-        for args, kwargs in (
-            track(found, "recalibrating", batches, console=console, transient=True)
-            if progress and console.is_terminal
-            else found
-        ):
-            _run_batch(copy, args, kwargs, n_run, statistics)
+        found = read_batches(loader, batches, CallForm(signature_of(copy), example), device)
+        for batch in with_progress(found, batches, "recalibrating", progress):
+            _run_batch(copy, batch.args, batch.kwargs, n_run, statistics)
             n_run += 1
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure

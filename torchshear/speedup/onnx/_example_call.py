@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
-from torchshear.speedup.rewriting._traced import signature_of
+from torchshear.graph import signature_of
 
 DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
 

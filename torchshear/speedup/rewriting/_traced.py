@@ -262,6 +262,11 @@ class TracedModule(nn.Module):
                     module.register_buffer(last, entry.tensor, persistent=entry.is_persistent)
         self._calls = tuple(calls)
 
+    @property
+    def original_signature(self) -> inspect.Signature:
+        """Signature of the original model's forward."""
+        return self._calls[0].spec.signature
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of the current mode.
 
@@ -303,11 +308,6 @@ def explain_limits(traced: TracedModule) -> str:
     return found
 
 
-def signature_of(model: nn.Module) -> inspect.Signature:
-    """Return the signature of a model's forward; of a traced one, that of the original."""
-    return model._calls[0].spec.signature if isinstance(model, TracedModule) else inspect.signature(model.forward)
-
-
 @contextmanager
 def showing_signature(model: nn.Module) -> Iterator[None]:
     """Have the forward of a traced model show the signature of the original, which torch.export reads, for a while."""
@@ -319,7 +319,7 @@ def showing_signature(model: nn.Module) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
 
-    forward.__signature__ = model._calls[0].spec.signature  # type: ignore[attr-defined]
+    forward.__signature__ = model.original_signature  # type: ignore[attr-defined]
     model.__dict__["forward"] = forward
     try:
         yield

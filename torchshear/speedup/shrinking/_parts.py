@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
 from torchshear.dependency._analysis import with_graph
 from torchshear.errors import CaptureError, PlanError
-from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, trace_inputs, whole_model
+from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, signature_of, trace_inputs, whole_model
 from torchshear.speedup.native._form import own_constants
 from torchshear.speedup.native._original import Original
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, explain_lost_backwards, explain_untrainable
@@ -23,7 +23,6 @@ from torchshear.speedup.rewriting._traced import (
     TracedCall,
     TracedModule,
     explain_limits,
-    signature_of,
 )
 from torchshear.speedup.shrinking._prepared_plan import Job
 from torchshear.speedup.shrinking._whole_groups import Leave

@@ -24,6 +24,7 @@ from torchshear.graph import (
     dynamic_dimensions,
     is_on_meta,
     record_parts,
+    signature_of,
     trace_inputs,
     whole_model,
 )
@@ -37,7 +38,6 @@ from torchshear.speedup.rewriting._traced import (
     TracedCall,
     TracedModule,
     explain_limits,
-    signature_of,
 )
 from torchshear.speedup.shrinking._prepared_plan import Job, tensors_of
 from torchshear.speedup.shrinking._whole_groups import Leave, leave_whole

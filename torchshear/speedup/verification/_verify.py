@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from torchshear._arguments import check_count, check_kind
-from torchshear.calibration._arguments import arguments_of
+from torchshear.calibration import CallForm, read_batches
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, DataError, VerificationError
-from torchshear.graph import ExampleInputs, Mode, PartRun, run_exclusively, run_failure, whole_model
-from torchshear.speedup.rewriting._traced import signature_of
+from torchshear.graph import ExampleInputs, Mode, PartRun, run_exclusively, run_failure, signature_of, whole_model
 from torchshear.speedup.shrinking._whole_model import TrainingCut, analysis_of, recorded_run
 from torchshear.speedup.verification._model_pair import ModelPair
 from torchshear.speedup.verification._proof import Proof
@@ -74,8 +73,9 @@ def verify(
         args: example arguments; without any, those of the plan.
         kwargs: example keyword arguments.
         seed: seed of the random inputs and weights.
-        data: a loader whose batches are compared as well, with the model's own weights. Where an operator computes over
-            an axis that is cut, they have the shapes of the example but for the number of samples.
+        data: a loader whose batches are compared as well, with the model's own weights. They have the forms that
+            `torchshear.collect` takes, and hold the arguments of the example. Where an operator computes over an axis
+            that is cut, they have the shapes of the example but for the number of samples.
         batches: number of batches of the data to compare.
 
     Returns:
@@ -98,10 +98,10 @@ def verify(
     if groups.graph.parts is not None:
         raise ArgumentError("data is given for a plan of parts, whose inputs it does not hold; leave data out.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    given_batches = arguments_of(data, batches, signature_of(model), device)
+    form = CallForm(signature_of(model), given or groups.graph.inputs)
     extra: list[ExampleInputs] = []
-    for number, one in enumerate(given_batches):
-        extra.append(ExampleInputs(*one))
+    for number, batch in enumerate(read_batches(data, batches, form, device)):
+        extra.append(ExampleInputs(batch.args, batch.kwargs))
         failure = run_failure(model, extra[-1], "eval")
         if failure is not None:
             raise DataError(f"the model does not run on batch {number} of data: {failure}")
