@@ -40,8 +40,8 @@ from tests.models import randomise
 from tests.mutating import Mutation, Watched, calls_of, mutated, mutations_of, reads_positions, watched
 from tests.oracle import masked_copy
 from torchshear.dependency import ChannelGroups, Cut, operator_rule
-from torchshear.dependency._registry import _POSITION_RULES, _RULES, registered_operators
 from torchshear.dependency.rules._choosing import grouped_product
+from torchshear.dependency.rules._registry import _POSITION_RULES, _RULES, registered_operators
 from torchshear.errors import TorchshearError
 from torchshear.pruners import plan_from_kept, random_criterion
 

@@ -28,7 +28,7 @@ from torchshear import PruningPlan
 from torchshear.cli._folder import RECORD, output_folder
 from torchshear.compat.unipruning import plan_from_unipruning_mask, read_unipruning_config, write_unipruning_mask
 from torchshear.configs import load_config, parse_config, resolve
-from torchshear.dependency import _plan_file
+from torchshear.dependency.plans import _plan_file
 from torchshear.errors import TorchshearError
 from torchshear.pruners import masks
 from torchshear.pruners.masks import _masks

@@ -15,9 +15,9 @@ import numpy as np
 from torch import fx
 
 from torchshear.dependency import ChannelGroups, Cut
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import UNCHANGED, Call, Result, Scaled
-from torchshear.dependency._registry import _POSITION_RULES, _RULES
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import UNCHANGED, Call, Result, Scaled
+from torchshear.dependency.rules._registry import _POSITION_RULES, _RULES
 from torchshear.graph import operator_name
 
 DEMANDS = (

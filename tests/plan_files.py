@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchshear.dependency import _plan_file
+from torchshear.dependency.plans import _plan_file
 
 
 def edit_plan(path: Path, edit: Callable[[dict[str, Any]], object], signed: bool = True) -> None:

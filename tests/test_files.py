@@ -94,7 +94,7 @@ def test_names_may_be_as_long_as_the_system_takes(tmp_path: Path) -> None:
 
 
 def test_saving_over_a_plan_touches_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchshear.dependency._plan_file._LONGEST_TEXT", 3)
+    monkeypatch.setattr("torchshear.dependency.plans._plan_file._LONGEST_TEXT", 3)
     model, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(2, 6)
     groups = torchshear.analyze(torchshear.trace(model, (x,)))
     plans = [torchshear.pruners.plan_from_kept(groups, {"0.weight[0]": kept}) for kept in ([0, 2, 5], [1, 2, 7])]

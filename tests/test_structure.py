@@ -42,6 +42,7 @@ LAYERS = (
     ("cli",),
 )
 INNER_LAYERS = {
+    "torchshear.dependency": (("algebra",), ("rules",), ("groups",), ("plans",)),
     "torchshear.graph": (("model",), ("numerics", "masked"), ("capture",)),
     "torchshear.pruners": (("criteria", "masks"), ("selection",)),
     "torchshear.speedup": (

@@ -12,7 +12,7 @@ import torchshear
 from tests.models import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.calibration import ALL_SUMS, Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups
-from torchshear.dependency._role_sets import OWN_ROLES
+from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
 from torchshear.pruners.criteria import _fpgm, _registry, needs_of, unit_sums

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.dependency.test_experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture, grouped_product
+from tests.dependency.rules.test_experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture, grouped_product
 from tests.models import randomise
 from tests.pruners.naive_recurrent import RECURRENT, Read, Steps, loss_of, root_mean_squares, variance
 from torchshear.dependency import ChannelGroup, ChannelGroups, operator_rule, unregister

@@ -7,7 +7,7 @@ from torch import Tensor, fx
 
 from torchshear.calibration._recurrent import is_recurrent, passes
 from torchshear.dependency import ChannelGroups
-from torchshear.dependency._call import bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._contraction import explicit_equation
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._nodes import is_from_state, shape_of, tensor_operands

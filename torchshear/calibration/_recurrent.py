@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchshear.dependency._axis import Axis
-from torchshear.dependency._call import Result, bind_arguments
+from torchshear.dependency.algebra._axis import Axis
+from torchshear.dependency.rules._call import Result, bind_arguments
 from torchshear.graph._nodes import shape_of
 from torchshear.graph._operator import Recurrence, operator_of
 

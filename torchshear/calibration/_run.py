@@ -28,7 +28,7 @@ from torchshear.calibration._taps import GroupTaps, find_taps
 from torchshear.calibration._weight_source import weights_to_score
 from torchshear.calibration._weight_sums import WeightAccumulators
 from torchshear.dependency import ChannelGroups, computed_weights
-from torchshear.dependency._role_sets import HEADS, OWN_ROLES, READING_ROLES
+from torchshear.dependency.groups._role_sets import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.errors import DataError, first_line
 from torchshear.graph import locate, run_exclusively
 from torchshear.graph._nodes import is_written

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency import ChannelGroups, computed_weights
-from torchshear.dependency._read_values import differing_value
+from torchshear.dependency.rules._read_values import differing_value
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph, close_names
 from torchshear.graph._nodes import compute_from_state

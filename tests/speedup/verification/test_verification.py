@@ -74,7 +74,7 @@ def test_a_rule_that_forgets_the_order_is_caught_at_its_node(monkeypatch: pytest
 
 
 def test_a_rule_that_forgets_a_size_is_caught_at_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchshear.dependency._call.Call.edit_size", lambda self, name, axis, index=None: None)
+    monkeypatch.setattr("torchshear.dependency.rules._call.Call.edit_size", lambda self, name, axis, index=None: None)
 
     class Viewed(Flipped):
         def forward(self, x: Tensor) -> Tensor:

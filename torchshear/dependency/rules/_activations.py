@@ -1,9 +1,9 @@
 """Activations: elementwise functions behind layers, and what of their results is zero."""
 
-from torchshear.dependency._axis import Axes
-from torchshear.dependency._call import Call
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes
+from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import pointwise
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Activation, Operator, describe_operator
 
 _SMOOTH = Operator(is_pointwise=True, activation=Activation())

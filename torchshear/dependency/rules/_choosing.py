@@ -7,10 +7,10 @@ positions so fixes the axis.
 
 from collections.abc import Callable
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import UNCHANGED, Call, Result
-from torchshear.dependency._registry import operator_rule, position_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import UNCHANGED, Call, Result
 from torchshear.dependency.rules._normalization import reduced
+from torchshear.dependency.rules._registry import operator_rule, position_rule
 from torchshear.dependency.rules._scattering import tie_others
 from torchshear.dependency.rules._weights import weight_roles
 from torchshear.graph._operator import Operator, Product

@@ -8,10 +8,10 @@ from math import prod
 
 from torch import fx
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call, Result
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import Call, Result
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.dependency.rules._weights import weight_roles
 from torchshear.graph._operator import Operator, Product, Shape
 

@@ -5,10 +5,10 @@ from math import prod
 
 from torch import fx
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
-from torchshear.dependency._registry import operator_rule
-from torchshear.dependency._uses import Kind
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._contractions import Kind
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, Product, Shape
 
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, describe_operator
 
 

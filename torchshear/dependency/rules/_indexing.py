@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from torchshear.dependency._axis import Algebra, Axes, Axis
-from torchshear.dependency._call import Call, bind_arguments
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
+from torchshear.dependency.rules._call import Call, bind_arguments
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._nodes import shape_of, unwrap_copies
 from torchshear.graph._operator import Operator, SourceDim, operator_name, operator_of
 

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import UNCHANGED, Call, Keep
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import UNCHANGED, Call, Keep
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, SourceDim
 
 _LAYOUT = Operator(passes="layout")

@@ -1,8 +1,8 @@
 """Normalisations: parameters lie along the channels; statistics over channels mix them."""
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call, Result
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Norm, Operator, operator_of
 
 

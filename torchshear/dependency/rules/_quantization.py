@@ -2,9 +2,9 @@
 
 from torch import fx
 
-from torchshear.dependency._axis import Axes
-from torchshear.dependency._call import Call, Result
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes
+from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._registry import operator_rule
 
 
 @operator_rule("aten.fake_quantize_per_tensor_affine")

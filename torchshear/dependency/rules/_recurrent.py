@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import fx
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call, Result
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, Recurrence, Shape, operator_of
 
 

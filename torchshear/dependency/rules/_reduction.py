@@ -1,10 +1,10 @@
 """Operators that reduce axes to one value, or order the values along one."""
 
-from torchshear.dependency._axis import Axes
-from torchshear.dependency._call import Call, Result
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes
+from torchshear.dependency.rules._call import Call, Result
 from torchshear.dependency.rules._elementwise import broadcast
 from torchshear.dependency.rules._normalization import reduced
+from torchshear.dependency.rules._registry import operator_rule
 
 
 @operator_rule(

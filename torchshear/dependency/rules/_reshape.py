@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import UNCHANGED, Call, Keep
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import UNCHANGED, Call, Keep
+from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator
 
 _LAYOUT = Operator(passes="layout")

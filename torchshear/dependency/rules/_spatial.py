@@ -1,8 +1,8 @@
 """Operators over space: pooling, interpolation, padding, unfolding, pixel and channel shuffles."""
 
-from torchshear.dependency._axis import Axes, Axis
-from torchshear.dependency._call import Call, Result
-from torchshear.dependency._registry import operator_rule
+from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._registry import operator_rule
 
 
 def _over_last(call: Call, n_space: int, shape: tuple[int, ...] | None = None) -> Axes:

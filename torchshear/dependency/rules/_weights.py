@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from torchshear.dependency._call import Call, bind_arguments
+from torchshear.dependency.rules._call import Call, bind_arguments
 from torchshear.graph._nodes import is_from_state, shape_of
 from torchshear.graph._operator import SourceDim, operator_of
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchshear.calibration import SUMS_OF_GRADIENTS, Statistics, ValueSums, WeightSums
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency._role_sets import OWN_ROLES
+from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import ArgumentError
 from torchshear.pruners.criteria._registry import UnscorableError, needs_of
 from torchshear.pruners.criteria._weights import unit_sums

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup, Member
-from torchshear.dependency._role_sets import MAKING_ROLES
+from torchshear.dependency.groups._role_sets import MAKING_ROLES
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 from torchshear.pruners.criteria._weights import not_finite, readable
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency._role_sets import HEADS, MAKING_ROLES
+from torchshear.dependency.groups._role_sets import HEADS, MAKING_ROLES
 from torchshear.pruners.criteria._data import row_sums, with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchshear.calibration import wide
 from torchshear.dependency import ChannelGroup, Member
-from torchshear.dependency._role_sets import OWN_ROLES
+from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import WeightError
 
 _PIECE = 1 << 19  # elements that are worked on at a time: a few MB, which stay in the cache

@@ -20,7 +20,7 @@ from torchshear.dependency import (
     computed_weights,
     make_plan,
 )
-from torchshear.dependency._units import PAD
+from torchshear.dependency.algebra._units import PAD
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import Graph, close_names, output_leaves, run_exclusively
 from torchshear.graph._nodes import compute_from_state, is_from_state

@@ -6,7 +6,7 @@ from collections.abc import Collection
 import numpy as np
 
 from torchshear.dependency import ChannelGroup, ChannelGroups
-from torchshear.dependency._groups import Member
+from torchshear.dependency.groups._groups import Member
 
 _WIDTHS = frozenset({"residual", "channels", "ffn"})  # roles of units that are channels; heads and their width are not
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency._role_sets import MAKING_ROLES, OWN_ROLES
+from torchshear.dependency.groups._role_sets import MAKING_ROLES, OWN_ROLES
 from torchshear.errors import ArgumentError, TorchshearError
 from torchshear.pruners.criteria import Criterion, UnscorableError
 

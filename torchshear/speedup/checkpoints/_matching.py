@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchshear.dependency import PruningPlan, StatePlan
-from torchshear.dependency._read_values import differing_value
+from torchshear.dependency.rules._read_values import differing_value
 from torchshear.errors import CheckpointError
 from torchshear.storage._checkpoint import Checkpoint, match_names
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchshear._arguments import check_callback, check_one_of
 from torchshear.dependency import PruningPlan, StatePlan
-from torchshear.dependency._agreement import check_agreement
+from torchshear.dependency.plans._agreement import check_agreement
 from torchshear.errors import ArgumentError, CheckpointError, OutputError
 from torchshear.speedup.checkpoints._manifest import (
     NAME,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency import Axes, Cut
-from torchshear.dependency._call import bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
 from torchshear.graph import Graph, MaskedCall, masked_form
 from torchshear.graph._nodes import is_only_read
 from torchshear.graph._operator import operator_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency._call import bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
 from torchshear.graph import locate
 from torchshear.graph._operator import operator_of
 from torchshear.speedup.comparing._relative_error import relative_error

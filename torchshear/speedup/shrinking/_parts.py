@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
-from torchshear.dependency._analysis import with_graph
+from torchshear.dependency.groups._analyze import with_graph
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, signature_of, trace_inputs, whole_model
 from torchshear.speedup.native._form import own_constants

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan, analyze
-from torchshear.dependency._agreement import check_agreement
-from torchshear.dependency._analysis import relate
-from torchshear.dependency._call import Facts
-from torchshear.dependency._read_values import differing_value, readable_values
+from torchshear.dependency.groups._analyze import relate
+from torchshear.dependency.plans._agreement import check_agreement
+from torchshear.dependency.rules._call import Facts
+from torchshear.dependency.rules._read_values import differing_value, readable_values
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.graph import (
     ExampleInputs,

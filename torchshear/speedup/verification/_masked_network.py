@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.dependency import Cut
-from torchshear.dependency._call import Facts
+from torchshear.dependency.rules._call import Facts
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import MaskedCall, locate, masked_form
 from torchshear.graph._nodes import is_only_read

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchshear.dependency import Cut
-from torchshear.dependency._analysis import with_graph
+from torchshear.dependency.groups._analyze import with_graph
 from torchshear.errors import CaptureError, PlanError, VerificationError, first_line
 from torchshear.graph import Mode, capture_in_mode, locate, output_leaves
 from torchshear.graph._run import graph_values

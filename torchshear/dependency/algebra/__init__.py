@@ -1,0 +1,1 @@
+"""Axes of tensors as rows of positions, and the units that decide which positions go together."""

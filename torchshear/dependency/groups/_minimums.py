@@ -1,0 +1,129 @@
+"""Minimums: how many units of each group must stay, so that enough positions of an axis do."""
+
+from collections.abc import Iterable, Mapping
+from math import comb, prod
+
+import numpy as np
+
+from torchshear.dependency.algebra._axis import Algebra, Axis
+from torchshear.dependency.algebra._units import PAD, Ids
+from torchshear.dependency.groups._balance import is_plain
+from torchshear.dependency.rules._call import Because, Facts
+
+Factor = tuple[int, int]  # number of a group, and how many of its units
+
+
+def fix_unclear_minimums(algebra: Algebra, facts: Facts, group_of: Ids) -> bool:
+    """Fix axes with a minimum that selection inside single groups cannot keep; gives whether there were any."""
+    done = False
+    for minimum in facts.minimums:
+        rows = algebra.store.resolve(minimum.axis.units)
+        if rows.shape[1] and not _factors(rows, group_of):
+            algebra.fix([minimum.axis], Because(f"at least {minimum.count} positions of it must stay", minimum.node))
+            done = True
+    return done
+
+
+def least_units(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
+    """Units that must stay in each of a group's dimensions of equal width, where that is more than one.
+
+    Of an axis that is a product, as experts in groups of experts are, the innermost factor keeps so many that the
+    others may go down to what they must keep anyway.
+    """
+    least: dict[int, int] = {}
+    products: list[tuple[list[Factor], int]] = []
+    for minimum in facts.minimums:
+        rows = algebra.store.resolve(minimum.axis.units)
+        factors = _factors(rows, group_of) if rows.shape[1] else []
+        if len(factors) == 1:
+            group = factors[0][0]
+            least[group] = max(least.get(group, 1), minimum.count - int((rows == PAD).sum()))
+        elif factors:
+            products.append((factors, minimum.count))
+    for factors, count in products:
+        for group, width in reversed(factors):
+            others = prod(least.get(other, 1) for other, _ in factors if other != group)
+            least[group] = max(least.get(group, 1), min(width, -(-count // others)))
+    return least
+
+
+def keep_crossings(
+    algebra: Algebra, axes: Iterable[Axis], group_of: Ids, least: dict[int, int], joint: Mapping[int, int]
+) -> None:
+    """Raise minimums so that something is left of axes whose positions go with a unit of any of several groups.
+
+    Of an axis that is a product of whole groups something is left if something is left of each. Where groups cross in
+    another way, as channels and the blocks that they are shuffled in, each may take a share of the positions only.
+    Where positions are pairs of units of one group, so many stay that two of them are a pair.
+
+    Args:
+        algebra: the units.
+        axes: axes of parameters and buffers.
+        group_of: number of the group of each unit, -1 for none.
+        least: number of a group -> units that must stay in each of its dimensions; raised in place.
+        joint: number of a group -> number of dimensions that its units are shared out among, where that is not one.
+    """
+    widths = np.bincount(group_of[group_of >= 0])
+    for units in {id(axis.units): axis.units for axis in axes}.values():
+        rows = algebra.store.resolve(units)
+        if rows.shape[1] < 2 or is_plain(rows):
+            continue
+        groups = np.where(rows == PAD, -1, group_of[rows])
+        if (groups.max(1) < 0).any() or _holds_product(rows, groups, group_of, widths):
+            continue
+        known = (int(group) for group in np.unique(groups) if group >= 0)
+        share = {group: int(np.unique(rows[groups == group], return_counts=True)[1].max()) for group in known}
+        crossing = sorted(share, key=lambda group: -share[group])  # those whose units take most positions first
+        left = len(rows) - 1  # positions that may go
+        for number, group in enumerate(crossing):
+            others = sum(share[other] for other in crossing[number + 1 :])
+            fair = left // (len(crossing) - number) // share[group]
+            cut = max(fair, int(share[group] + others <= left), _cut_beside_pairs(rows, int(widths[group]), len(share)))
+            peers = joint.get(group, 1)
+            cut = min(cut, int(widths[group]) - peers * least.get(group, 1))
+            least[group] = -(-(int(widths[group]) - cut) // peers)
+            left -= cut * share[group]
+
+
+def _cut_beside_pairs(rows: Ids, width: int, n_groups: int) -> int:
+    """How many units of a single group may go, whichever, with a pair of the others among the positions; 0 if unclear.
+
+    Of k units that stay, at most as many pairs are missing as are missing of all.
+    """
+    if n_groups > 1 or rows.shape[1] > 2:
+        return 0
+    n_pairs = len(np.unique(np.sort(rows[(rows != PAD).all(1)], 1), axis=0))
+    return width - next((k for k in range(width) if comb(k, 2) > comb(width, 2) - n_pairs), width)
+
+
+def _holds_product(rows: Ids, groups: Ids, group_of: Ids, widths: Ids) -> bool:
+    """Whether some of the positions are a product of whole groups, or all units of one, each once or more often."""
+    kinds, kind_of = np.unique(np.sort(groups, 1), axis=0, return_inverse=True)
+    for kind in range(len(kinds)):
+        here = kind_of.reshape(-1) == kind
+        factors = _factors(_by_group(rows[here], groups[here]), group_of)
+        if factors and all(width == widths[group] for group, width in factors):
+            return True
+    return False
+
+
+def _by_group(rows: Ids, groups: Ids) -> Ids:
+    """Different rows, in each the units in the order of their groups, without the columns that only fill up."""
+    ordered = np.unique(np.take_along_axis(rows, np.argsort(groups, 1, kind="stable"), 1), axis=0)
+    return ordered[:, (ordered != PAD).any(0)]
+
+
+def _factors(rows: Ids, group_of: Ids) -> list[Factor]:
+    """The groups of which an axis is the product, outermost first; none if it is not a product of whole groups."""
+    if is_plain(rows):
+        groups = np.unique(group_of[rows[rows != PAD]])
+        return [(int(groups[0]), len(rows))] if len(groups) == 1 and groups[0] >= 0 else []
+    found: list[Factor] = []
+    for column in np.argsort((rows[1:] != rows[:-1]).sum(0), kind="stable"):
+        atoms = np.unique(rows[:, column])
+        groups = np.unique(group_of[atoms])
+        if PAD in atoms or len(groups) > 1 or groups[0] < 0:
+            return []
+        found.append((int(groups[0]), len(atoms)))
+    is_product = prod(width for _, width in found) == len(rows) == len(np.unique(rows, axis=0))
+    return found if is_product and len({group for group, _ in found}) == len(found) else []

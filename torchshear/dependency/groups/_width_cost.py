@@ -1,0 +1,146 @@
+"""Cost of a network by the widths of its groups alone, before units are chosen: what solvers of budgets ask."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from torchshear.dependency.algebra._axis import Axis
+from torchshear.dependency.algebra._units import Ids
+from torchshear.dependency.groups._groups import ChannelGroups
+from torchshear.graph import Cost, node_macs
+from torchshear.graph._nodes import shape_of, tensor_operands
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Size:
+    """One size of a shape: an axis by its number, and what its positions are to be divided by."""
+
+    number: int
+    divisor: int = 1
+
+
+_Sizes = tuple[_Size, ...] | tuple[tuple[_Size, ...], ...]  # the latter of several values, as `chunk` gives
+
+_NONE = -1  # the group of a position that no group cuts; its share is always 1
+
+
+class WidthCost:
+    """Parameters and multiply-accumulate operations as a function of kept widths.
+
+    The size of an axis is a sum of products of widths: positions that depend on units of the same groups go together,
+    and of n such positions n * (product over these groups of kept units / units) are left. That is exact where all
+    units of a group stand for equally many positions, as in every axis but those that join unequal multiples of the
+    same units or hold some pairs of them only; `Cut.cost` has the exact figure of a choice of units. Sizes enter
+    parameters and operations as products, so that either is multilinear in the widths.
+
+    Args:
+        groups: the analysed network.
+    """
+
+    def __init__(self, groups: ChannelGroups) -> None:
+        self._groups = groups
+        self._widths = np.array([group.width for group in groups], np.float64)
+        self._group_of = np.full(len(groups.algebra.store), _NONE, np.int64)
+        for number, group in enumerate(groups):
+            self._group_of[group.atoms] = number
+        self._numbers: dict[int, int] = {}
+        self._held: list[Axis] = []  # so that the identities of their arrays stay theirs
+        self._terms: list[tuple[Ids, Ids]] = []
+        self._state = {name: self._state_sizes(name) for name in groups.graph.state}
+        parameters = [name for name, entry in groups.graph.state.items() if entry.kind == "parameter"]
+        self._parameters = [self._state[name] for name in parameters]
+        self._calls = [self._call(node) for node in groups.graph if _has_macs(node)]
+        depth = max((of.shape[1] for of, _ in self._terms), default=0)
+        padded = [np.pad(of, ((0, 0), (0, depth - of.shape[1])), constant_values=_NONE) for of, _ in self._terms]
+        self._of = np.concatenate([*padded, np.zeros((0, depth), np.int64)])
+        self._counts = np.concatenate([*(counts for _, counts in self._terms), np.zeros(0, np.int64)])
+        self._axis_of = np.repeat(np.arange(len(self._terms)), [len(counts) for _, counts in self._terms])
+
+    def __call__(self, widths: Ids) -> Cost:
+        """Cost at kept widths.
+
+        Args:
+            widths: kept units of each group, in the order of the groups, shape (n_groups,).
+        """
+        shares = np.append(np.asarray(widths, np.float64) / self._widths, 1.0)
+        terms = self._counts * shares[self._of].prod(1)
+        sizes = np.bincount(self._axis_of, terms, len(self._terms)).astype(np.float64)
+        n_params = sum(prod(_values(one, sizes)) for one in self._parameters)
+        macs = sum(
+            node_macs(target, [_values(one, sizes) for one in given], _values(made, sizes))
+            for target, given, made in self._calls
+        )
+        return Cost(round(n_params), round(macs / (self._groups.graph.batch_hint or 1)))
+
+    def _call(self, node: fx.Node) -> tuple[str, list[_Sizes], _Sizes]:
+        return str(node.target), [self._value(n) for n in tensor_operands(node)], self._value(node)
+
+    def _value(self, node: fx.Node) -> _Sizes:
+        if node.op == "get_attr":
+            return self._state[str(node.target)]
+        axes = self._groups.facts.axes.get(node.name)
+        if axes is None:
+            shape = shape_of(node)
+            is_one = all(isinstance(size, int) for size in shape)
+            return self._constants(shape) if is_one else tuple(self._constants(part) for part in shape)
+        if isinstance(axes, list):
+            return tuple(tuple(_Size(self._number(axis)) for axis in part) for part in axes)
+        return tuple(_Size(self._number(axis)) for axis in axes)
+
+    def _state_sizes(self, name: str) -> tuple[_Size, ...]:
+        facts = self._groups.facts
+        if name not in facts.state_axes:
+            return self._constants(self._groups.graph.state[name].shape)
+        sizes = [_Size(self._number(axis)) for axis in facts.state_axes[name]]
+        if name in facts.blocked:
+            dim, axis, n_blocks = facts.blocked[name]
+            sizes[dim] = _Size(self._number(axis), n_blocks)
+        return tuple(sizes)
+
+    def _constants(self, shape: tuple[int, ...]) -> tuple[_Size, ...]:
+        """Sizes that no cut changes."""
+        first = len(self._terms)
+        self._terms += [(np.zeros((1, 0), np.int64), np.array([size])) for size in shape]
+        return tuple(_Size(number) for number in range(first, len(self._terms)))
+
+    def _number(self, axis: Axis) -> int:
+        known = self._numbers.get(id(axis.units))
+        if known is None:
+            known = self._numbers[id(axis.units)] = len(self._terms)
+            self._held.append(axis)
+            self._terms.append(self._terms_of(axis))
+        return known
+
+    def _terms_of(self, axis: Axis) -> tuple[Ids, Ids]:
+        """Groups that positions of an axis depend on, shape (n_terms, k), and how many positions there are of each."""
+        rows = self._groups.algebra.store.resolve(axis.units)
+        if rows.shape[1] == 0:
+            return np.zeros((1, 0), np.int64), np.array([axis.size])
+        of = np.sort(self._group_of[rows], 1)
+        if rows.shape[1] == 1 and (of == of[0]).all():
+            return of[:1], np.array([len(of)])
+        terms, counts = np.unique(of, axis=0, return_counts=True)
+        return terms, counts
+
+
+def _has_macs(node: fx.Node) -> bool:
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if not isinstance(node.meta.get("val"), Tensor | tuple | list):
+        return False
+    operands = tensor_operands(node)
+    return bool(operands) and node_macs(str(node.target), [shape_of(n) for n in operands], shape_of(node)) > 0
+
+
+def _values(shape: Any, sizes: Floats) -> Any:
+    """Numbers in the structure of sizes."""
+    if isinstance(shape, _Size):
+        return float(sizes[shape.number]) / shape.divisor
+    return tuple(_values(one, sizes) for one in shape)

@@ -1,0 +1,397 @@
+"""One operator call as its rule sees it: arguments by name, axes of the operands, and what the rule can demand."""
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
+from torchshear.dependency.rules._contractions import ROLES, Contraction, Kind, Uses
+from torchshear.dependency.rules._read_values import digest_of, label_of
+from torchshear.graph import Graph, locate
+from torchshear.graph._nodes import shape_of, tensor_operands
+from torchshear.graph._operator import operator_of
+from torchshear.graph._run import arguments_by_name
+from torchshear.graph.masked._call import masked_form
+
+Result = Axes | list[Axes] | None
+Keep = Callable[[Axis], npt.NDArray[np.bool_]]
+NewValue = Callable[[Keep], Any]
+
+
+class Because(NamedTuple):
+    """Why an axis is fixed: what an operator call does with it. Worded only when somebody reads it."""
+
+    why: str
+    node: fx.Node
+
+    def __str__(self) -> str:
+        """The reason in a phrase, with operator, module and source line."""
+        return f"{self.why}: {locate(self.node)}"
+
+
+UNCHANGED: Final = object()  # value of an edit that leaves its argument as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A new size for an argument that is computed in the graph: the old value times new / old."""
+
+    old: int
+    new: int
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """How one argument of a call changes when units are cut.
+
+    Attributes:
+        name: schema name of the argument, or "call" for operator and arguments together.
+        index: element of the argument when it is a list, else None.
+        value: gives the new value, from a function that tells which positions of an axis are kept.
+    """
+
+    name: str
+    index: int | None
+    value: NewValue
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """The positions of an axis form blocks of equal size, each of which must lose equally many.
+
+    `is_joint` where blocks are dimensions of different tensors, whose units would be groups of their own otherwise.
+    """
+
+    axis: Axis
+    n_blocks: int
+    node: fx.Node
+    is_joint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Minimum:
+    """Of the positions of an axis at least `count` must stay."""
+
+    axis: Axis
+    count: int
+    node: fx.Node
+
+
+@dataclass(slots=True)
+class Facts:
+    """All that the rules find out about a graph, besides the relations in the algebra."""
+
+    axes: dict[str, Result] = field(default_factory=dict)
+    state_axes: dict[str, Axes] = field(default_factory=dict)
+    blocked: dict[str, tuple[int, Axis, int]] = field(default_factory=dict)
+    roles: dict[tuple[str, int], set[str]] = field(default_factory=dict)
+    edits: dict[str, list[Edit]] = field(default_factory=dict)
+    mixed: dict[str, list[Axis]] = field(default_factory=dict)
+    balances: list[Balance] = field(default_factory=list)
+    minimums: list[Minimum] = field(default_factory=list)
+    positions: dict[str, Axis] = field(default_factory=dict)
+    values: dict[str, str] = field(default_factory=dict)  # buffer or constant whose values were read -> their digest
+    layers: dict[str, str] = field(default_factory=dict)  # weight -> the first weight of its layer, if that has several
+    parts: list[Axis] = field(default_factory=list)
+    pointers: dict[str, Axis] = field(default_factory=dict)  # value or value:result -> the axis of its positions
+    carriers: dict[str, fx.Node] = field(default_factory=dict)  # computed weight -> the tensor that it stands for
+    uses: Uses = field(default_factory=Uses)
+
+    def for_other_graph(self) -> "Facts":
+        """Facts for another graph over the same parameters: what concerns parameters is shared, values are not."""
+        return Facts(
+            state_axes=self.state_axes,
+            blocked=self.blocked,
+            roles=self.roles,
+            balances=self.balances,
+            minimums=self.minimums,
+            positions=self.positions,
+            values=self.values,
+            layers=self.layers,
+            parts=self.parts,
+        )
+
+    def copy(self) -> "Facts":
+        """A copy to which more can be added; axes themselves are frozen and shared."""
+        return Facts(
+            axes=dict(self.axes),
+            state_axes=dict(self.state_axes),
+            blocked=dict(self.blocked),
+            roles={key: set(roles) for key, roles in self.roles.items()},
+            edits=dict(self.edits),
+            mixed=dict(self.mixed),
+            balances=list(self.balances),
+            minimums=list(self.minimums),
+            positions=dict(self.positions),
+            values=dict(self.values),
+            layers=dict(self.layers),
+            parts=list(self.parts),
+            pointers=dict(self.pointers),
+            carriers=dict(self.carriers),
+            uses=self.uses.copy(),
+        )
+
+
+class Call:
+    """An operator call under analysis.
+
+    A rule reads arguments with `arg`, axes of operands with `axes`, relates them, and returns the axes of the result:
+    a tuple of axes for a tensor, a list of such tuples for several tensors.
+    """
+
+    def __init__(self, node: fx.Node, graph: Graph, algebra: Algebra, facts: Facts) -> None:
+        self.node = node
+        self.graph = graph
+        self.algebra = algebra
+        self.carriers: Mapping[str, fx.Node] = facts.carriers
+        self._facts = facts
+        self._arguments = bind_arguments(node)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def arg(self, name: str) -> Any:
+        """Value of an argument by its schema name, the default where it is not given."""
+        return self._arguments.get(name)
+
+    @property
+    def tensor_args(self) -> list[fx.Node]:
+        """All operands that are tensors, in order, each as often as it is given."""
+        return tensor_operands(self.node)
+
+    def _is_tensor(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
+
+    def is_tensor(self, name: str) -> bool:
+        """Whether an argument is a tensor."""
+        return self._is_tensor(self.arg(name))
+
+    def axes(self, operand: str | fx.Node) -> Axes:
+        """Axes of a tensor operand, by schema name or node."""
+        axes = self.raw_axes(operand)
+        return tuple(self._one(axis) for axis in axes) if any(axis.rows for axis in axes) else axes
+
+    def raw_axes(self, operand: str | fx.Node) -> Axes:
+        """As `axes`, for a rule that knows what `Axis.rows` mean and keeps rows apart."""
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        axes = self._facts.axes[node.name]
+        assert isinstance(axes, tuple), f"{node.name} is not one tensor"
+        return axes
+
+    def _one(self, axis: Axis) -> Axis:
+        """An axis that is the same in each row, for rules that see one axis a dimension."""
+        for row in axis.rows[1:]:
+            self.tie(axis.rows[0], row)
+        return axis.rows[0] if axis.rows else axis
+
+    def shape(self, operand: str | fx.Node) -> tuple[int, ...]:
+        """Sizes of a tensor operand, free ones as in the capture."""
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        shape = shape_of(node)
+        assert isinstance(shape, tuple)
+        return shape
+
+    @property
+    def out_shape(self) -> tuple[Any, ...]:
+        """Sizes of the result; a tuple of tuples for several results."""
+        shape = shape_of(self.node)
+        assert isinstance(shape, tuple)
+        return shape
+
+    def is_dynamic(self, operand: str | fx.Node, dim: int) -> bool:
+        """Whether a dimension of an operand is free (the batch)."""
+        return self.graph.is_dynamic(self.arg(operand) if isinstance(operand, str) else operand, dim)
+
+    def is_boolean(self, operand: fx.Node) -> bool:
+        """Whether a tensor operand holds truth values, as a mask does."""
+        return bool(operand.meta["val"].dtype == torch.bool)
+
+    def dim(self, name: str, rank: int) -> int:
+        """A dimension argument, counted from the front."""
+        return int(self.arg(name)) % max(rank, 1)
+
+    def state_name(self, operand: str | fx.Node) -> str | None:
+        """Name of the parameter or buffer that an operand is, if it is one directly."""
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    def source(self, operand: fx.Node) -> fx.Node | None:
+        """The buffer or literal that an operand is, also behind copies of it, if nothing else reads it."""
+        while len(operand.users) == 1:
+            if operand.op == "get_attr":
+                return operand
+            if operator_of(operand).passes != "copy":
+                return None
+            operand = operand.all_input_nodes[0]
+        return None
+
+    def constant(self, operand: fx.Node) -> npt.NDArray[Any] | None:
+        """Values of an operand that is a buffer or literal, or None if it is computed or has no data.
+
+        They decide what a plan does from here on: it is refused where a model or a checkpoint has others.
+        """
+        name = self.state_name(operand)
+        entry = self.graph.state.get(name) if name else None
+        if name is None or entry is None or entry.kind == "parameter" or entry.tensor.is_meta:
+            return None
+        self._facts.values[label_of(self.graph, name)] = digest_of(entry.tensor)
+        return np.asarray(entry.tensor.detach().cpu().numpy())
+
+    # -- demanding ----------------------------------------------------------------------------------------------------
+
+    def tie(self, left: Axis, right: Axis) -> Axis:
+        """Tie two axes position by position."""
+        return self.algebra.equate(left, right, Because("tied to what cannot be cut", self.node))
+
+    def fix(self, axes: Sequence[Axis], why: str) -> None:
+        """Fix axes; the reason names this call."""
+        self.algebra.fix(axes, Because(why, self.node))
+
+    def refuse(self, why: str) -> Result:
+        """Fix all that the call touches; gives the axes of the result. The reason names this call."""
+        for node in self.tensor_args:
+            self.fix(self.axes(node), why)
+        if isinstance(self.node.meta.get("val"), Tensor):
+            return tuple(self.fixed(size, why) for size in self.out_shape)
+        return [tuple(self.fixed(size, why) for size in shape or ()) for shape in self.out_shape]
+
+    def fixed(self, size: int, why: str = "computed") -> Axis:
+        """A fixed axis; the reason names this call."""
+        return self.algebra.fixed(size, Because(why, self.node))
+
+    def balance(self, axis: Axis, n_blocks: int) -> None:
+        """Demand that each of `n_blocks` equal blocks of the axis loses equally many positions."""
+        self._facts.balances.append(Balance(axis, n_blocks, self.node))
+
+    def equally_wide(self, axes: Sequence[Axis]) -> None:
+        """Demand that axes of one size, of different tensors, lose equally many positions, each of its own choice."""
+        if len(axes) > 1:
+            self._facts.balances.append(Balance(self.algebra.concat(axes), len(axes), self.node, is_joint=True))
+
+    def at_least(self, axis: Axis, count: int) -> None:
+        """Demand that `count` positions of the axis stay."""
+        self._facts.minimums.append(Minimum(axis, count, self.node))
+
+    def part(self, axis: Axis) -> Axis:
+        """Say that an axis is a part cut from another, of which something must stay; gives the axis."""
+        self._facts.parts.append(axis)
+        return axis
+
+    def mix(self, *axes: Axis) -> None:
+        """Note that the values at one position of the axes depend on the others (a norm, a softmax, a mean).
+
+        What such an operator gives without the cut positions can be proved only by its masked form; an operator without
+        one keeps the axes whole.
+        """
+        if masked_form(self.node) is None:
+            self.fix(axes, "its positions are mixed by an operator without a masked form")
+        self._facts.mixed.setdefault(self.node.name, []).extend(axes)
+
+    def block(self, operand: str, dim: int, axis: Axis, n_blocks: int) -> None:
+        """Say that dimension `dim` of a weight holds, in block b of its dimension 0, block b of `axis`."""
+        name = self.state_name(operand)
+        assert name is not None
+        known = self._facts.blocked.get(name)
+        if known is not None:
+            self.tie(known[1], axis)
+        self._facts.blocked[name] = (dim, axis, n_blocks)
+
+    def role(self, operand: str | fx.Node, **roles: int) -> None:
+        """Say what dimensions of a weight are for: `call.role("weight", out=0)` adds role "out" to dimension 0."""
+        node = self.arg(operand) if isinstance(operand, str) else operand
+        name = self.state_name(self.carriers.get(getattr(node, "name", ""), node))
+        if name is not None:
+            for role, dim in roles.items():
+                self._facts.roles.setdefault((name, dim), set()).add(role.rstrip("_"))
+
+    def one_layer(self, weights: Sequence[fx.Node]) -> None:
+        """Say that weights make the same units together, as one layer."""
+        names = [name for name in map(self.state_name, weights) if name is not None]
+        for name in names:
+            self._facts.layers.setdefault(name, names[0])
+
+    def contract(
+        self,
+        operands: tuple[fx.Node, fx.Node],
+        contracted: Axes,
+        free: tuple[Axes, Axes],
+        batch: Axes = (),
+        kind: Kind = "product",
+    ) -> None:
+        """Say that two operands are multiplied and summed over axes, from which the roles of groups are told.
+
+        Args:
+            operands: left and right operand; this call's own node stands for a product made inside it.
+            contracted: axes that are summed over.
+            free: axes that only the left, and that only the right operand has.
+            batch: axes that both have and the result keeps.
+            kind: see `Contraction`.
+        """
+        found = Contraction(kind, operands, contracted, free[0], free[1], batch)
+        self._facts.uses.contractions.setdefault(self.node.name, []).append(found)
+
+    def use(self, role: str, *axes: Axis) -> None:
+        """Say outright what role axes have, where the algebra cannot tell, as in `call.use("hidden", state)`."""
+        assert role in ROLES, f"role {role!r}; expected one of {', '.join(ROLES)}"
+        self._facts.uses.declared.setdefault(role, []).extend(axes)
+
+    def results_of(self, node: fx.Node) -> list[Axes]:
+        """Axes of each result of a node that gives several."""
+        results = self._facts.axes[node.name]
+        assert isinstance(results, list), f"{node.name} is one tensor"
+        return results
+
+    def positions(self, operand: fx.Node) -> Axis | None:
+        """The axis of which the values of an operand are positions, chosen by data; None if they are not."""
+        return self._facts.pointers.get(operand.name)
+
+    def gives_positions(self, axis: Axis, result: int | None = None) -> None:
+        """Say that the values of the result, or of one of several, are positions along an axis."""
+        if not self.algebra.is_fixed(axis):
+            self._facts.pointers[self.node.name if result is None else f"{self.node.name}:{result}"] = axis
+
+    def renumber(self, index: fx.Node, axis: Axis) -> None:
+        """Say that a buffer holds positions of `axis`, to be counted anew when some are cut."""
+        name = self.state_name(index)
+        assert name is not None
+        self._facts.positions[name] = axis
+
+    # -- rewriting ----------------------------------------------------------------------------------------------------
+
+    def edit(self, name: str, value: NewValue, index: int | None = None) -> None:
+        """Have an argument replaced by `value(keep)` when units are cut."""
+        self._facts.edits.setdefault(self.node.name, []).append(Edit(name, index, value))
+
+    def edit_call(self, value: NewValue) -> None:
+        """Have the whole call replaced by `value(keep)`: name and arguments of an operator, or UNCHANGED."""
+        self._facts.edits.setdefault(self.node.name, []).append(Edit("call", None, value))
+
+    def edit_count(self, name: str, part: slice, axis: Axis, index: int | None = None) -> None:
+        """Have a literal argument become the number of positions kept in a part of an axis, if the axis loses any."""
+        counted = self.algebra.take(axis, part)
+        self.edit(name, lambda keep: UNCHANGED if keep(axis).all() else int(keep(counted).sum()), index)
+
+    def edit_size(self, name: str, axis: Axis, index: int | None = None) -> None:
+        """Have a size argument follow an axis. A computed size is scaled; -1 and fixed sizes stay as they are.
+
+        A sum is not scaled, as a batch with some rows more: its axis is fixed.
+        """
+        given = self.arg(name) if index is None else self.arg(name)[index]
+        if isinstance(given, int) and given < 0:
+            return
+        if isinstance(given, fx.Node) and given.target is operator.add:
+            self.fix([axis], "a size that is computed as a sum")
+        elif isinstance(given, fx.Node):
+            self.edit(name, lambda keep: Scaled(axis.size, int(keep(axis).sum())), index)
+        else:
+            self.edit(name, lambda keep: UNCHANGED if keep(axis).all() else int(keep(axis).sum()), index)
+
+
+def bind_arguments(node: fx.Node) -> Mapping[str, Any]:
+    """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
+    return arguments_by_name(node.target, node.args, node.kwargs)
