@@ -1,4 +1,4 @@
-"""The dispatch mode that ours are made from."""
+"""Base class of our dispatch modes."""
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
