@@ -95,13 +95,6 @@ class DynamicShapes:
     batches: tuple[int, int]
     other: Mapping[str, Any]
 
-    def size(self, name: str, dim: Dim) -> int | None:
-        """Return a size in the other capture; None if the node has the same shape in both."""
-        shape = self.other.get(name)
-        if shape is None:
-            return None
-        return int(shape[dim] if isinstance(dim, int) else shape[dim[0]][dim[1]])
-
 
 @dataclass(frozen=True, slots=True)
 class Graph:
@@ -177,20 +170,26 @@ class Graph:
 
     def is_dynamic(self, node: fx.Node, dim: Dim) -> bool:
         """Return whether a size of a node's value depends on the batch or on data."""
-        size = _size_at(node, dim)
-        if isinstance(size, torch.SymInt):
-            return True
-        if self.dynamic_shapes is None or size is None:
-            return False
-        return self.dynamic_shapes.size(node.name, dim) not in (None, size)
+        size, other = self._sizes(node, dim)
+        return isinstance(size, torch.SymInt) or size != other
 
     def batch_formula(self, node: fx.Node, dim: Dim) -> AffineSize | None:
         """Return a dynamic size as a function of the batch; None if there is no simple one, or it depends on data."""
-        size = _size_at(node, dim)
-        if self.dynamic_shapes is None or size is None or isinstance(size, torch.SymInt):
+        size, other = self._sizes(node, dim)
+        if self.dynamic_shapes is None or other is None or isinstance(size, torch.SymInt):
             return None
-        other = self.dynamic_shapes.size(node.name, dim)
-        return None if other is None else affine_size((size, other), self.dynamic_shapes.batches)
+        return affine_size((size, other), self.dynamic_shapes.batches)
+
+    def _sizes(self, node: fx.Node, dim: Dim) -> tuple[Any, int | None]:
+        """Return a size of a node's value in the graph and in the other capture; None where the value is no tensor."""
+        value = node.meta.get("val")
+        shape = self.dynamic_shapes.other.get(node.name) if self.dynamic_shapes is not None else None
+        if not isinstance(dim, int):
+            number, dim = dim
+            value = value[number] if isinstance(value, list | tuple) else None
+            shape = None if shape is None else shape[number]
+        size = value.shape[dim] if isinstance(value, Tensor) else None
+        return size, size if shape is None or size is None else int(shape[dim])
 
     @property
     def lost_backwards(self) -> tuple[FunctionCall, ...]:
@@ -218,15 +217,6 @@ class Graph:
     def n_params(self) -> int:
         """Return the number of parameter elements, tied parameters counted once."""
         return sum(entry.tensor.numel() for entry in self.state.values() if entry.kind == "parameter")
-
-
-def _size_at(node: fx.Node, dim: Dim) -> int | torch.SymInt | None:
-    """Return a size of a node's value; None where it is no tensor."""
-    value = node.meta.get("val")
-    if not isinstance(dim, int):
-        number, dim = dim
-        value = value[number] if isinstance(value, list | tuple) else None
-    return value.shape[dim] if isinstance(value, Tensor) else None
 
 
 def shape_with_batch(graph: Graph, node: fx.Node) -> tuple[int | None, ...]:

@@ -141,8 +141,7 @@ def _describe(value: Any) -> Any:
         TypeError: it is not made of tensors, numbers, text, lists, tuples and dictionaries.
     """
     if isinstance(value, Tensor):
-        entry = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        return entry | _describe_values(value)
+        return _describe_tensor(value)
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
@@ -155,14 +154,15 @@ def _describe(value: Any) -> Any:
     raise TypeError(f"cannot describe {type(value).__name__}")
 
 
-def _describe_values(tensor: Tensor) -> Json:
-    """Describe the values of integers: all of them on one line, or their range if they are many."""
+def _describe_tensor(tensor: Tensor) -> Json:
+    """Describe a tensor as JSON, and the values of integers: all on one line, or their range if they are many."""
+    entry: Json = {"tensor": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
     if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or not tensor.numel():
-        return {}
+        return entry
     numbers = tensor.detach().to("cpu", torch.int64).flatten()
     if len(numbers) <= _MAX_LISTED:
-        return {"values": " ".join(map(str, numbers.tolist()))}
-    return {"low": int(numbers.min()), "high": int(numbers.max())}
+        return {**entry, "values": " ".join(map(str, numbers.tolist()))}
+    return {**entry, "low": int(numbers.min()), "high": int(numbers.max())}
 
 
 class _InputBuilder:

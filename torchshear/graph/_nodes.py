@@ -18,16 +18,16 @@ def shape_of(node: fx.Node) -> Any:
     Returns:
         A tuple of ints, 0 for sizes that depend on data; a tuple of shapes for several values; None for no tensor.
     """
+    return _shape(node.meta.get("val"))
 
-    def shape(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return tuple(shape(item) for item in value)
-        if not isinstance(value, Tensor):
-            return None
-        # A symbol has a hint unless it depends on data.
-        return tuple(int(size.node.hint or 0) if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
 
-    return shape(node.meta.get("val"))
+def _shape(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_shape(item) for item in value)
+    if not isinstance(value, Tensor):
+        return None
+    # A symbol has a hint unless it depends on data.
+    return tuple(int(size.node.hint or 0) if isinstance(size, torch.SymInt) else int(size) for size in value.shape)
 
 
 def is_data_dependent(size: Any) -> bool:

@@ -135,12 +135,12 @@ class Operator:
 
     @property
     def keeps_values(self) -> bool:
-        """Whether the values of the result are values of its first operand, whatever their order and type."""
+        """Return whether the values of the result are values of its first operand, whatever their order and type."""
         return self.passes in ("copy", "conversion", "layout")
 
     @property
     def keeps_positions(self) -> bool:
-        """Whether the result is its first operand, in another type or layout of memory at most."""
+        """Return whether the result is its first operand, in another type or layout of memory at most."""
         return self.passes in ("copy", "conversion")
 
 

@@ -32,7 +32,7 @@ def arguments_by_name(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def interpret(
-    graph: fx.Graph, leaves: Sequence[Any], load: Load, apply: Apply, replace: Replace | None = None
+    graph: fx.Graph, leaves: Sequence[Any], load: Load, apply: Apply | None = None, replace: Replace | None = None
 ) -> Iterator[tuple[fx.Node, Any]]:
     """Run a graph and yield each node with its value; values are dropped after their last use.
 
@@ -40,7 +40,7 @@ def interpret(
         graph: nodes in execution order.
         leaves: flat inputs.
         load: returns the tensor of a parameter or buffer by its canonical name.
-        apply: returns the value of a call, from the node and its arguments as values.
+        apply: returns the value of a call, from the node and its arguments as values; None to make the call.
         replace: returns another value to go on with, from a node and its value.
     """
     last_use = {operand: node for node in graph.nodes for operand in node.all_input_nodes}
@@ -55,7 +55,7 @@ def interpret(
             value = fx.map_arg(node.args[0], values.__getitem__)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            value = apply(node, args, kwargs)
+            value = node.target(*args, **kwargs) if apply is None else apply(node, args, kwargs)
         values[node] = value if replace is None else replace(node, value)
         yield node, values[node]
         for operand in node.all_input_nodes:
@@ -80,10 +80,7 @@ def graph_values(
         tensor = state[name].detach()
         return tensor if name in shared and tensor.ndim > 1 else tensor.clone()
 
-    def apply(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    yield from interpret(graph, leaves, load, apply, replace)
+    yield from interpret(graph, leaves, load, replace=replace)
 
 
 def graph_output(

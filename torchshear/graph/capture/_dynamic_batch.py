@@ -87,7 +87,10 @@ def free_batch(graph: Graph, other: Graph) -> DynamicShapes | None:
         The shapes that depend on the batch. None if the two are not the same network, or a number depends on the batch
         in another way than as a multiple of it with some more or less; the graph is then unchanged.
     """
-    first, second = (next(node for node in one if _is_batched_input(node)) for one in (graph, other))
+    first, second = (
+        next(n for n in one if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor) and n.meta["val"].ndim)
+        for one in (graph, other)
+    )
     batches = (first.meta["val"].shape[0], second.meta["val"].shape[0])
     try:
         twins = _pair_nodes(graph, other)
@@ -103,11 +106,6 @@ def free_batch(graph: Graph, other: Graph) -> DynamicShapes | None:
             merged, lambda leaf: sizes.node(leaf) if isinstance(leaf, AffineSize) else leaf
         )
     return DynamicShapes(batches, {a.name: shape_of(b) for a, b in twins.items() if shape_of(a) != shape_of(b)})
-
-
-def _is_batched_input(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return node.op == "placeholder" and isinstance(value, Tensor) and value.ndim > 0
 
 
 def _pair_nodes(graph: Graph, other: Graph) -> dict[fx.Node, fx.Node]:

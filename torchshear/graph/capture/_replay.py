@@ -6,8 +6,6 @@ Anything else is left to torch.export, which takes several times as long.
 """
 
 import operator
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -124,20 +122,22 @@ def _record_run(model: nn.Module, inputs: ExampleInputs) -> _Run:
     args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (inputs.args, inputs.kwargs))
     leaves = pytree.tree_leaves((args, kwargs))
     recorder = _Recorder()
-    with preserve_state(model), mode, set_exporting_flag(), _plain_kernels(), recorder, MaskedAssignments():
-        output = torch.func.functional_call(model, dict(state), args, kwargs)  # which writes to the dict
-    return _Run(state, leaves, recorder.calls, output)
-
-
-@contextmanager
-def _plain_kernels() -> Iterator[None]:
-    """Have calls be taken apart, and flags for fast kernels be passed to operators, as torch.export does."""
+    # As in torch.export, calls are taken apart, and operators get flags that say no to fast kernels.
     mkldnn = torch.backends.mkldnn.set_flags(False)  # type: ignore[no-untyped-call]  # returns the old flags, this one first
     try:
-        with torch.backends.cudnn.flags(enabled=False), enable_python_dispatcher():
-            yield
+        with (
+            preserve_state(model),
+            mode,
+            set_exporting_flag(),
+            torch.backends.cudnn.flags(enabled=False),
+            enable_python_dispatcher(),
+            recorder,
+            MaskedAssignments(),
+        ):
+            output = torch.func.functional_call(model, dict(state), args, kwargs)  # which writes to the dict
     finally:
         torch.backends.mkldnn.set_flags(mkldnn[0])  # type: ignore[no-untyped-call]
+    return _Run(state, leaves, recorder.calls, output)
 
 
 class _GraphBuilder:

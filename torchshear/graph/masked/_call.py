@@ -1,9 +1,8 @@
-"""What an operator computes on the kept positions of its operands alone, told without any rule of the axis algebra.
+"""Masked forms of operators: their results on the kept positions of their operands alone, at full size.
 
-Where a norm, a softmax or a mean runs over positions of which some are cut, setting these to zero is not removing them.
-The proof of a cut runs the original graph on tensors of their full sizes and asks here what such an operator would give
-if the cut positions were not there. Nothing here imports the rules, so that what proves shares nothing with what is
-proved.
+Where a norm, a softmax or a mean runs over positions of which some are cut, setting these to zero does not remove them.
+The proof of a cut runs the original graph on tensors of their full sizes and, for such an operator, its masked form.
+Nothing here imports the rules, so that the proof shares nothing with what it proves.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,7 @@ class MaskedCall:
         node: the call.
         args: values of its arguments by position.
         kwargs: values of its arguments by name.
-        kept: gives, for an operand, the mask of kept positions of each dimension that loses some.
+        kept: returns the masks of an operand: for each dimension that loses positions, those that are kept.
     """
 
     def __init__(
@@ -37,22 +36,22 @@ class MaskedCall:
         self._kept = kept
 
     def arg(self, name: str) -> Any:
-        """Value of an argument by its name in the operator's schema; operands are of full size."""
+        """Return the value of an argument by its name in the operator's schema; operands are of full size."""
         return self._values.get(name)
 
     def kept_masks(self, name: str) -> Kept:
-        """Masks of the kept positions of an operand, for each dimension that loses some."""
+        """Return the masks of the kept positions of an operand, for each dimension that loses some."""
         node = self._nodes.get(name)
         return self._kept(node) if isinstance(node, fx.Node) else {}
 
     def dims(self, name: str, operand: str) -> list[int]:
-        """Dimensions that an argument names, counted from the front; all of the operand's if it names none."""
+        """Return the dimensions that an argument names, from the front; all of the operand if it names none."""
         given, rank = self.arg(name), self.arg(operand).ndim
         some = [given] if isinstance(given, int) else list(given) if given else range(rank)
         return [int(dim) % rank for dim in some]
 
     def select_kept(self, name: str, dims: Iterable[int] | None = None) -> Tensor:
-        """The operand at the kept positions of some dimensions; of all if none are named."""
+        """Return an operand at the kept positions of some dimensions; of all dimensions if none are named."""
         value: Tensor = self.arg(name)
         for dim, mask in self.kept_masks(name).items():
             if dims is None or dim in dims:
@@ -60,38 +59,38 @@ class MaskedCall:
         return value
 
     def fill_cut(self, name: str, dims: Iterable[int], number: int | None = None, *, value: float = 0) -> Tensor:
-        """The operand with a number at the cut positions of some dimensions.
+        """Return an operand with a number at the cut positions of some dimensions.
 
         Args:
             name: name of the argument.
             dims: dimensions; negative ones count from the last.
+            number: index of the operand, where the argument is a list of them.
             value: the number.
-            number: which operand, where the argument is a list of them.
         """
         node: Any = self._nodes[name] if number is None else self._nodes[name][number]
         operand: Tensor = self._values[name] if number is None else self._values[name][number]
         over = {dim % operand.ndim for dim in dims}
         for dim, mask in (self._kept(node) if isinstance(node, fx.Node) else {}).items():
             if dim in over:
-                operand = operand.masked_fill(_along(~mask, dim, operand.ndim), value)
+                operand = operand.masked_fill(_broadcast_mask(~mask, dim, operand.ndim), value)
         return operand
 
     def zero_cut(self, value: Tensor, name: str, dims: Iterable[int]) -> Tensor:
-        """A value of the operand's size with zeros at what is cut of some dimensions of the operand."""
+        """Zero a value of an operand's size at the positions that are cut from some dimensions of the operand."""
         for dim, mask in self.kept_masks(name).items():
             if dim in dims:
-                value = value.masked_fill(_along(~mask, dim, value.ndim), 0)
+                value = value.masked_fill(_broadcast_mask(~mask, dim, value.ndim), 0)
         return value
 
     def scatter_kept(self, value: Tensor, name: str, dims: Iterable[int] | None = None) -> Tensor:
-        """The reverse of `select_kept`: positions of a value back where they were in the operand, among zeros."""
+        """Put the positions of a value back where `select_kept` took them from, among zeros."""
         for dim, mask in self.kept_masks(name).items():
             if dims is None or dim in dims:
                 value = scatter_into_zeros(value, mask, dim)
         return value
 
     def run(self, /, **replaced: Any) -> Any:
-        """Run the operator itself, with other values for some of its arguments."""
+        """Call the operator itself, with other values for some of its arguments."""
         return self.node.target(**{**self._values, **replaced})  # type: ignore[operator]
 
 
@@ -102,13 +101,14 @@ _EXACT: set[str] = set()
 
 
 def masked_operator(*names: str, zeros_are_exact: bool = False) -> Callable[[MaskedForm], MaskedForm]:
-    """Register what operators compute on kept positions, for operators that mix positions.
+    """Register the masked form of operators that mix positions; used as a decorator.
 
-    The function gives the value of the call at its full size; what stands at cut positions of it does not matter.
+    The function takes a `MaskedCall` and returns the value of the call at its full size; values at cut positions are
+    ignored.
 
     Args:
         names: operator names with namespace and without overload, as in "aten.mean".
-        zeros_are_exact: whether the operator itself gives that where the cut positions are zero, as a sum does.
+        zeros_are_exact: whether the operator itself gives the same where the cut positions are zero, as a sum does.
 
     Raises:
         ArgumentError: an operator has a masked form already.
@@ -126,13 +126,13 @@ def masked_operator(*names: str, zeros_are_exact: bool = False) -> Callable[[Mas
 
 
 def masked_form(node: fx.Node) -> MaskedForm | None:
-    """What is registered for the operator of a call, or None."""
+    """Return the masked form of the operator of a call; None if there is none."""
     target = node.target
     return _FORMS.get(str(target).rpartition(".")[0]) if isinstance(target, torch._ops.OpOverload) else None
 
 
 def zeros_are_exact(node: fx.Node) -> bool:
-    """Whether the operator of a call gives what its masked form does where the cut positions are zero."""
+    """Return whether the operator of a call gives the same as its masked form where the cut positions are zero."""
     return str(node.target).rpartition(".")[0] in _EXACT
 
 
@@ -155,6 +155,6 @@ def scatter_into_zeros(value: Tensor, mask: Tensor, dim: int) -> Tensor:
     return value.new_zeros(shape).index_copy(dim, mask.nonzero().flatten(), value)
 
 
-def _along(mask: Tensor, dim: int, rank: int) -> Tensor:
-    """A mask over one dimension in a shape that broadcasts."""
+def _broadcast_mask(mask: Tensor, dim: int, rank: int) -> Tensor:
+    """Return a mask over one dimension in a shape that broadcasts."""
     return mask.reshape([-1 if i == dim else 1 for i in range(rank)])

@@ -10,7 +10,7 @@ from torchshear.errors import VerificationError
 from torchshear.graph._location import locate
 from torchshear.graph.masked._call import MaskedCall, masked_operator
 
-# What is summed over in products of two: operator -> argument -> dimensions.
+# Dimensions that products of two operands sum over: operator -> argument -> dimensions.
 _CONTRACTED: dict[str, dict[str, tuple[int, ...]]] = {
     "aten.addbmm": {"batch1": (0, 2)},
     "aten.addmm": {"mat1": (-1,)},
@@ -36,7 +36,7 @@ _CONTRACTED: dict[str, dict[str, tuple[int, ...]]] = {
 
 @masked_operator(*_CONTRACTED, zeros_are_exact=True)
 def _product(call: MaskedCall) -> Any:
-    """A term of a sum of products is gone if one of its factors is zero."""
+    """Fill one operand: a term of a sum of products vanishes if one of its factors is zero."""
     name = str(call.node.target).rpartition(".")[0]
     return call.run(**{operand: call.fill_cut(operand, dims) for operand, dims in _CONTRACTED[name].items()})
 
@@ -48,7 +48,7 @@ def _tensordot(call: MaskedCall) -> Any:
 
 @masked_operator("aten.linalg_multi_dot", "aten.chain_matmul", zeros_are_exact=True)
 def _chain(call: MaskedCall) -> Any:
-    """A product of matrices: each is summed over with the one before it, a vector in front with the one behind it."""
+    """Fill all matrices but the last: each is summed over with the next one."""
     name = "tensors" if call.arg("matrices") is None else "matrices"
     return call.run(
         **{name: [call.fill_cut(name, [-1], i) for i in range(len(call.arg(name)) - 1)] + call.arg(name)[-1:]}
@@ -57,7 +57,7 @@ def _chain(call: MaskedCall) -> Any:
 
 @masked_operator("aten.einsum", zeros_are_exact=True)
 def _einsum(call: MaskedCall) -> Any:
-    """Summed over is every letter that the result does not have."""
+    """Fill over every letter that the result does not have."""
     inputs, arrow, output = call.arg("equation").replace(" ", "").partition("->")
     terms = inputs.split(",")
     if not arrow:
@@ -85,8 +85,8 @@ def _einsum(call: MaskedCall) -> Any:
     "transformers.grouped_mm_fallback",
     zeros_are_exact=True,
 )
-def _by_position(call: MaskedCall) -> Any:
-    """Positions chosen by data are looked up in the full row, where the kept ones still have their numbers."""
+def _lookup(call: MaskedCall) -> Any:
+    """Look positions that data choose up in the full row, where the kept ones still have their numbers."""
     return call.run()
 
 
@@ -131,8 +131,8 @@ def _reduction(call: MaskedCall) -> Any:
     "aten.nanmedian",
     "aten.topk",
 )
-def _with_positions(call: MaskedCall) -> Any:
-    """Some kept positions, by their numbers in the full row."""
+def _extremes(call: MaskedCall) -> Any:
+    """Choose among the kept positions, and return their numbers in the full row."""
     dims = call.dims("dim", "self")
     found = call.run(self=call.select_kept("self", dims))
     mask = call.kept_masks("self").get(dims[0]) if len(dims) == 1 else None
@@ -148,12 +148,12 @@ def _with_positions(call: MaskedCall) -> Any:
     "aten.log_softmax",
     "aten.softmax",
 )
-def _along_one(call: MaskedCall) -> Any:
+def _softmax(call: MaskedCall) -> Any:
     dims = call.dims("dim", "self")
     return call.scatter_kept(call.run(self=call.select_kept("self", dims)), "self", dims)
 
 
-# What adds nothing to a running product or extreme, which then stands still at cut positions.
+# Values that leave a running product or extreme as it is, so that it does not change at cut positions.
 _NEUTRAL = {
     "aten.cummax": -torch.inf,
     "aten.cummin": torch.inf,
@@ -163,7 +163,7 @@ _NEUTRAL = {
 
 
 @masked_operator(*_NEUTRAL)
-def _running(call: MaskedCall) -> Any:
+def _cumulative(call: MaskedCall) -> Any:
     dims = call.dims("dim", "self")
     found = call.run(self=call.fill_cut("self", dims, value=_NEUTRAL[str(call.node.target).rpartition(".")[0]]))
     mask = call.kept_masks("self").get(dims[0])
@@ -173,13 +173,13 @@ def _running(call: MaskedCall) -> Any:
 
 
 @masked_operator("aten.cumsum", zeros_are_exact=True)
-def _running_sum(call: MaskedCall) -> Any:
+def _cumulative_sum(call: MaskedCall) -> Any:
     return call.run(self=call.fill_cut("self", call.dims("dim", "self")))
 
 
 @masked_operator("aten.cosine_similarity", "aten.linalg_vecdot", "aten.pairwise_distance", "aten.cdist")
 def _comparison(call: MaskedCall) -> Any:
-    """Two operands are compared along one dimension, counted from the last since others may be broadcast."""
+    """Compare two operands along one dimension, counted from the last since others may be broadcast."""
     names = ("x", "y") if call.arg("x1") is None else ("x1", "x2")
     dim = -1 if call.arg("dim") is None else int(call.arg("dim"))
     rank = max(call.arg(name).ndim for name in names)
@@ -188,14 +188,14 @@ def _comparison(call: MaskedCall) -> Any:
     masks = [call.kept_masks(n).get(place, all_).cpu() for (n, place), all_ in zip(places.items(), whole, strict=True)]
     if min(map(len, masks)) > 1 and not masks[0].equal(masks[1]):  # a single position is compared with all
         raise VerificationError(
-            f"{call.node.name!r} compares two operands that are cut at different positions, {locate(call.node)}: the "
-            f"rule of the operator forgets to tie them."
+            f"{call.node.name!r} compares two operands that are cut at different positions, {locate(call.node)}: its "
+            f"rule does not tie them."
         )
     return call.run(**{name: call.select_kept(name, [place]) for name, place in places.items()})
 
 
 @masked_operator("aten.layer_norm", "aten.rms_norm")
-def _over_last(call: MaskedCall) -> Tensor:
+def _layer_norm(call: MaskedCall) -> Tensor:
     x: Tensor = call.arg("input")
     dims = list(range(x.ndim - len(call.arg("normalized_shape")), x.ndim))
     kept = call.select_kept("input", dims)
@@ -203,16 +203,16 @@ def _over_last(call: MaskedCall) -> Tensor:
         kept = kept - kept.mean(dims, keepdim=True)
     eps = torch.finfo(x.dtype).eps if call.arg("eps") is None else call.arg("eps")
     result = call.scatter_kept(kept * (kept.square().mean(dims, keepdim=True) + eps).rsqrt(), "input", dims)
-    return _scaled(result, call.arg("weight"), call.arg("bias"))
+    return _scale_and_shift(result, call.arg("weight"), call.arg("bias"))
 
 
-def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
 
 
 @masked_operator("aten.group_norm")
-def _over_groups(call: MaskedCall) -> Tensor:
+def _group_norm(call: MaskedCall) -> Tensor:
     x, n_groups = call.arg("input"), int(call.arg("num_groups"))
     kept = call.kept_masks("input")
     mask = x.new_ones(x.shape[1]) if 1 not in kept else kept[1].to(x.dtype)
@@ -223,12 +223,12 @@ def _over_groups(call: MaskedCall) -> Tensor:
     rows = (rows - mean) * mask
     variance = rows.square().sum((2, 3), keepdim=True) / count
     normal = (rows * (variance + call.arg("eps")).rsqrt()).reshape(x.shape).movedim(1, -1)
-    return _scaled(normal, call.arg("weight"), call.arg("bias")).movedim(-1, 1)
+    return _scale_and_shift(normal, call.arg("weight"), call.arg("bias")).movedim(-1, 1)
 
 
 @masked_operator("aten.batch_norm", "aten.instance_norm")
-def _per_channel(call: MaskedCall) -> Tensor:
-    """Statistics of the input itself, over all dimensions but that of the channels (and, of each sample, the batch)."""
+def _batch_norm(call: MaskedCall) -> Tensor:
+    """Normalise by statistics of the input, over space and, for batch norms, samples."""
     x: Tensor = call.arg("input")
     first = 0 if "batch_norm" in str(call.node.target) else 2
     dims = [dim for dim in range(first, x.ndim) if dim != 1]
@@ -236,7 +236,7 @@ def _per_channel(call: MaskedCall) -> Tensor:
     kept = kept - kept.mean(dims, keepdim=True)
     normal = kept * (kept.square().mean(dims, keepdim=True) + call.arg("eps")).rsqrt()
     result = call.scatter_kept(normal, "input", dims).movedim(1, -1)
-    return _scaled(result, call.arg("weight"), call.arg("bias")).movedim(-1, 1)
+    return _scale_and_shift(result, call.arg("weight"), call.arg("bias")).movedim(-1, 1)
 
 
 @masked_operator("aten._weight_norm")
@@ -256,7 +256,7 @@ def _renorm(call: MaskedCall) -> Tensor:
 
 @masked_operator("aten.scaled_dot_product_attention")
 def _attention(call: MaskedCall) -> Tensor:
-    """Softmax over the kept keys of q k^T * scale, times v; the scale is that of all features."""
+    """Compute softmax(q k^T * scale) v over the kept keys; the scale is that of all features."""
     full_width = call.arg("query").shape[-1]
     q, k, v = call.fill_cut("query", [-1]), call.fill_cut("key", [-1]), call.arg("value")
     if call.arg("enable_gqa"):
