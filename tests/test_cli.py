@@ -115,6 +115,10 @@ def lone_tensor():
     return Net(), torch.randn(2, 3, 8, 8)
 
 
+def list_of_args():
+    return Net(), [torch.randn(2, 3, 8, 8)]
+
+
 def one_of_them():
     return (Net(),)
 
@@ -402,7 +406,7 @@ BAD_FACTORIES = [
     ("shop.nets:NETS_ARE_FUN", r"has no 'NETS_ARE_FUN'"),
     ("shop.nets:Net", r"shop.nets:Net returned an object of type Net. Expected .* returns \(model, args\)"),
     ("shop.nets:failing", r"shop.nets:failing fails: RuntimeError: no weights on this disk \(at nets.py:\d+\)"),
-    ("shop.nets:lone_tensor", r"an object of type Tensor as its args. .* Write \(x,\) for a single argument x"),
+    ("shop.nets:list_of_args", r"an object of type list as its args. Expected"),
     ("shop.nets:one_of_them", r"returned \(Net\). Expected a function"),
     ("shop.nets:no_model", r"returned an object of type str as its model. Expected"),
     ("shop.nets:list_of_kwargs", r"returned an object of type list as its kwargs. Expected"),

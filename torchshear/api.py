@@ -258,7 +258,6 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         Linear(in_features=4, out_features=4, bias=True)
     """
     check_criterion(criterion)
-    args = (args,) if isinstance(args, Tensor) else args
     request = Request(
         criterion="l1" if criterion is None else criterion,
         ratio=ratio,
@@ -303,7 +302,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
 
 
 def shrink_planned(
-    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None
 ) -> PruneResult:
     """Shrink a model by a plan that was made elsewhere, prove the result and report on it.
 
@@ -319,7 +318,7 @@ def shrink_planned(
 def shrink_and_record(
     model: nn.Module,
     made: PruningPlan,
-    args: tuple[Any, ...],
+    args: tuple[Any, ...] | Tensor,
     kwargs: Mapping[str, Any] | None,
     form: FormKind | None = None,
     leave: Leave | None = None,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from torch import nn
+from torch import Tensor, nn
 
 from torchshear.errors import ArgumentError
 
@@ -68,10 +68,10 @@ def _call_factory(target: str, expected: str, lengths: tuple[int, int]) -> tuple
 
 
 def _check_example(target: str, expected: str, model: Any, args: Any, kwargs: Any) -> Example:
+    args = (args,) if isinstance(args, Tensor) else args
     for name, value, kind in (("model", model, nn.Module), ("args", args, tuple), ("kwargs", kwargs, Mapping)):
         if not isinstance(value, kind):
-            hint = " Write (x,) for a single argument x." if name == "args" else ""
-            raise ArgumentError(f"{target} returned {kind_of(value)} as its {name}. Expected {expected}.{hint}")
+            raise ArgumentError(f"{target} returned {kind_of(value)} as its {name}. Expected {expected}.")
     return model, args, kwargs
 
 

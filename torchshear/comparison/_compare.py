@@ -100,7 +100,6 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         CaptureError: the model cannot be traced.
         TorchshearError: no criterion and no control can be pruned by; the error of the first.
     """
-    args = (args,) if isinstance(args, Tensor) else args
     check_callback("progress", progress)
     check_kind("evaluate", evaluate, Callable, "a function of a model that gives a number")  # type: ignore[arg-type]
     say = (lambda text: None) if progress is None else progress

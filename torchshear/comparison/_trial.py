@@ -32,7 +32,7 @@ class Trial:
 
     model: nn.Module
     evaluate: Evaluate
-    args: tuple[Any, ...]
+    args: tuple[Any, ...] | Tensor
     kwargs: Mapping[str, Any] | None
     groups: ChannelGroups
     statistics: Statistics | None

@@ -35,16 +35,15 @@ class ExampleInputs:
 
     @classmethod
     def of(cls, args: Any, kwargs: Mapping[str, Any] | None = None) -> "ExampleInputs":
-        """Check and wrap the arguments that a user gave.
+        """Check and wrap the arguments that a user gave; a tensor counts as one positional argument.
 
         Raises:
-            ArgumentError: `args` is not a tuple or list, `kwargs` is not a mapping, one of them contains itself, or a
-                tensor is sparse or of an 8-bit type.
+            ArgumentError: `args` is not a tensor, tuple or list, `kwargs` is not a mapping, one of them contains
+                itself, or a tensor is sparse or of an 8-bit type.
         """
-        if isinstance(args, Tensor):
-            raise ArgumentError("args is a tensor; expected a tuple of positional arguments: write args=(x,).")
+        args = (args,) if isinstance(args, Tensor) else args
         if not isinstance(args, Sequence) or isinstance(args, str):
-            raise ArgumentError(f"args is {type(args).__name__}; expected a tuple of positional arguments.")
+            raise ArgumentError(f"args is {type(args).__name__}; expected a tensor or a tuple of positional arguments.")
         if kwargs is not None and not isinstance(kwargs, Mapping):
             raise ArgumentError(f"kwargs is {type(kwargs).__name__}; expected a dictionary of keyword arguments.")
         try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchshear._arguments import check_flag, check_one_of
 from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
@@ -21,7 +21,7 @@ from torchshear.speedup.verification import verify_analyzed
 def shrink(
     model: nn.Module,
     plan: PruningPlan,
-    args: tuple[Any, ...] | None = None,
+    args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     fold_bias: bool = False,
     verify: bool = True,
@@ -36,8 +36,8 @@ def shrink(
     Args:
         model: the model that the plan was made for, or a fresh one of the same class and configuration.
         plan: what to keep.
-        args: example arguments to trace and to prove with; left away, those of the plan. A plan from a file has the
-            integers and truth values that it was made with, and random numbers.
+        args: example positional arguments to trace and to prove with, a tensor for one; left away, those of the plan.
+            A plan from a file has the integers and truth values that it was made with, and random numbers.
         kwargs: example keyword arguments, likewise.
         fold_bias: whether a removed channel counts for the constant that its norm's shift or its bias makes of it,
             rather than for zero. The constants go into the biases of the layers that read them, and the result is
@@ -62,7 +62,7 @@ def shrink(
 def shrink_to_form(
     model: nn.Module,
     plan: PruningPlan,
-    args: tuple[Any, ...] | None = None,
+    args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     form: FormKind | None = None,
     fold_bias: bool = False,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from torchshear.errors import CaptureError
 from torchshear.graph._graph import Graph
@@ -29,7 +29,7 @@ from torchshear.graph.model._state import Mode, in_mode
 @run_exclusively()
 def trace(
     model: nn.Module,
-    args: tuple[Any, ...] = (),
+    args: tuple[Any, ...] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     submodules: Sequence[str] | None = None,
 ) -> Graph:
@@ -44,8 +44,8 @@ def trace(
 
     Args:
         model: the model; called as `model(*args, **kwargs)`.
-        args: example positional arguments. If all tensors share the size of dimension 0, that size stays free
-            wherever the model allows.
+        args: example positional arguments; a tensor counts as one argument. If all tensors share the size of dimension
+            0, that size stays free wherever the model allows.
         kwargs: example keyword arguments.
         submodules: qualified names of modules, none inside another, as `["backbone", "head"]`; None for the whole
             model.
@@ -54,8 +54,8 @@ def trace(
         The captured graph; that of parts holds the operators of all of their calls.
 
     Raises:
-        ArgumentError: `model` is not a module, the arguments are not a tuple and a mapping, or a name in `submodules`
-            is unknown, is the whole model, lies in another one named, or is never called.
+        ArgumentError: `model` is not a module, `args` is not a tensor or a tuple, or a name in `submodules` is unknown,
+            is the whole model, lies in another one named, or is never called.
         CaptureError: torch.export cannot capture the model or a part; names the part, the module and the line, and
             modules that can be pruned as parts.
     """

@@ -42,7 +42,7 @@ def fold_constants(
     model: nn.Module,
     shrunk: Shrunk,
     plan: PruningPlan,
-    args: tuple[Any, ...] | None = None,
+    args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     means: Means | None = None,
 ) -> Shrunk:
@@ -66,7 +66,7 @@ def fold_constants(
         model: the original model.
         shrunk: what the plan made of it; the model in it is changed, if the result is proved.
         plan: the plan between them.
-        args: example arguments to trace with, if the plan does not describe them.
+        args: example positional arguments to trace with, a tensor for one, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
         means: means of what layers of the original model read, from `torchshear.pruners.channel_means`; None for the
             constants that channels hold without any input.

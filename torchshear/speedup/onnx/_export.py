@@ -120,7 +120,7 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
     """
     check_module(model)
     check_limits(check_batches, rtol, atol, opset)
-    given = ExampleInputs.of((args,) if isinstance(args, Tensor) else args, kwargs)
+    given = ExampleInputs.of(args, kwargs)
     call = ExampleCall.of(model, given.args, given.kwargs, dynamic_shapes)
     check_tensors(model, call)
     target, check = as_path(path, "the path of an ONNX file"), _Tolerance(float(rtol), float(atol))

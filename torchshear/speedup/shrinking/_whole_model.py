@@ -120,7 +120,7 @@ def make_native(
 
 
 def analysis_of(
-    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | Tensor | None, kwargs: Mapping[str, Any] | None
 ) -> ChannelGroups:
     """The analysed network of a plan, for this model: at hand if the plan was made of it, else traced again.
 
@@ -152,7 +152,7 @@ def analysis_of(
 
 
 def recorded_run(
-    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | Tensor | None, kwargs: Mapping[str, Any] | None
 ) -> tuple[nn.Module, ExampleInputs]:
     """What a plan is for, the model or its parts, with example inputs: the given ones if any, else those of the plan.
 

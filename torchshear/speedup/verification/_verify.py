@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_kind
 from torchshear.calibration import CallForm, read_batches
@@ -50,7 +50,7 @@ def verify(
     model: nn.Module,
     small: nn.Module,
     plan: PruningPlan,
-    args: tuple[Any, ...] = (),
+    args: tuple[Any, ...] | Tensor = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     seed: int = 0,
@@ -70,7 +70,7 @@ def verify(
         model: the original model.
         small: the shrunk one.
         plan: the plan between them.
-        args: example arguments; without any, those of the plan.
+        args: example positional arguments, a tensor for one; without any, those of the plan.
         kwargs: example keyword arguments.
         seed: seed of the random inputs and weights.
         data: a loader whose batches are compared as well, with the model's own weights. They have the forms that

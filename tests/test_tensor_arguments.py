@@ -1,0 +1,111 @@
+"""A tensor given as `args` is taken as one positional argument by every public function and class."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from torchshear import comparison, configs, inspection, pruners, speedup
+from torchshear.compat import nni, unipruning
+from torchshear.pruners import masks
+from torchshear.pruners.criteria import needs_of
+
+MODULES = (torchshear, configs, pruners, masks, speedup, nni, unipruning, comparison, inspection)
+X = torch.randn(2, 4)
+Use = Callable[[nn.Module, Any, Path], Any]
+
+
+def made() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+
+
+def outputs(model: nn.Module) -> Tensor:
+    return model(X).detach()
+
+
+def planned(model: nn.Module) -> torchshear.PruningPlan:
+    """A plan that is read from a file, so that the model is traced again."""
+    return torchshear.plan(torchshear.analyze(torchshear.trace(model, (X,))), ratio=0.5)
+
+
+def use_verify(model: nn.Module, args: Any, _: Path) -> Any:
+    plan = planned(model)
+    return torchshear.verify(model, torchshear.shrink(model, plan), plan, args).max_error
+
+
+def use_fold(model: nn.Module, args: Any, _: Path) -> Any:
+    plan = planned(made())
+    shrunk = speedup.shrink_to_form(model, plan, args)
+    return outputs(speedup.fold_constants(model, shrunk, plan, args).model)
+
+
+def use_named_pruner(kind: Any) -> Use:
+    def use(model: nn.Module, args: Any, _: Path) -> Any:
+        data: dict[str, Any] = {"data": [(X, X[:, :2])], "batches": 1, "loss_fn": nn.functional.mse_loss}
+        data = data if kind.criterion is not None and needs_of(kind.criterion) else {}
+        entry: dict[str, Any] = {"sparsity": 0.5, "op_types": ["Linear"]}
+        if kind is nni.ConfigPruner:
+            entry = {"target_sparsity": 0.5, "pruning_type": "magnitude", "pattern": "1xchannel", "op_names": ["0"]}
+        return str(kind(model, [entry], args, **data).resolved)
+
+    return use
+
+
+def use_compare(model: nn.Module, args: Any, _: Path) -> Any:
+    found = comparison.compare(model, lambda one: float(outputs(one).sum()), args, criteria=["l1"], ratio=0.5)
+    return [row.scores for row in found.rows]
+
+
+def use_export(model: nn.Module, args: Any, folder: Path) -> Any:
+    file = torchshear.export_onnx(model, folder / "model.onnx", args)
+    return file.max_error
+
+
+USES: dict[str, Use] = {
+    "trace": lambda model, args, _: torchshear.trace(model, args).fingerprint,
+    "prune": lambda model, args, _: outputs(torchshear.prune(model, args, ratio=0.5).model),
+    "shrink": lambda model, args, _: outputs(torchshear.shrink(model, planned(made()), args)),
+    "shrink_to_form": lambda model, args, _: outputs(speedup.shrink_to_form(model, planned(made()), args).model),
+    "verify": use_verify,
+    "export_onnx": use_export,
+    "fold_constants": use_fold,
+    "compare": use_compare,
+}
+
+
+def public_uses() -> dict[str, Any]:
+    """All public functions and classes with an argument `args`."""
+    found: dict[str, Any] = {}
+    for module in MODULES:
+        for name in module.__all__:
+            value = getattr(module, name)
+            is_class = inspect.isclass(value) and not issubclass(value, Exception)
+            if (inspect.isfunction(value) or is_class) and "args" in inspect.signature(value).parameters:
+                found[name] = value
+    return found
+
+
+NAMED = {name: value for name, value in public_uses().items() if name not in USES and value is not nni.Pruner}
+
+
+@pytest.mark.parametrize("name", [*USES, *NAMED])
+def test_a_tensor_is_one_argument(name: str, tmp_path: Path) -> None:
+    use = USES.get(name) or use_named_pruner(NAMED[name])
+    found, expected = use(made(), X, tmp_path), use(made(), (X,), tmp_path)
+    if isinstance(found, Tensor):
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+def test_every_use_is_public() -> None:
+    public = public_uses()
+    assert USES.keys() <= public.keys()
+    others = [name for name, value in NAMED.items() if not issubclass(value, nni.Pruner)]
+    assert not others, "add a use of the new function"
