@@ -16,12 +16,13 @@ from torch import fx
 
 from torchshear.dependency import ChannelGroups, Cut
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import UNCHANGED, Call, Result, Scaled
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import UNCHANGED, Result, Scaled
 from torchshear.dependency.rules._registry import _POSITION_RULES, _RULES
 from torchshear.graph import operator_name
 
 DEMANDS = (
-    "tie", "fix", "mix", "balance", "equally_wide", "at_least", "part", "block", "renumber", "gives_positions",
+    "tie", "fix", "mix", "balance", "equally_wide", "at_least", "keep_some", "block", "renumber", "gives_positions",
 )  # fmt: skip
 EDITS = ("edit", "edit_call")
 
@@ -273,4 +274,4 @@ def calls_of(groups: ChannelGroups, name: str) -> list[fx.Node]:
 
 def reads_positions(groups: ChannelGroups, node: fx.Node) -> bool:
     """Whether an operand's values are positions along an axis, so that another rule speaks for the call."""
-    return any(operand.name in groups.facts.pointers for operand in node.all_input_nodes)
+    return any(operand.name in groups.facts.index_axes for operand in node.all_input_nodes)

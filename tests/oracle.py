@@ -165,7 +165,7 @@ def check_groups(groups: object) -> None:
 
 
 def check_random_pruning(
-    model: nn.Module, args: tuple, kwargs: dict | None, kept_seed: int, is_mixed: bool, rtol: float = 1e-9
+    model: nn.Module, args: tuple, kwargs: dict | None, kept_seed: int, is_cross_channel: bool, rtol: float = 1e-9
 ) -> Outcome:
     """Cut random units of every group and assert the invariants 1, 2, 3 and 7 of the design.
 
@@ -183,7 +183,7 @@ def check_random_pruning(
     assert small is not model
     assert small.training == model.training
     assert_is_slice(model, small, plan)
-    if not is_mixed:
+    if not is_cross_channel:
         assert_equals_masked(model, small, plan, args, kwargs, rtol)
     widths = {group.name: group.width for group in groups}
     n_cut = sum(widths[name] - len(indices) for name, indices in kept.items())

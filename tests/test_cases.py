@@ -61,7 +61,7 @@ def assert_same_output_shapes(model: torch.nn.Module, small: torch.nn.Module, ar
 @pytest.mark.parametrize("case", PRUNABLE, ids=lambda case: case.id)
 def test_random_units_are_cut(case: Case, kept_seed: int) -> None:
     model, args, kwargs = case.build()
-    check_random_pruning(model, args, kwargs, kept_seed, is_mixed=case.expect == "mixed")
+    check_random_pruning(model, args, kwargs, kept_seed, is_cross_channel=case.expect == "mixed")
 
 
 @pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.id)

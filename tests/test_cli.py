@@ -221,14 +221,14 @@ def test_inspect_shows_groups_constraints_and_fixed_dimensions(columns: int) -> 
     assert max(map(len, text.splitlines())) <= columns
 
 
-def test_inspect_marks_mixed_groups() -> None:
-    assert "mixed" in succeed("inspect", "shop.nets:tied")
+def test_inspect_marks_cross_channel_groups() -> None:
+    assert "cross-channel" in succeed("inspect", "shop.nets:tied")
 
 
 def test_inspect_writes_json() -> None:
     document = json.loads(succeed("inspect", "shop.nets:net", "--json"))
     (group,) = document["groups"]
-    assert (group["width"], group["n_blocks"], group["is_mixed"], group["is_prunable"]) == (32, 4, False, True)
+    assert (group["width"], group["n_blocks"], group["is_cross_channel"], group["is_prunable"]) == (32, 4, False, True)
     members = [(member["name"], member["dim"], member["roles"]) for member in group["members"]]
     assert ("inner.weight", 1, ["in"]) in members
     assert any("nets.py:" in where for where in group["where"])
@@ -252,8 +252,8 @@ def test_inspect_shows_one_group_with_members_lines_and_constraints(group: str, 
 
 def test_inspect_writes_one_group_as_json() -> None:
     document = json.loads(succeed("inspect", "shop.nets:tied", "--group", "table.weight[1]", "--json"))
-    assert (document["number"], document["width"], document["is_mixed"]) == (0, 32, True)
-    (mixed,) = (constraint for constraint in document["constraints"] if constraint["kind"] == "mixed")
+    assert (document["number"], document["width"], document["is_cross_channel"]) == (0, 32, True)
+    (mixed,) = (constraint for constraint in document["constraints"] if constraint["kind"] == "cross-channel")
     assert "layer_norm" in mixed["where"][0]
 
 

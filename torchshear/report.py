@@ -34,7 +34,7 @@ class GroupReport:
         name: name of the group.
         width: units before.
         kept: units after.
-        is_mixed: whether a norm, softmax or mean runs over the units.
+        is_cross_channel: whether a norm, softmax or mean runs over the units.
         members: number of parameter dimensions that shrink with it.
         note: why it kept more or other than asked, or "".
         where: operators that use it, with module and source line.
@@ -45,7 +45,7 @@ class GroupReport:
     name: str
     width: int
     kept: int
-    is_mixed: bool
+    is_cross_channel: bool
     members: int
     note: str
     where: tuple[str, ...]
@@ -227,7 +227,7 @@ def _row(group: ChannelGroup, plan_of: GroupPlan) -> GroupReport:
         group.name,
         group.width,
         len(plan_of.kept),
-        group.is_mixed,
+        group.is_cross_channel,
         len(group.members),
         plan_of.note,
         group.where,
@@ -259,7 +259,7 @@ def render_report(report: PruningReport, width: int = 120) -> str:
 
 def _cells(group: GroupReport) -> tuple[str, ...]:
     """Return the cells of a group, one for each heading."""
-    note = group.note or ("norm, softmax or mean over it" if group.is_mixed else "")
+    note = group.note or ("norm, softmax or mean over it" if group.is_cross_channel else "")
     kept = f"{group.kept / group.width:.0%}"
     return group.name, group.role, str(group.width), str(group.kept), kept, note
 

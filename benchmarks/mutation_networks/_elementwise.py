@@ -36,7 +36,7 @@ between("addcmul", lambda x: torch.addcmul(x.cos(), x, x.sin()))
 between("maximum", lambda x: torch.maximum(x, x.cos()))
 network(
     "add.Tensor mul.Tensor",
-    lambda m, x: m.two(m.one(x) * m.scale + m.shift),
+    lambda m, x: m.two(m.one(x) * m.norm_scale + m.shift),
     (3, 4), one=linear(4, 12), two=linear(12, 3), scale=parameter(12), shift=parameter(1, 12),
 )  # fmt: skip
 between("add_.Tensor mul_.Tensor", lambda x: x.clone().add_(x.sin()).mul_(2))

@@ -40,9 +40,9 @@ def test_heads_and_head_dimensions_have_their_positions() -> None:
     assert weight.first == "0..7, 24..31, 48..55"
     (weight,) = (member for member in inner.members if member.name == "qkv.weight")
     assert (weight.first, weight.multiplicity) == ("0, 8, 16, 24, ...", 9)
-    mixed = {constraint.kind: constraint for constraint in inner.constraints}["mixed"]
+    mixed = {constraint.kind: constraint for constraint in inner.constraints}["cross-channel"]
     assert mixed.where[0].startswith("aten.scaled_dot_product_attention.default")
-    assert not any(constraint.kind == "mixed" for constraint in heads.constraints)
+    assert not any(constraint.kind == "cross-channel" for constraint in heads.constraints)
 
 
 def test_balance_names_the_operator_that_demands_it() -> None:

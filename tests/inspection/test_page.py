@@ -210,7 +210,7 @@ def test_click_selects_operator_tensor_and_group(browser: Browser, pages: Path) 
     text = shown(browser)
     for part in (
         "Group 1: 8 units, of which 7 can go",
-        "mixed:",
+        "cross-channel:",
         "scaled_dot_product_attention",
         "proj.weight[1]",
         "24, 3 a unit",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Axis
-from torchshear.dependency.rules._call import Result, bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
+from torchshear.dependency.rules._facts import Result
 from torchshear.graph._nodes import shape_of
 from torchshear.graph._operator import Recurrence, operator_of
 

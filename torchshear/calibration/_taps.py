@@ -14,7 +14,8 @@ from torchshear.calibration._samples import sample_dim, sample_input
 from torchshear.dependency import ChannelGroups, Member
 from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._role_sets import MAKING_ROLES
-from torchshear.dependency.rules._call import Result, bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
+from torchshear.dependency.rules._facts import Result
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._nodes import shape_of
 from torchshear.graph._operator import Activation, operator_name, operator_of

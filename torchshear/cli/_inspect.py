@@ -100,7 +100,7 @@ def _members(group: ChannelGroup) -> str:
 
 def _constraints(group: ChannelGroup) -> str:
     balanced = f"{group.n_blocks} equal blocks" if group.balance is not None else ""
-    parts = (balanced, "mixed" if group.is_mixed else "", group.reason or "")
+    parts = (balanced, "cross-channel" if group.is_cross_channel else "", group.reason or "")
     return ", ".join(part for part in parts if part)
 
 

@@ -13,8 +13,9 @@ from torchshear.dependency.plans._outputs import OutputPlan
 from torchshear.dependency.plans._part_cost import part_costs
 from torchshear.dependency.plans._plan import GroupPlan, PruningPlan, make_plan
 from torchshear.dependency.plans._state_plan import Renumbering, StatePlan, make_state_plan
-from torchshear.dependency.rules._call import Call, Keep, Result
+from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._contractions import FAMILIES, ROLES
+from torchshear.dependency.rules._facts import Keep, Result
 from torchshear.dependency.rules._registry import operator_rule, registered_operators, unregister
 from torchshear.graph import (
     Activation,

@@ -23,7 +23,7 @@ class Constraint:
     """Limit on the choice of units in a group, or on the meaning of cutting them.
 
     Attributes:
-        kind: "minimum", "balanced", "tied blocks", "mixed" or "fixed".
+        kind: "minimum", "balanced", "tied blocks", "cross-channel" or "fixed".
         text: what it demands, in a phrase.
         where: the operators that demand it, with module and source line; empty where no single one does.
     """
@@ -76,7 +76,7 @@ class GroupDetail:
         is_prunable: whether any can.
         reason: why none can, or None.
         n_blocks: blocks that lose equally many; 1 where there is no balance.
-        is_mixed: whether a norm, a softmax or a mean runs over the units.
+        is_cross_channel: whether a norm, a softmax or a mean runs over the units.
         role: what its units are for, one of `torchshear.dependency.ROLES`.
         roles: what its dimensions are for, over all members, sorted.
         n_params: elements of all parameters in which it has a dimension.
@@ -93,7 +93,7 @@ class GroupDetail:
     is_prunable: bool
     reason: str | None
     n_blocks: int
-    is_mixed: bool
+    is_cross_channel: bool
     role: str
     roles: tuple[str, ...]
     n_params: int
@@ -189,7 +189,7 @@ def _demands(groups: ChannelGroups) -> dict[int, list[Constraint]]:
         found[number].append(_balance(groups[number], n_blocks, tuple(where)))
     for number, places in _mixers(groups, along).items():
         text = "a norm, a softmax or a mean runs over its units: cutting them is not the same as zeroing them"
-        found[number].append(Constraint("mixed", text, tuple(places)))
+        found[number].append(Constraint("cross-channel", text, tuple(places)))
     return found
 
 
@@ -203,7 +203,7 @@ def _mixers(groups: ChannelGroups, along: Callable[[Axis], Iterable[int]]) -> di
     found: dict[int, dict[str, None]] = defaultdict(dict)
     for graph, facts in zip(_graphs(groups.graph), (groups.facts, groups.training_facts), strict=False):
         nodes: dict[str, fx.Node] = {node.name: node for node in graph}
-        for name, axes in facts.mixed.items() if facts is not None else ():
+        for name, axes in facts.cross_channel.items() if facts is not None else ():
             for axis in axes:
                 for number in along(axis):
                     found[number][str(locate(nodes[name]))] = None
@@ -226,7 +226,7 @@ def _detail(
         is_prunable=group.is_prunable,
         reason=group.reason,
         n_blocks=group.n_blocks,
-        is_mixed=group.is_mixed,
+        is_cross_channel=group.is_cross_channel,
         role=group.role,
         roles=tuple(sorted(frozenset().union(*(member.roles for member in group.members)))),
         n_params=sum(prod(entry.shape) for entry in parameters.values()),

@@ -219,7 +219,7 @@ def test_something_is_left_where_groups_cross(ratio: float) -> None:
     description = {"layout": "map", "input": [2, 5, 4, 4], "seed": 1, "outputs": "head", "blocks": blocks}
     model, x = RandomNetwork(description), example_input(description)
     groups = groups_of(model, x)
-    assert [(group.width, group.least) for group in groups][:2] == [(2, 1), (4, 3)]
+    assert [(group.width, group.min_units) for group in groups][:2] == [(2, 1), (4, 3)]
     for criterion in ("l1", "random", "fpgm"):
         plan = torchshear.plan(groups, ratio=ratio, criterion=criterion)
         assert min(plan.state["blocks.0.a.weight"].new_shape) > 0

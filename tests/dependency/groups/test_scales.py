@@ -36,8 +36,8 @@ SCALES = {"plain": "norm.weight", "no scale": "", "read twice": "", "activation 
 def test_a_scale_is_that_of_the_only_norm_that_reads_a_layer(way: str) -> None:
     groups = torchshear.analyze(torchshear.trace(Net(way).eval(), (image(),)))
     (member,) = [m for m in groups["conv.weight[0]"].members if m.name == "conv.weight"]
-    assert member.scale == SCALES[way]
-    assert all(not m.scale for group in groups for m in group.members if m is not member)
+    assert member.norm_scale == SCALES[way]
+    assert all(not m.norm_scale for group in groups for m in group.members if m is not member)
     assert plan_unipruning(groups, 0.8, 2, 2).n_cut
 
 
@@ -45,4 +45,4 @@ def test_a_scale_is_that_of_the_only_norm_that_reads_a_layer(way: str) -> None:
 def test_a_norm_along_another_dimension_is_not_that_of_the_layer(width: int) -> None:
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(width), nn.Linear(8, 2)).eval()
     groups = torchshear.analyze(torchshear.trace(model, (torch.zeros(2, width, 5),)))
-    assert all(not member.scale for group in groups for member in group.members)
+    assert all(not member.norm_scale for group in groups for member in group.members)

@@ -129,7 +129,7 @@ def test_a_plan_that_contradicts_itself_is_refused(path: Path) -> None:
         (lambda d: d["aliases"].update({"0.bias": "2.bias"}), "'0.bias' is said to be a name of another parameter"),
         (
             lambda d: d.update(outputs=[{"name": "0", "index": 0, "shape": [None, 3], "kept": {}}]),
-            "what is left of output '0', and that no output may shrink",
+            "kept positions of output '0', but no output may shrink",
         ),
         (lambda d: d["groups"].append(d["groups"][0]), r"group '0.weight\[0\]' stands there twice"),
     ):

@@ -69,7 +69,7 @@ def test_experts_go_with_the_routers_rows(kind: type[Router]) -> None:
     groups = torchshear.analyze(torchshear.trace(model, (x,)))
     experts = next(g for g in groups if {(m.name, m.dim) for m in g.members} >= {("gate.weight", 0), ("up", 0)})
     assert {(m.name, m.dim) for m in experts.members} >= {("gate.bias", 0), ("down", 0)}
-    assert experts.is_mixed
+    assert experts.is_cross_channel
     plan = plan_from_kept(groups, {experts.name: KEPT})
     small = torchshear.shrink(model, plan)
     with torch.no_grad():  # a router that can never choose what is gone

@@ -114,7 +114,7 @@ def test_it_is_fixed_at_its_boundary_only() -> None:
     groups = torchshear.analyze(torchshear.trace(model, (X,)))
     assert [(group.name, group.width) for group in groups] == [("between.weight[0]", 10)]
     assert "strange.swap_halves" in next(f.reason for f in groups.fixed if f.name == "one.weight")
-    check_random_pruning(model, (X,), None, 0, is_mixed=False)
+    check_random_pruning(model, (X,), None, 0, is_cross_channel=False)
 
 
 def test_a_rule_makes_it_shrink() -> None:
@@ -127,7 +127,7 @@ def test_a_rule_makes_it_shrink() -> None:
         kept = result.plan.kept["one.weight[0]"]
         assert np.array_equal(kept[: len(kept) // 2] + 6, kept[len(kept) // 2 :]) or len(kept) == 3
         for seed in (0, 1, 2):
-            assert check_random_pruning(model, (X,), None, seed, is_mixed=False).n_cut > 0
+            assert check_random_pruning(model, (X,), None, seed, is_cross_channel=False).n_cut > 0
     assert "strange.swap_halves" not in registered_operators()
 
 
@@ -171,7 +171,10 @@ def test_a_rule_with_results_sizes_and_a_mean() -> None:
         masked_operator("strange.shared_gate")(_masked_gate)
         model = _gating()
         groups = torchshear.analyze(torchshear.trace(model, (X,)))
-        assert [(g.name, g.width, g.is_mixed) for g in groups] == [("weight[0]", 4, True), ("weight[0]#2", 3, True)]
+        assert [(g.name, g.width, g.is_cross_channel) for g in groups] == [
+            ("weight[0]", 4, True),
+            ("weight[0]#2", 3, True),
+        ]
         result = torchshear.prune(model, (X,), ratio=0.5)
         inside, blocks = result.plan.kept["weight[0]"], result.plan.kept["weight[0]#2"]
         y = (X @ model.weight.T).unflatten(1, (3, 4))[:, blocks][:, :, inside]
@@ -222,7 +225,7 @@ def test_a_rule_can_replace_the_whole_call() -> None:
         x = call.axes("x")
         half = x[-1].size // 2
         first, second = call.algebra.take(x[-1], slice(0, half)), call.algebra.take(x[-1], slice(half, None))
-        call.part(first), call.part(second)
+        call.keep_some(first), call.keep_some(second)
 
         def rolled(keep: Keep) -> tuple[str, tuple[object, ...]]:
             return "aten.roll.default", (call.arg("x"), [int(keep(second).sum())], [-1])

@@ -59,4 +59,4 @@ def test_it_is_fixed_at_its_boundary(deform_conv2d: torch._ops.OpOverload) -> No
     reasons = {(fixed.name, fixed.dim): fixed.reason for fixed in groups.fixed}
     for key in (("weight", 0), ("weight", 1), ("neck.weight", 0), ("offset.weight", 0), ("after.weight", 1)):
         assert "deformable convolution is fixed at its boundary: torchvision.deform_conv2d" in reasons[key]
-    check_random_pruning(model, (x,), None, 0, is_mixed=False)
+    check_random_pruning(model, (x,), None, 0, is_cross_channel=False)

@@ -212,7 +212,7 @@ def test_as_many_experts_stay_as_a_token_may_choose(routing: str) -> None:
     model = Mixture(routing, "dense").double().eval()
     x = torch.randn(TOKENS, WIDTH, dtype=torch.float64)
     groups, experts = traced(model, x)
-    least = {group.width: group.least for group in groups if group.name in experts.values()}
+    least = {group.width: group.min_units for group in groups if group.name in experts.values()}
     assert least == ({GROUPS: 2, EXPERTS // GROUPS: 2} if routing == "group_limited" else {EXPERTS: CHOSEN})
     result = torchshear.prune(model, (x,), ratio=0.99, form="traced")
     left = 4 if routing == "group_limited" else CHOSEN

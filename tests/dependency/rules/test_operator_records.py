@@ -118,7 +118,7 @@ def test_a_norm_and_a_layer_of_ones_own_shrink_and_are_scored() -> None:
     plan = torchshear.plan(groups, criterion="bn_scale", ratio=0.5)
     kept = plan.kept[group.name].tolist()
     assert kept == sorted(model.gamma.abs().topk(6).indices.tolist())
-    check_random_pruning(model, (X,), None, 0, is_mixed=True)
+    check_random_pruning(model, (X,), None, 0, is_cross_channel=True)
 
 
 def test_constants_pass_the_norm_and_fold_into_the_layer() -> None:

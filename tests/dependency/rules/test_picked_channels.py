@@ -78,7 +78,7 @@ def test_channels_picked_by_a_mask_of_the_model_are_cut(
     numbers = {name: mask for name, mask in result.plan.masks().items() if name != "mask"}
     assert_same_function(masked_copy(model, numbers), result.model, (x,))
     assert result.model(torch.cat([x, x])).shape == (6, 4)
-    check_random_pruning(model, (x,), None, 0, is_mixed=True)
+    check_random_pruning(model, (x,), None, 0, is_cross_channel=True)
 
 
 def test_a_mask_is_cut_with_its_channels_and_belongs_to_the_plan() -> None:

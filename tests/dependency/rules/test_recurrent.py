@@ -68,7 +68,7 @@ def test_sequence_is_exact_and_native(kind: type[nn.Module], options: dict[str, 
     out = options.get("proj_size", HIDDEN) * (2 if options.get("bidirectional") else 1)
     model = _network(kind(WIDTH, HIDDEN, **options), _sequence, head=nn.Linear(out, 5))
     for seed in (0, 1):
-        outcome = check_random_pruning(model, (INPUT,), None, seed, is_mixed=False)
+        outcome = check_random_pruning(model, (INPUT,), None, seed, is_cross_channel=False)
         assert outcome.is_native
         assert outcome.n_cut > 0
 
@@ -109,7 +109,7 @@ def test_final_states_read_as_one_tensor_tie_the_directions() -> None:
     layer = nn.LSTM(WIDTH, HIDDEN, bidirectional=True)
     model = _network(layer, _states_joined, head=nn.Linear(2 * HIDDEN, 5))
     assert _shapes(_groups(model))[1] == ("layer.weight_ih_l0[0]", 12, 1)
-    check_random_pruning(model, (INPUT,), None, 0, is_mixed=False)
+    check_random_pruning(model, (INPUT,), None, 0, is_cross_channel=False)
 
 
 def test_a_final_state_that_is_an_output_fixes_the_layers() -> None:
@@ -163,7 +163,7 @@ def test_a_given_initial_state_fixes_and_a_learned_one_shrinks() -> None:
     start = nn.Parameter(torch.zeros(2, 1, HIDDEN))
     model = _network(nn.LSTM(WIDTH, HIDDEN, 2, batch_first=True), learned, head=nn.Linear(HIDDEN, 5), state=start)
     assert _shapes(_groups(model)) == [("state[2]", 12, 1), ("stem.weight[0]", 8, 1)]
-    check_random_pruning(model, (INPUT,), None, 0, is_mixed=False)
+    check_random_pruning(model, (INPUT,), None, 0, is_cross_channel=False)
 
 
 def test_encoder_hands_its_states_to_a_decoder_layer_by_layer() -> None:
@@ -177,13 +177,13 @@ def test_encoder_hands_its_states_to_a_decoder_layer_by_layer() -> None:
     groups = _groups(model)
     assert _shapes(groups)[1:] == [("layer.weight_ih_l0[0]", 24, 2)]
     for seed in (0, 1):
-        assert check_random_pruning(model, (INPUT,), None, seed, is_mixed=False).is_native
+        assert check_random_pruning(model, (INPUT,), None, seed, is_cross_channel=False).is_native
 
 
 def test_hidden_units_stay_more_than_the_projection_has() -> None:
     model = _network(nn.LSTM(WIDTH, HIDDEN, proj_size=8), _sequence, head=nn.Linear(8, 5))
     groups = _groups(model)
-    assert (groups[1].name, groups[1].least, groups[1].max_cut) == ("layer.weight_ih_l0[0]", 9, 3)
+    assert (groups[1].name, groups[1].min_units, groups[1].max_cut) == ("layer.weight_ih_l0[0]", 9, 3)
     result = torchshear.prune(model, (INPUT,), ratio=0.9)
     assert (result.model.layer.hidden_size, result.model.layer.proj_size) == (9, 1)
     with pytest.raises(PlanError, match="at least 9"):
@@ -210,7 +210,7 @@ def test_cell_in_a_loop(kind: type[nn.Module], options: dict[str, Any]) -> None:
 
     model = _network(kind(WIDTH, HIDDEN, **options), run, head=nn.Linear(HIDDEN, 5))
     assert _shapes(_groups(model)) == [("stem.weight[0]", 8, 1), ("layer.weight_ih[0]", 12, 1)]
-    outcome = check_random_pruning(model, (INPUT,), None, 0, is_mixed=False)
+    outcome = check_random_pruning(model, (INPUT,), None, 0, is_cross_channel=False)
     assert outcome.is_native
 
 

@@ -93,6 +93,6 @@ class NamedNorm(nn.Module):
 def test_a_norm_may_be_called_as_its_operator_is() -> None:
     groups = torchshear.analyze(torchshear.trace(NamedNorm().eval(), (torch.randn(2, 3, 4, 4),)))
     (group,) = groups.prunable
-    assert {member.name: member.scale for member in group.members if member.scale} == {
+    assert {member.name: member.norm_scale for member in group.members if member.norm_scale} == {
         "one.weight": "batch_norm.weight"
     }

@@ -6,7 +6,7 @@ from math import prod
 
 import numpy as np
 
-from torchshear.dependency.algebra._units import Ids, Reason, UnitStore, widened
+from torchshear.dependency.algebra._units import Ids, Reason, UnitStore, pad_columns
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,16 +44,16 @@ class Algebra:
     def fresh(self, size: int, reason: Reason = "a dimension of size 1 cannot shrink") -> Axis:
         """An axis of new units; an axis of one position is fixed, since nothing would be left."""
         if size <= 1:
-            return self.fixed(size, reason)
+            return self.fixed_axis(size, reason)
         return Axis(self.store.fresh(size)[:, None])
 
     def virtual(self, size: int) -> Axis:
         """Positions that hold a constant or a copy: units of their own, even a single one, that no weight knows."""
         return Axis(self.store.fresh(size)[:, None])
 
-    def fixed(self, size: int, reason: Reason) -> Axis:
+    def fixed_axis(self, size: int, reason: Reason) -> Axis:
         """An axis of which no position can be cut."""
-        return Axis(np.broadcast_to(np.int64(self.store.fixed(reason)), (size, 1)))
+        return Axis(np.broadcast_to(np.int64(self.store.fixed_unit(reason)), (size, 1)))
 
     def is_fixed(self, axis: Axis) -> bool:
         """Whether no position of the axis can be cut."""
@@ -81,7 +81,7 @@ class Algebra:
         if len(axes) == 1:
             return axes[0]
         width = max(axis.units.shape[1] for axis in axes)
-        return Axis(np.concatenate([widened(axis.units, width) for axis in axes]))
+        return Axis(np.concatenate([pad_columns(axis.units, width) for axis in axes]))
 
     def any_of(self, axes: Sequence[Axis]) -> Axis:
         """One axis in place of several of one size: position i needs all that position i of each needs."""
@@ -116,11 +116,11 @@ class Algebra:
     def _factor_two(self, axis: Axis, outer: int, inner: int) -> tuple[Axis, Axis]:
         reason = self.store.first_reason(axis.units) or "a factor of a fixed dimension"
         if outer == 1 or inner == 1:
-            one = self.fixed(1, "a dimension of size 1 cannot shrink")
+            one = self.fixed_axis(1, "a dimension of size 1 cannot shrink")
             return (one, axis) if outer == 1 else (axis, one)
         rows = self.store.resolve(axis.units)
         if rows.shape[1] == 0:
-            return self.fixed(outer, reason), self.fixed(inner, reason)
+            return self.fixed_axis(outer, reason), self.fixed_axis(inner, reason)
         grid = rows.reshape(outer, inner, -1)
         constant_inside = (grid == grid[:, :1]).all((0, 1))
         periodic = (grid == grid[:1]).all((0, 1))
@@ -142,10 +142,10 @@ class Algebra:
         reason = "blocks of a reshape whose positions are made of several units"
         for block in grid[1:]:
             self.store.equate(grid[0], block, reason)
-        return self.fixed(len(grid), reason), Axis(np.ascontiguousarray(grid[0]))
+        return self.fixed_axis(len(grid), reason), Axis(np.ascontiguousarray(grid[0]))
 
     def _columns(self, units: Ids, reason: Reason) -> Axis:
-        return Axis(units) if units.shape[1] else self.fixed(len(units), reason)
+        return Axis(units) if units.shape[1] else self.fixed_axis(len(units), reason)
 
     def tile(self, axis: Axis, copies: int) -> tuple[Axis, Axis]:
         """`copies` times the whole axis, one after another; gives the result and the axis of copies."""

@@ -60,7 +60,7 @@ class UnitStore:
         self._size = stop
         return ids
 
-    def fixed(self, reason: Reason) -> int:
+    def fixed_unit(self, reason: Reason) -> int:
         """The unit that stands for everything fixed for `reason`; one a reason."""
         known = self._reason_units.get(reason)
         if known is None:
@@ -144,7 +144,7 @@ class UnitStore:
         atoms = self.resolve(rows)
         atoms = atoms[atoms != PAD]
         if atoms.size:
-            self._reason[atoms] = self._reason[self.fixed(reason)]
+            self._reason[atoms] = self._reason[self.fixed_unit(reason)]
 
     def first_reason(self, rows: Ids) -> Reason | None:
         """The reason of the first fixed unit in the rows that has one, also of units inside composite ones."""
@@ -329,11 +329,11 @@ def _same_rows(a: Ids, b: Ids) -> npt.NDArray[np.bool_]:
     if a.shape == b.shape and a.shape[1] == 1:
         return np.asarray(a[:, 0] == b[:, 0])
     width = max(a.shape[1], b.shape[1])
-    padded = [np.sort(widened(x, width), 1) for x in (a, b)]
+    padded = [np.sort(pad_columns(x, width), 1) for x in (a, b)]
     return np.asarray((padded[0] == padded[1]).all(1))
 
 
-def widened(rows: Ids, width: int) -> Ids:
+def pad_columns(rows: Ids, width: int) -> Ids:
     """Rows with PAD columns added up to `width`."""
     if rows.shape[1] == width:
         return rows

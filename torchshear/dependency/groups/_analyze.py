@@ -13,7 +13,8 @@ from torchshear.dependency.groups._balance import settle_balances
 from torchshear.dependency.groups._computed_weights import carrier_of
 from torchshear.dependency.groups._grouping import form_groups
 from torchshear.dependency.groups._groups import ChannelGroups
-from torchshear.dependency.rules._call import Call, Facts, Result
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import Facts, Result
 from torchshear.dependency.rules._registry import Rule, find_position_rule, find_rule
 from torchshear.graph import Graph, check_outputs, matches, output_nodes
 from torchshear.graph._nodes import has_data_dependent_shape, shape_of
@@ -51,7 +52,7 @@ def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> Chann
     return replace(form_groups(graph, algebra, facts, training), prunable_outputs=prunable)
 
 
-def with_graph(groups: ChannelGroups, graph: Graph) -> ChannelGroups:
+def relate_graph(groups: ChannelGroups, graph: Graph) -> ChannelGroups:
     """The same groups with another graph over the same parameters, such as one of a single part, in place of theirs."""
     algebra, facts = groups.algebra.copy(), groups.facts.copy().for_other_graph()
     for name in [name for name, entry in groups.graph.state.items() if entry.kind == "constant"]:
@@ -119,7 +120,8 @@ class _Walker:
         if not isinstance(shape, tuple):
             return None
         return tuple(
-            self.algebra.fixed(size, f"{self._inputs[node.name]}, dimension {dim}") for dim, size in enumerate(shape)
+            self.algebra.fixed_axis(size, f"{self._inputs[node.name]}, dimension {dim}")
+            for dim, size in enumerate(shape)
         )
 
     def _state(self, name: str) -> Axes:
@@ -134,7 +136,7 @@ class _Walker:
         for number, (name, value) in enumerate(output_nodes(self.graph)):
             what = f"output of part {parts[number]!r}" if parts else f"model output {name}{in_mode}"
             axes = self.facts.axes.get(value.name) if isinstance(value, fx.Node) else None
-            pointer = self.facts.pointers.get(value.name) if isinstance(value, fx.Node) else None
+            pointer = self.facts.index_axes.get(value.name) if isinstance(value, fx.Node) else None
             self.algebra.fix([] if pointer is None else [pointer], f"positions along it are {what}")
             if not isinstance(axes, tuple):
                 for part in axes or ():
@@ -164,7 +166,7 @@ class _Walker:
         """Apply a rule; where an operand's values are positions along an axis, so that they stay meaningful."""
         node = call.node
         if node.target is operator.getitem:
-            pointer = self.facts.pointers.get(f"{node.args[0]}:{node.args[1]}")
+            pointer = self.facts.index_axes.get(f"{node.args[0]}:{node.args[1]}")
             if pointer is not None:
                 call.gives_positions(pointer)
         axes = [axis for operand in call.tensor_args if (axis := call.positions(operand)) is not None]

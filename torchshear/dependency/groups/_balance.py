@@ -4,7 +4,7 @@ import numpy as np
 
 from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.algebra._units import PAD, Ids
-from torchshear.dependency.rules._call import Balance, Because, Facts
+from torchshear.dependency.rules._facts import Balance, Facts, FixReason
 
 
 def settle_balances(algebra: Algebra, facts: Facts) -> None:
@@ -33,7 +33,7 @@ def _settle(algebra: Algebra, balance: Balance) -> bool:
     periodic = (grid == grid[:1]).all((0, 1))
     whole = (grid == grid[:, :1]).all((0, 1)) & ~periodic
     if whole.any():
-        store.fix(rows[:, whole], Because("a whole block would go", balance.node))
+        store.fix(rows[:, whole], FixReason("a whole block would go", balance.node))
         return True
     if is_plain(rows):
         return _fix_if_a_block_is_fixed(algebra, balance, grid)
@@ -45,7 +45,7 @@ def _fix_if_a_block_is_fixed(algebra: Algebra, balance: Balance, grid: Ids) -> b
     """Where one block can lose nothing, no block can."""
     if (grid != PAD).any((1, 2)).all():
         return False
-    algebra.store.fix(grid.reshape(-1, 1), Because("another block of it cannot be cut", balance.node))
+    algebra.store.fix(grid.reshape(-1, 1), FixReason("another block of it cannot be cut", balance.node))
     return True
 
 
@@ -68,7 +68,7 @@ def tie_blocks(algebra: Algebra, balance: Balance) -> None:
     rows = algebra.store.resolve(balance.axis.units)
     grid = rows.reshape(balance.n_blocks, len(rows) // balance.n_blocks, -1)
     for block in range(1, balance.n_blocks):
-        algebra.store.equate(grid[0], grid[block], Because("blocks lose equally many", balance.node))
+        algebra.store.equate(grid[0], grid[block], FixReason("blocks lose equally many", balance.node))
 
 
 def refine_labels(known: Ids, labels: Ids) -> Ids:

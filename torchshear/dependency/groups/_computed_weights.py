@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups
-from torchshear.dependency.rules._call import Facts
-from torchshear.dependency.rules._weights import unmoved
+from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._weights import unwrap_moves
 from torchshear.graph import Graph
 from torchshear.graph._nodes import ancestors, format_arguments, is_from_state
 from torchshear.graph._operator import operator_of
@@ -75,10 +75,10 @@ def _read(graph: Graph) -> Iterator[fx.Node]:
     """Values of the model's own tensors alone that calls with other operands read, without moves of dimensions."""
     for node in graph:
         if is_from_state(node) and any(not is_from_state(user) for user in node.users):
-            yield unmoved(node)[0]
+            yield unwrap_moves(node)[0]
 
 
-def with_factors(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+def assign_factor_roles(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     """Give the role "factor" to what a weight is computed of beside the tensor that it stands for.
 
     Args:
@@ -94,10 +94,10 @@ def with_factors(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> 
         for other in ancestors(node) if held is not None else ():
             if other.op == "get_attr" and other is not held and str(other.target) not in direct:
                 beside.setdefault(str(other.target), set()).add(str(held.target))  # type: ignore[union-attr]
-    return tuple(_with_factors(group, beside) for group in groups) if beside else tuple(groups)
+    return tuple(_assign_factor_roles(group, beside) for group in groups) if beside else tuple(groups)
 
 
-def _with_factors(group: ChannelGroup, beside: dict[str, set[str]]) -> ChannelGroup:
+def _assign_factor_roles(group: ChannelGroup, beside: dict[str, set[str]]) -> ChannelGroup:
     names = {member.name for member in group.members}
     factor = frozenset({"factor"})
     members = (replace(m, roles=factor) if names & beside.get(m.name, set()) else m for m in group.members)

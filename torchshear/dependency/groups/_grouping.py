@@ -9,12 +9,12 @@ import numpy as np
 from torchshear.dependency.algebra._axis import Algebra, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
 from torchshear.dependency.groups._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
-from torchshear.dependency.groups._computed_weights import with_factors
+from torchshear.dependency.groups._computed_weights import assign_factor_roles
 from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
-from torchshear.dependency.groups._minimums import fix_unclear_minimums, keep_crossings, least_units
-from torchshear.dependency.groups._roles import with_roles
-from torchshear.dependency.groups._scales import with_scales
-from torchshear.dependency.rules._call import Facts
+from torchshear.dependency.groups._minimums import fix_unclear_minimums, keep_crossings, minimum_units
+from torchshear.dependency.groups._norm_scales import assign_norm_scales
+from torchshear.dependency.groups._roles import assign_roles
+from torchshear.dependency.rules._facts import Facts
 from torchshear.graph import Graph, locate
 
 
@@ -56,21 +56,21 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
         if labels is not None and not fix_unclear_minimums(algebra, facts, group_of):
             break
     members = _members(facts, dimensions, group_of)
-    joint, least = _joint_groups(algebra, facts, group_of), least_units(algebra, facts, group_of)
-    keep_crossings(algebra, (dimension.axis for dimension in dimensions), group_of, least, joint)
-    mixed = _mixed_groups(algebra, facts, group_of)
+    joint, min_units = _joint_groups(algebra, facts, group_of), minimum_units(algebra, facts, group_of)
+    keep_crossings(algebra, (dimension.axis for dimension in dimensions), group_of, min_units, joint)
+    mixed = _cross_channel_groups(algebra, facts, group_of)
     users = _first_users(graph)
     groups: list[ChannelGroup] = []
     names: dict[str, int] = defaultdict(int)
     shared = _Shared()
     for index in range(n_groups):
         made = _group(index, members[index], labels, index in mixed, names, users, joint, shared)
-        groups.append(replace(made, least=least.get(index, 1)))
+        groups.append(replace(made, min_units=min_units.get(index, 1)))
     analysed = [(graph, facts)]
     if graph.training is not None and training is not None:
         analysed.append((graph.training, training))
-    named = with_factors(graph, facts, groups)
-    described = with_roles(analysed, algebra, with_scales(graph, facts, named))
+    named = assign_factor_roles(graph, facts, groups)
+    described = assign_roles(analysed, algebra, assign_norm_scales(graph, facts, named))
     return ChannelGroups(graph, described, _fixed_dimensions(graph, algebra, facts), algebra, facts, training)
 
 
@@ -115,7 +115,7 @@ def _assign(algebra: Algebra, dimensions: list[_Dimension], facts: Facts) -> tup
         first[atoms[new]] = offset + dimension.positions[where[new]]
         signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
         offset += dimension.axis.size
-    for number, part in enumerate(facts.parts, len(dimensions) + 1):
+    for number, part in enumerate(facts.nonempty, len(dimensions) + 1):
         rows = algebra.store.resolve(part.units)
         atoms, counts = np.unique(rows[(rows != PAD) & (signature[rows] != 0)], return_counts=True)
         signature[atoms] += _hash(counts.astype(np.uint64) + np.uint64(number << 32))
@@ -215,9 +215,9 @@ def _members(
     return members
 
 
-def _mixed_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> set[int]:
+def _cross_channel_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> set[int]:
     mixed: set[int] = set()
-    for axes in facts.mixed.values():
+    for axes in facts.cross_channel.values():
         for axis in axes:
             rows = algebra.store.resolve(axis.units)
             mixed |= set(group_of[rows[rows != PAD]].tolist())
@@ -228,7 +228,7 @@ def _group(
     index: int,
     members: list[tuple[_Dimension, frozenset[str], Ids, Ids]],
     labels: dict[int, dict[int, int]],
-    is_mixed: bool,
+    is_cross_channel: bool,
     names: dict[str, int],
     users: dict[str, str],
     joint: dict[int, int],
@@ -267,7 +267,7 @@ def _group(
         width=len(ordered),
         members=made,
         balance=None if block is None else np.array([block[int(atom)] for atom in ordered], np.int64),
-        is_mixed=is_mixed,
+        is_cross_channel=is_cross_channel,
         atoms=ordered,
         where=where_used[:4],
         n_peers=joint.get(index, 1),

@@ -11,7 +11,7 @@ from torchshear._arguments import check_kind, check_one_of
 from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._network import Value, describe_network, draw_network
-from torchshear.dependency.rules._call import Facts
+from torchshear.dependency.rules._facts import Facts
 from torchshear.errors import ArgumentError
 from torchshear.graph import Graph, Mode
 
@@ -31,8 +31,8 @@ class Member:
         size: number of positions that the dimension (all blocks together) has.
         n_blocks: 0, or the number of blocks of dimension 0 whose rows each hold another block of these positions, as
             the input channels of a grouped convolution do.
-        scale: of the outputs of a layer, canonical name of the scale of the only batch norm that reads its result, of
-            the same size and in the same order; "" if there is none.
+        norm_scale: for the outputs of a layer, canonical name of the scale of the only batch norm that reads its
+            result, of the same size and in the same order; "" if there is none.
         layer: canonical name of the first of the weights that make the units together, as those for inputs and for
             states of a recurrent layer do; "" of a weight that makes units alone, or none.
     """
@@ -44,7 +44,7 @@ class Member:
     units: Ids
     size: int
     n_blocks: int = 0
-    scale: str = ""
+    norm_scale: str = ""
     layer: str = ""
 
     @property
@@ -63,13 +63,13 @@ class ChannelGroup:
         width: number of units.
         members: all dimensions that shrink when units are cut.
         balance: block label of each unit, shape (width,), if equally many must be cut in each block, else None.
-        is_mixed: whether some operator's result at one unit depends on the other units (a norm, a softmax, a mean), so
+        is_cross_channel: an operator's result at one unit depends on the other units (a norm, a softmax, a mean), so
             that cutting units is another computation than zeroing them.
         atoms: the units' identities in the algebra, shape (width,).
         where: the first operators that use the group, with module and source line.
         n_peers: number of dimensions that the units are shared out among and that must stay equally wide, as the layers
             of one recurrent call; 1 elsewhere, where every dimension holds all units.
-        least: units that must stay in each of those dimensions.
+        min_units: units that must stay in each of those dimensions.
         role: what the units are for, one of `torchshear.dependency.ROLES`.
     """
 
@@ -77,11 +77,11 @@ class ChannelGroup:
     width: int
     members: tuple[Member, ...]
     balance: Ids | None
-    is_mixed: bool
+    is_cross_channel: bool
     atoms: Ids
     where: tuple[str, ...]
     n_peers: int = 1
-    least: int = 1
+    min_units: int = 1
     role: str = "other"
 
     def __repr__(self) -> str:
@@ -96,11 +96,11 @@ class ChannelGroup:
     def max_cut(self) -> int:
         """The most units that can be cut: all but one, and of balanced blocks equally many."""
         if self.balance is None:
-            return max(0, self.width - self.least)
+            return max(0, self.width - self.min_units)
         sizes = np.bincount(self.balance)
         smallest = int(sizes.min())
         per_block = smallest if (sizes > smallest).any() else smallest - 1
-        most = max(0, self.width - self.least * self.n_peers)
+        most = max(0, self.width - self.min_units * self.n_peers)
         return min(per_block, most // len(sizes)) * len(sizes)
 
     @property
@@ -118,9 +118,9 @@ class ChannelGroup:
         """Why nothing can be cut, or None if something can."""
         if self.is_prunable:
             return None
-        if self.width <= self.least * self.n_peers:
+        if self.width <= self.min_units * self.n_peers:
             if self.width > 1:
-                return f"at least {self.least} units of it must stay"
+                return f"at least {self.min_units} units of it must stay"
             if all(member.size == len(member.positions) for member in self.members):
                 size = max(member.size for member in self.members)
                 return (

@@ -8,7 +8,7 @@ import numpy as np
 from torchshear.dependency.algebra._axis import Algebra, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
 from torchshear.dependency.groups._balance import is_plain
-from torchshear.dependency.rules._call import Because, Facts
+from torchshear.dependency.rules._facts import Facts, FixReason
 
 Factor = tuple[int, int]  # number of a group, and how many of its units
 
@@ -19,36 +19,36 @@ def fix_unclear_minimums(algebra: Algebra, facts: Facts, group_of: Ids) -> bool:
     for minimum in facts.minimums:
         rows = algebra.store.resolve(minimum.axis.units)
         if rows.shape[1] and not _factors(rows, group_of):
-            algebra.fix([minimum.axis], Because(f"at least {minimum.count} positions of it must stay", minimum.node))
+            algebra.fix([minimum.axis], FixReason(f"at least {minimum.count} positions of it must stay", minimum.node))
             done = True
     return done
 
 
-def least_units(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
+def minimum_units(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
     """Units that must stay in each of a group's dimensions of equal width, where that is more than one.
 
     Of an axis that is a product, as experts in groups of experts are, the innermost factor keeps so many that the
     others may go down to what they must keep anyway.
     """
-    least: dict[int, int] = {}
+    min_units: dict[int, int] = {}
     products: list[tuple[list[Factor], int]] = []
     for minimum in facts.minimums:
         rows = algebra.store.resolve(minimum.axis.units)
         factors = _factors(rows, group_of) if rows.shape[1] else []
         if len(factors) == 1:
             group = factors[0][0]
-            least[group] = max(least.get(group, 1), minimum.count - int((rows == PAD).sum()))
+            min_units[group] = max(min_units.get(group, 1), minimum.count - int((rows == PAD).sum()))
         elif factors:
             products.append((factors, minimum.count))
     for factors, count in products:
         for group, width in reversed(factors):
-            others = prod(least.get(other, 1) for other, _ in factors if other != group)
-            least[group] = max(least.get(group, 1), min(width, -(-count // others)))
-    return least
+            others = prod(min_units.get(other, 1) for other, _ in factors if other != group)
+            min_units[group] = max(min_units.get(group, 1), min(width, -(-count // others)))
+    return min_units
 
 
 def keep_crossings(
-    algebra: Algebra, axes: Iterable[Axis], group_of: Ids, least: dict[int, int], joint: Mapping[int, int]
+    algebra: Algebra, axes: Iterable[Axis], group_of: Ids, min_units: dict[int, int], joint: Mapping[int, int]
 ) -> None:
     """Raise minimums so that something is left of axes whose positions go with a unit of any of several groups.
 
@@ -60,7 +60,7 @@ def keep_crossings(
         algebra: the units.
         axes: axes of parameters and buffers.
         group_of: number of the group of each unit, -1 for none.
-        least: number of a group -> units that must stay in each of its dimensions; raised in place.
+        min_units: number of a group -> units that must stay in each of its dimensions; raised in place.
         joint: number of a group -> number of dimensions that its units are shared out among, where that is not one.
     """
     widths = np.bincount(group_of[group_of >= 0])
@@ -80,8 +80,8 @@ def keep_crossings(
             fair = left // (len(crossing) - number) // share[group]
             cut = max(fair, int(share[group] + others <= left), _cut_beside_pairs(rows, int(widths[group]), len(share)))
             peers = joint.get(group, 1)
-            cut = min(cut, int(widths[group]) - peers * least.get(group, 1))
-            least[group] = -(-(int(widths[group]) - cut) // peers)
+            cut = min(cut, int(widths[group]) - peers * min_units.get(group, 1))
+            min_units[group] = -(-(int(widths[group]) - cut) // peers)
             left -= cut * share[group]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
-from torchshear.dependency.rules._call import Facts
+from torchshear.dependency.rules._facts import Facts
 from torchshear.graph import Graph, locate
 
 # Control characters, lone surrogates and non-characters cannot stand in XML 1.0, and so not in GraphML or GEXF.
@@ -50,7 +50,7 @@ class Value:
         source: "file.py:12", the line that made the call, for tensors the first that uses them; "" if unknown.
         tensors: dimensions of each tensor that the value consists of: one, none for a number, several for a list.
         operands: names of the nodes that it is computed from, in order, each as often as it is given.
-        is_mixed: whether the operator computes a statistic over channels (a norm, a softmax, a mean).
+        is_cross_channel: whether the operator computes a statistic over channels (a norm, a softmax, a mean).
     """
 
     name: str
@@ -61,7 +61,7 @@ class Value:
     source: str
     tensors: tuple[tuple[Dimension, ...], ...]
     operands: tuple[str, ...]
-    is_mixed: bool
+    is_cross_channel: bool
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -99,10 +99,10 @@ def describe_network(graph: Graph, algebra: Algebra, facts: Facts, group_of: Ids
             )
         return ()
 
-    return tuple(_describe(graph, node, tensors(node), node.name in facts.mixed) for node in graph)
+    return tuple(_describe(graph, node, tensors(node), node.name in facts.cross_channel) for node in graph)
 
 
-def _describe(graph: Graph, node: fx.Node, tensors: tuple[tuple[Dimension, ...], ...], is_mixed: bool) -> Value:
+def _describe(graph: Graph, node: fx.Node, tensors: tuple[tuple[Dimension, ...], ...], is_cross_channel: bool) -> Value:
     state = str(node.target) if node.op == "get_attr" else ""
     location = locate(next(iter(node.users), node)) if state else locate(node)
     return Value(
@@ -116,7 +116,7 @@ def _describe(graph: Graph, node: fx.Node, tensors: tuple[tuple[Dimension, ...],
         source=location.source,
         tensors=tensors,
         operands=tuple(operand.name for operand in _operands(node)),
-        is_mixed=is_mixed,
+        is_cross_channel=is_cross_channel,
     )
 
 
@@ -148,7 +148,7 @@ def draw_network(values: tuple[Value, ...], names: tuple[str, ...]) -> "nx.Multi
             groups=json.dumps(named(value.groups)),
             axes=_text([[named(dim.groups) for dim in dims] for dims in value.tensors]),
             fixed=_text([[dim.fixed for dim in dims] for dims in value.tensors]),
-            mixed=value.is_mixed,
+            mixed=value.is_cross_channel,
         )
     for value in values:
         for number, name in enumerate(value.operands):

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
 from torchshear.dependency.algebra._units import PAD
 from torchshear.dependency.groups._groups import ChannelGroup
-from torchshear.dependency.rules._call import Facts
 from torchshear.dependency.rules._contractions import Contraction
+from torchshear.dependency.rules._facts import Facts
 from torchshear.graph import Graph
 from torchshear.graph._nodes import tensor_operands
 from torchshear.graph._operator import operator_of
@@ -28,7 +28,7 @@ from torchshear.graph._operator import operator_of
 _NORMS = frozenset({"norm", "statistic"})
 
 
-def with_roles(
+def assign_roles(
     analysed: Iterable[tuple[Graph, Facts]], algebra: Algebra, groups: Sequence[ChannelGroup]
 ) -> tuple[ChannelGroup, ...]:
     """Give each group its role.
@@ -144,7 +144,7 @@ class _Reader:
 
     def read(self) -> None:
         """Collect all evidence that the graph holds."""
-        for role, axes in self.facts.uses.declared.items():
+        for role, axes in self.facts.declared_roles.items():
             for number in self.evidence.along(tuple(axes)):
                 self.evidence.declared[number] = role
         for node in self.graph:
@@ -173,7 +173,7 @@ class _Reader:
                 marked.add(node)
         self._origins[node] = _union(self._origins, operands)
         self._chosen[node] = _union(self._chosen, operands) | self._chosen_by(node)
-        contractions = self.facts.uses.contractions.get(node.name, [])
+        contractions = self.facts.contractions.get(node.name, [])
         for contraction in contractions:
             self._contraction(node, contraction)
         if not contractions:
@@ -193,7 +193,7 @@ class _Reader:
             if left - right and right - left and not left | right <= self._lookups:
                 self.evidence.add("summed", self.evidence.along(axes))
                 self._origins[node] = frozenset({node})
-        if operator_of(node).is_pointwise or node.name in self.facts.mixed:
+        if operator_of(node).is_pointwise or node.name in self.facts.cross_channel:
             self.evidence.add("changed", self.evidence.along(axes))
 
     # -- contractions -------------------------------------------------------------------------------------------------

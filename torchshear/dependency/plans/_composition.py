@@ -13,7 +13,7 @@ from torchshear.errors import PlanError
 Indices = npt.NDArray[np.int64]
 
 
-def composed_units(
+def compose_units(
     groups: ChannelGroups, first: Mapping[str, Indices], second: Mapping[str, StatePlan]
 ) -> dict[str, Indices]:
     """Units of a network that stay when what is left of its parameters is cut again.

@@ -78,7 +78,7 @@ class Cut:
             if n_left < minimum.count:
                 raise PlanError(
                     f"{n_left} of {minimum.axis.size} channels stay; expected at least {minimum.count}: "
-                    f"{locate(minimum.node)}. Keep `least` units of the group."
+                    f"{locate(minimum.node)}. Keep `min_units` units of the group."
                 )
         for group in self.groups:
             mask = self._masks.get(group.name)

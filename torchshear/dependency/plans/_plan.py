@@ -15,14 +15,14 @@ from torch import Tensor
 from torchshear._arguments import check_kind
 from torchshear._tables import html_table
 from torchshear.dependency.groups._groups import ChannelGroups
-from torchshear.dependency.plans._composition import composed_units
+from torchshear.dependency.plans._composition import compose_units
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._form import Form, read_form, write_form
 from torchshear.dependency.plans._outputs import OutputPlan, output_plans, read_outputs, write_outputs
 from torchshear.dependency.plans._plan_file import (
     IndexReader,
     IndexWriter,
-    damaged,
+    damage_error,
     read_document,
     read_name,
     read_size,
@@ -249,7 +249,7 @@ def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
         if left.get(name) != shape:
             what = f"of which the first leaves {left[name]}" if name in left else "which is not in the first"
             raise PlanError(f"the second plan has {name!r} of shape {shape}, {what}: it is for another model.")
-    kept = composed_units(first.analysis, first.kept, state)
+    kept = compose_units(first.analysis, first.kept, state)
     request = {"first": dict(first.request), "second": dict(second.request)}
     return make_plan(Cut(first.analysis, kept), kept, request, {})
 
@@ -317,7 +317,7 @@ def _from_document(path: Path, document: dict[str, Any], reader: IndexReader) ->
     except PlanError:
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
-        raise damaged(path, f"entry {error} is missing or of the wrong kind") from error
+        raise damage_error(path, f"entry {error} is missing or of the wrong kind") from error
     _check_ranges(path, plan)
     _check_whole(path, plan)
     return plan
@@ -349,20 +349,20 @@ def _check_ranges(path: Path, plan: PruningPlan) -> None:
     """Indices that lie outside what they index are damage, found on reading and not when a tensor is cut."""
     for group in plan.groups:
         if not are_ascending(group.kept, group.width):
-            raise damaged(
+            raise damage_error(
                 path, f"group {group.name!r} keeps indices that are not ascending numbers in 0..{group.width - 1}"
             )
     for name, entry in plan.state.items():
         damage = entry.damage()
         if damage is not None:
-            raise damaged(path, f"{name!r} {damage}")
+            raise damage_error(path, f"{name!r} {damage}")
     if plan.form is not None and set(plan.form.parts) != set(plan.parts.names if plan.parts else ()):
-        raise damaged(path, "its form is of other parts of the model than the plan")
+        raise damage_error(path, "its form is of other parts of the model than the plan")
     for output in plan.outputs:
         for dim, kept in output.kept.items():
             size = output.shape[dim] if 0 <= dim < len(output.shape) else None
             if size is None:
-                raise damaged(path, f"output {output.name!r} has no dimension {dim} that can shrink")
+                raise damage_error(path, f"output {output.name!r} has no dimension {dim} that can shrink")
             _check_indices(path, f"output {output.name!r} dimension {dim}", kept, size)
 
 
@@ -370,20 +370,20 @@ def _check_whole(path: Path, plan: PruningPlan) -> None:
     """What says the same twice must say it alike; whether units and positions agree is seen where the network is."""
     names = [group.name for group in plan.groups]
     if len(set(names)) < len(names):
-        raise damaged(path, f"group {max(names, key=names.count)!r} stands there twice")
+        raise damage_error(path, f"group {max(names, key=names.count)!r} stands there twice")
     if plan.outputs and not plan.prunable_outputs:
-        raise damaged(path, f"it says what is left of output {plan.outputs[0].name!r}, and that no output may shrink")
+        raise damage_error(path, f"it has kept positions of output {plan.outputs[0].name!r}, but no output may shrink")
     both = sorted(plan.state.keys() & plan.whole.keys())
     if both:
-        raise damaged(path, f"{both[0]!r} is said to shrink and to stay whole")
+        raise damage_error(path, f"{both[0]!r} is said to shrink and to stay whole")
     named = sorted(plan.aliases.keys() & (plan.state.keys() | plan.whole.keys()))
     if named:
-        raise damaged(path, f"{named[0]!r} is said to be a name of another parameter, and has an entry of its own")
+        raise damage_error(path, f"{named[0]!r} is said to be a name of another parameter, and has an entry of its own")
     if bool(plan.n_cut) != bool(plan.state):
         parts = ("some", "none") if plan.n_cut else ("none", "some")
-        raise damaged(path, f"{parts[0]} of its groups shrink, and {parts[1]} of its parameters and buffers")
+        raise damage_error(path, f"{parts[0]} of its groups shrink, and {parts[1]} of its parameters and buffers")
 
 
 def _check_indices(path: Path, what: str, kept: Indices, size: int) -> None:
     if not kept.size or kept.min() < 0 or kept.max() >= size or (np.diff(kept) <= 0).any():
-        raise damaged(path, f"{what} keeps indices that are not ascending numbers in 0..{size - 1}")
+        raise damage_error(path, f"{what} keeps indices that are not ascending numbers in 0..{size - 1}")

@@ -68,7 +68,7 @@ class IndexReader:
             PlanError: the text is damaged, names a tensor that is not there, or stands for too many indices.
         """
         if not isinstance(text, str):
-            raise damaged(self._path, f"index list {str(text)[:40]!r} cannot be read")
+            raise damage_error(self._path, f"index list {str(text)[:40]!r} cannot be read")
         if text not in self._known:
             found = self._tensor(text[1:]) if text.startswith("@") else self._from_runs(text)
             self._known[text] = found
@@ -77,7 +77,7 @@ class IndexReader:
     def _tensor(self, key: str) -> Indices:
         found = self._tensors.get(key)
         if found is None or found.ndim != 1 or found.dtype.kind != "i":
-            raise damaged(self._path, f"index list {f'@{key}'[:40]!r} cannot be read")
+            raise damage_error(self._path, f"index list {f'@{key}'[:40]!r} cannot be read")
         self._count(f"@{key}", len(found))
         return found.astype(np.int64)
 
@@ -86,14 +86,14 @@ class IndexReader:
         bounds = np.array([(int(run[1]), int(run[2] or run[1])) for run in runs if run], np.int64).reshape(-1, 2)
         lengths = bounds[:, 1] - bounds[:, 0] + 1
         if len(bounds) != len(runs) or (lengths < 1).any() or (text and not runs):
-            raise damaged(self._path, f"index list {text[:40]!r} cannot be read")
+            raise damage_error(self._path, f"index list {text[:40]!r} cannot be read")
         self._count(text, int(lengths.sum()))
         return np.concatenate([np.arange(low, high + 1) for low, high in bounds] or [np.zeros(0, np.int64)])
 
     def _count(self, text: str, n_indices: int) -> None:
         self._n_left -= n_indices
         if self._n_left < 0:
-            raise damaged(self._path, f"index list {text[:40]!r} brings it to more than {_MAX_INDICES} indices")
+            raise damage_error(self._path, f"index list {text[:40]!r} brings it to more than {_MAX_INDICES} indices")
 
 
 def _runs(indices: Indices) -> str:
@@ -139,7 +139,7 @@ def read_dimension(text: str) -> int:
     return int(text)
 
 
-def damaged(path: Path, what: str) -> PlanError:
+def damage_error(path: Path, what: str) -> PlanError:
     """The error for a file that cannot be read."""
     return PlanError(
         f"plan file {str(path)!r} is damaged: {what}. Expected a plan written by PruningPlan.save; save it again."
@@ -193,16 +193,16 @@ def read_document(path: str | PathLike[str]) -> tuple[dict[str, Any], IndexReade
     try:
         document = parse_json(text)
     except UnreadableError as error:
-        raise damaged(path, f"it {error}") from error
+        raise damage_error(path, f"it {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise damaged(path, f"it does not say format {FORMAT!r}")
+        raise damage_error(path, f"it does not say format {FORMAT!r}")
     if document.get("version") != VERSION:
         raise PlanError(
             f"plan file {str(path)!r} has format version {document.get('version')!r}; this torchshear reads {VERSION}. "
             f"Install the version that wrote it, or make the plan again."
         )
     if document.get(_DIGEST) != content_digest(document):
-        raise damaged(
+        raise damage_error(
             path,
             "its content is not what its digest was made of, so it was changed since it was written. To keep other "
             "units, make a plan with torchshear.pruners.plan_from_kept",
@@ -217,11 +217,11 @@ def _read_tensors(path: Path, entry: Any) -> dict[str, npt.NDArray[Any]]:
         name = as_path(entry["file"], "the path of its index file").name
         data = read_bytes(path.with_name(name), _MAX_TENSOR_BYTES)
         if hashlib.sha256(data).hexdigest() != entry["sha256"]:
-            raise damaged(path, f"its index file {entry['file']!r} was changed or cut short")
+            raise damage_error(path, f"its index file {entry['file']!r} was changed or cut short")
         return dict(load_tensors(data))
     except UnreadableError as error:
-        raise damaged(path, f"its index file {entry['file']!r} {error}") from error
+        raise damage_error(path, f"its index file {entry['file']!r} {error}") from error
     except PlanError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise damaged(path, "its index file entry is not readable") from error
+        raise damage_error(path, "its index file entry is not readable") from error

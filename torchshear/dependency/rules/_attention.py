@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from math import prod, sqrt
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import UNCHANGED, Call
+from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.dependency.rules._facts import UNCHANGED
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, Shape
 

@@ -1,9 +1,8 @@
 """One operator call as its rule sees it: arguments by name, axes of the operands, and what the rule can demand."""
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,131 +10,24 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
-from torchshear.dependency.rules._contractions import ROLES, Contraction, Kind, Uses
+from torchshear.dependency.rules._contractions import ROLES, Contraction, Kind
+from torchshear.dependency.rules._facts import (
+    UNCHANGED,
+    Balance,
+    Edit,
+    Facts,
+    FixReason,
+    Minimum,
+    NewValue,
+    Result,
+    Scaled,
+)
 from torchshear.dependency.rules._read_values import digest_of, label_of
-from torchshear.graph import Graph, locate
+from torchshear.graph import Graph
 from torchshear.graph._nodes import shape_of, tensor_operands
 from torchshear.graph._operator import operator_of
 from torchshear.graph._run import arguments_by_name
 from torchshear.graph.masked._call import masked_form
-
-Result = Axes | list[Axes] | None
-Keep = Callable[[Axis], npt.NDArray[np.bool_]]
-NewValue = Callable[[Keep], Any]
-
-
-class Because(NamedTuple):
-    """Why an axis is fixed: what an operator call does with it. Worded only when somebody reads it."""
-
-    why: str
-    node: fx.Node
-
-    def __str__(self) -> str:
-        """The reason in a phrase, with operator, module and source line."""
-        return f"{self.why}: {locate(self.node)}"
-
-
-UNCHANGED: Final = object()  # value of an edit that leaves its argument as it is
-
-
-@dataclass(frozen=True, slots=True)
-class Scaled:
-    """A new size for an argument that is computed in the graph: the old value times new / old."""
-
-    old: int
-    new: int
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """How one argument of a call changes when units are cut.
-
-    Attributes:
-        name: schema name of the argument, or "call" for operator and arguments together.
-        index: element of the argument when it is a list, else None.
-        value: gives the new value, from a function that tells which positions of an axis are kept.
-    """
-
-    name: str
-    index: int | None
-    value: NewValue
-
-
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """The positions of an axis form blocks of equal size, each of which must lose equally many.
-
-    `is_joint` where blocks are dimensions of different tensors, whose units would be groups of their own otherwise.
-    """
-
-    axis: Axis
-    n_blocks: int
-    node: fx.Node
-    is_joint: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Minimum:
-    """Of the positions of an axis at least `count` must stay."""
-
-    axis: Axis
-    count: int
-    node: fx.Node
-
-
-@dataclass(slots=True)
-class Facts:
-    """All that the rules find out about a graph, besides the relations in the algebra."""
-
-    axes: dict[str, Result] = field(default_factory=dict)
-    state_axes: dict[str, Axes] = field(default_factory=dict)
-    blocked: dict[str, tuple[int, Axis, int]] = field(default_factory=dict)
-    roles: dict[tuple[str, int], set[str]] = field(default_factory=dict)
-    edits: dict[str, list[Edit]] = field(default_factory=dict)
-    mixed: dict[str, list[Axis]] = field(default_factory=dict)
-    balances: list[Balance] = field(default_factory=list)
-    minimums: list[Minimum] = field(default_factory=list)
-    positions: dict[str, Axis] = field(default_factory=dict)
-    values: dict[str, str] = field(default_factory=dict)  # buffer or constant whose values were read -> their digest
-    layers: dict[str, str] = field(default_factory=dict)  # weight -> the first weight of its layer, if that has several
-    parts: list[Axis] = field(default_factory=list)
-    pointers: dict[str, Axis] = field(default_factory=dict)  # value or value:result -> the axis of its positions
-    carriers: dict[str, fx.Node] = field(default_factory=dict)  # computed weight -> the tensor that it stands for
-    uses: Uses = field(default_factory=Uses)
-
-    def for_other_graph(self) -> "Facts":
-        """Facts for another graph over the same parameters: what concerns parameters is shared, values are not."""
-        return Facts(
-            state_axes=self.state_axes,
-            blocked=self.blocked,
-            roles=self.roles,
-            balances=self.balances,
-            minimums=self.minimums,
-            positions=self.positions,
-            values=self.values,
-            layers=self.layers,
-            parts=self.parts,
-        )
-
-    def copy(self) -> "Facts":
-        """A copy to which more can be added; axes themselves are frozen and shared."""
-        return Facts(
-            axes=dict(self.axes),
-            state_axes=dict(self.state_axes),
-            blocked=dict(self.blocked),
-            roles={key: set(roles) for key, roles in self.roles.items()},
-            edits=dict(self.edits),
-            mixed=dict(self.mixed),
-            balances=list(self.balances),
-            minimums=list(self.minimums),
-            positions=dict(self.positions),
-            values=dict(self.values),
-            layers=dict(self.layers),
-            parts=list(self.parts),
-            pointers=dict(self.pointers),
-            carriers=dict(self.carriers),
-            uses=self.uses.copy(),
-        )
 
 
 class Call:
@@ -246,23 +138,23 @@ class Call:
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Tie two axes position by position."""
-        return self.algebra.equate(left, right, Because("tied to what cannot be cut", self.node))
+        return self.algebra.equate(left, right, FixReason("tied to what cannot be cut", self.node))
 
     def fix(self, axes: Sequence[Axis], why: str) -> None:
         """Fix axes; the reason names this call."""
-        self.algebra.fix(axes, Because(why, self.node))
+        self.algebra.fix(axes, FixReason(why, self.node))
 
     def refuse(self, why: str) -> Result:
         """Fix all that the call touches; gives the axes of the result. The reason names this call."""
         for node in self.tensor_args:
             self.fix(self.axes(node), why)
         if isinstance(self.node.meta.get("val"), Tensor):
-            return tuple(self.fixed(size, why) for size in self.out_shape)
-        return [tuple(self.fixed(size, why) for size in shape or ()) for shape in self.out_shape]
+            return tuple(self.fixed_axis(size, why) for size in self.out_shape)
+        return [tuple(self.fixed_axis(size, why) for size in shape or ()) for shape in self.out_shape]
 
-    def fixed(self, size: int, why: str = "computed") -> Axis:
+    def fixed_axis(self, size: int, why: str = "computed") -> Axis:
         """A fixed axis; the reason names this call."""
-        return self.algebra.fixed(size, Because(why, self.node))
+        return self.algebra.fixed_axis(size, FixReason(why, self.node))
 
     def balance(self, axis: Axis, n_blocks: int) -> None:
         """Demand that each of `n_blocks` equal blocks of the axis loses equally many positions."""
@@ -277,9 +169,9 @@ class Call:
         """Demand that `count` positions of the axis stay."""
         self._facts.minimums.append(Minimum(axis, count, self.node))
 
-    def part(self, axis: Axis) -> Axis:
-        """Say that an axis is a part cut from another, of which something must stay; gives the axis."""
-        self._facts.parts.append(axis)
+    def keep_some(self, axis: Axis) -> Axis:
+        """Demand that something stays of an axis, as of a part cut from another; return the axis."""
+        self._facts.nonempty.append(axis)
         return axis
 
     def mix(self, *axes: Axis) -> None:
@@ -290,7 +182,7 @@ class Call:
         """
         if masked_form(self.node) is None:
             self.fix(axes, "its positions are mixed by an operator without a masked form")
-        self._facts.mixed.setdefault(self.node.name, []).extend(axes)
+        self._facts.cross_channel.setdefault(self.node.name, []).extend(axes)
 
     def block(self, operand: str, dim: int, axis: Axis, n_blocks: int) -> None:
         """Say that dimension `dim` of a weight holds, in block b of its dimension 0, block b of `axis`."""
@@ -333,12 +225,12 @@ class Call:
             kind: see `Contraction`.
         """
         found = Contraction(kind, operands, contracted, free[0], free[1], batch)
-        self._facts.uses.contractions.setdefault(self.node.name, []).append(found)
+        self._facts.contractions.setdefault(self.node.name, []).append(found)
 
     def use(self, role: str, *axes: Axis) -> None:
         """Say outright what role axes have, where the algebra cannot tell, as in `call.use("hidden", state)`."""
         assert role in ROLES, f"role {role!r}; expected one of {', '.join(ROLES)}"
-        self._facts.uses.declared.setdefault(role, []).extend(axes)
+        self._facts.declared_roles.setdefault(role, []).extend(axes)
 
     def results_of(self, node: fx.Node) -> list[Axes]:
         """Axes of each result of a node that gives several."""
@@ -348,12 +240,12 @@ class Call:
 
     def positions(self, operand: fx.Node) -> Axis | None:
         """The axis of which the values of an operand are positions, chosen by data; None if they are not."""
-        return self._facts.pointers.get(operand.name)
+        return self._facts.index_axes.get(operand.name)
 
     def gives_positions(self, axis: Axis, result: int | None = None) -> None:
         """Say that the values of the result, or of one of several, are positions along an axis."""
         if not self.algebra.is_fixed(axis):
-            self._facts.pointers[self.node.name if result is None else f"{self.node.name}:{result}"] = axis
+            self._facts.index_axes[self.node.name if result is None else f"{self.node.name}:{result}"] = axis
 
     def renumber(self, index: fx.Node, axis: Axis) -> None:
         """Say that a buffer holds positions of `axis`, to be counted anew when some are cut."""

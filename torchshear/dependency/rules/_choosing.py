@@ -8,8 +8,9 @@ positions so fixes the axis.
 from collections.abc import Callable
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import UNCHANGED, Call, Result
-from torchshear.dependency.rules._normalization import reduced
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import UNCHANGED, Result
+from torchshear.dependency.rules._normalization import reduce_axes
 from torchshear.dependency.rules._registry import operator_rule, position_rule
 from torchshear.dependency.rules._scattering import tie_others
 from torchshear.dependency.rules._weights import weight_roles
@@ -23,7 +24,7 @@ def _topk(call: Call) -> Result:
     dim = call.dim("dim", len(x))
     call.mix(x[dim])
     call.at_least(x[dim], call.out_shape[0][dim])
-    axes = (*x[:dim], call.fixed(call.out_shape[0][dim], "chosen positions"), *x[dim + 1 :])
+    axes = (*x[:dim], call.fixed_axis(call.out_shape[0][dim], "chosen positions"), *x[dim + 1 :])
     call.gives_positions(x[dim], 1)
     return [axes, axes]
 
@@ -31,7 +32,7 @@ def _topk(call: Call) -> Result:
 @operator_rule("aten.max.dim", "aten.min.dim")
 def _extreme_with_position(call: Call) -> Result:
     x = call.axes("self")
-    axes = reduced(call, x, call.arg("dim"), bool(call.arg("keepdim")))
+    axes = reduce_axes(call, x, call.arg("dim"), bool(call.arg("keepdim")))
     call.gives_positions(x[call.dim("dim", len(x))], 1)
     return [axes, axes]
 
@@ -43,7 +44,7 @@ def _position(call: Call) -> Axes:
         call.fix(x, "positions along it are the result")
     else:
         call.gives_positions(x[dim % len(x)])
-    return reduced(call, x, dim, bool(call.arg("keepdim")))
+    return reduce_axes(call, x, dim, bool(call.arg("keepdim")))
 
 
 @position_rule("torchshear.passing")
@@ -68,7 +69,7 @@ def _one_hot(call: Call, axis: Axis, _: Callable[[Call], Result]) -> Result:
     """A new dimension that is the axis."""
     if call.out_shape[-1] != axis.size:
         call.fix([axis], "its positions are counted in another row")
-        return (*call.axes("self"), call.fixed(call.out_shape[-1], "classes"))
+        return (*call.axes("self"), call.fixed_axis(call.out_shape[-1], "classes"))
     call.mix(axis)
     call.edit_size("num_classes", axis)
     return (*call.axes("self"), axis)

@@ -9,8 +9,9 @@ from math import prod
 from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import broadcast
+from torchshear.dependency.rules._facts import Result
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.dependency.rules._weights import weight_roles
 from torchshear.graph._operator import Operator, Product, Shape
@@ -68,8 +69,8 @@ def _embedding_bag(call: Call) -> Result:
     weight = call.axes("weight")
     call.fix(weight[:1], "entries of a table that data chooses from")
     call.role("weight", embedding=1)
-    counts = [tuple(call.fixed(size, "counted") for size in shape) for shape in call.out_shape[1:]]
-    return [(call.fixed(call.out_shape[0][0], "bags"), weight[1]), *counts]
+    counts = [tuple(call.fixed_axis(size, "counted") for size in shape) for shape in call.out_shape[1:]]
+    return [(call.fixed_axis(call.out_shape[0][0], "bags"), weight[1]), *counts]
 
 
 @operator_rule("aten.bilinear")
@@ -122,7 +123,7 @@ def _outer(call: Call) -> Axes:
 @operator_rule("aten.kron")
 def _kron(call: Call) -> Axes:
     """Each position of the first is a block of the second, in every dimension."""
-    one = call.fixed(1, "a new dimension")
+    one = call.fixed_axis(1, "a new dimension")
     left, right = call.axes("self"), call.axes("other")
     rank = max(len(left), len(right))
     pairs = zip(((one,) * (rank - len(left)) + left), ((one,) * (rank - len(right)) + right), strict=True)

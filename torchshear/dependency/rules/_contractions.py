@@ -1,13 +1,13 @@
-"""What axes are used for: the vocabulary of roles, and the facts that rules note for telling them."""
+"""Sums of products, from which the roles of channel groups are told, and the names of these roles."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
 from torch import fx
 
-from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.algebra._axis import Axes
 
 ROLES: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -65,23 +65,3 @@ class Contraction:
     rows: Axes
     columns: Axes
     batch: Axes
-
-
-@dataclass(slots=True)
-class Uses:
-    """All that rules note on what axes are for.
-
-    Attributes:
-        contractions: node name -> its contractions; attention has two.
-        declared: role -> axes of which a rule says outright that they have it.
-    """
-
-    contractions: dict[str, list[Contraction]] = field(default_factory=dict)
-    declared: dict[str, list[Axis]] = field(default_factory=dict)
-
-    def copy(self) -> "Uses":
-        """A copy to which more can be added."""
-        return Uses(
-            {name: list(found) for name, found in self.contractions.items()},
-            {role: list(axes) for role, axes in self.declared.items()},
-        )

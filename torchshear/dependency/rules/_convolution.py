@@ -96,7 +96,7 @@ def _time_first(call: Call) -> Axes:
     call.tie(weight[2], call.axes("bias")[0])
     call.fix(weight[:1], "size of a kernel")
     call.fix(x[:1], "space that a kernel slides over")
-    return (call.fixed(call.out_shape[0], "space"), x[1], weight[2])
+    return (call.fixed_axis(call.out_shape[0], "space"), x[1], weight[2])
 
 
 def _finish(call: Call, x: Axes, channel: int, out: Axis, kind: Kind) -> Axes:
@@ -116,7 +116,7 @@ def _space(call: Call, axis: Axis, i: int) -> Axis:
     if call.arg("output_padding") is None and kernel == 1 and strides == {1} and size == axis.size:
         return axis
     call.fix([axis], "space that a kernel slides over")
-    return call.fixed(size, "space")
+    return call.fixed_axis(size, "space")
 
 
 def _mix_if_computed(call: Call, channels: Axis) -> None:

@@ -3,7 +3,8 @@
 from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import Result
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator
 
@@ -23,7 +24,7 @@ def _constant(call: Call) -> Axes:
     axes: list[Axis] = []
     for i, given in enumerate(call.arg("size")):
         if isinstance(given, fx.Node) or given <= 1:
-            axes.append(call.fixed(call.out_shape[i], "a free dimension"))
+            axes.append(call.fixed_axis(call.out_shape[i], "a free dimension"))
         else:
             axes.append(call.algebra.virtual(given))
             call.edit_size("size", axes[-1], i)
@@ -49,8 +50,8 @@ def _counted(call: Call) -> Axes | list[Axes]:
     for node in call.tensor_args:
         call.fix(call.axes(node), "decides the size of a counted or random value")
     if call.out_shape and isinstance(call.out_shape[0], tuple):
-        return [tuple(call.fixed(size, "counted") for size in shape) for shape in call.out_shape]
-    return tuple(call.fixed(size, "counted or random") for size in call.out_shape)
+        return [tuple(call.fixed_axis(size, "counted") for size in shape) for shape in call.out_shape]
+    return tuple(call.fixed_axis(size, "counted or random") for size in call.out_shape)
 
 
 @operator_rule("aten.exponential_", "aten.normal_", "aten.uniform_", "aten.random_", "aten.bernoulli_")

@@ -14,7 +14,7 @@ def broadcast(call: Call, operands: Sequence[Axes], shape: Sequence[int]) -> Axe
     for back in range(len(shape), 0, -1):
         aligned = [axes[-back] for axes in operands if len(axes) >= back and axes[-back].size == shape[-back]]
         if not aligned:
-            result.append(call.fixed(shape[-back]))
+            result.append(call.fixed_axis(shape[-back]))
             continue
         for other in aligned[1:]:
             call.tie(aligned[0], other)

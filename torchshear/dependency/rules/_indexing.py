@@ -54,7 +54,7 @@ def _index(call: Call) -> Axes:
     indices = [call.axes(node) for _, node in given]
     is_mask = any(len(axes) != rank for axes in indices)
     picked = (
-        tuple(call.fixed(size, "picked by an index tensor") for size in call.out_shape[at : at + rank])
+        tuple(call.fixed_axis(size, "picked by an index tensor") for size in call.out_shape[at : at + rank])
         if is_mask
         else broadcast(call, indices, call.out_shape[at : at + rank])
     )
@@ -67,7 +67,7 @@ def _where_true(call: Call, axis: Axis, mask: fx.Node) -> Axis | None:
     if values is None:
         return None
     call.tie(axis, call.axes(mask)[0])
-    return call.part(call.algebra.take(axis, np.flatnonzero(values)))
+    return call.keep_some(call.algebra.take(axis, np.flatnonzero(values)))
 
 
 def _picked(call: Call, dim: int, index: fx.Node) -> Axis:
@@ -78,10 +78,10 @@ def _picked(call: Call, dim: int, index: fx.Node) -> Axis:
     source, positions = call.source(index), _constant_row(call, index, axis)
     if source is None or positions is None:
         call.fix([axis, own], "picked by an index that is computed or shared")
-        return call.fixed(own.size, "picked by an index that is computed or shared")
+        return call.fixed_axis(own.size, "picked by an index that is computed or shared")
     call.renumber(source, axis)
     sides = [call.algebra.take(axis, row) for row in (positions, *_rows_met(call, dim, len(positions)))]
-    return call.part(
+    return call.keep_some(
         call.tie(own, call.algebra.any_of(sides) if _leave_nothing_tied(call.algebra, sides) else sides[0])
     )
 
@@ -105,7 +105,7 @@ def _picked_together(call: Call, given: Sequence[tuple[int, fx.Node]]) -> Axis |
         assert source is not None
         call.renumber(source, x[dim])
         call.tie(call.axes(node)[0], picked)
-    return call.part(picked)
+    return call.keep_some(picked)
 
 
 def _constant_row(call: Call, index: fx.Node, axis: Axis) -> npt.NDArray[np.int64] | None:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import Call, Keep, Result
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import Keep, Result
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, SourceDim
 
@@ -37,7 +38,7 @@ def _stacked_in_place(call: Call) -> Axes:
     how = str(call.node.target).split(".")[1]
     operands = [call.axes(node) for node in call.arg("tensors")]
     if how == "column_stack":
-        operands = [(*axes, call.fixed(1, "a new dimension")) if len(axes) == 1 else axes for axes in operands]
+        operands = [(*axes, call.fixed_axis(1, "a new dimension")) if len(axes) == 1 else axes for axes in operands]
         return _joined(call, operands, 1)
     dim, rank = {"hstack": (1, 1), "dstack": (2, 3)}.get(how, (0, 2))
     operands = [at_least(call, axes, rank) for axes in operands]
@@ -46,7 +47,7 @@ def _stacked_in_place(call: Call) -> Axes:
 
 def at_least(call: Call, axes: Axes, rank: int) -> Axes:
     """Axes with dimensions of size 1 added as NumPy does: in front, and for three dimensions behind as well."""
-    one = call.fixed(1, "a new dimension")
+    one = call.fixed_axis(1, "a new dimension")
     if len(axes) >= rank:
         return axes
     if rank == 3:
@@ -76,7 +77,7 @@ def _stack(call: Call) -> Axes:
     for axes in operands[1:]:
         for mine, other in zip(operands[0], axes, strict=True):
             call.tie(mine, other)
-    return (*operands[0][:dim], call.fixed(len(operands), "values put side by side"), *operands[0][dim:])
+    return (*operands[0][:dim], call.fixed_axis(len(operands), "values put side by side"), *operands[0][dim:])
 
 
 @operator_rule(
@@ -97,10 +98,10 @@ def _parts(call: Call, dim: int) -> Result:
     x = call.axes("self")
     sizes = [shape[dim] for shape in call.out_shape]
     if call.is_dynamic("self", dim):
-        return [(*x[:dim], call.fixed(size, "a part of a free dimension"), *x[dim + 1 :]) for size in sizes]
+        return [(*x[:dim], call.fixed_axis(size, "a part of a free dimension"), *x[dim + 1 :]) for size in sizes]
     stops = list(accumulate(sizes))
     starts = [stop - size for size, stop in zip(sizes, stops, strict=True)]
-    parts = [call.part(call.algebra.take(x[dim], slice(*ends))) for ends in zip(starts, stops, strict=True)]
+    parts = [call.keep_some(call.algebra.take(x[dim], slice(*ends))) for ends in zip(starts, stops, strict=True)]
 
     def rewritten(keep: Keep) -> tuple[str, tuple[object, ...]]:
         return "aten.split_with_sizes.default", (call.arg("self"), [int(keep(part).sum()) for part in parts], dim)
@@ -150,11 +151,11 @@ def _slice(call: Call) -> Axes:
     size, out_size = x[dim].size, call.out_shape[dim]
     if call.is_dynamic("self", dim) or any(isinstance(value, fx.Node) for value in (start, stop, step)):
         call.fix([x[dim]], "sliced at a computed position")
-        return (*x[:dim], call.fixed(out_size, "sliced at a computed position"), *x[dim + 1 :])
+        return (*x[:dim], call.fixed_axis(out_size, "sliced at a computed position"), *x[dim + 1 :])
     start, stop, _ = slice(start, stop, step).indices(size)
     if (start, out_size) == (0, size):
         return x
-    taken = call.part(call.algebra.take(x[dim], slice(start, stop, step)))
+    taken = call.keep_some(call.algebra.take(x[dim], slice(start, stop, step)))
     if step > 1:
         _strided(call, x[dim], start, step)
     else:
@@ -179,9 +180,9 @@ def _narrow(call: Call) -> Axes:
     dim, start, length = call.dim("dim", len(x)), call.arg("start"), call.arg("length")
     if not isinstance(start, int) or not isinstance(length, int):
         call.fix([x[dim]], "sliced at a computed position")
-        return (*x[:dim], call.fixed(call.out_shape[dim], "sliced at a computed position"), *x[dim + 1 :])
+        return (*x[:dim], call.fixed_axis(call.out_shape[dim], "sliced at a computed position"), *x[dim + 1 :])
     start %= x[dim].size
-    taken = call.part(call.algebra.take(x[dim], slice(start, start + length)))
+    taken = call.keep_some(call.algebra.take(x[dim], slice(start, start + length)))
     call.edit_count("start", slice(0, start), x[dim])
     call.edit_size("length", taken)
     return (*x[:dim], taken, *x[dim + 1 :])
@@ -217,7 +218,7 @@ def _slice_scatter(call: Call) -> Axes:
         call.fix([x[dim], source[dim]], "written at a computed position or every so many")
         return x
     start, stop, _ = slice(*given).indices(x[dim].size)
-    call.part(call.tie(call.algebra.take(x[dim], slice(start, stop)), source[dim]))
+    call.keep_some(call.tie(call.algebra.take(x[dim], slice(start, stop)), source[dim]))
     call.edit_count("start", slice(0, start), x[dim])
     call.edit_count("end", slice(0, stop), x[dim])
     return x
@@ -228,8 +229,8 @@ def _windows(call: Call) -> Axes:
     x = call.axes("self")
     dim = call.dim("dimension", len(x))
     call.fix([x[dim]], "cut into windows")
-    window = call.fixed(call.out_shape[-1], "window")
-    return (*x[:dim], call.fixed(call.out_shape[dim], "windows"), *x[dim + 1 :], window)
+    window = call.fixed_axis(call.out_shape[-1], "window")
+    return (*x[:dim], call.fixed_axis(call.out_shape[dim], "windows"), *x[dim + 1 :], window)
 
 
 @operator_rule("python.getitem")

@@ -7,7 +7,8 @@ import numpy as np
 from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import UNCHANGED, Call, Keep
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import UNCHANGED, Keep
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, SourceDim
 
@@ -73,7 +74,7 @@ def _movedim(call: Call) -> Axes:
 def _unsqueeze(call: Call) -> Axes:
     x = call.axes("self")
     dim = call.dim("dim", len(x) + 1)
-    return (*x[:dim], call.fixed(1, "a new dimension"), *x[dim:])
+    return (*x[:dim], call.fixed_axis(1, "a new dimension"), *x[dim:])
 
 
 @operator_rule("aten.squeeze", "aten.squeeze_", operator=_LAYOUT)
@@ -108,7 +109,7 @@ def _expand(call: Call) -> Axes:
 
 def _copies(call: Call, given: Any, size: int) -> Axis:
     if isinstance(given, fx.Node) or size <= 1:
-        return call.fixed(size, "a free dimension")
+        return call.fixed_axis(size, "a free dimension")
     return call.algebra.virtual(size)
 
 
@@ -140,10 +141,10 @@ def _repeated(call: Call, x: Axes, name: str) -> Axes:
     offset = len(repeats) - len(x)
     result: list[Axis] = []
     for i, times in enumerate(repeats):
-        old = x[i - offset] if i >= offset else call.fixed(1, "a new dimension")
+        old = x[i - offset] if i >= offset else call.fixed_axis(1, "a new dimension")
         if isinstance(times, fx.Node):
             call.fix([old], "repeated a free number of times")
-            result.append(call.fixed(call.out_shape[i - len(repeats)], "a free dimension"))
+            result.append(call.fixed_axis(call.out_shape[i - len(repeats)], "a free dimension"))
         elif times == 1:
             result.append(old)
         else:
@@ -159,7 +160,7 @@ def _repeat_interleave(call: Call) -> Axes:
     x, times = call.axes("self"), call.arg("repeats")
     if call.arg("dim") is None or not isinstance(times, int):
         call.fix(x, "repeated in a way that depends on data or flattens")
-        return tuple(call.fixed(size, "repeated") for size in call.out_shape)
+        return tuple(call.fixed_axis(size, "repeated") for size in call.out_shape)
     dim = call.dim("dim", len(x))
     copies = call.algebra.virtual(times)
     merged = copies if x[dim].size == 1 else call.algebra.merge((x[dim], copies))
@@ -212,12 +213,12 @@ def _diagonal(call: Call) -> Axes:
             result.insert(dim, x[-1])
         sizes = call.out_shape
         return tuple(
-            a if a.size == n else call.fixed(n, "beside the diagonal") for a, n in zip(result, sizes, strict=True)
+            a if a.size == n else call.fixed_axis(n, "beside the diagonal") for a, n in zip(result, sizes, strict=True)
         )
     rest = tuple(axis for dim, axis in enumerate(x) if dim not in (first, second))
     if x[first].size == x[second].size == call.out_shape[-1]:
         return (*rest, call.tie(x[first], x[second]))
-    return (*rest, call.fixed(call.out_shape[-1], "a diagonal of a rectangle"))
+    return (*rest, call.fixed_axis(call.out_shape[-1], "a diagonal of a rectangle"))
 
 
 @operator_rule("aten.view_as_real", "aten.view_as_complex")
@@ -225,7 +226,7 @@ def _pairs(call: Call) -> Axes:
     """Real and imaginary part are the two positions of a last dimension."""
     x = call.axes("self")
     if "view_as_real" in str(call.node.target):
-        return (*x, call.fixed(2, "real and imaginary part"))
+        return (*x, call.fixed_axis(2, "real and imaginary part"))
     call.fix(x[-1:], "real and imaginary part")
     return x[:-1]
 

@@ -1,7 +1,8 @@
 """Normalisations: parameters lie along the channels; statistics over channels mix them."""
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import Result
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Norm, Operator, operator_of
 
@@ -109,10 +110,10 @@ def _along_one(call: Call) -> Axes:
 @operator_rule("aten.linalg_vector_norm", "aten.norm")
 def _vector_norm(call: Call) -> Axes:
     x = call.axes("self")
-    return reduced(call, x, call.arg("dim"), bool(call.arg("keepdim")))
+    return reduce_axes(call, x, call.arg("dim"), bool(call.arg("keepdim")))
 
 
-def reduced(call: Call, x: Axes, dims: object, keepdim: bool) -> Axes:
+def reduce_axes(call: Call, x: Axes, dims: object, keepdim: bool) -> Axes:
     """Axes after a reduction over `dims` (None or empty: over all); what is reduced is mixed."""
     given = [dims] if isinstance(dims, int) else list(dims) if isinstance(dims, list | tuple) else []
     over = {dim % len(x) for dim in given} if given else set(range(len(x)))
@@ -122,5 +123,5 @@ def reduced(call: Call, x: Axes, dims: object, keepdim: bool) -> Axes:
         if i not in over:
             kept.append(axis)
         elif keepdim:
-            kept.append(call.fixed(1, "reduced"))
+            kept.append(call.fixed_axis(1, "reduced"))
     return tuple(kept)

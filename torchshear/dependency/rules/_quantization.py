@@ -3,7 +3,8 @@
 from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes
-from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import Result
 from torchshear.dependency.rules._registry import operator_rule
 
 

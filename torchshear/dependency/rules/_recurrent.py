@@ -12,7 +12,8 @@ from typing import Any
 from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import Result
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator, Recurrence, Shape, operator_of
 
@@ -128,7 +129,7 @@ def _tie_state(call: Call, state: fx.Node, layers: Sequence[Axis], batch: Axis) 
     call.tie(given[1], batch)
     for row, axis in enumerate(layers[:1] if _is_uniform(state) else layers):
         call.tie(axis, width.rows[row] if width.rows else width)
-    n_rows = call.fixed(len(layers), "one row a recurrent layer and direction")
+    n_rows = call.fixed_axis(len(layers), "one row a recurrent layer and direction")
     return (n_rows, batch, Axis(layers[0].units, tuple(layers)) if len(layers) > 1 else layers[0])
 
 

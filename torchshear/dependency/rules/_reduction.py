@@ -1,9 +1,10 @@
 """Operators that reduce axes to one value, or order the values along one."""
 
 from torchshear.dependency.algebra._axis import Axes
-from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import broadcast
-from torchshear.dependency.rules._normalization import reduced
+from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._normalization import reduce_axes
 from torchshear.dependency.rules._registry import operator_rule
 
 
@@ -27,19 +28,19 @@ from torchshear.dependency.rules._registry import operator_rule
     "aten.var",
 )
 def _reduce(call: Call) -> Axes:
-    return reduced(call, call.axes("self"), call.arg("dim"), bool(call.arg("keepdim")))
+    return reduce_axes(call, call.axes("self"), call.arg("dim"), bool(call.arg("keepdim")))
 
 
 @operator_rule("aten.var_mean", "aten.std_mean", "aten.aminmax")
 def _reduce_to_two(call: Call) -> Result:
-    axes = reduced(call, call.axes("self"), call.arg("dim"), bool(call.arg("keepdim")))
+    axes = reduce_axes(call, call.axes("self"), call.arg("dim"), bool(call.arg("keepdim")))
     return [axes, axes]
 
 
 @operator_rule("aten.quantile", "aten.nanquantile")
 def _quantile(call: Call) -> Axes:
     """One value, or with a vector of quantiles a new first dimension of them."""
-    axes = reduced(call, call.axes("self"), call.arg("dim"), bool(call.arg("keepdim")))
+    axes = reduce_axes(call, call.axes("self"), call.arg("dim"), bool(call.arg("keepdim")))
     return (*call.axes("q"), *axes) if call.is_tensor("q") else axes
 
 
@@ -50,20 +51,20 @@ def _extreme_with_position(call: Call) -> Result:
     dim = int(call.arg("dim"))
     if any(user.args[1] == 1 and user.users for user in call.node.users):
         call.fix([x[dim % len(x)]], "positions along it are a result")
-    axes = reduced(call, x, dim, bool(call.arg("keepdim")))
+    axes = reduce_axes(call, x, dim, bool(call.arg("keepdim")))
     return [axes, axes]
 
 
 @operator_rule("aten.max.default", "aten.min.default")
 def _extreme(call: Call) -> Axes:
-    return reduced(call, call.axes("self"), None, False)
+    return reduce_axes(call, call.axes("self"), None, False)
 
 
 @operator_rule("aten.kthvalue")
 def _kth(call: Call) -> Result:
     x, dim = call.axes("self"), int(call.arg("dim"))
     call.fix([x[dim % len(x)]], "its k-th value is taken")
-    axes = reduced(call, x, dim, bool(call.arg("keepdim")))
+    axes = reduce_axes(call, x, dim, bool(call.arg("keepdim")))
     return [axes, axes]
 
 
@@ -74,7 +75,7 @@ def _sorted(call: Call) -> Result:
     dim = call.dim("dim", len(x))
     call.fix([x[dim]], "its positions are sorted")
     shape = call.out_shape[0] if isinstance(call.out_shape[0], tuple) else call.out_shape
-    axes = (*x[:dim], call.fixed(shape[dim], "sorted positions"), *x[dim + 1 :])
+    axes = (*x[:dim], call.fixed_axis(shape[dim], "sorted positions"), *x[dim + 1 :])
     return [axes, axes] if isinstance(call.out_shape[0], tuple) else axes
 
 
@@ -89,7 +90,7 @@ def _neighbours(call: Call) -> Axes:
             if i != dim:
                 call.tie(operands[0][i], axis)
     x = operands[0]
-    left = (call.fixed(call.out_shape[dim], "differences"),) if "diff" in str(call.node.target) else ()
+    left = (call.fixed_axis(call.out_shape[dim], "differences"),) if "diff" in str(call.node.target) else ()
     return (*x[:dim], *left, *x[dim + 1 :])
 
 
@@ -100,7 +101,7 @@ def _compare(call: Call) -> Axes:
     rank = max(len(axes) for axes in operands)
     shape = [max(axes[-back].size for axes in operands if len(axes) >= back) for back in range(rank, 0, -1)]
     both = broadcast(call, operands, shape)
-    return reduced(call, both, -1 if call.arg("dim") is None else call.arg("dim"), bool(call.arg("keepdim")))
+    return reduce_axes(call, both, -1 if call.arg("dim") is None else call.arg("dim"), bool(call.arg("keepdim")))
 
 
 @operator_rule("aten.cdist")

@@ -5,7 +5,8 @@ from itertools import pairwise
 from typing import Any
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import UNCHANGED, Call, Keep
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import UNCHANGED, Keep
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._operator import Operator
 
@@ -69,7 +70,7 @@ def reshape_axes(call: Call, axes: Axes, shape: Sequence[int]) -> Axes:
     """
     if 0 in shape:
         call.fix(axes, "reshaped while empty")
-        return tuple(call.fixed(size, "empty") for size in shape)
+        return tuple(call.fixed_axis(size, "empty") for size in shape)
     result: list[Axis] = []
     for before, after in _runs([axis.size for axis in axes], shape):
         result += _reshape_run(call, [axes[i] for i in before], [shape[j] for j in after])
@@ -106,7 +107,7 @@ def _reshape_run(call: Call, axes: list[Axis], sizes: list[int]) -> list[Axis]:
     factors = _common_factors([axis.size for axis in wide], [size for size in sizes if size > 1])
     if factors is None:
         call.fix(axes, "reshaped into sizes that share no factors")
-        return [call.fixed(size, "reshaped into sizes that share no factors") for size in sizes]
+        return [call.fixed_axis(size, "reshaped into sizes that share no factors") for size in sizes]
     parts = _split(call, wide, factors)
     result: list[Axis] = []
     for size in sizes:
@@ -115,7 +116,7 @@ def _reshape_run(call: Call, axes: list[Axis], sizes: list[int]) -> list[Axis]:
         while filled < size:
             filled *= parts[0].size
             run.append(parts.pop(0))
-        result.append(call.fixed(1, "a dimension of size 1") if not run else _merge(call, run))
+        result.append(call.fixed_axis(1, "a dimension of size 1") if not run else _merge(call, run))
     return result
 
 

@@ -38,7 +38,7 @@ def _take_along(call: Call) -> Axes:
     x, index = call.axes("self"), call.axes("indices")
     if call.arg("dim") is None:
         call.fix([*x, *index], "chosen from a flat row")
-        return tuple(call.fixed(size, "chosen from a flat row") for size in call.out_shape)
+        return tuple(call.fixed_axis(size, "chosen from a flat row") for size in call.out_shape)
     dim = call.dim("dim", len(x))
     call.fix([x[dim]], "its positions are chosen by an index tensor")
     picked = index[dim]
@@ -112,7 +112,7 @@ def _index_put(call: Call) -> Axes:
 
 @operator_rule("aten.one_hot")
 def _one_hot(call: Call) -> Axes:
-    return (*call.axes("self"), call.fixed(call.out_shape[-1], "classes"))
+    return (*call.axes("self"), call.fixed_axis(call.out_shape[-1], "classes"))
 
 
 @operator_rule("aten.bucketize.Tensor")

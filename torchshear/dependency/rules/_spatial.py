@@ -1,7 +1,8 @@
 """Operators over space: pooling, interpolation, padding, unfolding, pixel and channel shuffles."""
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._call import Call, Result
+from torchshear.dependency.rules._call import Call
+from torchshear.dependency.rules._facts import Result
 from torchshear.dependency.rules._registry import operator_rule
 
 
@@ -9,7 +10,7 @@ def _over_last(call: Call, n_space: int, shape: tuple[int, ...] | None = None) -
     """Everything before the last `n_space` axes passes; space is computed anew."""
     x = call.axes(call.tensor_args[0])
     call.fix(x[-n_space:], "space")
-    return (*x[:-n_space], *(call.fixed(size, "space") for size in (shape or call.out_shape)[-n_space:]))
+    return (*x[:-n_space], *(call.fixed_axis(size, "space") for size in (shape or call.out_shape)[-n_space:]))
 
 
 @operator_rule("aten.avg_pool1d", "aten.avg_pool2d", "aten.avg_pool3d")
@@ -23,7 +24,7 @@ def _windows(call: Call) -> Axes:
     for i, window in enumerate(zip(kernel, stride or kernel, padding, strict=True), len(x) - n_space):
         if window != (1, 1, 0):
             call.fix([x[i]], "space")
-            result[i] = call.fixed(call.out_shape[i], "space")
+            result[i] = call.fixed_axis(call.out_shape[i], "space")
     return tuple(result)
 
 
@@ -111,7 +112,7 @@ def _fourier(call: Call) -> Axes:
     dims = {int(dim) % len(x) for dim in ([given] if isinstance(given, int) else given)}
     call.fix([x[dim] for dim in dims], "transformed into frequencies or back")
     shape = call.out_shape
-    return tuple(call.fixed(shape[i], "frequencies") if i in dims else axis for i, axis in enumerate(x))
+    return tuple(call.fixed_axis(shape[i], "frequencies") if i in dims else axis for i, axis in enumerate(x))
 
 
 @operator_rule("aten.pad", "aten.constant_pad_nd")
@@ -132,7 +133,7 @@ def _pad_axis(call: Call, axis: Axis, index: int, size: int) -> Axis:
     literal = isinstance(before, int) and isinstance(after, int) and before >= 0 and after >= 0
     if call.algebra.is_fixed(axis) or not constant or not literal:
         call.fix([axis], "padded by other than a constant")
-        return call.fixed(size, "padded")
+        return call.fixed_axis(size, "padded")
     parts = [call.algebra.virtual(before), axis, call.algebra.virtual(after)]
     call.edit_size("pad", parts[0], index)
     call.edit_size("pad", parts[2], index + 1)
@@ -146,15 +147,15 @@ def _pixel_shuffle(call: Call) -> Axes:
     factor = int(call.arg("upscale_factor")) ** 2
     channels, inside = call.algebra.factor(x[-3], (x[-3].size // factor, factor))
     call.fix([inside, *x[-2:]], "becomes space")
-    return (*x[:-3], channels, *(call.fixed(size, "space") for size in call.out_shape[-2:]))
+    return (*x[:-3], channels, *(call.fixed_axis(size, "space") for size in call.out_shape[-2:]))
 
 
 @operator_rule("aten.pixel_unshuffle")
 def _pixel_unshuffle(call: Call) -> Axes:
     x = call.axes("self")
     call.fix(x[-2:], "space")
-    inside = call.fixed(int(call.arg("downscale_factor")) ** 2, "was space")
-    return (*x[:-3], call.algebra.merge((x[-3], inside)), *(call.fixed(s, "space") for s in call.out_shape[-2:]))
+    inside = call.fixed_axis(int(call.arg("downscale_factor")) ** 2, "was space")
+    return (*x[:-3], call.algebra.merge((x[-3], inside)), *(call.fixed_axis(s, "space") for s in call.out_shape[-2:]))
 
 
 @operator_rule("aten.channel_shuffle", "aten.native_channel_shuffle")
@@ -173,8 +174,8 @@ def _im2col(call: Call) -> Axes:
     x = call.axes("self")
     call.fix(x[-2:], "space")
     size, windows = call.out_shape[-2:]
-    patch = call.fixed(size // x[-3].size, "positions in a window")
-    return (*x[:-3], call.algebra.merge((x[-3], patch)), call.fixed(windows, "windows"))
+    patch = call.fixed_axis(size // x[-3].size, "positions in a window")
+    return (*x[:-3], call.algebra.merge((x[-3], patch)), call.fixed_axis(windows, "windows"))
 
 
 @operator_rule("aten.col2im")
@@ -185,4 +186,4 @@ def _col2im(call: Call) -> Axes:
     patch = int(kernel[0]) * int(kernel[1])
     channels, inside = call.algebra.factor(x[-2], (x[-2].size // patch, patch))
     call.fix([inside, x[-1]], "becomes space")
-    return (*x[:-2], channels, *(call.fixed(size, "space") for size in call.out_shape[-2:]))
+    return (*x[:-2], channels, *(call.fixed_axis(size, "space") for size in call.out_shape[-2:]))

@@ -36,7 +36,7 @@ def weight_behind(operand: fx.Node, carriers: Mapping[str, fx.Node]) -> tuple[fx
         operand: the operand.
         carriers: computed weight, by the name of its node -> the tensor of the model that it stands for.
     """
-    weight, calls = unmoved(operand)
+    weight, calls = unwrap_moves(operand)
     weight = carriers.get(weight.name, weight)
     if weight.op != "get_attr":
         return None
@@ -48,7 +48,7 @@ def weight_behind(operand: fx.Node, carriers: Mapping[str, fx.Node]) -> tuple[fx
     return None if places is None else (weight, places)
 
 
-def unmoved(operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+def unwrap_moves(operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """The value behind all calls that only move dimensions, and these calls, the last first."""
     calls: list[fx.Node] = []
     while _moves_dimensions(operand) and operand.args and isinstance(operand.args[0], fx.Node):

@@ -43,7 +43,7 @@ function groupRow(i) {
 function aboutGroup(group) {
   const words = [count(group.members.length, "member")];
   if (group.n_blocks > 1) words.push(`${group.n_blocks} balanced blocks`);
-  if (group.is_mixed) words.push("mixed");
+  if (group.is_cross_channel) words.push("cross-channel");
   if (group.reason) words.push(group.reason);
   return words.join(" \u00b7 ");
 }
@@ -155,7 +155,7 @@ function groupTags(group) {
     tag(group.role),
     ...group.roles.map((role) => tag(role, "muted")),
     group.n_blocks > 1 ? tag(`${group.n_blocks} balanced blocks`, "warn") : "",
-    group.is_mixed ? tag("mixed", "warn") : "",
+    group.is_cross_channel ? tag("cross-channel", "warn") : "",
     group.is_prunable ? "" : tag("cannot shrink", "warn"),
   ].filter(Boolean);
 }
@@ -203,7 +203,7 @@ function nodePanel(n) {
     element("h2", {}, breakable(nodeTitle(node))),
     element("table", {}, element("tbody", {}, ...facts.map(([name, value]) =>
       element("tr", {}, element("td", { class: "muted" }, name), element("td", { class: "code" }, value))))),
-    node.is_mixed ? element("div", { class: "tags" }, element("span", { class: "tag warn" }, "statistic over channels")) : "",
+    node.is_cross_channel ? element("div", { class: "tags" }, element("span", { class: "tag warn" }, "statistic over channels")) : "",
     ...node.tensors.slice(0, 12).flatMap((dimensions, i) => tensorTable(dimensions, node.tensors.length > 1 ? `Tensor ${i}` : "Dimensions")),
     node.tensors.length > 12 ? element("p", { class: "muted" }, `and ${node.tensors.length - 12} more tensors`) : "",
     state.group === null ? "" : element("h3", {}, "Its group"),

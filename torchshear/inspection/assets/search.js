@@ -2,7 +2,7 @@
 
 const groupTexts = groups.map((group) => [
   group.name, group.roles.join(" "), ...group.members.flatMap((m) => [`${m.name}[${m.dim}]`, ...m.where]), ...group.where,
-  group.is_mixed ? "mixed" : "", group.n_blocks > 1 ? "balanced" : "", group.reason || "",
+  group.is_cross_channel ? "cross-channel" : "", group.n_blocks > 1 ? "balanced" : "", group.reason || "",
 ].join("\n").toLowerCase());
 const nodeTexts = nodes.map((node) => [node.name, node.state, node.operator, node.module, node.source].join("\n").toLowerCase());
 const fixedTexts = fixed.map((entry) => `${entry.name}[${entry.dim}]\n${entry.reason}`.toLowerCase());

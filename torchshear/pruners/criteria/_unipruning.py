@@ -53,8 +53,8 @@ def importance(member: Member, width: int, weights: Mapping[str, Tensor], use_ga
         WeightError: a weight is missing, without values, or not finite.
     """
     squares = position_sums(member, weights, torch.square)
-    if use_gamma and member.scale:
-        scale = replace(member, name=member.scale, dim=0, n_blocks=0)
+    if use_gamma and member.norm_scale:
+        scale = replace(member, name=member.norm_scale, dim=0, n_blocks=0)
         squares = squares * position_sums(scale, weights, torch.square)
     total = torch.zeros(width, dtype=torch.float64)
     total.index_add_(0, torch.from_numpy(member.units), squares[torch.from_numpy(member.positions)])

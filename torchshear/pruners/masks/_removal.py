@@ -144,8 +144,8 @@ def _mixed(groups: ChannelGroups) -> set[str]:
         for node in groups.graph
         if not is_from_state(node) and any(is_from_state(n) and n.op != "get_attr" for n in node.all_input_nodes)
     }
-    products = with_computed & facts.uses.contractions.keys()
-    rows = [store.resolve(a.units) for name, axes in facts.mixed.items() if name not in products for a in axes]
+    products = with_computed & facts.contractions.keys()
+    rows = [store.resolve(a.units) for name, axes in facts.cross_channel.items() if name not in products for a in axes]
     mixing = np.unique(np.concatenate([np.zeros(0, np.int64), *(units[units != PAD] for units in rows)]))
     return {group.name for group in groups if np.isin(group.atoms, mixing).any()}
 

@@ -101,7 +101,7 @@ class ConstantNetwork:
         """Compute a call, across cut channels by its masked form; a norm gives its shift on cut channels."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), read)
         form = masked_form(node)
-        if form is not None and any(self.cut.changes(axis) for axis in self.facts.mixed.get(node.name, ())):
+        if form is not None and any(self.cut.changes(axis) for axis in self.facts.cross_channel.get(node.name, ())):
 
             def kept_masks(operand: fx.Node) -> dict[int, Tensor]:
                 axes, value = self.facts.axes.get(operand.name), read(operand)

@@ -109,7 +109,7 @@ class Scaling:
 
 
 def _products_of(node: fx.Node, cut: Cut, is_implied: bool) -> Iterator[Product]:
-    for each in cut.groups.facts.uses.contractions.get(node.name, ()):
+    for each in cut.groups.facts.contractions.get(node.name, ()):
         changed = [axis for axis in each.contracted if cut.changes(axis)]
         if each.kind == "product" and len(changed) == 1 and node not in each.operands:
             factor = sqrt(int(cut.keep(changed[0]).sum()) / changed[0].size)

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from torchshear.dependency import Cut
-from torchshear.dependency.rules._call import UNCHANGED, Edit, Facts, Scaled, bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
+from torchshear.dependency.rules._facts import UNCHANGED, Edit, Facts, Scaled
 from torchshear.graph._operator import operator_of
 from torchshear.speedup.rewriting._slicing import is_touched
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchshear.dependency import Axes, Axis, Cut, StatePlan, make_state_plan
-from torchshear.dependency.rules._call import Facts
+from torchshear.dependency.rules._facts import Facts
 
 Bools = npt.NDArray[np.bool_]
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
-from torchshear.dependency.groups._analyze import with_graph
+from torchshear.dependency.groups._analyze import relate_graph
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, signature_of, trace_inputs, whole_model
 from torchshear.speedup.native._form import own_constants
@@ -119,7 +119,7 @@ def _captured(job: Job, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
     assert groups.graph.parts is not None
     run = PartRun(whole_model(job.run), Parts((name,) * len(calls), groups.graph.parts.pinned))
     graph = trace_inputs(run, ExampleInputs(tuple(calls), {}))
-    return run, Cut(with_graph(groups, graph), job.cut.kept)
+    return run, Cut(relate_graph(groups, graph), job.cut.kept)
 
 
 def _native_part(job: Job, name: str, kinds: Mapping[str, FormKind], whole: Form) -> tuple[nn.Module | None, Form]:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan, analyze
 from torchshear.dependency.groups._analyze import relate
 from torchshear.dependency.plans._agreement import check_agreement
-from torchshear.dependency.rules._call import Facts
+from torchshear.dependency.rules._facts import Facts
 from torchshear.dependency.rules._read_values import differing_value, readable_values
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.graph import (

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.dependency import Cut
-from torchshear.dependency.rules._call import Facts
+from torchshear.dependency.rules._facts import Facts
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph import MaskedCall, locate, masked_form
 from torchshear.graph._nodes import is_only_read
@@ -96,7 +96,7 @@ class MaskedNetwork:
     def call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[fx.Node, Any]) -> Any:
         """Compute a call; by its masked form if it is a cross-channel operator over an axis that is cut."""
         target: Any = node.target
-        if not any(self.cut.changes(axis) for axis in self.facts.mixed.get(node.name, ())):
+        if not any(self.cut.changes(axis) for axis in self.facts.cross_channel.get(node.name, ())):
             return target(*args, **kwargs)
         form = masked_form(node)
         assert form is not None, f"{node.target} is a cross-channel operator without a masked form"

@@ -117,7 +117,7 @@ class ModelPair:
         self.original = copy_sharing_values(model, self.caches[0])
         self.candidate = copy_sharing_values(small, self.caches[1])
         self.state = self.state_cut.state_of(self.original)
-        mixing = [n for n in self.graph if any(self.cut.changes(a) for a in groups.facts.mixed.get(n.name, ()))]
+        mixing = [n for n in self.graph if any(self.cut.changes(a) for a in groups.facts.cross_channel.get(n.name, ()))]
         is_exact = all(map(zeros_are_exact, mixing))
         self.cross_channel: CrossChannel = "none" if not mixing else "exact" if is_exact else "inexact"
         self.left_out: list[str] = []

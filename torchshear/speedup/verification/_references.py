@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from torchshear.dependency import Cut
-from torchshear.dependency.groups._analyze import with_graph
+from torchshear.dependency.groups._analyze import relate_graph
 from torchshear.errors import CaptureError, PlanError, VerificationError, first_line
 from torchshear.graph import Mode, capture_in_mode, locate, output_leaves
 from torchshear.graph._run import graph_values
@@ -201,7 +201,7 @@ class NetworkReference(Reference):
     def run_recaptured(self, probe: Probe) -> Run:
         """Run by a new capture of the original."""
         pair = self.pair
-        groups = with_graph(pair.groups, capture_in_mode(pair.original, pair.graph.inputs, "eval"))
+        groups = relate_graph(pair.groups, capture_in_mode(pair.original, pair.graph.inputs, "eval"))
         state_cut = StateCut(groups, Cut(groups, pair.plan.kept))
         return self._run([probe, pair.with_other_inputs(probe)], state_cut)[0]
 

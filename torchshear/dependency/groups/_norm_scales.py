@@ -7,14 +7,15 @@ from dataclasses import replace
 from torch import fx
 
 from torchshear.dependency.groups._groups import ChannelGroup, Member
-from torchshear.dependency.rules._call import Facts, bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
+from torchshear.dependency.rules._facts import Facts
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph import Graph
 from torchshear.graph._nodes import is_from_state
 from torchshear.graph._operator import operator_of
 
 
-def with_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+def assign_norm_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     """Note at the outputs of each layer the scale of the only batch norm that reads its result.
 
     Args:
@@ -32,7 +33,7 @@ def _members(group: ChannelGroup, scale_of: Mapping[str, str]) -> tuple[Member, 
     for member in group.members:
         norm = norms.get(scale_of.get(member.name, "")) if "out" in member.roles else None
         fits = norm is not None and norm.size == member.size
-        found.append(replace(member, scale=norm.name) if norm is not None and fits else member)
+        found.append(replace(member, norm_scale=norm.name) if norm is not None and fits else member)
     return tuple(found)
 
 
