@@ -1,4 +1,4 @@
-"""What a model is held to: objects of its own kinds are left out, dataclasses are taken apart, wrappers refused."""
+"""Outputs of a model: objects of its own kinds are omitted, dataclasses are taken apart, wrappers refused."""
 
 from collections import OrderedDict
 from collections.abc import Callable

@@ -19,7 +19,7 @@ def traced(model: nn.Module, *args: Tensor) -> Graph:
 
 
 def changed(model: nn.Module, *args: Tensor, by: float) -> bool:
-    """Whether the graph still agrees with its model when one weight has changed by a share of itself."""
+    """Return whether the graph still agrees with its model when one weight has changed by a share of itself."""
     graph = traced(model, *args)
     twin = type(model)()
     twin.load_state_dict(model.state_dict())

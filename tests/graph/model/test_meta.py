@@ -8,7 +8,7 @@ from torchshear.graph import parameters_on_meta
 
 
 class Picking(nn.Module):
-    """What can shrink depends on the values of a buffer."""
+    """A network in which the values of a buffer decide what can shrink."""
 
     order: Tensor
 

@@ -1,4 +1,4 @@
-"""TieBreaker among values that are equal up to rounding."""
+"""Ties: choices among values that are equal up to rounding."""
 
 from collections.abc import Callable
 

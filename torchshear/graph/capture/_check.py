@@ -113,32 +113,30 @@ def _epsilons(outputs: list[Any]) -> list[float]:
 
 
 def _are_close(expected: list[Any], actual: list[Any], tolerance: float) -> bool:
-    """Return whether outputs are equal one by one, up to a tolerance relative to each value and to ordinary ones."""
+    """Return whether outputs are equal one by one, up to a tolerance.
+
+    The tolerance is relative to each value plus the ordinary size of values in its tensor, which is the lower quartile
+    of those that are not zero: no filler, as in a mask, sets it. Integers and truth values must be equal.
+    """
     if len(expected) != len(actual):
         return False
     for a, b in zip(expected, actual, strict=True):
-        if isinstance(a, Tensor) != isinstance(b, Tensor):
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            continue
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
             return False
-        if isinstance(a, Tensor) and (a.shape != b.shape or not _is_close(a, b, tolerance)):
+        if torch.equal(a, b):
+            continue
+        one, two = (value.to(torch.complex128 if value.is_complex() else torch.float64) for value in (a, b))
+        is_close = (one == two) | (one.isnan() & two.isnan())
+        if tolerance and (a.is_floating_point() or a.is_complex()):
+            sizes = one.abs()
+            ordinary = sizes[(sizes > 0) & sizes.isfinite()]
+            scale = ordinary.kthvalue(max(1, ordinary.numel() // 4)).values if ordinary.numel() else sizes.new_ones(())
+            is_close |= ((one - two).abs() <= tolerance * (sizes + scale)) & sizes.isfinite()
+        if not is_close.all():
             return False
     return True
-
-
-def _is_close(expected: Tensor, actual: Tensor, tolerance: float) -> bool:
-    """Return whether two outputs are equal up to a tolerance.
-
-    The ordinary size of their values is the lower quartile of those that are not zero, which no filler sets.
-    """
-    if torch.equal(expected, actual):
-        return True
-    one, two = (value.to(torch.complex128 if value.is_complex() else torch.float64) for value in (expected, actual))
-    same = (one == two) | (one.isnan() & two.isnan())
-    if not tolerance or (not expected.is_floating_point() and not expected.is_complex()):
-        return bool(same.all())
-    sizes = one.abs()
-    ordinary = sizes[(sizes > 0) & sizes.isfinite()]
-    scale = ordinary.kthvalue(max(1, ordinary.numel() // 4)).values if ordinary.numel() else sizes.new_ones(())
-    return bool((same | ((one - two).abs() <= tolerance * (sizes + scale)) & sizes.isfinite()).all())
 
 
 def outputs_differ_in_training(graph: Graph, model: nn.Module) -> bool:

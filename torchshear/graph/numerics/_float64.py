@@ -76,11 +76,11 @@ class _WideDtypes(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if getattr(func, "__name__", "").partition(".")[0] in _STRICT:
-            return self._call_widened(func, args, kwargs or {})
+            return self._call_in_float64(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         return _WIDER.get(result, result) if isinstance(result, torch.dtype) else result
 
-    def _call_widened(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call_in_float64(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         narrow, spec = pytree.tree_flatten((args, kwargs))
         wide = [_widen(leaf) if isinstance(leaf, Tensor) else leaf for leaf in narrow]
         before, self._pairs = self._pairs, [(a, b) for a, b in zip(narrow, wide, strict=True) if a is not b]
