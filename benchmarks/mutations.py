@@ -36,8 +36,8 @@ from mutation_networks import CASES, EXPLAINED, WITHOUT_CASE, Case, Network
 
 import torchshear
 import torchshear.api
-from tests.models import randomise
 from tests.mutating import Mutation, Watched, calls_of, mutated, mutations_of, reads_positions, watched
+from tests.networks import randomise
 from tests.oracle import masked_copy
 from torchshear.dependency import ChannelGroups, Cut, operator_rule
 from torchshear.dependency.rules._choosing import grouped_product

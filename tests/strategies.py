@@ -14,17 +14,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.blocks import (
-    BLOCKS,
-    Description,
-    HypothesisSource,
-    RandomSource,
-    Recorder,
-    Replay,
-    Shape,
-    Source,
-    randomise,
-)
+from tests.blocks import BLOCKS, Description, HypothesisSource, RandomSource, Recorder, Replay, Shape, Source
+from tests.networks import randomise
 
 INPUTS: dict[str, Sequence[Shape]] = {
     "map": ((2, 3, 6, 6), (2, 4, 8, 8), (2, 3, 4, 4), (2, 3, 12), (2, 2, 4, 4, 4)),

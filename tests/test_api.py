@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Residual, image, randomise
+from tests.networks import Residual, image, randomise
 from torchshear.errors import ArgumentError, VerificationError, WeightError
 from torchshear.speedup import _shrink as _apply
 

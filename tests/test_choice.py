@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.cases.attention import ViTBlock
+from tests.networks import ViTBlock, randomise
 from tests.oracle import assert_equals_masked, n_elements
 from tests.plan_files import edit_plan
-from tests.strategies import randomise
 from torchshear import PruningPlan
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, PlanError

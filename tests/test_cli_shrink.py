@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import torchshear
-from tests.models import Residual, image, randomise
+from tests.networks import Residual, image, randomise
 from torchshear.cli import app
 
 

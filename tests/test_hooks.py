@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from torchshear.graph import copy_model
 
 IN_A_FILE: dict[Any, Any] = {}

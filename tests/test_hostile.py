@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from torchshear.errors import ArgumentError, VerificationError
 from torchshear.speedup import TracedModule
 

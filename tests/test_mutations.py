@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import randomise
 from tests.mutating import Mutation, calls_of, mutated, mutations_of, watched
+from tests.networks import randomise
 from torchshear.dependency import Cut
 from torchshear.errors import TorchshearError
 from torchshear.pruners import random_criterion

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Chunked, Residual, image, randomise
+from tests.networks import Chunked, Residual, image, randomise
 from tests.oracle import assert_equals_masked, fingerprint
 from tests.plan_files import edit_plan
 from torchshear import PruningPlan

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchshear
-from tests.models import Residual, image
+from tests.networks import Residual, image, randomise
 from tests.oracle import masked_copy
 from tests.plan_files import edit_plan
-from tests.strategies import randomise
 from torchshear import PruningPlan
 from torchshear.errors import ArgumentError, PlanError, VerificationError
 from torchshear.pruners import plan_from_kept

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Classifier, image, labelled
+from tests.networks import Classifier, image, labelled
 from torchshear import api, options
 from torchshear.compat.nni import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
 from torchshear.errors import ArgumentError, DataError, PlanError

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import torchshear
+from tests.networks import randomise
 from tests.oracle import assert_equals_masked, assert_is_slice
-from tests.strategies import kept_sets, randomise
+from tests.strategies import kept_sets
 from tests.yolo import Yolo
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import shrink_to_form

@@ -1,14 +1,13 @@
 """Blocks of random networks, one function each; importing their files registers them."""
 
 from tests.blocks import language, map_weights, maps, sequences
-from tests.blocks._base import BLOCKS, Net, Shape, randomise
+from tests.blocks._base import BLOCKS, Shape
 from tests.blocks._choices import Description, HypothesisSource, RandomSource, Recorder, Replay, Source
 
 __all__ = [
     "BLOCKS",
     "Description",
     "HypothesisSource",
-    "Net",
     "RandomSource",
     "Recorder",
     "Replay",
@@ -17,6 +16,5 @@ __all__ = [
     "language",
     "map_weights",
     "maps",
-    "randomise",
     "sequences",
 ]

@@ -28,49 +28,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Net(nn.Module):
-    """A module whose forward is `run(self, *args)`; parts become sub-modules, parameters or plain attributes."""
-
-    def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(self, *args, **kwargs)
-
-
-def randomise(model: nn.Module, seed: int) -> nn.Module:
-    """Give every parameter and floating buffer distinct random values of a sensible size, in place.
-
-    Matrices and kernels are scaled by their fan-in, scales scatter around 1, running variances are positive. The global
-    random state is not touched.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(tensor: Tensor) -> Tensor:
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point():
-                continue
-            if name.endswith("running_var"):
-                values = 0.5 + torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-            elif name.endswith("weight") and tensor.ndim == 1:
-                values = 1 + 0.3 * normal(tensor)
-            elif tensor.ndim >= 2:
-                values = normal(tensor) / max(1, tensor[0].numel()) ** 0.5
-            else:
-                values = 0.3 * normal(tensor)
-            tensor.copy_(values)
-    return model
-
-
 @dataclass(frozen=True, slots=True)
 class Block:
     """One kind of block: the layout it takes, when it fits, and whether it mixes channels by a statistic."""

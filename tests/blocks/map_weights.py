@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from tests.blocks._base import (
     FUNCTIONAL_CONV,
     INSTANCE_NORM,
-    Net,
     Shape,
     block,
     conv_of,
@@ -18,6 +17,7 @@ from tests.blocks._base import (
     rank_of,
 )
 from tests.blocks._choices import Picker
+from tests.networks import Net
 
 
 @block("map")

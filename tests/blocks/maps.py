@@ -9,7 +9,6 @@ from tests.blocks._base import (
     BATCH_NORM,
     POOL,
     TRANSPOSED,
-    Net,
     Shape,
     block,
     conv_of,
@@ -20,6 +19,7 @@ from tests.blocks._base import (
     rank_of,
 )
 from tests.blocks._choices import Picker
+from tests.networks import Net
 
 
 @block("map")

@@ -4,14 +4,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from tests.blocks._base import (
-    ACTIVATIONS,
-    Net,
-    Shape,
-    block,
-    is_even,
-)
+from tests.blocks._base import ACTIVATIONS, Shape, block, is_even
 from tests.blocks._choices import Picker
+from tests.networks import Net
 
 
 @block("tokens")

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.calibration.test_statistics import Net, analysed, batches
-from tests.models import randomise
+from tests.networks import randomise
 from tests.processes import end_together
 from tests.pruners.test_sensitivity import Block
 from tests.pruners.test_sensitivity import data as tokens

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.functions import Adversarial, Quantized, Rounded, Swish
-from tests.models import randomise
+from tests.networks import randomise
 from torchshear.errors import DataError
 from torchshear.pruners import Statistics
 

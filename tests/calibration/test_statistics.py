@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Residual, image, randomise
+from tests.networks import Residual, image, randomise
 from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS, Statistics, find_taps
 from torchshear.calibration._weight_sums import WeightAccumulators
 from torchshear.dependency import ChannelGroups

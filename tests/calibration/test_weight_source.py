@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, CheckpointError, WeightError
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Classifier, image, labelled
+from tests.networks import Classifier, image, labelled
 from torchshear.comparison import Comparison, Row, _compare, _picture, compare, render_comparison
 from torchshear.errors import ArgumentError, DataError, OutputError, PlanError
 from torchshear.pruners import random_criterion

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, Tied, image
+from tests.networks import Attention, Grouped, Residual, Tied, image
 from torchshear.configs import parse_config, resolve
 from torchshear.errors import ArgumentError
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, image
+from tests.networks import Attention, Grouped, Residual, image
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.inspection import describe_groups, find_group, groups_document

@@ -15,7 +15,7 @@ from torch import nn
 import torchshear
 from tests.browser import EXECUTABLE, Browser
 from tests.inspection.hostile import NAMES, hostile_groups
-from tests.models import Attention, Residual, image
+from tests.networks import Attention, Residual, image
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import OutputError
 from torchshear.inspection import _page, render_page, write_page

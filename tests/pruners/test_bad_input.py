@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.calibration.test_statistics import Net, analysed, batches
-from tests.models import randomise
+from tests.networks import randomise
 from tests.pruners.test_every_criterion import is_scored, mixed, score
 from torchshear.calibration import SUMS_OF_GRADIENTS
 from torchshear.errors import ArgumentError, DataError, PlanError

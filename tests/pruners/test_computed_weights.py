@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from tests.oracle import assert_outputs_equal, fresh_inputs
 from torchshear.calibration._weight_source import weights_to_score
 from torchshear.compat.nni import L1NormPruner

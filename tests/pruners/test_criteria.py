@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.calibration import ALL_SUMS, Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._role_sets import OWN_ROLES

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.calibration.test_statistics import Net, analysed, batches, collected, gradients
-from tests.models import randomise
+from tests.networks import randomise
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, registered_criteria

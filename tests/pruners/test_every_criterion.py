@@ -14,9 +14,11 @@ from torch.nn import functional
 
 import torchshear
 from tests.functions import Pointwise, ReluInPlace, Reversed, Rounded
-from tests.models import randomise
+from tests.networks import named, randomise, tagged
+from tests.networks.feed_forward import Experts
+from tests.networks.layers import Steps
+from tests.oracle import fresh_inputs
 from tests.pruners import naive
-from tests.pruners.kinds import LAYERS, Experts, Pooled, Recurrent
 from tests.pruners.test_sensitivity import Block, Gated
 from tests.pruners.test_sensitivity import data as tokens
 from torchshear.calibration import SUMS_OF_GRADIENTS
@@ -269,13 +271,8 @@ def output_loss(output: Tensor, _: Tensor) -> Tensor:
 
 @cache
 def layers_of(kind: str) -> tuple[ChannelGroups, Statistics]:
-    build, shape = LAYERS[kind]
-    generator = torch.Generator().manual_seed(0)
-    data: list[Any] = [
-        (torch.randn(shape, generator=generator).double() if shape else torch.randint(11, (3, 4), generator=generator),)
-        for _ in range(2)
-    ]
-    return collected(randomise(build()).double().eval(), data, output_loss)
+    model, args, _ = named(kind)[0].build()
+    return collected(model, [args, fresh_inputs(args, 1)], output_loss)
 
 
 # Why a criterion may refuse, and by kind of layer and group which ones do: docs/criteria.md, "What cannot be scored".
@@ -288,16 +285,16 @@ NO_ZEROS, NO_NORM = ("apoz",), ("bn_scale", "taylor_bn")
 REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "conv3d": {"0.weight[0]": NO_ZEROS},
     "transposed1d": {"0.weight[1]": NO_NORM},
-    "transposed2d in groups": {"0.weight[0]": NO_ZEROS + NO_NORM, "1.weight[1]": NO_ZEROS},
+    "transposed2d_in_groups": {"0.weight[0]": NO_ZEROS + NO_NORM, "1.weight[1]": NO_ZEROS},
     "transposed3d": {"0.weight[1]": NO_NORM},
     "depthwise": {"0.weight[0]": NO_ZEROS + NO_NORM},
-    "norm without scale": {"0.weight[0]": NO_NORM},
+    "norm_without_scale": {"0.weight[0]": NO_NORM},
     "linear": {"0.weight[0]": NO_ZEROS},
-    "root mean square norm": {"0.weight[0]": NO_ZEROS},
+    "root_mean_square_norm": {"0.weight[0]": NO_ZEROS},
     "embedding": {"embedding.weight[1]": NO_ZEROS + NO_NORM, "hidden.weight[0]": NO_NORM},
-    "parameters": {"token[2]": NO_ZEROS},
-    "lstm": {"lstm.weight_ih_l0[0]": NO_ZEROS + NO_NORM},
-    "rnn with relu": {"0.weight_ih_l0[0]": NO_NORM},
+    "parameters_of_no_layer": {"token[2]": NO_ZEROS},
+    "bidirectional_lstm": {"0.weight_ih_l0[0]": NO_ZEROS + NO_NORM},
+    "rnn_with_relu": {"0.weight_ih_l0[0]": NO_NORM},
     "experts": {"up[0]": NO_NORM, "up[2]": NO_NORM, "down[2]": NO_ZEROS + NO_NORM},
     "attention": {
         "0.qkv.weight[0]": NO_ZEROS + NO_NORM,
@@ -312,7 +309,7 @@ def test_what_may_be_refused_is_there() -> None:
         assert refused.keys() <= {group.name for group in layers_of(kind)[0].prunable}
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [one.name for one in tagged("layer")])
 @pytest.mark.parametrize("name", CRITERIA)
 def test_scores_are_finite_unless_a_criterion_has_nothing_to_say(name: str, kind: str) -> None:
     groups, statistics = layers_of(kind)
@@ -348,12 +345,29 @@ def sequences() -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+class Mean(nn.Module):
+    """Mean over the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def cells() -> nn.LSTM:
+    """Two layers in both directions."""
+    return nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True)
+
+
 NETS: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {
     "mixed": (Mixed, images()),
     "attention": (Block, tokens(3, 5, 12)),
     "gated": (Gated, tokens(3, 12)),
-    "lstm": (Recurrent, sequences()),
-    "experts": (lambda: Pooled(Experts()), sequences()),
+    "lstm": (
+        lambda: nn.Sequential(
+            nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True), Steps(), Mean(), nn.Linear(14, 3)
+        ),
+        sequences(),
+    ),
+    "experts": (lambda: nn.Sequential(Experts(), Mean()), sequences()),
 }
 
 

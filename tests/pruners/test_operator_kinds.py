@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.dependency.rules.test_experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture, grouped_product
-from tests.models import randomise
+from tests.networks import randomise
 from tests.pruners.naive_recurrent import RECURRENT, Read, Steps, loss_of, root_mean_squares, variance
 from torchshear.dependency import ChannelGroup, ChannelGroups, operator_rule, unregister
 from torchshear.pruners import Statistics, UnscorableError, find_criterion

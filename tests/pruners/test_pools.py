@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, image, randomise
+from tests.networks import Attention, Grouped, Residual, image, randomise
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, dense_cost
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners import isomorphism_classes, plan_from_kept

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import torchshear
-from tests.models import Grouped, Residual, image, randomise
+from tests.networks import Grouped, Residual, image, randomise
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError

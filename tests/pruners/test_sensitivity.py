@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Attention
+from tests.networks import Attention
 from torchshear.dependency import ChannelGroups
 from torchshear.pruners import Statistics, UnscorableError, find_criterion
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Chunked, Residual, image, randomise
+from tests.networks import Chunked, Residual, image, randomise
 from tests.plan_files import edit_plan
 from torchshear import PruneResult, PruningPlan
 from torchshear.errors import PlanError, VerificationError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from tests.oracle import assert_equals_masked, n_elements
 from torchshear.errors import ArgumentError
 

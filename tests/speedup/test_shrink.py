@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Chunked, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Chunked, Grouped, Residual, Tied, image, randomise
 from tests.oracle import assert_equals_masked
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.pruners import plan_from_kept

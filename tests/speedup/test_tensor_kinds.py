@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Residual, image, randomise
+from tests.networks import Residual, image, randomise
 from tests.oracle import assert_equals_masked, n_elements
 from torchshear.compat.nni import L1FilterPruner
 from torchshear.errors import ArgumentError

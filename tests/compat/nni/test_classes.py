@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Attention, Chunked, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Chunked, Grouped, Residual, Tied, image, randomise
 from torchshear.calibration import SUMS_OF_GRADIENTS
 from torchshear.compat import nni
 from torchshear.errors import ArgumentError

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import image, randomise
+from tests.networks import image, randomise
 from torchshear.compat.nni import DependencyAwarePlan, plan_dependency_aware
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.compat.nni.test_classes import HALF, Plain, batches
-from tests.models import image, randomise
+from tests.networks import image, randomise
 from torchshear.compat.nni import ConfigPruner, L1NormPruner, L2NormPruner, SlimPruner, TaylorFOWeightPruner
 from torchshear.errors import MaskError
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Grouped, image, randomise
+from tests.networks import Grouped, image, randomise
 from torchshear.compat.unipruning import plan_from_unipruning_mask, plan_unipruning, write_unipruning_mask
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, PlanError

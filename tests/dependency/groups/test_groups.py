@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Grouped, Residual, Tied, image, randomise
 from tests.strategies import RandomNetwork, example_input
 from torchshear.dependency import ChannelGroups, operator_rule, registered_operators, unregister
 from torchshear.errors import ArgumentError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.inspection.hostile import hostile_groups
-from tests.models import Attention, Grouped, Residual, Tied, image
+from tests.networks import Attention, Grouped, Residual, Tied, image
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._network import Value
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 import torchshear
-from tests.blocks import randomise
+from tests.networks import randomise
 from tests.oracle import assert_outputs_equal, fingerprint
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)

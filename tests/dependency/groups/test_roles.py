@@ -8,9 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import torchshear
-from tests.blocks import Net
-from tests.cases.attention import FusedAttention
-from tests.models import Grouped, Residual, image
+from tests.networks import FusedAttention, Grouped, Net, Residual, image
 from torchshear.dependency import FAMILIES, ROLES, operator_rule, unregister
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import image
+from tests.networks import image
 from torchshear.compat.unipruning import plan_unipruning
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, Tied, image
+from tests.networks import Attention, Grouped, Residual, Tied, image
 from tests.strategies import RandomNetwork, example_input, kept_sets, random_description
 from torchshear.dependency import ChannelGroups, Cut, WidthCost, dense_cost
 from torchshear.pruners import plan_from_kept

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import torchshear
-from tests.models import Residual, image, randomise
+from tests.networks import Residual, image, randomise
 from tests.plan_files import edit_plan
 from torchshear import PruningPlan
 from torchshear.dependency import Form, Part, Slot

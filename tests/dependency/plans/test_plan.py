@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Grouped, Residual, image, randomise
+from tests.networks import Grouped, Residual, image, randomise
 from tests.plan_files import edit_plan
 from torchshear import PruningPlan
 from torchshear.dependency.plans import _plan_file

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torchshear
-from tests.models import Grouped, image, randomise
+from tests.networks import Grouped, image, randomise
 from tests.plan_files import edit_plan
 from torchshear import PruningPlan
 from torchshear.dependency.plans import _plan_file

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Grouped, Tied, image, randomise
+from tests.networks import Grouped, Tied, image, randomise
 from torchshear import PruningPlan
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup.rewriting._slicing import slice_tensor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.blocks import Net, randomise
+from tests.networks import Net, randomise
 from tests.oracle import assert_equals_masked, assert_outputs_equal, check_random_pruning
 from torchshear.dependency import (
     Axes,

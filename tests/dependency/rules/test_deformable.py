@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.blocks import Net, randomise
+from tests.networks import Net, randomise
 from tests.oracle import check_random_pruning
 from tests.zoo.torchvision_models import is_installed, load_torchvision
 

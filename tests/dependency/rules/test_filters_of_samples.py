@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from tests.oracle import assert_equals_masked
 
 N_IN, N_OUT = 12, 10

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.dependency.rules.test_rules import SHAPES, Between
-from tests.models import randomise
+from tests.networks import randomise
 from tests.oracle import assert_is_slice, assert_outputs_equal
 from tests.strategies import kept_sets
 from torchshear.pruners import plan_from_kept

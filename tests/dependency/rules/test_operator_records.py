@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import torchshear
-from tests.blocks import Net, randomise
+from tests.networks import Net, randomise
 from tests.oracle import check_random_pruning
 from torchshear.calibration._layers import find_layers
 from torchshear.dependency import (

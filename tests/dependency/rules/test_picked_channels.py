@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from tests.oracle import assert_equals_masked, assert_same_function, check_random_pruning, masked_copy
 from tests.strategies import kept_sets
 from torchshear.errors import PlanError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchshear
-from tests.blocks import Net, randomise
+from tests.networks import Net, randomise
 from tests.oracle import assert_equals_masked, assert_same_function, check_random_pruning, masked_copy
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import CaptureError, PlanError

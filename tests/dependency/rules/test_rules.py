@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from tests.oracle import assert_is_slice
 from tests.strategies import kept_sets
 from torchshear.pruners import plan_from_kept

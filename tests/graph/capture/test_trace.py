@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Residual, Tied, image
+from tests.networks import Residual, Tied, image
 from torchshear.errors import ArgumentError, CaptureError, TorchshearError
 from torchshear.graph import ExampleInputs, capture_in_mode, locate
 from torchshear.graph.capture import _dynamic_batch

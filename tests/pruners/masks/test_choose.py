@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import Tied, randomise
+from tests.networks import Tied, randomise
 from torchshear.errors import ArgumentError, MaskError, WeightError
 from torchshear.pruners import masks as m
 from torchshear.pruners.masks import _layers

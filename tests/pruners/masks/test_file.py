@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torchshear
-from tests.models import Tied, randomise
+from tests.networks import Tied, randomise
 from torchshear.errors import ArgumentError, MaskError, OutputError, WeightError
 from torchshear.pruners import masks as m
 from torchshear.pruners.masks import _masks

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Residual, image, randomise
-from tests.pruners.masks.networks import Separate
+from tests.networks import Attention, Residual, Separate, image, randomise
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
 

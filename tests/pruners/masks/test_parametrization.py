@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import torchshear
-from tests.models import Residual, Tied, image, randomise
+from tests.networks import Residual, Tied, image, randomise
 from tests.processes import end_together
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m

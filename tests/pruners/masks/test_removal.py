@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Attention, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, FeedForward, Grouped, Residual, Separate, Tied, TwoReaders, image, randomise
 from tests.oracle import assert_outputs_equal, fresh_inputs
-from tests.pruners.masks.networks import FeedForward, Separate, TwoReaders
 from tests.strategies import RandomNetwork, example_input, random_description
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m

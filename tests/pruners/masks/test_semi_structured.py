@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
-from tests.models import randomise
+from tests.networks import randomise
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
 from torchshear.pruners.masks._semi_structured import MULTIPLES, _packed, _sorted_out, is_two_of_four, shape_problem

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Tied, randomise
+from tests.networks import Tied, randomise
 from torchshear import load_checkpoint
 from torchshear.errors import ArgumentError, CheckpointError
 from torchshear.graph import parameters_on_meta

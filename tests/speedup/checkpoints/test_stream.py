@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import randomise
+from tests.networks import randomise
 from torchshear import PruningPlan, load_checkpoint, shrink_checkpoint
 from torchshear.errors import ArgumentError, CheckpointError, OutputError
 from torchshear.graph import parameters_on_meta

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Attention, randomise
+from tests.networks import Attention, randomise
 from tests.oracle import assert_equals_masked, assert_same_function, fingerprint
 from tests.speedup.compensation.faults import spoil_folds
 from torchshear.errors import VerificationError, WeightError

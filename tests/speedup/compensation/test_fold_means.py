@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Attention, Classifier, image, labelled, randomise
+from tests.networks import Attention, Classifier, image, labelled, randomise
 from tests.oracle import assert_same_function, fingerprint
 from tests.speedup.compensation.faults import spoil_folds
 from torchshear.errors import ArgumentError, DataError, VerificationError

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.models import Residual, image, randomise
+from tests.networks import Residual, image, randomise
 from tests.oracle import fingerprint
 from tests.processes import end_together
 from torchshear.errors import ArgumentError, DataError, WeightError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.strategies import randomise
+from tests.networks import randomise
 
 TOKENS = torch.arange(10).reshape(2, 5)
 

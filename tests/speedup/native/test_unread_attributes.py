@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.strategies import randomise
+from tests.networks import randomise
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

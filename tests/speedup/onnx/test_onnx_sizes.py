@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.strategies import randomise
+from tests.networks import randomise
 from torchshear.errors import ArgumentError, ExportError
 from torchshear.speedup import shrink_to_form
 

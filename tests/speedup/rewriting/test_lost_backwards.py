@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.functions import Adversarial, Quantized, Reversed, Swish
-from tests.models import randomise
+from tests.networks import randomise
 from torchshear.errors import CaptureError
 from torchshear.graph import parameters_on_meta
 from torchshear.speedup import shrink_to_form

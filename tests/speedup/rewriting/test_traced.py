@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchshear
-from tests.strategies import randomise
+from tests.networks import randomise
 from torchshear.errors import ArgumentError, OutputError
 from torchshear.speedup import TracedModule
 

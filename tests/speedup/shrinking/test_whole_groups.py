@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
+from tests.networks import randomise
 from tests.oracle import assert_equals_masked, assert_is_slice
-from tests.strategies import randomise
 from torchshear.dependency import Form
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.speedup import Leave, TracedModule, shrink_to_form

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.models import Residual, image, randomise
+from tests.networks import Residual, image, randomise
 from torchshear.dependency import Cut, _registry
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs

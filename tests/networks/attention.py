@@ -1,13 +1,13 @@
-"""Cases 17 to 19: attention and mixers."""
+"""Attention in its spellings, and mixers of tokens."""
 
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from tests.blocks import Net
-from tests.cases._base import case, image, noise
+from tests.networks._base import Net, network, noise, picture
 
 
 class FusedAttention(nn.Module):
@@ -40,17 +40,22 @@ def _attention_net(taking: str, is_explicit: bool) -> tuple:
     return Net(run, stem=nn.Linear(10, 24), attention=attention, last=nn.Linear(24, 5)), (noise(2, 7, 10),)
 
 
-@case(17, "fused qkv, reshape and unbind, SDPA: heads and head dimensions are separate groups")
+@network(
+    "fused qkv, reshape and unbind, SDPA: heads and head dimensions are separate groups",
+    "attention",
+    "residual",
+    widths=(4, 6, 24),
+)
 def qkv_unbind_sdpa():
     return _attention_net("unbind", is_explicit=False)
 
 
-@case(17, "fused qkv taken by index, explicit softmax")
+@network("fused qkv taken by index, explicit softmax", "attention", "residual", widths=(4, 6, 24))
 def qkv_select_explicit():
     return _attention_net("index", is_explicit=True)
 
 
-@case(17, "fused qkv, unbind, explicit softmax")
+@network("fused qkv, unbind, explicit softmax", "attention", "residual", widths=(4, 6, 24))
 def qkv_unbind_explicit():
     return _attention_net("unbind", is_explicit=True)
 
@@ -67,7 +72,15 @@ class ViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-@case(17, "Vision Transformer: patches, class token, positions, pre-norm block", expect="mixed")
+@network(
+    "Vision Transformer: patches, class token, positions, pre-norm block",
+    "attention",
+    "residual",
+    "norm",
+    "parameters",
+    "cross_channel",
+    widths=(4, 6, 24, 96),
+)
 def vit():
     def run(m, x):
         x = m.patches(x).flatten(2).transpose(1, 2)
@@ -82,10 +95,10 @@ def vit():
         block=ViTBlock(24, 4),
         norm=nn.LayerNorm(24),
         head=nn.Linear(24, 10),
-    ), (image(),)
+    ), (picture(),)
 
 
-@case(18, "attention whose values are wider than its keys")
+@network("attention whose values are wider than its keys", "attention", widths=(2, 4, 6))
 def attention_unequal_widths():
     def run(m, x, context):
         b, n, _ = x.shape
@@ -99,7 +112,7 @@ def attention_unequal_widths():
     return Net(run, **layers), (noise(2, 6, 10), noise(2, 4, 9))
 
 
-@case(18, "cross dimensions by einsum and bmm")
+@network("cross dimensions by einsum and bmm", "attention", widths=(8, 12))
 def einsum_cross():
     def run(m, x):
         q, k, v = m.q(x), m.k(x), m.v(x)
@@ -110,7 +123,7 @@ def einsum_cross():
     return Net(run, **layers), (noise(2, 6, 10),)
 
 
-@case(18, "MLP-Mixer without norms: tokens and channels are mixed in turn")
+@network("MLP-Mixer without norms: tokens and channels are mixed in turn", "residual", widths=(20, 24, 48))
 def mixer():
     def run(m, x):
         x = m.patches(x).flatten(2).transpose(1, 2)
@@ -126,10 +139,10 @@ def mixer():
         channel1=nn.Linear(24, 48),
         channel2=nn.Linear(48, 24),
         head=nn.Linear(24, 10),
-    ), (image(),)
+    ), (picture(),)
 
 
-@case(18, "MLP-Mixer as published", expect="mixed")
+@network("MLP-Mixer as published", "residual", "norm", "cross_channel", widths=(20, 24))
 def mixer_normed():
     def run(m, x):
         x = m.patches(x).flatten(2).transpose(1, 2)
@@ -144,7 +157,7 @@ def mixer_normed():
         token2=nn.Linear(20, 16),
         norm2=nn.LayerNorm(24),
         head=nn.Linear(24, 10),
-    ), (image(),)
+    ), (picture(),)
 
 
 def _grouped_query(repeat: Callable[[Tensor], Tensor]) -> tuple:
@@ -159,15 +172,71 @@ def _grouped_query(repeat: Callable[[Tensor], Tensor]) -> tuple:
     return Net(run, **layers), (noise(2, 7, 10),)
 
 
-@case(19, "grouped-query attention by repeat_interleave")
+@network("grouped-query attention by repeat_interleave", "attention", "copied", widths=(2, 2, 6, 6))
 def gqa_repeat():
     return _grouped_query(lambda x: x.repeat_interleave(2, dim=1))
 
 
-@case(19, "grouped-query attention by expand and reshape, as Hugging Face does")
+@network(
+    "grouped-query attention by expand and reshape, as Hugging Face does", "attention", "copied", widths=(2, 2, 6, 6)
+)
 def gqa_expand():
     def repeat(x):
         b, h, n, d = x.shape
         return x[:, :, None].expand(b, h, 2, n, d).reshape(b, h * 2, n, d)
 
     return _grouped_query(repeat)
+
+
+@network("attention by nn.MultiheadAttention", "attention", "residual", widths=(4, 6, 24))
+def multihead_attention():
+    attention = nn.MultiheadAttention(24, 4, batch_first=True)
+
+    def run(m, x):
+        x = m.stem(x)
+        return m.last(x + m.attention(x, x, x, need_weights=False)[0] / math.sqrt(2))
+
+    return Net(run, stem=nn.Linear(10, 24), attention=attention, last=nn.Linear(24, 5)), (noise(2, 7, 10),)
+
+
+class Attention(nn.Module):
+    """Self-attention with fused qkv, as vision transformers write it."""
+
+    def __init__(self, width: int = 24, heads: int = 3) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as the input, (batch, tokens, width)."""
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Separate(nn.Module):
+    """Attention with layers of their own for queries, keys and values; several queries may share a key."""
+
+    def __init__(self, heads: int = 4, kv_heads: int = 4, inner: int = 6, width: int = 16) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.inner = heads, kv_heads, inner
+        self.q = nn.Linear(width, heads * inner)
+        self.k, self.v = nn.Linear(width, kv_heads * inner), nn.Linear(width, kv_heads * inner)
+        self.out = nn.Linear(heads * inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as the input, (batch, tokens, width)."""
+        b, n, _ = x.shape
+        q = self.q(x).reshape(b, n, self.heads, self.inner).transpose(1, 2)
+        k, v = (layer(x).reshape(b, n, self.kv_heads, self.inner).transpose(1, 2) for layer in (self.k, self.v))
+        share = self.heads // self.kv_heads
+        k, v = (one[:, :, None].expand(b, -1, share, n, self.inner).reshape(b, -1, n, self.inner) for one in (k, v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
+
+
+@network("layers for queries, keys and values; two queries share a key", "attention", "copied", widths=(2, 2, 6, 6))
+def separate_projections():
+    return Separate(kv_heads=2), (noise(2, 5, 16),)

@@ -1,4 +1,4 @@
-"""Every small model that breaks pruners: pruned by half, cut at random, and pruned twice."""
+"""Every small network of the registry: pruned by half, cut at random, and pruned again."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import torchshear
-from tests.cases import CASES, Case
+from tests.networks import NETWORKS, Network, named
 from tests.oracle import (
     assert_equals_masked,
     assert_is_slice,
@@ -19,28 +19,30 @@ from tests.oracle import (
 )
 from torchshear.errors import TorchshearError
 
-PRUNABLE = [case for case in CASES if case.expect != "refused"]
-REFUSED = [case for case in CASES if case.expect == "refused"]
+PRUNABLE = [one for one in NETWORKS if "refused" not in one.tags]
+REFUSED = [one for one in NETWORKS if "refused" in one.tags]
+over = pytest.mark.parametrize("network", PRUNABLE, ids=lambda one: one.name)
 
 
-def _named(number: int, name: str) -> Case:
-    return next(case for case in CASES if (case.number, case.name) == (number, name))
-
-
-def test_case_names_are_unique() -> None:
-    assert len({case.id for case in CASES}) == len(CASES)
-    assert {case.number for case in CASES} == set(range(42))
-
-
-@pytest.mark.parametrize("case", PRUNABLE, ids=lambda case: case.id)
-def test_half_is_pruned(case: Case) -> None:
-    model, args, kwargs = case.build()
-    before = fingerprint(model)
-    result = torchshear.prune(model, args=args, kwargs=kwargs, criterion="l1", ratio=0.5)
+@over
+def test_half_is_pruned(network: Network) -> None:
+    model, args, kwargs = network.build()
+    before, sizes = fingerprint(model), {name: parameter.numel() for name, parameter in model.named_parameters()}
+    result = torchshear.prune(model, args=args, kwargs=kwargs, ratio=0.5)
     assert fingerprint(model) == before
-    assert n_elements(result.model) < n_elements(model), "nothing was cut"
+    groups = result.plan.analysis
+    assert tuple(sorted(group.width for group in groups.prunable)) == network.widths
+    for group in result.plan.groups:
+        asked = -(-group.width // 2)
+        is_near = abs(len(group.kept) - asked) < groups[group.name].n_blocks
+        assert is_near or len(group.kept) == group.width, group.name
+    masks = result.plan.masks()
+    expected = sum(int(masks[name].sum()) if name in masks else n for name, n in sizes.items())
+    assert sum(parameter.numel() for parameter in result.model.parameters()) == expected < sum(sizes.values())
+    assert result.verification.dtype is torch.float64
+    assert result.verification.max_error <= 1e-9
     assert_is_slice(model, result.model, result.plan)
-    if case.expect == "exact":
+    if "cross_channel" not in network.tags:
         assert_equals_masked(model, result.model, result.plan, args, kwargs)
     assert_same_output_shapes(model, result.model, args, kwargs)
 
@@ -57,16 +59,19 @@ def assert_same_output_shapes(model: torch.nn.Module, small: torch.nn.Module, ar
             assert leaf == small_leaf
 
 
-@pytest.mark.parametrize("kept_seed", [0, 1])
-@pytest.mark.parametrize("case", PRUNABLE, ids=lambda case: case.id)
-def test_random_units_are_cut(case: Case, kept_seed: int) -> None:
-    model, args, kwargs = case.build()
-    check_random_pruning(model, args, kwargs, kept_seed, is_cross_channel=case.expect == "mixed")
+@over
+def test_random_units_are_cut(network: Network) -> None:
+    model, args, kwargs = network.build()
+    groups = torchshear.analyze(torchshear.trace(model, args=args, kwargs=kwargs))
+    for kept_seed in range(2):
+        check_random_pruning(
+            model, args, kwargs, kept_seed, is_cross_channel="cross_channel" in network.tags, groups=groups
+        )
 
 
-@pytest.mark.parametrize("case", REFUSED, ids=lambda case: case.id)
-def test_refusal_gives_its_reason_and_changes_nothing(case: Case) -> None:
-    model, args, kwargs = case.build()
+@pytest.mark.parametrize("network", REFUSED, ids=lambda one: one.name)
+def test_refusal_gives_its_reason_and_changes_nothing(network: Network) -> None:
+    model, args, kwargs = network.build()
     before, expected = fingerprint(model), model(*args, **kwargs)
     groups = torchshear.analyze(torchshear.trace(model, args=args, kwargs=kwargs))
     assert not any(group.is_prunable for group in groups)
@@ -77,24 +82,18 @@ def test_refusal_gives_its_reason_and_changes_nothing(case: Case) -> None:
     else:
         said = str(result.report)
         assert_outputs_equal(result.model(*args, **kwargs), expected, rtol=1e-12)
-    assert f"aten.{case.name}" in said, "the operator that forbids it is named"
+    assert f"aten.{network.name}" in said, "the operator that forbids it is named"
     assert fingerprint(model) == before
 
 
-ITERATED = [
-    _named(6, "split_iterated"),
-    _named(5, "c2f"),
-    _named(0, "residual"),
-    _named(0, "grouped_bottleneck"),
-    _named(8, "shuffle_view"),
-    _named(17, "qkv_unbind_sdpa"),
-    _named(39, "pad_shortcut"),
-]
+ITERATED = named(
+    "split_iterated", "c2f", "residual", "grouped_bottleneck", "shuffle_view", "qkv_unbind_sdpa", "pad_shortcut"
+)
 
 
-@pytest.mark.parametrize("case", ITERATED, ids=lambda case: case.id)
-def test_pruning_a_pruned_model_again(case: Case) -> None:
-    model, args, kwargs = case.build()
+@pytest.mark.parametrize("network", ITERATED, ids=lambda one: one.name)
+def test_pruning_a_pruned_model_again(network: Network) -> None:
+    model, args, kwargs = network.build()
     for _ in range(3):
         result = torchshear.prune(model, args=args, kwargs=kwargs, ratio=0.25)
         assert n_elements(result.model) < n_elements(model)
@@ -103,8 +102,8 @@ def test_pruning_a_pruned_model_again(case: Case) -> None:
 
 
 def test_gated_unit_loses_what_was_asked() -> None:
-    for case in (_named(41, "glu_chunk"), _named(41, "swiglu"), _named(13, "glu_module")):
-        model, args, kwargs = case.build()
+    for network in named("glu_chunk", "swiglu", "glu_module"):
+        model, args, kwargs = network.build()
         result = torchshear.prune(model, args=args, kwargs=kwargs, ratio=0.5)
         first = next(name for name, parameter in model.named_parameters() if parameter.ndim > 1)
         kept = result.plan.masks()[first].flatten(1).any(1)
@@ -114,26 +113,19 @@ def test_gated_unit_loses_what_was_asked() -> None:
 
 
 def test_ties_and_frozen_flags_survive() -> None:
-    for name in ("tied_embedding", "tied_convolutions"):
-        model, args, kwargs = _named(28, name).build()
+    for network in named("tied_embedding", "tied_convolutions"):
+        model, args, kwargs = network.build()
         small = torchshear.prune(model, args=args, kwargs=kwargs, ratio=0.5).model
         assert len(list(small.parameters())) == len(list(model.parameters())), "a tied weight was duplicated"
-    model, args, kwargs = _named(26, "frozen_backbone").build()
+    (network,) = named("frozen_backbone")
+    model, args, kwargs = network.build()
     small = torchshear.prune(model, args=args, kwargs=kwargs, ratio=0.5).model
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert {name: parameter.requires_grad for name, parameter in small.named_parameters()} == flags
 
 
-def test_heads_and_head_widths_are_separate_groups_of_one_weight() -> None:
-    model, args, _ = _named(17, "qkv_unbind_sdpa").build()
-    groups = torchshear.analyze(torchshear.trace(model, args=args))
-    widths = sorted(group.width for group in groups if group.is_prunable)
-    # Heads, head width, stream. Values are as wide as queries and keys: one reshape gives all three their width.
-    assert widths == [4, 6, 24]
-
-
 def test_a_call_that_fails_is_reported_with_its_own_error() -> None:
-    model, args, kwargs = _named(40, "several_inputs").build()
+    model, args, kwargs = named("several_inputs")[0].build()
     before = fingerprint(model)
     wrong = {**kwargs, "context": torch.zeros(2, 7, 16, 16, dtype=torch.float64)}
     with pytest.raises(TorchshearError, match="7"):
@@ -143,9 +135,9 @@ def test_a_call_that_fails_is_reported_with_its_own_error() -> None:
     assert fingerprint(model) == before
 
 
-@pytest.mark.parametrize("case", [_named(0, "residual"), _named(39, "pad_shortcut")], ids=lambda case: case.id)
-def test_pruned_model_trains(case: Case) -> None:
-    model, args, kwargs = case.build()
+@pytest.mark.parametrize("network", named("residual", "pad_shortcut"), ids=lambda one: one.name)
+def test_pruned_model_trains(network: Network) -> None:
+    model, args, kwargs = network.build()
     small = torchshear.prune(model, args=args, kwargs=kwargs, ratio=0.5).model.train()
     before = copy.deepcopy(small.state_dict())
     optimiser = torch.optim.SGD(small.parameters(), lr=0.1)

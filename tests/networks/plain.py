@@ -1,17 +1,18 @@
-"""Case 0: what every pruner must do."""
+"""What every pruner must do."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from tests.blocks import Net
-from tests.cases._base import case, conv, conv_bn, head, image, noise
+from tests.networks._base import Net, conv, conv_bn, head, network, noise, picture
 
 
-@case(0, "plain VGG-like stack")
+@network("plain VGG-like stack", "plain", widths=(16, 24, 32))
 def sequential():
     body = [conv_bn(3, 16), nn.MaxPool2d(2), conv_bn(16, 24), nn.Dropout(0.2), conv_bn(24, 32), head(32)]
-    return nn.Sequential(*body), (image(),)
+    return nn.Sequential(*body), (picture(),)
 
 
 class BasicBlock(nn.Module):
@@ -31,12 +32,12 @@ class BasicBlock(nn.Module):
         return self.relu(x)
 
 
-@case(0, "ResNet with in-place sums and relu")
+@network("ResNet with in-place sums and relu", "residual", widths=(16, 16, 32, 32))
 def residual():
-    return nn.Sequential(conv_bn(3, 16), BasicBlock(16, 16), BasicBlock(16, 32, 2), head(32)), (image(),)
+    return nn.Sequential(conv_bn(3, 16), BasicBlock(16, 16), BasicBlock(16, 32, 2), head(32)), (picture(),)
 
 
-@case(0, "DenseNet block and transition")
+@network("DenseNet block and transition", "concatenation", widths=(8, 8, 8, 16, 20, 32, 32, 32))
 def dense():
     def run(m, x):
         x = m.stem(x)
@@ -48,10 +49,10 @@ def dense():
         nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), conv(c, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), conv(32, 8))
         for c in (16, 24, 32)
     )
-    return Net(run, stem=conv(3, 16), layers=layers, transition=conv(40, 20, 1), head=head(20)), (image(),)
+    return Net(run, stem=conv(3, 16), layers=layers, transition=conv(40, 20, 1), head=head(20)), (picture(),)
 
 
-@case(0, "four branches of different width")
+@network("four branches of different width", "concatenation", widths=(4, 8, 8, 8, 12, 16, 16))
 def inception():
     def run(m, x):
         x = m.stem(x)
@@ -64,10 +65,10 @@ def inception():
         "c": nn.Sequential(conv_bn(16, 4, 1), conv_bn(4, 8, 5)),
         "d": conv_bn(16, 8, 1),
     }
-    return Net(run, stem=conv_bn(3, 16), head=head(40), **parts), (image(),)
+    return Net(run, stem=conv_bn(3, 16), head=head(40), **parts), (picture(),)
 
 
-@case(0, "MobileNetV2 inverted residual")
+@network("MobileNetV2 inverted residual", "grouped", "residual", widths=(16, 64))
 def inverted_residual():
     def run(m, x):
         x = m.stem(x)
@@ -80,38 +81,26 @@ def inverted_residual():
         depthwise=conv_bn(64, 64, groups=64),
         project=nn.Sequential(conv(64, 16, 1, bias=False), nn.BatchNorm2d(16)),
         head=head(16),
-    ), (image(),)
+    ), (picture(),)
 
 
-@case(0, "ResNeXt bottleneck")
+@network("ResNeXt bottleneck", "grouped", "residual", widths=(16, 32, 32))
 def grouped_bottleneck():
     def run(m, x):
         x = m.stem(x)
         return m.head(F.relu(x + m.c(m.b(m.a(x)))))
 
     parts = {"a": conv_bn(16, 32, 1), "b": conv_bn(32, 32, groups=4), "c": conv(32, 16, 1)}
-    return Net(run, stem=conv_bn(3, 16), head=head(16), **parts), (image(),)
+    return Net(run, stem=conv_bn(3, 16), head=head(16), **parts), (picture(),)
 
 
-@case(0, "squeeze-and-excitation by 1x1 convolutions and by Linear")
-def squeeze_excitation():
-    def run(m, x):
-        x = m.stem(x)
-        x = x * m.b(F.relu(m.a(x.mean((2, 3), keepdim=True)))).sigmoid()
-        gate = F.hardsigmoid(m.d(F.relu(m.c(F.adaptive_avg_pool2d(x, 1).flatten(1)))))
-        return m.head(x * gate[:, :, None, None])
-
-    parts = {"a": conv(32, 8, 1), "b": conv(8, 32, 1), "c": nn.Linear(32, 8), "d": nn.Linear(8, 32)}
-    return Net(run, stem=conv_bn(3, 32), head=head(32), **parts), (image(),)
-
-
-@case(0, "conv, flatten (channels first), Linear")
+@network("conv, flatten (channels first), Linear", "reshaped", widths=(12, 40))
 def flatten_head():
     body = [conv(3, 12), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(12 * 16, 40), nn.ReLU(), nn.Linear(40, 10)]
-    return nn.Sequential(*body), (image(),)
+    return nn.Sequential(*body), (picture(),)
 
 
-@case(0, "generator: Linear, view as a map, transposed convolutions")
+@network("generator: Linear, view as a map, transposed convolutions", "reshaped", "transposed", widths=(16, 32))
 def generator():
     def run(m, z):
         x = m.fc(z).view(-1, 32, 4, 4)
@@ -121,7 +110,7 @@ def generator():
     return Net(run, fc=nn.Linear(20, 512), a=a, norm=nn.BatchNorm2d(16), b=b), (noise(2, 20),)
 
 
-@case(0, "LayerScale of shape (C,) and (C, 1, 1)")
+@network("LayerScale of shape (C,) and (C, 1, 1)", "parameters", "residual", widths=(24,))
 def layer_scale():
     def run(m, x):
         x = m.stem(x)
@@ -129,10 +118,12 @@ def layer_scale():
         return m.head(x + (m.beta * m.b(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
     gamma, beta = nn.Parameter(torch.zeros(24, 1, 1)), nn.Parameter(torch.zeros(24))
-    return Net(run, stem=conv(3, 24), a=conv(24, 24), b=conv(24, 24), gamma=gamma, beta=beta, head=head(24)), (image(),)
+    return Net(run, stem=conv(3, 24), a=conv(24, 24), b=conv(24, 24), gamma=gamma, beta=beta, head=head(24)), (
+        picture(),
+    )
 
 
-@case(0, "one convolution applied three times, PReLU")
+@network("one convolution applied three times, PReLU", "shared_weights", widths=(16,))
 def shared_module():
     def run(m, x):
         x = m.stem(x)
@@ -140,36 +131,28 @@ def shared_module():
             x = m.act(m.body(x))
         return m.head(x)
 
-    return Net(run, stem=conv(3, 16), body=conv(16, 16), act=nn.PReLU(16), head=head(16)), (image(),)
+    return Net(run, stem=conv(3, 16), body=conv(16, 16), act=nn.PReLU(16), head=head(16)), (picture(),)
 
 
-@case(0, "dictionary of inputs")
-def dict_input():
-    def run(m, batch):
-        return m.head(F.relu(m.a(batch["left"]) + m.b(batch["right"])))
-
-    return Net(run, a=conv(3, 16), b=conv(1, 16), head=head(16)), ({"left": image(), "right": image(1)},)
-
-
-@case(0, "parameters that no output depends on")
+@network("parameters that no output depends on", "parameters", widths=(16,))
 def unused_parameters():
     unused = nn.Parameter(torch.zeros(7, 3))
     return Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(3, 16), b=conv(16, 4), unused=unused, idle=conv(5, 9)), (
-        image(),
+        picture(),
     )
 
 
-@case(0, "up-sampling by interpolation")
+@network("up-sampling by interpolation", "plain", widths=(12, 16))
 def interpolate():
     def run(m, x):
         x = F.relu(m.b(F.avg_pool2d(F.relu(m.a(x)), 2)))
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         return m.c(F.interpolate(x, size=(24, 24), mode="bilinear", align_corners=False))
 
-    return Net(run, a=conv(3, 12), b=conv(12, 16), c=conv(16, 3)), (image(),)
+    return Net(run, a=conv(3, 12), b=conv(12, 16), c=conv(16, 3)), (picture(),)
 
 
-@case(0, "MLP with skips and BatchNorm1d")
+@network("MLP with skips and BatchNorm1d", "residual", "concatenation", widths=(8, 32, 48))
 def mlp_skips():
     def run(m, x):
         x = F.relu(m.norm(m.stem(x)))
@@ -178,3 +161,48 @@ def mlp_skips():
 
     parts = {"a": nn.Linear(32, 48), "b": nn.Linear(48, 32), "c": nn.Linear(32, 8), "last": nn.Linear(40, 10)}
     return Net(run, stem=nn.Linear(16, 32), norm=nn.BatchNorm1d(32), **parts), (noise(4, 16),)
+
+
+class Residual(nn.Module):
+    """A residual block between two convolutions, with batch norms and a classifier."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.one = nn.Conv2d(width, 2 * width, 3, padding=1)
+        self.two = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.drop = nn.Dropout(0.2)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (batch, 5)."""
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.two(torch.relu(self.one(x)))
+        return self.head(self.drop(x.mean((2, 3))))
+
+
+@network("a residual block with a norm in front, dropout and a classifier", "residual", widths=(8, 16))
+def residual_dropout():
+    return Residual(), (picture(size=8),)
+
+
+class Classifier(nn.Module):
+    """A norm in the first group alone, a ReLU behind the first two, another activation behind the third."""
+
+    def __init__(self, activation: Callable[[Tensor], Tensor] = torch.relu) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.two, self.three = nn.Conv2d(8, 12, 3), nn.Linear(12, 10)
+        self.out = nn.Linear(10, 4)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of shape (batch, 4)."""
+        y = self.two(self.norm(self.one(x)).relu()).relu().mean((2, 3))
+        return self.out(self.activation(self.three(y)))
+
+
+@network("a norm in the first group alone, activations of two kinds", "plain", widths=(8, 10, 12))
+def classifier():
+    return Classifier(torch.sigmoid), (picture(size=6),)
