@@ -13,23 +13,10 @@ from torch.nn import functional
 
 import torchshear
 from tests.mutating import Mutation, calls_of, mutated, mutations_of, watched
-from tests.networks import randomise
+from tests.networks import Between, randomise
 from torchshear.dependency import Cut
 from torchshear.errors import TorchshearError
 from torchshear.pruners import random_criterion
-
-
-class Between(nn.Module):
-    """A layer, a call, a layer that reads each of its results."""
-
-    def __init__(self, call: Callable[[Tensor], Tensor], n_read: int = 12) -> None:
-        super().__init__()
-        self.call = call
-        self.one, self.two = nn.Linear(4, 12), nn.Linear(n_read, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Three features of each token."""
-        return self.two(self.call(self.one(x)))
 
 
 def _filtered(x: Tensor) -> Tensor:
@@ -89,7 +76,8 @@ def _mutation(case: Case, model: nn.Module, x: Tensor) -> Mutation:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.operator} {case.wrong}")
 def test_a_wrong_rule_is_noticed(case: Case) -> None:
     x = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    model = randomise(Between(case.call, case.n_read).double().eval())
+    model = Between(case.call, nn.Linear(4, 12), nn.Linear(case.n_read, 3)).double().eval()
+    randomise(model)
     mutation = _mutation(case, model, x)
     with mutated(mutation), pytest.raises(TorchshearError):
         _prune(model, x)

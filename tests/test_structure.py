@@ -104,3 +104,18 @@ def test_no_import_hides_in_a_function() -> None:
             if isinstance(function, ast.FunctionDef):
                 hidden = [n for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
                 assert not hidden, f"{path.name}: {function.name}"
+
+
+def test_no_test_imports_another_test_or_private_names() -> None:
+    """What several test files use has a file of its own, whose private parts only its folder reads."""
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        own = ".".join(path.relative_to(folder.parent).parent.parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "tests":
+                continue
+            for alias in node.names:
+                parts = f"{node.module}.{alias.name}".split(".")
+                assert not any(part.startswith("test_") for part in parts), f"{path.name} imports {'.'.join(parts)}"
+                is_private = any(part.startswith("_") for part in parts)
+                assert not is_private or node.module.startswith(own), f"{path.name} imports {'.'.join(parts)}"

@@ -12,11 +12,11 @@ import torch.multiprocessing as mp
 from torch.nn import functional
 
 import torchshear
-from tests.calibration.test_statistics import Net, analysed, batches
-from tests.networks import randomise
+from tests.calibration.sums import analysed, batches
+from tests.networks import classified, randomise
+from tests.networks.attention import EncoderBlock
+from tests.networks.plain import GroupedBranch
 from tests.processes import end_together
-from tests.pruners.test_sensitivity import Block
-from tests.pruners.test_sensitivity import data as tokens
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
 from torchshear.pruners import Statistics, find_criterion, registered_criteria
@@ -28,7 +28,7 @@ def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
 
     def run(groups: ChannelGroups) -> dict[str, Any]:
         found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2)
-        heads = _heads(tokens(3, 5, 12)[2 * rank : 2 * rank + 2])
+        heads = _heads(classified(3, 5, 12)[2 * rank : 2 * rank + 2])
         return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)} | heads
 
     _saved(rank, folder, run)
@@ -39,7 +39,7 @@ def _saved(rank: int, folder: str, run: Callable[[ChannelGroups], dict[str, Any]
     limit = timedelta(seconds=60)  # of waiting for the other process
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
     try:
-        torch.save(run(analysed(randomise(Net()).eval())), _file(folder, rank))
+        torch.save(run(analysed(randomise(GroupedBranch()).eval())), _file(folder, rank))
     except Exception as error:
         torch.save({"error": f"{type(error).__name__}: {error}"}, _file(folder, rank))
     end_together(folder)
@@ -56,7 +56,7 @@ def _broken_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def _heads(data: list[Any]) -> dict[str, Any]:
     """What is summed of attention heads."""
-    model = randomise(Block()).double().eval()
+    model = randomise(EncoderBlock()).double().eval()
     groups = torchshear.analyze(torchshear.trace(model, (data[0][0],)))
     return {"heads": dict(torchshear.collect(groups, data, functional.cross_entropy, len(data)).heads)}
 
@@ -128,12 +128,12 @@ def _both(folder: Path, argument: Any, function: Callable[..., None] = _collect)
 
 def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> None:
     first, second = _both(tmp_path, (2, 2))
-    groups = analysed(randomise(Net()).eval())
+    groups = analysed(randomise(GroupedBranch()).eval())
     alone = torchshear.collect(groups, batches(4), functional.cross_entropy, 4)
     torch.testing.assert_close(first["numbers"], second["numbers"], rtol=0, atol=0)
     torch.testing.assert_close(first["numbers"], _numbers(alone), rtol=1e-5, atol=1e-9)
     assert first["kept"] == second["kept"]
-    heads = _heads(tokens(3, 5, 12))
+    heads = _heads(classified(3, 5, 12))
     assert heads["heads"]
     torch.testing.assert_close({"heads": first["heads"]}, heads)
     torch.testing.assert_close(first["heads"], second["heads"], rtol=0, atol=0)
@@ -169,4 +169,4 @@ def test_whatever_stops_one_process_stops_both(tmp_path: Path) -> None:
 def test_one_process_needs_no_group() -> None:
     assert not dist.is_initialized()
     with pytest.raises(DataError, match="ended after 1 of 2"):
-        torchshear.collect(analysed(Net().eval()), batches(1), None, 2)
+        torchshear.collect(analysed(GroupedBranch().eval()), batches(1), None, 2)

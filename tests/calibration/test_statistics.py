@@ -1,6 +1,6 @@
 """Statistics: what is summed, against naive loops over the model itself; and data that does not fit."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -10,52 +10,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.calibration.sums import analysed, batches, collected, gradients
 from tests.networks import Residual, image, randomise
-from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS, Statistics, find_taps
+from tests.networks.plain import GroupedBranch
+from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS, find_taps
 from torchshear.calibration._weight_sums import WeightAccumulators
-from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, DataError, WeightError
-
-
-class Net(nn.Module):
-    """Convolution, norm, activation, residual sum, classifier."""
-
-    def __init__(self, act: Callable[[Tensor], Tensor] = functional.relu, groups: int = 2) -> None:
-        super().__init__()
-        self.act = act
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=groups), nn.BatchNorm2d(12)
-        self.down = nn.Conv2d(12, 8, 1)
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm(self.stem(x)))
-        y = self.act(self.up_norm(self.up(x)))
-        x = self.act(x + self.down(y))
-        return self.head(x.mean((2, 3)))
-
-
-def batches(count: int = 3, size: int = 4, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(size, 3, 6, 6, generator=generator), torch.randint(0, 5, (size,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def analysed(model: nn.Module) -> ChannelGroups:
-    return torchshear.analyze(torchshear.trace(model, (torch.zeros(2, 3, 6, 6),)))
-
-
-def collected(model: nn.Module, **options: Any) -> tuple[ChannelGroups, Statistics]:
-    groups = analysed(model)
-    loss = options.pop("loss_fn", functional.cross_entropy)
-    return groups, torchshear.collect(groups, batches(), loss, batches=3, **options)
 
 
 @pytest.fixture
 def net() -> nn.Module:
-    return randomise(Net()).eval()
+    return randomise(GroupedBranch()).eval()
 
 
 def test_activations_are_those_behind_the_activation(net: nn.Module) -> None:
@@ -87,13 +52,6 @@ def test_a_residual_stream_is_seen_behind_the_sum(net: nn.Module) -> None:
     assert len(taps.made) == 2
     assert len(taps.activated) == 2
     assert all(tap.has_zeros for tap in taps.activated)
-
-
-def gradients(net: nn.Module) -> Iterator[dict[str, Tensor]]:
-    for x, target in batches():
-        loss = functional.cross_entropy(net(x), target)
-        found = torch.autograd.grad(loss, list(net.parameters()))
-        yield dict(zip((name for name, _ in net.named_parameters()), found, strict=True))
 
 
 def weight_sums(net: nn.Module, found: Iterable[Mapping[str, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
@@ -333,7 +291,7 @@ def test_keyword_batches_of_a_dictionary() -> None:
     class Keywords(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = randomise(Net())
+            self.net = randomise(GroupedBranch())
 
         def forward(self, *, image: Tensor) -> Tensor:
             return self.net(image)
@@ -409,7 +367,7 @@ def test_arguments_are_checked(net: nn.Module) -> None:
     with pytest.raises(ArgumentError, match="without a loss"):
         torchshear.plan(groups, criterion="taylor", statistics=torchshear.collect(groups, batches(), None, 3))
     with pytest.raises(WeightError, match="meta device"):
-        torchshear.collect(analysed(Net().to("meta").eval()), batches(), None, 1)
+        torchshear.collect(analysed(GroupedBranch().to("meta").eval()), batches(), None, 1)
 
 
 def test_an_endless_loader_is_stopped(net: nn.Module) -> None:

@@ -155,6 +155,15 @@ def labelled(n_batches: int = 3) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def classified(*shape: int, count: int = 4, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
+    """Batches of a shape with one of five labels a sample, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(*shape, generator=generator).to(dtype), torch.randint(0, 5, shape[:1], generator=generator))
+        for _ in range(count)
+    ]
+
+
 def conv(c_in: int, c_out: int, kernel: int = 3, **options: Any) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, **options)
 

@@ -240,3 +240,30 @@ class Separate(nn.Module):
 @network("layers for queries, keys and values; two queries share a key", "attention", "copied", widths=(2, 2, 6, 6))
 def separate_projections():
     return Separate(kv_heads=2), (noise(2, 5, 16),)
+
+
+class EncoderBlock(nn.Module):
+    """Attention of six query heads, of which three share a key and value head, and a feed-forward part."""
+
+    def __init__(self, kv_heads: int = 6) -> None:
+        super().__init__()
+        self.kv_heads, self.n_shared = kv_heads, 6 // kv_heads
+        self.q, self.kv, self.o = nn.Linear(12, 24), nn.Linear(12, 8 * kv_heads), nn.Linear(24, 12)
+        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor, xi: Tensor | None = None) -> Tensor:
+        batch, tokens, _ = x.shape
+        q = self.q(x).reshape(batch, tokens, self.kv_heads, self.n_shared, 4).permute(0, 2, 3, 1, 4)
+        k, v = self.kv(x).reshape(batch, tokens, 2, self.kv_heads, 1, 4).permute(2, 0, 3, 4, 1, 5).unbind(0)
+        heads = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+        heads = heads if xi is None else heads * xi[:, :, None, None]
+        x = x + self.o(heads.permute(0, 3, 1, 2, 4).reshape(batch, tokens, 24))
+        x = x + self.down(F.gelu(self.up(x)))
+        return self.head(x.mean(1))
+
+
+@network(
+    "an encoder block whose query heads share keys, and a classifier", "attention", "residual", widths=(2, 3, 4, 20)
+)
+def encoder_block():
+    return EncoderBlock(2), (noise(2, 5, 12),)

@@ -68,3 +68,19 @@ class Experts(nn.Module):
 @network("weights of all experts in one tensor, and a router", "experts", "cross_channel", "layer", widths=(4, 6, 9))
 def experts():
     return Experts(), (noise(3, 4, 6),)
+
+
+class GatedFeedForward(nn.Module):
+    """A feed-forward part with a gate beside it, so that two layers make its units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(12, 9), nn.Linear(12, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+@network("two layers that make the same units, one a gate", "gate", widths=(9,))
+def gated_units():
+    return GatedFeedForward(), (noise(3, 12),)

@@ -206,3 +206,53 @@ class Classifier(nn.Module):
 @network("a norm in the first group alone, activations of two kinds", "plain", widths=(8, 10, 12))
 def classifier():
     return Classifier(torch.sigmoid), (picture(size=6),)
+
+
+class GroupedBranch(nn.Module):
+    """Convolutions with norms, the second in groups, a residual sum of the third, and a classifier."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor] = F.relu, groups: int = 2) -> None:
+        super().__init__()
+        self.act = act
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.up, self.up_norm = nn.Conv2d(8, 12, 3, padding=1, groups=groups), nn.BatchNorm2d(12)
+        self.down = nn.Conv2d(12, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.stem(x)))
+        y = self.act(self.up_norm(self.up(x)))
+        x = self.act(x + self.down(y))
+        return self.head(x.mean((2, 3)))
+
+
+@network("a branch with a grouped convolution beside a residual stream", "residual", "grouped", widths=(8, 12))
+def grouped_branch():
+    return GroupedBranch(), (picture(size=6),)
+
+
+class ManyLayers(nn.Module):
+    """Batch norms, a residual sum, a grouped and a depthwise convolution, and linear layers behind a flattened map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.one, self.one_norm = nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12)
+        self.deep, self.two = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 8, 1)
+        self.hidden, self.head = nn.Linear(32, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y = torch.relu(self.deep(torch.relu(self.one_norm(self.one(x)))))
+        x = torch.relu(x + self.two(y))
+        return self.head(torch.relu(self.hidden(F.adaptive_avg_pool2d(x, 2).flatten(1))))
+
+
+@network(
+    "norms, a residual sum, grouped and depthwise convolutions, a flattened map",
+    "residual",
+    "grouped",
+    widths=(8, 9, 12),
+)
+def many_layers():
+    return ManyLayers(), (picture(size=5),)

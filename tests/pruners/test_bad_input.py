@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.calibration.test_statistics import Net, analysed, batches
+from tests.calibration.sums import analysed, batches
 from tests.networks import randomise
-from tests.pruners.test_every_criterion import is_scored, mixed, score
+from tests.networks.plain import GroupedBranch
+from tests.pruners.scoring import is_scored, mixed, score
 from torchshear.calibration import SUMS_OF_GRADIENTS
 from torchshear.errors import ArgumentError, DataError, PlanError
 from torchshear.pruners import registered_criteria
@@ -20,7 +21,7 @@ from torchshear.pruners.criteria import needs_of
 
 ON_DATA = tuple(name for name in registered_criteria() if needs_of(name))
 ON_GRADIENTS = tuple(name for name in ON_DATA if needs_of(name) & SUMS_OF_GRADIENTS)
-ANALYSED = analysed(randomise(Net()).eval())
+ANALYSED = analysed(randomise(GroupedBranch()).eval())
 
 
 def second(first: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -181,7 +182,7 @@ TWO_HEADS = analysed(randomise(TwoHeads()).eval())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_models_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> None:
     groups = torchshear.analyze(
-        torchshear.trace(randomise(Net()).to(dtype).eval(), (torch.zeros(2, 3, 6, 6, dtype=dtype),))
+        torchshear.trace(randomise(GroupedBranch()).to(dtype).eval(), (torch.zeros(2, 3, 6, 6, dtype=dtype),))
     )
     data = [(x.to(dtype), target) for x, target in batches()]
     statistics = torchshear.collect(groups, data, lambda out, t: functional.cross_entropy(out.float(), t), 3)
@@ -200,7 +201,7 @@ def test_models_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> N
 
 
 def test_apoz_is_refused_where_no_exact_zeros_can_occur() -> None:
-    groups = analysed(randomise(Net(functional.silu)).eval())
+    groups = analysed(randomise(GroupedBranch(functional.silu)).eval())
     statistics = torchshear.collect(groups, batches(), None, 3, criteria=["apoz", "mean_activation"])
     with pytest.raises(
         ArgumentError, match="no activation .* gives exact zeros.*use 'mean_activation' or 'activation_v"

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.calibration.test_statistics import Net, analysed, batches, collected, gradients
+from tests.calibration.sums import analysed, batches, collected, gradients
 from tests.networks import randomise
+from tests.networks.plain import GroupedBranch
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, registered_criteria
@@ -83,7 +84,7 @@ def test_connection_sensitivity_forgets_a_tenth_with_each_batch() -> None:
 
 
 def test_bn_scale_adds_the_norms_of_a_group() -> None:
-    net = randomise(Net()).eval()
+    net = randomise(GroupedBranch()).eval()
     groups = analysed(net)
     np.testing.assert_allclose(scores("bn_scale", groups, "stem.weight[0]"), net.norm.weight.detach().abs())
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
@@ -94,11 +95,11 @@ def test_bn_scale_adds_the_norms_of_a_group() -> None:
 
 
 def test_a_group_that_cannot_be_scored_stays_whole_and_says_why() -> None:
-    groups, statistics = collected(randomise(Net(functional.gelu)).eval())
+    groups, statistics = collected(randomise(GroupedBranch(functional.gelu)).eval())
     with pytest.raises(ArgumentError, match="use 'mean_activation'"):
         torchshear.plan(groups, criterion="apoz", statistics=statistics)
 
-    class Half(Net):
+    class Half(GroupedBranch):
         def forward(self, x: Tensor) -> Tensor:
             y = functional.relu(self.up_norm(self.up(functional.gelu(self.norm(self.stem(x))))))
             return self.head(functional.gelu(self.down(y)).mean((2, 3)))
@@ -110,7 +111,7 @@ def test_a_group_that_cannot_be_scored_stays_whole_and_says_why() -> None:
 
 
 def test_group_fisher_and_taylor_bn_are_what_their_formulas_say() -> None:
-    net = randomise(Net()).eval()
+    net = randomise(GroupedBranch()).eval()
     groups, statistics = collected(net)
     expected = sum(((net.up_norm.weight * g["up_norm.weight"] + net.up_norm.bias * g["up_norm.bias"]) ** 2
                     for g in gradients(net)), torch.zeros(12))  # fmt: skip
@@ -122,7 +123,7 @@ def test_group_fisher_and_taylor_bn_are_what_their_formulas_say() -> None:
 
 
 def test_wanda_multiplies_each_weight_by_the_size_of_its_input() -> None:
-    net = randomise(Net()).eval()
+    net = randomise(GroupedBranch()).eval()
     groups, statistics = collected(net, loss_fn=None)
     with torch.no_grad():
         seen = torch.cat([functional.relu(net.norm(net.stem(x))) for x, _ in batches()])
@@ -195,7 +196,7 @@ def test_wanda_sees_the_inputs_of_a_product_with_its_bias_first() -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_permuting_channels_permutes_scores(name: str) -> None:
-    net, other = randomise(Net(groups=1)).eval(), Net(groups=1).eval()
+    net, other = randomise(GroupedBranch(groups=1)).eval(), GroupedBranch(groups=1).eval()
     order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
     state = {key: value.clone() for key, value in net.state_dict().items()}
     for key in state:  # the residual stream: made by "stem" and "down", read by "up" and "head"
@@ -215,7 +216,7 @@ def _with_statistics(net: nn.Module) -> tuple[ChannelGroups, str, Statistics]:
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_pruned_by_any_criterion_is_proved_equal(name: str) -> None:
-    net = randomise(Net()).eval()
+    net = randomise(GroupedBranch()).eval()
     groups, statistics = collected(net)
     plan = torchshear.plan(groups, criterion=name, ratio=0.5, statistics=statistics)
     small = torchshear.shrink(net, plan)
@@ -226,11 +227,11 @@ def test_a_model_pruned_by_any_criterion_is_proved_equal(name: str) -> None:
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradient_criteria_say_what_they_need(name: str) -> None:
     with pytest.raises(ArgumentError, match="loss_fn"):
-        torchshear.plan(analysed(randomise(Net()).eval()), criterion=name)
+        torchshear.plan(analysed(randomise(GroupedBranch()).eval()), criterion=name)
 
 
 def test_statistics_for_other_criteria_are_refused_with_what_is_missing() -> None:
-    groups, statistics = collected(randomise(Net()).eval(), criteria="apoz")
+    groups, statistics = collected(randomise(GroupedBranch()).eval(), criteria="apoz")
     with pytest.raises(ArgumentError, match="for other criteria, without magnitude"):
         torchshear.plan(groups, criterion="mean_activation", statistics=statistics)
     with pytest.raises(ArgumentError, match="without a loss, or for criteria that need none"):
@@ -239,7 +240,7 @@ def test_statistics_for_other_criteria_are_refused_with_what_is_missing() -> Non
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_collected_for_a_criterion_alone_gives_its_scores(name: str) -> None:
-    net = randomise(Net()).eval()
+    net = randomise(GroupedBranch()).eval()
     groups, everything = collected(net)
     if not needs_of(name):
         with pytest.raises(ArgumentError, match=f"criteria='{name}' look at no data"):
@@ -259,7 +260,7 @@ BY_MEMBER = ("l1", "l2", "taylor", "snip", "snip_momentum", "gradient", "fpgm", 
     ("name", "is_whole"), [*((name, True) for name in WHOLE), *((name, False) for name in BY_MEMBER)]
 )
 def test_only_scores_of_members_depend_on_how_these_are_combined(name: str, is_whole: bool) -> None:
-    groups, statistics = collected(randomise(Net()).eval())
+    groups, statistics = collected(randomise(GroupedBranch()).eval())
     weights = {n: e.tensor for n, e in groups.graph.state.items() if e.kind == "parameter"}
 
     def scored(group_reduction: str) -> np.ndarray:

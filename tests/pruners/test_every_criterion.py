@@ -14,40 +14,25 @@ from torch.nn import functional
 
 import torchshear
 from tests.functions import Pointwise, ReluInPlace, Reversed, Rounded
-from tests.networks import named, randomise, tagged
-from tests.networks.feed_forward import Experts
+from tests.networks import classified, named, randomise, tagged
+from tests.networks.attention import EncoderBlock
+from tests.networks.feed_forward import Experts, GatedFeedForward
 from tests.networks.layers import Steps
+from tests.networks.plain import ManyLayers
 from tests.oracle import fresh_inputs
 from tests.pruners import naive
-from tests.pruners.test_sensitivity import Block, Gated
-from tests.pruners.test_sensitivity import data as tokens
+from tests.pruners.scoring import collected, images, is_scored, mixed, score
 from torchshear.calibration import SUMS_OF_GRADIENTS
-from torchshear.dependency import ChannelGroup, ChannelGroups, Member
+from torchshear.dependency import ChannelGroups, Member
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, UnscorableError, find_criterion, plan_from_kept, registered_criteria
 from torchshear.pruners.criteria import declared_needs
-from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS, group_scores
+from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 CRITERIA = registered_criteria()
 BY_DEFINITION = tuple(name for name in CRITERIA if name != "random")  # which follows no formula
 SCOPES = ("local", "global", "isomorphic")
 DIGITS = {"fpgm": 1e-5}  # its distances are worked out in float32
-
-
-def weights_of(groups: ChannelGroups) -> dict[str, Tensor]:
-    return {name: entry.tensor.detach() for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
-
-
-def score(name: str, groups: ChannelGroups, group: ChannelGroup, statistics: Statistics) -> np.ndarray:
-    return group_scores(group, find_criterion(name), weights_of(groups), statistics)
-
-
-def is_scored(name: str, groups: ChannelGroups, group: ChannelGroup, statistics: Statistics) -> bool:
-    try:
-        score(name, groups, group, statistics)
-    except UnscorableError:
-        return False
-    return True
 
 
 # -- what each says of itself -----------------------------------------------------------------------------------------
@@ -97,14 +82,6 @@ class Fused(naive.Residual):
 TOYS = {"residual": naive.Residual, "grouped": naive.Grouped, "adversarial": Adversarial, "fused": Fused}
 
 
-def images(count: int = 3, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(3, 3, 5, 5, generator=generator).to(dtype), torch.randint(0, 5, (3,), generator=generator))
-        for _ in range(count)
-    ]
-
-
 @cache
 def toy(name: str) -> tuple[naive.Watched, ChannelGroups, Statistics]:
     model = randomise(TOYS[name]()).double().eval()
@@ -130,30 +107,6 @@ def test_scores_are_the_definition(name: str, net: str) -> None:
 # -- permutation and order --------------------------------------------------------------------------------------------
 
 
-class Mixed(nn.Module):
-    """Batch norms, a residual sum, a grouped and a depthwise convolution, and linear layers behind a flattened map."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
-        self.one, self.one_norm = nn.Conv2d(8, 12, 3, padding=1, groups=2), nn.BatchNorm2d(12)
-        self.deep, self.two = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 8, 1)
-        self.hidden, self.head = nn.Linear(32, 9), nn.Linear(9, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.stem(x)))
-        y = torch.relu(self.deep(torch.relu(self.one_norm(self.one(x)))))
-        x = torch.relu(x + self.two(y))
-        return self.head(torch.relu(self.hidden(functional.adaptive_avg_pool2d(x, 2).flatten(1))))
-
-
-def collected(
-    model: nn.Module, data: list[Any], loss_fn: Any = functional.cross_entropy
-) -> tuple[ChannelGroups, Statistics]:
-    groups = torchshear.analyze(torchshear.trace(model, (data[0][0],)))
-    return groups, torchshear.collect(groups, data, loss_fn, len(data))
-
-
 def permuted(member: Member, weight: Tensor, order: np.ndarray) -> Tensor:
     """A weight in which unit c has what unit order[c] had."""
     lines = (
@@ -169,12 +122,6 @@ def permuted(member: Member, weight: Tensor, order: np.ndarray) -> Tensor:
         return lines.movedim(0, member.dim)
     rows = lines.unflatten(0, (member.n_blocks, -1)).movedim(1, member.dim + 1)
     return rows.reshape(weight.shape)
-
-
-@cache
-def mixed() -> tuple[nn.Module, ChannelGroups, Statistics]:
-    model = randomise(Mixed()).double().eval()
-    return (model, *collected(model, images()))
 
 
 @cache
@@ -194,7 +141,7 @@ def after_permuting(index: int, is_alike: bool) -> tuple[np.ndarray, ChannelGrou
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for member in group.members:
         state[member.name] = permuted(member, state[member.name], order)
-    other = Mixed().double().eval()
+    other = ManyLayers().double().eval()
     other.load_state_dict(state)
     for x, _ in images():
         torch.testing.assert_close(other(x), model(x))
@@ -358,9 +305,9 @@ def cells() -> nn.LSTM:
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {
-    "mixed": (Mixed, images()),
-    "attention": (Block, tokens(3, 5, 12)),
-    "gated": (Gated, tokens(3, 12)),
+    "mixed": (ManyLayers, images()),
+    "attention": (EncoderBlock, classified(3, 5, 12)),
+    "gated": (GatedFeedForward, classified(3, 12)),
     "lstm": (
         lambda: nn.Sequential(
             nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True), Steps(), Mean(), nn.Linear(14, 3)

@@ -11,22 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.dependency.rules.test_experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture, grouped_product
 from tests.networks import randomise
+from tests.networks.experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture
 from tests.pruners.naive_recurrent import RECURRENT, Read, Steps, loss_of, root_mean_squares, variance
+from tests.pruners.scoring import score, weights_of
 from torchshear.dependency import ChannelGroup, ChannelGroups, operator_rule, unregister
+from torchshear.dependency.rules._choosing import grouped_product
 from torchshear.pruners import Statistics, UnscorableError, find_criterion
 from torchshear.pruners.selection._scoring import group_scores
 
 STEPS, INPUTS, HIDDEN = 4, 5, 3
-
-
-def weights_of(groups: ChannelGroups) -> dict[str, Tensor]:
-    return {name: entry.tensor.detach() for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
-
-
-def score(name: str, groups: ChannelGroups, group: ChannelGroup, statistics: Statistics) -> np.ndarray:
-    return group_scores(group, find_criterion(name), weights_of(groups), statistics)
 
 
 def random_data(*shape: int) -> list[tuple[Tensor]]:

@@ -7,29 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import Attention
+from tests.networks import Attention, classified
+from tests.networks.attention import EncoderBlock
+from tests.networks.feed_forward import GatedFeedForward
 from torchshear.dependency import ChannelGroups
 from torchshear.pruners import Statistics, UnscorableError, find_criterion
-
-
-class Block(nn.Module):
-    """Attention of six query heads, of which three share a key and value head, and a feed-forward part."""
-
-    def __init__(self, kv_heads: int = 6) -> None:
-        super().__init__()
-        self.kv_heads, self.n_shared = kv_heads, 6 // kv_heads
-        self.q, self.kv, self.o = nn.Linear(12, 24), nn.Linear(12, 8 * kv_heads), nn.Linear(24, 12)
-        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor, xi: Tensor | None = None) -> Tensor:
-        batch, tokens, _ = x.shape
-        q = self.q(x).reshape(batch, tokens, self.kv_heads, self.n_shared, 4).permute(0, 2, 3, 1, 4)
-        k, v = self.kv(x).reshape(batch, tokens, 2, self.kv_heads, 1, 4).permute(2, 0, 3, 4, 1, 5).unbind(0)
-        heads = (q @ k.transpose(-1, -2)).softmax(-1) @ v
-        heads = heads if xi is None else heads * xi[:, :, None, None]
-        x = x + self.o(heads.permute(0, 3, 1, 2, 4).reshape(batch, tokens, 24))
-        x = x + self.down(functional.gelu(self.up(x)))
-        return self.head(x.mean(1))
 
 
 class Twelve(nn.Module):
@@ -43,17 +25,9 @@ class Twelve(nn.Module):
         return self.head(self.attention(x).mean(1))
 
 
-def data(*shape: int, dtype: torch.dtype = torch.float64) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(*shape, generator=generator).to(dtype), torch.randint(0, 5, shape[:1], generator=generator))
-        for _ in range(4)
-    ]
-
-
 def seen(model: nn.Module, *shape: int) -> tuple[ChannelGroups, Statistics]:
     groups = torchshear.analyze(torchshear.trace(model, (torch.zeros(*shape).double(),)))
-    return groups, torchshear.collect(groups, data(*shape), functional.cross_entropy, 4, criteria="sensitivity")
+    return groups, torchshear.collect(groups, classified(*shape), functional.cross_entropy, 4, criteria="sensitivity")
 
 
 def score(groups: ChannelGroups, statistics: Statistics, role: str) -> Tensor:
@@ -64,10 +38,10 @@ def score(groups: ChannelGroups, statistics: Statistics, role: str) -> Tensor:
 @pytest.mark.parametrize("kv_heads", [6, 2])
 def test_heads_are_scored_by_the_gradient_of_a_mask(kv_heads: int) -> None:
     torch.manual_seed(0)
-    model = Block(kv_heads).double().eval()
+    model = EncoderBlock(kv_heads).double().eval()
     groups, statistics = seen(model, 3, 5, 12)
     masks = []
-    for x, target in data(3, 5, 12):
+    for x, target in classified(3, 5, 12):
         xi = torch.ones(kv_heads, 6 // kv_heads, dtype=torch.float64, requires_grad=True)
         masks += torch.autograd.grad(functional.cross_entropy(model(x, xi), target), xi)
     # Query heads, each in all sets that share a key and value head; and these, each with the set that it serves.
@@ -110,28 +84,19 @@ def naive_rows(model: nn.Module, layers: list[str], inputs: list[tuple[Tensor, T
 
 def test_rows_are_scored_with_their_bias() -> None:
     torch.manual_seed(0)
-    model = Block().double().eval()
+    model = EncoderBlock().double().eval()
     groups, statistics = seen(model, 3, 5, 12)
-    np.testing.assert_allclose(score(groups, statistics, "ffn"), naive_rows(model, ["up"], data(3, 5, 12)), rtol=1e-9)
-
-
-class Gated(nn.Module):
-    """A feed-forward part with a gate beside it, so that two layers make its units."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(12, 9), nn.Linear(12, 9), nn.Linear(9, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(functional.silu(self.gate(x)) * self.up(x))
+    np.testing.assert_allclose(
+        score(groups, statistics, "ffn"), naive_rows(model, ["up"], classified(3, 5, 12)), rtol=1e-9
+    )
 
 
 def test_layers_of_a_group_add_up() -> None:
     torch.manual_seed(0)
-    model = Gated().double().eval()
+    model = GatedFeedForward().double().eval()
     groups, statistics = seen(model, 3, 12)
     np.testing.assert_allclose(
-        score(groups, statistics, "ffn"), naive_rows(model, ["gate", "up"], data(3, 12)), rtol=1e-9
+        score(groups, statistics, "ffn"), naive_rows(model, ["gate", "up"], classified(3, 12)), rtol=1e-9
     )
 
 
@@ -162,7 +127,9 @@ def test_rows_lie_along_any_dimension() -> None:
     torch.manual_seed(0)
     model = Transposed().double().eval()
     groups, statistics = seen(model, 3, 12)
-    np.testing.assert_allclose(score(groups, statistics, "ffn"), naive_rows(model, ["up"], data(3, 12), 1), rtol=1e-9)
+    np.testing.assert_allclose(
+        score(groups, statistics, "ffn"), naive_rows(model, ["up"], classified(3, 12), 1), rtol=1e-9
+    )
 
 
 @pytest.mark.parametrize("piece", [1 << 18, 5])
@@ -172,7 +139,7 @@ def test_rows_of_blocks_come_one_after_another(piece: int, monkeypatch: pytest.M
     model = GroupedTransposed().double().eval()
     groups, statistics = seen(model, 3, 4, 5, 5)
     gates = []
-    for x, target in data(3, 4, 5, 5):  # a gate behind the layer is its rows and its bias
+    for x, target in classified(3, 4, 5, 5):  # a gate behind the layer is its rows and its bias
         gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
         output = model.head(torch.tanh(model.up(x) * gate[:, None, None]).mean((2, 3)))
         gates += torch.autograd.grad(functional.cross_entropy(output, target), gate)
@@ -202,7 +169,7 @@ def test_units_without_rows_cannot_be_scored() -> None:
 
 def test_heads_and_rows_are_ranked_together_beside_their_mean() -> None:
     torch.manual_seed(0)
-    model = Block().double().eval()
+    model = EncoderBlock().double().eval()
     groups, statistics = seen(model, 3, 5, 12)
     plan = torchshear.plan(groups, "sensitivity", 0.4, statistics=statistics, scope="global", roles=("heads", "ffn"))
     lost = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.compat.nni.plain import HALF, Plain, batches
 from tests.networks import Attention, Chunked, Grouped, Residual, Tied, image, randomise
 from torchshear.calibration import SUMS_OF_GRADIENTS
 from torchshear.compat import nni
@@ -20,7 +21,6 @@ from torchshear.pruners import registered_criteria
 from torchshear.pruners.criteria import declared_needs, needs_of
 from torchshear.pruners.masks import Masks
 
-HALF = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
 CLASSES = {
     "L1FilterPruner": "l1",
     "L2FilterPruner": "l2",
@@ -36,28 +36,6 @@ ALIASES = {
     "ActivationMeanRankPruner": "ActivationMeanRankFilterPruner",
     "TaylorFOWeightPruner": "TaylorFOWeightFilterPruner",
 }
-
-
-class Plain(nn.Module):
-    """Convolutions with rectified outputs, for criteria of activations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.two = nn.Conv2d(8, 12, 3, padding=1)
-        self.head = nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.norm(self.one(x)))
-        return self.head(torch.relu(self.two(x)).mean((2, 3)))
-
-
-def batches(n: int = 3):
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator)) for _ in range(n)
-    ]
 
 
 def double(model: nn.Module) -> nn.Module:

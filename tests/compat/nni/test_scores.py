@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.compat.nni.test_classes import HALF, Plain, batches
+from tests.compat.nni.plain import HALF, Plain, batches
 from tests.networks import image, randomise
 from torchshear.compat.nni import ConfigPruner, L1NormPruner, L2NormPruner, SlimPruner, TaylorFOWeightPruner
 from torchshear.errors import MaskError

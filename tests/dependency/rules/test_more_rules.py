@@ -1,11 +1,6 @@
-"""Rules of less usual operators: a call between two layers, against the call itself on hand-sliced layers.
-
-Where a call names no size of the hidden axis, the pruned network must be the same Python code on the kept rows of the
-first layer and the kept columns of the second; all are compared with the masked network by `verify` as well.
-"""
+"""Rules of less usual operators, and of layers that hold an operator of their own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,31 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.dependency.rules.test_rules import SHAPES, Between
-from tests.networks import randomise
-from tests.oracle import assert_is_slice, assert_outputs_equal
-from tests.strategies import kept_sets
-from torchshear.pruners import plan_from_kept
+from tests.dependency.rules.calls import Case, check_rule
+from tests.networks import Net, randomise
+from tests.oracle import assert_outputs_equal
 
 
 def _features_written(x: Tensor) -> Tensor:
     y = x.clone()
     y[..., _index(1, 2)] = 0.5 * x[:, :, 3:5]
     return y
-
-
-@dataclass(frozen=True)
-class Case:
-    """A call on hidden values (see `tests.dependency.rules.test_rules.Case`).
-
-    `sizes` says that the call names sizes of the hidden axis, so that it does not run on fewer units as it stands.
-    """
-
-    name: str
-    call: Callable[[Tensor], Tensor]
-    shrinks: int = 1
-    kind: str = "features"
-    sizes: bool = False
 
 
 def _index(*positions: int) -> Tensor:
@@ -88,9 +67,10 @@ def _scattered(x: Tensor) -> Tensor:
 
 T, M = "tokens", "maps"
 A = torch.ops.aten
+FOLDED = [12, 4, 1]  # strides of twelve features as three times four
 CASES = (
     Case("hstack", lambda x: torch.hstack([x, x.relu()]).unflatten(1, (2, -1)).sum(1)),
-    Case("reshape_with_strides", lambda x: A._reshape_alias(x, [3, 3, 4], [12, 4, 1]).sin().flatten(1), 2, sizes=True),
+    Case("reshape_with_strides", lambda x: A._reshape_alias(x, [len(x), 3, 4], FOLDED).sin().flatten(1), 2, sizes=True),
     Case("hstack_vectors", lambda x: x * torch.hstack([x[0], x[0]]).sum()),
     Case("vstack", lambda x: x * torch.vstack([x, x.relu()]).sum(0)),
     Case("vstack_vectors", lambda x: x * torch.vstack([x.sum(0), x.relu().sum(0)]).sum(0)),
@@ -170,31 +150,9 @@ CASES = (
 )  # fmt: skip
 
 
-def _sliced(model: Between, masks: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The network written down with the kept rows of the first layer and the kept columns of the second."""
-    rows = masks["one.bias"]
-    others = range(2, masks["two.weight"].ndim)
-    columns = masks["two.weight"].any(0).amax([d - 1 for d in others]) if others else masks["two.weight"].any(0)
-    apply = functional.conv2d if others else functional.linear
-    hidden = model.call(apply(x, model.one.weight[rows], model.one.bias[rows]) + 0.1)
-    return apply(hidden, model.two.weight[:, columns], model.two.bias)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_rule_is_exact(case: Case) -> None:
-    model = randomise(Between(case.call, case.kind)).double().eval()
-    x = torch.randn(SHAPES[case.kind], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    groups = torchshear.analyze(torchshear.trace(model, (x,)))
-    assert len(groups.prunable) == case.shrinks, [(g.name, g.width) for g in groups] or [f.reason for f in groups.fixed]
-    for seed in range(2 if case.shrinks else 0):
-        plan = plan_from_kept(groups, kept_sets(groups, seed))
-        small = torchshear.shrink(model, plan, verify=False)
-        assert torchshear.verify(model, small, plan, args=(x,)).max_error <= 1e-9
-        assert_is_slice(model, small, plan)
-        if not case.sizes and len(plan.masks()) > 1:
-            assert_outputs_equal(small(x), _sliced(model, plan.masks(), x), 1e-9)
-    if not case.shrinks:
-        assert any("aten." in fixed.reason and "without a rule" not in fixed.reason for fixed in groups.fixed)
+    check_rule(case)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
@@ -207,22 +165,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[..., Any]]] = {
 }
 
 
-class Bag(nn.Module):
-    """A bag of entries, and a layer."""
-
-    def __init__(self, layer: nn.Module, run: Callable[..., Any]) -> None:
-        super().__init__()
-        self.layer, self.run, self.two = layer, run, nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Three features."""
-        return self.two(self.run(self, x))
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_embedding_bag(name: str) -> None:
     layer, run = LAYERS[name]
-    model = randomise(Bag(layer(), run)).double().eval()
+    model = randomise(Net(lambda m, x: m.two(run(m, x)), layer=layer(), two=nn.Linear(12, 3))).double().eval()
     x = torch.arange(15).view(3, 5)
     result = torchshear.prune(model, (x,), ratio=0.5)
     kept = result.plan.kept["layer.weight[1]"]
@@ -232,22 +178,10 @@ def test_embedding_bag(name: str) -> None:
     assert_outputs_equal(result.model(x), expected, 1e-12)
 
 
-class Bilinear(nn.Module):
-    """Two branches meet in a bilinear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.both, self.two = (
-            nn.Linear(4, 12), nn.Linear(4, 10), nn.Bilinear(12, 10, 8), nn.Linear(8, 3),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Three features."""
-        return self.two(self.both(self.a(x), self.b(x)).relu())
-
-
 def test_bilinear_layer_has_three_groups() -> None:
-    model, x = randomise(Bilinear()).double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    parts = {"a": nn.Linear(4, 12), "b": nn.Linear(4, 10), "both": nn.Bilinear(12, 10, 8), "two": nn.Linear(8, 3)}
+    model = randomise(Net(lambda m, x: m.two(m.both(m.a(x), m.b(x)).relu()), **parts)).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
     result = torchshear.prune(model, (x,), ratio=0.5)
     a, b, out = (result.plan.kept[name] for name in ("a.weight[0]", "b.weight[0]", "both.weight[0]"))
     assert (len(a), len(b), len(out)) == (6, 5, 4)
