@@ -36,7 +36,8 @@ LAYERS: dict[str, tuple[str, tuple[int, ...], Tensor, Callable[[], list[nn.Modul
         lambda: [nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, groups=6), nn.PReLU(6), nn.Conv2d(6, 4, 1)],
     ),
     "group_norm": (
-        "norm cross_channel", (6,), MAP, lambda: [nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 4, 1)],
+        "norm cross_channel", (6,), MAP,
+        lambda: [nn.Conv2d(3, 6, 1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 4, 1)],
     ),
     "instance_norm_with_scale": (
         "norm", (6,), MAP,
