@@ -194,7 +194,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         env={**os.environ, "COLUMNS": "80"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -481,7 +481,7 @@ def test_disk_full_in_the_middle_leaves_nothing(limit: int) -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=3600,
         check=False,
     )
     assert done.returncode == 1, done.stderr

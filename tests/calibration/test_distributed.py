@@ -36,7 +36,7 @@ def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
 
 def _saved(rank: int, folder: str, run: Callable[[ChannelGroups], dict[str, Any]]) -> None:
     """Save what a function gives, or its error, in a group of two processes."""
-    limit = timedelta(seconds=60)  # of waiting for the other process
+    limit = timedelta(hours=1)  # of waiting for the other process
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
     try:
         torch.save(run(analysed(randomise(GroupedBranch()).eval())), _file(folder, rank))
