@@ -7,10 +7,9 @@ from torchshear.dependency.groups._computed_weights import computed_weights
 from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups, FixedDimension, Member, check_groups
 from torchshear.dependency.groups._network import Dimension, Value
 from torchshear.dependency.groups._width_cost import WidthCost
-from torchshear.dependency.plans._cut import Cut, dense_cost
+from torchshear.dependency.plans._cut import Cut, dense_cost, part_costs
 from torchshear.dependency.plans._form import Form, FormKind, Part, Scales, Sizes, Slot
 from torchshear.dependency.plans._outputs import OutputPlan
-from torchshear.dependency.plans._part_cost import part_costs
 from torchshear.dependency.plans._plan import GroupPlan, PruningPlan, make_plan
 from torchshear.dependency.plans._state_plan import Renumbering, StatePlan, make_state_plan
 from torchshear.dependency.rules._call import Call

@@ -13,7 +13,7 @@ __all__ = ["Alignment"]
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
-    """What the number of positions of a dimension should be a multiple of.
+    """The numbers that the width of a dimension should be a multiple of.
 
     Attributes:
         block: positions that the device computes together; the cost moves in steps of it.
@@ -36,8 +36,8 @@ class Alignment:
 
     def __post_init__(self) -> None:
         """Refuse sizes that no width could meet."""
-        _check_count("block", self.block)
-        _check_count("granule", self.granule)
+        check_count("block", self.block)
+        check_count("granule", self.granule)
         if self.block % self.granule:
             raise ArgumentError(
                 f"block={self.block} is not a multiple of granule={self.granule}. "
@@ -72,8 +72,8 @@ class Alignment:
             >>> Alignment(block=16, granule=4, name="cpu-avx512").allowed_widths(12)
             array([ 4,  8, 12])
         """
-        _check_count("width", width)
-        _check_count("multiplicity", multiplicity)
+        check_count("width", width)
+        check_count("multiplicity", multiplicity)
         widths: np.ndarray = np.arange(1, width + 1, dtype=np.int64)
         positions = widths * multiplicity
         is_allowed = positions % self.block == 0
@@ -105,8 +105,3 @@ class Alignment:
             raise ArgumentError(f"target must be a whole number of units, but got target={target!r}.")
         widths = self.allowed_widths(width, multiplicity)[::-1]
         return int(widths[np.argmin(np.abs(widths - target))])
-
-
-def _check_count(name: str, value: object) -> None:
-    """Refuse anything but a whole number of at least 1; a bool is not a number here."""
-    check_count(name, value)

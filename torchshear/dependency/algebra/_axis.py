@@ -32,31 +32,31 @@ Axes = tuple[Axis, ...]
 
 
 class Algebra:
-    """What operators do to axes: join, cut, repeat, tie, split into factors and merge again."""
+    """The operations on axes: join, cut, repeat, tie, split into factors and merge again."""
 
     def __init__(self, store: UnitStore | None = None) -> None:
         self.store = store or UnitStore()
 
     def copy(self) -> "Algebra":
-        """The same relations, to which more can be added."""
+        """Return a copy of all relations, to which more can be added."""
         return Algebra(self.store.copy())
 
     def fresh(self, size: int, reason: Reason = "a dimension of size 1 cannot shrink") -> Axis:
-        """An axis of new units; an axis of one position is fixed, since nothing would be left."""
+        """Return an axis of new units; one of a single position is fixed, since nothing would be left."""
         if size <= 1:
             return self.fixed_axis(size, reason)
         return Axis(self.store.fresh(size)[:, None])
 
     def virtual(self, size: int) -> Axis:
-        """Positions that hold a constant or a copy: units of their own, even a single one, that no weight knows."""
+        """Return an axis of new units that stand in no weight, even for a single position: constants or copies."""
         return Axis(self.store.fresh(size)[:, None])
 
     def fixed_axis(self, size: int, reason: Reason) -> Axis:
-        """An axis of which no position can be cut."""
+        """Return an axis of which no position can be cut."""
         return Axis(np.broadcast_to(np.int64(self.store.fixed_unit(reason)), (size, 1)))
 
     def is_fixed(self, axis: Axis) -> bool:
-        """Whether no position of the axis can be cut."""
+        """Return True if no position of the axis can be cut."""
         return bool(self.store.resolve(axis.units).shape[1] == 0)
 
     def fix(self, axes: Sequence[Axis], reason: Reason) -> None:
@@ -66,29 +66,29 @@ class Algebra:
                 self.store.fix(row.units, reason)
 
     def equate(self, left: Axis, right: Axis, reason: Reason) -> Axis:
-        """Tie two axes of one size position by position; gives the first."""
+        """Tie two axes of one size position by position, and return the first."""
         if left is not right:
             assert left.size == right.size, f"{reason}: {left.size} against {right.size} positions"
             self.store.equate(left.units, right.units, reason)
         return left
 
     def take(self, axis: Axis, index: Ids | slice) -> Axis:
-        """The positions of `axis` named by `index`, in that order."""
+        """Return the axis of the positions that `index` names, in that order."""
         return Axis(axis.units[index])
 
     def concat(self, axes: Sequence[Axis]) -> Axis:
-        """Positions of all axes one after another."""
+        """Return the axis of the positions of all axes, one after another."""
         if len(axes) == 1:
             return axes[0]
         width = max(axis.units.shape[1] for axis in axes)
         return Axis(np.concatenate([pad_columns(axis.units, width) for axis in axes]))
 
     def any_of(self, axes: Sequence[Axis]) -> Axis:
-        """One axis in place of several of one size: position i needs all that position i of each needs."""
+        """Return one axis for several of one size: its position i goes if position i of any of them does."""
         return Axis(np.concatenate([axis.units for axis in axes], 1))
 
     def merge(self, axes: Sequence[Axis]) -> Axis:
-        """The product of axes, first outermost: position (i, j) needs all that i and j need."""
+        """Return the product of axes, the first outermost: its position (i, j) goes if i or j does."""
         total = prod(axis.size for axis in axes)
         columns, before = [], 1
         for axis in axes:
@@ -138,7 +138,7 @@ class Algebra:
         return self._factor_two(axis, outer, inner)
 
     def _alike_blocks(self, grid: Ids) -> tuple[Axis, Axis]:
-        """Factors of positions that are made of several units each, some here and some there: all blocks go alike."""
+        """Tie all blocks, where positions depend on several units that repeat irregularly, and return the factors."""
         reason = "blocks of a reshape whose positions are made of several units"
         for block in grid[1:]:
             self.store.equate(grid[0], block, reason)
@@ -148,6 +148,6 @@ class Algebra:
         return Axis(units) if units.shape[1] else self.fixed_axis(len(units), reason)
 
     def tile(self, axis: Axis, copies: int) -> tuple[Axis, Axis]:
-        """`copies` times the whole axis, one after another; gives the result and the axis of copies."""
+        """Repeat the whole axis `copies` times, one after another; return the result and the axis of copies."""
         repeats = self.virtual(copies)
         return self.merge((repeats, axis)), repeats

@@ -1,4 +1,4 @@
-"""Units and what is known about them: which are the same, which are products of others, which cannot be cut.
+"""Units and the relations between them: equal units, products of others, units that cannot be cut.
 
 A *unit* is the smallest thing that can be cut. A *row* is a set of units, written as the row of an integer matrix; the
 position that it describes is kept if and only if all of its units are kept. Three relations hold between units:
@@ -41,7 +41,7 @@ class UnitStore:
         return self._size
 
     def copy(self) -> "UnitStore":
-        """A store with the same knowledge, to which more can be added."""
+        """Return a copy, to which more can be added."""
         twin = UnitStore()
         for name, value in vars(self).items():
             setattr(twin, name, value.copy() if isinstance(value, np.ndarray | list | dict) else value)
@@ -61,7 +61,7 @@ class UnitStore:
         return ids
 
     def fixed_unit(self, reason: Reason) -> int:
-        """The unit that stands for everything fixed for `reason`; one a reason."""
+        """Return the unit that stands for everything that is fixed for a reason; there is one for each reason."""
         known = self._reason_units.get(reason)
         if known is None:
             known = int(self.fresh(1)[0])
@@ -84,7 +84,7 @@ class UnitStore:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def find(self, ids: Ids) -> Ids:
-        """Representatives of the classes of `ids`; any shape."""
+        """Return the representatives of the classes of `ids`; any shape."""
         roots = self._parent[ids]
         above = self._parent[roots]
         if (above == roots).all():
@@ -95,11 +95,11 @@ class UnitStore:
         return roots
 
     def is_fixed(self, roots: Ids) -> npt.NDArray[np.bool_]:
-        """Whether units, given by representative, are fixed."""
+        """Return a mask of the units that are fixed; they are given by representative."""
         return self._reason[roots] >= 0
 
     def reason(self, unit: int) -> str | None:
-        """Why a unit cannot be cut, or None if it can."""
+        """Return the reason why a unit cannot be cut, or None if it can."""
         index = int(self._reason[self.find(np.array([unit]))[0]])
         return None if index < 0 else str(self._reasons[index])
 
@@ -128,7 +128,7 @@ class UnitStore:
         return _drop_empty_columns(self.find(parts.reshape(len(rows), -1)))
 
     def families(self, roots: Ids) -> Ids:
-        """Family of each unit: units allocated together, or tied to such, are of one family."""
+        """Return the family of each unit; units that were made together, or tied to such, are of one family."""
         found, inverse = np.unique(self._family[roots], return_inverse=True)
         return np.array([self._find_family(int(family)) for family in found], np.int64)[inverse]
 
@@ -147,7 +147,7 @@ class UnitStore:
             self._reason[atoms] = self._reason[self.fixed_unit(reason)]
 
     def first_reason(self, rows: Ids) -> Reason | None:
-        """The reason of the first fixed unit in the rows that has one, also of units inside composite ones."""
+        """Return the reason of the first fixed unit in the rows, also inside composite ones; None if there is none."""
         rows = self.find(rows)
         while True:
             reasons = self._reason[rows]
@@ -212,7 +212,7 @@ class UnitStore:
                 self._match_columns(a, b, reason)
 
     def _union_if_plain(self, left: Ids, right: Ids) -> bool:
-        """The usual cases, two columns of units that can be cut or are fixed, without the general machinery."""
+        """Relate two columns of single units, the usual case, at once; return False in any other case."""
         if left.shape[1] != 1 or right.shape[1] != 1:
             return False
         a, b = self.find(left[:, 0]), self.find(right[:, 0])
@@ -228,7 +228,7 @@ class UnitStore:
         return True
 
     def _fix_against_fixed(self, left: Ids, right: Ids, a: Ids, b: Ids, n_a: Ids, n_b: Ids, reason: Reason) -> bool:
-        """Rows that have a fixed partner become fixed, for the partner's reason where one is known."""
+        """Fix rows whose partner is fixed, for the partner's reason if it has one; return True if there were any."""
         done = False
         for source, rows, empty in ((left, b, n_a == 0), (right, a, n_b == 0)):
             if empty.any():
@@ -251,7 +251,7 @@ class UnitStore:
         self._substitute(atoms[safe], rows[safe])
 
     def _absorb(self, atoms: Ids, rows: Ids, reason: Reason) -> None:
-        """Where x = x and y, y is cut no more often than x: sound is to make them one.
+        """Make y and x one where x is to be kept exactly if x and y are: y is then cut no more often than x.
 
         Unless y stands with several x, which would all become one; then y is fixed. Such are the copies of a repeated
         axis where the axis itself is meant.
@@ -298,7 +298,7 @@ class UnitStore:
         self.fix(np.concatenate([a[:, free_a], b[:, free_b]], 1), reason)  # the other columns are both sides' own
 
     def _refine(self, a: Ids, b: Ids, labels_a: list[Ids], labels_b: list[Ids], reason: Reason) -> bool:
-        """Where one column of `a` varies exactly as several of `b` do together, make its units composite of theirs."""
+        """Make a column of `a` composite of several of `b` that vary together as it does; return False if none does."""
         for i, label in enumerate(labels_a):
             if any(np.array_equal(label, other) for other in labels_b):
                 continue
@@ -325,7 +325,7 @@ def _drop_empty_columns(rows: Ids) -> Ids:
 
 
 def _same_rows(a: Ids, b: Ids) -> npt.NDArray[np.bool_]:
-    """Whether rows hold the same units, whatever their order. Both: (n, any)."""
+    """Return a mask of the rows that hold the same units in any order. Both: (n, any)."""
     if a.shape == b.shape and a.shape[1] == 1:
         return np.asarray(a[:, 0] == b[:, 0])
     width = max(a.shape[1], b.shape[1])
@@ -334,7 +334,7 @@ def _same_rows(a: Ids, b: Ids) -> npt.NDArray[np.bool_]:
 
 
 def pad_columns(rows: Ids, width: int) -> Ids:
-    """Rows with PAD columns added up to `width`."""
+    """Return rows with PAD columns added up to `width`."""
     if rows.shape[1] == width:
         return rows
     wide = np.zeros((len(rows), width), np.int64)
@@ -356,6 +356,6 @@ def _pattern_of_rows(rows: Ids) -> Ids:
 
 
 def _determines(fine: Ids, coarse: Ids) -> bool:
-    """Whether equal values of `fine` imply equal values of `coarse`."""
+    """Return True if equal values of `fine` imply equal values of `coarse`."""
     _, first = np.unique(fine, return_index=True)
     return bool(np.array_equal(coarse[first][fine], coarse))

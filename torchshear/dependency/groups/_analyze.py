@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from torchshear._arguments import check_kind
 from torchshear.dependency import rules as _rules  # registers the rules of the ATen operators
-from torchshear.dependency.algebra._axis import Algebra, Axes
+from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.groups._balance import settle_balances
 from torchshear.dependency.groups._computed_weights import carrier_of
 from torchshear.dependency.groups._grouping import form_groups
@@ -53,7 +53,7 @@ def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> Chann
 
 
 def relate_graph(groups: ChannelGroups, graph: Graph) -> ChannelGroups:
-    """The same groups with another graph over the same parameters, such as one of a single part, in place of theirs."""
+    """Return the groups with another graph over the same parameters in place of theirs, as of a single part."""
     algebra, facts = groups.algebra.copy(), groups.facts.copy().for_other_graph()
     for name in [name for name, entry in groups.graph.state.items() if entry.kind == "constant"]:
         for table in (facts.state_axes, facts.blocked, facts.positions):  # the other graph has constants of its own
@@ -68,7 +68,7 @@ def relate_graph(groups: ChannelGroups, graph: Graph) -> ChannelGroups:
 
 
 def pin(graph: Graph, algebra: Algebra, facts: Facts) -> None:
-    """Fix parameters and buffers of parts that the rest of the model holds or reads as well, and what follows them."""
+    """Fix the parameters and buffers of parts that the rest of the model holds or reads as well."""
     for name, reason in (graph.parts.pinned if graph.parts is not None else {}).items():
         algebra.fix(facts.state_axes.get(name, ()), reason)
         if name in facts.blocked:
@@ -83,100 +83,30 @@ def relate(graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Colle
     Args:
         graph: the captured model.
         algebra: relations, added to.
-        facts: what the rules note, added to.
+        facts: results of the rules, added to.
         prunable_outputs: patterns of names of outputs that may shrink.
     """
-    walker = _Walker(graph, algebra, facts, prunable_outputs)
+    phrases = graph.describe_inputs()
     for node in graph:
-        walker.visit(node)
-
-
-class _Walker:
-    """Visits nodes and records the axes of their values."""
-
-    def __init__(self, graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str]) -> None:
-        self.prunable_outputs = prunable_outputs
-        self.graph = graph
-        self.algebra = algebra
-        self.facts = facts
-        self._inputs = graph.describe_inputs()
-
-    def visit(self, node: fx.Node) -> None:
-        """Give the node's value its axes."""
         if node.op == "placeholder":
-            self.facts.axes[node.name] = self._input(node)
+            shape, what = shape_of(node), phrases[node.name]
+            facts.axes[node.name] = (
+                tuple(algebra.fixed_axis(size, f"{what}, dimension {dim}") for dim, size in enumerate(shape))
+                if isinstance(shape, tuple)
+                else None
+            )
         elif node.op == "get_attr":
-            self.facts.axes[node.name] = self._state(str(node.target))
+            name = str(node.target)
+            if name not in facts.state_axes:
+                facts.state_axes[name] = tuple(algebra.fresh(size) for size in graph.state[name].shape)
+            facts.axes[node.name] = facts.state_axes[name]
         elif node.op == "output":
-            self._outputs()
+            _fix_outputs(graph, algebra, facts, prunable_outputs)
         elif _gives_tensors(node) or str(node.target) == "aten.sym_size.int":
-            self.facts.axes[node.name] = self._call(node)
-            carrier = carrier_of(node, self.algebra, self.facts)
+            facts.axes[node.name] = _apply_rule(Call(node, graph, algebra, facts), facts)
+            carrier = carrier_of(node, algebra, facts)
             if carrier is not None:
-                self.facts.carriers[node.name] = carrier
-
-    def _input(self, node: fx.Node) -> Result:
-        shape = shape_of(node)
-        if not isinstance(shape, tuple):
-            return None
-        return tuple(
-            self.algebra.fixed_axis(size, f"{self._inputs[node.name]}, dimension {dim}")
-            for dim, size in enumerate(shape)
-        )
-
-    def _state(self, name: str) -> Axes:
-        if name not in self.facts.state_axes:
-            shape = self.graph.state[name].shape
-            self.facts.state_axes[name] = tuple(self.algebra.fresh(size) for size in shape)
-        return self.facts.state_axes[name]
-
-    def _outputs(self) -> None:
-        """Fix what the model gives, but for outputs that may shrink, of which the batch alone is."""
-        parts, in_mode = self.graph.output_parts(), " in train mode" if self.graph.mode == "train" else ""
-        for number, (name, value) in enumerate(output_nodes(self.graph)):
-            what = f"output of part {parts[number]!r}" if parts else f"model output {name}{in_mode}"
-            axes = self.facts.axes.get(value.name) if isinstance(value, fx.Node) else None
-            pointer = self.facts.index_axes.get(value.name) if isinstance(value, fx.Node) else None
-            self.algebra.fix([] if pointer is None else [pointer], f"positions along it are {what}")
-            if not isinstance(axes, tuple):
-                for part in axes or ():
-                    self.algebra.fix(part, what)
-                continue
-            is_prunable = any(matches(pattern, name) for pattern in self.prunable_outputs)
-            for dim, axis in enumerate(axes):
-                if not is_prunable or self.graph.is_dynamic(value, dim):
-                    self.algebra.fix([axis], what)
-                for row in axis.rows[1:]:  # one tensor keeps the same positions in each row
-                    self.algebra.equate(axis.rows[0], row, what)
-
-    def _call(self, node: fx.Node) -> Result:
-        call = Call(node, self.graph, self.algebra, self.facts)
-        rule = find_rule(node)
-        if rule is None:
-            return call.refuse("operator without a rule")
-        try:
-            return _checked(call, self._with_positions(call, rule))
-        except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
-            self.facts.edits.pop(node.name, None)
-            if any(has_data_dependent_shape(one) for one in (node, *call.tensor_args)):
-                return call.refuse("how many positions there are depends on values, as of a mask")
-            return call.refuse(f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
-
-    def _with_positions(self, call: Call, rule: Rule) -> Result:
-        """Apply a rule; where an operand's values are positions along an axis, so that they stay meaningful."""
-        node = call.node
-        if node.target is operator.getitem:
-            pointer = self.facts.index_axes.get(f"{node.args[0]}:{node.args[1]}")
-            if pointer is not None:
-                call.gives_positions(pointer)
-        axes = [axis for operand in call.tensor_args if (axis := call.positions(operand)) is not None]
-        if not axes:
-            return rule(call)
-        special = find_position_rule(node)
-        if special is None or any(axis is not axes[0] for axis in axes):
-            call.fix(axes, "positions along it are values that this operator computes with")
-            return rule(call)
-        return special(call, axes[0], rule)
+                facts.carriers[node.name] = carrier
 
 
 def _gives_tensors(node: fx.Node) -> bool:
@@ -186,21 +116,70 @@ def _gives_tensors(node: fx.Node) -> bool:
     )
 
 
+def _fix_outputs(graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str]) -> None:
+    """Fix all outputs of the model; of outputs that may shrink, the batch alone."""
+    parts, in_mode = graph.output_parts(), " in train mode" if graph.mode == "train" else ""
+    for number, (name, value) in enumerate(output_nodes(graph)):
+        what = f"output of part {parts[number]!r}" if parts else f"model output {name}{in_mode}"
+        axes = facts.axes.get(value.name) if isinstance(value, fx.Node) else None
+        indexed = facts.index_axes.get(value.name) if isinstance(value, fx.Node) else None
+        algebra.fix([] if indexed is None else [indexed], f"positions along it are {what}")
+        if not isinstance(axes, tuple):
+            for result in axes or ():
+                algebra.fix(result, what)
+            continue
+        is_prunable = any(matches(pattern, name) for pattern in prunable_outputs)
+        for dim, axis in enumerate(axes):
+            if not is_prunable or graph.is_dynamic(value, dim):
+                algebra.fix([axis], what)
+            for row in axis.rows[1:]:  # one tensor keeps the same positions in each row
+                algebra.equate(axis.rows[0], row, what)
+
+
 _MISFITS = (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
-def _checked(call: Call, result: Result) -> Result:
-    """What a rule gave, if it has the sizes of the call's result.
+def _apply_rule(call: Call, facts: Facts) -> Result:
+    """Return the axes of the result of a call; fixed ones if no rule fits it."""
+    node = call.node
+    rule = find_rule(node)
+    if rule is None:
+        return call.refuse("operator without a rule")
+    try:
+        result = _apply_with_positions(call, rule, facts)
+        _check_sizes(call, result)
+    except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
+        facts.edits.pop(node.name, None)
+        if any(has_data_dependent_shape(one) for one in (node, *call.tensor_args)):
+            return call.refuse("how many positions there are depends on values, as of a mask")
+        return call.refuse(f"the operator's rule does not fit this call ({type(error).__name__}: {error})")
+    return result
 
-    Raises:
-        ValueError: it has not.
-    """
+
+def _apply_with_positions(call: Call, rule: Rule, facts: Facts) -> Result:
+    """Apply a rule; if values of an operand are positions along an axis, see that they keep their meaning."""
+    node = call.node
+    if node.target is operator.getitem:
+        indexed = facts.index_axes.get(f"{node.args[0]}:{node.args[1]}")
+        if indexed is not None:
+            call.gives_positions(indexed)
+    axes = [axis for operand in call.tensor_args if (axis := call.positions(operand)) is not None]
+    if not axes:
+        return rule(call)
+    special = find_position_rule(node)
+    if special is None or any(axis is not axes[0] for axis in axes):
+        call.fix(axes, "positions along it are values that this operator computes with")
+        return rule(call)
+    return special(call, axes[0], rule)
+
+
+def _check_sizes(call: Call, result: Result) -> None:
+    """Raise ValueError for axes of other sizes than the result of the call has."""
     if result is None:
-        return None
+        return
     parts = result if isinstance(result, list) else [result]
     shapes = call.out_shape if isinstance(result, list) else (call.out_shape,)
     for axes, shape in zip(parts, shapes, strict=True):
         sizes = tuple(axis.size for axis in axes)
         if shape is not None and sizes != tuple(shape):
             raise ValueError(f"it gives axes of sizes {sizes} for a result of shape {tuple(shape)}")
-    return result

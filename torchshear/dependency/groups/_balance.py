@@ -35,28 +35,23 @@ def _settle(algebra: Algebra, balance: Balance) -> bool:
     if whole.any():
         store.fix(rows[:, whole], FixReason("a whole block would go", balance.node))
         return True
-    if is_plain(rows):
-        return _fix_if_a_block_is_fixed(algebra, balance, grid)
-    tie_blocks(algebra, balance)
-    return True
-
-
-def _fix_if_a_block_is_fixed(algebra: Algebra, balance: Balance, grid: Ids) -> bool:
-    """Where one block can lose nothing, no block can."""
-    if (grid != PAD).any((1, 2)).all():
+    if not is_plain(rows):
+        tie_blocks(algebra, balance)
+    elif (grid != PAD).any((1, 2)).all():
         return False
-    algebra.store.fix(grid.reshape(-1, 1), FixReason("another block of it cannot be cut", balance.node))
+    else:  # one block can lose nothing, so none can
+        store.fix(rows, FixReason("another block of it cannot be cut", balance.node))
     return True
 
 
 def blocks_repeat(rows: Ids, n_blocks: int) -> bool:
-    """Whether every block holds the same sets of units in the same order, so that all lose equally many."""
+    """Return True if every block holds the same units in the same order, so that all lose equally many."""
     grid = np.sort(rows, 1).reshape(n_blocks, len(rows) // n_blocks, -1)
     return bool((grid == grid[:1]).all())
 
 
 def is_plain(rows: Ids) -> bool:
-    """Whether each position is a single unit of its own, or fixed."""
+    """Return True if each position is a single unit of its own, or fixed."""
     if rows.shape[1] != 1:
         return False
     units = rows[rows != PAD]
@@ -64,7 +59,7 @@ def is_plain(rows: Ids) -> bool:
 
 
 def tie_blocks(algebra: Algebra, balance: Balance) -> None:
-    """Have all blocks of an axis lose the same positions."""
+    """Tie the blocks of an axis, so that all lose the same positions."""
     rows = algebra.store.resolve(balance.axis.units)
     grid = rows.reshape(balance.n_blocks, len(rows) // balance.n_blocks, -1)
     for block in range(1, balance.n_blocks):
@@ -72,7 +67,7 @@ def tie_blocks(algebra: Algebra, balance: Balance) -> None:
 
 
 def refine_labels(known: Ids, labels: Ids) -> Ids:
-    """Blocks so fine that equal cuts in each are equal cuts in each block of both partitions.
+    """Return blocks so fine that equal cuts in each are equal cuts in each block of two partitions.
 
     The common refinement may have parts of several sizes; each is cut into runs of their greatest common divisor.
 

@@ -16,7 +16,7 @@ from torchshear.graph._operator import operator_of
 
 
 def carrier_of(node: fx.Node, algebra: Algebra, facts: Facts) -> fx.Node | None:
-    """The tensor of the model that a computed weight stands for, position by position.
+    """Find the tensor of the model that a computed weight stands for, position by position.
 
     It is the first that it is computed of: the dense weight under a mask, the direction under a weight norm.
 
@@ -42,7 +42,7 @@ def carrier_of(node: fx.Node, algebra: Algebra, facts: Facts) -> fx.Node | None:
 
 
 def computed_weights(groups: ChannelGroups) -> dict[str, tuple[fx.Node, ...]]:
-    """Parameters in whose place the network reads a value that it computes of them.
+    """Find the parameters in whose place the network reads a value that it computes of them.
 
     Args:
         groups: the analysed network.
@@ -65,14 +65,14 @@ def computed_weights(groups: ChannelGroups) -> dict[str, tuple[fx.Node, ...]]:
 
 
 def _expression(node: fx.Node) -> str:
-    """How a value is computed, as text."""
+    """Return the computation of a value as a text."""
     parts = [part for part in ancestors(node) if not operator_of(part).keeps_positions]
     labels = {part: f"%{number}" for number, part in enumerate(parts)}
     return ";".join(f"{part.target}{format_arguments((part.args, part.kwargs), labels)}" for part in parts)
 
 
 def _read(graph: Graph) -> Iterator[fx.Node]:
-    """Values of the model's own tensors alone that calls with other operands read, without moves of dimensions."""
+    """Yield the values computed of the model's own tensors alone that calls with other operands read."""
     for node in graph:
         if is_from_state(node) and any(not is_from_state(user) for user in node.users):
             yield unwrap_moves(node)[0]
@@ -94,11 +94,9 @@ def assign_factor_roles(graph: Graph, facts: Facts, groups: Sequence[ChannelGrou
         for other in ancestors(node) if held is not None else ():
             if other.op == "get_attr" and other is not held and str(other.target) not in direct:
                 beside.setdefault(str(other.target), set()).add(str(held.target))  # type: ignore[union-attr]
-    return tuple(_assign_factor_roles(group, beside) for group in groups) if beside else tuple(groups)
-
-
-def _assign_factor_roles(group: ChannelGroup, beside: dict[str, set[str]]) -> ChannelGroup:
-    names = {member.name for member in group.members}
-    factor = frozenset({"factor"})
-    members = (replace(m, roles=factor) if names & beside.get(m.name, set()) else m for m in group.members)
-    return replace(group, members=tuple(members))
+    found, factor = [], frozenset({"factor"})
+    for group in groups:
+        names = {member.name for member in group.members}
+        members = (replace(m, roles=factor) if names & beside.get(m.name, set()) else m for m in group.members)
+        found.append(replace(group, members=tuple(members)))
+    return tuple(found)

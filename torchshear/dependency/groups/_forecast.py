@@ -1,4 +1,4 @@
-"""How much a network would shrink, foretold by widths alone, before anything is chosen."""
+"""An estimate of how much a network would shrink, by widths alone, before units are chosen."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from torchshear.graph.capture._part_advice import Forecast, register_forecast
 
 
 def forecast(graph: Graph) -> Forecast:
-    """What half of the channels of a captured network hold.
+    """Estimate the parameters of a network, and of the same with half of its channels.
 
     Args:
         graph: the captured model, or parts of it.

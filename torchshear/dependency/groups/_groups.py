@@ -89,12 +89,12 @@ class ChannelGroup:
 
     @property
     def is_prunable(self) -> bool:
-        """Whether at least one unit can go with at least one left, and every block as many."""
+        """True if a unit can go and one is left, equally many in each block."""
         return self.max_cut > 0
 
     @property
     def max_cut(self) -> int:
-        """The most units that can be cut: all but one, and of balanced blocks equally many."""
+        """The largest number of units that can be cut: all but one, and equally many of balanced blocks."""
         if self.balance is None:
             return max(0, self.width - self.min_units)
         sizes = np.bincount(self.balance)
@@ -115,7 +115,7 @@ class ChannelGroup:
 
     @property
     def reason(self) -> str | None:
-        """Why nothing can be cut, or None if something can."""
+        """The reason why nothing can be cut, or None if something can."""
         if self.is_prunable:
             return None
         if self.width <= self.min_units * self.n_peers:
@@ -201,7 +201,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
         return tuple(group for group in self.groups if group.is_prunable)
 
     def describe(self, mode: Mode = "eval") -> tuple[Value, ...]:
-        """Every node of the network in order of execution, with groups and reasons a dimension.
+        """Describe every node of the network in order of execution: groups and reasons along each dimension.
 
         Args:
             mode: "eval", or "train" for the graph captured in train mode where there is one of its own.
@@ -218,7 +218,7 @@ class ChannelGroups(Sequence[ChannelGroup]):
         return describe_network(self.graph, self.algebra, self.facts, group_of)
 
     def to_networkx(self, mode: Mode = "eval") -> "nx.MultiDiGraph[str]":
-        """The network as a graph of operators and parameters; edges carry the groups that run along them.
+        """Return the network as a graph of operators and parameters; edges carry the groups that run along them.
 
         All attributes are strings, numbers and truth values, so that `networkx.write_graphml`, `write_gexf` and
         `node_link_data` take the graph as it is; what is a list is JSON text, for `json.loads`.

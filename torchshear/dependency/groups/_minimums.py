@@ -1,4 +1,4 @@
-"""Minimums: how many units of each group must stay, so that enough positions of an axis do."""
+"""The number of units of each group that must stay, so that enough positions of an axis do."""
 
 from collections.abc import Iterable, Mapping
 from math import comb, prod
@@ -14,7 +14,7 @@ Factor = tuple[int, int]  # number of a group, and how many of its units
 
 
 def fix_unclear_minimums(algebra: Algebra, facts: Facts, group_of: Ids) -> bool:
-    """Fix axes with a minimum that selection inside single groups cannot keep; gives whether there were any."""
+    """Fix axes with a minimum that selection inside single groups cannot keep; return True if there were any."""
     done = False
     for minimum in facts.minimums:
         rows = algebra.store.resolve(minimum.axis.units)
@@ -25,7 +25,7 @@ def fix_unclear_minimums(algebra: Algebra, facts: Facts, group_of: Ids) -> bool:
 
 
 def minimum_units(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
-    """Units that must stay in each of a group's dimensions of equal width, where that is more than one.
+    """Count the units that must stay in each of a group's dimensions of equal width, where they are more than one.
 
     Of an axis that is a product, as experts in groups of experts are, the innermost factor keeps so many that the
     others may go down to what they must keep anyway.
@@ -86,7 +86,7 @@ def keep_crossings(
 
 
 def _cut_beside_pairs(rows: Ids, width: int, n_groups: int) -> int:
-    """How many units of a single group may go, whichever, with a pair of the others among the positions; 0 if unclear.
+    """Count the units of a group, any of them, that may go and leave a pair of the others; 0 if that is unclear.
 
     Of k units that stay, at most as many pairs are missing as are missing of all.
     """
@@ -97,7 +97,7 @@ def _cut_beside_pairs(rows: Ids, width: int, n_groups: int) -> int:
 
 
 def _holds_product(rows: Ids, groups: Ids, group_of: Ids, widths: Ids) -> bool:
-    """Whether some of the positions are a product of whole groups, or all units of one, each once or more often."""
+    """Return True if some positions are a product of whole groups, or all units of one, once or more often."""
     kinds, kind_of = np.unique(np.sort(groups, 1), axis=0, return_inverse=True)
     for kind in range(len(kinds)):
         here = kind_of.reshape(-1) == kind
@@ -108,13 +108,13 @@ def _holds_product(rows: Ids, groups: Ids, group_of: Ids, widths: Ids) -> bool:
 
 
 def _by_group(rows: Ids, groups: Ids) -> Ids:
-    """Different rows, in each the units in the order of their groups, without the columns that only fill up."""
+    """Return the different rows, each in the order of its groups, without columns of PAD."""
     ordered = np.unique(np.take_along_axis(rows, np.argsort(groups, 1, kind="stable"), 1), axis=0)
     return ordered[:, (ordered != PAD).any(0)]
 
 
 def _factors(rows: Ids, group_of: Ids) -> list[Factor]:
-    """The groups of which an axis is the product, outermost first; none if it is not a product of whole groups."""
+    """Return the groups of which an axis is the product, outermost first; [] if it is no product of whole groups."""
     if is_plain(rows):
         groups = np.unique(group_of[rows[rows != PAD]])
         return [(int(groups[0]), len(rows))] if len(groups) == 1 and groups[0] >= 0 else []

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from torchshear.dependency.groups._groups import ChannelGroup, Member
+from torchshear.dependency.groups._groups import ChannelGroup
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._facts import Facts
 from torchshear.dependency.rules._weights import weight_behind
@@ -20,25 +20,24 @@ def assign_norm_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup
 
     Args:
         graph: the captured network.
-        facts: what rules noted of it.
+        facts: results of the rules.
         groups: its groups.
     """
-    scale_of = _scales(graph, facts.carriers)
-    return tuple(replace(group, members=_members(group, scale_of)) for group in groups)
-
-
-def _members(group: ChannelGroup, scale_of: Mapping[str, str]) -> tuple[Member, ...]:
-    norms = {member.name: member for member in group.members if "norm" in member.roles}
+    scale_of = _norm_scales(graph, facts.carriers)
     found = []
-    for member in group.members:
-        norm = norms.get(scale_of.get(member.name, "")) if "out" in member.roles else None
-        fits = norm is not None and norm.size == member.size
-        found.append(replace(member, norm_scale=norm.name) if norm is not None and fits else member)
+    for group in groups:
+        norms = {member.name: member for member in group.members if "norm" in member.roles}
+        members = []
+        for member in group.members:
+            norm = norms.get(scale_of.get(member.name, "")) if "out" in member.roles else None
+            fits = norm is not None and norm.size == member.size
+            members.append(replace(member, norm_scale=norm.name) if norm is not None and fits else member)
+        found.append(replace(group, members=tuple(members)))
     return tuple(found)
 
 
-def _scales(graph: Graph, carriers: Mapping[str, fx.Node]) -> dict[str, str]:
-    """Weight of a layer -> scale of the only batch norm that reads its result, which nothing else reads."""
+def _norm_scales(graph: Graph, carriers: Mapping[str, fx.Node]) -> dict[str, str]:
+    """Map the weight of a layer to the scale of the batch norm that alone reads its result."""
     read: dict[fx.Node, list[fx.Node]] = {
         node: [behind[0] for n in node.all_input_nodes if (behind := weight_behind(n, carriers)) is not None]
         for node in graph

@@ -1,4 +1,4 @@
-"""What the units of a channel group are for, told from the graph and the algebra alone, never from names of modules.
+"""The roles of channel groups, told from the graph and the algebra alone, never from names of modules.
 
 Every rule of an operator that multiplies and sums notes a contraction: which axes were summed over, which only one
 operand has, and which both have side by side. What a contraction says of a group depends on its operands. With a weight
@@ -45,7 +45,7 @@ def assign_roles(
 
 
 class _Evidence:
-    """What is known about each group, by its number: words, and for heads the groups that stand beside it."""
+    """The evidence about each group, by its number: words, and for heads the groups that stand beside it."""
 
     def __init__(self, algebra: Algebra, groups: Sequence[ChannelGroup]) -> None:
         self.groups = groups
@@ -60,7 +60,7 @@ class _Evidence:
         self.add("changed", [i for i, group in enumerate(groups) if any(m.roles & _NORMS for m in group.members)])
 
     def along(self, axes: Axes) -> frozenset[int]:
-        """Numbers of the groups whose units stand along any of the axes."""
+        """Return the numbers of the groups whose units stand along any of the axes."""
         return frozenset().union(*(self._along_one(axis) for axis in axes))
 
     def _along_one(self, axis: Axis) -> frozenset[int]:
@@ -73,7 +73,7 @@ class _Evidence:
         return known[1]
 
     def are_same(self, axis: Axis, others: Axes) -> bool:
-        """Whether an axis holds the same units as one of others."""
+        """Return True if an axis holds the same units as one of others."""
         rows = [self._algebra.store.resolve(one.units) for one in (axis, *others)]
         return any(np.array_equal(rows[0], other) for other in rows[1:])
 
@@ -83,24 +83,24 @@ class _Evidence:
             self._words[number].add(word)
 
     def has(self, number: int, *words: str) -> bool:
-        """Whether all of the words were noted about a group."""
+        """Return True if all of the words were noted about a group."""
         return self._words[number].issuperset(words)
 
     def is_of_tokens(self, number: int) -> bool:
-        """Whether a group takes part in products of values, and no layer makes or reads it."""
+        """Return True if a group takes part in products of values, and no layer makes or reads it."""
         words = self._words[number]
         return bool(words & {"outer", "scored"}) and not words & {
             *("carried", "convolved", "inner", "looked up", "made", "read", "state"),
         }
 
     def is_inside_experts(self, number: int) -> bool:
-        """Whether all weights in which a group stands hold one slice for each expert."""
+        """Return True if all weights in which a group stands hold one slice for each expert."""
         experts = [group for i, group in enumerate(self.groups) if self.has(i, "expert")]
         of_experts = {member.name for group in experts for member in group.members}
         return all(member.name in of_experts for member in self.groups[number].members)
 
     def reach(self, number: int) -> int:
-        """Number of positions of parameters and buffers in which a group stands."""
+        """Count the positions of parameters and buffers in which a group stands."""
         return sum(len(np.unique(member.positions)) for member in self.groups[number].members)
 
 
@@ -108,12 +108,12 @@ _T = TypeVar("_T")
 
 
 def _operator(node: fx.Node) -> str:
-    """Name of an operator without its overload."""
+    """Return the name of an operator without its overload."""
     return str(node.target).rpartition(".")[0]
 
 
 def _union(known: Mapping[fx.Node, frozenset[_T]], nodes: Sequence[fx.Node]) -> frozenset[_T]:
-    """Everything that is known of any of the nodes."""
+    """Return everything that is known of any of the nodes."""
     empty: frozenset[_T] = frozenset()
     return empty.union(*(known.get(node, empty) for node in nodes))
 
@@ -182,7 +182,7 @@ class _Reader:
     # -- elementwise operators ----------------------------------------------------------------------------------------
 
     def _elementwise(self, node: fx.Node) -> None:
-        """Sums of different branches make a stream; anything that changes values means that something is in between."""
+        """Note sums of different branches, which make a stream, and calls that change values between two layers."""
         axes = self.facts.axes.get(node.name)
         if not isinstance(axes, tuple):
             return
@@ -215,7 +215,7 @@ class _Reader:
             self._scores.discard(node)
 
     def _has_learned_queries(self, node: fx.Node, found: Contraction, values: Sequence[bool]) -> bool:
-        """Whether a parameter is queries or keys and no layer's weight: a softmax runs over what it does not have."""
+        """Return True if a parameter is queries or keys and no weight: a softmax runs over an axis that it lacks."""
         if operator_of(node).has_softmax:  # one of its own, as attention has
             return True
         if any(operand in self._scores for operand in found.operands):  # heads that talk
@@ -232,7 +232,7 @@ class _Reader:
         return False
 
     def _chosen_by(self, node: fx.Node) -> frozenset[int]:
-        """Groups along the dimensions of a parameter at which an operator takes what computed indices say."""
+        """Return the groups along the dimensions of a parameter from which computed indices pick."""
         indices = node.args[1] if _operator(node) == "aten.index" and len(node.args) > 1 else ()
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source in self._computed or not isinstance(indices, list | tuple):
@@ -244,7 +244,7 @@ class _Reader:
         return self.evidence.along(tuple(chosen))
 
     def _mixes_heads(self, found: Contraction, values: Sequence[bool]) -> bool:
-        """Whether scores of heads are made into scores of other heads, as by talking heads: these are heads then."""
+        """Return True if scores of heads are made into scores of other heads, and note that these are heads then."""
         heads = self.evidence.along(found.contracted)
         of_scores = any(operand in self._scores for operand in found.operands)
         if not of_scores or not heads or not all(self.evidence.has(number, "batched") for number in heads):
@@ -253,7 +253,7 @@ class _Reader:
         return True
 
     def _with_weight(self, found: Contraction, is_weight_left: bool) -> None:
-        """A layer: it reads what is contracted, and makes what only the weight has."""
+        """Note that a layer reads what is contracted, and makes what only its weight has."""
         evidence = self.evidence
         weight, made = (0, found.rows) if is_weight_left else (1, found.columns)
         read, written = evidence.along(found.contracted), evidence.along(made)
@@ -268,7 +268,7 @@ class _Reader:
             self._turns[found.operands[weight], number] += 1
 
     def _of_values(self, node: fx.Node, found: Contraction) -> None:
-        """A product of two computed values, as of queries and keys, or of scores and values."""
+        """Note the groups of a product of two computed values: of queries and keys, or of scores and values."""
         evidence = self.evidence
         contracted, batch = evidence.along(found.contracted), evidence.along(found.batch)
         evidence.add("scored", contracted)
@@ -286,7 +286,7 @@ class _Reader:
         self._met += [(number, other) for number in contracted for other in sides[0] | sides[1] | batch]
 
     def _word(self, node: fx.Node, mine: fx.Node, other: fx.Node, has_contracted: bool) -> str:
-        """What an axis is that only the operand `mine` of a product has.
+        """Return the word for an axis that only the operand `mine` of a product has.
 
         Scores times values: the values' axis is carried, and what scores have beside their tokens are heads of one key.
         Where keys met values first, that product is read by queries, and its other axis is carried.
@@ -310,14 +310,14 @@ class _Reader:
                 self.evidence.add("inner", [other])
 
     def _loose(self, number: int) -> dict[str, int]:
-        """Dimension of the group in each parameter that is no layer's weight."""
+        """Return the dimension of the group in each parameter that is no layer's weight."""
         members = self.evidence.groups[number].members
         loose = [m for m in members if m.name not in self._weights and m.name in self.graph.state]
         return {m.name: m.dim for m in loose if self.graph.state[m.name].kind == "parameter"}
 
 
 def _role(evidence: _Evidence, number: int) -> str:
-    """The role that the evidence speaks for, the most telling first."""
+    """Return the role that the evidence speaks for, the most telling first."""
     if number in evidence.declared:
         return evidence.declared[number]
     if evidence.is_of_tokens(number):
@@ -352,7 +352,7 @@ _TELLING: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def _kind_of_heads(evidence: _Evidence, number: int) -> str:
-    """Of two groups that stand side by side in one product, the wider reaching one holds the other's members too."""
+    """Tell query heads from key and value heads: of two groups in one product, the latter stand in more weights."""
     beside = [other for other in evidence.beside[number] if evidence.has(other, "batched")]
     if not beside:
         return "heads"

@@ -1,4 +1,4 @@
-"""Whether what a plan says of single tensors is what follows from its groups, by the network that it is for."""
+"""Check a plan against the network that it is for: its tensors must follow from its groups."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from torchshear.errors import PlanError
 
 
 def check_agreement(plan: PruningPlan, groups: ChannelGroups) -> None:
-    """See that the kept positions of every parameter and buffer follow from the kept units of the groups.
+    """Check that the kept positions of every parameter and buffer follow from the kept units of the groups.
 
     Args:
         plan: the plan.
@@ -40,13 +40,13 @@ def check_agreement(plan: PruningPlan, groups: ChannelGroups) -> None:
 def _are_equal(left: StatePlan | None, right: StatePlan | None) -> bool:
     if left is None or right is None:
         return left is right
-    (sizes, lists), (other_sizes, other_lists) = _content(left), _content(right)
-    return sizes == other_sizes and all(np.array_equal(lists[key], other_lists[key]) for key in lists)
-
-
-def _content(entry: StatePlan) -> tuple[tuple[object, ...], dict[int | str, Indices]]:
-    """All of an entry: what compares by itself, and index lists."""
-    lists: dict[int | str, Indices] = {dim: kept for dim, kept in entry.kept.items()}  # noqa: C416 - a wider key
-    if entry.numbers is not None:
-        lists[f"numbers of {entry.numbers.size}"] = entry.numbers.kept
-    return (entry.shape, dict(entry.blocks), entry.is_saved, lists.keys()), lists
+    lists: list[dict[int | str, Indices]] = []
+    for entry in (left, right):
+        lists.append({dim: kept for dim, kept in entry.kept.items()})  # noqa: C416 - a wider key
+        if entry.numbers is not None:
+            lists[-1][f"numbers of {entry.numbers.size}"] = entry.numbers.kept
+    return (
+        (left.shape, dict(left.blocks), left.is_saved) == (right.shape, dict(right.blocks), right.is_saved)
+        and lists[0].keys() == lists[1].keys()
+        and all(np.array_equal(kept, lists[1][key]) for key, kept in lists[0].items())
+    )

@@ -1,4 +1,4 @@
-"""Two plans in one: the units of a network that are left when a second plan cuts what a first one leaves."""
+"""Composition of two plans: the units that are left when a second plan cuts what a first one leaves."""
 
 from collections.abc import Mapping
 
@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.int64]
 def compose_units(
     groups: ChannelGroups, first: Mapping[str, Indices], second: Mapping[str, StatePlan]
 ) -> dict[str, Indices]:
-    """Units of a network that stay when what is left of its parameters is cut again.
+    """Return the units of a network that stay when what is left of its parameters is cut again.
 
     Groups of the smaller network may have other names and come in another order (those of one dimension, as heads and
     their widths, are named by their sizes), so plans meet in positions of parameters: a unit stays if any position
@@ -35,7 +35,7 @@ def compose_units(
     """
     before = Cut(groups, first)
     saved = [name for name, entry in groups.graph.state.items() if entry.is_saved and name in groups.facts.state_axes]
-    left = {name: _left(before, name, second.get(name)) for name in saved}
+    left = {name: _kept_by_both(before, name, second.get(name)) for name in saved}
     kept = {group.name: _units(group, left) for group in groups}
     after = Cut(groups, kept)
     for name, masks in left.items():
@@ -47,8 +47,8 @@ def compose_units(
     return kept
 
 
-def _left(cut: Cut, name: str, entry: StatePlan | None) -> list[Bools]:
-    """Positions of each dimension that both plans keep, counted as in the dense network."""
+def _kept_by_both(cut: Cut, name: str, entry: StatePlan | None) -> list[Bools]:
+    """Return masks of the positions of each dimension that both plans keep, in the dense network."""
     masks, _ = cut.state_keep(name)
     found = []
     for dim, mask in enumerate(masks):
@@ -68,7 +68,7 @@ def _left(cut: Cut, name: str, entry: StatePlan | None) -> list[Bools]:
 
 
 def _units(group: ChannelGroup, left: Mapping[str, list[Bools]]) -> Indices:
-    """Units of a group of which any position is left; all of a group that has no position in what is saved."""
+    """Return the units of a group of which a position is left; all of a group that no saved tensor holds."""
     members = [member for member in group.members if member.name in left]
     stays = np.full(group.width, not members)
     for member in members:

@@ -14,6 +14,7 @@ from torchshear.dependency.groups._groups import ChannelGroups
 from torchshear.errors import PlanError
 from torchshear.graph import Cost, Graph, locate, node_macs
 from torchshear.graph._nodes import shape_of, tensor_operands
+from torchshear.graph._parts import is_in_parts
 
 Bools = npt.NDArray[np.bool_]
 
@@ -51,7 +52,7 @@ class Cut:
         return {name: np.flatnonzero(mask) for name, mask in self._masks.items()}
 
     def keep(self, axis: Axis) -> Bools:
-        """Which positions of an axis are kept; shape (positions,)."""
+        """Return the mask of kept positions of an axis; shape (positions,)."""
         known = self._known.get(id(axis.units))
         if known is None:
             rows = self.groups.algebra.store.resolve(axis.units)
@@ -61,7 +62,7 @@ class Cut:
         return known[1]
 
     def changes(self, axis: Axis) -> bool:
-        """Whether any position of the axis is cut."""
+        """Return True if any position of the axis is cut."""
         return not bool(self.keep(axis).all())
 
     def _check(self) -> None:
@@ -143,14 +144,14 @@ class Cut:
 
 
 def dense_cost(graph: Graph) -> Cost:
-    """Parameters and multiply-accumulate operations of the network as it is."""
+    """Count parameters and multiply-accumulate operations of the network as it is."""
     return Cost(graph.n_params(), graph_macs(graph, shape_of))
 
 
 def graph_macs(
     graph: Graph, shape: Callable[[fx.Node], Any], counts: Callable[[fx.Node], bool] = lambda node: True
 ) -> int:
-    """Multiply-accumulate operations of one sample, of the nodes that count, by the shapes that a function gives."""
+    """Count the multiply-accumulate operations of one sample over some nodes, by the shapes that a function gives."""
     total = 0
     for node in graph:
         if counts(node) and node.op == "call_function" and isinstance(node.meta.get("val"), Tensor | tuple | list):
@@ -158,6 +159,35 @@ def graph_macs(
             if operands and isinstance(node.target, torch._ops.OpOverload):
                 total += node_macs(str(node.target), [shape(n) for n in operands], shape(node))
     return total // (graph.batch_hint or 1)
+
+
+def part_costs(cut: Cut) -> dict[str, tuple[Cost, Cost]]:
+    """Count parameters and operations of each part of a model before and after a cut.
+
+    Args:
+        cut: a cut of a model of which parts were captured.
+
+    Returns:
+        Name of a part -> (before, after). Tied parameters count in each part that holds them; each captured call counts
+        once in the work. Empty for a model that was captured whole.
+    """
+    graph = cut.groups.graph
+    parts = graph.parts
+    if parts is None:
+        return {}
+
+    def cost(name: str, shape: Callable[[fx.Node], Any], state_shape: Callable[[str], tuple[int, ...]]) -> Cost:
+        one = parts.of(name)
+        held = {graph.aliases[alias] for alias in graph.aliases if is_in_parts(alias, one)}
+        n_params = sum(
+            int(np.prod(state_shape(key), dtype=np.int64)) for key in held if graph.state[key].kind == "parameter"
+        )
+        return Cost(n_params, graph_macs(graph, shape, lambda node: is_in_parts(locate(node).module, one)))
+
+    return {
+        name: (cost(name, shape_of, lambda key: graph.state[key].shape), cost(name, cut.shape, cut.state_shape))
+        for name in parts.names
+    }
 
 
 def _as_mask(name: str, width: int, indices: Ids) -> Bools:

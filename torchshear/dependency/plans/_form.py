@@ -1,4 +1,4 @@
-"""What made the form of a shrunk model: plain data, with which the same form is made again without a search."""
+"""The form of a shrunk model as plain data, from which the same form is made again without a search."""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Part of what a module gives.
+    """A slice of the output of a module.
 
     Attributes:
         module: qualified name of the module.
@@ -55,7 +55,7 @@ class Part:
     positions: tuple[int, ...] | None = None
 
     def meets(self, other: "Part") -> bool:
-        """Whether two parts have a position in common, or may have."""
+        """Return True if two slices have a position in common, or may have."""
         if self.module != other.module:
             return False
         if self.positions is None or other.positions is None or self.dim != other.dim:
@@ -69,7 +69,7 @@ Scales = Mapping[Part, float]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Form:
-    """What made the form of a shrunk model.
+    """The form of a shrunk model: the changes that made it.
 
     Attributes:
         kind: "native" or "traced", see `torchshear.speedup.Shrunk`.
@@ -87,7 +87,7 @@ class Form:
 
 
 def write_form(form: Form, writer: IndexWriter) -> dict[str, Any]:
-    """The entry of a plan's document."""
+    """Return the entry of a plan's document."""
     return {
         "kind": form.kind,
         "reason": form.reason,
@@ -114,7 +114,7 @@ def _write_scale(part: Part, factor: float, writer: IndexWriter) -> dict[str, An
 
 
 def read_form(entry: Mapping[str, Any], reader: IndexReader) -> Form:
-    """The reverse of `write_form`.
+    """Read what `write_form` wrote.
 
     Raises:
         PlanError: an index list is damaged.

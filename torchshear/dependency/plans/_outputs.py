@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OutputPlan:
-    """What is kept of one output of the model that may shrink.
+    """The kept positions of one output of the model that may shrink.
 
     Attributes:
         name: its name, as "last_hidden_state" or "features.3".
@@ -43,7 +43,7 @@ class OutputPlan:
 
 
 def output_plans(cut: Cut) -> tuple[OutputPlan, ...]:
-    """What a cut leaves of each output that may shrink, in train mode too where that gives other outputs."""
+    """Return the kept positions of each output that may shrink, also in train mode if that gives other outputs."""
     groups = cut.groups
     graphs = [(groups.graph, groups.facts)]
     if groups.graph.training is not None and groups.training_facts is not None:
@@ -70,7 +70,7 @@ def _output_plan(cut: Cut, graph: Graph, facts: Facts, name: str, index: int, no
 
 
 def write_outputs(patterns: Sequence[str], outputs: Sequence[OutputPlan], writer: IndexWriter) -> dict[str, Any]:
-    """Entries of a plan file; none where no output may shrink."""
+    """Return the entries of a plan file; none where no output may shrink."""
     if not patterns:
         return {}
     entries = [
@@ -88,7 +88,7 @@ def write_outputs(patterns: Sequence[str], outputs: Sequence[OutputPlan], writer
 
 
 def read_outputs(entries: Sequence[Mapping[str, Any]], reader: IndexReader) -> tuple[OutputPlan, ...]:
-    """Outputs of a plan file.
+    """Read the outputs of a plan file.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: the entries are damaged.

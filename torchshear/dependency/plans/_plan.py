@@ -37,7 +37,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupPlan:
-    """What is kept of one channel group.
+    """The kept units of one channel group.
 
     Attributes:
         name: name of the group.
@@ -58,7 +58,7 @@ class GroupPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PruningPlan:
-    """Which channels of a model are kept.
+    """The channels of a model that are kept.
 
     Attributes:
         groups: what is kept of each channel group, prunable or not.
@@ -111,7 +111,7 @@ class PruningPlan:
         return html_table("Pruning plan", ("group", "width", "kept", "note"), rows, [repr(self)])
 
     def masks(self) -> dict[str, Tensor]:
-        """Masks of all parameters and buffers that shrink.
+        """Return the masks of all parameters and buffers that shrink.
 
         Returns:
             Name of a parameter or buffer -> bool tensor of its original shape, True = kept. Tied parameters are listed
@@ -367,7 +367,7 @@ def _check_ranges(path: Path, plan: PruningPlan) -> None:
 
 
 def _check_whole(path: Path, plan: PruningPlan) -> None:
-    """What says the same twice must say it alike; whether units and positions agree is seen where the network is."""
+    """Check that entries which say the same agree. Units and positions are compared where the network is known."""
     names = [group.name for group in plan.groups]
     if len(set(names)) < len(names):
         raise damage_error(path, f"group {max(names, key=names.count)!r} stands there twice")

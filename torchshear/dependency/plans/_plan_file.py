@@ -42,7 +42,7 @@ class IndexWriter:
         self.tensors: dict[str, npt.NDArray[np.int32]] = {}
 
     def write(self, indices: Indices) -> str:
-        """Text for an index list; equal lists get equal text."""
+        """Return the text for an index list; equal lists get equal text."""
         n_runs = 1 + np.count_nonzero(np.diff(indices) != 1)
         text = _runs(indices) if 2 * n_runs - 1 <= _LONGEST_TEXT else None  # a run is a digit and a comma at least
         if text is not None and len(text) <= _LONGEST_TEXT:
@@ -62,7 +62,7 @@ class IndexReader:
         self._n_left = _MAX_INDICES
 
     def read(self, text: str) -> Indices:
-        """Index list of a text, not to be written to.
+        """Return the index list of a text, not to be written to.
 
         Raises:
             PlanError: the text is damaged, names a tensor that is not there, or stands for too many indices.
@@ -105,7 +105,7 @@ def _runs(indices: Indices) -> str:
 
 
 def read_size(value: Any) -> int:
-    """A size from a document.
+    """Read a size from a document.
 
     Raises:
         TypeError, ValueError: it is no whole number, or none that a dimension can have.
@@ -118,7 +118,7 @@ def read_size(value: Any) -> int:
 
 
 def read_name(value: Any) -> str:
-    """A text from a document.
+    """Read a text from a document.
 
     Raises:
         TypeError: it is none.
@@ -129,7 +129,7 @@ def read_name(value: Any) -> str:
 
 
 def read_dimension(text: str) -> int:
-    """A dimension from a document, where it is a key and so a text.
+    """Read a dimension from a document, where it is a key and so a text.
 
     Raises:
         ValueError: it is none.
@@ -140,7 +140,7 @@ def read_dimension(text: str) -> int:
 
 
 def damage_error(path: Path, what: str) -> PlanError:
-    """The error for a file that cannot be read."""
+    """Return the error for a file that cannot be read."""
     return PlanError(
         f"plan file {str(path)!r} is damaged: {what}. Expected a plan written by PruningPlan.save; save it again."
     )

@@ -1,4 +1,4 @@
-"""What a plan keeps of one parameter or buffer: enough to cut the tensor without the network."""
+"""The kept positions of one parameter or buffer: enough to cut the tensor without the network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Renumbering:
-    """For a buffer that holds positions of an axis: how they are counted when some are gone.
+    """The new numbers of positions that a buffer holds, when some positions are gone.
 
     Attributes:
         size: number of positions before; values below 0 count from the end.
@@ -31,7 +31,7 @@ class Renumbering:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StatePlan:
-    """What is kept of one parameter or buffer.
+    """The kept positions of one parameter or buffer.
 
     Attributes:
         shape: sizes before.
@@ -48,7 +48,7 @@ class StatePlan:
     is_saved: bool = True
 
     def mask(self) -> Tensor:
-        """Bool tensor of the original shape, True where a value stays."""
+        """Return a bool tensor of the original shape, True where a value stays."""
         mask = torch.ones(self.shape, dtype=torch.bool)
         for dim, positions in self.kept.items():
             n_blocks = self.blocks.get(dim, 0)
@@ -66,7 +66,7 @@ class StatePlan:
         )
 
     def damage(self) -> str | None:
-        """What is wrong with an entry from a file, or None."""
+        """Describe the damage of an entry from a file; None if there is none."""
         for dim, kept in self.kept.items():
             n_blocks = self.blocks.get(dim, 0)
             if not 0 <= dim < len(self.shape):
@@ -83,7 +83,7 @@ class StatePlan:
 
 
 def are_ascending(indices: Indices, size: int) -> bool:
-    """Whether indices name at least one of `size` positions, each once and in order."""
+    """Return True if indices name at least one of `size` positions, each once and in order."""
     return bool(indices.size and indices.min() >= 0 and indices.max() < size and (np.diff(indices) > 0).all())
 
 
@@ -103,7 +103,7 @@ def _spread(line: Tensor, shape: tuple[int, ...], dim: int, n_blocks: int) -> Te
 
 
 def make_state_plan(cut: Cut, name: str) -> StatePlan | None:
-    """What a cut keeps of a parameter, buffer or constant; None if all of it stays as it is.
+    """Return the positions that a cut keeps of a parameter, buffer or constant; None if all of it stays as it is.
 
     Raises:
         PlanError: blocks of it would keep unequal numbers of positions.
@@ -131,7 +131,7 @@ def make_state_plan(cut: Cut, name: str) -> StatePlan | None:
 
 
 def write_state(entry: StatePlan, writer: IndexWriter) -> dict[str, Any]:
-    """The entry of a plan's document."""
+    """Return the entry of a plan's document."""
     document: dict[str, Any] = {
         "shape": list(entry.shape),
         "kept": {str(dim): writer.write(kept) for dim, kept in entry.kept.items()},
@@ -146,7 +146,7 @@ def write_state(entry: StatePlan, writer: IndexWriter) -> dict[str, Any]:
 
 
 def read_state(entry: Mapping[str, Any], reader: IndexReader) -> StatePlan:
-    """The reverse of `write_state`.
+    """Read what `write_state` wrote.
 
     Raises:
         PlanError: an index list is damaged.

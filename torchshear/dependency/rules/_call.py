@@ -48,7 +48,7 @@ class Call:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def arg(self, name: str) -> Any:
-        """Value of an argument by its schema name, the default where it is not given."""
+        """Return an argument by its schema name, the default if it is not given."""
         return self._arguments.get(name)
 
     @property
@@ -56,33 +56,31 @@ class Call:
         """All operands that are tensors, in order, each as often as it is given."""
         return tensor_operands(self.node)
 
-    def _is_tensor(self, node: Any) -> bool:
+    def is_tensor(self, name: str) -> bool:
+        """Return True if an argument is given and is a tensor."""
+        node = self.arg(name)
         return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), Tensor)
 
-    def is_tensor(self, name: str) -> bool:
-        """Whether an argument is a tensor."""
-        return self._is_tensor(self.arg(name))
-
     def axes(self, operand: str | fx.Node) -> Axes:
-        """Axes of a tensor operand, by schema name or node."""
+        """Return the axes of a tensor operand, given by schema name or node."""
         axes = self.raw_axes(operand)
         return tuple(self._one(axis) for axis in axes) if any(axis.rows for axis in axes) else axes
 
     def raw_axes(self, operand: str | fx.Node) -> Axes:
-        """As `axes`, for a rule that knows what `Axis.rows` mean and keeps rows apart."""
+        """Return the axes of an operand with `Axis.rows` kept apart, for a rule that knows what they mean."""
         node = self.arg(operand) if isinstance(operand, str) else operand
         axes = self._facts.axes[node.name]
         assert isinstance(axes, tuple), f"{node.name} is not one tensor"
         return axes
 
     def _one(self, axis: Axis) -> Axis:
-        """An axis that is the same in each row, for rules that see one axis a dimension."""
+        """Tie the rows of an axis, for rules that see one axis for each dimension, and return it."""
         for row in axis.rows[1:]:
             self.tie(axis.rows[0], row)
         return axis.rows[0] if axis.rows else axis
 
     def shape(self, operand: str | fx.Node) -> tuple[int, ...]:
-        """Sizes of a tensor operand, free ones as in the capture."""
+        """Return the sizes of a tensor operand, dynamic ones as in the capture."""
         node = self.arg(operand) if isinstance(operand, str) else operand
         shape = shape_of(node)
         assert isinstance(shape, tuple)
@@ -96,24 +94,24 @@ class Call:
         return shape
 
     def is_dynamic(self, operand: str | fx.Node, dim: int) -> bool:
-        """Whether a dimension of an operand is free (the batch)."""
+        """Return True if a dimension of an operand is dynamic (the batch)."""
         return self.graph.is_dynamic(self.arg(operand) if isinstance(operand, str) else operand, dim)
 
     def is_boolean(self, operand: fx.Node) -> bool:
-        """Whether a tensor operand holds truth values, as a mask does."""
+        """Return True if a tensor operand holds truth values, as a mask does."""
         return bool(operand.meta["val"].dtype == torch.bool)
 
     def dim(self, name: str, rank: int) -> int:
-        """A dimension argument, counted from the front."""
+        """Return a dimension argument, counted from the front."""
         return int(self.arg(name)) % max(rank, 1)
 
     def state_name(self, operand: str | fx.Node) -> str | None:
-        """Name of the parameter or buffer that an operand is, if it is one directly."""
+        """Return the name of the parameter or buffer that an operand is; None if it is computed."""
         node = self.arg(operand) if isinstance(operand, str) else operand
         return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
 
     def source(self, operand: fx.Node) -> fx.Node | None:
-        """The buffer or literal that an operand is, also behind copies of it, if nothing else reads it."""
+        """Find the buffer or literal that an operand is, also behind copies; None if something else reads it too."""
         while len(operand.users) == 1:
             if operand.op == "get_attr":
                 return operand
@@ -123,7 +121,7 @@ class Call:
         return None
 
     def constant(self, operand: fx.Node) -> npt.NDArray[Any] | None:
-        """Values of an operand that is a buffer or literal, or None if it is computed or has no data.
+        """Return the values of an operand that is a buffer or literal, or None if it is computed or has no data.
 
         They decide what a plan does from here on: it is refused where a model or a checkpoint has others.
         """
@@ -145,7 +143,7 @@ class Call:
         self.algebra.fix(axes, FixReason(why, self.node))
 
     def refuse(self, why: str) -> Result:
-        """Fix all that the call touches; gives the axes of the result. The reason names this call."""
+        """Fix all that the call touches, and return the axes of the result. The reason names this call."""
         for node in self.tensor_args:
             self.fix(self.axes(node), why)
         if isinstance(self.node.meta.get("val"), Tensor):
@@ -153,7 +151,7 @@ class Call:
         return [tuple(self.fixed_axis(size, why) for size in shape or ()) for shape in self.out_shape]
 
     def fixed_axis(self, size: int, why: str = "computed") -> Axis:
-        """A fixed axis; the reason names this call."""
+        """Return a fixed axis; the reason names this call."""
         return self.algebra.fixed_axis(size, FixReason(why, self.node))
 
     def balance(self, axis: Axis, n_blocks: int) -> None:
@@ -233,13 +231,13 @@ class Call:
         self._facts.declared_roles.setdefault(role, []).extend(axes)
 
     def results_of(self, node: fx.Node) -> list[Axes]:
-        """Axes of each result of a node that gives several."""
+        """Return the axes of each result of a node that gives several."""
         results = self._facts.axes[node.name]
         assert isinstance(results, list), f"{node.name} is one tensor"
         return results
 
     def positions(self, operand: fx.Node) -> Axis | None:
-        """The axis of which the values of an operand are positions, chosen by data; None if they are not."""
+        """Return the axis of which the values of an operand are positions, chosen by data; None if they are not."""
         return self._facts.index_axes.get(operand.name)
 
     def gives_positions(self, axis: Axis, result: int | None = None) -> None:
@@ -285,5 +283,5 @@ class Call:
 
 
 def bind_arguments(node: fx.Node) -> Mapping[str, Any]:
-    """Arguments of a call by schema name, defaults filled in; positions as names for plain Python functions."""
+    """Return the arguments of a call by schema name with defaults; of plain Python functions by position."""
     return arguments_by_name(node.target, node.args, node.kwargs)

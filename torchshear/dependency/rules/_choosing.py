@@ -77,7 +77,7 @@ def _one_hot(call: Call, axis: Axis, _: Callable[[Call], Result]) -> Result:
 
 @position_rule("aten.histc")
 def _histogram(call: Call, axis: Axis, rule: Callable[[Call], Result]) -> Result:
-    """How often each position is chosen, where every position has a bin of its own."""
+    """Count how often each position is chosen, where every position has a bin of its own."""
     if (call.arg("bins"), call.arg("min"), call.arg("max")) != (axis.size, 0, axis.size - 1):
         call.fix([axis], "its positions are counted in other bins")
         return rule(call)

@@ -247,7 +247,7 @@ def _einsum(call: Call) -> Axes:
 
 
 def _sides(left: str, right: str, output: str, axes: Mapping[str, Axis]) -> tuple[Axes, tuple[Axes, Axes], Axes]:
-    """Of two terms of an equation: contracted axes, axes of the left and of the right alone, and batch axes."""
+    """Return the contracted axes of two terms, those of the left and of the right alone, and batch axes."""
     shared = [letter for letter in left if letter in right]
     alone = [tuple(axes[x] for x in term if x not in shared) for term in (left, right)]
     return (

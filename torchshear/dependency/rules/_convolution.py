@@ -22,21 +22,21 @@ def _macs_transposed(operands: Sequence[Shape], result: Shape) -> int:
     return prod(operands[0]) * prod(operands[1][1:])
 
 
-def _plain(n_space: int) -> Operator:
+def _plain_layer(n_space: int) -> Operator:
     channel = -1 - n_space
     layer = Product(left="input", right="weight", bias="bias", contracted=(channel, 1), channels=channel)
     return Operator(product=layer, macs=_macs)
 
 
-def _transposed(n_space: int) -> Operator:
+def _transposed_layer(n_space: int) -> Operator:
     channel = -1 - n_space
     layer = Product(left="input", right="weight", bias="bias", contracted=(channel, 0), channels=channel)
     return Operator(product=layer, macs=_macs_transposed)
 
 
-@operator_rule("aten.conv1d", operator=_plain(1))
-@operator_rule("aten.conv2d", operator=_plain(2))
-@operator_rule("aten.conv3d", operator=_plain(3))
+@operator_rule("aten.conv1d", operator=_plain_layer(1))
+@operator_rule("aten.conv2d", operator=_plain_layer(2))
+@operator_rule("aten.conv3d", operator=_plain_layer(3))
 def _convolution(call: Call) -> Axes:
     """Weight is (out, in / groups, *kernel)."""
     x, weight = call.axes("input"), call.axes("weight")
@@ -54,13 +54,13 @@ def _convolution(call: Call) -> Axes:
         call.tie(_alike_groups(call, x[channel], groups)[1], weight[1])
         _alike_groups(call, weight[0], groups)
     else:
-        _grouped(call, x[channel], weight, groups)
+        _relate_groups(call, x[channel], weight, groups)
     return _finish(call, x, channel, weight[0], kind)
 
 
-@operator_rule("aten.conv_transpose1d", operator=_transposed(1))
-@operator_rule("aten.conv_transpose2d", operator=_transposed(2))
-@operator_rule("aten.conv_transpose3d", operator=_transposed(3))
+@operator_rule("aten.conv_transpose1d", operator=_transposed_layer(1))
+@operator_rule("aten.conv_transpose2d", operator=_transposed_layer(2))
+@operator_rule("aten.conv_transpose3d", operator=_transposed_layer(3))
 def _transposed_convolution(call: Call) -> Axes:
     """Weight is (in, out / groups, *kernel)."""
     x, weight = call.axes("input"), call.axes("weight")
@@ -82,7 +82,7 @@ def _transposed_convolution(call: Call) -> Axes:
         call.tie(inside, _alike_groups(call, weight[0], groups)[1])
         out = call.algebra.merge((blocks, weight[1]))
     else:
-        out = _transposed_grouped(call, x[channel], weight, groups)
+        out = _relate_transposed_groups(call, x[channel], weight, groups)
     return _finish(call, x, channel, out, kind)
 
 
@@ -146,7 +146,7 @@ def _depthwise(call: Call, channels: Axis, out: Axis, groups: int) -> None:
     call.edit_size("groups", channels)
 
 
-def _grouped(call: Call, channels: Axis, weight: Axes, groups: int) -> None:
+def _relate_groups(call: Call, channels: Axis, weight: Axes, groups: int) -> None:
     """Each group may keep channels of its own choice, but all groups equally many."""
     call.role("weight", out=0, in_=1)
     call.balance(weight[0], groups)
@@ -158,7 +158,7 @@ def _grouped(call: Call, channels: Axis, weight: Axes, groups: int) -> None:
         call.tie(_alike_groups(call, channels, groups)[1], weight[1])
 
 
-def _transposed_grouped(call: Call, channels: Axis, weight: Axes, groups: int) -> Axis:
+def _relate_transposed_groups(call: Call, channels: Axis, weight: Axes, groups: int) -> Axis:
     call.balance(weight[0], groups)
     call.tie(weight[0], channels)
     out = call.algebra.fresh(groups * weight[1].size)
@@ -169,7 +169,7 @@ def _transposed_grouped(call: Call, channels: Axis, weight: Axes, groups: int) -
 
 
 def _is_own_weight(call: Call) -> bool:
-    """Whether the weight is a parameter that only calls of this operator read, so that its blocks can differ."""
+    """Return True if only calls of this operator read the weight, a parameter, so that its blocks can differ."""
     weight = call.arg("weight")
     return call.state_name(weight) is not None and all(
         user.target is call.node.target and user.args[1] is weight for user in weight.users

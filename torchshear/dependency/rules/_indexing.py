@@ -29,7 +29,7 @@ def _with_indices(given: Mapping[str, Any], dims: list[SourceDim]) -> list[Sourc
 def _index_select(call: Call) -> Axes:
     x = call.axes("self")
     dim = call.dim("dim", len(x))
-    return (*x[:dim], _picked(call, dim, call.arg("index")), *x[dim + 1 :])
+    return (*x[:dim], _pick(call, dim, call.arg("index")), *x[dim + 1 :])
 
 
 @operator_rule("aten.index.Tensor", operator=Operator(passes="choice", source_dims=_with_indices))
@@ -40,14 +40,14 @@ def _index(call: Call) -> Axes:
     dims = [dim for dim, _ in given]
     if len(given) == 1 and len(call.shape(given[0][1])) == 1:
         dim, node = given[0]
-        row = _where_true(call, x[dim], node) if call.is_boolean(node) else _picked(call, dim, node)
+        row = _where_true(call, x[dim], node) if call.is_boolean(node) else _pick(call, dim, node)
         if row is not None:
             return (*x[:dim], row, *x[dim + 1 :])
     rest = [axis for dim, axis in enumerate(x) if dim not in dims]
     rank = len(call.out_shape) - len(rest)
     adjacent = dims == list(range(dims[0], dims[0] + len(dims)))
     at = dims[0] if adjacent else 0
-    row = _picked_together(call, given)
+    row = _pick_together(call, given)
     if row is not None:
         return (*rest[:at], row, *rest[at:])
     call.fix([x[dim] for dim in dims], "picked by an index tensor")
@@ -70,7 +70,7 @@ def _where_true(call: Call, axis: Axis, mask: fx.Node) -> Axis | None:
     return call.keep_some(call.algebra.take(axis, np.flatnonzero(values)))
 
 
-def _picked(call: Call, dim: int, index: fx.Node) -> Axis:
+def _pick(call: Call, dim: int, index: fx.Node) -> Axis:
     """The axis of picked positions. A buffer of positions is renumbered when others go."""
     own, axis = call.axes(index)[0], call.axes("self")[dim]
     if call.algebra.is_fixed(axis):
@@ -86,7 +86,7 @@ def _picked(call: Call, dim: int, index: fx.Node) -> Axis:
     )
 
 
-def _picked_together(call: Call, given: Sequence[tuple[int, fx.Node]]) -> Axis | None:
+def _pick_together(call: Call, given: Sequence[tuple[int, fx.Node]]) -> Axis | None:
     """The axis of what constant rows pick in several dimensions at once, which goes with any of its positions.
 
     None where an index is computed or shared, or nothing that is picked from can be cut.
@@ -159,7 +159,7 @@ def _elementwise_of(node: fx.Node) -> set[fx.Node]:
 
 
 def _leave_nothing_tied(algebra: Algebra, sides: Sequence[Axis]) -> bool:
-    """Whether of several axes, tied position by position, nothing could go, or only all together."""
+    """Return True if nothing could go, or only all together, once several axes are tied position by position."""
     if len(sides) == 1:
         return False
     trial = algebra.copy()

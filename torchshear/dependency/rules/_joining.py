@@ -16,10 +16,10 @@ from torchshear.graph._operator import Operator, SourceDim
 @operator_rule("aten.cat", "aten.concat", "aten.concatenate")
 def _cat(call: Call) -> Axes:
     operands = [call.axes(node) for node in call.arg("tensors") if call.shape(node) != (0,)]
-    return _joined(call, operands, call.dim("dim", len(operands[0])))
+    return _join(call, operands, call.dim("dim", len(operands[0])))
 
 
-def _joined(call: Call, operands: list[Axes], dim: int) -> Axes:
+def _join(call: Call, operands: list[Axes], dim: int) -> Axes:
     rank = len(operands[0])
     result: list[Axis] = []
     for i in range(rank):
@@ -39,10 +39,10 @@ def _stacked_in_place(call: Call) -> Axes:
     operands = [call.axes(node) for node in call.arg("tensors")]
     if how == "column_stack":
         operands = [(*axes, call.fixed_axis(1, "a new dimension")) if len(axes) == 1 else axes for axes in operands]
-        return _joined(call, operands, 1)
+        return _join(call, operands, 1)
     dim, rank = {"hstack": (1, 1), "dstack": (2, 3)}.get(how, (0, 2))
     operands = [at_least(call, axes, rank) for axes in operands]
-    return _joined(call, operands, min(dim, len(operands[0]) - 1))
+    return _join(call, operands, min(dim, len(operands[0]) - 1))
 
 
 def at_least(call: Call, axes: Axes, rank: int) -> Axes:
@@ -103,10 +103,10 @@ def _parts(call: Call, dim: int) -> Result:
     starts = [stop - size for size, stop in zip(sizes, stops, strict=True)]
     parts = [call.keep_some(call.algebra.take(x[dim], slice(*ends))) for ends in zip(starts, stops, strict=True)]
 
-    def rewritten(keep: Keep) -> tuple[str, tuple[object, ...]]:
+    def rewrite(keep: Keep) -> tuple[str, tuple[object, ...]]:
         return "aten.split_with_sizes.default", (call.arg("self"), [int(keep(part).sum()) for part in parts], dim)
 
-    call.edit_call(rewritten)
+    call.edit_call(rewrite)
     return [(*x[:dim], part, *x[dim + 1 :]) for part in parts]
 
 
@@ -157,14 +157,14 @@ def _slice(call: Call) -> Axes:
         return x
     taken = call.keep_some(call.algebra.take(x[dim], slice(start, stop, step)))
     if step > 1:
-        _strided(call, x[dim], start, step)
+        _take_every(call, x[dim], start, step)
     else:
         call.edit_count("start", slice(0, start), x[dim])
         call.edit_count("end", slice(0, stop), x[dim])
     return (*x[:dim], taken, *x[dim + 1 :])
 
 
-def _strided(call: Call, axis: Axis, start: int, step: int) -> None:
+def _take_every(call: Call, axis: Axis, start: int, step: int) -> None:
     """Every step-th position: whole runs of `step` go together, so that start and step stay as they are."""
     if axis.size % step == 0 and start < step and call.arg("end") in (None, axis.size, 2**63 - 1):
         _, inside = call.algebra.factor(axis, (axis.size // step, step))

@@ -15,14 +15,14 @@ from torchshear.graph._operator import Operator, SourceDim
 _LAYOUT = Operator(passes="layout")
 
 
-def _exchanged(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
+def _exchange_two(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
     one, other = (given["dim0"], given["dim1"]) if "dim0" in given else (given["axis0"], given["axis1"])
     result = list(dims)
     result[one], result[other] = dims[other], dims[one]
     return result
 
 
-def _last_two_exchanged(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
+def _exchange_last_two(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:
     return [*dims[:-2], dims[-1], dims[-2]]
 
 
@@ -39,7 +39,7 @@ def _permute(call: Call) -> Axes:
     "aten.transpose.int",
     "aten.swapaxes",
     "aten.swapdims",
-    operator=Operator(passes="layout", source_dims=_exchanged),
+    operator=Operator(passes="layout", source_dims=_exchange_two),
 )
 def _transpose(call: Call) -> Axes:
     x = list(call.axes("self"))
@@ -50,7 +50,7 @@ def _transpose(call: Call) -> Axes:
 
 
 @operator_rule("aten.t", "aten.numpy_T", operator=Operator(passes="layout", source_dims=lambda given, dims: dims[::-1]))
-@operator_rule("aten.mT", operator=Operator(passes="layout", source_dims=_last_two_exchanged))
+@operator_rule("aten.mT", operator=Operator(passes="layout", source_dims=_exchange_last_two))
 @operator_rule("aten.mH", "aten.matrix_H", "aten.adjoint")
 def _reverse(call: Call) -> Axes:
     x = call.axes("self")
@@ -85,11 +85,11 @@ def _squeeze(call: Call) -> Axes:
     given = range(len(x)) if dims is None else [dims] if isinstance(dims, int) else dims
     dropped = [dim % len(x) for dim in given if x[dim].size == 1]
 
-    def rewritten(keep: Keep) -> Any:
+    def rewrite(keep: Keep) -> Any:
         new_ones = any(axis.size > 1 and int(keep(axis).sum()) == 1 for axis in x)
         return ("aten.squeeze.dims", (call.arg("self"), dropped)) if new_ones else UNCHANGED
 
-    call.edit_call(rewritten)
+    call.edit_call(rewrite)
     return tuple(axis for dim, axis in enumerate(x) if dim not in dropped)
 
 
@@ -125,18 +125,18 @@ def _expand_as(call: Call) -> Axes:
 
 @operator_rule("aten.repeat", operator=_LAYOUT)
 def _repeat(call: Call) -> Axes:
-    return _repeated(call, call.axes("self"), "repeats")
+    return _repeat_axes(call, call.axes("self"), "repeats")
 
 
 @operator_rule("aten.tile", operator=_LAYOUT)
 def _tile(call: Call) -> Axes:
-    """As repeat, but for numbers of times that are given for the last dimensions only."""
+    """Repeat, with numbers of times for the last dimensions only."""
     x = call.axes("self")
     n_whole = max(0, len(x) - len(call.arg("dims")))
-    return (*x[:n_whole], *_repeated(call, x[n_whole:], "dims"))
+    return (*x[:n_whole], *_repeat_axes(call, x[n_whole:], "dims"))
 
 
-def _repeated(call: Call, x: Axes, name: str) -> Axes:
+def _repeat_axes(call: Call, x: Axes, name: str) -> Axes:
     repeats = call.arg(name)
     offset = len(repeats) - len(x)
     result: list[Axis] = []

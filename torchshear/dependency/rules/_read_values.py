@@ -10,7 +10,7 @@ from torchshear.graph import Graph
 
 
 def digest_of(tensor: Tensor) -> str:
-    """SHA-256 over the shape and the values of a tensor; integers of any type count alike."""
+    """Return the SHA-256 of the shape and the values of a tensor; integers of any type count alike."""
     values = tensor.detach().cpu()
     if not (values.is_floating_point() or values.is_complex()):
         values = values.to(torch.int64)
@@ -20,12 +20,12 @@ def digest_of(tensor: Tensor) -> str:
 
 
 def label_of(graph: Graph, name: str) -> str:
-    """What a buffer or constant is called in a plan: the two modes of a model have constants of their own."""
+    """Return the name of a buffer or constant in a plan; constants of the graph for train mode have a prefix."""
     return f"train:{name}" if graph.mode == "train" and graph.state[name].kind == "constant" else name
 
 
 def readable_values(graph: Graph, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All that an analysis of a graph can read: label -> tensor.
+    """Collect the tensors that an analysis of a graph can read, by their names in a plan.
 
     Args:
         graph: the captured model.
@@ -41,7 +41,7 @@ def readable_values(graph: Graph, own: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def differing_value(read: Mapping[str, str], found: Mapping[str, Tensor]) -> str | None:
-    """How values differ from those that an analysis read, in a phrase that starts with a name; None if none does.
+    """Describe how a value differs from the one that an analysis read, starting with its name; None if none does.
 
     Args:
         read: label -> digest of what the analysis read.

@@ -134,7 +134,7 @@ def _tie_state(call: Call, state: fx.Node, layers: Sequence[Axis], batch: Axis) 
 
 
 def _is_uniform(node: fx.Node) -> bool:
-    """Whether a value is the same at every position."""
+    """Return True if a value is the same at every position."""
     known = operator_of(node)
     return known.is_uniform or (known.keeps_values and _is_uniform(node.all_input_nodes[0]))
 

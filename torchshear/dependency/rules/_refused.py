@@ -44,7 +44,7 @@ def _positions(call: Call) -> Result:
 
 @operator_rule("aten.histc", "aten.searchsorted", "aten.nonzero", "aten.masked_select", "aten.bincount")
 def _counted(call: Call) -> Result:
-    """How many values there are, or where, is the result."""
+    """The number of values, or their places, are the result."""
     return call.refuse("counted or searched as a whole")
 
 

@@ -34,7 +34,7 @@ def _gather(call: Call) -> Axes:
 
 @operator_rule("aten.take_along_dim", operator=Operator(passes="choice"))
 def _take_along(call: Call) -> Axes:
-    """As gather, with axes other than `dim` broadcast."""
+    """Gather, with axes other than `dim` broadcast."""
     x, index = call.axes("self"), call.axes("indices")
     if call.arg("dim") is None:
         call.fix([*x, *index], "chosen from a flat row")

@@ -30,7 +30,7 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
 
 
 def weight_behind(operand: fx.Node, carriers: Mapping[str, fx.Node]) -> tuple[fx.Node, list[SourceDim]] | None:
-    """The parameter or buffer behind an operand, and of each dimension of the operand its own; None of a new one.
+    """Find the parameter or buffer behind an operand, and its dimension for each of the operand; None of a new one.
 
     Args:
         operand: the operand.
@@ -49,7 +49,7 @@ def weight_behind(operand: fx.Node, carriers: Mapping[str, fx.Node]) -> tuple[fx
 
 
 def unwrap_moves(operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-    """The value behind all calls that only move dimensions, and these calls, the last first."""
+    """Return the value behind all calls that only move dimensions, and these calls, the last first."""
     calls: list[fx.Node] = []
     while _moves_dimensions(operand) and operand.args and isinstance(operand.args[0], fx.Node):
         calls.append(operand)
