@@ -1,7 +1,6 @@
 """Data run through a model, and what it shows of each unit: activations, gradients, gates."""
 
 from torchshear.calibration._batches import Batch, CallForm, read_batches, read_graph_inputs
-from torchshear.calibration._layers import Layer, find_layers
 from torchshear.calibration._progress import Progress, check_progress, with_progress
 from torchshear.calibration._run import Loss, Run
 from torchshear.calibration._shared_statistics import all_reduced
@@ -19,6 +18,7 @@ from torchshear.calibration._statistics import (
 )
 from torchshear.calibration._sums import wide
 from torchshear.calibration._taps import GroupTaps, Tap, find_taps
+from torchshear.calibration._weight_calls import WeightCall, find_weight_calls
 
 __all__ = [
     "ALL_SUMS",
@@ -29,7 +29,6 @@ __all__ = [
     "CallForm",
     "GateSums",
     "GroupTaps",
-    "Layer",
     "Loss",
     "Progress",
     "RowSums",
@@ -38,11 +37,12 @@ __all__ = [
     "Sum",
     "Tap",
     "ValueSums",
+    "WeightCall",
     "WeightSums",
     "all_reduced",
     "check_progress",
-    "find_layers",
     "find_taps",
+    "find_weight_calls",
     "read_batches",
     "read_graph_inputs",
     "wide",

@@ -170,7 +170,7 @@ def read_graph_inputs(loader: Iterable[Any], count: int, graph: Graph) -> Iterat
         for leaf, example in zip(leaves, examples, strict=True):
             if isinstance(example, Tensor):
                 _check_tensor(leaf, example, graph, number)
-        yield [_in_type_of(example, leaf) for leaf, example in zip(leaves, examples, strict=True)], batch.target
+        yield [_cast_like(example, leaf) for leaf, example in zip(leaves, examples, strict=True)], batch.target
 
 
 def describe(*values: Any) -> str:
@@ -277,6 +277,6 @@ def _check_tensor(leaf: Any, example: Tensor, graph: Graph, number: int) -> None
         raise DataError(f"batch {number} holds NaN; expected numbers. Check the data.")
 
 
-def _in_type_of(example: Any, leaf: Any) -> Any:
+def _cast_like(example: Any, leaf: Any) -> Any:
     is_floating = isinstance(leaf, Tensor) and isinstance(example, Tensor) and example.is_floating_point()
     return leaf.to(example.dtype) if is_floating else leaf

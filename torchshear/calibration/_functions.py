@@ -38,7 +38,7 @@ class Functions:
         self._results: dict[FunctionCall, list[Any]] = {}
 
     def result(self, node: fx.Node, value: Any) -> Any:
-        """What a function gives where a value is its result; else the value."""
+        """Return the result of the function that gives this value, or the value itself where none does."""
         if node.name not in self._result_of:
             return value
         call, number = self._result_of[node.name]

@@ -101,7 +101,7 @@ class Gates:
         self._found = {}
 
     def result(self) -> dict[str, GateSums]:
-        """What was summed, by group."""
+        """Return the sums of each group."""
         return {name: sums.result() for name, sums in self._sums.items()}
 
 

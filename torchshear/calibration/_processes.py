@@ -10,12 +10,12 @@ from torchshear.errors import DataError, TorchshearError
 
 
 def is_distributed() -> bool:
-    """Whether several processes run together."""
+    """Return whether several processes run together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def n_processes() -> int:
-    """How many processes run together."""
+    """Return the number of processes that run together."""
     return dist.get_world_size() if is_distributed() else 1
 
 
@@ -59,7 +59,7 @@ def agree(task: str, setting: object, n_batches: int, error: Exception | None) -
         )
 
 
-def summed(tensor: Tensor) -> Tensor:
+def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum over all processes, on the device where the tensor was; as it is if it is empty on each."""
     if not tensor.numel():
         return tensor
@@ -69,5 +69,5 @@ def summed(tensor: Tensor) -> Tensor:
 
 
 def exchange_device() -> torch.device:
-    """Where the processes can exchange tensors."""
+    """Return the device on which the processes can exchange tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

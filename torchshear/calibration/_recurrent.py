@@ -49,7 +49,7 @@ class Pass:
 
     @property
     def name(self) -> str:
-        """What its results at all steps are called."""
+        """Name of the results at all steps."""
         return f"{self.node}:{self.number}"
 
     @property
@@ -59,7 +59,7 @@ class Pass:
 
 
 def is_recurrent(node: fx.Node) -> bool:
-    """Whether a call is that of a recurrent layer or cell."""
+    """Return whether a call is that of a recurrent layer or cell."""
     return operator_of(node).recurrence is not None
 
 

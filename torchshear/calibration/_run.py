@@ -1,4 +1,4 @@
-"""What one call of `collect` sums up: a run over batches."""
+"""A run over batches: the graph is interpreted, and sums are taken of its values and gradients."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 from torchshear.calibration._batches import describe
 from torchshear.calibration._functions import Functions
 from torchshear.calibration._gates import Gates
-from torchshear.calibration._layers import find_layers
 from torchshear.calibration._processes import n_processes
 from torchshear.calibration._recurrent import is_recurrent
 from torchshear.calibration._recurrent import run as run_recurrent
@@ -25,6 +24,7 @@ from torchshear.calibration._statistics import (
 )
 from torchshear.calibration._sums import HeadAccumulator, RowAccumulator, ValueAccumulator
 from torchshear.calibration._taps import GroupTaps, find_taps
+from torchshear.calibration._weight_calls import find_weight_calls
 from torchshear.calibration._weight_source import weights_to_score
 from torchshear.calibration._weight_sums import WeightAccumulators
 from torchshear.dependency import ChannelGroups, computed_weights
@@ -62,7 +62,7 @@ class Run:
         self.shown = {name: one.shown for name, one in taps.items()}
         self.by_layer = {name: found for one in taps.values() for name, found in one.by_layer.items()}
         self._activations = {node.name: node for node in self.graph if node.op == "call_function"}
-        self.layers = tuple(find_layers(groups))
+        self.layers = tuple(find_weight_calls(groups))
         self.values = self._value_sums()
         self.watched: dict[str, list[tuple[ValueAccumulator, str]]] = {}
         for (name, _), accumulator in self.values.items():
@@ -156,7 +156,7 @@ class Run:
                 leaves,
                 lambda name: self._load(name, held),
                 self._apply,
-                lambda node, value: self._go_on(node, value, held),
+                lambda node, value: self._follow(node, value, held),
             ):
                 output = value
             if self.loss_fn is not None:
@@ -178,7 +178,7 @@ class Run:
     def _apply(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             if node.name in self.opened:
-                return run_recurrent(node, args, kwargs, lambda name, value: self._see(node, name, value))
+                return run_recurrent(node, args, kwargs, lambda name, value: self._observe(node, name, value))
             return node.target(*args, **kwargs)  # type: ignore[operator]
         except (DataError, torch.OutOfMemoryError):
             raise
@@ -190,12 +190,12 @@ class Run:
                 f"indices in range, and the same number of samples in every input."
             ) from error
 
-    def _go_on(self, node: fx.Node, value: Any, held: dict[str, Tensor]) -> Any:
+    def _follow(self, node: fx.Node, value: Any, held: dict[str, Tensor]) -> Any:
         """Give the value to go on with behind a node."""
         if self.functions is not None:
             value = self.functions.result(node, value)
         if isinstance(value, Tensor):
-            value = self._see(node, node.name, value)
+            value = self._observe(node, node.name, value)
         if node.name in self.computed and self.loss_fn is not None:  # gradients are by the weight that is read
             name, is_first = self.computed[node.name]
             if is_first:
@@ -205,16 +205,16 @@ class Run:
             self.functions.keep(node, value)
         return value
 
-    def _see(self, node: fx.Node, name: str, value: Tensor) -> Tensor:
+    def _observe(self, node: fx.Node, name: str, value: Tensor) -> Tensor:
         """Count a value in where it is to be; gives the value to go on with."""
         value = self.gates.watch(name, value)
         for accumulator, through in self.watched.get(name, ()):
-            accumulator.add(self._put_through(through, value) if through else value)
+            accumulator.add(self._apply_activation(through, value) if through else value)
             self._check_values(node, accumulator)
         return value
 
-    def _put_through(self, activation: str, value: Tensor) -> Tensor:
-        """What an activation makes of another value than its own operand."""
+    def _apply_activation(self, activation: str, value: Tensor) -> Tensor:
+        """Apply an activation of the graph to another value than its own operand."""
         node = self._activations[activation]
         with torch.no_grad():
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda _: value.detach().clone())  # it may write to it

@@ -1,4 +1,4 @@
-"""Where the samples of a batch stand in values."""
+"""Dimensions of values along which the samples of a batch stand."""
 
 from torchshear.errors import DataError
 from torchshear.graph import Graph
@@ -6,7 +6,7 @@ from torchshear.graph._nodes import shape_of
 
 
 def sample_input(graph: Graph) -> tuple[int, int] | None:
-    """Which of the flat inputs has the samples along dimension 0, and how many in the capture.
+    """Return the number of the flat input that has the samples along dimension 0, and their number in the capture.
 
     It is the first whose size there is free, or else the first that has dimensions.
 

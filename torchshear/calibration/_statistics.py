@@ -1,4 +1,4 @@
-"""What was seen of a network while data ran through it: sums over batches, from which criteria make scores."""
+"""Statistics of a network: sums over batches of data, from which criteria make scores."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from torchshear.calibration._layers import Layer
 from torchshear.calibration._taps import Tap
+from torchshear.calibration._weight_calls import WeightCall
 
 Sum = Literal[
     "zeros", "total", "magnitude", "squares",  # of activations: attributes of ValueSums
@@ -97,7 +97,7 @@ class GateSums:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """What `torchshear.collect` saw.
+    """Statistics that `torchshear.collect` gives.
 
     Attributes:
         fingerprint: hash of the graph that was run.
@@ -126,7 +126,7 @@ class Statistics:
     gates: Mapping[str, GateSums]
     heads: Mapping[str, Tensor]
     taps: Mapping[str, tuple[Tap, ...]]
-    layers: tuple[Layer, ...]
+    layers: tuple[WeightCall, ...]
     by_layer: Mapping[str, tuple[Tap, ...]] = field(default_factory=dict)
     sums: frozenset[Sum] = ALL_SUMS
     loss: float | None = None

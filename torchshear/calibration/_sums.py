@@ -59,7 +59,7 @@ class ValueAccumulator:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the sums are, so far; one tells of all, and that of zeros of none."""
+        """Return whether the sums so far are finite; one sum tells of all, but not that of zeros."""
         totals = [total for word, total in self._totals.items() if word != "zeros" and isinstance(total, Tensor)]
         return not totals or math.isfinite(float(totals[-1].sum()))
 
@@ -68,7 +68,7 @@ class ValueAccumulator:
         return _SUMS[word](piece, self._dim).double()
 
     def result(self) -> ValueSums:
-        """What was summed."""
+        """Return the sums."""
         totals = {word: total.cpu() for word, total in self._totals.items() if isinstance(total, Tensor)}
         if self._copied:
             totals["magnitude"] = totals["total"].clone()
@@ -117,7 +117,7 @@ class RowAccumulator:
         self._magnitude += rows.abs()
 
     def result(self) -> RowSums:
-        """What was summed."""
+        """Return the sums."""
         return RowSums(self._squares, self._magnitude)
 
 
@@ -142,7 +142,7 @@ class HeadAccumulator:
         self._magnitude += gates.abs()
 
     def result(self) -> Tensor:
-        """What was summed."""
+        """Return the sums."""
         return self._magnitude.clone()
 
 
@@ -160,6 +160,6 @@ class GateAccumulator:
         self._batches.append(each.sum(0))
 
     def result(self) -> GateSums:
-        """What was summed."""
+        """Return the sums."""
         batches = torch.stack(self._batches, 1) if self._batches else self._squares.new_zeros(len(self._squares), 0)
         return GateSums(self._squares, batches)

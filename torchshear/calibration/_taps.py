@@ -1,4 +1,4 @@
-"""Where in a graph the units of a group can be seen: values that its layers make, and behind activations."""
+"""Taps: values in which the units of a group can be seen, made by its layers or by the activations behind them."""
 
 import math
 from collections import deque
@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import fx
 
-from torchshear.calibration._layers import is_state
 from torchshear.calibration._recurrent import axes_of, is_recurrent, passes
 from torchshear.calibration._samples import sample_dim, sample_input
+from torchshear.calibration._weight_calls import is_state
 from torchshear.dependency import ChannelGroups, Member
 from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._role_sets import MAKING_ROLES
@@ -20,7 +20,7 @@ from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._nodes import shape_of
 from torchshear.graph._operator import Activation, operator_name, operator_of
 
-_Shown = tuple[fx.Node, fx.Node | None]  # an activation, and what is added to another branch in front of it
+_Activation = tuple[fx.Node, fx.Node | None]  # an activation, and what is added to another branch in front of it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,13 +53,13 @@ class Tap:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What its sums are found by: name of what is looked at, and the dimension."""
+        """Key of its sums: name of the value that is looked at, and the dimension."""
         return f"{self.node}>{self.through}" if self.through else self.node, self.dim
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupTaps:
-    """Where a group can be seen.
+    """Taps of one group.
 
     Attributes:
         made: results of the layers that make its units; where gates stand.
@@ -74,7 +74,7 @@ class GroupTaps:
 
     @property
     def shown(self) -> tuple[Tap, ...]:
-        """Where the group is looked at: behind its activations, or behind its layers if it has none."""
+        """Taps behind the activations of the group, or behind its layers if it has no activation."""
         return self.activated or self.made
 
 
@@ -89,7 +89,7 @@ def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
                 makers_of.setdefault(member.name, []).extend(places.makers(member))
             makers = list(dict.fromkeys(node for nodes in makers_of.values() for node in nodes))
             made = [tap for node in makers for tap in places.of(node, number)]
-            shown = {node: list(_shown(node, number, places, set(makers))) for node in makers}
+            shown = {node: list(_find_activations(node, number, places, set(makers))) for node in makers}
             activated = dict.fromkeys(found for node in makers for found, _ in shown[node])
             seen = [tap for node in activated for tap in places.of(node, number)]
             by_layer = {
@@ -99,8 +99,10 @@ def find_taps(groups: ChannelGroups) -> dict[str, GroupTaps]:
     return taps
 
 
-def _of_layer(makers: list[fx.Node], group: int, places: "_Places", shown: Mapping[fx.Node, list[_Shown]]) -> list[Tap]:
-    """Where the results of a layer's own calls are looked at."""
+def _of_layer(
+    makers: list[fx.Node], group: int, places: "_Places", shown: Mapping[fx.Node, list[_Activation]]
+) -> list[Tap]:
+    """Return the taps of the results of one layer's own calls."""
     found: dict[tuple[str, int], Tap] = {}
     for activation, before in [pair for node in makers for pair in shown[node]]:
         branch = before if len(activation.all_input_nodes) == 1 else None
@@ -118,7 +120,7 @@ def _of_layer(makers: list[fx.Node], group: int, places: "_Places", shown: Mappi
 
 
 class _Places:
-    """Which units of which group stand where in the values of a graph."""
+    """Positions of the units of each group in the values of a graph."""
 
     def __init__(self, groups: ChannelGroups) -> None:
         self.groups = groups
@@ -171,7 +173,7 @@ class _Places:
         return sample_dim(self.groups.graph, self._batch, shape, other, known)
 
     def has(self, node: fx.Node, group: int) -> bool:
-        """Whether a group stands in a value, or in one of several that a call gives."""
+        """Return whether a group stands in a value, or in one of several that a call gives."""
         results = self.groups.facts.axes.get(node.name)
         each = results if isinstance(results, list) else [results or ()]
         return any(group in self._units_along(axis.units) for axes in each for axis in axes)
@@ -201,15 +203,15 @@ class _Places:
         return known[1]
 
 
-def _shown(maker: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Shown]:
-    """Where what a call makes is seen as an activation: in itself, if it is recurrent, or behind it."""
+def _find_activations(maker: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Activation]:
+    """Yield the activations behind a call; a recurrent call is one itself."""
     if is_recurrent(maker):
         yield maker, None
     else:
         yield from _activations(maker, group, places, makers)
 
 
-def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Shown]:
+def _activations(start: fx.Node, group: int, places: _Places, makers: set[fx.Node]) -> Iterator[_Activation]:
     """The first activations behind a value; one sum with another branch may lie between, which is told with them."""
     waiting: deque[tuple[fx.Node, fx.Node | None]] = deque([(start, None)])
     seen = {start}

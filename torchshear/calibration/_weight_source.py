@@ -1,4 +1,4 @@
-"""Where criteria get weights from: the model that was traced, a mapping, or a checkpoint on disk."""
+"""Source of the weights that criteria score: the model that was traced, a mapping, or a checkpoint on disk."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
     graph = groups.graph
     if source is None:
         held = {name: entry.tensor for name, entry in graph.state.items() if entry.kind == "parameter"}
-        return _computed(groups, held, {})
+        return _with_computed(groups, held, {})
     if isinstance(source, str | PathLike):
         source = open_checkpoint(source)
     if not isinstance(source, Mapping) or not all(isinstance(name, str) for name in source):
@@ -58,7 +58,7 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
                     f"no weight {member.name!r} of group {group.name!r} was given; expected every parameter that can "
                     f"shrink. Give the weights of this model, with the names of its state_dict."
                 )
-    return _computed(groups, parameters, buffers)
+    return _with_computed(groups, parameters, buffers)
 
 
 def _names(source: Mapping[str, Tensor], graph: Graph) -> dict[str, str]:
@@ -80,7 +80,9 @@ def _check_values(groups: ChannelGroups, source: Mapping[str, Tensor], names: Ma
         )
 
 
-def _computed(groups: ChannelGroups, held: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def _with_computed(
+    groups: ChannelGroups, held: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
     """Weights with computed ones in place of those that they stand for."""
     nodes = {name: found[0] for name, found in computed_weights(groups).items()}
     return _ComputedWeights(held, buffers, nodes, groups.graph) if nodes else held

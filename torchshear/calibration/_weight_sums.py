@@ -71,7 +71,7 @@ class WeightAccumulators:
         return lines, bad
 
     def result(self) -> dict[str, WeightSums]:
-        """What was summed, by parameter."""
+        """Return the sums, by parameter."""
         each = (part.result(self._has_saliency) for part in self._parts)
         return {name: sums for found in each for name, sums in found.items()}
 
@@ -110,7 +110,7 @@ class _Part:
                 sums_here = sum_but(product, {0, dim} if self._lines[dim] else {dim})
                 found.append(sums_here.to("cpu", torch.float64, copy=True))  # the product is written to below
             self._count_in(dict(zip(self._sums, sums, strict=True)), product, numbers)
-        joined = {dim: _joined(found, dim, self._lines[dim]) for dim, found in lines.items()}
+        joined = {dim: _join_lines(found, dim, self._lines[dim]) for dim, found in lines.items()}
         if joined:  # what is not finite in a gradient is not in any sum over it either
             is_finite = _is_finite(next(iter(joined.values()))) or _is_finite(gradient)
         return self._by_name(joined), is_finite
@@ -148,7 +148,7 @@ class _Part:
             self._sums["momentum"] *= self._decay
 
     def result(self, has_saliency: bool) -> dict[str, WeightSums]:
-        """What was summed, by name, and sizes of weight times gradient if they are to be had of those of gradients."""
+        """Return the sums by name; with `has_saliency`, those of |weight x gradient| from those of |gradient|."""
         sums = self._sums
         if has_saliency:
             sums = {**sums, "saliency": wide(self._weight).abs().mul_(sums["gradient"])}
@@ -175,12 +175,12 @@ def _weight_sums(sums: Mapping[Sum, Tensor]) -> WeightSums:
 
 
 def _is_finite(value: Tensor | None) -> bool:
-    """Whether all numbers are; their sum tells, unless it grows too large."""
+    """Return whether all numbers are finite; their sum tells, unless it grows too large."""
     return value is None or math.isfinite(float(value.sum())) or bool(torch.isfinite(value).all())
 
 
-def _joined(lines: Sequence[Tensor], dim: int, n_blocks: int) -> Tensor:
-    """What pieces of a weight along dimension 0 add up to at each position of a dimension, its blocks in turn."""
+def _join_lines(lines: Sequence[Tensor], dim: int, n_blocks: int) -> Tensor:
+    """Join sums over pieces of a weight along dimension 0 to one number a position, block after block."""
     if n_blocks:
         rows = torch.cat(list(lines))
         return rows.reshape(n_blocks, -1, rows.shape[1]).sum(1).flatten()

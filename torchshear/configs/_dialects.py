@@ -1,4 +1,4 @@
-"""Which words a config is written in, and reading it into entries."""
+"""Dialects of config lists: found by their words, and read into entries."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -123,11 +123,11 @@ def _check_different(entries: tuple[Entry, ...]) -> None:
             raise ArgumentError(f"{entry.label} repeats {first.label}; leave one of them away.")
         raise ArgumentError(
             f"{entry.label} contradicts {first.label}: both select the same layers, and they ask for something else "
-            f"({_asked(first)}, then {_asked(entry)}). Leave one of them away."
+            f"({_describe(first)}, then {_describe(entry)}). Leave one of them away."
         )
 
 
-def _asked(entry: Entry) -> str:
+def _describe(entry: Entry) -> str:
     return f"{entry.ratio:g} of {entry.pattern}"
 
 

@@ -11,7 +11,7 @@ Dialect = Literal["nni", "nni v3", "neural_compressor"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Where:
-    """Which layers an entry selects: those that fit (names or partials or patterns) and types, and no exclusion.
+    """Filter of layers: those that fit (names or partials or patterns) and types, and no exclusion.
 
     Attributes:
         types: words for classes of modules, as "Conv2d"; empty: any.
@@ -35,7 +35,7 @@ class Where:
 
     @property
     def selects_by_name(self) -> bool:
-        """Whether there is any word for names; without one every name fits."""
+        """True if there is any word for names; without one every name fits."""
         return bool(self.names or self.partials or self.patterns)
 
 
@@ -74,16 +74,16 @@ class Entry:
 
     @property
     def scope(self) -> Literal["local", "global"]:
-        """Whether its layers are ranked each on its own, or together."""
+        """Scope: "local" if each of its layers is ranked on its own, "global" if they are ranked together."""
         return "local" if self.pool is None else "global"
 
     @property
     def removes_channels(self) -> bool:
-        """Whether its units are channels or heads, which can go for real, and not single weights."""
+        """True if its units are channels or heads, which are really removed, and not single weights."""
         return self.pattern in CHANNEL_PATTERNS
 
     def asks_the_same(self, other: "Entry") -> bool:
-        """Whether another entry wants the same to happen to its layers."""
+        """Return whether another entry asks the same of its layers."""
         own, others = (
             (e.ratio, e.pool, e.min_ratio, e.max_ratio, e.criterion, e.pattern, e.reduce) for e in (self, other)
         )

@@ -122,7 +122,7 @@ class _Values:
         return _scalar(node)
 
     def _size(self, node: yaml.Node) -> int:
-        """How many nodes a node has, written out; those in it are known."""
+        """Return the number of nodes in a node, written out; those in it are known."""
         if isinstance(node, yaml.ScalarNode):
             return 1
         inner = node.value if isinstance(node, yaml.SequenceNode) else [value for _, value in node.value]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchshear.dependency import FAMILIES, ChannelGroup, ChannelGroups, Member
-from torchshear.pruners.masks._layers import find_layers
+from torchshear.pruners.masks._layers import find_maskable_layers
 
 _TABLES: Final = frozenset({"Embedding", "EmbeddingBag"})
 _MAKING: Final = frozenset({"out", "depthwise", "embedding", "norm", "raw"})
@@ -21,7 +21,7 @@ _WITHIN: Final = ("kv_heads", "heads", "q_heads")
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class ConfigLayer:
     """A module with parameters of its own.
 
     Attributes:
@@ -46,7 +46,7 @@ class Layer:
         return (self.name, *self.aliases)
 
 
-def list_layers(model: nn.Module) -> tuple[Layer, ...]:
+def list_layers(model: nn.Module) -> tuple[ConfigLayer, ...]:
     """The layers of a model, in the order of its modules."""
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -59,7 +59,7 @@ def list_layers(model: nn.Module) -> tuple[Layer, ...]:
         if parameters:
             original = parametrize.type_before_parametrizations(module)
             layers.append(
-                Layer(
+                ConfigLayer(
                     name,
                     original.__name__,
                     frozenset(one.__name__ for one in original.__mro__),
@@ -74,17 +74,17 @@ def list_layers(model: nn.Module) -> tuple[Layer, ...]:
 def _own_keys(module: nn.Module) -> list[str]:
     """Names of a module's parameters, as they are called where none is parametrized."""
     plain = [key for key, value in module.named_parameters(recurse=False) if value.is_floating_point()]
-    return [*plain, *(key for key, _ in _parametrized(module))]
+    return [*plain, *(key for key, _ in _computed_parameters(module))]
 
 
 def _own_parameters(name: str, module: nn.Module) -> Iterable[str]:
     prefix = f"{name}." if name else ""
     yield from (prefix + key for key, value in module.named_parameters(recurse=False) if value.is_floating_point())
-    for key, held in _parametrized(module):
+    for key, held in _computed_parameters(module):
         yield from (f"{prefix}parametrizations.{key}.{part}" for part, _ in held.named_parameters())
 
 
-def _parametrized(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _computed_parameters(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Parameters of a module that are computed, with what computes them."""
     holder = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
     return list(holder.named_children()) if isinstance(holder, nn.Module) else []
@@ -107,19 +107,19 @@ class Maskable:
     problem: str
 
 
-def maskable_weights(model: nn.Module) -> dict[str, Maskable]:
+def find_maskable_weights(model: nn.Module) -> dict[str, Maskable]:
     """Weights of the layers that masks know, under all of their names."""
     weights: dict[str, Maskable] = {}
-    for name, layer in find_layers(model).items():
+    for name, layer in find_maskable_layers(model).items():
         weight = layer.weight if layer.name == name else f"{name}.{layer.form.attribute}"
         weights[weight] = Maskable(name, layer.problem)
     return weights
 
 
 class LayerGroups:
-    """Which channel groups each layer makes, and which it reads."""
+    """Channel groups that each layer makes or reads."""
 
-    def __init__(self, groups: ChannelGroups, layers: Iterable[Layer]) -> None:
+    def __init__(self, groups: ChannelGroups, layers: Iterable[ConfigLayer]) -> None:
         self.groups = groups
         layers = tuple(layers)
         canonical = groups.graph.aliases
@@ -165,8 +165,8 @@ class LayerGroups:
                 if member.roles & own and (pattern != "heads" or group.role in _HEADS):
                     yield group, member
 
-    def why_fixed(self, layer: str, pattern: str) -> str:
-        """Why a layer has no group of the units that a pattern means."""
+    def explain_fixed(self, layer: str, pattern: str) -> str:
+        """Return the reason for which a layer has no group of the units that a pattern means."""
         dim = 1 if pattern == "in_channel" else 0
         for parameter in self._state[layer]:
             if (parameter, dim) in self._fixed:
@@ -176,7 +176,7 @@ class LayerGroups:
         return "it makes no channels that can shrink" if dim == 0 else "it reads no channels that can shrink"
 
     def makes_output(self, layer: str) -> bool:
-        """Whether what the layer makes is an output of the model, and fixed for that."""
+        """Return whether the layer makes an output of the model, and is fixed for that."""
         reasons = (self._fixed.get((parameter, 0), "") for parameter in self._state[layer])
         return any("model output" in reason for reason in reasons)
 

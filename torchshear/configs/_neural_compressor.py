@@ -48,7 +48,7 @@ def _pruning_type(place: str, value: Any) -> str:
 
 
 def _pattern(place: str, value: Any) -> str:
-    """What a unit is, in the common words."""
+    """Read a pattern as the unit that it means, in the common words."""
     word = text(place, value)
     if word in _PATTERNS:
         return _PATTERNS[word]
@@ -128,7 +128,7 @@ def parse_neural_compressor(given: object) -> tuple[Entry, ...]:
 def _entry(label: str, said: dict[str, Any]) -> Entry:
     keys = {**_DEFAULTS, **said}
     _check_one_shot(label, keys)
-    ratio, least, most, notes = _bounded(label, keys)
+    ratio, least, most, notes = _read_bounds(label, keys)
     where = Where(
         types=keys["pruning_op_types"],
         are_types_given="pruning_op_types" in said,
@@ -175,7 +175,7 @@ def _check_one_shot(label: str, keys: Mapping[str, Any]) -> None:
         )
 
 
-def _bounded(label: str, keys: Mapping[str, Any]) -> tuple[float, float, float, list[str]]:
+def _read_bounds(label: str, keys: Mapping[str, Any]) -> tuple[float, float, float, list[str]]:
     """The ratio, and the bounds of a layer's share, as the pattern allows them."""
     ratio, least, most = (
         keys[word] for word in ("target_sparsity", "min_sparsity_ratio_per_op", "max_sparsity_ratio_per_op")

@@ -13,7 +13,7 @@ from torchshear.configs._values import (
     kept_fraction,
     label,
     read_keys,
-    refused,
+    refuse,
     some_names,
 )
 from torchshear.errors import ArgumentError
@@ -26,7 +26,7 @@ _MAX_LOST: Final = 0.99  # of a layer in a pool, where max_sparsity_per_layer do
 
 
 def _granularity(place: str, value: Any) -> str:
-    """What a unit is, in the common words."""
+    """Read a granularity as the unit that it means, in the common words."""
     if isinstance(value, str) and value in _GRANULARITIES:
         return _GRANULARITIES[value]
     block = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else ()
@@ -90,7 +90,7 @@ _THIRD: Final[dict[str, Reader]] = {
 }
 _REFUSED: Final[dict[str, Reader]] = {
     **{
-        word: refused(_SCHEDULE)
+        word: refuse(_SCHEDULE)
         for word in (
             "initial_sparsity",
             "final_sparsity",
@@ -100,9 +100,9 @@ _REFUSED: Final[dict[str, Reader]] = {
             "prune_iterations",
         )
     },
-    "sparse_threshold": refused("thresholds belong to movement pruning. Write a fraction, as sparse_ratio."),
-    "target_settings": refused("settings by target are not read. Write granularity and sparse_ratio in the entry."),
-    "rho": refused("it belongs to ADMM, which trains. Leave it away."),
+    "sparse_threshold": refuse("thresholds belong to movement pruning. Write a fraction, as sparse_ratio."),
+    "target_settings": refuse("settings by target are not read. Write granularity and sparse_ratio in the entry."),
+    "rho": refuse("it belongs to ADMM, which trains. Leave it away."),
 }
 KEYS: Final[dict[str, Reader]] = {**_COMMON, **_FIRST, **_THIRD, **_REFUSED}
 
@@ -130,7 +130,7 @@ def parse_nni(given: object) -> tuple[Entry, ...]:
 
 
 def _version(entries: dict[str, dict[str, Any]]) -> str:
-    """Which words the whole list is in; those of version 3 overlap in another way than older ones.
+    """Return the version whose words the whole list is in; entries of version 3 overlap in another way than older ones.
 
     Raises:
         ArgumentError: some are in the words of version 3 and some in older ones.

@@ -12,15 +12,15 @@ from torch import nn
 
 from torchshear.calibration import Statistics, WeightSums
 from torchshear.configs._entry import Entry
-from torchshear.configs._layers import maskable_weights
+from torchshear.configs._layers import find_maskable_weights
 from torchshear.configs._resolved import ResolvedConfig
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, make_plan
 from torchshear.dependency.alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.pruners._planning import noted, plan_units
+from torchshear.pruners._planning import plan_units, statistics_notes
 from torchshear.pruners.masks import Masks, choose_masks
 from torchshear.pruners.masks._choose import NothingFitsError
-from torchshear.pruners.masks._layers import find_layers
+from torchshear.pruners.masks._layers import find_maskable_layers
 from torchshear.pruners.masks._scores import Score
 from torchshear.pruners.selection._request import Request
 
@@ -30,7 +30,7 @@ _Pool = tuple[str | None, str | None, float, float, str]  # criterion, pool, bou
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Which widths are allowed.
+    """Widths that groups may have.
 
     Attributes:
         alignment: what kept widths are a multiple of.
@@ -84,7 +84,7 @@ def plan_config(
         "config": resolved.to_dict(),
     }
     asked = {name: ratio for name, ratio in resolved.ratios.items() if name not in whole}
-    return make_plan(Cut(groups, kept), kept, request | noted(statistics), notes, asked)
+    return make_plan(Cut(groups, kept), kept, request | statistics_notes(statistics), notes, asked)
 
 
 def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statistics | None) -> list[Masks]:
@@ -103,7 +103,7 @@ def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statist
         ArgumentError: a criterion scores no single weights.
         MaskError: no pattern fits any layer, and no channels are asked for either.
     """
-    known = maskable_weights(model)
+    known = find_maskable_weights(model)
     entries = {entry.label: entry for entry in resolved.entries}
     asked: dict[str, dict[str, float]] = defaultdict(dict)
     for row in resolved.rows:
@@ -142,7 +142,7 @@ _SUMS: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def _score(entry: Entry, model: nn.Module, layers: list[str], statistics: Statistics | None) -> Score:
-    """What single weights are ranked by."""
+    """Return the scores by which single weights are ranked."""
     if entry.criterion == "l1":
         return "magnitude"
     if entry.criterion == "l2":
@@ -154,7 +154,7 @@ def _score(entry: Entry, model: nn.Module, layers: list[str], statistics: Statis
             f"{entry.pattern!r} asks for; expected one of l1, l2, {', '.join(_SUMS)}, or a pattern of channels."
         )
     assert statistics is not None, "checked when the pruner was made"
-    known = find_layers(model)
+    known = find_maskable_layers(model)
     sums: Mapping[str, WeightSums] = statistics.weights
     missing = [name for name in layers if known[name].weight not in sums]
     if missing:
@@ -163,7 +163,7 @@ def _score(entry: Entry, model: nn.Module, layers: list[str], statistics: Statis
 
 
 def _request(groups: ChannelGroups, key: _Pool, ratios: dict[str, float], widths: Widths) -> Request:
-    """What is asked of groups that are ranked alike; all others stay whole."""
+    """Return the request for groups that are ranked together; all others stay whole."""
     criterion, pool, least, most, group_reduction = key
     limits: dict[str, Any] = {
         "alignment": widths.alignment,

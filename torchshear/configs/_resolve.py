@@ -8,7 +8,7 @@ from torch import nn
 
 from torchshear._arguments import quote
 from torchshear.configs._entry import DEFAULT_PATTERN, Entry
-from torchshear.configs._layers import Layer, LayerGroups, Maskable, list_layers, maskable_weights
+from torchshear.configs._layers import ConfigLayer, LayerGroups, Maskable, find_maskable_weights, list_layers
 from torchshear.configs._resolved import ConfigRow, GroupTarget, ResolvedConfig
 from torchshear.configs._selectors import assign, select
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member, check_groups
@@ -67,13 +67,13 @@ def resolve(
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     selections = [select(entry, layers, modules) for entry in entries]
     owners = assign(entries, selections)
-    entries = [_filled(entry, criterion, pattern) for entry in _with_idle_exclusions(entries, owners)]
+    entries = [_fill_in(entry, criterion, pattern) for entry in _with_idle_exclusions(entries, owners)]
     by_label = {entry.label: entry for entry in entries}
     owners = {layer: by_label[entry.label] for layer, entry in owners.items()}
     _check_groups_given(owners, groups)
     found = LayerGroups(groups, layers) if groups is not None else None
     owners, skipped = _without_outputs(owners, found)
-    claims = _Claims(layers, owners, found, maskable_weights(model))
+    claims = _Claims(layers, owners, found, find_maskable_weights(model))
     targets = {target.group: target for target in claims.targets()}
     rows = tuple(
         _row(layer, owners.get(layer.name), skipped, claims, targets)
@@ -82,7 +82,7 @@ def resolve(
     )
     resolved = ResolvedConfig(entries=tuple(entries), rows=rows, targets=targets)
     if not resolved.ratios and not resolved.weight_ratios:
-        raise ArgumentError(_nothing(resolved))
+        raise ArgumentError(_explain_nothing(resolved))
     return resolved
 
 
@@ -96,7 +96,7 @@ def _with_idle_exclusions(entries: Sequence[Entry], owners: Mapping[str, Entry])
     ]
 
 
-def _filled(entry: Entry, criterion: str | None, pattern: str) -> Entry:
+def _fill_in(entry: Entry, criterion: str | None, pattern: str) -> Entry:
     """An entry with what the pruner says where it does not."""
     own = pattern if entry.pattern == DEFAULT_PATTERN else entry.pattern
     return replace(entry, criterion=entry.criterion or criterion, pattern=own)
@@ -136,11 +136,11 @@ def _without_outputs(
 
 
 class _Claims:
-    """What the layers of entries ask of channel groups, and which weights can be masked."""
+    """Claims of the layers of entries on channel groups, and weights that can be masked."""
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Sequence[ConfigLayer],
         owners: Mapping[str, Entry],
         found: LayerGroups | None,
         maskable: Mapping[str, Maskable],
@@ -150,18 +150,18 @@ class _Claims:
         self.owners = owners
         self.groups_of: dict[str, tuple[tuple[ChannelGroup, Member], ...]] = {}
         self._groups: dict[str, ChannelGroup] = {}
-        self._asked: dict[str, dict[str, Entry]] = defaultdict(dict)
+        self._claims: dict[str, dict[str, Entry]] = defaultdict(dict)
         if found is None:
             return
         for layer, entry in owners.items():
             if entry.removes_channels and not entry.excludes:
                 self.groups_of[layer] = found.of(layer, entry.pattern)
             for group, _ in self.groups_of.get(layer, ()):
-                self._asked[group.name][layer] = entry
+                self._claims[group.name][layer] = entry
                 self._groups[group.name] = group
         self._makers = self._all_makers(layers, found)
 
-    def _all_makers(self, layers: Sequence[Layer], found: LayerGroups) -> dict[str, dict[str, dict[str, Member]]]:
+    def _all_makers(self, layers: Sequence[ConfigLayer], found: LayerGroups) -> dict[str, dict[str, dict[str, Member]]]:
         """Pattern -> group -> the layers that have its units in that way, with a dimension in which they lie."""
         patterns = {entry.pattern for entry in self.owners.values() if entry.removes_channels} | {"out_channel"}
         makers: dict[str, dict[str, dict[str, Member]]] = {p: defaultdict(dict) for p in patterns}
@@ -172,14 +172,14 @@ class _Claims:
         return makers
 
     def targets(self) -> list[GroupTarget]:
-        """What is asked of each group that a layer claims."""
+        """Return the target of each group that a layer claims."""
         return [self._target(group) for group in self._groups.values()]
 
     def _target(self, group: ChannelGroup) -> GroupTarget:
-        asked = self._asked[group.name]
+        asked = self._claims[group.name]
         least = min(asked, key=lambda layer: asked[layer].ratio)
         entry = asked[least]
-        reason = group.reason or self._excluded(group) or self._unconfigured(group)
+        reason = group.reason or self._explain_exclusion(group) or self._explain_unconfigured(group)
         if reason:
             return GroupTarget(group.name, 0.0, entry, f"stays whole: {reason}")
         if any(one.ratio - entry.ratio > _EXACT for one in asked.values()):
@@ -188,20 +188,20 @@ class _Claims:
             )
         return GroupTarget(group.name, entry.ratio, entry)
 
-    def _excluded(self, group: ChannelGroup) -> str:
-        """Which layer that makes the group is excluded, or ""; norms matter only where norms are what is asked for."""
+    def _explain_exclusion(self, group: ChannelGroup) -> str:
+        """Name the excluded layer that makes the group, or ""; norms matter only where norms are what is asked for."""
         makers = self._makers["out_channel"].get(group.name, {})
         norms = {layer for layer, member in makers.items() if "norm" in member.roles}
-        only_norms = norms.issuperset(self._asked[group.name])
+        only_norms = norms.issuperset(self._claims[group.name])
         for layer in makers:
             entry = self.owners.get(layer)
             if entry is not None and entry.excludes and (layer in norms) == only_norms:
                 return f"it is coupled with {layer!r}, which {entry.label} excludes"
         return ""
 
-    def _unconfigured(self, group: ChannelGroup) -> str:
-        """Why the group is not configured as a whole, or ""."""
-        asked = self._asked[group.name]
+    def _explain_unconfigured(self, group: ChannelGroup) -> str:
+        """Name the layer of the group that no entry configures, or ""."""
+        asked = self._claims[group.name]
         for pattern in sorted({entry.pattern for entry in asked.values()}):
             makers = self._makers[pattern].get(group.name, {})
             norms = {layer for layer, member in makers.items() if "norm" in member.roles}
@@ -214,7 +214,7 @@ class _Claims:
 
 
 def _row(
-    layer: Layer,
+    layer: ConfigLayer,
     entry: Entry | None,
     skipped: Mapping[str, tuple[Entry, str]],
     claims: _Claims,
@@ -236,7 +236,7 @@ def _row(
     own = claims.groups_of.get(layer.name, ())
     if not own:
         assert claims.found is not None, "channels were asked for, and the groups are there"
-        return replace(row, removed=0.0, reason=claims.found.why_fixed(layer.name, entry.pattern))
+        return replace(row, removed=0.0, reason=claims.found.explain_fixed(layer.name, entry.pattern))
     names = tuple(group.name for group, _ in own)
     removed = min(targets[name].ratio for name in names)
     reason = next((targets[name].reason for name in names if targets[name].reason), "")
@@ -247,7 +247,7 @@ def _row(
     return replace(row, groups=names, removed=removed, reason=reason)
 
 
-def _masked_row(row: ConfigRow, layer: Layer, maskable: Mapping[str, Maskable]) -> ConfigRow:
+def _masked_row(row: ConfigRow, layer: ConfigLayer, maskable: Mapping[str, Maskable]) -> ConfigRow:
     """A row of a layer of which single weights are masked."""
     computed = f"{layer.name}.weight"  # no parameter of the layer where a parametrization makes it
     found = next((name for name in (*layer.parameters, computed) if name in maskable), None)
@@ -259,7 +259,7 @@ def _masked_row(row: ConfigRow, layer: Layer, maskable: Mapping[str, Maskable]) 
     return replace(row, masked=row.ratio or 0.0, parameter=found, reason=reason)
 
 
-def _nothing(resolved: ResolvedConfig) -> str:
+def _explain_nothing(resolved: ResolvedConfig) -> str:
     reasons = [f"{row.layer!r}: {row.reason or 'its ratio is 0'}" for row in resolved.rows if row.ratio is not None]
     if not reasons:
         return "nothing that the config asks for can be removed: its entries leave out layers and choose none."

@@ -15,7 +15,7 @@ from torchshear.configs._entry import Entry
 
 @dataclass(frozen=True, slots=True)
 class GroupTarget:
-    """What a config asks of one channel group.
+    """Target of one channel group in a config.
 
     Attributes:
         group: name of the group.
@@ -32,7 +32,7 @@ class GroupTarget:
 
 @dataclass(frozen=True, slots=True)
 class ConfigRow:
-    """What a config asks of one layer.
+    """Row of one layer in a config.
 
     Attributes:
         layer: name of the layer.
@@ -68,7 +68,7 @@ class ConfigRow:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ResolvedConfig:
-    """What a config list asks of a model.
+    """A config list as it applies to a model.
 
     Attributes:
         entries: the entries, in order.
@@ -100,7 +100,7 @@ class ResolvedConfig:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was read in another way than written, entry by entry."""
+        """Notes on what was read in another way than written, entry by entry."""
         return tuple(f"{entry.label}: {note}" for entry in self.entries for note in entry.notes)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which layers an entry selects, and who has a layer that several select."""
+"""Selection of layers by the words of entries, and the owner of a layer that several entries select."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -7,17 +7,17 @@ from types import MappingProxyType
 from typing import Final
 
 from torchshear.configs._entry import Entry, Where
-from torchshear.configs._layers import Layer
+from torchshear.configs._layers import ConfigLayer
 from torchshear.errors import ArgumentError
 from torchshear.graph import close_names
 
 # Words of Neural Compressor that stand for several classes.
 _FAMILIES: Final = MappingProxyType({"Conv": frozenset({"_ConvNd", "Conv1D"}), "Linear": frozenset({"Linear"})})
 
-_Fits = Callable[[str, Layer], bool]
+_Fits = Callable[[str, ConfigLayer], bool]
 
 
-def select(entry: Entry, layers: Sequence[Layer], modules: Iterable[str]) -> dict[str, int]:
+def select(entry: Entry, layers: Sequence[ConfigLayer], modules: Iterable[str]) -> dict[str, int]:
     """The layers that an entry selects.
 
     Args:
@@ -46,13 +46,13 @@ def select(entry: Entry, layers: Sequence[Layer], modules: Iterable[str]) -> dic
             selected[layer.name] = rank or int(bool(where.types) and "default" not in where.types)
     if not selected:
         raise ArgumentError(
-            f"{entry.label} selects no layer: {_said(entry)} each fit some, and no layer fits all that it says. Types "
-            f"and names must both fit."
+            f"{entry.label} selects no layer: {_quote_words(entry)} each fit some, and no layer fits all that it says. "
+            f"Types and names must both fit."
         )
     return selected
 
 
-def _with_exact_names(entry: Entry, layers: Sequence[Layer]) -> Entry:
+def _with_exact_names(entry: Entry, layers: Sequence[ConfigLayer]) -> Entry:
     """The entry with patterns that are the name of a layer as names; the dots in them stand for nothing else then."""
     known = {name for layer in layers for name in layer.names}
     where = entry.where
@@ -68,15 +68,15 @@ def _with_exact_names(entry: Entry, layers: Sequence[Layer]) -> Entry:
     )
 
 
-def _rank(where: Where, exact: frozenset[str], layer: Layer) -> int:
-    """How exactly the words for names mean a layer; 0 if they do not."""
+def _rank(where: Where, exact: frozenset[str], layer: ConfigLayer) -> int:
+    """Rank how exactly the words for names mean a layer; 0 if they do not."""
     if not exact.isdisjoint(layer.names):
         return 3
     is_part = any(_fits_part(word, layer) for word in where.partials)
     return 2 if is_part or any(_fits_pattern(word, layer) for word in where.patterns) else 0
 
 
-def _is_left_out(entry: Entry, names: frozenset[str], layer: Layer) -> bool:
+def _is_left_out(entry: Entry, names: frozenset[str], layer: ConfigLayer) -> bool:
     where = entry.where
     return (
         not names.isdisjoint(layer.names)
@@ -85,16 +85,16 @@ def _is_left_out(entry: Entry, names: frozenset[str], layer: Layer) -> bool:
     )
 
 
-def _fits_name(word: str, layer: Layer) -> bool:
+def _fits_name(word: str, layer: ConfigLayer) -> bool:
     return word in layer.names
 
 
-def _fits_part(word: str, layer: Layer) -> bool:
+def _fits_part(word: str, layer: ConfigLayer) -> bool:
     return any(word in name for name in layer.names)
 
 
-def _fits_pattern(word: str, layer: Layer) -> bool:
-    """Whether a whole name fits a regular expression."""
+def _fits_pattern(word: str, layer: ConfigLayer) -> bool:
+    """Return whether a whole name fits a regular expression."""
     return any(re.fullmatch(word, name) is not None for name in layer.names)
 
 
@@ -102,15 +102,15 @@ def _fits_type(entry: Entry) -> _Fits:
     return _fits_family if entry.dialect == "neural_compressor" else _fits_class
 
 
-def _fits_class(word: str, layer: Layer) -> bool:
+def _fits_class(word: str, layer: ConfigLayer) -> bool:
     return layer.is_weighted if word == "default" else word == layer.type_name
 
 
-def _fits_family(word: str, layer: Layer) -> bool:
+def _fits_family(word: str, layer: ConfigLayer) -> bool:
     return bool(_FAMILIES[word] & layer.class_names) if word in _FAMILIES else word == layer.type_name
 
 
-def _check_words(entry: Entry, layers: Sequence[Layer], modules: tuple[str, ...]) -> None:
+def _check_words(entry: Entry, layers: Sequence[ConfigLayer], modules: tuple[str, ...]) -> None:
     """Raise ArgumentError for a word that fits no layer at all."""
     where = entry.where
     names = tuple(name for layer in layers for name in layer.names)
@@ -129,10 +129,10 @@ def _check_words(entry: Entry, layers: Sequence[Layer], modules: tuple[str, ...]
         for word in given:
             is_there = word in exact if fits is _fits_name else any(fits(word, layer) for layer in layers)
             if not is_there:
-                raise ArgumentError(_unmatched(entry, word, what, known, modules))
+                raise ArgumentError(_explain_unknown_word(entry, word, what, known, modules))
 
 
-def _unmatched(entry: Entry, word: str, what: str, known: tuple[str, ...], modules: tuple[str, ...]) -> str:
+def _explain_unknown_word(entry: Entry, word: str, what: str, known: tuple[str, ...], modules: tuple[str, ...]) -> str:
     said = f"{entry.label}: the {what} {word!r} fits no layer of the model"
     inner = [name for name in known if name.startswith(f"{word}.")]
     if word in modules and inner:
@@ -148,14 +148,14 @@ def _unmatched(entry: Entry, word: str, what: str, known: tuple[str, ...], modul
     return f"{said}.{close_names(word, known) or ' Known: ' + ', '.join(known[:8]) + '.'}"
 
 
-def _said(entry: Entry) -> str:
+def _quote_words(entry: Entry) -> str:
     where = entry.where
     words = (*where.types, *where.names, *where.partials, *where.patterns)
     return ", ".join(words) or "its words"
 
 
 def assign(entries: Sequence[Entry], selections: Sequence[dict[str, int]]) -> dict[str, Entry]:
-    """Who has each layer.
+    """Assign each layer to one entry.
 
     In the words of NNI 1 and 2 an entry that excludes holds for the entries before it; in those of version 3 wherever
     it stands. A later entry (in version 3 an earlier one) takes a layer over if it is the more exact one: if it means

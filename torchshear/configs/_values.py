@@ -27,7 +27,7 @@ def read_keys(label: str, given: object, readers: Mapping[str, Reader], what: st
         ArgumentError: the entry is no mapping; a key is unknown; a value is of another kind or out of range.
     """
     if not isinstance(given, Mapping):
-        raise ArgumentError(f"{label} is {_shown(given)}; expected {what}: a mapping from keys to values.")
+        raise ArgumentError(f"{label} is {_quote(given)}; expected {what}: a mapping from keys to values.")
     read: dict[str, Any] = {}
     for key, value in given.items():
         if key not in readers:
@@ -58,7 +58,7 @@ def _number(place: str, value: Any, fits: Callable[[float], bool], expected: str
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not fits(value):
         hint = " A number in quotes is a text." if isinstance(value, str) else ""
-        raise ArgumentError(f"{place}={_shown(value)}; expected {expected}.{hint}")
+        raise ArgumentError(f"{place}={_quote(value)}; expected {expected}.{hint}")
     return float(value)
 
 
@@ -67,7 +67,7 @@ def integer(least: int) -> Reader:
 
     def read(place: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ArgumentError(f"{place}={_shown(value)}; expected an integer of at least {least}.")
+            raise ArgumentError(f"{place}={_quote(value)}; expected an integer of at least {least}.")
         return value
 
     return read
@@ -76,21 +76,21 @@ def integer(least: int) -> Reader:
 def flag(place: str, value: Any) -> bool:
     """True or False."""
     if not isinstance(value, bool):
-        raise ArgumentError(f"{place}={_shown(value)}; expected true or false.")
+        raise ArgumentError(f"{place}={_quote(value)}; expected true or false.")
     return value
 
 
 def text(place: str, value: Any) -> str:
     """A text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise ArgumentError(f"{place}={_shown(value)}; expected a text.")
+        raise ArgumentError(f"{place}={_quote(value)}; expected a text.")
     return value
 
 
 def label(place: str, value: Any) -> str:
     """A name that tells things that belong together: a text that is not empty, or an integer."""
     if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise ArgumentError(f"{place}={_shown(value)}; expected a text or an integer.")
+        raise ArgumentError(f"{place}={_quote(value)}; expected a text or an integer.")
     return str(value)
 
 
@@ -100,7 +100,7 @@ def one_of(known: Collection[str]) -> Reader:
     def read(place: str, value: Any) -> str:
         if not isinstance(value, str) or value not in known:
             raise ArgumentError(
-                f"{place}={_shown(value)}; expected one of {', '.join(known)}.{close_names(str(value), known)}"
+                f"{place}={_quote(value)}; expected one of {', '.join(known)}.{close_names(str(value), known)}"
             )
         return value
 
@@ -111,12 +111,12 @@ def names(place: str, value: Any) -> tuple[str, ...]:
     """Several texts, or one, each once."""
     found = (value,) if isinstance(value, str) else value
     if isinstance(found, Mapping) or not isinstance(found, Iterable):
-        raise ArgumentError(f"{place}={_shown(value)}; expected a list of texts.")
+        raise ArgumentError(f"{place}={_quote(value)}; expected a list of texts.")
     found = tuple(found)
     seen: set[str] = set()
     for item in found:
         if not isinstance(item, str) or not item:
-            raise ArgumentError(f"{place} holds {_shown(item)}; expected texts.")
+            raise ArgumentError(f"{place} holds {_quote(item)}; expected texts.")
         if item in seen:
             raise ArgumentError(f"{place} holds {item!r} twice; give it once.")
         seen.add(item)
@@ -145,11 +145,11 @@ def expressions(place: str, value: Any) -> tuple[str, ...]:
     return found
 
 
-def refused(why: str) -> Reader:
+def refuse(why: str) -> Reader:
     """Make a reader of a key that is known, and that cannot be honoured here."""
 
     def read(place: str, value: Any) -> Any:
-        raise ArgumentError(f"{place}={_shown(value)}: {why}")
+        raise ArgumentError(f"{place}={_quote(value)}: {why}")
 
     return read
 
@@ -159,20 +159,20 @@ def is_nothing(allowed: Collection[Any], why: str) -> Reader:
 
     def read(place: str, value: Any) -> Any:
         if not any(_is_same(value, item) for item in allowed):
-            raise ArgumentError(f"{place}={_shown(value)}: {why}")
+            raise ArgumentError(f"{place}={_quote(value)}: {why}")
         return value
 
     return read
 
 
 def _is_same(value: object, item: object) -> bool:
-    """Whether two plain values are equal; what is no plain value, as an array, is equal to none."""
+    """Return whether two plain values are equal; a value that is not plain, as an array, is equal to none."""
     if isinstance(value, Mapping) and isinstance(item, Mapping):
         return value.keys() == item.keys() and all(_is_same(value[key], item[key]) for key in value)
     return value is item or (isinstance(value, int | float | str) and value == item)
 
 
-def _shown(value: object) -> str:
+def _quote(value: object) -> str:
     """A value in a message, of any length."""
     try:
         shown = repr(value)

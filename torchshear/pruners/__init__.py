@@ -1,4 +1,4 @@
-"""What goes: criteria that score units, and the selection of those that stay."""
+"""Criteria that score units, the selection of those that stay, and masks."""
 
 from typing import TYPE_CHECKING
 

@@ -12,8 +12,8 @@ from torchshear.calibration import Statistics
 from torchshear.calibration._weight_source import WeightSource
 from torchshear.dependency import ChannelGroups, Cut, PruningPlan, check_groups, make_plan
 from torchshear.errors import PlanError, first_line
-from torchshear.pruners.selection._choosing import Choosing
 from torchshear.pruners.selection._request import Request
+from torchshear.pruners.selection._unit_selector import UnitSelector
 
 Indices = npt.NDArray[np.int64]
 
@@ -41,13 +41,13 @@ def plan_units(
         WeightError: weights cannot be scored, or are not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
-    chosen = Choosing(groups, request, weights, statistics, whole).choose()
-    said = request.to_json() | noted(statistics)
+    chosen = UnitSelector(groups, request, weights, statistics, whole).choose()
+    said = request.to_json() | statistics_notes(statistics)
     return make_plan(Cut(groups, chosen.kept), chosen.kept, said, chosen.notes, chosen.ratios)
 
 
-def noted(statistics: Statistics | None) -> dict[str, list[str]]:
-    """What is to be known of statistics, as a part of what a plan was asked; empty if nothing is."""
+def statistics_notes(statistics: Statistics | None) -> dict[str, list[str]]:
+    """Return the notes of statistics as a part of a plan's request; empty if there are none."""
     return {"statistics": list(statistics.notes)} if statistics is not None and statistics.notes else {}
 
 
@@ -59,7 +59,7 @@ def check_request(groups: ChannelGroups, request: Request) -> None:
             dense network keeps within the budget.
         PlanError: what is asked cannot be reached under the limits.
     """
-    Choosing(groups, request, None, None).check()
+    UnitSelector(groups, request, None, None).check()
 
 
 def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPlan:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 import torchshear
 from tests.networks import Net, randomise
 from tests.oracle import check_random_pruning
-from torchshear.calibration._layers import find_layers
+from torchshear.calibration._weight_calls import find_weight_calls
 from torchshear.dependency import (
     Axes,
     Call,
@@ -134,7 +134,7 @@ def test_constants_pass_the_norm_and_fold_into_the_layer() -> None:
 
 def test_costs_and_layers_are_read_from_the_record() -> None:
     graph = torchshear.trace(_model(), (X,))
-    layers = {layer.weight: layer for layer in find_layers(torchshear.analyze(graph))}
+    layers = {layer.weight: layer for layer in find_weight_calls(torchshear.analyze(graph))}
     assert (layers["weight"].dim, layers["weight"].inputs, layers["weight"].bias) == (1, 0, "offset")
     assert dense_cost(graph).macs == 6 * 12 + 3 * 10 // (graph.batch_hint or 1)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torchshear._arguments import check_kind, quote
 from torchshear._tables import Cell
-from torchshear.calibration import Statistics, find_layers
+from torchshear.calibration import Statistics, find_weight_calls
 from torchshear.calibration._weight_source import WeightSource, weights_to_score
 from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, check_groups, make_plan
 from torchshear.errors import ArgumentError
@@ -36,7 +36,7 @@ EXTRA: Final = ("apply", "drop")
 
 @dataclass(frozen=True, slots=True)
 class LayerMask:
-    """What one layer loses.
+    """Units that one layer loses.
 
     Attributes:
         layer: qualified name of the module, or of the parameter if it is no module's weight.
@@ -173,7 +173,7 @@ def plan_dependency_aware(
     masks = {name: mask.clone() for name, mask in plan.masks().items()}
     rows: list[LayerMask] = []
     costs = _macs_by_weight(groups, cut)
-    biases = {layer.weight: layer.bias for layer in find_layers(groups)}
+    biases = {layer.weight: layer.bias for layer in find_weight_calls(groups)}
     for one in sets:
         for member in one.layers:
             gone = one.extra[member.name]
@@ -227,7 +227,7 @@ class _Set:
         return np.sort(np.concatenate(gone))
 
     def note(self, member: Member) -> str:
-        """Why a layer loses other than was asked."""
+        """Reason for which a layer loses another share than was asked."""
         if self.problem:
             return f"stays whole: {self.problem}"
         ratio, lost = self.ratios[member.name], self.lost(member)
@@ -243,7 +243,7 @@ class _Set:
         return f"{asked} were asked for" if asked != gone else ""
 
     def lost(self, member: Member) -> "_Lost":
-        """How many units of one layer go; layers of a recurrent call have units of their own in the group."""
+        """Count the units of one layer that go; layers of a recurrent call have units of their own in the group."""
         own = np.unique(member.units)
         blocks = 1 if self.group.balance is None else len(np.unique(self.group.balance[own]))
         kept, extra = np.isin(own, self.kept).sum(), np.isin(own, self.extra[member.name]).sum()
@@ -252,7 +252,7 @@ class _Set:
 
 @dataclass(frozen=True, slots=True)
 class _Lost:
-    """How many of a layer's units go in common and beyond that, and how many filter groups they are in."""
+    """Numbers of a layer's units that go in common and beyond that, and of the filter groups that they are in."""
 
     width: int
     common: int
@@ -316,7 +316,7 @@ def _macs_by_weight(groups: ChannelGroups, cut: Cut) -> dict[str, int]:
     graph = groups.graph
     found: dict[str, int] = {}
     nodes = {node.name: node for node in graph}
-    layers = tuple(find_layers(groups))
+    layers = tuple(find_weight_calls(groups))
     sizes = [int(np.prod(cut.state_shape(layer.weight), dtype=np.int64)) for layer in layers]
     sizes_of: dict[str, int] = {}
     for layer, size in zip(layers, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""What all pruner classes do: read a config list, mask a copy of the model, shrink it, and write files."""
+"""Base of all pruner classes: reads a config list, masks a copy of the model, shrinks it, and writes files."""
 
 import io
 import os
@@ -119,7 +119,7 @@ class Pruner:
             )
         self._widths = Widths(alignment, min_width)
         entries = self._entries(config_list)
-        self._looking = self._check_data(entries)
+        self._criteria_on_data = self._check_data(entries)
         self._groups: ChannelGroups | None = None
         if self._args or self._kwargs:
             self._groups = analyze(trace(model, self._args, self._kwargs))
@@ -143,7 +143,7 @@ class Pruner:
                     f"{entry.label} says no criterion, and {type(self).__name__} has none of its own. Use a class that "
                     f"has, as L1FilterPruner."
                 )
-        return tuple(_pooled(entry) for entry in entries) if self.is_global else entries
+        return tuple(_rank_with_all(entry) for entry in entries) if self.is_global else entries
 
     def _check_data(self, entries: Iterable[Entry]) -> list[str]:
         """The criteria that look at data, which is there."""
@@ -170,7 +170,7 @@ class Pruner:
 
     @property
     def resolved(self) -> ResolvedConfig:
-        """What the config asks of each layer and of each channel group; `str()` of it is a table."""
+        """The config as it applies to each layer and channel group; `str()` of it is a table."""
         return self._resolved
 
     @property
@@ -180,7 +180,7 @@ class Pruner:
 
     @property
     def plan(self) -> PruningPlan:
-        """What is kept of each channel group; chosen by the first call of `compress`.
+        """The plan of all channel groups; made by the first call of `compress`.
 
         Raises:
             ArgumentError: there are no example inputs, so that channel groups are not known.
@@ -242,7 +242,7 @@ class Pruner:
             VerificationError: the shrunk model is not equal to the masked one; nothing is returned then.
         """
         plan = self.plan
-        return shrink_planned(self._dense(), plan, self._args, self._kwargs)
+        return shrink_planned(self._dense_copy(), plan, self._args, self._kwargs)
 
     def export_model(
         self,
@@ -267,11 +267,11 @@ class Pruner:
             export_onnx(self.shrink().model, onnx_path, self._args, self._kwargs)
         if mask_path is not None:
             self.masks.save(mask_path)
-        state = {name: tensor.detach() for name, tensor in self._dense().state_dict().items()}
+        state = {name: tensor.detach() for name, tensor in self._dense_copy().state_dict().items()}
         with atomic_path(model_path) as temporary:
             temporary.write_bytes(_as_safetensors(state) if temporary.suffix == ".safetensors" else _as_torch(state))
 
-    def _dense(self) -> nn.Module:
+    def _dense_copy(self) -> nn.Module:
         """A copy of the model with the weights that the masked copy has now, zeros where they are masked."""
         masked, dense = self.compress(), copy_model(self._model)
         with torch.no_grad():
@@ -299,8 +299,8 @@ class Pruner:
                 channels = plan.masks()
             parts.append(self._of_parameters(channels))
         elif self._groups is not None:
-            plan = plan_from_masks(self._groups, _joined(parts))
-        self._plan, self._masks = plan, _joined(parts)
+            plan = plan_from_masks(self._groups, _combine_masks(parts))
+        self._plan, self._masks = plan, _combine_masks(parts)
 
     def _of_parameters(self, masks: Mapping[str, Tensor]) -> Masks:
         """Masks of parameters, without those of buffers, under all names of tied ones."""
@@ -315,7 +315,7 @@ class Pruner:
         resolved = self._resolved
         by_layer = self._dependency_aware or bool(resolved.weight_ratios)  # layers of any group may be scored
         whole = [] if by_layer else [group.name for group in self._groups if group.name not in resolved.ratios]
-        return collect(self._groups, self._data, self._loss_fn, self._batches, False, self._looking, whole)
+        return collect(self._groups, self._data, self._loss_fn, self._batches, False, self._criteria_on_data, whole)
 
 
 def _without_lost_norms(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -363,7 +363,7 @@ def _as_torch(state: Mapping[str, Tensor]) -> bytes:
     return content.getvalue()
 
 
-def _pooled(entry: Entry) -> Entry:
+def _rank_with_all(entry: Entry) -> Entry:
     """An entry whose layers are ranked together with those of all entries that ask the same ratio."""
     if entry.excludes or entry.pool is not None:
         return entry
@@ -373,7 +373,7 @@ def _pooled(entry: Entry) -> Entry:
 _MOST_OF_A_LAYER = 0.99  # as NNI does, so that no layer vanishes
 
 
-def _joined(parts: Sequence[Masks]) -> Masks:
+def _combine_masks(parts: Sequence[Masks]) -> Masks:
     """Several masks as one; a weight that two of them mask keeps what both keep."""
     tensors: dict[str, Tensor] = {}
     for masks in parts:

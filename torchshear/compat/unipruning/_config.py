@@ -11,7 +11,7 @@ from torchshear.errors import ArgumentError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UniPruningConfig:
-    """What a configuration of UniPruning asks for.
+    """Configuration of UniPruning.
 
     Attributes:
         params_kept: fraction of the counted parameters that is left, in (0, 1].

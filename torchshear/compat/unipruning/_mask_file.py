@@ -28,7 +28,7 @@ _ABOUT: Final = "torchshear"  # the entry that says what the rest belongs to; no
 
 @dataclass(frozen=True, slots=True)
 class _Said:
-    """What a file says of the units of one group: the layer, the units that it has, and those of them that go."""
+    """Units of one group in a mask file: the layer, the units that it has, and those of them that go."""
 
     layer: str
     own: Indices

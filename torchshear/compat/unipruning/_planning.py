@@ -86,11 +86,11 @@ def plan_unipruning(
     runs = [_Runs(group, allowed_widths(group, alignment, _in_units(group, limits))) for group in groups.prunable]
     runs = [one for one in runs if one.makers and one.can_lose]
     cost = WidthCost(groups)
-    least = cost(_widths(groups, {one.group.name: int(one.widths[-1]) for one in runs}))
-    if not budget.holds(least):
+    smallest = cost(_widths(groups, {one.group.name: int(one.widths[-1]) for one in runs}))
+    if not budget.holds(smallest):
         raise PlanError(
             f"target_params={target_params} cannot be reached with run={run} and min_width={min_width}: at least "
-            f"{least.n_params / dense.n_params:.4f} of {dense.n_params:,} parameters stay, with {len(runs)} of "
+            f"{smallest.n_params / dense.n_params:.4f} of {dense.n_params:,} parameters stay, with {len(runs)} of "
             f"{len(groups)} groups at their narrowest. Raise it, or lower the other two."
         )
     _score(runs, weights_to_score(groups, weights), use_gamma)
@@ -147,7 +147,7 @@ class _Runs:
 
     @property
     def can_lose(self) -> bool:
-        """Whether another run may go."""
+        """True if another run may go."""
         return len(self.kept) > int(self.widths[-1])
 
     def add(self, importance: Floats) -> None:

@@ -1,4 +1,4 @@
-"""What criteria that look at data share: statistics that hold what they need, and units' shares of them."""
+"""Access of criteria to statistics: checked, and summed for each unit."""
 
 from collections.abc import Callable, Mapping
 

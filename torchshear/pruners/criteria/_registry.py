@@ -111,12 +111,12 @@ def declared_needs(name: str | Criterion) -> frozenset[Sum]:
 
 
 def is_comparable(function: Criterion) -> bool:
-    """Whether scores of a criterion can be compared between groups as they are."""
+    """Return whether scores of a criterion can be compared between groups as they are."""
     return function in _COMPARABLE
 
 
 def rearrangement_of(function: Criterion) -> Rearrangement | None:
-    """What exchanges the units chosen by a criterion's scores, or None if they stay as they are chosen."""
+    """Return the function that exchanges units after they are chosen by scores; None if a criterion has none."""
     return _REARRANGEMENTS.get(function)
 
 

@@ -1,4 +1,4 @@
-"""What the channels of a layer weigh, with the scales of the batch norm behind it."""
+"""Norms of the channels of a layer, times the scales of the batch norm behind it."""
 
 from collections.abc import Mapping
 from dataclasses import replace

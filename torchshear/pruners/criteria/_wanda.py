@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from torchshear.calibration import Layer, Statistics, wide
+from torchshear.calibration import Statistics, WeightCall, wide
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion
@@ -46,7 +46,7 @@ class _Weighted(Mapping[str, Tensor]):
         self.members = {m.name: m for m in group.members if m.name in weights and m.roles & _LAYERS}
         self.weights = weights
         self.statistics = statistics
-        self.layers: dict[str, list[Layer]] = {}
+        self.layers: dict[str, list[WeightCall]] = {}
         for layer in statistics.layers:
             self.layers.setdefault(layer.weight, []).append(layer)
 

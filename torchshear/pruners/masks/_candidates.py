@@ -1,4 +1,4 @@
-"""What masks are chosen of: the units of a layer with their scores, and how a choice becomes masks."""
+"""Candidates for masks: the units of a layer with their scores, and the masks that a choice of them makes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from torchshear.pruners.masks._layers import Layer
+from torchshear.pruners.masks._layers import MaskableLayer
 from torchshear.pruners.masks._masks import LayerReport, Masks
 from torchshear.pruners.masks._patterns import Pattern, Reduce
 from torchshear.pruners.masks._scores import Scorer
@@ -59,7 +59,7 @@ class Candidate:
 
 
 def layer_candidate(
-    layer: Layer, pattern: Pattern, scorer: Scorer, reduce: Reduce, previous: Masks | None
+    layer: MaskableLayer, pattern: Pattern, scorer: Scorer, reduce: Reduce, previous: Masks | None
 ) -> Candidate | LayerReport:
     """The units of one layer, or why it has none."""
     shape = tuple(layer.tensor.shape)
@@ -69,7 +69,7 @@ def layer_candidate(
     problem = layer.problem
     if not problem and layer.form.kind == "embedding" and pattern.text != "1x1":
         problem = "a table of embeddings takes pattern '1x1' only"
-    problem = problem or pattern.misfit(grid)
+    problem = problem or pattern.explain_misfit(grid)
     if not problem and not layer.tensor.numel():
         problem = "it holds no weights"
     if problem:
@@ -77,7 +77,7 @@ def layer_candidate(
     scores = layer.view(scorer(layer))
     before = _before(layer, previous, scores)
     units = pattern.unit_scores(scores.masked_fill(~before, 0.0), reduce)
-    units = units.masked_fill(pattern.gone(before), -torch.inf).cpu()
+    units = units.masked_fill(pattern.removed_units(before), -torch.inf).cpu()
     order = scores.masked_fill(~before, -torch.inf)
 
     def build(kept: Tensor) -> Masked:
@@ -90,7 +90,7 @@ def layer_candidate(
     return Candidate(replace(report, n_units=len(units)), units, pattern.largest, build)
 
 
-def _before(layer: Layer, previous: Masks | None, scores: Tensor) -> Tensor:
+def _before(layer: MaskableLayer, previous: Masks | None, scores: Tensor) -> Tensor:
     """The mask that a layer had before, as the view of its weight; all True if it had none."""
     known = previous.tensors.get(layer.weight) if previous is not None else None
     if known is None:

@@ -12,7 +12,7 @@ from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import close_names, parse_names
 from torchshear.pruners.masks._candidates import Candidate, layer_candidate
 from torchshear.pruners.masks._heads import head_candidate, head_groups, is_default, weights_of_heads
-from torchshear.pruners.masks._layers import Layer, find_layers
+from torchshear.pruners.masks._layers import MaskableLayer, find_maskable_layers
 from torchshear.pruners.masks._masks import LayerReport, Masks
 from torchshear.pruners.masks._parametrization import parameter_shapes
 from torchshear.pruners.masks._patterns import HEADS, Reduce, parse_pattern
@@ -27,7 +27,7 @@ _REDUCTIONS: Final = ("mean", "sum", "max")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
-    """How much is to go.
+    """Shares of the weights to mask.
 
     Attributes:
         ratio: fraction of the weights to mask, where a layer has none of its own.
@@ -39,18 +39,20 @@ class _Share:
 
     ratio: float
     scope: Scope
-    least: float
-    most: float
+    min_ratio: float
+    max_ratio: float
     final: float | None
 
     def __post_init__(self) -> None:
         """Refuse shares that contradict one another."""
         check_share("ratio", self.ratio)
-        check_share("min_ratio", self.least)
-        check_share("max_ratio", self.most)
+        check_share("min_ratio", self.min_ratio)
+        check_share("max_ratio", self.max_ratio)
         check_one_of("scope", self.scope, ("local", "global"))
-        if self.least > self.most:
-            raise ArgumentError(f"min_ratio={self.least} is above max_ratio={self.most}; expected at most that.")
+        if self.min_ratio > self.max_ratio:
+            raise ArgumentError(
+                f"min_ratio={self.min_ratio} is above max_ratio={self.max_ratio}; expected at most that."
+            )
         if self.final is not None:
             check_share("final_ratio", self.final)
             if self.final < self.ratio:
@@ -59,9 +61,10 @@ class _Share:
     def check(self, ratios: Collection[float]) -> None:
         """Refuse a minimum that the layers' own ratios do not reach."""
         end = min(ratios) if self.final is None else self.final
-        if self.least > end:
+        if self.min_ratio > end:
             raise ArgumentError(
-                f"min_ratio={self.least} is above the ratio {end} of a layer, or of all; lower it or raise the ratio."
+                f"min_ratio={self.min_ratio} is above the ratio {end} of a layer, or of all; lower it, or raise the "
+                f"ratio."
             )
 
 
@@ -127,7 +130,7 @@ def choose_masks(  # noqa: PLR0913 - keywords, each a choice of its own
         WeightError: weights or scores are NaN, infinite, of another shape, or on the meta device.
         MaskError: no layer can be masked, or `previous` is of another model.
     """
-    share = _Share(ratio=ratio, scope=scope, least=min_ratio, most=max_ratio, final=final_ratio)
+    share = _Share(ratio=ratio, scope=scope, min_ratio=min_ratio, max_ratio=max_ratio, final=final_ratio)
     if final_ratio is not None and isinstance(layers, Mapping):
         raise ArgumentError("final_ratio goes with one ratio for all layers; layers give a ratio each here.")
     check_one_of("reduce", reduce, _REDUCTIONS)
@@ -137,13 +140,13 @@ def choose_masks(  # noqa: PLR0913 - keywords, each a choice of its own
     else:
         found, ratios = _layer_candidates(model, pattern, layers, ratio, score, reduce, previous)
     share.check(ratios)
-    return _chosen(found, ratios, share, pattern)
+    return _build_masks(found, ratios, share, pattern)
 
 
 def _layer_candidates(
     model: nn.Module, text: str, names: Layers, ratio: float, score: Score, reduce: Reduce, previous: Masks | None
 ) -> tuple[list[Candidate | LayerReport], list[float]]:
-    pattern, known = parse_pattern(text), find_layers(model)
+    pattern, known = parse_pattern(text), find_maskable_layers(model)
     ratios = _ratios(names, ratio, known, [name for name, one in known.items() if one.form.kind != "embedding"])
     chosen: dict[int, tuple[str, float]] = {}
     for name, own in ratios.items():
@@ -155,7 +158,7 @@ def _layer_candidates(
                 f"ratio={own} with pattern {text!r}, which masks {pattern.largest:.4g} of the weights at most; ask for "
                 f"no more."
             )
-    masked: list[Layer] = [known[name] for name, _ in chosen.values()]
+    masked: list[MaskableLayer] = [known[name] for name, _ in chosen.values()]
     for layer in masked:
         layer.require_values()
     _check_previous(previous, model)
@@ -228,7 +231,7 @@ def _check_previous(previous: object, model: nn.Module) -> None:
             )
 
 
-def _chosen(found: list[Candidate | LayerReport], ratios: list[float], share: _Share, pattern: str) -> Masks:
+def _build_masks(found: list[Candidate | LayerReport], ratios: list[float], share: _Share, pattern: str) -> Masks:
     """Rank the units, and put masks and reports together."""
     items = [(one, own) for one, own in zip(found, ratios, strict=True) if isinstance(one, Candidate)]
     if not items:
@@ -238,8 +241,8 @@ def _chosen(found: list[Candidate | LayerReport], ratios: list[float], share: _S
         raise NothingFitsError(
             f"pattern {pattern!r} fits none of {len(found)} layers: {skipped[0].name!r} was {skipped[0].note}.", skipped
         )
-    limits = [min(len(one.scores), count_of(one.n_all, share.most)) for one, _ in items]
-    kept = iter(zip(_kept(items, share, limits), limits, strict=True))
+    limits = [min(len(one.scores), count_of(one.n_all, share.max_ratio)) for one, _ in items]
+    kept = iter(zip(_keep_units(items, share, limits), limits, strict=True))
     tensors: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     for one, own in zip(found, ratios, strict=True):
@@ -254,7 +257,7 @@ def _chosen(found: list[Candidate | LayerReport], ratios: list[float], share: _S
     return Masks.of(tensors, tuple(reports), pattern)
 
 
-def _kept(items: list[tuple[Candidate, float]], share: _Share, limits: list[int]) -> list[Tensor]:
+def _keep_units(items: list[tuple[Candidate, float]], share: _Share, limits: list[int]) -> list[Tensor]:
     """Units that stay, for each candidate."""
     if share.scope == "local":
         counts = [count_of(one.n_all, own) for one, own in items]
@@ -264,8 +267,8 @@ def _kept(items: list[tuple[Candidate, float]], share: _Share, limits: list[int]
         ]
     now = count_of(sum(one.n_all * own for one, own in items), 1.0)
     final = now if share.final is None else count_of(sum(one.n_all for one, _ in items), share.final)
-    least = [count_of(one.n_all, share.least) for one, _ in items]
-    return keep_highest([one.scores for one, _ in items], now, final, least, limits)
+    min_ratio = [count_of(one.n_all, share.min_ratio) for one, _ in items]
+    return keep_highest([one.scores for one, _ in items], now, final, min_ratio, limits)
 
 
 def pattern_lock(model: nn.Module, layers: Collection[str] | None = None) -> Masks:
@@ -285,7 +288,7 @@ def pattern_lock(model: nn.Module, layers: Collection[str] | None = None) -> Mas
         WeightError: a weight is on the meta device.
         MaskError: there are no layers.
     """
-    known = find_layers(model)
+    known = find_maskable_layers(model)
     names = _ratios(layers, 0.0, known, [name for name, one in known.items() if one.form.kind != "embedding"])
     tensors, reports = {}, []
     for layer in {id(known[name]): known[name] for name in names}.values():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners.masks._candidates import Candidate, Masked
-from torchshear.pruners.masks._layers import Layer, LayerWeight, find_layers
+from torchshear.pruners.masks._layers import LayerWeight, MaskableLayer, find_maskable_layers
 from torchshear.pruners.masks._masks import LayerReport, Masks
 from torchshear.pruners.masks._members import by_position, mask_of_units, unit_values
 from torchshear.pruners.masks._patterns import HEADS, Reduce
@@ -43,11 +43,11 @@ def head_groups(groups: object) -> dict[str, ChannelGroup]:
 
 
 def is_default(group: ChannelGroup) -> bool:
-    """Whether the heads of a group are masked where no group is named; query heads go with what they read."""
+    """Return whether the heads of a group are masked where no group is named; query heads go with what they read."""
     return group.role in _BY_DEFAULT
 
 
-def weights_of_heads(model: nn.Module, groups: ChannelGroups, chosen: list[ChannelGroup]) -> dict[str, Layer]:
+def weights_of_heads(model: nn.Module, groups: ChannelGroups, chosen: list[ChannelGroup]) -> dict[str, MaskableLayer]:
     """The weights and biases in which heads lie by canonical name, as layers to be scored.
 
     These are the parameters of which the analysis knows that they make or read heads, and those of registered layers,
@@ -56,15 +56,15 @@ def weights_of_heads(model: nn.Module, groups: ChannelGroups, chosen: list[Chann
     Raises:
         MaskError: a parameter of the groups has another shape in the model.
     """
-    layers = {id(layer): layer for layer in find_layers(model).values()}.values()
+    layers = {id(layer): layer for layer in find_maskable_layers(model).values()}.values()
     known = {layer.weight: layer for layer in layers}
     of_layers = known.keys() | {layer.bias for layer in layers}
-    found: dict[str, Layer] = {}
+    found: dict[str, MaskableLayer] = {}
     for member in (member for group in chosen for member in group.members):
         name, entry = member.name, groups.graph.state[member.name]
         if entry.kind != "parameter" or not (member.roles & _MASKED or name in of_layers):
             continue
-        layer = known.get(name) or Layer(name, name, None, LayerWeight(bias=None), entry.tensor)
+        layer = known.get(name) or MaskableLayer(name, name, None, LayerWeight(bias=None), entry.tensor)
         if tuple(layer.tensor.shape) != entry.shape:
             raise MaskError(f"{name!r} has another shape in the model than in its channel groups; analyse this model.")
         found[name] = layer
@@ -74,7 +74,7 @@ def weights_of_heads(model: nn.Module, groups: ChannelGroups, chosen: list[Chann
 def head_candidate(
     groups: ChannelGroups,
     group: ChannelGroup,
-    weights: Mapping[str, Layer],
+    weights: Mapping[str, MaskableLayer],
     scorer: Scorer,
     reduce: Reduce,
     previous: Masks | None,
@@ -105,7 +105,7 @@ def head_candidate(
     return Candidate(report, heads, 1.0, partial(_build, members, shapes, before))
 
 
-def _before(layer: Layer, previous: Masks | None) -> Tensor:
+def _before(layer: MaskableLayer, previous: Masks | None) -> Tensor:
     known = previous.tensors.get(layer.weight) if previous is not None else None
     return torch.ones(layer.tensor.shape, dtype=torch.bool) if known is None else known
 

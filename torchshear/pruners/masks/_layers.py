@@ -16,7 +16,7 @@ from torchshear.pruners.masks._parametrization import held_weights
 
 @dataclass(frozen=True, slots=True)
 class LayerWeight:
-    """How a type of module keeps a weight.
+    """Layout of a weight in a type of module.
 
     Attributes:
         attribute: name of the weight in the module.
@@ -37,7 +37,7 @@ class LayerWeight:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Layer:
+class MaskableLayer:
     """A weight of a model, with what its dimensions are for.
 
     Attributes:
@@ -110,7 +110,7 @@ def _full_name(of: type) -> str:
     return f"{of.__module__}.{of.__qualname__}"
 
 
-def find_layers(model: nn.Module) -> dict[str, Layer]:
+def find_maskable_layers(model: nn.Module) -> dict[str, MaskableLayer]:
     """All weights of a model that are of a registered type, by name, in the order of its modules.
 
     Weights that are tied are one layer under each of its names, seen as the first module sees them that is no table of
@@ -123,20 +123,20 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
         ArgumentError: `model` is not a module.
     """
     check_module(model)
-    found: dict[str, Layer] = {}
+    found: dict[str, MaskableLayer] = {}
     for prefix, module in model.named_modules():
         describe = next((_TYPES[name] for name in map(_full_name, type(module).__mro__) if name in _TYPES), None)
         for form in describe(module) if describe is not None else ():
             layer = _layer(prefix, module, form)
             if layer is not None:
                 found[layer.name] = layer
-    first: dict[int, Layer] = {}
+    first: dict[int, MaskableLayer] = {}
     for layer in sorted(found.values(), key=lambda one: one.form.kind == "embedding"):
         first.setdefault(id(layer.tensor), layer)
     return {name: first[id(layer.tensor)] for name, layer in found.items()}
 
 
-def _layer(prefix: str, module: nn.Module, form: LayerWeight) -> Layer | None:
+def _layer(prefix: str, module: nn.Module, form: LayerWeight) -> MaskableLayer | None:
     held = held_weights(module)
     tensor = held.get(form.attribute)
     value = getattr(module, form.attribute, None) if tensor is None else tensor
@@ -148,7 +148,7 @@ def _layer(prefix: str, module: nn.Module, form: LayerWeight) -> Layer | None:
     )
     if not value.is_floating_point():
         problem = f"its weight is of type {value.dtype}, not a floating type"
-    return Layer(
+    return MaskableLayer(
         name=f"{path}{form.suffix}" if form.suffix else prefix,
         weight=f"{path}{form.attribute}",
         bias=f"{path}{form.bias}" if form.bias is not None and held.get(form.bias) is not None else None,
@@ -197,7 +197,7 @@ def _attention(module: nn.MultiheadAttention) -> tuple[LayerWeight, ...]:
     return tuple(LayerWeight(f"{one}_proj_weight", None, "projection", suffix=f"{one}_proj") for one in "qkv")
 
 
-def dense_values(layer: Layer) -> Tensor:
+def dense_values(layer: MaskableLayer) -> Tensor:
     """The dense weight in the type that scores are computed in: its own, or float32 where that is wider.
 
     Raises:

@@ -26,7 +26,7 @@ _MAX_REPORT = 1 << 24  # characters
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:
-    """What was masked in one layer, or of the heads of one attention layer.
+    """Record of the masks of one layer, or of the heads of one attention layer.
 
     Attributes:
         name: name of the layer; of heads, of their channel group.

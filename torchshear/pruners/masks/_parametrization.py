@@ -39,7 +39,7 @@ class Mask(nn.Module):
         return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What is stored when a weight is assigned: the weight itself."""
+        """Return a weight that is assigned as it is to be stored: unchanged."""
         return weight
 
 
@@ -252,7 +252,7 @@ def _masked_places(model: nn.Module) -> list[_Place]:
 
 
 def has_masks(model: nn.Module) -> bool:
-    """Whether any mask lies on a model."""
+    """Return whether any mask lies on a model."""
     return any(isinstance(module, Mask) for module in model.modules())
 
 

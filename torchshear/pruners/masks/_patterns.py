@@ -17,7 +17,7 @@ Grid = tuple[int, int, int, int]
 
 
 class Pattern(Protocol):
-    """What the units of a mask are.
+    """Units of a mask.
 
     Attributes:
         text: the pattern as it is written.
@@ -37,19 +37,19 @@ class Pattern(Protocol):
 
     @property
     def masks_bias(self) -> bool:
-        """Whether the bias of an output goes with its weights."""
+        """True if the bias of an output goes with its weights."""
         ...
 
-    def misfit(self, shape: Grid) -> str:
-        """Why a weight has no such units, or ""."""
+    def explain_misfit(self, shape: Grid) -> str:
+        """Return the reason for which a weight has no such units, or ""."""
         ...
 
     def unit_scores(self, scores: Tensor, reduce: Reduce) -> Tensor:
         """Score of each unit, one dimension, from the scores of weights as (groups, outputs, taps, inputs)."""
         ...
 
-    def gone(self, mask: Tensor) -> Tensor:
-        """Which units a mask removes, one dimension, from the mask as (groups, outputs, taps, inputs)."""
+    def removed_units(self, mask: Tensor) -> Tensor:
+        """Mark the units that a mask removes, one dimension, from the mask as (groups, outputs, taps, inputs)."""
         ...
 
     def mask(self, kept: Tensor, scores: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class Pattern(Protocol):
         ...
 
 
-def reduced(scores: Tensor, dims: Sequence[int], reduce: Reduce) -> Tensor:
+def reduce_scores(scores: Tensor, dims: Sequence[int], reduce: Reduce) -> Tensor:
     """Mean, sum or maximum over some dimensions."""
     if reduce == "max":
         return scores.amax(tuple(dims))
@@ -78,7 +78,7 @@ class Blocks:
         """As "4x1"."""
         return f"{self.rows}x{self.columns}"
 
-    def misfit(self, shape: Grid) -> str:
+    def explain_misfit(self, shape: Grid) -> str:
         """Outputs and inputs must be multiples."""
         n_outputs, n_inputs = shape[0] * shape[1], shape[3]
         if n_outputs % self.rows:
@@ -92,9 +92,9 @@ class Blocks:
 
     def unit_scores(self, scores: Tensor, reduce: Reduce) -> Tensor:
         """Reduced over the weights of a block."""
-        return reduced(self._grid(scores), (1, 4), reduce).flatten()
+        return reduce_scores(self._grid(scores), (1, 4), reduce).flatten()
 
-    def gone(self, mask: Tensor) -> Tensor:
+    def removed_units(self, mask: Tensor) -> Tensor:
         """Blocks without a weight that stays."""
         return ~self._grid(mask).any(4).any(1).flatten()
 
@@ -123,16 +123,16 @@ class OfConsecutive:
         """N / M, once every group is switched."""
         return self.pruned / self.of
 
-    def misfit(self, shape: Grid) -> str:
+    def explain_misfit(self, shape: Grid) -> str:
         """Inputs must be a multiple, so that no group goes over the end of a tap."""
         return f"{shape[3]} inputs cannot be divided into groups of {self.of}" if shape[3] % self.of else ""
 
     def unit_scores(self, scores: Tensor, reduce: Reduce) -> Tensor:
         """Reduced over a group: the score where a weight would be masked, 0 where it would stay."""
         groups = scores.reshape(-1, self.of)
-        return reduced(torch.where(ranks(groups) < self.pruned, groups, 0.0), (1,), reduce)
+        return reduce_scores(torch.where(ranks(groups) < self.pruned, groups, 0.0), (1,), reduce)
 
-    def gone(self, mask: Tensor) -> Tensor:
+    def removed_units(self, mask: Tensor) -> Tensor:
         """Groups in which N weights are masked already."""
         return (~mask.reshape(-1, self.of)).sum(1) >= self.pruned
 
@@ -150,15 +150,15 @@ class InputChannels:
     largest: float = 1.0
     masks_bias: bool = False
 
-    def misfit(self, shape: Grid) -> str:
+    def explain_misfit(self, shape: Grid) -> str:
         """Every weight has input channels."""
         return ""
 
     def unit_scores(self, scores: Tensor, reduce: Reduce) -> Tensor:
         """Reduced over outputs and taps."""
-        return reduced(scores, (1, 2), reduce).flatten()
+        return reduce_scores(scores, (1, 2), reduce).flatten()
 
-    def gone(self, mask: Tensor) -> Tensor:
+    def removed_units(self, mask: Tensor) -> Tensor:
         """Input channels that no weight reads."""
         return ~mask.any(2).any(1).flatten()
 
@@ -175,15 +175,15 @@ class OutputChannels:
     largest: float = 1.0
     masks_bias: bool = True
 
-    def misfit(self, shape: Grid) -> str:
+    def explain_misfit(self, shape: Grid) -> str:
         """Every weight has output channels."""
         return ""
 
     def unit_scores(self, scores: Tensor, reduce: Reduce) -> Tensor:
         """Reduced over taps and inputs."""
-        return reduced(scores, (2, 3), reduce).flatten()
+        return reduce_scores(scores, (2, 3), reduce).flatten()
 
-    def gone(self, mask: Tensor) -> Tensor:
+    def removed_units(self, mask: Tensor) -> Tensor:
         """Outputs without a weight that stays."""
         return ~mask.any(3).any(2).flatten()
 
@@ -192,21 +192,21 @@ class OutputChannels:
         return kept.reshape(scores.shape[0], scores.shape[1], 1, 1).expand(scores.shape)
 
 
-def _of_consecutive(pruned: str, of: str) -> Pattern:
+def _parse_n_of_m(pruned: str, of: str) -> Pattern:
     if not 0 < int(pruned) < int(of):
         raise ArgumentError(f"pattern='{pruned}:{of}' would mask {pruned} of {of}; expected 0 < N < M, as in '2:4'.")
     return OfConsecutive(int(pruned), int(of))
 
 
-def _blocks(rows: str, columns: str) -> Pattern:
+def _parse_blocks(rows: str, columns: str) -> Pattern:
     if not int(rows) or not int(columns):
         raise ArgumentError(f"pattern='{rows}x{columns}' has no weights in a block; expected sizes of at least 1.")
     return Blocks(int(rows), int(columns))
 
 
 _FORMS: Final[tuple[tuple[str, Callable[..., Pattern]], ...]] = (
-    (r"(\d+)x(\d+)", _blocks),
-    (r"(\d+):(\d+)", _of_consecutive),
+    (r"(\d+)x(\d+)", _parse_blocks),
+    (r"(\d+):(\d+)", _parse_n_of_m),
     (r"channelx1", InputChannels),
     (r"1xchannel", OutputChannels),
 )

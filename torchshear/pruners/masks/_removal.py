@@ -67,18 +67,18 @@ def plan_from_masks(groups: ChannelGroups, masks: Masks | None = None) -> Prunin
     if masks is not None and not isinstance(masks, Masks):
         raise ArgumentError(f"masks is {type(masks).__name__}; expected Masks, or None where they are permanent.")
     state = _State.of(groups, _masked_tensors(groups.graph, masks))
-    ended = {group.name: _ended(groups, group, state.weights) for group in groups.prunable}
+    ended = {group.name: _find_removable(groups, group, state.weights) for group in groups.prunable}
     unread = {name: found[0] for name, found in ended.items()}
-    goes = {name: _balanced(groups[name], found[0] | found[1]) for name, found in ended.items()}
+    goes = {name: _balance(groups[name], found[0] | found[1]) for name, found in ended.items()}
     goes = {name: units for name, units in goes.items() if units.any()}
-    mixed = _mixed(groups)
+    mixed = _groups_with_mixing(groups)
     notes = {name: "stays whole: a norm, softmax or mean runs over it" for name in goes if name in mixed}
     goes = {name: units for name, units in goes.items() if name not in notes}
-    if goes and not _is_same(groups, state, goes, unread):
-        failing = [name for name in goes if not _is_same(groups, state, {name: goes[name]}, unread)]
+    if goes and not _keeps_outputs(groups, state, goes, unread):
+        failing = [name for name in goes if not _keeps_outputs(groups, state, {name: goes[name]}, unread)]
         notes |= dict.fromkeys(failing or goes, "stays whole: its masked units still change the outputs")
         goes = {name: units for name, units in goes.items() if name not in notes}
-        if goes and not _is_same(groups, state, goes, unread):
+        if goes and not _keeps_outputs(groups, state, goes, unread):
             notes |= dict.fromkeys(goes, "stays whole: together with others its masked units change the outputs")
             goes = {}
     for name, found in ended.items():
@@ -133,7 +133,7 @@ def _masked_tensors(graph: Graph, masks: Masks | None) -> dict[str, Tensor]:
     return state
 
 
-def _mixed(groups: ChannelGroups) -> set[str]:
+def _groups_with_mixing(groups: ChannelGroups) -> set[str]:
     """Names of groups that a norm, a softmax or a mean runs over.
 
     A product with a weight that is computed is none: the zeros that are looked for are those of the computed weight.
@@ -150,7 +150,7 @@ def _mixed(groups: ChannelGroups) -> set[str]:
     return {group.name for group in groups if np.isin(group.atoms, mixing).any()}
 
 
-def _ended(groups: ChannelGroups, group: ChannelGroup, weights: Tensors) -> tuple[Bools, Bools]:
+def _find_removable(groups: ChannelGroups, group: ChannelGroup, weights: Tensors) -> tuple[Bools, Bools]:
     """Units that no layer reads, and units all of whose own parameters are zero. Buffers may be read with as well."""
     is_parameter = {name: entry.kind == "parameter" for name, entry in groups.graph.state.items()}
     readers = [member for member in group.members if member.roles & _READS]
@@ -167,7 +167,7 @@ def _all_zero(members: list[Member], weights: Tensors, width: int) -> Bools:
     return zero
 
 
-def _balanced(group: ChannelGroup, ended: Bools) -> Bools:
+def _balance(group: ChannelGroup, ended: Bools) -> Bools:
     """The most units that can go of those that have ended: equally many in each block, the earlier ones first."""
     labels = np.zeros(group.width, np.int64) if group.balance is None else group.balance
     counts = np.bincount(labels[ended], minlength=group.n_blocks)
@@ -178,8 +178,10 @@ def _balanced(group: ChannelGroup, ended: Bools) -> Bools:
     return goes
 
 
-def _is_same(groups: ChannelGroups, state: _State, goes: Mapping[str, Bools], unread: Mapping[str, Bools]) -> bool:
-    """Whether outputs stay when units are zeroed, and when those that nobody reads are drawn anew."""
+def _keeps_outputs(
+    groups: ChannelGroups, state: _State, goes: Mapping[str, Bools], unread: Mapping[str, Bools]
+) -> bool:
+    """Return whether outputs stay the same when units are zeroed, and when those that no layer reads are random."""
     graph = groups.graph
     if graph.has_assumed_branches:
         return False
@@ -189,17 +191,17 @@ def _is_same(groups: ChannelGroups, state: _State, goes: Mapping[str, Bools], un
         for member in groups[name].members:
             if graph.state[member.name].kind != "parameter" or member.roles & _FACTORS:
                 continue
-            zeroed[member.name] = _with(zeroed[member.name], member, units, None)
+            zeroed[member.name] = _replace_units(zeroed[member.name], member, units, None)
             if not member.roles & _READS:
-                drawn[member.name] = _with(drawn[member.name], member, units & unread[name], generator)
-    for leaves in _inputs(graph):
-        expected = _outputs(graph, state, state.weights, leaves)
-        if not all(_are_equal(expected, _outputs(graph, state, other, leaves)) for other in (zeroed, drawn)):
+                drawn[member.name] = _replace_units(drawn[member.name], member, units & unread[name], generator)
+    for leaves in _probe_inputs(graph):
+        expected = _run(graph, state, state.weights, leaves)
+        if not all(_are_equal(expected, _run(graph, state, other, leaves)) for other in (zeroed, drawn)):
             return False
     return True
 
 
-def _with(tensor: Tensor, member: Member, units: Bools, generator: torch.Generator | None) -> Tensor:
+def _replace_units(tensor: Tensor, member: Member, units: Bools, generator: torch.Generator | None) -> Tensor:
     """A weight with zeros, or with random numbers, at some units."""
     stays = mask_of_units(member, tuple(tensor.shape), torch.from_numpy(~units)).to(tensor.device)
     if generator is None:
@@ -208,7 +210,7 @@ def _with(tensor: Tensor, member: Member, units: Bools, generator: torch.Generat
     return torch.where(stays, tensor, values)
 
 
-def _inputs(graph: Graph) -> Iterable[list[Any]]:
+def _probe_inputs(graph: Graph) -> Iterable[list[Any]]:
     """Flat inputs: the example, and random ones of its shapes; integers are the given ones in another order."""
     generator = torch.Generator().manual_seed(1)
 
@@ -222,19 +224,19 @@ def _inputs(graph: Graph) -> Iterable[list[Any]]:
         yield pytree.tree_leaves((inputs.args, inputs.kwargs))
 
 
-def _outputs(graph: Graph, state: _State, weights: Tensors, leaves: list[Any]) -> list[Any]:
-    """What the network gives with other weights than its own.
+def _run(graph: Graph, state: _State, weights: Tensors, leaves: list[Any]) -> list[Any]:
+    """Run the network with other weights than its own.
 
     In float64 where its operators take that: in float32 sums that zeros are added to differ by the order of summation,
     which kernels choose by the alignment of memory.
     """
     try:
-        return _run(graph, state, weights, leaves, torch.float64)
+        return _run_in_dtype(graph, state, weights, leaves, torch.float64)
     except (RuntimeError, TypeError):  # an operator that has no float64
-        return _run(graph, state, weights, leaves, torch.float32)
+        return _run_in_dtype(graph, state, weights, leaves, torch.float32)
 
 
-def _run(graph: Graph, state: _State, weights: Tensors, leaves: list[Any], dtype: torch.dtype) -> list[Any]:
+def _run_in_dtype(graph: Graph, state: _State, weights: Tensors, leaves: list[Any], dtype: torch.dtype) -> list[Any]:
     """The outputs, computed in float64, or in another dtype as the network does."""
     devices = [tensor.device for tensor in weights.values() if tensor.is_cuda]
     stored = weights | {name: state.tensors[name] for name in state.computed.values()}
@@ -249,7 +251,7 @@ def _run(graph: Graph, state: _State, weights: Tensors, leaves: list[Any], dtype
 
 
 def _are_equal(left: list[Any], right: list[Any]) -> bool:
-    """Whether outputs are the same, NaN where the others are NaN."""
+    """Return whether outputs are the same, NaN where the others are NaN."""
     for one, other in zip(left, right, strict=True):
         if isinstance(one, Tensor) and one.is_floating_point():
             scale = float(one.abs().nan_to_num(0, 0).max()) if one.numel() else 0.0

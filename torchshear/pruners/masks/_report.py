@@ -45,7 +45,7 @@ def report(masks: Masks, width: int = 120) -> str:
 
 
 def speed_notes(masks: Masks) -> list[str]:
-    """What of these masks brings speed, where, and what it takes."""
+    """Say which of these masks bring speed, in which runtime, and what it takes."""
     notes = ["what brings speed:", "  onnxruntime CPU   nothing: it computes with zeros as with any number"]
     if any(layer.pattern in _REMOVABLE and layer.n_masked for layer in masks.layers):
         notes.append(

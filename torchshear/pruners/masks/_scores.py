@@ -9,26 +9,26 @@ from torch import Tensor
 
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import close_names
-from torchshear.pruners.masks._layers import Layer, dense_values
+from torchshear.pruners.masks._layers import MaskableLayer, dense_values
 
 WeightScore = Callable[[str, Tensor], Tensor]
 Score = str | Mapping[str, Tensor] | WeightScore
-Scorer = Callable[[Layer], Tensor]
+Scorer = Callable[[MaskableLayer], Tensor]
 
 
-def _magnitude(layer: Layer) -> Tensor:
+def _magnitude(layer: MaskableLayer) -> Tensor:
     return dense_values(layer).abs()
 
 
-def _gradient(layer: Layer) -> Tensor:
+def _gradient(layer: MaskableLayer) -> Tensor:
     return _gradient_of(layer).abs()
 
 
-def _snip(layer: Layer) -> Tensor:
+def _snip(layer: MaskableLayer) -> Tensor:
     return (dense_values(layer) * _gradient_of(layer)).abs()
 
 
-def _gradient_of(layer: Layer) -> Tensor:
+def _gradient_of(layer: MaskableLayer) -> Tensor:
     """The gradient that lies at the weight; zeros where no loss reached it."""
     values = dense_values(layer)
     return torch.zeros_like(values) if layer.tensor.grad is None else layer.tensor.grad.detach().to(values.dtype)
@@ -38,7 +38,7 @@ _NAMED: Final[Mapping[str, Scorer]] = MappingProxyType({"magnitude": _magnitude,
 _OF_GRADIENTS: Final = frozenset({"gradient", "snip"})
 
 
-def find_scorer(score: Score, layers: list[Layer]) -> Scorer:
+def find_scorer(score: Score, layers: list[MaskableLayer]) -> Scorer:
     """A function that scores the weights of a layer, from what the user gave.
 
     Args:
@@ -59,17 +59,17 @@ def find_scorer(score: Score, layers: list[Layer]) -> Scorer:
             raise ArgumentError(
                 f"score={score!r} is made of gradients, and no weight has one; call backward on a loss first."
             )
-        return _checked(_NAMED[score])
+        return _with_checks(_NAMED[score])
     if isinstance(score, Mapping) and all(isinstance(name, str) for name in score):
-        return _checked(lambda layer: _looked_up(score, layer))
+        return _with_checks(lambda layer: _look_up(score, layer))
     if callable(score):
-        return _checked(lambda layer: score(layer.name, dense_values(layer)))
+        return _with_checks(lambda layer: score(layer.name, dense_values(layer)))
     raise ArgumentError(
         f"score is {type(score).__name__}; expected a name, a mapping from layers to tensors, or a function."
     )
 
 
-def _looked_up(scores: Mapping[str, Tensor], layer: Layer) -> Tensor:
+def _look_up(scores: Mapping[str, Tensor], layer: MaskableLayer) -> Tensor:
     layer.require_values()
     if layer.name not in scores:
         raise ArgumentError(
@@ -79,8 +79,8 @@ def _looked_up(scores: Mapping[str, Tensor], layer: Layer) -> Tensor:
     return scores[layer.name]
 
 
-def _checked(scorer: Scorer) -> Scorer:
-    def scores(layer: Layer) -> Tensor:
+def _with_checks(scorer: Scorer) -> Scorer:
+    def scores(layer: MaskableLayer) -> Tensor:
         found = scorer(layer)
         if not isinstance(found, Tensor) or found.shape != layer.tensor.shape:
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"

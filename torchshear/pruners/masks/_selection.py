@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def count_of(n_units: float, ratio: float) -> int:
-    """How many of `n_units` a share `ratio` is: floor(n_units * ratio + 1e-9).
+    """Return the number of units in a share: floor(n_units * ratio + 1e-9).
 
     The small number undoes the rounding of products such as 100 * 0.29 = 28.999999999999996.
     """

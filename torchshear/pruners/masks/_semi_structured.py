@@ -12,7 +12,7 @@ from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from torchshear.errors import ArgumentError, MaskError, first_line
 from torchshear.graph import copy_model
-from torchshear.pruners.masks._layers import Layer, find_layers
+from torchshear.pruners.masks._layers import MaskableLayer, find_maskable_layers
 from torchshear.pruners.masks._masks import Masks
 from torchshear.pruners.masks._parametrization import has_masks
 
@@ -48,7 +48,7 @@ class SemiStructured:
 
 
 def shape_problem(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) -> str:
-    """Why torch's semi-structured tensors do not take a weight, or "".
+    """Return the reason for which torch's semi-structured tensors do not take a weight, or "".
 
     Args:
         shape: shape of the weight.
@@ -67,7 +67,7 @@ def shape_problem(shape: tuple[int, ...], dtype: torch.dtype, backend: Backend) 
 
 
 def is_two_of_four(tensor: Tensor) -> bool:
-    """Whether at most two of every four consecutive entries along the last dimension are not zero (or not False)."""
+    """Return whether at most two of every four consecutive entries along the last dimension are not zero (or False)."""
     if tensor.shape[-1] % 4:
         return False
     return bool(((tensor != 0).reshape(-1, 4).sum(1) <= 2).all())
@@ -97,7 +97,7 @@ def to_semi_structured(model: nn.Module, masks: Masks) -> SemiStructured:
     if has_masks(model):
         raise MaskError("masks still lie on the model; call torchshear.pruners.masks.make_permanent(model) first.")
     backend: Backend = "cutlass" if SparseSemiStructuredTensor._FORCE_CUTLASS else "cusparselt"
-    chosen, skipped = _sorted_out(model, masks, backend)
+    chosen, skipped = _layers_to_convert(model, masks, backend)
     if not torch.cuda.is_available():
         raise MaskError(
             f"no CUDA device is available; torch's semi-structured tensors run on CUDA alone. Of {len(masks.tensors)} "
@@ -110,17 +110,17 @@ def to_semi_structured(model: nn.Module, masks: Masks) -> SemiStructured:
     for name in chosen:
         module = copied.get_submodule(name)
         assert isinstance(module, nn.Linear), "no other is chosen"
-        module.weight = nn.Parameter(_packed(name, module.weight.detach()), requires_grad=False)
+        module.weight = nn.Parameter(_pack(name, module.weight.detach()), requires_grad=False)
     return SemiStructured(copied, tuple(chosen), MappingProxyType(skipped))
 
 
-def _sorted_out(model: nn.Module, masks: Masks, backend: Backend) -> tuple[list[str], dict[str, str]]:
+def _layers_to_convert(model: nn.Module, masks: Masks, backend: Backend) -> tuple[list[str], dict[str, str]]:
     """Names of the layers to convert, and why the others are not.
 
     Raises:
         MaskError: the masks do not fit the model.
     """
-    layers = {layer.weight: layer for layer in find_layers(model).values()}
+    layers = {layer.weight: layer for layer in find_maskable_layers(model).values()}
     chosen: list[str] = []
     skipped: dict[str, str] = {}
     for name, mask in masks.tensors.items():
@@ -138,7 +138,7 @@ def _sorted_out(model: nn.Module, masks: Masks, backend: Backend) -> tuple[list[
     return chosen, skipped
 
 
-def _problem(layer: Layer, mask: Tensor, backend: Backend) -> str:
+def _problem(layer: MaskableLayer, mask: Tensor, backend: Backend) -> str:
     if tuple(mask.shape) != tuple(layer.tensor.shape):
         raise MaskError(f"the mask of {layer.weight!r} has shape {tuple(mask.shape)}; the masks are of another model.")
     if layer.form.kind != "linear":
@@ -154,7 +154,7 @@ def _problem(layer: Layer, mask: Tensor, backend: Backend) -> str:
     return shape_problem(tuple(weight.shape), weight.dtype, backend)
 
 
-def _packed(name: str, weight: Tensor) -> Tensor:
+def _pack(name: str, weight: Tensor) -> Tensor:
     """A weight as a semi-structured tensor, checked against the dense one.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Choosing the units that stay: shares by group, budgets, limits, and the exact choice itself."""
+"""Selection of the units that stay: a share or limits for each group, a budget for all, and the exact choice."""

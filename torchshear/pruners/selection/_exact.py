@@ -16,7 +16,7 @@ Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Width:
-    """How many units of a group stay.
+    """Number of units of a group that stay.
 
     Attributes:
         kept: number of units.
@@ -80,7 +80,7 @@ def n_removed(width: int, ratio: float) -> int:
 
 
 def choose_width(group: ChannelGroup, ratio: float, alignment: Alignment, limits: Limits | None = None) -> Width:
-    """How many units stay when a share `ratio` is to go.
+    """Return the number of units that stay when a share `ratio` is to go.
 
     floor(width * ratio) units go, which is rounded to the nearest width that is aligned, keeps the limits, and takes
     equally many from each balanced block; of two equally near the wider one.
@@ -164,7 +164,7 @@ def rearranged_units(
 
 
 def _shares(group: ChannelGroup, units: Indices) -> list[int]:
-    """How many of some units are of each balanced block."""
+    """Count units by balanced block."""
     blocks = np.zeros(group.width, np.int64) if group.balance is None else group.balance
     return [int(count) for count in np.bincount(blocks[units], minlength=group.n_blocks)]
 

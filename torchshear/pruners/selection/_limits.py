@@ -6,7 +6,7 @@ from typing import Final
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners.selection._exact import Limits
-from torchshear.pruners.selection._per_group import Keyed, Ratio, check_ratio
+from torchshear.pruners.selection._per_group import PerGroupRatio, Ratio, check_ratio
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._targets import Target
 
@@ -20,11 +20,13 @@ def limits_of(groups: ChannelGroups, request: Request, targets: Mapping[str, Tar
         ArgumentError: a share is outside [0, 1), a key decides nothing, or limits contradict each other.
     """
     default = default_most(request)
-    least = _by_group(groups, "min_ratio", request.min_ratio, targets)
-    most = _by_group(groups, "max_ratio", request.max_ratio, targets) if request.max_ratio is not None else {}
+    min_ratios = _shares_by_group(groups, "min_ratio", request.min_ratio, targets)
+    max_ratios = (
+        _shares_by_group(groups, "max_ratio", request.max_ratio, targets) if request.max_ratio is not None else {}
+    )
     limits = {}
     for group in groups:
-        low, high = least.get(group.name, 0.0), most.get(group.name, default)
+        low, high = min_ratios.get(group.name, 0.0), max_ratios.get(group.name, default)
         if high is not None and low > high:
             raise ArgumentError(
                 f"min_ratio={low} and max_ratio={high} of group {group.name!r} contradict each other; expected "
@@ -39,13 +41,15 @@ def default_most(request: Request) -> float | None:
     return None if request.scope == "local" else _MOST_OF_A_POOL
 
 
-def _by_group(groups: ChannelGroups, what: str, shares: Ratio, targets: Mapping[str, Target]) -> dict[str, float]:
+def _shares_by_group(
+    groups: ChannelGroups, what: str, shares: Ratio, targets: Mapping[str, Target]
+) -> dict[str, float]:
     """Name of a group -> what a limit says of it, for groups that may shrink."""
     chosen = [group for group in groups if targets[group.name].ratio]
     if not isinstance(shares, Mapping):
         check_ratio(what, shares)
         return {group.name: float(shares) for group in chosen}
-    keyed = Keyed(groups, what, shares)
+    keyed = PerGroupRatio(groups, what, shares)
     found = {group.name: keyed.of(group) for group in chosen}
     keyed.check_all_used({name: target.reason for name, target in targets.items() if target.reason})
     return {name: share for name, share in found.items() if share is not None}

@@ -53,7 +53,7 @@ def known_names(groups: ChannelGroups) -> list[str]:
 
 
 def layer_of(weight: str) -> str:
-    """What a layer is called by: its module, or the parameter where a module keeps several, as `in_proj_weight`."""
+    """Return the name of a weight's layer: its module, or the weight where a module has several (`in_proj_weight`)."""
     module, attribute = owner_of(weight)
     return module if attribute in _WEIGHTS else weight
 
@@ -66,7 +66,7 @@ def owner_of(parameter: str) -> tuple[str, str]:
     return module.removeprefix("."), rest.partition(".")[0]
 
 
-class Keyed:
+class PerGroupRatio:
     """Shares by group, pattern and role.
 
     Args:
@@ -93,7 +93,7 @@ class Keyed:
         self._deciding: dict[str, str] = {}
 
     def of(self, group: ChannelGroup) -> float | None:
-        """What the most telling key says of a group, or None if no key fits it."""
+        """Return the share under the most specific key that fits a group, or None."""
         key = self.key_of(group)
         return None if key is None else float(self._ratios[key])
 
@@ -105,7 +105,7 @@ class Keyed:
         return None
 
     def names(self, group: str) -> bool:
-        """Whether a key is the name of this very group."""
+        """Return whether a key is the name of this very group."""
         return group in self._ratios
 
     def _fitting(self, group: ChannelGroup) -> Iterable[str]:

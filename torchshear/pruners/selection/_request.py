@@ -1,4 +1,4 @@
-"""What is asked of a plan: how to score, how much is to go, and within which limits."""
+"""The request for a plan: the criterion, the share or budget, and the limits."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -28,7 +28,7 @@ NORMALIZE: Final = ("auto", "mean", "none")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked of a plan; `torchshear.plan` says what each word means.
+    """Request for a plan; `torchshear.plan` explains each field.
 
     Raises:
         ArgumentError: a value is outside what it may be, or two contradict each other.
@@ -72,7 +72,7 @@ class Request:
 
     @property
     def has_budget(self) -> bool:
-        """Whether MACs or parameters are to be met."""
+        """True if a target of MACs or parameters is given."""
         return self.target_macs is not None or self.target_params is not None
 
     @property
@@ -81,7 +81,7 @@ class Request:
         return 0.5 if self.ratio is None else self.ratio
 
     def to_json(self) -> dict[str, Any]:
-        """What was asked, as plain data; what was left at its default is not said, but for the first four."""
+        """Return the request as plain data, without fields at their default; the first four are always there."""
         criterion = self.criterion
         said: dict[str, Any] = {
             "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),

@@ -27,12 +27,12 @@ def _max(scores: Floats) -> Floats:
     return np.asarray(np.nanmax(scores, 0), np.float64)
 
 
-def _normalized(scores: Floats) -> Floats:
+def _normalized_mean(scores: Floats) -> Floats:
     means = np.nanmean(scores, 1, keepdims=True)
     return _mean(scores / np.where(means == 0, 1.0, means))
 
 
-def _geometric(scores: Floats) -> Floats:
+def _geometric_mean(scores: Floats) -> Floats:
     with np.errstate(divide="ignore"):
         return np.asarray(np.exp(np.nanmean(np.log(scores), 0)), np.float64)
 
@@ -42,8 +42,8 @@ GROUP_REDUCTIONS: Final[Mapping[str, Callable[[Floats], Floats] | None]] = {
     "filters": None,
     "mean": _mean,
     "max": _max,
-    "normalized": _normalized,
-    "geometric": _geometric,
+    "normalized": _normalized_mean,
+    "geometric": _geometric_mean,
 }
 """How scores of a group's members, shape (members, C) with NaN where one lacks a unit, become one; None: the criterion
 puts them together itself, by its own formula, of all members or of the filters alone."""
@@ -80,10 +80,12 @@ def group_scores(
     filters = tuple(member for member in group.members if member.roles & MAKING_ROLES)
     if group_reduction == "filters" and filters:
         with suppress(UnscorableError):  # a criterion of norms has nothing to say of filters
-            return _checked(group, _scores_of(replace(group, members=filters), criterion, weights, statistics))
+            return _check_scores(
+                group, _call_criterion(replace(group, members=filters), criterion, weights, statistics)
+            )
     if together is None:
-        return _checked(group, _scores_of(group, criterion, weights, statistics))
-    rows = list(_by_member(group, criterion, weights, statistics))
+        return _check_scores(group, _call_criterion(group, criterion, weights, statistics))
+    rows = list(_scores_by_member(group, criterion, weights, statistics))
     scores = np.stack(rows)
     if group_reduction == "geometric" and (scores < 0).any():
         raise ArgumentError(
@@ -93,7 +95,7 @@ def group_scores(
     return together(scores)
 
 
-def _by_member(
+def _scores_by_member(
     group: ChannelGroup, criterion: Criterion, weights: Mapping[str, Tensor], statistics: Statistics | None
 ) -> Iterator[Floats]:
     """Scores by one member after another; NaN for units of which it has nothing."""
@@ -103,7 +105,9 @@ def _by_member(
     n_scored = 0
     for member in own:
         try:
-            scores = _checked(group, _scores_of(replace(group, members=(member,)), criterion, weights, statistics))
+            scores = _check_scores(
+                group, _call_criterion(replace(group, members=(member,)), criterion, weights, statistics)
+            )
         except UnscorableError as error:
             nothing = error
             continue
@@ -114,10 +118,10 @@ def _by_member(
         raise nothing or UnscorableError("no weight of the group was given")
 
 
-def _scores_of(
+def _call_criterion(
     group: ChannelGroup, criterion: Criterion, weights: Mapping[str, Tensor], statistics: Statistics | None
 ) -> Tensor:
-    """What a criterion gives; what a user's own raises is passed on with a note."""
+    """Call a criterion; an error of a user's own function is passed on with a note."""
     try:
         return criterion(group, weights, statistics)
     except Exception as error:
@@ -127,7 +131,7 @@ def _scores_of(
         raise
 
 
-def _checked(group: ChannelGroup, given: Tensor) -> Floats:
+def _check_scores(group: ChannelGroup, given: Tensor) -> Floats:
     expected = f"expected a tensor of {group.width} finite numbers, one a unit."
     if not isinstance(given, Tensor):
         raise ArgumentError(f"the criterion gave {type(given).__name__} for group {group.name!r}; {expected}")

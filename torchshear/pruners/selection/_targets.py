@@ -1,4 +1,4 @@
-"""Which groups may shrink, and by how much: a ratio for all or by group, pattern and role; chosen roles; exclusions."""
+"""Targets of groups: a ratio for all or by group, pattern and role; roles that may shrink; exclusions."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torchshear.errors import ArgumentError
 from torchshear.graph import close_names, matches, parse_names
 from torchshear.pruners.selection._factors import lesser_factors
 from torchshear.pruners.selection._per_group import (
-    Keyed,
+    PerGroupRatio,
     Ratio,
     check_ratio,
     known_names,
@@ -21,7 +21,7 @@ from torchshear.pruners.selection._per_group import (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is asked of a group.
+    """Target of a group.
 
     Attributes:
         ratio: fraction of the units to remove, in [0, 1); None if the group is to stay whole.
@@ -40,7 +40,7 @@ FOR_ITS_CLASS: Final = Target(None, "so that the model keeps its own class")
 def choose_targets(
     groups: ChannelGroups, ratio: Ratio, roles: str | Collection[str] | None, exclude: str | Collection[str]
 ) -> dict[str, Target]:
-    """What is asked of each group.
+    """Return the target of each group.
 
     Args:
         groups: the analysed network.
@@ -57,14 +57,14 @@ def choose_targets(
         ArgumentError: a ratio is outside [0, 1); a role, key or pattern is unknown, fits nothing, or decides nothing;
             two patterns ask different ratios of one group; nothing that can shrink is left.
     """
-    kept = _Kept(groups, _as_roles(groups, roles), parse_names("exclude", exclude))
-    asked = Keyed(groups, "ratio", ratio) if isinstance(ratio, Mapping) else None
+    kept = _Exclusions(groups, _parse_roles(groups, roles), parse_names("exclude", exclude))
+    asked = PerGroupRatio(groups, "ratio", ratio) if isinstance(ratio, Mapping) else None
     if asked is None:
         check_ratio("ratio", ratio)
     targets: dict[str, Target] = {}
     for group in groups:
         reason = kept.reason(group)
-        targets[group.name] = Target(None, reason) if reason else _asked_of(group, ratio, asked)
+        targets[group.name] = Target(None, reason) if reason else _target_of(group, ratio, asked)
     shrinking = {group.name for group in groups.prunable if targets[group.name].ratio}
     for name, greater in lesser_factors(groups, shrinking).items():
         if asked is None or not asked.names(name):
@@ -75,14 +75,14 @@ def choose_targets(
     return targets
 
 
-def _asked_of(group: ChannelGroup, ratio: Ratio, asked: Keyed | None) -> Target:
+def _target_of(group: ChannelGroup, ratio: Ratio, asked: PerGroupRatio | None) -> Target:
     if asked is None:
         return Target(float(ratio))  # type: ignore[arg-type]
     key, share = asked.key_of(group), asked.of(group)
     return Target(share, key=key) if key is not None else Target(None, "no key of ratio fits it")
 
 
-def _as_roles(groups: ChannelGroups, roles: str | Collection[str] | None) -> tuple[frozenset[str], tuple[str, ...]]:
+def _parse_roles(groups: ChannelGroups, roles: str | Collection[str] | None) -> tuple[frozenset[str], tuple[str, ...]]:
     """The roles that may shrink, narrower ones included, and as they were given."""
     if roles is None:
         return frozenset(ROLES), ()
@@ -98,7 +98,7 @@ def _as_roles(groups: ChannelGroups, roles: str | Collection[str] | None) -> tup
     return allowed, names
 
 
-class _Kept:
+class _Exclusions:
     """Groups that are to stay whole whatever the ratio."""
 
     def __init__(self, groups: ChannelGroups, roles: tuple[frozenset[str], tuple[str, ...]], exclude: Sequence[str]):
@@ -117,14 +117,15 @@ class _Kept:
             if not found:
                 raise ArgumentError(
                     f"exclude: {pattern!r} fits no parameter, module or channel group of {groups.graph.model_type}. "
-                    f"Expected names as in named_parameters(), where * stands for anything.{_close(groups, pattern)}"
+                    f"Expected names as in named_parameters(), where * stands for anything."
+                    f"{_close_names(groups, pattern)}"
                 )
             for name, alias in found.items():
                 self._excluded.setdefault(name, f"excluded by {pattern!r}: {alias}")
         self._named = frozenset(exclude) & group_names
 
     def reason(self, group: ChannelGroup) -> str:
-        """Why a group stays whole, or ""."""
+        """Return the reason for which a group stays whole, or ""."""
         if group.name in self._named:
             return "excluded by its name"
         for member in group.members:
@@ -135,7 +136,7 @@ class _Kept:
         return ""
 
 
-def _close(groups: ChannelGroups, word: str) -> str:
+def _close_names(groups: ChannelGroups, word: str) -> str:
     return close_names(word, [*known_names(groups), *(group.name for group in groups)])
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchshear._arguments import check_count, check_flag
 from torchshear.calibration import CallForm, Progress, check_progress, read_batches, with_progress
-from torchshear.calibration._processes import agree, is_distributed, summed
+from torchshear.calibration._processes import agree, is_distributed, sum_over_processes
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
 from torchshear.graph import ExampleInputs, check_module, copy_model, outside_inference_mode, signature_of
 from torchshear.graph.model._state import in_mode
@@ -204,7 +204,7 @@ class _Statistics(TorchFunctionMode):
         """
         counts = torch.tensor([sums.n_calls for sums in self.norms.values()])
         together = is_distributed()
-        counts = summed(counts) if together else counts
+        counts = sum_over_processes(counts) if together else counts
         if not counts.any():
             raise ArgumentError(
                 "all batch norms that the model runs are frozen (momentum 0); frozen=True gives them new statistics."
@@ -215,7 +215,7 @@ class _Statistics(TorchFunctionMode):
         self._warn_of_unchanged(counts.tolist())
         with torch.no_grad():
             for sums, count in zip(self.norms.values(), counts.tolist(), strict=True):
-                mean, var = (summed(t) if together else t for t in (sums.sum_mean, sums.sum_var))
+                mean, var = (sum_over_processes(t) if together else t for t in (sums.sum_mean, sums.sum_var))
                 if count:
                     sums.mean.copy_(mean / count)
                     sums.var.copy_(var / count)

@@ -1,4 +1,4 @@
-"""How the units that stay are chosen: every group by its own share, or in pools until a share or a budget is met."""
+"""Selection of the units that stay: in each group by its own share, or in pools until a share or a budget is met."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, check_groups
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.graph import Cost
 from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion, is_comparable, rearrangement_of
-from torchshear.pruners.selection._budget import Budget, Solver, check_feasible, refined
+from torchshear.pruners.selection._budget import Budget, BudgetSolver, check_feasible, solve_exactly
 from torchshear.pruners.selection._exact import (
     Limits,
     Width,
@@ -26,7 +26,7 @@ from torchshear.pruners.selection._exact import (
     removal_order,
 )
 from torchshear.pruners.selection._limits import default_most, limits_of
-from torchshear.pruners.selection._pools import Ladder, Steps, isomorphism_classes, rank, take_share
+from torchshear.pruners.selection._pools import Steps, WidthSteps, isomorphism_classes, rank, take_share
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._scoring import group_scores
 from torchshear.pruners.selection._targets import FOR_ITS_CLASS, choose_targets
@@ -36,16 +36,22 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
-    """What stays of the groups that shrink, why others do not, and the share that each was asked for."""
+class SelectedUnits:
+    """Result of a selection.
+
+    Attributes:
+        kept: name of a group that shrinks -> the units that stay.
+        notes: name of a group -> why it stays whole, or has another width than its ratio gives.
+        ratios: name of a group -> the ratio that was asked for.
+    """
 
     kept: Mapping[str, Indices]
     notes: Mapping[str, str]
     ratios: Mapping[str, float] = field(default_factory=dict)
 
 
-class Choosing:
-    """One network and one request."""
+class UnitSelector:
+    """Selects the units that stay in one network by one request."""
 
     def __init__(
         self,
@@ -69,86 +75,88 @@ class Choosing:
         self.unscored: dict[str, str] = {}
         self.is_by_ratio = request.scope == "local" and not request.has_budget
 
-    def choose(self) -> Chosen:
-        """What stays."""
-        return self._by_ratio() if self.is_by_ratio else self._by_pools()
+    def choose(self) -> SelectedUnits:
+        """Select the units that stay in each group."""
+        return self._select_by_ratio() if self.is_by_ratio else self._select_by_pools()
 
     def check(self) -> None:
         """Raise what makes the request impossible whatever the scores, before anything is scored or run."""
         if self.is_by_ratio:
             self._widths()
         else:
-            self._check_reachable(self._ladders(), *self._budget())
+            self._check_reachable(self._make_width_steps(), *self._budget())
 
-    # -- every group by its own share ---------------------------------------------------------------------------------
-
-    def _by_ratio(self) -> Chosen:
-        """Every group loses its share, rounded to the nearest width that it may have."""
+    def _select_by_ratio(self) -> SelectedUnits:
+        """Remove from each group its share, rounded to the nearest width that it may have."""
         widths = self._widths()
         shrinking = [group for group in self.groups if widths[group.name].kept < group.width]
         scores = self._scores(shrinking)
         kept = {
-            group.name: self._rearranged(group, choose_units(group, scores[group.name], widths[group.name].kept))
+            group.name: self._rearrange(group, choose_units(group, scores[group.name], widths[group.name].kept))
             for group in shrinking
             if group.name in scores
         }
         notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
-        return Chosen(kept, notes, self._asked())
+        return SelectedUnits(kept, notes, self._asked_ratios())
 
     def _widths(self) -> dict[str, Width]:
-        """How many units of each group stay.
+        """Return the number of units that stay, by group.
 
         Raises:
-            ArgumentError: all of all groups.
+            ArgumentError: no group can lose a unit.
         """
         widths = {group.name: self._width(group) for group in self.groups}
         chosen = tuple(group for group in self.groups.prunable if self.targets[group.name].ratio)
         if chosen and not any(widths[group.name].kept < group.width for group in self.groups):
-            raise ArgumentError(_nothing_moves(chosen, self.request, self.limits))
+            raise ArgumentError(_explain_no_removal(chosen, self.request, self.limits))
         return widths
 
     def _width(self, group: ChannelGroup) -> Width:
-        """How many units of a group stay; all of them where it is to stay whole."""
+        """Return the number of units of a group that stay; all of them where it is to stay whole."""
         target = self.targets[group.name]
         if target.ratio is None:
             return Width(group.width, f"stays whole: {target.reason}")
         return choose_width(group, target.ratio, self.request.alignment, self.limits[group.name])
 
-    def _asked(self) -> dict[str, float]:
+    def _asked_ratios(self) -> dict[str, float]:
         return {name: target.ratio for name, target in self.targets.items() if target.ratio is not None}
 
-    # -- groups that are ranked together, or a budget -----------------------------------------------------------------
-
-    def _by_pools(self) -> Chosen:
-        """Units go in the order of pools until a share of each pool has gone, or a budget is met."""
-        ladders = self._ladders()
+    def _select_by_pools(self) -> SelectedUnits:
+        """Remove units in the order of their pools, until a share of each pool has gone or a budget is met."""
+        width_steps = self._make_width_steps()
         budget, dense = self._budget()
-        self._check_reachable(ladders, budget, dense)
-        if not ladders:
-            return Chosen({}, self._whole(), self._asked())
-        scores = self._scores([one.group for one in ladders])
-        ladders = [self._scored(one, scores[one.group.name]) for one in ladders if one.group.name in scores]
+        self._check_reachable(width_steps, budget, dense)
+        if not width_steps:
+            return SelectedUnits({}, self._reasons_to_stay_whole(), self._asked_ratios())
+        scores = self._scores([one.group for one in width_steps])
+        width_steps = [
+            self._with_scores(one, scores[one.group.name]) for one in width_steps if one.group.name in scores
+        ]
         if self.unscored:
-            self._check_reachable(ladders, budget, dense)
-        steps = rank(ladders, self._normalizes())
+            self._check_reachable(width_steps, budget, dense)
+        steps = rank(width_steps, self._normalizes())
         if budget is None:
-            taken = take_share(steps, self._room(ladders), len(ladders))
+            taken = take_share(steps, self._n_to_remove(width_steps), len(width_steps))
         else:
-            taken = self._within(budget, ladders, steps)
+            taken = self._solve(budget, width_steps, steps)
         if not taken.any():
-            raise ArgumentError(_nothing_moves(tuple(one.group for one in ladders), self.request, self.limits))
-        return Chosen(self._left(ladders, taken), self._whole() | self.unscored, {} if budget else self._asked())
+            raise ArgumentError(_explain_no_removal(tuple(one.group for one in width_steps), self.request, self.limits))
+        return SelectedUnits(
+            self._kept_units(width_steps, taken),
+            self._reasons_to_stay_whole() | self.unscored,
+            {} if budget else self._asked_ratios(),
+        )
 
-    def _whole(self) -> dict[str, str]:
-        """Why groups stay whole whatever the scores."""
+    def _reasons_to_stay_whole(self) -> dict[str, str]:
+        """Return the reasons for which groups stay whole whatever the scores."""
         notes = {name: f"stays whole: {target.reason}" for name, target in self.targets.items() if target.reason}
         return notes | {group.name: group.reason for group in self.groups if group.reason}
 
-    def _ladders(self) -> list[Ladder]:
-        """One for each group that may shrink, from its own width down."""
+    def _make_width_steps(self) -> list[WidthSteps]:
+        """Return the steps of each group that may shrink, from its own width down."""
         chosen = [group for group in self.groups.prunable if self.targets[group.name].ratio]
         classes = isomorphism_classes(self.groups) if self.request.scope == "isomorphic" else {}
-        ladders = []
+        width_steps = []
         for group in chosen:
             target = self.targets[group.name]
             allowed = allowed_widths(group, self.request.alignment, self.limits[group.name])[::-1]
@@ -156,12 +164,12 @@ class Choosing:
             widths = np.concatenate([[group.width], allowed]) if is_forced else allowed
             own = {"local": group.name, "global": "", "isomorphic": classes.get(group.name, "")}[self.request.scope]
             pool = f"{target.key}|{own}"
-            ladders.append(Ladder(group, widths, n_forced=int(is_forced), pool=pool, speed=target.ratio or 1.0))
-        return ladders
+            width_steps.append(WidthSteps(group, widths, n_forced=int(is_forced), pool=pool, speed=target.ratio or 1.0))
+        return width_steps
 
-    def _scored(self, ladder: Ladder, scores: Floats) -> Ladder:
-        order = removal_order(ladder.group, scores)
-        return replace(ladder, order=order, scores=None if self.request.scope == "local" else scores)
+    def _with_scores(self, steps_of_group: WidthSteps, scores: Floats) -> WidthSteps:
+        order = removal_order(steps_of_group.group, scores)
+        return replace(steps_of_group, order=order, scores=None if self.request.scope == "local" else scores)
 
     def _budget(self) -> tuple[Budget | None, Cost]:
         dense = dense_cost(self.groups.graph)
@@ -176,14 +184,14 @@ class Choosing:
             )
         return budget, dense
 
-    def _check_reachable(self, ladders: Sequence[Ladder], budget: Budget | None, dense: Cost) -> None:
+    def _check_reachable(self, width_steps: Sequence[WidthSteps], budget: Budget | None, dense: Cost) -> None:
         """Raise PlanError, with the best that is possible, where the limits forbid what is asked."""
-        limits = self._said_limits()
+        limits = self._describe_limits()
         if budget is not None:
-            check_feasible(Solver(self.groups, ladders), budget, dense, limits)
+            check_feasible(BudgetSolver(self.groups, width_steps), budget, dense, limits)
             return
-        for pool, room in self._room(ladders).items():
-            here = [one for one in ladders if one.pool == pool]
+        for pool, room in self._n_to_remove(width_steps).items():
+            here = [one for one in width_steps if one.pool == pool]
             total = sum(one.group.width for one in here)
             most = sum(one.most for one in here)
             forced = sum(int(one.widths[0] - one.widths[one.n_forced]) for one in here)
@@ -199,7 +207,7 @@ class Choosing:
                     f"loosen a limit."
                 )
 
-    def _said_limits(self) -> str:
+    def _describe_limits(self) -> str:
         request = self.request
         most = request.max_ratio if request.max_ratio is not None else default_most(request)
         said = [f"min_width={request.min_width}", f"alignment {request.alignment.name!r}"]
@@ -207,45 +215,41 @@ class Choosing:
         whole = sum(1 for target in self.targets.values() if target.reason) + len(self.unscored)
         return ", ".join(said) + (f" and {whole} groups that stay whole" if whole else "")
 
-    def _room(self, ladders: Sequence[Ladder]) -> dict[str, int]:
-        """Pool -> units that are to go."""
+    def _n_to_remove(self, width_steps: Sequence[WidthSteps]) -> dict[str, int]:
+        """Return the number of units to remove, by pool."""
         totals: dict[str, int] = {}
-        for one in ladders:
+        for one in width_steps:
             totals[one.pool] = totals.get(one.pool, 0) + one.group.width
-        speeds = {one.pool: one.speed for one in ladders}
+        speeds = {one.pool: one.speed for one in width_steps}
         return {pool: n_removed(total, speeds[pool]) for pool, total in totals.items()}
 
-    def _within(self, budget: Budget, ladders: Sequence[Ladder], steps: Steps) -> Indices:
-        solver = Solver(self.groups, ladders)
+    def _solve(self, budget: Budget, width_steps: Sequence[WidthSteps], steps: Steps) -> Indices:
+        solver = BudgetSolver(self.groups, width_steps)
 
         def exact(taken: Indices) -> Cost:
-            return Cut(self.groups, self._left(ladders, taken)).cost()
+            return Cut(self.groups, self._kept_units(width_steps, taken)).cost()
 
-        return refined(lambda tight: solver.solve(steps, tight), exact, budget)
+        return solve_exactly(lambda tight: solver.solve(steps, tight), exact, budget)
 
-    def _left(self, ladders: Sequence[Ladder], taken: Indices) -> dict[str, Indices]:
-        """Units that stay after some steps of each ladder, for the groups that lose any."""
+    def _kept_units(self, width_steps: Sequence[WidthSteps], taken: Indices) -> dict[str, Indices]:
+        """Return the units that stay after some steps of each group, for the groups that lose any."""
         kept = {}
-        for one, n in zip(ladders, taken, strict=True):
+        for one, n in zip(width_steps, taken, strict=True):
             if n:
                 assert one.order is not None
-                kept[one.group.name] = self._rearranged(
-                    one.group, np.sort(one.order[one.group.width - one.widths[n] :])
-                )
+                kept[one.group.name] = self._rearrange(one.group, np.sort(one.order[one.group.width - one.widths[n] :]))
         return kept
 
-    def _rearranged(self, group: ChannelGroup, kept: Indices) -> Indices:
-        """Units that stay, after those exchanges that the criterion asks for when their number is known."""
+    def _rearrange(self, group: ChannelGroup, kept: Indices) -> Indices:
+        """Exchange units as the criterion asks once their number is known."""
         return rearranged_units(group, kept, rearrangement_of(self.criterion), self.statistics)
 
     def _normalizes(self) -> bool:
         word = self.request.normalize
         return word == "mean" or (word == "auto" and not is_comparable(self.criterion))
 
-    # -- scores -------------------------------------------------------------------------------------------------------
-
     def _scores(self, shrinking: Sequence[ChannelGroup]) -> dict[str, Floats]:
-        """Scores of groups by name; those of which the criterion has nothing to say are noted, and stay whole."""
+        """Score groups by name; a group that the criterion cannot score is noted, and stays whole."""
         _check_statistics(self.groups, self.statistics)
         tensors: Mapping[str, Tensor] = weights_to_score(self.groups, self.weights)
         scores: dict[str, Floats] = {}
@@ -273,15 +277,15 @@ def _check_statistics(groups: ChannelGroups, statistics: Statistics | None) -> N
         )
 
 
-def _nothing_moves(groups: tuple[ChannelGroup, ...], request: Request, limits: Mapping[str, Limits]) -> str:
-    """Say which ratio would do: ratios are tried in steps of a hundredth, group by group."""
+def _explain_no_removal(groups: tuple[ChannelGroup, ...], request: Request, limits: Mapping[str, Limits]) -> str:
+    """Return an error that names the smallest ratio which removes a unit, tried in steps of a hundredth."""
     alignment = request.alignment
     steps = (step / 100 for step in range(1, 100))
-    least = next(
+    smallest = next(
         (s for s in steps if any(choose_width(g, s, alignment, limits[g.name]).kept < g.width for g in groups)), None
     )
     widest = max(groups, key=lambda group: group.width)
-    advice = f"use ratio={least} or more" if least else "use a smaller alignment or min_width"
+    advice = f"use ratio={smallest} or more" if smallest else "use a smaller alignment or min_width"
     return (
         f"ratio={request.shares} removes nothing: none of {len(groups)} groups (the widest is {widest.name!r} with "
         f"{widest.width} units) can lose a unit under alignment {alignment.name!r} and min_width={request.min_width}; "

@@ -15,7 +15,7 @@ from torchshear.graph._operator import operator_name, operator_of
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class WeightCall:
     """A call that reads a weight.
 
     Attributes:
@@ -35,15 +35,15 @@ class Layer:
     inputs: int | None
 
 
-def find_layers(groups: ChannelGroups) -> Iterator[Layer]:
+def find_weight_calls(groups: ChannelGroups) -> Iterator[WeightCall]:
     """All calls that read a weight and perhaps a bias; of a recurrent call each of its weights."""
     carriers = groups.facts.carriers
     for node in groups.graph:
         if node.op == "call_function" and not is_from_state(node):
-            yield from _layers_of_passes(node) if is_recurrent(node) else _layers_of(node, carriers)
+            yield from _calls_of_passes(node) if is_recurrent(node) else _calls_of(node, carriers)
 
 
-def _layers_of(node: fx.Node, carriers: Mapping[str, fx.Node]) -> Iterator[Layer]:
+def _calls_of(node: fx.Node, carriers: Mapping[str, fx.Node]) -> Iterator[WeightCall]:
     is_product = operator_of(node).product is not None or _is_einsum(node)
     are_read = {n: is_product or is_state(n) or n.name in carriers for n in node.all_input_nodes}
     behind = {n: weight_behind(n, carriers) if is_read else None for n, is_read in are_read.items()}
@@ -57,11 +57,11 @@ def _layers_of(node: fx.Node, carriers: Mapping[str, fx.Node]) -> Iterator[Layer
     weight, places = held[operand]
     inputs = None if at is None else places[at]
     bias = str(held[others[0]][0].target) if others else ""
-    yield Layer(node.name, str(weight.target), bias, source, None if inputs is None else dim, inputs)
+    yield WeightCall(node.name, str(weight.target), bias, source, None if inputs is None else dim, inputs)
 
 
 def is_state(node: fx.Node) -> bool:
-    """Whether a node is a parameter, buffer or constant."""
+    """Return whether a node is a parameter, buffer or constant."""
     return node.op == "get_attr"
 
 
@@ -69,17 +69,20 @@ def _is_einsum(node: fx.Node) -> bool:
     return operator_name(node) == "aten.einsum.default"
 
 
-def _layers_of_passes(node: fx.Node) -> Iterator[Layer]:
+def _calls_of_passes(node: fx.Node) -> Iterator[WeightCall]:
     """Both weights of each layer and direction of a recurrent call, and that of a projection."""
     for one in passes(node):
         biases = (*one.biases, "", "")
         for weight, bias, source in zip(one.weights, biases, (one.source, one.before, ""), strict=False):
             if weight:
-                yield Layer(node.name, weight, bias, source, *((one.dim, 1) if source else (None, None)))
+                yield WeightCall(node.name, weight, bias, source, *((one.dim, 1) if source else (None, None)))
 
 
 def _read(node: fx.Node, weight: fx.Node, computed: Sequence[fx.Node]) -> tuple[str, int | None, int | None]:
-    """What a call multiplies a weight with, and the dimensions of both that it sums over if that is one pair."""
+    """Return the operand that a call multiplies a weight with, and the dimensions of both that it sums over.
+
+    The dimensions are None unless it sums over one pair of them.
+    """
     if _is_einsum(node):
         return _read_by_equation(node, weight, computed)
     product = operator_of(node).product
@@ -106,8 +109,8 @@ def _read_by_equation(
     terms, output = explicit_equation(bind_arguments(node)["equation"], [len(shape_of(n)) for n in operands])
     own = terms[operands.index(weight)]
     for other, term in zip(operands, terms, strict=True):
-        summed = [letter for letter in own if letter in term and letter not in output]
-        summed = [letter for letter in summed if sum(letter in each for each in terms) == 2]
-        if other in computed and len(summed) == 1:
-            return other.name, term.index(summed[0]), own.index(summed[0])
+        sum_over_processes = [letter for letter in own if letter in term and letter not in output]
+        sum_over_processes = [letter for letter in sum_over_processes if sum(letter in each for each in terms) == 2]
+        if other in computed and len(sum_over_processes) == 1:
+            return other.name, term.index(sum_over_processes[0]), own.index(sum_over_processes[0])
     return computed[0].name, None, None
