@@ -18,8 +18,8 @@ _Slot = tuple[dict[str, Tensor | None], str]  # where a module keeps a tensor
 def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
     """Give a model the tensors of a checkpoint, which may be on the meta device before.
 
-    As `load_state_dict(assign=True)`, with one tensor read at a time and tied parameters left tied. Tensors keep the
-    types of the checkpoint. Nothing is changed if the checkpoint does not fit.
+    It does what `load_state_dict(assign=True)` does, reads one tensor at a time and leaves tied parameters tied.
+    Tensors have the types of the checkpoint. Nothing is changed if the checkpoint does not fit.
 
     Args:
         model: the model; changed in place.
@@ -33,7 +33,7 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
     for name, parameter in model.named_parameters():
         check_has_shape(name, parameter)
     checkpoint = open_checkpoint(source)
-    tensors, slots, unsaved = _slots(model)
+    tensors, slots, unsaved = _find_slots(model)
     lost = sorted(name for name in unsaved if tensors[name].is_meta and tensors[name].numel())
     if lost:
         raise ArgumentError(
@@ -41,7 +41,7 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
             f"torchshear.graph.parameters_on_meta(), which gives buffers their values."
         )
     names = match_names(checkpoint, tensors.keys() - unsaved).names
-    _check(model, checkpoint, {given: tensors[name] for given, name in names.items()}, tensors, unsaved)
+    _check_match(model, checkpoint, {given: tensors[name] for given, name in names.items()}, tensors, unsaved)
     for name in unsaved:
         if tensors[name].is_meta:  # an empty one, which has no values to lose
             _replace(slots, tensors[name], torch.empty_like(tensors[name], device="cpu"))
@@ -53,13 +53,13 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
 
 
 def _replace(slots: dict[int, list[_Slot]], old: Tensor, new: Tensor) -> None:
-    """Put a tensor into all places of another; a tie that stands in a checkpoint twice is done already."""
+    """Put a tensor into all slots of another; nothing is left to do for a tie that a checkpoint holds twice."""
     for holder, key in slots.pop(id(old), ()):
         holder[key] = new
 
 
-def _slots(model: nn.Module) -> tuple[dict[str, Tensor], dict[int, list[_Slot]], set[str]]:
-    """All tensors by every name, the places of each, and the names of those that a state_dict leaves out."""
+def _find_slots(model: nn.Module) -> tuple[dict[str, Tensor], dict[int, list[_Slot]], set[str]]:
+    """Return all tensors by every name, the slots of each, and the names that a state_dict leaves out."""
     tensors: dict[str, Tensor] = {}
     slots: dict[int, list[_Slot]] = defaultdict(list)
     unsaved: set[str] = set()
@@ -75,7 +75,7 @@ def _slots(model: nn.Module) -> tuple[dict[str, Tensor], dict[int, list[_Slot]],
     return tensors, slots, unsaved
 
 
-def _check(
+def _check_match(
     model: nn.Module,
     checkpoint: Checkpoint,
     matched: Mapping[str, Tensor],

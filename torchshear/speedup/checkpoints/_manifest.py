@@ -1,4 +1,4 @@
-"""The record of a checkpoint being shrunk: of which plan and source it is, and which shards are finished."""
+"""Record of a checkpoint that is being shrunk: its plan, its source, and its finished shards."""
 
 import hashlib
 import json
@@ -24,11 +24,11 @@ _MAX_BYTES = 1 << 25
 
 @dataclass(frozen=True, slots=True)
 class SourceStamp:
-    """What a shard of the source was when it was read.
+    """State of a shard of the source when it was read.
 
     Attributes:
         size: bytes of the file.
-        mtime_ns: when it was last written to.
+        mtime_ns: time of its last change.
         sha256: digest over its tensors.
     """
 
@@ -52,12 +52,12 @@ class FinishedShard:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a destination is the result of.
+    """Plan and source of a destination, and its finished shards.
 
     Attributes:
         plan: digest of all that the plan does to tensors.
         source: digest of names, shapes, types and metadata of the source.
-        unknown: what was to be done with tensors that the plan does not know.
+        unknown: the choice for tensors that the plan does not know.
         shards: file name -> finished shard.
     """
 
@@ -67,7 +67,7 @@ class Manifest:
     shards: Mapping[str, FinishedShard]
 
     def with_shard(self, name: str, shard: FinishedShard) -> "Manifest":
-        """The record with one shard more."""
+        """Return the record with one shard more."""
         return Manifest(self.plan, self.source, self.unknown, {**self.shards, name: shard})
 
     def save(self, folder: Path) -> None:
@@ -82,7 +82,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The record in a folder, or None if there is none.
+    """Return the record in a folder, or None if there is none.
 
     Raises:
         CheckpointError: it is damaged, or of another version.
@@ -107,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def plan_digest(plan: PruningPlan) -> str:
-    """SHA-256 over all that a plan says of tensors."""
+    """Return the SHA-256 of all that a plan says of tensors."""
     digest = hashlib.sha256()
     for name, entry in sorted(plan.state.items()):
         digest.update(f"{name}|{entry.shape}|{sorted(entry.blocks.items())}|{entry.is_saved}".encode())
@@ -121,7 +121,7 @@ def plan_digest(plan: PruningPlan) -> str:
 
 
 def source_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over names, shapes, types and metadata of a checkpoint."""
+    """Return the SHA-256 of names, shapes, types and metadata of a checkpoint."""
     digest = hashlib.sha256()
     for name, entry in sorted(checkpoint.entries.items()):
         digest.update(f"{name}|{entry.file}|{entry.shape}|{entry.dtype}\n".encode())

@@ -30,7 +30,7 @@ from torchshear.speedup.checkpoints._manifest import (
     read_manifest,
     source_digest,
 )
-from torchshear.speedup.checkpoints._matching import Fit, Unknown, fit
+from torchshear.speedup.checkpoints._matching import CheckpointMatch, UnknownTensors, match_checkpoint
 from torchshear.speedup.rewriting._slicing import slice_tensor
 from torchshear.storage._checkpoint import Checkpoint, open_checkpoint
 from torchshear.storage._reading import as_path
@@ -46,12 +46,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ShrunkCheckpoint:
-    """What `shrink_checkpoint` gives.
+    """Result of `shrink_checkpoint`.
 
     Attributes:
-        folder: where the result is.
+        folder: folder of the result.
         shards: names of its files of tensors.
-        resumed: those that an earlier run had finished.
+        resumed: those of them that an earlier run had finished.
         n_params: number of elements in all tensors before, and after.
         unknown: names of tensors that the plan does not know, copied or dropped.
         missing: names that the model saves and a checkpoint of a part of it does not have.
@@ -69,18 +69,18 @@ def shrink_checkpoint(
     plan: PruningPlan | str | PathLike[str],
     source: str | PathLike[str],
     destination: str | PathLike[str],
-    unknown: Unknown = "refuse",
+    unknown: UnknownTensors = "refuse",
     progress: Progress | None = None,
 ) -> ShrunkCheckpoint:
     """Apply a plan to a checkpoint on disk, without holding the model.
 
-    Reads one tensor at a time and writes shards with the names, types, order of keys and metadata of the source. At
-    most one shard of the result and one tensor are in memory. A run that was killed is taken up by the same call:
-    finished shards are checked against the digests that were noted of them and not made again.
+    It reads one tensor at a time and writes shards with the names, types, order of keys and metadata of the source. At
+    most one shard of the result and one tensor are in memory. The same call takes up a run that was killed: finished
+    shards are checked against their recorded digests and not made again.
 
-    The destination also gets the plan, as plan.json, and the small text files beside the source's weights, config.json
-    among them, unchanged: it is the configuration of the unpruned model, which the plan is applied to. The model again:
-    `small = shrink(Model(config), plan)`, which may be on the meta device, and then its `load_state_dict`.
+    The destination also gets the plan, as plan.json, and copies of the small text files beside the source's weights.
+    Among them is config.json, the configuration of the unpruned model, to which the plan is applied: the pruned model
+    is `small = shrink(Model(config), plan)`, which may be on the meta device, after its `load_state_dict`.
 
     Args:
         plan: the plan, or its file.
@@ -90,7 +90,7 @@ def shrink_checkpoint(
         progress: called with the number of tensors done and of all tensors.
 
     Returns:
-        What was written, and what was found.
+        The shards that were written, and the tensors that were unknown or missing.
 
     Raises:
         ArgumentError: an argument is of another kind; destination and source are the same folder.
@@ -98,15 +98,15 @@ def shrink_checkpoint(
         CheckpointError: the source is damaged or not of the plan's model; the destination holds something else.
         OutputError: the destination cannot be written, or the disk is full; finished shards stay for the next run.
     """
-    plan = _as_plan(plan)
+    plan = _checked_plan(plan)
     destination = as_path(destination, "the destination")
     check_one_of("unknown", unknown, ("refuse", "copy", "drop"))
     check_callback("progress", progress)
     checkpoint = open_checkpoint(source)
-    task = _Task(checkpoint, fit(plan, checkpoint, unknown), destination, progress)
+    task = _Task(checkpoint, match_checkpoint(plan, checkpoint, unknown), destination, progress)
     manifest = Manifest(plan_digest(plan), source_digest(checkpoint), unknown, {})
-    with _writing(task.destination):
-        manifest = _begin(task, manifest)
+    with _disk_errors_as_ours(task.destination):
+        manifest = _open_destination(task, manifest)
         resumed = tuple(shard for shard in task.shards if _is_finished(task, manifest, shard))
         with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=task.destination) as draft:
             _write_texts(task, plan, Path(draft))
@@ -116,10 +116,12 @@ def shrink_checkpoint(
                 else:
                     manifest = _make_shard(task, manifest, shard, Path(draft))
             _write_index(task, Path(draft))
-    return ShrunkCheckpoint(task.destination, task.shards, resumed, task.n_params(), task.fit.unknown, task.fit.missing)
+    return ShrunkCheckpoint(
+        task.destination, task.shards, resumed, task.n_params(), task.match.unknown, task.match.missing
+    )
 
 
-def _as_plan(plan: PruningPlan | str | PathLike[str]) -> PruningPlan:
+def _checked_plan(plan: PruningPlan | str | PathLike[str]) -> PruningPlan:
     if isinstance(plan, str | PathLike):
         return PruningPlan.load(plan)
     if not isinstance(plan, PruningPlan):
@@ -130,13 +132,15 @@ def _as_plan(plan: PruningPlan | str | PathLike[str]) -> PruningPlan:
 
 
 class _Task:
-    """One checkpoint, where it goes, and how far it is."""
+    """A checkpoint that is being shrunk, its destination, and the progress."""
 
-    def __init__(self, checkpoint: Checkpoint, fit: Fit, destination: Path, progress: Progress | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, match: CheckpointMatch, destination: Path, progress: Progress | None
+    ) -> None:
         self.checkpoint = checkpoint
-        self.fit = fit
+        self.match = match
         self.destination = destination
-        kept = {checkpoint.entries[name].file for name in fit.entries}
+        kept = {checkpoint.entries[name].file for name in match.entries}
         self.shards = tuple(shard for shard in checkpoint.shards if shard in kept)
         self._progress = progress
         self._done = 0
@@ -148,19 +152,19 @@ class _Task:
             self._progress(self._done, sum(len(self.checkpoint.names_in(shard)) for shard in self.shards))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Sizes of a tensor of the result."""
-        entry = self.fit.entries[name]
+        """Return the shape of a tensor of the result."""
+        entry = self.match.entries[name]
         return self.checkpoint.entries[name].shape if entry is None else entry.new_shape
 
     def n_params(self) -> tuple[int, int]:
-        """Number of elements of the source and of the result."""
+        """Count the elements of the source and of the result."""
         before = sum(torch.Size(entry.shape).numel() for entry in self.checkpoint.entries.values())
-        return before, sum(torch.Size(self.shape(name)).numel() for name in self.fit.entries)
+        return before, sum(torch.Size(self.shape(name)).numel() for name in self.match.entries)
 
 
 @contextmanager
-def _writing(destination: Path) -> Iterator[None]:
-    """Turn what the system or the serializer says of a full or closed disk into one error."""
+def _disk_errors_as_ours(destination: Path) -> Iterator[None]:
+    """Raise OutputError for what the system or the serializer raises where a disk is full or read-only."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -172,8 +176,8 @@ def _writing(destination: Path) -> Iterator[None]:
         ) from error
 
 
-def _begin(task: _Task, manifest: Manifest) -> Manifest:
-    """Take a new or empty folder, or one that the same task was cut short in.
+def _open_destination(task: _Task, manifest: Manifest) -> Manifest:
+    """Make the folder, or take an empty one or one in which the same task was cut short; return its record.
 
     Raises:
         CheckpointError: the folder holds something else.
@@ -208,7 +212,7 @@ def _begin(task: _Task, manifest: Manifest) -> Manifest:
 
 
 def _is_finished(task: _Task, manifest: Manifest, shard: str) -> bool:
-    """Whether a shard is there already, proved by its digest and that of its source.
+    """Check that a shard is finished: its digest, and that of its source, are those of the record.
 
     Raises:
         CheckpointError: it was changed since, or its source was.
@@ -230,15 +234,15 @@ def _is_finished(task: _Task, manifest: Manifest, shard: str) -> bool:
 
 
 def _make_shard(task: _Task, manifest: Manifest, shard: str, draft: Path) -> Manifest:
-    """Cut and write one shard. Its digest is noted before it gets its name, so that a finished shard has a record."""
+    """Slice and write one shard. Its digest is recorded before it gets its name: each finished shard has a record."""
     size, mtime_ns = _stat(task, shard)
     digest = hashlib.sha256()
     tensors: dict[str, Tensor] = {}
     for name in task.checkpoint.names_in(shard):
         value = task.checkpoint[name]
-        _update(digest, name, value)
-        if name in task.fit.entries:
-            tensors[name] = _cut(value, task.fit.entries[name])
+        _add_to_digest(digest, name, value)
+        if name in task.match.entries:
+            tensors[name] = _slice_bits(value, task.match.entries[name])
         task.advance()
     temporary = draft / shard
     save_file(tensors, temporary, metadata=dict(task.checkpoint.metadata[shard]) or None)
@@ -250,8 +254,8 @@ def _make_shard(task: _Task, manifest: Manifest, shard: str, draft: Path) -> Man
     return manifest
 
 
-def _cut(value: Tensor, entry: StatePlan | None) -> Tensor:
-    """The kept values, moved as integers of their width: bits are kept, whatever torch can do with their type."""
+def _slice_bits(value: Tensor, entry: StatePlan | None) -> Tensor:
+    """Slice a tensor as integers of its width, which torch can do with every type and which keeps all bits."""
     if entry is None or entry.numbers is not None:
         return value if entry is None else slice_tensor(value, entry).contiguous()
     return slice_tensor(value.view(_INTEGERS.get(value.itemsize, value.dtype)), entry).view(value.dtype).contiguous()
@@ -270,17 +274,17 @@ def _file_digest(path: Path) -> str:
 def _tensors_digest(checkpoint: Checkpoint, shard: str) -> str:
     digest = hashlib.sha256()
     for name in checkpoint.names_in(shard):
-        _update(digest, name, checkpoint[name])
+        _add_to_digest(digest, name, checkpoint[name])
     return digest.hexdigest()
 
 
-def _update(digest: "hashlib._Hash", name: str, value: Tensor) -> None:
+def _add_to_digest(digest: "hashlib._Hash", name: str, value: Tensor) -> None:
     digest.update(f"{name}|{tuple(value.shape)}|{value.dtype}|".encode())
     digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _write_texts(task: _Task, plan: PruningPlan, draft: Path) -> None:
-    """Write the plan; copy configuration, tokenizer and the like as they are. Weights in other formats are left out."""
+    """Write the plan, and copy configuration, tokenizer and the like; not weights in other formats."""
     for file in sorted(task.checkpoint.folder.iterdir()):
         is_known = file.name in (NAME, PLAN_NAME) or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in _TEXT_SUFFIXES and not is_known:
@@ -300,13 +304,13 @@ def _write_index(task: _Task, draft: Path) -> None:
     metadata["total_size"] = sum(_data_size(task.destination / shard) for shard in task.shards)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = task.n_params()[1]
-    where = {name: checkpoint.entries[name].file for name in sorted(task.fit.entries)}
+    where = {name: checkpoint.entries[name].file for name in sorted(task.match.entries)}
     document = {"metadata": metadata, "weight_map": where}
     (draft / checkpoint.index_file).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     publish(draft / checkpoint.index_file, task.destination / checkpoint.index_file)
 
 
 def _data_size(path: Path) -> int:
-    """Bytes of the tensors of a shard: all that follows the header, whose length is its first eight bytes."""
+    """Return the bytes of the tensors of a shard: all behind the header, whose length is in its first eight bytes."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")

@@ -37,7 +37,7 @@ _CPU_INFO: Final = Path("/proc/cpuinfo")
 
 
 def profiles() -> Mapping[str, Alignment]:
-    """Give the table of device profiles, name -> alignment, read-only; sizes are in positions (channels).
+    """Return the table of device profiles, name -> alignment, read-only; sizes are in positions (channels).
 
     | profile | block, granule | source |
     |---|---|---|
@@ -63,7 +63,7 @@ def profiles() -> Mapping[str, Alignment]:
 
 
 def resolve_alignment(align: int | str | Alignment | None) -> Alignment:
-    """Turn what a user wrote into an alignment.
+    """Return the alignment that an argument names.
 
     Args:
         align: an alignment; a number of positions that widths shall be a multiple of; the name of a profile; an Ascend
@@ -87,7 +87,7 @@ def resolve_alignment(align: int | str | Alignment | None) -> Alignment:
     if isinstance(align, Alignment):
         return align
     if isinstance(align, str):
-        return _named(align)
+        return _find_profile(align)
     if not is_whole(align) or not 1 <= align <= MOST:
         raise ArgumentError(
             f"align must be a whole number of at least 1, a profile name, an Alignment or None, "
@@ -114,7 +114,7 @@ def detect_profile() -> str:
 
 
 def _cpu_features() -> frozenset[str]:
-    """Give the names of the instruction sets, in lower case as Linux writes them."""
+    """Return the names of the instruction sets, in lower case as Linux writes them."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -128,8 +128,8 @@ def _cpu_features() -> frozenset[str]:
     return frozenset(implied.get(capability, set()))
 
 
-def _named(name: str) -> Alignment:
-    """Look a profile up, with a number of cores if one is given."""
+def _find_profile(name: str) -> Alignment:
+    """Look up a profile, with a number of cores if one is given."""
     if name == "auto":
         return _PROFILES[detect_profile()]
     base, colon, cores = name.partition(":")
@@ -147,5 +147,5 @@ def _named(name: str) -> Alignment:
 
 
 def _all_names() -> str:
-    """Give every accepted name for an error message."""
+    """List every accepted name for an error message."""
     return ", ".join(["auto", *_PROFILES, "ascend-fp16:CORES", "ascend-int8:CORES"])

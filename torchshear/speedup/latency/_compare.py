@@ -20,7 +20,7 @@ from rich.table import Table
 
 from torchshear._arguments import check_callback, check_count, check_kind, quote
 from torchshear.errors import ArgumentError, LatencyError
-from torchshear.speedup.latency._session import error_reason, fitting_inputs, made_inputs, open_session
+from torchshear.speedup.latency._session import check_inputs, error_reason, make_inputs, open_session
 
 __all__ = ["LatencyComparison", "LatencyResult", "compare_latency"]
 
@@ -33,7 +33,7 @@ class LatencyResult:
     """Times of one model.
 
     Attributes:
-        name: what the caller calls the model.
+        name: name of the model.
         path: its ONNX file.
         times_ms: one time per round, in milliseconds per inference; each is the mean of `runs_per_sample` runs.
         runs_per_sample: inferences in a row that make one time.
@@ -86,7 +86,7 @@ class LatencyComparison:
         baseline: the name that the others are compared with.
         batch: size of the first dimension of the inputs.
         threads: intra-op threads of every session.
-        runtime: name and version of what ran the models.
+        runtime: name and version of the runtime.
         cpu: name of the processor.
 
     Raises:
@@ -117,7 +117,7 @@ class LatencyComparison:
         return self.results[name]
 
     def speedup(self, name: str) -> float:
-        """Give how many times faster a model is than the baseline: the ratio of the medians.
+        """Return how many times faster a model is than the baseline: the ratio of the medians.
 
         Raises:
             ArgumentError: no model has this name.
@@ -125,7 +125,7 @@ class LatencyComparison:
         return self[self.baseline].median_ms / self[name].median_ms
 
     def speedup_interval(self, name: str) -> tuple[float, float]:
-        """Give the interval of the speed-up, by a bootstrap that draws rounds, so that both models keep their pairing.
+        """Return the interval of the speed-up, by a bootstrap over rounds, which keeps both models paired.
 
         Raises:
             ArgumentError: no model has this name.
@@ -137,7 +137,7 @@ class LatencyComparison:
         return _percentile_interval(ratios, result.confidence)
 
     def is_faster(self, name: str) -> bool:
-        """Say whether the whole interval of the speed-up lies above 1.
+        """Check that the whole interval of the speed-up lies above 1.
 
         Raises:
             ArgumentError: no model has this name.
@@ -146,8 +146,14 @@ class LatencyComparison:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the figures must know, one sentence each: models that are not faster, and noisy times."""
-        notes = [self._verdict(name) for name in self.results if name != self.baseline and not self.is_faster(name)]
+        """Remarks on the figures, one sentence each: models that are not faster, and noisy times."""
+        notes = []
+        for name in self.results:
+            low, high = self.speedup_interval(name)
+            if name != self.baseline and low <= 1:
+                verdict = "is slower than" if high < 1 else "is not measurably faster than"
+                ratio = f"{self.speedup(name):.2f} ({low:.2f} to {high:.2f})"
+                notes.append(f"{name!r} {verdict} {self.baseline!r}: speed-up {ratio}.")
         for name, result in self.results.items():
             share = result.iqr_ms / result.median_ms
             if share > _NOISY_IQR:
@@ -157,14 +163,8 @@ class LatencyComparison:
                 )
         return tuple(notes)
 
-    def _verdict(self, name: str) -> str:
-        """Say in a sentence that a model is not faster."""
-        low, high = self.speedup_interval(name)
-        verdict = "is slower than" if high < 1 else "is not measurably faster than"
-        return f"{name!r} {verdict} {self.baseline!r}: speed-up {self.speedup(name):.2f} ({low:.2f} to {high:.2f})."
-
     def to_dict(self) -> dict[str, Any]:
-        """Give everything as values that JSON can hold, raw times in milliseconds included."""
+        """Return everything as values that JSON can hold, raw times in milliseconds included."""
         return {
             "baseline": self.baseline,
             "batch": self.batch,
@@ -191,7 +191,7 @@ class LatencyComparison:
         }
 
     def __str__(self) -> str:
-        """Give a table of 100 columns, with the notes below it."""
+        """Return a table of 100 columns, with the notes below it."""
         first = self[self.baseline]
         table = Table(
             title=f"{self.runtime}, {self.cpu}, {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch}"
@@ -207,8 +207,8 @@ class LatencyComparison:
         for heading in headings:
             table.add_column(heading, justify="right")
         for name, result in self.results.items():
-            cells = (f"{result.median_ms:.3f}", _span(result.interval_ms, 3), f"{result.iqr_ms:.3f}")
-            table.add_row(name, *cells, f"{self.speedup(name):.2f}", _span(self.speedup_interval(name), 2))
+            cells = (f"{result.median_ms:.3f}", _format_interval(result.interval_ms, 3), f"{result.iqr_ms:.3f}")
+            table.add_row(name, *cells, f"{self.speedup(name):.2f}", _format_interval(self.speedup_interval(name), 2))
         console = Console(file=io.StringIO(), width=100, color_system=None, markup=False)
         console.print(table)
         for note in self.notes:
@@ -260,8 +260,11 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
     """
     _check_numbers(models, inputs, batch=batch, threads=threads, rounds=rounds, warmup=warmup, seed=seed)
     check_callback("progress", progress)
-    _check_shares(confidence=confidence, min_seconds=min_seconds)
-    inferences = _prepared(models, inputs, batch=batch, threads=threads, seed=seed)
+    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
+        raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={quote(confidence)}.")
+    if not isinstance(min_seconds, int | float) or not 0 <= min_seconds <= 3600:
+        raise ArgumentError(f"min_seconds must be a duration of 0 to 3600 s, but got min_seconds={quote(min_seconds)}.")
+    inferences = _open_models(models, inputs, batch=batch, threads=threads, seed=seed)
     runs = {name: inference.runs_lasting(min_seconds, warmup) for name, inference in inferences.items()}
     times_ms: dict[str, list[float]] = {name: [] for name in inferences}
     names, order = list(inferences), np.random.default_rng(seed)
@@ -310,7 +313,7 @@ class _Inference:
         return max(1, math.ceil(min_seconds * 1e3 / max(float(np.median(times_ms)), 1e-3)))
 
 
-def _prepared(
+def _open_models(
     models: Mapping[str, str | os.PathLike[str]],
     inputs: Mapping[str, np.ndarray] | None,
     *,
@@ -322,7 +325,7 @@ def _prepared(
     inferences: dict[str, _Inference] = {}
     for name, path in models.items():
         session = open_session(path, threads)
-        feeds = made_inputs(name, session, batch, seed) if inputs is None else fitting_inputs(name, session, inputs)
+        feeds = make_inputs(name, session, batch, seed) if inputs is None else check_inputs(name, session, inputs)
         inferences[name] = _Inference(name, session, feeds)
     first = next(iter(inferences.values()))
     for inference in inferences.values():
@@ -336,7 +339,7 @@ def _prepared(
 
 
 def _signature(feeds: Mapping[str, np.ndarray]) -> list[str]:
-    """Give type and shape of each input."""
+    """Return type and shape of each input."""
     return [f"{array.dtype}{list(array.shape)}" for array in feeds.values()]
 
 
@@ -352,14 +355,6 @@ def _check_numbers(models: Mapping[str, object], inputs: Mapping[str, object] | 
         )
     for name, value in numbers.items():
         check_count(name, value, least=0 if name in ("seed", "warmup") else 1)
-
-
-def _check_shares(*, confidence: float, min_seconds: float) -> None:
-    """Refuse a confidence outside (0, 1) and a duration that is negative or over an hour."""
-    if not isinstance(confidence, int | float) or not 0 < confidence < 1:
-        raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={quote(confidence)}.")
-    if not isinstance(min_seconds, int | float) or not 0 <= min_seconds <= 3600:
-        raise ArgumentError(f"min_seconds must be a duration of 0 to 3600 s, but got min_seconds={quote(min_seconds)}.")
 
 
 @contextmanager
@@ -380,13 +375,13 @@ def _resamples(n_times: int, seed: int) -> np.ndarray:
 
 
 def _percentile_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Give the central interval that holds a share `confidence` of the values."""
+    """Return the central interval that holds a share `confidence` of the values."""
     low, high = np.quantile(values, ((1 - confidence) / 2, (1 + confidence) / 2))
     return float(low), float(high)
 
 
 def _cpu_name() -> str:
-    """Give the processor's name as the system reports it."""
+    """Return the processor's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -395,6 +390,6 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _span(interval: tuple[float, float], digits: int) -> str:
+def _format_interval(interval: tuple[float, float], digits: int) -> str:
     """Write an interval for the table."""
     return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"

@@ -13,7 +13,7 @@ from torchshear._arguments import quote
 from torchshear.errors import LatencyError
 from torchshear.storage._reading import as_path
 
-__all__ = ["error_reason", "fitting_inputs", "made_inputs", "open_session"]
+__all__ = ["check_inputs", "error_reason", "make_inputs", "open_session"]
 
 _DTYPES: Final[Mapping[str, str]] = MappingProxyType(
     {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
@@ -54,16 +54,16 @@ def open_session(path: str | os.PathLike[str], threads: int = 1) -> onnxruntime.
 
 
 def error_reason(error: BaseException) -> str:
-    """Give the message of an onnxruntime exception in one line, without the code in front, with a full stop."""
+    """Return the message of an onnxruntime exception in one line, without its code, with a full stop."""
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
     return text if text.endswith(".") else f"{text}."
 
 
-def made_inputs(name: str, session: onnxruntime.InferenceSession, batch: int, seed: int) -> dict[str, np.ndarray]:
+def make_inputs(name: str, session: onnxruntime.InferenceSession, batch: int, seed: int) -> dict[str, np.ndarray]:
     """Make inputs from a model's signature.
 
     Args:
-        name: what the caller calls the model, for messages.
+        name: name of the model, for messages.
         session: the model.
         batch: size of every first dimension that is free.
         seed: of the values.
@@ -86,7 +86,7 @@ def made_inputs(name: str, session: onnxruntime.InferenceSession, batch: int, se
                 f"first dimension may be free. Pass inputs={{{node.name!r}: array, ...}}."
             )
         is_batched |= sizes[:1] == [batch]
-        feeds[node.name] = _example(np.dtype(dtype), sizes, rng)
+        feeds[node.name] = _example_array(np.dtype(dtype), sizes, rng)
     if not is_batched:
         raise LatencyError(
             f"no input of {name!r} takes a batch of {batch}. Export it with a dynamic batch, or use batch=1."
@@ -94,20 +94,20 @@ def made_inputs(name: str, session: onnxruntime.InferenceSession, batch: int, se
     return feeds
 
 
-def _example(dtype: np.dtype[Any], shape: list[int], rng: np.random.Generator) -> np.ndarray:
+def _example_array(dtype: np.dtype[Any], shape: list[int], rng: np.random.Generator) -> np.ndarray:
     """Make normal floats, zero integers (always a valid index) or true bools."""
     if dtype.kind == "f":
         return rng.standard_normal(shape).astype(dtype)
     return np.full(shape, dtype.kind == "b", dtype)
 
 
-def fitting_inputs(
+def check_inputs(
     name: str, session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Check that the caller's inputs are what a model takes.
 
     Args:
-        name: what the caller calls the model, for messages.
+        name: name of the model, for messages.
         session: the model.
         inputs: input name -> array.
 

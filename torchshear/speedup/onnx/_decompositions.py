@@ -5,31 +5,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.export import ExportedProgram
 
 
-def decomposed(program: ExportedProgram) -> ExportedProgram:
-    """A program without the operators that this module can write otherwise; the same one if it has none of them."""
+def decompose(program: ExportedProgram) -> ExportedProgram:
+    """Replace the operators of a program that have a rule here; return the program itself if it has none of them."""
     table: dict[Any, Callable[..., Any]] = {}
     for node in program.graph.nodes:
         rule = _RULES.get(str(node.target))
-        if rule is not None and _IS_NEEDED.get(rule, _always)(node):
+        if rule in (_padding, _constant_padding):  # needed where a maximum is taken over what is padded
+            is_needed = any(str(user.target).startswith("aten.max_pool") for user in node.users)
+        elif rule is _attention:
+            is_needed = bool(node.args[0].meta["val"].ndim != 4)
+        else:
+            is_needed = rule is not None
+        if is_needed and rule is not None:
             table[node.target] = rule
     return program.run_decompositions(table) if table else program
-
-
-def _always(_: fx.Node) -> bool:
-    return True
-
-
-def _is_not_of_four_dimensions(attention: fx.Node) -> bool:
-    return bool(attention.args[0].meta["val"].ndim != 4)  # type: ignore[union-attr]
-
-
-def _is_pooled(padding: fx.Node) -> bool:
-    """Whether a maximum is taken over what is padded."""
-    return any(str(user.target).startswith("aten.max_pool") for user in padding.users)
 
 
 def _attention(
@@ -43,7 +36,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(q k^T * scale + mask) v for any number of leading dimensions; torch's exporter takes four in all."""
+    """Compute softmax(q k^T * scale + mask) v for tensors of any rank; torch's exporter takes rank 4 only."""
     if query.ndim == 4 or enable_gqa or is_causal or dropout_p:
         return NotImplemented
     scores = query @ key.transpose(-1, -2) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
@@ -53,7 +46,7 @@ def _attention(
 
 
 def _grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """Runs of rows, each times the matrix of its group: all groups in turn, each kept where its run is."""
+    """Multiply runs of rows, each by the matrix of its group: all rows by each matrix, of which the run is taken."""
     place = torch.arange(rows.shape[0], device=rows.device)
     result = rows.new_zeros(rows.shape[0], matrices.shape[2])
     for group in range(matrices.shape[0]):
@@ -65,7 +58,7 @@ def _grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 
 
 def _padding(x: Tensor, pad: list[int], mode: str = "constant", value: float | None = None) -> Any:
-    """Constants beside the values: onnxruntime takes zeros before a maximum for the pool's own padding of -inf."""
+    """Pad by concatenation, since onnxruntime merges padding with zeros into a max pool, whose own padding is -inf."""
     if mode != "constant" or any(count < 0 for count in pad):
         return NotImplemented
     for number in range(len(pad) // 2):
@@ -79,7 +72,7 @@ def _padding(x: Tensor, pad: list[int], mode: str = "constant", value: float | N
 
 
 def _histogram(values: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
-    """Counts in equal bins between two given ends, the last bin with its upper end."""
+    """Count values in equal bins between two given ends; the last bin includes its upper end."""
     if min == max:
         return NotImplemented
     flat = values.reshape(-1)
@@ -99,10 +92,4 @@ _RULES: dict[str, Callable[..., Any]] = {
     "aten.pad.default": _padding,
     "aten.constant_pad_nd.default": _constant_padding,
     "transformers.grouped_mm_fallback.default": _grouped_product,
-}
-# Rules that are not for all calls of their operator; a program without any that they are for is left as it is.
-_IS_NEEDED: dict[Callable[..., Any], Callable[[fx.Node], bool]] = {
-    _attention: _is_not_of_four_dimensions,
-    _padding: _is_pooled,
-    _constant_padding: _is_pooled,
 }

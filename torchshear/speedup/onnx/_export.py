@@ -21,16 +21,15 @@ from torchshear.graph import ExampleInputs, check_module, drop_opaque_outputs, p
 from torchshear.graph.model._process import silence_torch
 from torchshear.speedup.comparing._relative_error import ordinary_scale
 from torchshear.speedup.latency._session import error_reason, open_session
-from torchshear.speedup.onnx._decompositions import decomposed
-from torchshear.speedup.onnx._example_call import DynamicShapes, ExampleCall
-from torchshear.speedup.onnx._exportable import check_limits, check_tensors
+from torchshear.speedup.onnx._arguments import DynamicShapes, ExampleCall, check_limits, check_tensors
+from torchshear.speedup.onnx._decompositions import decompose
 from torchshear.speedup.rewriting._traced import showing_signature
 from torchshear.storage._reading import as_path
 from torchshear.storage._writing import DRAFT, atomic_path
 
 __all__ = ["OnnxFile", "export_onnx"]
 
-Free = Literal["batch and length", "batch", "nothing"]
+Dynamic = Literal["batch and length", "batch", "nothing"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ class OnnxFile:
         dynamic_batch: whether the file takes any batch size.
         static_reason: why the batch is fixed; None where it is not.
         dynamic_length: whether sequences of integers (tokens) may have another length than in the examples.
-        dynamic_sizes: names of the other free sizes, as they were asked for.
+        dynamic_sizes: names of the other dynamic sizes, as they were asked for.
     """
 
     path: Path
@@ -80,16 +79,15 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
 ) -> OnnxFile:
     """Write a model as ONNX, run the file in onnxruntime and compare every output with torch.
 
-    The first dimension of the first tensor input is taken as the batch, together with that of every tensor input whose
-    first dimension is as long. It is left free in the file, with the name "batch". Where the model does not allow that,
-    the file has the batch of the examples and the result says why. Inputs of integers with two dimensions or more are
-    taken as sequences, whose length is left free likewise, with the name "length", where the model allows it; a length
-    of one less is compared, too. Weights are constants, inside the file up to 2 GB
-    and beside it in PATH.data above. Outputs that torch.export does not know, such as a cache of keys and values, are
-    left out.
+    The batch is the first dimension of the first tensor input, and of every other tensor input whose first dimension is
+    as long. It is dynamic in the file, with the name "batch"; if the model does not allow that, the file has the batch
+    of the examples and the result says why. Inputs of integers with two dimensions or more are sequences. Their length
+    is dynamic as well, with the name "length", if the model allows it; a length of one less is then compared, too.
+    Weights are constants: up to 2 GB inside the file, above that in PATH.data. Outputs that torch.export does not know,
+    such as a cache of keys and values, are left out.
 
     The model is exported in evaluation mode; its mode, its buffers and the state of the random generators are the same
-    afterwards. What was at `path` is replaced only after every check has passed.
+    afterwards. A file at `path` is replaced only after every check has passed.
 
     Args:
         model: any module that torch.export can capture; its weights may be float16, float32 or float64.
@@ -98,7 +96,7 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
         kwargs: example inputs by name.
         opset: version of the ONNX operator set that the file is to have; None for that of torch (20 at present). Older
             ones are converted, which not every operator allows.
-        dynamic_shapes: sizes that are to be free beside the batch, as for torch.export: parameter of forward ->
+        dynamic_shapes: sizes that are dynamic beside the batch, as for torch.export: parameter of forward ->
             dimension -> name, as `{"x": {2: "height", 3: "width"}}`. Inputs with these sizes doubled are compared, too.
         check_batches: batch sizes to compare beside that of the examples; made by repeating or cutting the examples.
         rtol: allowed difference of an element as a share of its own value and of the ordinary values of its output,
@@ -126,7 +124,7 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
     target, check = as_path(path, "the path of an ONNX file"), _Tolerance(float(rtol), float(atol))
     if not str(target).isprintable():
         raise ArgumentError(f"the path {str(target)!r} has characters that onnx cannot write; choose another name.")
-    with _evaluating(model), drop_opaque_outputs(model):
+    with _eval_mode(model), drop_opaque_outputs(model):
         if call.batch is None:
             reason = "no example input is a tensor with a first dimension"
         else:
@@ -143,13 +141,13 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
 
 @dataclass(frozen=True, slots=True)
 class _Tolerance:
-    """How far an output of onnxruntime may be from that of torch."""
+    """Allowed difference of an output of onnxruntime from that of torch."""
 
     rtol: float
     atol: float
 
     def compare(self, name: str, batch: int | None, expected: np.ndarray, actual: np.ndarray) -> float:
-        """Give the relative error of one output, or raise ExportError if it is too large."""
+        """Return the relative error of one output, or raise ExportError if it is too large."""
         where = f"output {name!r}" + ("" if batch is None else f" at batch {batch}")
         if expected.shape != actual.shape:
             raise ExportError(f"{where} has shape {actual.shape} in onnxruntime, but {expected.shape} in torch.")
@@ -180,23 +178,23 @@ def _export(
     call: ExampleCall,
     batches: tuple[int, ...],
     check: _Tolerance,
-    free: Free,
+    free: Dynamic,
     opset: int | None,
 ) -> OnnxFile:
     """Convert, save beside the target, check, and move into place."""
-    calls = [call.resized(batch) for batch in batches] or [call.resized(None)]
-    calls += [calls[0].enlarged()] if call.asked else []
-    expected = [_outputs(model, one) for one in calls]
-    traced = call.resized(max(call.batch, 2)) if free != "nothing" and call.batch is not None else call
-    program = _converted(model, traced, free, opset)
+    calls = [call.with_batch(batch) for batch in batches] or [call.with_batch(None)]
+    calls += [calls[0].with_larger_sizes()] if call.requested else []
+    expected = [_run_torch(model, one) for one in calls]
+    traced = call.with_batch(max(call.batch, 2)) if free != "nothing" and call.batch is not None else call
+    program = _convert(model, traced, free, opset)
     place = Path(os.path.realpath(target))
     with atomic_path(place) as temporary, tempfile.TemporaryDirectory(prefix=DRAFT, dir=place.parent) as folder:
         draft = Path(folder) / place.name
         proto = _save(program, draft, traced, free)
         if _has_length(proto):
-            calls.append(calls[0].shortened())
-            expected.append(_outputs(model, calls[-1]))
-        max_error = _checked(draft, model, calls, expected, check)
+            calls.append(calls[0].with_shorter_sequences())
+            expected.append(_run_torch(model, calls[-1]))
+        max_error = _check_file(draft, model, calls, expected, check)
         size_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
         weights = draft.with_name(f"{draft.name}.data")
         if weights.exists():
@@ -204,7 +202,8 @@ def _export(
                 weights.replace(temporary_weights)
                 place.unlink(missing_ok=True)  # or its old graph would read the new weights if the process ended here
         draft.replace(temporary)
-    dynamic, version, sizes = free != "nothing", _opset_of(proto), _asked_names(call)
+    dynamic, version = free != "nothing", _opset_of(proto)
+    sizes = tuple(dict.fromkeys(name for names in call.requested.values() for name in names.values()))
     return OnnxFile(target, size_bytes, version, max_error, batches, dynamic, None, _has_length(proto), sizes)
 
 
@@ -212,14 +211,10 @@ def _opset_of(proto: onnx.ModelProto) -> int:
     return int(next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")))
 
 
-def _asked_names(call: ExampleCall) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for names in call.asked.values() for name in names.values()))
-
-
-def _outputs(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
-    """Run the model in torch on copies of its buffers, and give its output tensors in order."""
+def _run_torch(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
+    """Run the model in torch on copies of its buffers, and return its output tensors in order."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    own = call.resized(call.batch)
+    own = call.with_batch(call.batch)
     try:
         result = torch.func.functional_call(model, buffers, *own.arguments)
     except Exception as error:
@@ -236,15 +231,15 @@ def _outputs(model: nn.Module, call: ExampleCall) -> list[np.ndarray]:
     return [leaf.detach().cpu().numpy() for leaf in leaves if leaf is not None]
 
 
-def _converted(model: nn.Module, call: ExampleCall, free: Free, opset: int | None) -> torch.onnx.ONNXProgram:
+def _convert(model: nn.Module, call: ExampleCall, free: Dynamic, opset: int | None) -> torch.onnx.ONNXProgram:
     """Capture the model and translate it to ONNX in memory."""
     shapes = None
-    if free != "nothing" or call.asked:
+    if free != "nothing" or call.requested:
         shapes = call.dynamic_shapes(batch=free != "nothing", lengths=free == "batch and length")
     try:
         with silence_torch(), showing_signature(model):
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
-            program = torch.onnx.export(decomposed(captured), dynamo=True, verbose=False, opset_version=opset)
+            program = torch.onnx.export(decompose(captured), dynamo=True, verbose=False, opset_version=opset)
     except Exception as error:
         raise ExportError(
             f"torch cannot turn {type(model).__name__} into ONNX: {_cause(error)} "
@@ -261,27 +256,27 @@ def _converted(model: nn.Module, call: ExampleCall, free: Free, opset: int | Non
     return program
 
 
-def _save(program: torch.onnx.ONNXProgram, draft: Path, call: ExampleCall, free: Free) -> onnx.ModelProto:
-    """Write the program, and give its graph; weights over the limit of protobuf go into a file beside it."""
+def _save(program: torch.onnx.ONNXProgram, draft: Path, call: ExampleCall, free: Dynamic) -> onnx.ModelProto:
+    """Write the program and return its graph; weights over the limit of protobuf go into a file beside it."""
     weights = (value.const_value for value in program.model.graph.initializers.values())
     if sum(weight.nbytes for weight in weights if weight is not None) > _MAX_EMBEDDED_BYTES:
         program.save(draft, external_data=True)
         proto = onnx.load(draft, load_external_data=False)
     else:
         proto = program.model_proto
-    if free != "nothing" or call.asked:
+    if free != "nothing" or call.requested:
         _name_sizes(proto, call, free)
     draft.write_bytes(proto.SerializeToString())
     return proto
 
 
 def _has_length(proto: onnx.ModelProto) -> bool:
-    """Whether an input has a free length."""
+    """Check that an input has a dynamic length."""
     return any(dim.dim_param == "length" for value in proto.graph.input for dim in value.type.tensor_type.shape.dim)
 
 
-def _name_sizes(proto: onnx.ModelProto, call: ExampleCall, free: Free) -> None:
-    """Call the free first dimension "batch", free second ones "length", and others as they were asked for, in place.
+def _name_sizes(proto: onnx.ModelProto, call: ExampleCall, free: Dynamic) -> None:
+    """Name the dynamic sizes of a file in place: "batch", "length", and the names that were asked for.
 
     Raises:
         ExportError: an input has the batch, or a size that was asked for, fixed.
@@ -289,7 +284,7 @@ def _name_sizes(proto: onnx.ModelProto, call: ExampleCall, free: Free) -> None:
     names: dict[str, str] = {}
     for node, place in zip(proto.graph.input, call.tensors(), strict=True):
         sizes = node.type.tensor_type.shape.dim
-        for dim, name in call.asked.get(place, {}).items():
+        for dim, name in call.requested.get(place, {}).items():
             if not sizes[dim].dim_param.isidentifier():
                 raise ExportError(
                     f"the model fixes dimension {dim} of input {node.name!r}, {name!r}, or ties it to another size. "
@@ -310,10 +305,10 @@ def _name_sizes(proto: onnx.ModelProto, call: ExampleCall, free: Free) -> None:
                 dim.dim_param = pattern.sub(lambda found: names[found[0]], dim.dim_param)
 
 
-def _checked(
+def _check_file(
     draft: Path, model: nn.Module, calls: Sequence[ExampleCall], expected: Sequence[list[np.ndarray]], check: _Tolerance
 ) -> float:
-    """Validate the file, run it on every call, and give the largest relative error."""
+    """Validate the file, run it on every call, and return the largest relative error."""
     try:
         onnx.checker.check_model(draft)
         session = open_session(draft)
@@ -357,7 +352,7 @@ def _cause(error: BaseException) -> str:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Run the block in evaluation mode without gradients; mode, state and random state are restored."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {tensor.get_device() for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}

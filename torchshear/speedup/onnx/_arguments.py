@@ -1,6 +1,7 @@
-"""Example inputs of a call, flattened, with what is known about their batch and the length of their sequences."""
+"""Arguments of an export: example inputs with their batch and sequences, and checks of limits and tensors."""
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.errors import ArgumentError
+from torchshear._arguments import MOST, check_count, check_kind, is_whole, quote
+from torchshear.errors import ArgumentError, ExportError, WeightError
 from torchshear.graph import signature_of
 
 DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
@@ -23,14 +25,14 @@ class ExampleCall:
     """Example inputs of one call.
 
     Attributes:
-        leaves: the flat arguments.
-        spec: their structure.
+        leaves: flat arguments.
+        spec: structure of the arguments.
         signature: signature of the model's forward.
-        batched: places of the tensors that have the batch in front.
-        sequences: places of those among them that hold a sequence of integers for each sample, as tokens are.
+        batched: indices in `leaves` of the tensors with the batch in front.
+        sequences: indices of those among them that hold a sequence of integers for each sample, such as tokens.
         batch: number of samples, None if there is no batch.
-        asked: place of a tensor -> dimension -> name, of the sizes that the caller wants free.
-        note: what is to be known of its sizes, for messages.
+        requested: index of a tensor -> dimension -> name, of the sizes that the caller wants dynamic.
+        note: a remark on its sizes, for messages.
     """
 
     leaves: tuple[Any, ...]
@@ -39,14 +41,14 @@ class ExampleCall:
     batched: frozenset[int]
     sequences: frozenset[int]
     batch: int | None
-    asked: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
+    requested: Mapping[int, Mapping[int, str]] = field(default_factory=dict)
     note: str = ""
 
     @classmethod
     def of(
         cls, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic_shapes: DynamicShapes = None
     ) -> "ExampleCall":
-        """Bind the examples to the parameters of forward, in whose order torch.export wants them."""
+        """Bind the examples to the parameters of forward, in whose order torch.export takes them."""
         signature = signature_of(model)
         try:
             signature.bind(*args, **kwargs)
@@ -62,26 +64,27 @@ class ExampleCall:
             raise ArgumentError("an example input has an empty first dimension. Pass at least one sample.")
         batch = next(iter(sizes.values()), None)
         batched = frozenset(place for place, size in sizes.items() if size == batch)
-        sequences = frozenset(place for place in batched if _is_sequence(leaves[place]))
-        asked = _asked_sizes(signature.bind(*args, **kwargs).arguments, leaves, dynamic_shapes)
-        return cls(tuple(leaves), spec, signature, batched, sequences, batch, asked)
+        sequences = frozenset(
+            place
+            for place in batched
+            if leaves[place].ndim > 1
+            and not leaves[place].is_floating_point()
+            and leaves[place].shape[1] >= _LEAST_LENGTH
+        )
+        requested = _requested_sizes(signature.bind(*args, **kwargs).arguments, leaves, dynamic_shapes)
+        return cls(tuple(leaves), spec, signature, batched, sequences, batch, requested)
 
     @property
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The examples as torch is called with them: args and kwargs."""
+        """Args and kwargs of the call."""
         args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
         return args, kwargs
 
-    @property
-    def places(self) -> range:
-        """Places of all leaves."""
-        return range(len(self.leaves))
-
     def tensors(self) -> dict[int, Tensor]:
-        """Give place -> tensor, in the order of the inputs of the ONNX file."""
+        """Return index -> tensor, in the order of the inputs of the ONNX file."""
         return {place: leaf for place, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)}
 
-    def resized(self, batch: int | None) -> "ExampleCall":
+    def with_batch(self, batch: int | None) -> "ExampleCall":
         """Copy the examples, with batches repeated or cut to `batch` samples.
 
         Repetition i is rolled by i along the last dimension, so that samples differ and hold values of the examples.
@@ -98,28 +101,30 @@ class ExampleCall:
             leaves[place] = torch.cat(copies)[:batch].clone()
         return replace(self, leaves=tuple(leaves), batch=batch)
 
-    def shortened(self) -> "ExampleCall":
+    def with_shorter_sequences(self) -> "ExampleCall":
         """Copy the examples, with all sequences shorter by one."""
         leaves = [leaf[:, :-1].clone() if place in self.sequences else leaf for place, leaf in enumerate(self.leaves)]
         return replace(self, leaves=tuple(leaves))
 
-    def enlarged(self) -> "ExampleCall":
-        """Copy the examples, with all sizes that the caller wants free twice as large; but not the batch."""
+    def with_larger_sizes(self) -> "ExampleCall":
+        """Copy the examples, with all sizes that the caller wants dynamic, except the batch, twice as large."""
         leaves = list(self.leaves)
-        for place, names in self.asked.items():
+        for place, names in self.requested.items():
             for dim in names:
                 if dim or place not in self.batched:
                     leaves[place] = torch.cat([leaves[place], leaves[place].flip(dim)], dim)
         return replace(self, leaves=tuple(leaves), note=" with the sizes of dynamic_shapes doubled")
 
     def dynamic_shapes(self, batch: bool, lengths: bool) -> dict[str, Any]:
-        """Give parameter name -> the structure of its example, with free sizes left to torch.export to find.
+        """Return parameter name -> structure of its example, with `Dim.AUTO` at dynamic sizes.
 
         Args:
-            batch: whether the batch is to be free beside what the caller asked for.
-            lengths: whether the lengths of sequences are to be free, too.
+            batch: whether the batch is dynamic, beside the sizes that the caller asked for.
+            lengths: whether the lengths of sequences are dynamic as well.
         """
-        free: list[dict[int, Any]] = [dict.fromkeys(self.asked.get(place, ()), _AUTO) for place in self.places]
+        free: list[dict[int, Any]] = [
+            dict.fromkeys(self.requested.get(place, ()), _AUTO) for place in range(len(self.leaves))
+        ]
         for place in self.batched if batch else ():
             free[place][0] = _AUTO
         for place in self.sequences if lengths else ():
@@ -128,13 +133,13 @@ class ExampleCall:
         return dict(self.signature.bind(*args, **kwargs).arguments)
 
 
-def _asked_sizes(
+def _requested_sizes(
     given: Mapping[str, Any], leaves: Sequence[Any], dynamic_shapes: DynamicShapes
 ) -> dict[int, dict[int, str]]:
-    """Place of a tensor -> dimension -> name, as a caller of torch.export writes them.
+    """Return index of a tensor -> dimension -> name, from `dynamic_shapes` as torch.export takes it.
 
     Raises:
-        ArgumentError: they are not of this form, or name no tensor or dimension of the examples.
+        ArgumentError: it has another form, or names no tensor or dimension of the examples.
     """
     if dynamic_shapes is None:
         return {}
@@ -163,5 +168,41 @@ def _asked_sizes(
     return found
 
 
-def _is_sequence(tensor: Tensor) -> bool:
-    return tensor.ndim > 1 and not tensor.is_floating_point() and tensor.shape[1] >= _LEAST_LENGTH
+def check_limits(check_batches: Sequence[int], rtol: float, atol: float, opset: int | None) -> None:
+    """Refuse batch sizes and opsets below 1 and tolerances that are negative or no number.
+
+    Raises:
+        ArgumentError: one of them is.
+    """
+    if opset is not None:
+        check_count("opset", opset)
+    check_kind("check_batches", check_batches, Sequence, "sizes of batches, as (1, 3)")
+    for batch in check_batches:
+        if not is_whole(batch) or not 1 <= batch <= MOST:
+            raise ArgumentError(f"check_batches must hold whole numbers of at least 1, but got {quote(batch)}.")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
+            raise ArgumentError(f"{name} must be a finite number of at least 0, but got {name}={quote(value)}.")
+
+
+def check_tensors(model: nn.Module, call: ExampleCall) -> None:
+    """Refuse weights without values, and bfloat16: onnxruntime has no CPU kernel for its Conv, Gemm or MatMul.
+
+    Raises:
+        WeightError: a weight is on the meta device.
+        ArgumentError: an input is.
+        ExportError: a weight or an input is in bfloat16, or the model holds a ScriptModule.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise WeightError(f"{name!r} is on the meta device and has no values. Load the weights before the export.")
+    if any(tensor.is_meta for tensor in call.tensors().values()):
+        raise ArgumentError("an example input is on the meta device and has no values; expected numbers.")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ExportError("the model holds a ScriptModule, which torch.export refuses; give what it was made from.")
+    tensors = (*model.parameters(), *model.buffers(), *call.tensors().values())
+    if any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        raise ExportError(
+            f"{type(model).__name__} or an input of it is in bfloat16, for which onnxruntime has no CPU kernels. "
+            f"Export copy.deepcopy(model).float(), with float32 inputs."
+        )
