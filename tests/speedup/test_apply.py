@@ -18,7 +18,7 @@ from torchshear.errors import PlanError, VerificationError
 from torchshear.graph import parameters_on_meta
 from torchshear.speedup import KeptScale, TracedModule, shrink_to_form
 from torchshear.speedup import _shrink as _apply
-from torchshear.speedup.native import _form as _native_form
+from torchshear.speedup.native._builder import NativeBuilder
 from torchshear.speedup.shrinking import _prepared_plan as _job
 
 
@@ -161,7 +161,7 @@ def test_a_traced_form_is_made_again_without_a_look_at_the_native_one(
     result = torchshear.prune(model, (image(),))
     assert result.form == "traced"
     monkeypatch.setattr(_job, "native_form", no_search)
-    monkeypatch.setattr(_native_form, "native_copy", no_search)
+    monkeypatch.setattr(NativeBuilder, "build", no_search)
     again = shrink_to_form(Chunked().eval(), from_file(result.plan, tmp_path))
     assert (again.form, f"traced: {again.reason}") == ("traced", result.report.form)
     again.model.load_state_dict(result.model.state_dict())

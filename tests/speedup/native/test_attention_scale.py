@@ -17,8 +17,8 @@ import torchshear
 from torchshear.graph import module_outputs
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import KeptScale, TracedModule, shrink_to_form
-from torchshear.speedup.native import _form as _native_form
-from torchshear.speedup.native._attention_scale import Part, scaled
+from torchshear.speedup.native._attention_scale import Part, apply_scales
+from torchshear.speedup.native._builder import NativeBuilder
 
 WIDTH, HEADS = 24, 3
 
@@ -352,13 +352,13 @@ def test_a_fresh_model_gets_the_same_factors_from_the_plan() -> None:
 
 def test_as_many_runs_for_many_layers_as_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    plain = _native_form._Making.run
+    plain = NativeBuilder.run_rewritten
 
     def count(*args: Any) -> Any:
         runs[-1] += 1
         return plain(*args)
 
-    monkeypatch.setattr(_native_form._Making, "run", count)
+    monkeypatch.setattr(NativeBuilder, "run_rewritten", count)
     for depth in (1, 6):
         runs.append(0)
         assert torchshear.prune(made(ByAttribute, depth), (X,), ratio=0.5).form == "native"
@@ -368,7 +368,7 @@ def test_as_many_runs_for_many_layers_as_for_few(monkeypatch: pytest.MonkeyPatch
 def test_factors_for_a_while_leave_nothing_behind() -> None:
     model = made(Fused)
     part = Part("blocks.0.qkv", -1, 72, (0, 1))
-    with scaled(model, {part: 0.5}), scaled(model, {part: 0.5}):
+    with apply_scales(model, {part: 0.5}), apply_scales(model, {part: 0.5}):
         assert [hook.factor for hook in kept_scales(model).values()] == [0.25]
         assert "KeptScale(0.25" in repr(kept_scales(model)["blocks.0.qkv"])
     assert not kept_scales(model)
@@ -399,7 +399,7 @@ def test_different_positions_of_one_output_get_a_hook_each() -> None:
     before = model.blocks[0].qkv(torch.ones(WIDTH))
     one, two = Part("blocks.0.qkv", -1, 72, (0, 1)), Part("blocks.0.qkv", -1, 72, (1, 2))
     assert one.meets(two)
-    with scaled(model, {one: 0.5, two: 0.25}):
+    with apply_scales(model, {one: 0.5, two: 0.25}):
         after = model.blocks[0].qkv(torch.ones(WIDTH))
     torch.testing.assert_close(after / before, torch.tensor([0.5, 0.125, 0.25] + [1.0] * 69))
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 import torchshear
 from torchshear.speedup import shrink_to_form
-from torchshear.speedup.native import _size_search as _repair
-from torchshear.speedup.native._reference_run import find_fault
+from torchshear.speedup.native import _size_search
+from torchshear.speedup.native._divergence import find_divergence
 
 
 @dataclass
@@ -203,9 +203,9 @@ def test_what_one_module_needs_is_tried_at_once_for_all_of_its_class(monkeypatch
 
     def count(*args: Any) -> Any:
         runs[-1] += 1
-        return find_fault(*args)
+        return find_divergence(*args)
 
-    monkeypatch.setattr(_repair, "find_fault", count)
+    monkeypatch.setattr(_size_search, "find_divergence", count)
     for depth in (2, 8):
         runs.append(0)
         assert pruned(Sequence(*(Attention(24, 4) for _ in range(depth))), X).form == "native"
@@ -223,9 +223,9 @@ def tried(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> list[tuple[int, 
 
     def note(model: nn.Module, trial: Any, skipped: Any, trusted: int, inside: Any) -> Any:
         tries.append((trusted, None if inside is None else inside.module))
-        return find_fault(model, trial, skipped, trusted, inside)
+        return find_divergence(model, trial, skipped, trusted, inside)
 
-    monkeypatch.setattr(_repair, "find_fault", note)
+    monkeypatch.setattr(_size_search, "find_divergence", note)
     assert pruned(model, X).form == "native"
     return tries
 

@@ -17,7 +17,7 @@ from torchshear.dependency import Part, Scales
 
 
 class KeptScale:
-    """A forward hook that multiplies what a module gives, or some positions of it, by a number.
+    """A forward hook that multiplies the output of a module, or some positions of it, by a number.
 
     `shrink` registers it on the projection (or the norm) that queries or keys come from, where the code of attention
     derives its scale from a size that shrank. It is copied, pickled, exported and compiled with the module, follows it
@@ -41,7 +41,7 @@ class KeptScale:
         self._key = -1
 
     def register(self, module: nn.Module) -> RemovableHandle:
-        """Have a module multiply what it gives."""
+        """Register the hook on a module."""
         handle = module.register_forward_hook(self)
         self._key = handle.id
         return handle
@@ -56,22 +56,22 @@ class KeptScale:
         return output * (1 + share * (self.factor - 1))
 
     def __repr__(self) -> str:
-        """Say what is multiplied."""
+        """Show factor and share."""
         where = "" if self.share is None else f", share={self.share!r}"
         return f"{type(self).__name__}({self.factor!r}{where})"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Come back from a file, with a key that later hooks of this process do not take, as torch does for handles."""
+        """Unpickle it, and reserve its key against later hooks of this process, as torch does for handles."""
         vars(self).update(state)
         RemovableHandle.next_id = max(RemovableHandle.next_id, self._key + 1)
 
 
 def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None]:
-    """Have a module multiply part of what it gives; a hook that does so already gets the product of both factors.
+    """Multiply part of the output of a module; a hook that does so already gets the product of both factors.
 
     Args:
         model: the model that has the module.
-        part: what is multiplied.
+        part: the module, and the positions of its output.
         factor: the number.
 
     Returns:
@@ -83,7 +83,7 @@ def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None
     mask = _mask(part, like)
     for hook in module._forward_hooks.values():
         if isinstance(hook, KeptScale) and _is_same(None if hook.share is None else getattr(module, hook.share), mask):
-            return _multiplied(hook, factor)
+            return _multiply_factor(hook, factor)
     if mask is None:
         return KeptScale(factor).register(module).remove
     names = chain(["kept_scale"], (f"kept_scale_{number}" for number in count(1)))
@@ -99,7 +99,7 @@ def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None
 
 
 def _mask(part: Part, like: Tensor) -> Tensor | None:
-    """1 at the positions and 0 elsewhere, of a shape that broadcasts; None for the whole output.
+    """Return 1 at the positions and 0 elsewhere, of a shape that broadcasts; None for the whole output.
 
     It has values also in a model on the meta device: no checkpoint would bring them.
     """
@@ -110,7 +110,7 @@ def _mask(part: Part, like: Tensor) -> Tensor | None:
     return mask.reshape(part.size, *[1] * (-part.dim - 1))
 
 
-def _multiplied(hook: KeptScale, factor: float) -> Callable[[], None]:
+def _multiply_factor(hook: KeptScale, factor: float) -> Callable[[], None]:
     before = hook.factor
     hook.factor = before * factor
 
@@ -127,8 +127,8 @@ def _is_same(known: Tensor | None, mask: Tensor | None) -> bool:
 
 
 @contextmanager
-def scaled(model: nn.Module, scales: Scales) -> Iterator[None]:
-    """Have parts of a model multiplied for a while."""
+def apply_scales(model: nn.Module, scales: Scales) -> Iterator[None]:
+    """Multiply parts of the outputs of a model's modules for a while."""
     with ExitStack() as stack:
         for part, factor in scales.items():
             stack.callback(keep_scale(model, part, factor))
@@ -136,7 +136,7 @@ def scaled(model: nn.Module, scales: Scales) -> Iterator[None]:
 
 
 def explain_scales(scales: Scales) -> str:
-    """Say where factors were put, outputs of one name together."""
+    """List the outputs that are multiplied, those of one name together."""
     counts: dict[str, int] = {}
     for module in dict.fromkeys(part.module for part in scales):
         words = [word for word in module.split(".") if not word.isdigit()]
@@ -146,7 +146,7 @@ def explain_scales(scales: Scales) -> str:
 
 
 def share_names(model: nn.Module) -> set[str]:
-    """Qualified names of the buffers that say where outputs are multiplied; they hold zeros and ones, and must."""
+    """Return the qualified names of the buffers that say where outputs are multiplied: they must stay 0 and 1."""
     return {
         f"{name}.{hook.share}".lstrip(".")
         for name, module in model.named_modules()

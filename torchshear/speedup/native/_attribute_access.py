@@ -1,4 +1,4 @@
-"""Which attributes a model reads while it runs."""
+"""Recording the attributes that a model reads while it runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,17 +10,17 @@ from torchshear.dependency import Slot
 from torchshear.graph import run_exclusively
 from torchshear.speedup.native._size_attributes import is_record
 
-Reads = set[tuple[int, str]]  # id of the object, name of the attribute
+AttributeReads = set[tuple[int, str]]  # id of the object, name of the attribute
 
 
 @contextmanager
-def recorded(model: nn.Module) -> Iterator[Reads]:
-    """Record what is read of the modules of a model and of the objects of settings that they hold.
+def record_reads(model: nn.Module) -> Iterator[AttributeReads]:
+    """Record the attributes read of a model's modules, and of the objects of settings that they hold, for a while.
 
-    Their classes note it for a while. Subclasses would do so as well without a change to the classes, but making one
-    is an event that some classes act on.
+    Their classes get a `__getattribute__` that notes each read. Subclasses would leave the classes alone, but some
+    classes act on being subclassed.
     """
-    reads: Reads = set()
+    reads: AttributeReads = set()
     owners: dict[int, Any] = {}
     for module in model.modules():
         owners[id(module)] = module
@@ -31,7 +31,7 @@ def recorded(model: nn.Module) -> Iterator[Reads]:
             for cls in dict.fromkeys(type(owner) for owner in owners.values()):
                 own = vars(cls).get("__getattribute__")
                 try:
-                    type.__setattr__(cls, "__getattribute__", _noting(cls, reads))
+                    type.__setattr__(cls, "__getattribute__", _recording_getattribute(cls, reads))
                 except TypeError:  # a class written in C is not watched: all that its instances hold may be read
                     same = [owner for owner in owners.values() if type(owner) is cls]
                     reads |= {(id(owner), name) for owner in same for name in vars(owner)}
@@ -46,8 +46,8 @@ def recorded(model: nn.Module) -> Iterator[Reads]:
                     type.__setattr__(cls, "__getattribute__", own)
 
 
-def _noting(cls: type, reads: Reads) -> Any:
-    """Reading an attribute as a class does it, with a note of which."""
+def _recording_getattribute(cls: type, reads: AttributeReads) -> Any:
+    """Return a `__getattribute__` that reads as that of a class, and notes each read."""
     read: Any = cls.__getattribute__
 
     def note(self: Any, name: str) -> Any:
@@ -57,8 +57,8 @@ def _noting(cls: type, reads: Reads) -> Any:
     return note
 
 
-def is_read(module: nn.Module, slot: Slot, reads: Reads) -> bool:
-    """Whether a slot of a module was read; settings may be read under other names than they are stored under."""
+def is_read(module: nn.Module, slot: Slot, reads: AttributeReads) -> bool:
+    """Check that a slot of a module was read; settings may be read under another name than they are stored under."""
     if (id(module), slot.attribute) not in reads:
         return False
     if not isinstance(slot.item, str):

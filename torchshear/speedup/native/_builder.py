@@ -1,17 +1,26 @@
 """The native form of a shrunk model: a copy of the user's own module with smaller parameters and adjusted integers."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from torchshear.dependency import Scales, Sizes
-from torchshear.graph import canonical_module_names, copy_model, locate
+from torchshear.dependency import Cut, Scales, Sizes
+from torchshear.graph import Graph, canonical_module_names, clear_caches, copy_model, locate
+from torchshear.graph._run import graph_values
+from torchshear.graph.numerics._float64 import to_float64
 from torchshear.speedup.native._attention_scale import keep_scale
-from torchshear.speedup.native._size_attributes import assign
-from torchshear.speedup.rewriting._rewrite import Change
+from torchshear.speedup.native._original import Original
+from torchshear.speedup.native._reference_run import ReferenceRuns
+from torchshear.speedup.native._size_attributes import assign_size
+from torchshear.speedup.rewriting._rewrite import changed_integers, rewrite_graph
 
-# What the modules of torch.nn call the sizes of their own tensors: attribute -> (tensor, dimension).
+_NOTHING: Mapping[Any, Any] = MappingProxyType({})
+# Sizes that modules of torch.nn keep of their own tensors: attribute -> (tensor, dimension).
 _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ...] = (
     ((nn.Linear,), {"in_features": ("weight", 1), "out_features": ("weight", 0)}),
     ((nn.Bilinear,), {"in1_features": ("weight", 1), "in2_features": ("weight", 2), "out_features": ("weight", 0)}),
@@ -26,52 +35,98 @@ _SIZES: tuple[tuple[tuple[type[nn.Module], ...], dict[str, tuple[str, int]]], ..
 )
 
 
-def native_copy(
-    model: nn.Module, replacements: Mapping[int, Tensor], changes: Sequence[Change], sizes: Sizes, scales: Scales
-) -> nn.Module:
-    """Copy a model with its tensors replaced, and with the integers that torch.nn's modules keep of their sizes.
+class NativeBuilder:
+    """Builds native forms of one cut, and runs the rewritten graph that they have to equal.
 
     Args:
-        model: the original.
-        replacements: id of an original tensor -> its shrunk version; wherever the original holds the one, the copy
-            holds the other, so that ties stay ties.
-        changes: integers in the graph that the cut changed.
-        sizes: integers elsewhere in the modules to be changed as well.
-        scales: parts of what modules give that are to be multiplied.
+        original: the captured original.
+        cut: the units that are removed.
+        tensors: canonical name -> tensor of the original.
+        sliced: canonical name -> shrunk tensor.
+
+    Attributes:
+        original: the captured original.
+        changes: integers in the graph that the cut changes.
+        dtype: dtype of the model's first floating tensor.
     """
-    duplicate = copy_model(model, dict(replacements))
-    by_module = _changes_by_module(changes, canonical_module_names(duplicate))
-    modes = [(module, module.training) for module in duplicate.modules()]
-    for module, _ in modes:
-        module.training = False  # reading a parametrised weight computes it, and in train mode changes its buffers
-    for name, module in duplicate.named_modules():
-        if is_torch_module(module):
-            _update_torch_module(module, by_module.get(name, {}))
-    for module, training in modes:
-        module.training = training
-    named = dict(duplicate.named_modules())
-    for slot, value in sizes.items():
-        assign(named[slot.module], slot, value)
-    for part, factor in scales.items():
-        keep_scale(duplicate, part, factor)
-    return duplicate
+
+    def __init__(
+        self, original: Original, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]
+    ) -> None:
+        graph = original.graph
+        self.original = original
+        self.changes = changed_integers(graph.fx_graph, cut.groups.facts, cut)
+        self.dtype = next((t.dtype for t in sliced.values() if t.is_floating_point()), torch.float32)
+        self._sliced = sliced
+        self._rewritten = rewrite_graph(graph.fx_graph, cut.groups.facts, cut)
+        self._replacements = {id(tensors[name]): tensor for name, tensor in sliced.items()}
+        constants = own_constants(original.model, graph)
+        self._replacements |= {id(own): sliced[name] for name, own in constants if name in sliced}
+
+    def build(self, sizes: Sizes = _NOTHING, scales: Scales = _NOTHING) -> nn.Module:
+        """Copy the model with shrunk tensors, and with the integers that torch.nn's modules keep of their sizes.
+
+        Wherever the original holds a tensor, the copy holds its shrunk version, so that ties stay ties.
+
+        Args:
+            sizes: integers elsewhere in the modules that change as well.
+            scales: factors on parts of the outputs of modules.
+        """
+        native = copy_model(self.original.model, dict(self._replacements))
+        names = canonical_module_names(native)
+        changes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))  # module -> old -> new values
+        for change in self.changes:
+            module_name = locate(change.node).module
+            changes[names.get(module_name, module_name)][change.old].add(change.new)
+        modes = [(module, module.training) for module in native.modules()]
+        for module, _ in modes:
+            module.training = False  # reading a parametrised weight computes it, and in train mode changes its buffers
+        for name, module in native.named_modules():
+            if is_torch_module(module):
+                one_way = {old: min(new) for old, new in changes[name].items() if len(new) == 1}
+                _update_torch_module(module, one_way)
+        for module, training in modes:
+            module.training = training
+        named = dict(native.named_modules())
+        for slot, value in sizes.items():
+            assign_size(named[slot.module], slot, value)
+        for part, factor in scales.items():
+            keep_scale(native, part, factor)
+        clear_caches(native, self.original.caches)
+        return native
+
+    def reference_runs(self, dtype: torch.dtype) -> ReferenceRuns:
+        """Return the runs that a native form has to agree with, computed in a dtype."""
+        return ReferenceRuns(self.original, self._rewritten, self._sliced, dtype)
+
+    def run_rewritten(self, dtype: torch.dtype, change: Callable[[fx.Node, Any], Any]) -> Iterator[tuple[fx.Node, Any]]:
+        """Yield the nodes of the rewritten graph with their values on the example, each replaced by `change`."""
+        inputs = self.original.example
+        inputs = to_float64(inputs) if dtype is torch.float64 else inputs.copy()
+        leaves = pytree.tree_leaves((inputs.args, inputs.kwargs))
+        return graph_values(self._rewritten, self._sliced, leaves, change)
 
 
-def _changes_by_module(changes: Sequence[Change], first: Mapping[str, str]) -> dict[str, dict[int, int]]:
-    """Module name -> old value -> new value, for values that changed in one way only."""
-    seen: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for change in changes:
-        module = locate(change.node).module
-        seen[first.get(module, module)][change.old].add(change.new)
-    return {module: {old: new.pop() for old, new in values.items() if len(new) == 1} for module, values in seen.items()}
+def own_constants(model: nn.Module, graph: Graph) -> list[tuple[str, Tensor]]:
+    """Return the plain tensor attributes of the model's modules that the graph holds as constants."""
+    found: list[tuple[str, Tensor]] = []
+    for name, entry in graph.state.items():
+        if entry.kind == "constant":
+            owner: Any = model
+            for part in name.split("."):
+                owner = getattr(owner, part, None)
+            if isinstance(owner, Tensor):
+                found.append((name, owner))
+    return found
 
 
 def is_torch_module(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own, whose integers follow their tensors."""
+    """Check that a module is one of torch's own, whose integers follow their tensors."""
     return type(module).__module__.startswith(("torch.nn.", "torch.ao."))
 
 
 def _update_torch_module(module: nn.Module, changes: Mapping[int, int]) -> None:
+    """Set the integers of a module of torch.nn to the sizes of its tensors, or as they changed in the graph."""
     for types, sizes in _SIZES:
         for attribute, (tensor, dim) in sizes.items():
             value = getattr(module, tensor, None) if isinstance(module, types) else None
@@ -80,7 +135,11 @@ def _update_torch_module(module: nn.Module, changes: Mapping[int, int]) -> None:
     if isinstance(module, nn.RNNBase):
         module.flatten_parameters()  # one block of memory again, which cuDNN wants; does nothing on a CPU
     elif isinstance(module, nn.modules.conv._ConvNd):
-        _update_convolution(module, changes)
+        module.groups = changes.get(module.groups, module.groups)
+        dims = (0, 1) if module.transposed else (1, 0)
+        channels = [module.weight.shape[dim] for dim in dims]
+        channels[module.transposed] *= module.groups
+        module.in_channels, module.out_channels = channels
     elif isinstance(module, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | nn.modules.batchnorm._NormBase):
         _update_norm(module, changes)
     elif isinstance(module, nn.ChannelShuffle):
@@ -90,7 +149,7 @@ def _update_torch_module(module: nn.Module, changes: Mapping[int, int]) -> None:
 
 
 def _update_norm(module: nn.Module, changes: Mapping[int, int]) -> None:
-    """Sizes of a norm; where it has no tensor that tells them, they are those of its input."""
+    """Set the sizes of a norm; those of its input where it has no tensor that tells them."""
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         old = module.normalized_shape
         module.normalized_shape = (
@@ -100,11 +159,3 @@ def _update_norm(module: nn.Module, changes: Mapping[int, int]) -> None:
         module.num_groups = changes.get(module.num_groups, module.num_groups)
     elif isinstance(module, nn.modules.batchnorm._NormBase) and module.weight is None and module.running_mean is None:
         module.num_features = changes.get(module.num_features, module.num_features)
-
-
-def _update_convolution(module: nn.modules.conv._ConvNd, changes: Mapping[int, int]) -> None:
-    module.groups = changes.get(module.groups, module.groups)
-    inside, outside = (0, 1) if module.transposed else (1, 0)
-    sizes = [module.weight.shape[inside], module.weight.shape[outside]]
-    sizes[module.transposed] *= module.groups
-    module.in_channels, module.out_channels = sizes

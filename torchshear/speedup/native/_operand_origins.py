@@ -1,8 +1,8 @@
-"""Which outputs of modules an operand of a product is made of, such as the third of a fused projection that is queries.
+"""Outputs of modules that an operand of a product is made of, such as the queries of a fused projection.
 
-The graph is run once, with random numbers in place of the outputs in question. An operand comes from one if it has a
-gradient there, and grows with it in proportion if it equals the output times that gradient (Euler's theorem): true of
-reshapes, splits and rotations, false of a sum with a bias and of a norm.
+The graph is run once, with random numbers in place of the outputs in question. An operand is made of an output if it
+has a gradient there. It is proportional to it if it equals the output times that gradient (Euler's theorem): that holds
+for reshapes, splits and rotations, not for a sum with a bias or a norm.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ def find_origins(pairs: Mapping[fx.Node, Sequence[Pair]], cut: Cut, run: Run, dt
 
     Args:
         pairs: call -> left and right operand of each product in it.
-        cut: the units that go.
+        cut: the units that are removed.
         run: runs the rewritten graph in a dtype, with a function that replaces the value of each node; gives nodes
             with their values.
         dtype: dtype to compute in.
@@ -38,10 +38,10 @@ def find_origins(pairs: Mapping[fx.Node, Sequence[Pair]], cut: Cut, run: Run, dt
     Returns:
         The parts of both operands, none of which the other is made of as well; None where there are no such.
     """
-    return _Tracking(pairs, cut).run(run, dtype)
+    return _OriginTracker(pairs, cut).run(run, dtype)
 
 
-class _Tracking:
+class _OriginTracker:
     """One run of the graph."""
 
     def __init__(self, pairs: Mapping[fx.Node, Sequence[Pair]], cut: Cut) -> None:
@@ -58,7 +58,7 @@ class _Tracking:
         self.values: dict[str, Any] = {}
 
     def run(self, run: Run, dtype: torch.dtype) -> dict[Pair, Sides]:
-        """Run as far as the last product."""
+        """Run the graph as far as the last product."""
         found: dict[Pair, Sides] = {}
         left = len(self.pairs)
         with torch.enable_grad(), compute_in(dtype), torch.random.fork_rng(devices=[]):
@@ -74,14 +74,14 @@ class _Tracking:
         return found
 
     def _drop(self, both: Pair) -> None:
-        """Forget operands, and all that was kept for their gradients, after the last product."""
+        """Drop operands, and the tensors kept for their gradients, after the last product that reads them."""
         for operand in both:
             self.uses[operand.name] -= 1
             if not self.uses[operand.name]:
                 self.values.pop(operand.name, None)
 
     def _ends(self, node: fx.Node) -> set[fx.Node]:
-        """Outputs of modules, and parameters, that a value is computed from with no other output in between."""
+        """Return the outputs of modules and the parameters that a value is computed from, without outputs between."""
         ends: set[fx.Node] = set()
         seen: set[fx.Node] = set()
         waiting = [node]
@@ -95,7 +95,7 @@ class _Tracking:
         return ends
 
     def _replace(self, node: fx.Node, value: Any) -> Any:
-        """Random numbers in place of a module's output, and other numbers in place of a parameter's."""
+        """Replace the output of a module by random numbers, and add noise to a parameter."""
         if node.name not in self.replaced or not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         if node.name not in self.modules:
@@ -104,7 +104,7 @@ class _Tracking:
         return leaf.clone()
 
     def _random(self, like: Tensor) -> Tensor:
-        """Random numbers of a shape, which do not touch the state of any device's generator."""
+        """Return random numbers of a shape, without use of any device's generator."""
         return torch.randn(like.shape, generator=self.generator).to(like.device, like.dtype)
 
     def _sides(self, left: fx.Node, right: fx.Node) -> Sides:
@@ -112,7 +112,7 @@ class _Tracking:
         return self._parts(total, of_left, of_right), self._parts(other, of_right, of_left)
 
     def _gradients(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
-        """A random sum over an operand, and its gradient for each output that has one."""
+        """Return a random sum over an operand, and its gradient for each output that has one."""
         operand, leaves = self.values[name], {end: self.leaves[end] for end in self.ends[name] & self.leaves.keys()}
         total = (operand * self._random(operand)).sum()
         if not total.requires_grad:
@@ -121,7 +121,7 @@ class _Tracking:
         return total, {end: grad for end, grad in zip(leaves, found, strict=True) if grad is not None}
 
     def _parts(self, total: Tensor, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Parts | None:
-        """Parts of outputs that belong to one operand alone and to which it is proportional: all of them, or one."""
+        """Return the parts of outputs, all or one, that belong to one operand alone and that it is proportional to."""
         apart = {name: self._part(name, grad, other.get(name)) for name, grad in own.items()}
         parts = {name: part for name, part in apart.items() if part is not None}
         shares = {name: float((own[name] * self.leaves[name]).sum().detach()) for name in parts}
@@ -131,20 +131,20 @@ class _Tracking:
         return None
 
     def _part(self, name: str, own: Tensor, other: Tensor | None) -> Part | None:
-        """Positions of an output that one operand is made of, if the other is made of none of them."""
+        """Return the positions of an output that one operand is made of, if the other is made of none of them."""
         module = self.modules[name]
         if other is None:
             return Part(module)
         axes = self.cut.groups.facts.axes[name]
         for dim, axis in enumerate(axes if isinstance(axes, tuple) else ()):
-            mine, others = _touched(own, dim), _touched(other, dim)
+            mine, others = _nonzero_positions(own, dim), _nonzero_positions(other, dim)
             if self.cut.changes(axis) and not bool((mine & others).any()):
                 positions = tuple(mine.nonzero().flatten().tolist())
                 return Part(module, dim - own.ndim, own.shape[dim], positions)
         return None
 
 
-def _touched(gradient: Tensor, dim: int) -> Tensor:
-    """Positions of a dimension at which a gradient is not zero."""
+def _nonzero_positions(gradient: Tensor, dim: int) -> Tensor:
+    """Return a mask of the positions of a dimension at which a gradient is not zero."""
     size = gradient.abs().movedim(dim, 0).flatten(1).amax(1)
     return size > _ZERO * size.max()

@@ -1,4 +1,4 @@
-"""A captured model, with what is found out about it once for all cuts that are tried."""
+"""A captured model, with facts that hold for all cuts of it."""
 
 from contextlib import nullcontext
 from functools import cached_property
@@ -37,18 +37,18 @@ class Original:
 
     @cached_property
     def caches(self) -> tuple[Cache, ...]:
-        """What the model keeps of values that it has computed from its weights."""
+        """Attributes in which the model keeps values computed from its weights."""
         return find_caches(self.model, self.graph.inputs)
 
     @cached_property
     def runs_as_exported(self) -> bool:
-        """Whether it runs if it believes that it is being exported."""
+        """True if it runs when it believes that it is being exported."""
         with set_exporting_flag():
             return run_failure(self.model, self.example, "eval") is None
 
     @cached_property
     def refuses_float64(self) -> bool:
-        """Whether it does not run in float64 though it does in its own dtype: some fast kernels take narrow types."""
+        """True if it runs in its own dtype but not in float64, which some fast kernels do not take."""
         wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(self.example)
         for branch in (nullcontext, set_exporting_flag):
             with branch():

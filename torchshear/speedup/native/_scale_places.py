@@ -1,4 +1,4 @@
-"""Where factors may go that keep the scale of attention: on which outputs, for which products of queries and keys."""
+"""Placing the factors that keep the scale of attention: outputs of modules, for products of queries and keys."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +13,8 @@ from torchshear.dependency import Cut, Part, Scales
 from torchshear.graph import enclosing_modules
 from torchshear.speedup.native._operand_origins import Pair, Run, Sides, find_origins
 
-_MOST_WAYS = 3  # ways to place factors that are offered
-_MOST_TRIED = 256  # ways that are looked at
+_MOST_PLACEMENTS = 3  # that are returned
+_MOST_TRIED = 256  # choices of operands that are looked at
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,8 +23,8 @@ class Product:
 
     Attributes:
         node: the call.
-        operands: what is multiplied.
-        factor: what a scale derived from the smaller size has to be multiplied with.
+        operands: its two operands.
+        factor: number that makes up for a scale derived from the smaller size.
         is_attention: whether it may need the factor; other products must stay as they are.
         is_implied: whether it does, since the call itself derives its scale.
     """
@@ -37,21 +37,21 @@ class Product:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Traced:
-    """A product, and the outputs that its operands are made of."""
+class _TracedProduct:
+    """The factor of a product, and the outputs that its operands are made of."""
 
     factor: float
     sides: Sides
 
 
-class Scaling:
-    """Offers places for factors in a model that is cut.
+class ScalePlacement:
+    """Finds outputs of modules whose multiplication gives products of queries and keys their factor.
 
     Args:
-        cut: the units that go.
+        cut: the units that are removed.
         implied: calls that derive a scale which changes.
         run: runs the rewritten graph, as in `find_origins`.
-        dtypes: what to run it in; the first that all operators take.
+        dtypes: dtypes to run it in; the first that all operators take is used.
     """
 
     def __init__(self, cut: Cut, implied: Sequence[fx.Node], run: Run, dtypes: Sequence[torch.dtype]) -> None:
@@ -64,14 +64,14 @@ class Scaling:
         for node in cut.groups.graph:
             self._products[(enclosing_modules(node) or ("",))[-1]] += _products_of(node, cut, node in implied)
 
-    def of_implied(self) -> list[Scales]:
-        """Ways to mend all calls that derive their scale; none if one of them cannot be mended."""
+    def for_implied(self) -> list[Scales]:
+        """Return placements for all calls that derive their scale; none if one of them cannot get its factor."""
         concerned = {name: some for name, some in self._products.items() if any(p.is_implied for p in some)}
         known = {p.node for some in concerned.values() for p in some if p.is_implied}
-        return self._ways(concerned) if known == self._implied else []
+        return self._placements(concerned) if known == self._implied else []
 
-    def of_modules(self, names: Sequence[str]) -> list[Scales]:
-        """Ways to mend the products in some modules, whether or not their code derives its scale.
+    def for_modules(self, names: Sequence[str]) -> list[Scales]:
+        """Return placements for the products in some modules, whether or not their code derives its scale.
 
         Args:
             names: modules of one class.
@@ -81,9 +81,9 @@ class Scaling:
             for module, some in self._products.items()
             if any(p.is_attention and not set(names).isdisjoint(enclosing_modules(p.node) or ("",)) for p in some)
         }
-        return self._ways(inside)
+        return self._placements(inside)
 
-    def _ways(self, by_module: Mapping[str, Sequence[Product]]) -> list[Scales]:
+    def _placements(self, by_module: Mapping[str, Sequence[Product]]) -> list[Scales]:
         pairs: dict[fx.Node, list[Pair]] = defaultdict(list)
         for found in by_module.values():
             for each in found:
@@ -93,13 +93,15 @@ class Scaling:
         missing = {node: some for node, some in pairs.items() if not self._known.keys() >= set(some)}
         if missing:
             self._known |= self._origins(missing)
-        options = [list(islice(_placements(found, self._known), _MOST_WAYS)) for found in by_module.values()]
+        options = [
+            list(islice(_module_placements(found, self._known), _MOST_PLACEMENTS)) for found in by_module.values()
+        ]
         if not all(options):
             return []
-        return [_joined([some[min(i, len(some) - 1)] for some in options]) for i in range(max(map(len, options)))]
+        return [_merge_scales([some[min(i, len(some) - 1)] for some in options]) for i in range(max(map(len, options)))]
 
     def _origins(self, pairs: Mapping[fx.Node, Sequence[Pair]]) -> dict[Pair, Sides]:
-        """What operands are made of; nothing if the graph cannot be run with gradients."""
+        """Return the origins of operands; none if the graph cannot be run with gradients."""
         for dtype in self._dtypes:
             try:
                 return find_origins(pairs, self._cut, self._run, dtype)
@@ -116,50 +118,45 @@ def _products_of(node: fx.Node, cut: Cut, is_implied: bool) -> Iterator[Product]
             yield Product(node, each.operands, factor, bool(each.batch), is_implied)
 
 
-def _placements(products: Sequence[Product], origins: Mapping[Pair, Sides]) -> Iterator[Scales]:
-    """Parts to be multiplied so that each product gets its factor once: those that surely need it first, then all."""
+def _module_placements(products: Sequence[Product], origins: Mapping[Pair, Sides]) -> Iterator[Scales]:
+    """Yield parts to be multiplied, so that each product gets its factor once: those that surely need it, then all."""
     seen: list[Scales] = []
     implied = [p for p in products if p.is_implied]
     attention = [p for p in products if p.is_attention]
     for needing, others in ((implied, products), (attention, [p for p in products if not p.is_attention])):
-        must = [_Traced(p.factor, origins[p.operands]) for p in needing]
-        rest = [_Traced(p.factor, origins[p.operands]) for p in others if p not in needing]
-        for scales in _exact(must, rest):
+        must = [_TracedProduct(p.factor, origins[p.operands]) for p in needing]
+        rest = [_TracedProduct(p.factor, origins[p.operands]) for p in others if p not in needing]
+        for scales in _exact_choices(must, rest):
             if scales and scales not in seen:
                 seen.append(scales)
                 yield scales
 
 
-def _exact(must: Sequence[_Traced], rest: Sequence[_Traced]) -> Iterator[dict[Part, float]]:
-    """Ways to choose one operand of each product, the left one if it may be, with no effect on the rest."""
+def _exact_choices(must: Sequence[_TracedProduct], rest: Sequence[_TracedProduct]) -> Iterator[dict[Part, float]]:
+    """Yield choices of one operand of each product, preferably the left one, that have no effect on the rest."""
     distinct = {(each.sides, each.factor): each for each in must}.values()
+    untouched = [part for each in rest for parts in each.sides for part in parts or ()]
     for choice in islice(product((0, 1), repeat=len(distinct)), _MOST_TRIED):
         chosen: dict[Part, float] = {}
         for each, side in zip(distinct, choice, strict=True):
             chosen |= dict.fromkeys(each.sides[side] or (), each.factor)
-        is_exact = all(_effect(each, chosen) == each.factor for each in distinct)
-        if is_exact and not any(_touches(each, chosen) for each in rest):
+        is_exact = all(_total_factor(each, chosen) == each.factor for each in distinct)
+        if is_exact and not any(part.meets(other) for part in untouched for other in chosen):
             yield chosen
 
 
-def _effect(traced: _Traced, chosen: Scales) -> float:
-    """What a product is multiplied with in all."""
+def _total_factor(traced: _TracedProduct, chosen: Scales) -> float:
+    """Return the factor that a product gets in all; 0 if an operand is multiplied unevenly."""
     total = 1.0
     for parts in traced.sides:
         factors = {chosen.get(part, 1.0) for part in parts or ()}
-        is_even = len(factors) <= 1 and not any(_touches_other(part, chosen) for part in parts or ())
+        is_even = len(factors) <= 1 and not any(
+            part.meets(other) and part != other for part in parts or () for other in chosen
+        )
         total *= next(iter(factors), 1.0) if is_even else 0.0
     return total
 
 
-def _touches_other(part: Part, chosen: Scales) -> bool:
-    return any(part.meets(other) and part != other for other in chosen)
-
-
-def _touches(traced: _Traced, chosen: Scales) -> bool:
-    return any(part.meets(other) for parts in traced.sides for part in parts or () for other in chosen)
-
-
-def _joined(each: Sequence[Scales]) -> Scales:
-    """Factors of all modules; where two modules share a projection, one stands for both."""
+def _merge_scales(each: Sequence[Scales]) -> Scales:
+    """Merge the factors of all modules; where two modules share a projection, one stands for both."""
     return {part: factor for scales in each for part, factor in scales.items()}

@@ -1,4 +1,4 @@
-"""Where a model keeps sizes: attributes of its modules that hold a number which the cut changed."""
+"""Attributes of a model's modules that may hold a size which the cut changes."""
 
 import copy
 import re
@@ -23,16 +23,22 @@ _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A slot, the values that it may have after the cut, and whether a line that made the size reads its name."""
+class SizeSlot:
+    """A slot that may hold a size.
+
+    Attributes:
+        slot: the slot.
+        values: values that it may have after the cut.
+        is_named: whether its name stands on a line of source that made the size.
+    """
 
     slot: Slot
     values: tuple[int, ...]
     is_named: bool
 
 
-def assign(module: nn.Module, slot: Slot, value: int) -> None:
-    """Put a value into a slot. What holds it, a list or an object that other modules may share, is replaced."""
+def assign_size(module: nn.Module, slot: Slot, value: int) -> None:
+    """Set the value of a slot. A list or object that holds it, which other modules may share, is replaced by a copy."""
     if slot.item is None:
         setattr(module, slot.attribute, value)
         return
@@ -47,12 +53,12 @@ def assign(module: nn.Module, slot: Slot, value: int) -> None:
 
 
 def value_of(module: nn.Module, slot: Slot) -> int:
-    """What a slot holds."""
+    """Return the value of a slot."""
     return next(value for known, value in _integers(slot.module, module) if known == slot)
 
 
 def check_slots(model: nn.Module, form: Form) -> None:
-    """See that a model has all that a recorded form changes, since a file may name anything.
+    """See that a model has all attributes and modules that a recorded form changes, since a file may name anything.
 
     Raises:
         PlanError: a module is not there, or an attribute that holds an integer.
@@ -71,35 +77,35 @@ def check_slots(model: nn.Module, form: Form) -> None:
 
 
 @contextmanager
-def assigned(modules: Mapping[str, nn.Module], sizes: Sizes) -> Iterator[None]:
-    """Have sizes assigned for a while."""
+def assign_sizes(modules: Mapping[str, nn.Module], sizes: Sizes) -> Iterator[None]:
+    """Assign sizes for a while."""
     before = [(modules[slot.module], slot.attribute, getattr(modules[slot.module], slot.attribute)) for slot in sizes]
     try:
         for slot, value in sizes.items():
-            assign(modules[slot.module], slot, value)
+            assign_size(modules[slot.module], slot, value)
         yield
     finally:
         for module, attribute, value in reversed(before):
             setattr(module, attribute, value)
 
 
-def choices(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[Choice]]:
-    """For each module the slots that may hold a size which the cut changed, the likelier ones first.
+def find_size_slots(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[SizeSlot]]:
+    """Return for each module the slots that may hold a size which the cut changes, the likelier ones first.
 
-    A slot may if its number is a size, before the cut, of something that calls of the module, or of modules inside it,
-    touch.
+    Their number is a size, before the cut, of a value that a call of the module, or of a module inside it, reads or
+    gives.
 
     Args:
         model: the original.
         graph: the captured model.
-        cut: the units that go.
+        cut: the units that are removed.
     """
     sizes, words = _changed_sizes(graph, cut, canonical_module_names(model))
-    found: dict[str, list[Choice]] = {}
+    found: dict[str, list[SizeSlot]] = {}
     for name, module in model.named_modules():
         changes = sizes.get(name, {})
         likely = [
-            Choice(slot, tuple(sorted(changes[value])), slot.name in words[name])
+            SizeSlot(slot, tuple(sorted(changes[value])), slot.name in words[name])
             for slot, value in _integers(name, module)
             if value in changes
         ]
@@ -111,7 +117,7 @@ def choices(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[Choice]]
 def _changed_sizes(
     graph: Graph, cut: Cut, first: Mapping[str, str]
 ) -> tuple[dict[str, dict[int, set[int]]], dict[str, set[str]]]:
-    """Module -> size before -> sizes after, and module -> names on the lines of source that made its calls."""
+    """Return module -> size before -> sizes after, and module -> names on the lines of source that made its calls."""
     pairs: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     words: dict[str, set[str]] = defaultdict(set)
     changed: dict[fx.Node, set[tuple[int, int]]] = defaultdict(set)
@@ -130,7 +136,10 @@ def _changed_sizes(
 
 
 def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:
-    """Sizes of what a call touches, before and after; of what is folded into the batch also a single sample's share."""
+    """Return sizes of a call's operands and results, before and after the cut.
+
+    Of an axis that is merged with the batch the share of one sample is a size, too.
+    """
     found: set[tuple[int, int]] = set()
     for value in (node, *node.all_input_nodes):
         axes = cut.groups.facts.axes.get(value.name)
@@ -146,7 +155,7 @@ def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:
 
 
 def _integers(name: str, module: nn.Module) -> Iterator[tuple[Slot, int]]:
-    """All slots of a module with what they hold."""
+    """Yield all integers of a module with their slots."""
     for attribute, value in vars(module).items():
         if attribute in _OF_EVERY_MODULE:
             continue
@@ -163,29 +172,29 @@ def _is_integer(value: Any) -> bool:
 
 
 def is_record(value: Any) -> bool:
-    """Whether a value is an object of settings, such as a configuration: no module, tensor, class or member of one."""
+    """Check that a value is an object of settings, such as a configuration: no module, tensor, class or enum."""
     return hasattr(value, "__dict__") and not callable(value) and not isinstance(value, _NO_RECORDS)
 
 
-def explain(sizes: Sizes) -> str:
-    """Say which attributes were changed, those of one name together."""
+def explain_sizes(sizes: Sizes) -> str:
+    """List the attributes that were changed, those of one name together."""
     counts: dict[str, int] = defaultdict(int)
     for slot in sizes:
         counts[slot.name] += 1
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 
-def shared_by(modules: Sequence[str], sizes: Sizes, found: Mapping[str, Sequence[Choice]]) -> dict[Slot, int]:
-    """What the sizes found for one module would be for others of its class.
+def find_twin_sizes(modules: Sequence[str], sizes: Sizes, found: Mapping[str, Sequence[SizeSlot]]) -> dict[Slot, int]:
+    """Return the sizes that other modules of a class would have, by those of one.
 
     Args:
         modules: names of the others.
-        sizes: slots of the one module.
-        found: all choices.
+        sizes: slots of the one module with their new values.
+        found: all slots that may hold sizes.
     """
     result: dict[Slot, int] = {}
     for name in modules:
-        own = {(choice.slot.attribute, choice.slot.item): choice for choice in found.get(name, ())}
+        own = {(one.slot.attribute, one.slot.item): one for one in found.get(name, ())}
         for slot, value in sizes.items():
             twin = own.get((slot.attribute, slot.item))
             if twin is not None and (value in twin.values or len(twin.values) == 1):

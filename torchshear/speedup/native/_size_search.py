@@ -1,177 +1,173 @@
-"""Finding the sizes that a model keeps in attributes: by where they come from, and by running the model with them.
+"""Search for the sizes that a model keeps in attributes, by the first module that goes wrong with the old ones.
 
-The first module that goes wrong is known from its output, since every value of the rewritten graph is known. Only its
-own attributes, and then those of the modules around it, are tried: those that the model has read, with sizes that
-things in the module have after the cut, and the fewest that make it right. They are tried in a call of this module
-alone, on what it was given; what helps is then tried in the whole model, and at once for the others of its class.
+A module is known to go wrong from its output, since every value of the rewritten graph is known. Only its own
+attributes, and then those of the modules around it, are tried: those that the model has read, with sizes that values in
+the module have after the cut, and the fewest that make it right. They are tried in a call of this module alone, on the
+arguments that it got. A combination that helps is then tried in the whole model, and at once for the others of its
+class.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from types import MappingProxyType
 
 from torch import nn
 
 from torchshear.dependency import Slot
-from torchshear.speedup.native._attribute_access import Reads, is_read, recorded
-from torchshear.speedup.native._reference_run import Call, Fault, Trial, find_fault
-from torchshear.speedup.native._size_attributes import Choice, assigned, shared_by
+from torchshear.speedup.native._attribute_access import AttributeReads, is_read, record_reads
+from torchshear.speedup.native._divergence import Divergence, ModuleCall, find_divergence
+from torchshear.speedup.native._reference_run import ReferenceRun
+from torchshear.speedup.native._size_attributes import SizeSlot, assign_sizes, find_twin_sizes
 
-_MOST_TRIED = 200  # ways to change the attributes of one module that are tried
+_MOST_TRIED = 200  # combinations of sizes of one module that are tried
 _MOST_SKIPPED = 4  # values that the graph does not have and that are taken for right
 
 
 @dataclass(frozen=True, slots=True)
-class Repair:
-    """What a search found.
+class SizeSearchResult:
+    """Result of a search.
 
     Attributes:
         sizes: slots with the values that make the model right.
-        fault: what is wrong nevertheless, or None if nothing is.
-        n_right: number of trials before that with the fault.
+        divergence: what is wrong nevertheless; None if nothing is.
+        n_passed: number of runs that agree before the one with the divergence.
     """
 
     sizes: dict[Slot, int]
-    fault: Fault | None
-    n_right: int = 0
+    divergence: Divergence | None
+    n_passed: int = 0
 
-    def is_further_than(self, other: "Repair") -> bool:
-        """Whether the fault, if any, comes later than another."""
-        if self.fault is None or other.fault is None:
-            return other.fault is not None
-        return (self.n_right, self.fault.progress) > (other.n_right, other.fault.progress)
+    def is_further_than(self, other: "SizeSearchResult") -> bool:
+        """Check that the divergence, if any, comes later than that of another result."""
+        if self.divergence is None or other.divergence is None:
+            return other.divergence is not None
+        return (self.n_passed, self.divergence.progress) > (other.n_passed, other.divergence.progress)
 
 
-def repair(
-    model: nn.Module,
-    found: Mapping[str, Sequence[Choice]],
-    trials: Iterable[Trial],
-    known: Mapping[Slot, int] = MappingProxyType({}),
-) -> Repair:
-    """Find sizes with which a model gives what the rewritten graph gives.
+_Fix = tuple[dict[Slot, int], Divergence | None]  # all sizes, and what is wrong with them
+
+
+class SizeSearch:
+    """A search for sizes with which a model gives what the rewritten graph gives.
 
     Args:
-        model: a copy with smaller parameters in the dtype of the trials; as it was afterwards.
-        found: module -> slots that may hold sizes, from `choices`.
-        trials: what the model should give.
+        model: a copy with smaller parameters in the dtype of the runs; left as it was.
+        slots: module -> slots that may hold sizes, from `find_size_slots`.
         known: sizes to begin with.
     """
-    return _Search(model, found, trials, known).run()
-
-
-_Mended = tuple[dict[Slot, int], Fault | None]  # sizes, and what is wrong with them
-
-
-class _Search:
-    """State of one search."""
 
     def __init__(
         self,
         model: nn.Module,
-        found: Mapping[str, Sequence[Choice]],
-        trials: Iterable[Trial],
-        known: Mapping[Slot, int],
+        slots: Mapping[str, Sequence[SizeSlot]],
+        known: Mapping[Slot, int] = MappingProxyType({}),
     ) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.found = found
-        self.trials = trials
+        self.slots = slots
         self.sizes = dict(known)
         self.skipped: frozenset[str] = frozenset()
         self.of_class: dict[type[nn.Module], list[str]] = defaultdict(list)
         for name, module in self.modules.items():
             self.of_class[type(module)].append(name)
 
-    def run(self) -> Repair:
-        """Mend fault after fault until there is none, or one that cannot be mended."""
-        for number, trial in enumerate(self.trials):
-            if number and self._fault(trial.varied(is_searched=False), self.sizes) is None:
-                continue  # what comes out is right, and a look inside takes longer
-            fault = self._fault(trial, self.sizes)
-            first = fault
-            while fault is not None:
-                better = self._mend(trial, fault)
-                if better is not None:
-                    self.sizes, fault = better
-                    first = fault
+    def run(self, runs: Iterable[ReferenceRun]) -> SizeSearchResult:
+        """Fix one divergence after the other, until there is none or one that cannot be fixed.
+
+        Args:
+            runs: what the model has to agree with; they compare inside.
+        """
+        for number, run in enumerate(runs):
+            if number and self._find_divergence(replace(run, compares_inside=False), self.sizes) is None:
+                continue  # the outputs are right, and comparing inside takes longer
+            divergence = self._find_divergence(run, self.sizes)
+            first = divergence
+            while divergence is not None:
+                fixed = self._fix(run, divergence)
+                if fixed is not None:
+                    self.sizes, divergence = fixed
+                    first = divergence
                     continue
-                if not fault.check or fault.check in self.skipped or len(self.skipped) == _MOST_SKIPPED:
-                    return Repair(self.sizes, first, number)
+                if not divergence.check or divergence.check in self.skipped or len(self.skipped) == _MOST_SKIPPED:
+                    return SizeSearchResult(self.sizes, first, number)
                 # A value that the graph does not have may be right all the same: go on behind it.
-                self.skipped |= {fault.check}
-                fault = self._fault(trial, self.sizes)
-        return Repair(self.sizes, None)
+                self.skipped |= {divergence.check}
+                divergence = self._find_divergence(run, self.sizes)
+        return SizeSearchResult(self.sizes, None)
 
-    def _fault(
-        self, trial: Trial, sizes: Mapping[Slot, int], trusted: int = 0, inside: Call | None = None
-    ) -> Fault | None:
-        with assigned(self.modules, sizes):
-            return find_fault(self.model, trial, self.skipped, trusted, inside)
+    def _find_divergence(
+        self, run: ReferenceRun, sizes: Mapping[Slot, int], n_trusted: int = 0, inside: ModuleCall | None = None
+    ) -> Divergence | None:
+        with assign_sizes(self.modules, sizes):
+            return find_divergence(self.model, run, self.skipped, n_trusted, inside)
 
-    def _mend(self, trial: Trial, fault: Fault) -> _Mended | None:
-        """All sizes with those added that let the run get further, and what is wrong then; or None."""
-        with recorded(self.model) as reads:
-            for call in fault.calls:
-                if call.module not in self.found:
+    def _fix(self, run: ReferenceRun, divergence: Divergence) -> _Fix | None:
+        """Find sizes of the module that goes wrong, or of one around it, with which the run gets further; or None."""
+        with record_reads(self.model) as reads:
+            for call in divergence.calls:
+                if call.module not in self.slots:
                     continue
-                inside: Call | None = call
-                if not fault.is_like(self._fault(trial, self.sizes, inside=call)):
-                    inside = None  # it changes what it is given, or depends on what ran before
-                    self._fault(trial, self.sizes)
-                better = self._mend_in(call.module, trial, fault, reads, inside)
-                if better is not None:
-                    return better
+                inside: ModuleCall | None = call
+                if not divergence.is_same_as(self._find_divergence(run, self.sizes, inside=call)):
+                    inside = None  # it changes its arguments, or depends on what ran before
+                    self._find_divergence(run, self.sizes)
+                fixed = self._fix_module(call.module, run, divergence, reads, inside)
+                if fixed is not None:
+                    return fixed
         return None
 
-    def _mend_in(self, module: str, trial: Trial, fault: Fault, reads: Reads, inside: Call | None) -> _Mended | None:
-        """Sizes of one module that let the run get further. What a run reads after the first is tried as well."""
+    def _fix_module(
+        self, module: str, run: ReferenceRun, divergence: Divergence, reads: AttributeReads, inside: ModuleCall | None
+    ) -> _Fix | None:
+        """Find sizes of one module with which the run gets further. Attributes that it reads then are tried as well."""
         tried: list[dict[Slot, int]] = [{}]
-        pool: list[Choice] = []
+        readable: list[SizeSlot] = []
         while len(tried) < _MOST_TRIED:
             owner = self.modules[module]
-            known, pool = pool, [c for c in self.found[module] if is_read(owner, c.slot, reads)]
-            if len(pool) == len(known):
+            known, readable = readable, [s for s in self.slots[module] if is_read(owner, s.slot, reads)]
+            if len(readable) == len(known):
                 return None
-            for more in ways(pool):
-                if more in tried or self.sizes | more == self.sizes:
+            for added in size_combinations(readable):
+                if added in tried or self.sizes | added == self.sizes:
                     continue
-                tried.append(more)
-                # First without a second look at what was right before.
-                if _is_mended(fault, self._fault(trial, self.sizes | more, fault.progress, inside)):
-                    better = self._confirmed(module, trial, fault, more)
-                    if better is not None:
-                        return better
+                tried.append(added)
+                # First without comparing again what was right before.
+                after = self._find_divergence(run, self.sizes | added, divergence.progress, inside)
+                if _is_fixed(divergence, after):
+                    fixed = self._fix_class(module, run, divergence, added)
+                    if fixed is not None:
+                        return fixed
                 if len(tried) == _MOST_TRIED:
                     break
         return None
 
-    def _confirmed(self, module: str, trial: Trial, fault: Fault, more: dict[Slot, int]) -> _Mended | None:
-        """All sizes with those of a module added, and those of its class if that is well, too, in the whole model.
+    def _fix_class(self, module: str, run: ReferenceRun, divergence: Divergence, added: dict[Slot, int]) -> _Fix | None:
+        """Try sizes of one module in the whole model: with those of all modules of its class, then alone.
 
         Modules that were passed keep what they have: in models of several stages it may be another size.
         """
-        twins = [name for name in self.of_class[type(self.modules[module])] if name not in fault.passed]
-        siblings = shared_by(twins, more, self.found)
-        ways = [self.sizes | siblings | more, self.sizes | more]
-        for sizes in ways if ways[0] != ways[1] else ways[:1]:
-            after = self._fault(trial, sizes)
-            if _is_mended(fault, after):
+        twins = [name for name in self.of_class[type(self.modules[module])] if name not in divergence.passed]
+        with_twins = self.sizes | find_twin_sizes(twins, added, self.slots) | added
+        alone = self.sizes | added
+        for sizes in (with_twins, alone) if with_twins != alone else (alone,):
+            after = self._find_divergence(run, sizes)
+            if _is_fixed(divergence, after):
                 return sizes, after
         return None
 
 
-def _is_mended(before: Fault, after: Fault | None) -> bool:
-    """Whether the run gets further now, with all values right on its way."""
+def _is_fixed(before: Divergence, after: Divergence | None) -> bool:
+    """Check that a run gets further than before, with all values right on its way."""
     return after is None or after.progress > before.progress
 
 
-def ways(found: Sequence[Choice]) -> Iterator[dict[Slot, int]]:
-    """Ways to set some of the slots: few before many, and those whose names stand on the lines before others."""
-    named = [choice for choice in found if choice.is_named]
-    for pool in (named, found) if len(named) < len(found) else (found,):
+def size_combinations(slots: Sequence[SizeSlot]) -> Iterator[dict[Slot, int]]:
+    """Yield combinations of new sizes: few slots before many, slots named on the lines of source before others."""
+    named = [slot for slot in slots if slot.is_named]
+    for pool in (named, slots) if len(named) < len(slots) else (slots,):
         for count in range(1, min(len(pool), 5) + 1):
             for some in combinations(pool, count):
-                for values in product(*(choice.values for choice in some)):
-                    yield {choice.slot: value for choice, value in zip(some, values, strict=True)}
+                for values in product(*(slot.values for slot in some)):
+                    yield {slot.slot: value for slot, value in zip(some, values, strict=True)}

@@ -12,7 +12,7 @@ from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPla
 from torchshear.dependency.groups._analyze import relate_graph
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, signature_of, trace_inputs, whole_model
-from torchshear.speedup.native._form import own_constants
+from torchshear.speedup.native._builder import own_constants
 from torchshear.speedup.native._original import Original
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, explain_lost_backwards, explain_untrainable
 from torchshear.speedup.rewriting._rewrite import rewrite_graph

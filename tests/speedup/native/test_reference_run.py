@@ -1,4 +1,4 @@
-"""Trials of a native form: as few runs as tell, one copy of the weights, small images where they do."""
+"""Reference runs of a native form: as few as tell, one copy of the weights, small images where they do."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +12,8 @@ from torchshear.graph import trace
 from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.speedup import shrink_to_form
 from torchshear.speedup.comparing._random_inputs import smaller_inputs
-from torchshear.speedup.native import _form as _native_form
-from torchshear.speedup.native._acceptance import Trials
-from torchshear.speedup.native._reference_run import Expected, Trial
+from torchshear.speedup.native import _builder
+from torchshear.speedup.native._reference_run import ExpectedValues, ReferenceRun, ReferenceRuns
 
 IMAGE = torch.randn(1, 3, 160, 192)
 
@@ -64,23 +63,23 @@ def plan_of(model: nn.Module) -> Any:
 
 
 @pytest.fixture
-def tried(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[ReferenceRun]:
     """All trials that are made."""
-    seen: list[Trial] = []
-    plain = Trials.__iter__
+    seen: list[ReferenceRun] = []
+    plain = ReferenceRuns.__iter__
 
-    def note(self: Trials) -> Iterator[Trial]:
+    def note(self: ReferenceRuns) -> Iterator[ReferenceRun]:
         for trial in plain(self):
             seen.append(trial)
             yield trial
 
-    monkeypatch.setattr(Trials, "__iter__", note)
+    monkeypatch.setattr(ReferenceRuns, "__iter__", note)
     return seen
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(Net, [False, False]), (Asking, [False, True, False])])
 def test_code_that_does_not_ask_is_not_run_as_if_exported(
-    kind: type[nn.Module], expected: list[bool], tried: list[Trial]
+    kind: type[nn.Module], expected: list[bool], tried: list[ReferenceRun]
 ) -> None:
     model = kind().eval()
     assert shrink_to_form(model, plan_of(model)).form == "native"
@@ -109,15 +108,15 @@ def test_questions_are_noted_of_the_code_of_a_model_only() -> None:
         assert not torch.compiler.is_exporting()
 
 
-def test_the_graph_runs_once_for_each_input(tried: list[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_graph_runs_once_for_each_input(tried: list[ReferenceRun], monkeypatch: pytest.MonkeyPatch) -> None:
     runs: list[int] = []
-    plain = Expected._run
+    plain = ExpectedValues._run
 
-    def count(self: Expected, note: Any) -> Any:
+    def count(self: ExpectedValues, note: Any) -> Any:
         runs.append(self.inputs.args[0].numel())
         return plain(self, note)
 
-    monkeypatch.setattr(Expected, "_run", count)
+    monkeypatch.setattr(ExpectedValues, "_run", count)
     model = Asking().eval()
     assert shrink_to_form(model, plan_of(model)).form == "native"
     assert len(tried) == 3
@@ -126,15 +125,15 @@ def test_the_graph_runs_once_for_each_input(tried: list[Trial], monkeypatch: pyt
 
 def test_graph_and_twin_share_weights_which_are_drawn_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Net().eval()
-    made: list[Trials] = []
+    made: list[ReferenceRuns] = []
     twins: list[nn.Module] = []
     monkeypatch.setattr(
-        _native_form,
-        "Trials",
-        lambda *args: made.append(Trials(*args)) or made[-1],  # type: ignore[func-returns-value]
+        _builder,
+        "ReferenceRuns",
+        lambda *args: made.append(ReferenceRuns(*args)) or made[-1],  # type: ignore[func-returns-value]
     )
-    plain = Trials.twin
-    monkeypatch.setattr(Trials, "twin", lambda self, work: twins.append(plain(self, work)) or twins[-1])
+    plain = ReferenceRuns.twin
+    monkeypatch.setattr(ReferenceRuns, "twin", lambda self, work: twins.append(plain(self, work)) or twins[-1])
     small = shrink_to_form(model, plan_of(model)).model
     shared = made[0]._weights
     own = dict(small.named_parameters())
