@@ -68,7 +68,7 @@ STAGES = ("trace", "analyze", "plan", "shrink", "verify")
 CALLS = (  # where a stage is called, by what name; the rest is "plan"
     (api, "trace", "trace"),
     (api, "analyze", "analyze"),
-    (_apply, "_make", "shrink"),
+    (_apply, "shrink_whole", "shrink"),
     (_apply, "verify_analyzed", "verify"),
 )
 

@@ -24,7 +24,7 @@ from torchshear.pruners import Criterion, Ratio, Request, WeightSource, plan_uni
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import (
     Fold,
-    Leave,
+    NativeTradeoff,
     Shrunk,
     Verification,
     check_recalibration,
@@ -321,8 +321,8 @@ def shrink_and_record(
     args: tuple[Any, ...] | Tensor,
     kwargs: Mapping[str, Any] | None,
     form: FormKind | None = None,
-    leave: Leave | None = None,
+    tradeoff: NativeTradeoff | None = None,
 ) -> tuple[Shrunk, PruningPlan]:
     """Shrink and prove, and write into the plan what made the form of the result."""
-    shrunk = shrink_to_form(model, made, args, kwargs, form, leave=leave)
+    shrunk = shrink_to_form(model, made, args, kwargs, form, tradeoff=tradeoff)
     return shrunk, replace(shrunk.plan, form=shrunk.made_by)

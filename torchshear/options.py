@@ -36,7 +36,7 @@ from torchshear.pruners import (
     plan_units,
 )
 from torchshear.pruners.criteria import needs_of
-from torchshear.speedup import Leave
+from torchshear.speedup import NativeTradeoff
 
 Form = Literal["auto", "native", "traced"]
 FoldBias = bool | Literal["means"]
@@ -135,7 +135,7 @@ class CalibrationOptions:
         """Raise ArgumentError for data that no criterion looks at, and that nothing else uses."""
         if self.loader is not None and not is_used_otherwise and not any(needs_of(one) for one in criteria):
             names = ", ".join(str(name) for name in criteria)
-            raise ArgumentError(f"data is given, and no criterion looks at it ({names}). Leave data= away.")
+            raise ArgumentError(f"data is given, and no criterion looks at it ({names}). NativeTradeoff data= away.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,11 +209,15 @@ class PruneOptions:
         named = [entry.criterion or self.request.criterion for entry in self.entries if not entry.excludes]
         return list(dict.fromkeys(named))
 
-    def form_of(self, planner: "Planner") -> tuple[FormKind | None, Leave | None]:
+    def form_of(self, planner: "Planner") -> tuple[FormKind | None, NativeTradeoff | None]:
         """Return the form that the result must have, None for any; and which groups may stay whole for a native one."""
         if self.form == "traced":
             return "traced", None
-        return ("native", Leave(planner.plan, most=1.0)) if self.form == "native" else (None, Leave(planner.plan))
+        return (
+            ("native", NativeTradeoff(planner.plan, max_cost=1.0))
+            if self.form == "native"
+            else (None, NativeTradeoff(planner.plan))
+        )
 
     def means(self, groups: ChannelGroups) -> dict[tuple[str, int], Tensor] | None:
         """Average over the data what layers read, if that is to be folded."""
@@ -299,7 +303,7 @@ def _read_entries(config: ConfigList, request: Request, has_criterion: bool) -> 
         if entry.criterion is not None and criterion is not None and not entry.excludes:
             raise ArgumentError(
                 f"{entry.label} says a criterion of its own ({entry.criterion}), as those of Neural Compressor always "
-                f"do, and criterion={criterion!r} says another. Leave criterion= away."
+                f"do, and criterion={criterion!r} says another. NativeTradeoff criterion= away."
             )
         if not (entry.excludes or entry.removes_channels or entry.pattern == DEFAULT_PATTERN):
             raise ArgumentError(

@@ -19,7 +19,7 @@ from torchshear.graph import parameters_on_meta
 from torchshear.speedup import KeptScale, TracedModule, shrink_to_form
 from torchshear.speedup import _shrink as _apply
 from torchshear.speedup.native._builder import NativeBuilder
-from torchshear.speedup.shrinking import _prepared_plan as _job
+from torchshear.speedup.shrinking import _prepared_cut as _job
 
 
 class Settings:

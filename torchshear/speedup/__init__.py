@@ -1,4 +1,4 @@
-"""What makes a plan real: shrink, fold, recalibrate, verify, ONNX export, latency, and alignment to hardware."""
+"""Making a plan real: shrinking, proof, folded constants, recalibration, ONNX export, latency, alignment to devices."""
 
 from torchshear.speedup._result import Shrunk
 from torchshear.speedup._shrink import shrink, shrink_to_form
@@ -12,7 +12,7 @@ from torchshear.speedup.latency._alignment import detect_profile, profiles, reso
 from torchshear.speedup.native._attention_scale import KeptScale
 from torchshear.speedup.onnx import OnnxFile, export_onnx
 from torchshear.speedup.rewriting._traced import TracedModule
-from torchshear.speedup.shrinking._whole_groups import Leave
+from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 from torchshear.speedup.verification import Verification, verify
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "KeptScale",
     "LatencyComparison",
     "LatencyResult",
-    "Leave",
+    "NativeTradeoff",
     "OnnxFile",
     "Shrunk",
     "ShrunkCheckpoint",

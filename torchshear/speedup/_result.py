@@ -1,4 +1,4 @@
-"""What shrinking gives: the smaller model, its form, and how it was proved."""
+"""Result of shrinking: the smaller model, its form, and its proof."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from torchshear.speedup.verification import Verification
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Shrunk:
-    """A shrunk model and the form that it has.
+    """A shrunk model with its form.
 
     Attributes:
         model: the smaller model.
-        made_by: what made its form, as a plan records it.
+        made_by: its form, as a plan records it.
         plan: the plan that it was made by: the one that was given, or one that leaves some of its groups whole.
-        verification: how closely it agrees with the masked model; None where that was left out, or cannot be, since
-            the model is on the meta device.
-        fold: what became of the constants of removed channels; None where they are zero, as without `fold_bias`.
+        verification: how closely it agrees with the masked model; None if that was not asked for, or if the model is on
+            the meta device.
+        fold: the folded constants of removed channels; None if they count as zero, as without `fold_bias`.
     """
 
     model: nn.Module
@@ -34,19 +34,19 @@ class Shrunk:
 
     @property
     def form(self) -> FormKind:
-        """The kind: "native", a copy of the original module with smaller tensors; "traced", the rewritten graphs."""
+        """The kind of its form: "native", a smaller copy of the original module; "traced", the rewritten graphs."""
         return self.made_by.kind
 
     @property
     def reason(self) -> str:
-        """Why it has this form."""
+        """The reason for its form."""
         return self.made_by.reason
 
     @property
     def parts(self) -> Mapping[str, FormKind]:
-        """Where only parts of the model were shrunk, name of each -> its form.
+        """Name of each shrunk part -> its form; empty if the whole model was shrunk.
 
-        The model is a copy of the original then, in which parts in traced form stand in place of the original modules;
-        `form` is "traced" if any does.
+        In a copy of the original, parts in traced form then replace the original modules; `form` is "traced" if any
+        does.
         """
         return self.made_by.parts

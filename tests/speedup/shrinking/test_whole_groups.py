@@ -13,10 +13,10 @@ from tests.networks import randomise
 from tests.oracle import assert_equals_masked, assert_is_slice
 from torchshear.dependency import Form
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.speedup import Leave, TracedModule, shrink_to_form
+from torchshear.speedup import NativeTradeoff, TracedModule, shrink_to_form
 from torchshear.speedup.native._form import Native
-from torchshear.speedup.shrinking._prepared_plan import Job
-from torchshear.speedup.shrinking._whole_groups import leave_whole
+from torchshear.speedup.shrinking._prepared_cut import PreparedCut
+from torchshear.speedup.shrinking._whole_groups import leave_groups_whole
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -90,7 +90,7 @@ def test_a_plan_replays_it_without_a_search(
     model: Detector, result: torchshear.PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result.plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr("torchshear.speedup.shrinking._prepared_plan.native_form", None)
+    monkeypatch.setattr("torchshear.speedup.shrinking._prepared_cut.native_form", None)
     plan = torchshear.PruningPlan.load(tmp_path / "plan.json")
     again = torchshear.shrink(randomise(Detector().eval(), 9), plan)
     again.load_state_dict(result.model.state_dict())
@@ -156,7 +156,7 @@ def test_other_words_are_refused(model: Detector, form: object) -> None:
 
 
 def test_a_native_form_found_at_once_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchshear.speedup.shrinking._whole_model.leave_whole", _refuse)
+    monkeypatch.setattr("torchshear.speedup.shrinking._whole_model.leave_groups_whole", _refuse)
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3))
     assert torchshear.prune(plain.eval(), (IMAGE,)).form == "native"
 
@@ -178,29 +178,29 @@ class Searched:
         enough: number of groups that must be.
     """
 
-    job: Job
+    job: PreparedCut
     tried: list[int]
     enough: int
 
     def run(self, most: float) -> Native:
         """Search, with plans as `prune` makes them."""
         groups = self.job.cut.groups
-        leave = Leave(lambda whole: torchshear.plan(groups, exclude=tuple(whole)), most)
-        return leave_whole(self.job, self.job.native(), leave)[1]
+        tradeoff = NativeTradeoff(lambda whole: torchshear.plan(groups, exclude=tuple(whole)), most)
+        return leave_groups_whole(self.job, self.job.find_native(), tradeoff)[1]
 
 
 @pytest.fixture
 def searched(model: Detector, monkeypatch: pytest.MonkeyPatch) -> Searched:
     groups = torchshear.analyze(torchshear.trace(model, (IMAGE,)))
-    search = Searched(Job.of(model, groups, torchshear.plan(groups)), [], 7)
+    search = Searched(PreparedCut.of(model, groups, torchshear.plan(groups)), [], 7)
 
-    def native(job: Job) -> Native:
+    def native(job: PreparedCut) -> Native:
         search.tried.append(sum(len(of.kept) == of.width for of in job.plan.groups))
         if search.tried[-1] < search.enough:
             return Native(None, Form("traced", "too few are whole"), "blocks.0")
         return Native(model, Form("native", "enough are whole"))
 
-    monkeypatch.setattr(Job, "native", native)
+    monkeypatch.setattr(PreparedCut, "find_native", native)
     return search
 
 

@@ -24,7 +24,7 @@ from torchshear.speedup.compensation._fold_search import (
     read_before_write,
 )
 from torchshear.speedup.rewriting._slicing import is_touched, slice_state, writes_to_operand
-from torchshear.speedup.shrinking._whole_model import analysis_of
+from torchshear.speedup.shrinking._planned import analyze_planned
 from torchshear.speedup.verification._runs import (
     copy_inputs,
     copy_without_caches,
@@ -83,7 +83,7 @@ def fold_constants(
     check_kind("shrunk", shrunk, Shrunk, "what shrink_to_form gave")
     if means is not None:
         check_kind("means", means, Mapping, "what torchshear.pruners.channel_means gave")
-    groups = analysis_of(model, plan, args, kwargs)
+    groups = analyze_planned(model, plan, args, kwargs)
     if is_on_meta(model):
         raise WeightError("the model is on the meta device: without values there are no constants to fold.")
     graph, cut, small = groups.graph, Cut(groups, plan.kept), shrunk.model

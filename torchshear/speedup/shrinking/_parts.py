@@ -1,4 +1,4 @@
-"""Shrink parts of a model in place: a copy of the whole model, in which each part is smaller."""
+"""Shrinking parts of a model: a copy of the whole model in which each part is smaller."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -24,22 +24,26 @@ from torchshear.speedup.rewriting._traced import (
     TracedModule,
     explain_limits,
 )
-from torchshear.speedup.shrinking._prepared_plan import Job
-from torchshear.speedup.shrinking._whole_groups import Leave
+from torchshear.speedup.shrinking._prepared_cut import PreparedCut
+from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 from torchshear.speedup.shrinking._whole_model import (
-    Made,
-    in_mode_of,
+    UnprovedModel,
+    capture_training_cut,
+    copy_modes,
     input_shapes,
     make_native,
-    training_cut,
-    transient_names,
+    nonpersistent_names,
 )
 
 
 def shrink_parts(
-    model: nn.Module, groups: ChannelGroups, plan: PruningPlan, kind: FormKind | None, leave: Leave | None = None
-) -> Made:
-    """Cut the parts of a model that a plan is for, each in its native form where that holds; see `shrink_whole`.
+    model: nn.Module,
+    groups: ChannelGroups,
+    plan: PruningPlan,
+    kind: FormKind | None,
+    tradeoff: NativeTradeoff | None = None,
+) -> UnprovedModel:
+    """Shrink the parts of a model that a plan is for, each in native form if possible; see `shrink_whole`.
 
     Raises:
         PlanError: the plan does not fit the groups, or the form that is asked for or recorded is not equal to the
@@ -48,54 +52,51 @@ def shrink_parts(
     parts = groups.graph.parts
     assert parts is not None
     recorded = plan.form if plan.form is not None and kind in (None, plan.form.kind) else None
-    given = Job.of(PartRun(model, parts), groups, plan)
+    given = PreparedCut.of(PartRun(model, parts), groups, plan)
     if recorded is not None and len(set(recorded.parts.values())) > 1:
-        return _part_by_part(given, dict(recorded.parts), recorded)
-    job, native = make_native(given, recorded, kind, leave)
+        return _shrink_each_part(given, dict(recorded.parts), recorded)
+    job, native = make_native(given, recorded, kind, tradeoff)
     kinds: dict[str, FormKind] = dict.fromkeys(parts.names, native.form.kind)
     if native.model is not None:
-        return Made(in_mode_of(whole_model(native.model), model), replace(native.form, parts=kinds), job.plan)
+        return UnprovedModel(copy_modes(whole_model(native.model), model), replace(native.form, parts=kinds), job.plan)
     looks_further = recorded is None and kind != "traced" and len(parts.names) > 1
-    return _part_by_part(given, {} if looks_further else kinds, native.form)
+    return _shrink_each_part(given, {} if looks_further else kinds, native.form)
 
 
-def _part_by_part(job: Job, kinds: Mapping[str, FormKind], whole: Form) -> Made:
-    """Give each part the form that it can have, and put all of them into one copy of the model.
+def _shrink_each_part(job: PreparedCut, kinds: Mapping[str, FormKind], whole: Form) -> UnprovedModel:
+    """Shrink each part in the form that it can have, and put all of them into one copy of the model.
 
     Args:
         job: the cut.
-        kinds: what is known of the forms of the parts; of those not named the native form is looked for.
-        whole: what is known of the form of all together: a recorded one, or why none is native.
+        kinds: known kinds of the forms of parts; for other parts the native form is searched.
+        whole: the recorded form of all parts together, or a traced one with the reason.
     """
     parts = job.cut.groups.graph.parts
     assert parts is not None
     found: dict[str, Form] = {}
-    memo, model = _replacements(job), whole_model(job.run)
+    graph, model = job.cut.groups.graph, whole_model(job.run)
+    memo: dict[int, Any] = {id(job.tensors[name]): tensor for name, tensor in job.sliced.items()}
+    memo |= {id(own): job.sliced[name] for name, own in own_constants(model, graph) if name in job.sliced}
     for name in parts.names:
-        native, found[name] = (None, whole) if kinds.get(name) == "traced" else _native_part(job, name, kinds, whole)
+        native, found[name] = (
+            (None, whole) if kinds.get(name) == "traced" else _make_native_part(job, name, kinds, whole)
+        )
         original = model.get_submodule(name)
         if native is None:
-            lost = [call for call in job.cut.groups.graph.lost_backwards if f"{call.module}.".startswith(f"{name}.")]
-            traced = memo[id(original)] = _traced_part(job, name)
+            lost = [call for call in graph.lost_backwards if f"{call.module}.".startswith(f"{name}.")]
+            traced = memo[id(original)] = _make_traced_part(job, name)
             found[name] = replace(
                 found[name], reason=f"{found[name].reason}{explain_untrainable(lost)}{explain_limits(traced)}"
             )
         else:
             memo |= {id(module): native.get_submodule(inner) for inner, module in original.named_modules()}
-    copied = in_mode_of(copy_model(model, memo), model)
+    copied = copy_modes(copy_model(model, memo), model)
     is_recorded = set(kinds.values()) == {"native", "traced"}
-    return Made(copied, whole if is_recorded else _joined(found), job.plan)
+    return UnprovedModel(copied, whole if is_recorded else _merge_forms(found), job.plan)
 
 
-def _replacements(job: Job) -> dict[int, Any]:
-    """Id of each tensor of the model -> its new version."""
-    found: dict[int, Any] = {id(job.tensors[name]): tensor for name, tensor in job.sliced.items()}
-    constants = own_constants(whole_model(job.run), job.cut.groups.graph)
-    return found | {id(own): job.sliced[name] for name, own in constants if name in job.sliced}
-
-
-def _joined(found: Mapping[str, Form]) -> Form:
-    """What made the forms of all parts."""
+def _merge_forms(found: Mapping[str, Form]) -> Form:
+    """Merge the forms of all parts into one."""
     kinds = {name: form.kind for name, form in found.items()}
     reasons = [f"part {name!r} is traced: {form.reason}" for name, form in found.items() if form.kind == "traced"]
     return Form(
@@ -108,13 +109,13 @@ def _joined(found: Mapping[str, Form]) -> Form:
 
 
 def _calls_of(graph: Graph, name: str) -> list[Any]:
-    """`(args, kwargs)` of each captured call of a part."""
+    """Return `(args, kwargs)` of each captured call of a part."""
     assert graph.parts is not None
     return [given for call, given in zip(graph.parts.calls, graph.inputs.args, strict=True) if call == name]
 
 
-def _captured(job: Job, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
-    """Some calls of one part, captured by themselves, with the cut in terms of their axes."""
+def _capture_calls(job: PreparedCut, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
+    """Capture some calls of one part by themselves; also return the cut in terms of their axes."""
     groups = job.cut.groups
     assert groups.graph.parts is not None
     run = PartRun(whole_model(job.run), Parts((name,) * len(calls), groups.graph.parts.pinned))
@@ -122,41 +123,47 @@ def _captured(job: Job, name: str, calls: list[Any]) -> tuple[PartRun, Cut]:
     return run, Cut(relate_graph(groups, graph), job.cut.kept)
 
 
-def _native_part(job: Job, name: str, kinds: Mapping[str, FormKind], whole: Form) -> tuple[nn.Module | None, Form]:
-    """One part in its native form, or why it has none; as it is recorded if its kind is known."""
-    run, cut = _captured(job, name, _calls_of(job.cut.groups.graph, name))
+def _make_native_part(
+    job: PreparedCut, name: str, kinds: Mapping[str, FormKind], whole: Form
+) -> tuple[nn.Module | None, Form]:
+    """Return one part in native form, as recorded if its kind is known; or None, with the reason in the form."""
+    run, cut = _capture_calls(job, name, _calls_of(job.cut.groups.graph, name))
     recorded = replace(whole, kind="native") if name in kinds else None
     _, native = make_native(replace(job, original=Original(run, cut.groups.graph), cut=cut), recorded, None)
     return (None if native.model is None else whole_model(native.model).get_submodule(name)), native.form
 
 
-def _traced_part(job: Job, name: str) -> TracedModule:
-    """One part as rewritten graphs, one pair for each signature that it is called with."""
+def _make_traced_part(job: PreparedCut, name: str) -> TracedModule:
+    """Return one part in traced form, with graphs for each of its captured calls."""
     part = whole_model(job.run).get_submodule(name)
     entries = _part_entries(job, name)
     calls: list[TracedCall] = []
     for number, given in enumerate(_calls_of(job.cut.groups.graph, name)):
-        run, cut = _captured(job, name, [given])
+        run, cut = _capture_calls(job, name, [given])
         sources = {"eval": (cut.groups.graph, cut.groups.facts, cut)}
         error = ""
         try:
-            training = training_cut(run, cut.groups.graph, cut)
+            training = capture_training_cut(run, cut.groups.graph, cut)
             check_backwards(training.graph)
             sources["train"] = (training.graph, training.facts, training.cut)
         except (CaptureError, PlanError) as failure:
             error = str(failure)
         graphs: dict[str, fx.Graph] = {}
         for mode, (graph, facts, own_cut) in sources.items():
-            renamed = _names_in_part(graph, name, f"_{mode}_{number}")
-            graphs[mode] = _renamed(rewrite_graph(graph.fx_graph, facts, own_cut), renamed)
-            entries += _constants(graph, own_cut, renamed)
+            names = _names_in_part(graph, name, f"_{mode}_{number}")
+            graphs[mode] = rewrite_graph(graph.fx_graph, facts, own_cut)
+            for node in graphs[mode].find_nodes(op="get_attr"):
+                node.target = names[str(node.target)]
+            read = {str(node.target) for node in graph if node.op == "get_attr"}
+            own = {n: e.tensor for n, e in graph.state.items() if e.kind == "constant" and n in read}
+            entries += [StateEntry((names[n],), tensor, False) for n, tensor in slice_state(own_cut, own).items()]
         spec = _part_spec(part, {mode: source[0] for mode, source in sources.items()}, given)
         calls.append(TracedCall.of(graphs, spec, error, explain_lost_backwards(cut.groups.graph)))
     return TracedModule(entries, calls)
 
 
 def _part_spec(part: nn.Module, graphs: Mapping[str, Graph], given: Any) -> CallSpec:
-    """How one part is called: the specification of its only call in a run."""
+    """Describe how a part is called, from a capture of one call."""
     is_free = all(graph.batch_hint is not None for graph in graphs.values())
     out_specs = {mode: graph.out_spec.children()[0] for mode, graph in graphs.items()}
     shapes = input_shapes(graphs["eval"], is_free)
@@ -164,7 +171,7 @@ def _part_spec(part: nn.Module, graphs: Mapping[str, Graph], given: Any) -> Call
 
 
 def _names_in_part(graph: Graph, part: str, suffix: str) -> dict[str, str]:
-    """Canonical name in the whole model -> name in the part; constants get the suffix, since each graph has its own."""
+    """Return canonical name -> name in a part; constants get a suffix, since each graph has its own."""
     prefix = f"{part}."
     names: dict[str, str] = {}
     for alias, name in graph.aliases.items():
@@ -174,25 +181,11 @@ def _names_in_part(graph: Graph, part: str, suffix: str) -> dict[str, str]:
     return names | {name: f"{name.replace('.', '_')}{suffix}" for name in constants}
 
 
-def _renamed(graph: fx.Graph, names: Mapping[str, str]) -> fx.Graph:
-    """Have a graph read its tensors under other names."""
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            node.target = names[str(node.target)]
-    return graph
-
-
-def _part_entries(job: Job, part: str) -> list[StateEntry]:
-    """Parameters and buffers of one part under all names that it has for them."""
-    prefix, graph, transient = f"{part}.", job.cut.groups.graph, transient_names(whole_model(job.run))
+def _part_entries(job: PreparedCut, part: str) -> list[StateEntry]:
+    """Return the parameters and buffers of one part under all names that it has for them."""
+    prefix, graph, transient = f"{part}.", job.cut.groups.graph, nonpersistent_names(whole_model(job.run))
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in graph.aliases.items():
         if alias.startswith(prefix):
             names[name].append(alias.removeprefix(prefix))
     return [StateEntry(tuple(own), job.sliced[name], name not in transient) for name, own in names.items()]
-
-
-def _constants(graph: Graph, cut: Cut, names: Mapping[str, str]) -> list[StateEntry]:
-    read = {str(node.target) for node in graph if node.op == "get_attr"}
-    constants = {n: entry.tensor for n, entry in graph.state.items() if entry.kind == "constant" and n in read}
-    return [StateEntry((names[name],), tensor, False) for name, tensor in slice_state(cut, constants).items()]

@@ -18,7 +18,7 @@ from torchshear.speedup.comparing._relative_error import relative_error, toleran
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 from torchshear.speedup.rewriting._traced import TracedModule
-from torchshear.speedup.shrinking._whole_model import training_cut
+from torchshear.speedup.shrinking._whole_model import capture_training_cut
 from torchshear.speedup.verification._gradients import gradients_of
 from torchshear.speedup.verification._masked_network import MaskedNetwork
 from torchshear.speedup.verification._model_pair import ModelPair, Probe
@@ -190,7 +190,7 @@ class NetworkReference(Reference):
         if relative_error(probe.dense or [], dense) <= tolerance(dense):
             return same  # the original computes the same in both modes, and so does the network
         try:
-            training = pair.training or training_cut(pair.model, pair.graph, pair.cut)
+            training = pair.training or capture_training_cut(pair.model, pair.graph, pair.cut)
         except (CaptureError, PlanError) as error:
             pair.left_out.append(f"train mode: {first_line(error)[:160]}")
             return None

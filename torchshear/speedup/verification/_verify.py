@@ -12,7 +12,8 @@ from torchshear.calibration import CallForm, read_batches
 from torchshear.dependency import ChannelGroups, PruningPlan
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs, Mode, PartRun, run_exclusively, run_failure, signature_of, whole_model
-from torchshear.speedup.shrinking._whole_model import TrainingCut, analysis_of, recorded_run
+from torchshear.speedup.shrinking._planned import analyze_planned, planned_run
+from torchshear.speedup.shrinking._whole_model import TrainingCut
 from torchshear.speedup.verification._model_pair import ModelPair
 from torchshear.speedup.verification._proof import Proof
 
@@ -92,7 +93,7 @@ def verify(
     check_count("batches", batches)
     seed, example = int(seed), ExampleInputs.of(args, kwargs)
     given = example if example.args or example.kwargs else None
-    groups = analysis_of(model, plan, *((given.args, given.kwargs) if given is not None else (None, None)))
+    groups = analyze_planned(model, plan, *((given.args, given.kwargs) if given is not None else (None, None)))
     if data is None:
         return verify_analyzed(model, small, plan, groups, given, seed=seed)
     if groups.graph.parts is not None:
@@ -134,7 +135,7 @@ def verify_analyzed(
     Raises:
         VerificationError: see `verify`.
     """
-    example = given if given is not None else recorded_run(model, plan, None, None)[1]
+    example = given if given is not None else planned_run(model, plan, None, None)[1]
     parts = groups.graph.parts
     if parts is None:
         pair = ModelPair(model, small, plan, groups, example, seed, training)

@@ -1,0 +1,89 @@
+"""The model, inputs and analysis that a plan is for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchshear.dependency import ChannelGroups, PruningPlan, analyze
+from torchshear.dependency.plans._agreement import check_agreement
+from torchshear.dependency.rules._read_values import differing_value, readable_values
+from torchshear.errors import ArgumentError, PlanError
+from torchshear.graph import ExampleInputs, Graph, PartRun, check_module, record_parts, trace_inputs, whole_model
+from torchshear.speedup.shrinking._prepared_cut import tensors_of
+
+
+def analyze_planned(
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | Tensor | None, kwargs: Mapping[str, Any] | None
+) -> ChannelGroups:
+    """Return the analysed network of a plan for a model: at hand if the plan was made for this very model, else traced.
+
+    Raises:
+        PlanError: the model is not the one that the plan was made for.
+    """
+    check_module(model)
+    if not isinstance(plan, PruningPlan):
+        raise ArgumentError(
+            f"plan is {type(plan).__name__}; expected a PruningPlan, from torchshear.plan or PruningPlan.load."
+        )
+    model = whole_model(model)
+    named: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    known = plan.analysis.graph.state.items() if plan.analysis is not None else ()
+    parameters = [named.get(name) is entry.tensor for name, entry in known if entry.kind == "parameter"]
+    if plan.analysis is not None and parameters and all(parameters):
+        _check_values(model, plan, plan.analysis.graph)
+        check_agreement(plan, plan.analysis)
+        return plan.analysis
+    for name, entry in plan.state.items():
+        shape = tuple(named[name].shape) if name in named else None
+        if shape != entry.shape:
+            raise PlanError(
+                f"the plan is for {plan.model_type}, where {name!r} has shape {entry.shape}; in "
+                f"{type(model).__name__} it {f'has shape {shape}' if shape else 'does not exist'}. Expected an "
+                f"unpruned model of the same class and configuration."
+            )
+    run, inputs = planned_run(model, plan, args, kwargs)
+    groups = analyze(trace_inputs(run, inputs), plan.prunable_outputs)
+    if groups.graph.fingerprint != plan.fingerprint:
+        raise PlanError(
+            f"the plan is for {plan.model_type} with graph {plan.fingerprint[:12]}; {type(model).__name__} has graph "
+            f"{groups.graph.fingerprint[:12]}. Expected the same class, configuration and torch version as when the "
+            f"plan was made; make a new plan for this model."
+        )
+    _check_values(model, plan, groups.graph)
+    check_agreement(plan, groups)
+    return groups
+
+
+def planned_run(
+    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | Tensor | None, kwargs: Mapping[str, Any] | None
+) -> tuple[nn.Module, ExampleInputs]:
+    """Return the model or the parts that a plan is for, with example inputs: the given ones, or those of the plan.
+
+    Raises:
+        ArgumentError: no inputs are given, and the plan does not describe its own.
+        CaptureError: the model has parts and does not run on the given inputs.
+    """
+    model = whole_model(model)
+    run = model if plan.parts is None else PartRun(model, plan.parts)
+    if args is None and kwargs is None:
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        known = plan.analysis.graph.inputs if plan.analysis is not None else None
+        if known is not None and (plan.inputs is None or all(tensor.device == device for tensor in known.tensors())):
+            return run, known
+        if plan.inputs is None:
+            raise ArgumentError("the plan does not describe its example inputs; give them as args and kwargs.")
+        return run, ExampleInputs.from_json(plan.inputs, device)
+    given = ExampleInputs.of(() if args is None else args, kwargs)
+    return (run, given) if plan.parts is None else record_parts(model, plan.parts.names, given)
+
+
+def _check_values(model: nn.Module, plan: PruningPlan, graph: Graph) -> None:
+    """Raise PlanError unless the buffers that decide the groups hold what the plan was made with."""
+    wrong = differing_value(plan.values, readable_values(graph, tensors_of(model, graph)))
+    if wrong is not None:
+        raise PlanError(
+            f"{wrong} in this {type(model).__name__}; the plan was made with other values, which decide what channels "
+            f"go together. Load the buffers that the plan was made with, or make a new plan for this model."
+        )
