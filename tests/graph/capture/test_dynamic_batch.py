@@ -1,6 +1,7 @@
 """The batch: which numbers of a captured graph follow it, as captures at two batches say."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import pytest
@@ -248,3 +249,32 @@ def test_numbers_that_lie_on_a_line_of_whole_numbers(first: int, second: int, ex
     assert found == expected
     if found is not None:
         assert (found.at(59), found.at(2)) == (first, second)
+
+
+def test_arguments_are_merged_with_sizes_in_place_of_numbers_that_differ() -> None:
+    one = (59, [118, 3], {"end": slice(0, 60)}, math.nan, None)
+    two = (2, [4, 3], {"end": slice(0, 3)}, math.nan, None)
+    merged = _dynamic_batch._merge_arguments(one, two, (59, 2), {})
+    expected = (AffineSize(1, 0), [AffineSize(2, 0), 3], {"end": slice(0, AffineSize(1, 1))})
+    assert merged[:3] == expected
+    assert math.isnan(merged[3])
+    assert merged[4] is None
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ((59, [2, 3]), (2, [2, 3, 4])),
+        ((59, [2, 3]), (2, [2])),
+        ((59, [2, 3]), (2, (2, 3))),
+        ({"a": 59}, {"b": 2}),
+        ((1,), (True,)),
+        ((1,), (1.0,)),
+        ((0.5,), (0.25,)),
+        ((59 * 59,), (4,)),
+        ((None,), (3,)),
+    ],
+)
+def test_arguments_that_differ_in_more_than_sizes_are_of_another_network(one: object, two: object) -> None:
+    with pytest.raises(_dynamic_batch._OtherNetworkError):
+        _dynamic_batch._merge_arguments(one, two, (59, 2), {})
