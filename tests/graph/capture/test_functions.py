@@ -164,6 +164,21 @@ def test_functions_inside_a_checkpoint_are_found_and_gradients_go_on_behind_it()
     assert not any(node.target is torch._C._set_grad_enabled for node in graph)
 
 
+def test_a_function_inside_another_one_is_one_of_its_operators() -> None:
+    class Outer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return Swish.apply(x) * 2  # type: ignore[no-any-return, no-untyped-call]
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient
+
+    (call,) = traced(Outer.apply).functions
+    assert call.function is Outer
+    assert call.has_own_backward
+
+
 def test_functions_that_only_training_calls_are_in_the_graph_of_train_mode() -> None:
     model = Between(Swish.apply)
     model.function = lambda h: Reversed.apply(h, 1.0) if model.training else h
