@@ -127,7 +127,7 @@ def test_attributes_name_operator_module_line_and_shape() -> None:
     network = torchshear.analyze(torchshear.trace(Attention(), (torch.randn(2, 5, 24),))).to_networkx()
     linear = network.nodes["linear"]
     assert (linear["operator"], linear["module"], linear["label"]) == ("aten.linear.default", "qkv", "linear")
-    assert linear["source"].startswith("models.py:")
+    assert linear["source"].startswith("attention.py:")
     assert json.loads(linear["shape"]) == ["batch", 5, 72]
     assert json.loads(linear["axes"]) == [[], [], ["qkv.weight[0]", "qkv.weight[0]#2"]]
     assert linear["group"] == "qkv.weight[0]"
