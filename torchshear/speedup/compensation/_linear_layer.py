@@ -1,0 +1,238 @@
+"""Linear layers of a graph as systems of rows: y = W u + b at every sample and position."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from torchshear.dependency._call import bind_arguments
+from torchshear.dependency.rules._weights import weight_behind
+from torchshear.graph._operator import operator_name
+
+MAX_UNKNOWNS: Final = 4608
+"""The largest system that is solved, in unknowns for each output."""
+
+_CONVOLUTIONS: Final = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
+_TRANSPOSED: Final = {"aten.conv_transpose1d": 1, "aten.conv_transpose2d": 2, "aten.conv_transpose3d": 3}
+_DENSE: Final = {  # operator -> names of what the layer reads, its weight and its bias
+    "aten.linear": ("input", "weight", "bias"),
+    "aten.matmul": ("self", "other", ""),
+    "aten.mm": ("self", "mat2", ""),
+    "aten.addmm": ("mat1", "mat2", "self"),
+    "aten.bmm": ("self", "mat2", ""),
+    "aten.baddbmm": ("batch1", "batch2", "self"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LinearLayer:
+    """A call that multiplies values with a weight of the model.
+
+    Attributes:
+        node: name of the call.
+        operand: name of the node that it reads.
+        weight: canonical name of its weight.
+        bias: canonical name of its bias, or "".
+        order: dimensions of the weight in the order in which the call reads them.
+        kind: "dense"; "batched", one weight for each entry of dimension 0; "convolution" or "transposed".
+        is_rows_first: the weight has outputs before inputs, as that of `linear`.
+        n_dims: spatial dimensions of a convolution.
+        given: arguments of the call in the smaller network, by name.
+    """
+
+    node: str
+    operand: str
+    weight: str
+    bias: str
+    order: tuple[int, ...]
+    kind: str
+    is_rows_first: bool
+    n_dims: int
+    given: Mapping[str, Any]
+
+    @property
+    def n_groups(self) -> int:
+        """Number of systems that share nothing: groups of a convolution, or 1."""
+        return int(self.given.get("groups", 1))
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """Return the weight as W of shape (G, O, K)."""
+        weight = weight.permute(self.order)
+        if self.kind == "batched":  # (E, in, out)
+            return weight.mT
+        if self.kind == "dense":
+            return (weight if self.is_rows_first else weight.mT).unsqueeze(0)
+        if self.kind == "transposed":  # (in, out / G, taps) -> a convolution with the taps reversed
+            taps = weight.shape[2:]
+            weight = weight.reshape(self.n_groups, -1, *weight.shape[1:]).transpose(1, 2)
+            weight = weight.flip(tuple(range(3, 3 + len(taps))))
+            return weight.flatten(2)
+        return weight.reshape(self.n_groups, weight.shape[0] // self.n_groups, -1)
+
+    def to_weight(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """Return a matrix of shape (G, O, K) as a weight of the model's shape and type."""
+        shape = [like.shape[dim] for dim in self.order]
+        if self.kind == "batched":
+            value = matrix.mT
+        elif self.kind == "dense":
+            value = matrix[0] if self.is_rows_first else matrix[0].mT
+        elif self.kind == "transposed":
+            value = matrix.reshape(self.n_groups, shape[1], shape[0] // self.n_groups, *shape[2:])
+            value = value.flip(tuple(range(3, 3 + self.n_dims))).transpose(1, 2).reshape(shape)
+        else:
+            value = matrix.reshape(shape)
+        inverse = [self.order.index(dim) for dim in range(len(self.order))]
+        return value.permute(inverse).to(like)
+
+    def rows(
+        self, operand: Tensor, output: Tensor, taps: Sequence[int], n_rows: int, generator: torch.Generator
+    ) -> "Rows":
+        """Draw positions, and return the inputs and the wanted outputs of the layer there.
+
+        Args:
+            operand: value that the layer reads.
+            output: value that it is to give.
+            taps: sizes of a convolution's kernel.
+            n_rows: how many positions to draw at most, of all samples together.
+            generator: draws them.
+        """
+        if self.kind == "batched":
+            inputs, outputs = operand, output
+            chosen = _draw(inputs.shape[1], n_rows, generator)
+            return Rows(inputs[:, chosen], outputs[:, chosen], torch.zeros(len(chosen), dtype=torch.long))
+        if self.kind == "dense":
+            per_sample = max(operand[0].numel() // operand.shape[-1], 1) if operand.ndim > 1 else 1
+            inputs, outputs = operand.reshape(-1, operand.shape[-1]), output.reshape(-1, output.shape[-1])
+            chosen = _draw(len(inputs), n_rows, generator)
+            return Rows(inputs[chosen].unsqueeze(0), outputs[chosen].unsqueeze(0), chosen // per_sample)
+        if operand.ndim == self.n_dims + 1:  # one sample without a batch
+            operand, output = operand.unsqueeze(0), output.unsqueeze(0)
+        return self._patches(operand, output, list(taps), n_rows, generator)
+
+    def _patches(
+        self, operand: Tensor, output: Tensor, taps: list[int], n_rows: int, generator: torch.Generator
+    ) -> "Rows":
+        """Gather the patches of a convolution under some positions of its output."""
+        n, groups, sizes = self.n_dims, self.n_groups, output.shape[2:]
+        stride, dilation = _spread(self.given["stride"], n), _spread(self.given["dilation"], n)
+        reach = [d * (k - 1) for d, k in zip(dilation, taps, strict=True)]
+        if self.given["padding"] == "same":
+            before = [whole // 2 for whole in reach]
+        else:
+            before = _spread(0 if self.given["padding"] == "valid" else self.given["padding"], n)
+        if self.kind == "transposed":  # a convolution over the values spread apart
+            spread = [(size - 1) * step + 1 for size, step in zip(operand.shape[2:], stride, strict=True)]
+            apart = operand.new_zeros(*operand.shape[:2], *spread)
+            every: tuple[slice, ...] = tuple(slice(None, None, step) for step in stride)
+            apart[(slice(None), slice(None), *every)] = operand
+            operand, stride = apart, [1] * n
+            before = [whole - low for whole, low in zip(reach, before, strict=True)]
+        last = [(size - 1) * step + whole + 1 for size, step, whole in zip(sizes, stride, reach, strict=True)]
+        after = [end - own - low for end, own, low in zip(last, operand.shape[2:], before, strict=True)]
+        pads = [side for low, high in zip(reversed(before), reversed(after), strict=True) for side in (low, high)]
+        padded = functional.pad(operand, pads).movedim(1, -1)
+        positions = sizes.numel()
+        chosen = _draw(output.shape[0] * positions, n_rows, generator)
+        sample, place = chosen // positions, chosen % positions
+        starts = torch.unravel_index(place, sizes)
+        index: list[Tensor] = [sample.reshape(-1, *[1] * n)]
+        for dim in range(n):
+            offsets = torch.arange(taps[dim]) * dilation[dim]
+            line = [1] * n
+            line[dim] = -1
+            index.append((starts[dim] * stride[dim]).reshape(-1, *[1] * n) + offsets.reshape(1, *line))
+        found = padded[tuple(one.to(padded.device) for one in index)]  # (rows, *taps, channels)
+        found = found.movedim(-1, 1).reshape(len(chosen), groups, -1)
+        wanted = output.movedim(1, -1).reshape(-1, output.shape[1])[chosen].reshape(len(chosen), groups, -1)
+        return Rows(found.transpose(0, 1), wanted.transpose(0, 1), sample)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows of a layer's system.
+
+    Attributes:
+        inputs: u, shape (G, rows, K).
+        outputs: y, shape (G, rows, O).
+        samples: number of the sample of each row within its batch, shape (rows,).
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    samples: Tensor
+
+
+def linear_layer(
+    node: fx.Node, smaller: fx.Node, carriers: Mapping[str, fx.Node], n_reads: Mapping[str, int]
+) -> LinearLayer | str:
+    """Return the linear layer that a call is, "" for another call, or the reason why a layer cannot be refitted.
+
+    Args:
+        node: the call in the captured graph.
+        smaller: the same call in the smaller network.
+        carriers: name of a node that computes a weight -> the tensor of the model that it stands for.
+        n_reads: canonical name -> how often the graph reads that tensor.
+    """
+    name = ".".join(operator_name(node).split(".")[:2])
+    n_dims = _CONVOLUTIONS.get(name) or _TRANSPOSED.get(name) or 0
+    read, factor_name, bias_name = ("input", "weight", "bias") if n_dims else _DENSE.get(name, ("", "", ""))
+    given = bind_arguments(node) if read else {}
+    operand, factor = given.get(read), given.get(factor_name)
+    if not isinstance(operand, fx.Node) or not isinstance(factor, fx.Node) or weight_behind(operand, carriers):
+        return ""
+    behind = weight_behind(factor, {})
+    if behind is None:
+        return "its weight is computed of parameters" if weight_behind(factor, carriers) else ""
+    held, places = behind
+    order = tuple(int(place) for place in places if place is not None)
+    if len(order) != held.meta["val"].ndim or len(order) != len(places):
+        return "its weight is read in another shape"
+    kind = "convolution" if name in _CONVOLUTIONS else "transposed" if name in _TRANSPOSED else "dense"
+    if kind == "dense" and len(order) == 3 and operand.meta["val"].ndim == 3:
+        kind = "batched"
+    elif kind == "dense" and len(order) != 2:
+        return "its weight is multiplied in another form than that of a matrix"
+    bias = given.get(bias_name)
+    problem = _find_obstacle(held, bias, kind, given, n_reads)
+    return problem or LinearLayer(
+        node=node.name,
+        operand=operand.name,
+        weight=str(held.target),
+        bias=str(bias.target) if isinstance(bias, fx.Node) else "",
+        order=order,
+        kind=kind,
+        is_rows_first=name == "aten.linear",
+        n_dims=n_dims,
+        given=bind_arguments(smaller),
+    )
+
+
+def _find_obstacle(
+    weight: fx.Node, bias: Any, kind: str, given: Mapping[str, Any], n_reads: Mapping[str, int]
+) -> str:
+    """Say why a layer cannot be refitted; "" if it can."""
+    if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
+        return "its result is multiplied by a number"
+    tensors = [str(weight.target)]
+    if isinstance(bias, fx.Node):
+        if bias.op != "get_attr" or bias.meta["val"].ndim != 1 or kind == "batched":
+            return "its bias is computed, or not one number for each output"
+        tensors.append(str(bias.target))
+    shared = [tensor for tensor in tensors if n_reads[tensor] > 1]
+    return f"{shared[0]!r} is read by {n_reads[shared[0]]} calls" if shared else ""
+
+
+def _draw(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw positions without repetition, in order; all of them if there are no more."""
+    if total <= count:
+        return torch.arange(total)
+    return torch.randperm(total, generator=generator)[:count].sort().values
+
+
+def _spread(value: int | Sequence[int], n: int) -> list[int]:
+    """Return one number for each spatial dimension."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * n if len(numbers) == 1 else numbers
