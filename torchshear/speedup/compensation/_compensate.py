@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear._arguments import check_count, check_flag, check_kind
-from torchshear.calibration._batches import batches_of
-from torchshear.calibration._processes import agree
+from torchshear._arguments import check_count, check_kind
+from torchshear.calibration._batches import read_graph_inputs
+from torchshear.calibration._processes import agree, is_distributed, summed
+from torchshear.calibration._progress import Progress, check_progress
 from torchshear.dependency import Cut, PruningPlan
 from torchshear.errors import ArgumentError, VerificationError, WeightError
 from torchshear.graph import copy_model, is_on_meta, outside_inference_mode
@@ -36,7 +35,7 @@ def refit(
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     batches: int = 32,
-    progress: bool = True,
+    progress: Progress = True,
 ) -> tuple[nn.Module, Refit]:
     """Fit every layer of a shrunk model to give what it gave before the cut, in closed form and without labels.
 
@@ -58,7 +57,7 @@ def refit(
         args: example arguments to trace with, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
         batches: how many batches to run. All of them are held in memory, with what the frontier of the graph holds.
-        progress: True draws a bar where the error stream is a terminal.
+        progress: see `torchshear.collect`.
 
     Returns:
         A copy of `small` with other weights, and the errors of all layers before and after.
@@ -75,7 +74,7 @@ def refit(
     present weights on inputs of the pruned network as in Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580.
     """
     check_count("batches", batches)
-    check_flag("progress", progress)
+    check_progress(progress)
     check_kind("small", small, nn.Module, "the shrunk model")
     groups = analysis_of(model, plan, args, kwargs)
     graph = groups.graph
@@ -90,30 +89,22 @@ def refit(
     names = StateCut(groups, cut)
     dense_state = names.state_of(model)
     small_state = _small_state(small, groups.graph.aliases, dense_state, cut)
-    n_run, error = 0, None
+    error: Exception | None = None
     found: list[list[Any]] = []
     try:
-        for leaves, _ in batches_of(loader, batches, graph):
-            found.append(leaves)
-            n_run += 1
+        found += [leaves for leaves, _ in read_graph_inputs(loader, batches, graph)]
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure
-    agree("refit", graph.fingerprint, n_run, error)
+    agree("refit", graph.fingerprint, len(found), error)
     smaller = rewrite_graph(graph.fx_graph, groups.facts, cut)
-    console = Console(stderr=True)
-    with (
-        torch.no_grad(),
-        Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar,
-    ):
-        task = bar.add_task("refitting", total=None)
-        before = [graph_output(smaller, small_state, _copied(leaves)) for leaves in found]
-        fitted = dict(small_state)
-        run = RefitPass(
-            groups, cut, dense_state, fitted, found, lambda done, of: bar.update(task, completed=done, total=of)
-        )
+    fitted = dict(small_state)
+    run = RefitPass(groups, cut, dense_state, fitted, found, progress)
+    with torch.no_grad():
         run.run()
-        after = [graph_output(smaller, fitted, _copied(leaves)) for leaves in found]
-        wanted = [graph_output(graph.fx_graph, dense_state, _copied(leaves)) for leaves in found]
+        networks = ((graph.fx_graph, dense_state), (smaller, small_state), (smaller, fitted))
+        wanted, before, after = (
+            [graph_output(one, state, _copied(leaves)) for leaves in found] for one, state in networks
+        )
     errors = [_held_out_error(wanted, got, run.offsets) for got in (before, after)]
     result = copy_model(small)
     is_kept = errors[1] <= errors[0]
@@ -136,8 +127,6 @@ def _small_state(
     small: nn.Module, aliases: Mapping[str, str], dense: Mapping[str, Tensor], cut: Cut
 ) -> dict[str, Tensor]:
     """Return the tensors of a shrunk model by canonical name; what it does not hold is sliced from the original."""
-    from torchshear.speedup.rewriting._slicing import slice_state
-
     held = {
         aliases.get(name, name): tensor.detach() for name, tensor in (*small.named_parameters(), *small.named_buffers())
     }
@@ -164,6 +153,8 @@ def _held_out_error(wanted: list[Any], got: list[Any], offsets: list[int]) -> fl
         y, x = torch.cat(batches, 1) if batches else torch.zeros(2, 1)
         error += float((x - y).square().sum())
         variance += float((y - y.mean(0)).square().sum())
+    if is_distributed():
+        error, variance = summed(torch.tensor([error, variance], dtype=torch.float64)).tolist()
     return error / variance if variance else error
 
 

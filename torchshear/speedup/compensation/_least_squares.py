@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-RIDGES: Final = (1e-3, 1e-2, 1e-1, 1.0)
+RIDGES: Final = (1e-8, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges that are tried, as shares of the mean of the diagonal of the centred Gram matrix."""
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from torchshear.dependency._call import bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._operator import operator_name
 
@@ -210,9 +210,7 @@ def linear_layer(
     )
 
 
-def _find_obstacle(
-    weight: fx.Node, bias: Any, kind: str, given: Mapping[str, Any], n_reads: Mapping[str, int]
-) -> str:
+def _find_obstacle(weight: fx.Node, bias: Any, kind: str, given: Mapping[str, Any], n_reads: Mapping[str, int]) -> str:
     """Say why a layer cannot be refitted; "" if it can."""
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         return "its result is multiplied by a number"

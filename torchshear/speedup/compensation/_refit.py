@@ -6,7 +6,7 @@ knows the output that is wanted: one linear system. Errors of earlier layers are
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,12 +14,13 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.calibration._processes import is_distributed, summed
+from torchshear.calibration._progress import Progress, with_progress
 from torchshear.dependency import ChannelGroups, Cut
-from torchshear.dependency._call import bind_arguments
+from torchshear.dependency.rules._call import bind_arguments
 from torchshear.errors import DataError
 from torchshear.graph import locate
+from torchshear.graph._nodes import is_only_read
 from torchshear.graph._operator import Norm, operator_of
-from torchshear.graph._run import is_only_read
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
@@ -36,6 +37,52 @@ MIN_SAMPLES: Final = 2 * HELD_OUT
 _SAME: Final = 1e-10  # a relative squared error below this is rounding
 
 
+class _AffineSums:
+    """Sums of x, y and of what a norm reads, for each channel."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.sums: Tensor | None = None  # of x, y, x^2, xy, y^2, inner, inner^2; shape (7, C)
+
+    def add(self, x: Tensor, y: Tensor, inner: Tensor) -> None:
+        """Add values of shape (C, n)."""
+        found = torch.stack([v.sum(1) for v in (x, y, x * x, x * y, y * y, inner, inner * inner)])
+        self.n += x.shape[1]
+        self.sums = found if self.sums is None else self.sums + found
+
+    def reduce(self) -> None:
+        """Add up the sums of all processes."""
+        assert self.sums is not None, "each process has at least one batch"
+        self.n, self.sums = int(summed(torch.tensor(self.n))), summed(self.sums)
+
+    @property
+    def _means(self) -> Tensor:
+        assert self.sums is not None, "there is at least one batch"
+        return self.sums / max(self.n, 1)
+
+    def ones(self) -> Tensor:
+        """Return a one for each channel."""
+        return torch.ones_like(self._means[0])
+
+    def least_squares(self) -> tuple[Tensor, Tensor]:
+        """Return factor and shift for y = factor x + shift, each of shape (C,)."""
+        x, y, xx, xy = self._means[:4]
+        variance = xx - x * x
+        factor = torch.where(variance > 1e-12 * xx.clamp_min(1e-30), (xy - x * y) / variance.clamp_min(1e-30), 1.0)
+        return factor, y - factor * x
+
+    def inner_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of what the norm reads, each of shape (C,)."""
+        mean, square = self._means[5:]
+        return mean, (square - mean * mean).clamp_min(0)
+
+    def error(self, factor: Tensor, shift: Tensor) -> float:
+        """Return the squared error of factor x + shift, divided by the variance of y."""
+        x, y, xx, xy, yy = self._means[:5]
+        total = factor.square() * xx + shift.square() + yy + 2 * factor * shift * x - 2 * factor * xy - 2 * shift * y
+        return float(total.sum().clamp_min(0) / (yy - y * y).sum().clamp_min(1e-300))
+
+
 class RefitPass:
     """One pass over the original and the smaller network.
 
@@ -45,7 +92,7 @@ class RefitPass:
         dense: canonical name -> tensor of the original.
         small: canonical name -> tensor of the smaller network; entries are replaced as layers are fitted.
         batches: flat inputs of each batch.
-        progress: called with the number of nodes done and of all nodes.
+        progress: see `torchshear.collect`.
 
     Attributes:
         layers: results so far.
@@ -60,7 +107,7 @@ class RefitPass:
         dense: Mapping[str, Tensor],
         small: State,
         batches: Sequence[list[Any]],
-        progress: Callable[[int, int], None],
+        progress: Progress,
     ) -> None:
         self.groups, self.cut = groups, cut
         self.dense_state, self.small_state = dense, small
@@ -97,8 +144,8 @@ class RefitPass:
                 last[operand.name] = max(last.get(operand.name, 0), order[reader.name])
         dense: dict[str, Values] = {}
         small: dict[str, Values] = {}
-        for number, node in enumerate(nodes[:-1]):  # without the output
-            self.progress(number, len(nodes))
+        work = with_progress(nodes[:-1], len(nodes) - 1, "refitting", self.progress)  # without the output
+        for number, node in enumerate(work):
             self._step(originals.get(node.name), node, dense, small)
             for name in [name for name in small if last.get(name, 0) <= number]:
                 dense.pop(name, None)
@@ -107,7 +154,7 @@ class RefitPass:
     def _step(
         self, original: fx.Node | None, node: fx.Node, dense: dict[str, Values], small: dict[str, Values]
     ) -> None:
-        """Compute a node in both networks, and fit it if it is a layer; sizes that were cut are in the smaller alone."""
+        """Compute a node in both networks, and fit it first if it is a layer. Some nodes scale sizes in one alone."""
         if original is None:
             small[node.name] = _call_all(node, small, len(self.batches))
         elif node.op in ("placeholder", "get_attr"):
@@ -169,10 +216,12 @@ class RefitPass:
             bias = self.small_state[layer.bias].detach().reshape(bias.shape)
         fitting, held_out = self._moments(original, layer, weight, dense, small)
         fit = fit_linear(fitting, held_out, weight, bias, bool(layer.bias or norm_behind))
-        method = "least squares" if fit.ridge is not None else ""
-        self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_after, method))
         if fit.ridge is None or fit.error_before < _SAME:
+            self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_before, ""))
             return
+        self.layers.append(
+            RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_after, "least squares")
+        )
         self._set(layer.weight, layer.to_weight(fit.weight, self.small_state[layer.weight]), small)
         if layer.bias:
             self._set(layer.bias, fit.bias.reshape(-1), small)
@@ -223,52 +272,61 @@ class RefitPass:
         scale, shift, mean, variance = (
             given.get(argument) if argument else None for argument in (norm.scale, norm.shift, norm.mean, norm.variance)
         )
-        held = [one for one in (scale, shift, mean, variance) if isinstance(one, fx.Node)]
-        tensors = [str(one.target) for one in held]
-        if any(one.op != "get_attr" for one in held) or any(self.n_reads[tensor] > 1 for tensor in tensors):
+        own = [one for one in (scale, shift, mean, variance) if isinstance(one, fx.Node)]
+        tensors = [str(one.target) for one in own]
+        if any(one.op != "get_attr" for one in own) or any(self.n_reads[tensor] > 1 for tensor in tensors):
             self.skipped.append(SkippedLayer(name, "its scale or shift is computed, or read by several calls"))
             return
         if not tensors or given.get(norm.own) or any(self.small_state[tensor].ndim != 1 for tensor in tensors):
             return
-        sums = _AffineSums(), _AffineSums()
-        present = _call_all(node, small, len(self.batches))
-        for number, offset in enumerate(self.offsets):
-            wanted = self._kept(original, dense[original.name][number])
-            inner = small[_name_of(given[norm.input])][number]
-            for held, one in enumerate(sums):
-                chosen = (torch.arange(len(wanted)) + offset) % HELD_OUT == HELD_OUT - 1
-                index = (chosen if held else ~chosen).nonzero().squeeze(1).to(wanted.device)
-                rows = [
-                    value.index_select(0, index).movedim(norm.channels, 0).flatten(1).double()
-                    for value in (present[number], wanted, inner)
-                ]
-                one.add(*rows)
-        fitting, held_out = sums
-        ways = {"": (torch.ones_like(fitting.mean_x), torch.zeros_like(fitting.mean_x))}
-        if scale is not None and shift is not None:
+        fitting, held_out = self._norm_sums(original, node, norm, dense, small)
+        ways: dict[str, tuple[Tensor, Tensor]] = {"": (fitting.ones(), torch.zeros_like(fitting.ones()))}
+        weight, bias, old_mean, old_variance = (
+            self.small_state[str(one.target)].double() if isinstance(one, fx.Node) else None
+            for one in (scale, shift, mean, variance)
+        )
+        if weight is not None and bias is not None:
             ways["affine"] = fitting.least_squares()
-        statistics: tuple[Tensor, Tensor] | None = None
-        if mean is not None and variance is not None:
-            old_mean, old_variance = (self.small_state[str(one.target)].double() for one in (mean, variance))
-            new_mean, new_variance = fitting.inner_statistics()
+        new_mean, new_variance = fitting.inner_statistics()
+        if old_mean is not None and old_variance is not None:
             eps = float(given["eps"])
             factor = ((old_variance + eps) / (new_variance + eps)).sqrt()
-            weight = self.small_state[str(scale.target)].double() if scale is not None else torch.ones_like(factor)
-            bias = self.small_state[str(shift.target)].double() if shift is not None else torch.zeros_like(factor)
-            moved = (old_mean - new_mean) * weight / (new_variance + eps).sqrt()
-            ways["statistics"] = factor, bias * (1 - factor) + moved
-            statistics = new_mean, new_variance
+            own_bias = 0 if bias is None else bias
+            own_weight = 1 if weight is None else weight
+            moved = (old_mean - new_mean) * own_weight / (new_variance + eps).sqrt()
+            ways["statistics"] = factor, own_bias * (1 - factor) + moved
         errors = {way: held_out.error(*affine) for way, affine in ways.items()}
-        best = min(errors, key=lambda way: errors[way])
+        best = min(errors, key=lambda way: errors[way]) if errors[""] > _SAME else ""
         self.layers.append(RefittedLayer(name, "norm", errors[""], errors[best], best))
-        if best == "statistics" and statistics is not None and mean is not None and variance is not None:
-            for one, value in zip((mean, variance), statistics, strict=True):
-                self._set(str(one.target), value, small)
-        elif best == "affine" and scale is not None and shift is not None:
+        new: tuple[Tensor, ...] = ()
+        held: list[Any] = []
+        if best == "statistics":
+            new, held = (new_mean, new_variance), [mean, variance]
+        elif best == "affine" and weight is not None and bias is not None:
             factor, moved = ways["affine"]
-            weight, bias = (self.small_state[str(one.target)].double() for one in (scale, shift))
-            self._set(str(scale.target), weight * factor, small)
-            self._set(str(shift.target), bias * factor + moved, small)
+            new, held = (weight * factor, bias * factor + moved), [scale, shift]
+        for one, value in zip(held, new, strict=False):
+            self._set(_target_of(one), value, small)
+
+    def _norm_sums(
+        self, original: fx.Node, node: fx.Node, norm: Norm, dense: Mapping[str, Values], small: Mapping[str, Values]
+    ) -> tuple[_AffineSums, _AffineSums]:
+        """Sum up what a norm reads, gives and should give, apart for samples to fit to and for samples held out."""
+        sums = _AffineSums(), _AffineSums()
+        present, source = _call_all(node, small, len(self.batches)), bind_arguments(original)[norm.input].name
+        for number, offset in enumerate(self.offsets):
+            wanted = self._kept(original, dense[original.name][number])
+            is_held_out = (torch.arange(len(wanted)) + offset) % HELD_OUT == HELD_OUT - 1
+            for one, chosen in zip(sums, (~is_held_out, is_held_out), strict=True):
+                index = chosen.nonzero().squeeze(1).to(wanted.device)
+                rows = [
+                    value.index_select(0, index).movedim(norm.channels, 0).flatten(1).double()
+                    for value in (present[number], wanted, small[source][number])
+                ]
+                one.add(*rows)
+        for one in sums if is_distributed() else ():
+            one.reduce()
+        return sums
 
     def _kept(self, node: fx.Node, value: Any) -> Tensor:
         """Select the kept positions of a value of the original network."""
@@ -290,48 +348,6 @@ class RefitPass:
                     stale.append(user)
 
 
-class _AffineSums:
-    """Sums of x, y and of what a norm reads, for each channel."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.sums: Tensor | None = None  # of x, y, x^2, xy, y^2, inner, inner^2; shape (7, C)
-
-    def add(self, x: Tensor, y: Tensor, inner: Tensor) -> None:
-        """Add values of shape (C, n)."""
-        found = torch.stack([v.sum(1) for v in (x, y, x * x, x * y, y * y, inner, inner * inner)])
-        self.n += x.shape[1]
-        self.sums = found if self.sums is None else self.sums + found
-
-    @property
-    def _means(self) -> Tensor:
-        assert self.sums is not None, "there is at least one batch"
-        return self.sums / max(self.n, 1)
-
-    @property
-    def mean_x(self) -> Tensor:
-        """Mean of x, shape (C,)."""
-        return self._means[0]
-
-    def least_squares(self) -> tuple[Tensor, Tensor]:
-        """Return factor and shift for y = factor x + shift, each of shape (C,)."""
-        x, y, xx, xy = self._means[:4]
-        variance = xx - x * x
-        factor = torch.where(variance > 1e-12 * xx.clamp_min(1e-30), (xy - x * y) / variance.clamp_min(1e-30), 1.0)
-        return factor, y - factor * x
-
-    def inner_statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of what the norm reads, each of shape (C,)."""
-        mean, square = self._means[5:]
-        return mean, (square - mean * mean).clamp_min(0)
-
-    def error(self, factor: Tensor, shift: Tensor) -> float:
-        """Return the squared error of factor x + shift, divided by the variance of y."""
-        x, y, xx, xy, yy = self._means[:5]
-        total = factor.square() * xx + shift.square() + yy + 2 * factor * shift * x - 2 * factor * xy - 2 * shift * y
-        return float(total.sum().clamp_min(0) / (yy - y * y).sum().clamp_min(1e-300))
-
-
 def _call_all(node: fx.Node, values: Mapping[str, Values], n_batches: int) -> Values:
     """Compute a call in every batch."""
     found = []
@@ -349,9 +365,9 @@ def _n_samples(leaves: Sequence[Any]) -> int:
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
-def _name_of(node: Any) -> str:
-    assert isinstance(node, fx.Node)
-    return node.name
+def _target_of(node: Any) -> str:
+    assert isinstance(node, fx.Node), "a norm that is fitted has the tensor"
+    return str(node.target)
 
 
 def _module_of(node: fx.Node) -> str:
