@@ -37,7 +37,7 @@ LAYERS = (
     ("pruners", "speedup"),
     ("configs",),
     ("options", "report"),
-    ("api",),
+    ("api", "compensation"),
     ("compat", "comparison", "inspection"),
     ("cli",),
 )

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from torchshear._other_tools import answering
 from torchshear.api import PruneResult, plan, prune
+from torchshear.compensation import compensate
 from torchshear.dependency import PruningPlan, analyze
 from torchshear.errors import TorchshearError
 from torchshear.graph import trace
@@ -25,6 +26,7 @@ __all__ = [
     "analyze",
     "collect",
     "compare_latency",
+    "compensate",
     "export_onnx",
     "load_checkpoint",
     "plan",

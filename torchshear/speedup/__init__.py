@@ -7,6 +7,8 @@ from torchshear.speedup.checkpoints._stream import ShrunkCheckpoint, shrink_chec
 from torchshear.speedup.compensation._fold import fold_constants
 from torchshear.speedup.compensation._fold_record import Fold, FoldedConstants, SkippedConstants
 from torchshear.speedup.compensation._recalibrate import check_recalibration, recalibrate
+from torchshear.speedup.compensation._refit import refit
+from torchshear.speedup.compensation._refit_record import Refit, RefittedLayer, SkippedLayer
 from torchshear.speedup.latency import LatencyComparison, LatencyResult, compare_latency
 from torchshear.speedup.latency._alignment import detect_profile, profiles, resolve_alignment
 from torchshear.speedup.native._attention_scale import KeptScale
@@ -23,9 +25,12 @@ __all__ = [
     "LatencyResult",
     "NativeTradeoff",
     "OnnxFile",
+    "Refit",
+    "RefittedLayer",
     "Shrunk",
     "ShrunkCheckpoint",
     "SkippedConstants",
+    "SkippedLayer",
     "TracedModule",
     "Verification",
     "check_recalibration",
@@ -36,6 +41,7 @@ __all__ = [
     "load_checkpoint",
     "profiles",
     "recalibrate",
+    "refit",
     "resolve_alignment",
     "shrink",
     "shrink_checkpoint",

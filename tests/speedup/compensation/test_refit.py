@@ -11,8 +11,8 @@ from torch.nn import functional
 import torchshear
 from torchshear.errors import ArgumentError, DataError, PlanError, WeightError
 from torchshear.pruners import plan_from_kept
-from torchshear.speedup.compensation._compensate import refit
 from torchshear.speedup.compensation._linear_layer import LinearLayer, linear_layer
+from torchshear.speedup.compensation._refit import refit
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -272,3 +272,32 @@ def test_constant_inputs_and_few_samples_make_nothing_worse() -> None:
         assert record.error_after <= record.error_before
         assert all(layer.error_after <= layer.error_before for layer in record.layers)
         assert all(bool(tensor.isfinite().all()) for tensor in small.state_dict().values())
+
+
+def test_methods_stage_by_stage() -> None:
+    model = prepared(Convolutional)
+    x = noise(2, 3, 8, 8)
+    result = torchshear.prune(model, x, ratio=0.5)
+    held = {key: value.clone() for key, value in result.model.state_dict().items()}
+    data = loader(16, 3, 8, 8)
+
+    def compensated(method: Any, *given: Any) -> nn.Module:
+        return torchshear.compensate(model, result.model, result.plan, *given, method=method, batches=4, progress=False)
+
+    expected = {
+        "refit": refit(model, result.model, result.plan, data, batches=4, progress=False)[0],
+        "statistics": torchshear.recalibrate(result.model, data, 4, progress=False),
+        "constants": torchshear.shrink(model, result.plan, fold_bias=True),
+        "means": torchshear.prune(model, x, ratio=0.5, fold_bias="means", data=data, batches=4).model,
+    }
+    for method, other in expected.items():
+        found = compensated(method, *([] if method == "constants" else [data])).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in other.state_dict().items())
+        assert any(not torch.equal(found[key], value) for key, value in held.items())
+    assert all(torch.equal(held[key], value) for key, value in result.model.state_dict().items())
+    with pytest.raises(ArgumentError, match="method='refits'"):
+        compensated("refits", data)
+    with pytest.raises(ArgumentError, match="method='refit' runs data; give batches as loader="):
+        compensated("refit")
+    with pytest.raises(ArgumentError, match="method='constants' runs no data"):
+        compensated("constants", data)

@@ -83,10 +83,27 @@ def fold_constants(
     check_kind("shrunk", shrunk, Shrunk, "what shrink_to_form gave")
     if means is not None:
         check_kind("means", means, Mapping, "what torchshear.pruners.channel_means gave")
+    return replace(shrunk, fold=fold_in_place(model, shrunk.model, plan, args, kwargs, means))
+
+
+def fold_in_place(
+    model: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    args: tuple[Any, ...] | Tensor | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    means: Means | None = None,
+) -> Fold:
+    """Fold constants, or means, into a shrunk model, which is changed if the result is proved; see `fold_constants`.
+
+    Raises:
+        VerificationError: the folded model is not the original with constants on the removed channels.
+        WeightError: the model is on the meta device.
+    """
     groups = analyze_planned(model, plan, args, kwargs)
     if is_on_meta(model):
         raise WeightError("the model is on the meta device: without values there are no constants to fold.")
-    graph, cut, small = groups.graph, Cut(groups, plan.kept), shrunk.model
+    graph, cut, changed = groups.graph, Cut(groups, plan.kept), small
     if graph.parts is not None:
         model, small = (PartRun(whole_model(one), graph.parts) for one in (model, small))
     inputs = [graph.inputs, random_like(graph.inputs, 0), random_like(graph.inputs, 1)]
@@ -109,9 +126,9 @@ def fold_constants(
         ) from error
     folded = slice_state(cut, {name: network.state[name] + added for name, added in decisions.changes.items()})
     max_error = _prove_fold(small, plan, network, decisions, folded, inputs, dtype)
-    _write_values(shrunk.model, folded)
+    _write_values(changed, folded)
     kind: Literal["constants", "means"] = "constants" if means is None else "means"
-    return replace(shrunk, fold=Fold(kind, tuple(decisions.folded), tuple(decisions.skipped), max_error, dtype))
+    return Fold(kind, tuple(decisions.folded), tuple(decisions.skipped), max_error, dtype)
 
 
 def _prove_fold(

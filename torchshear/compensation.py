@@ -1,0 +1,89 @@
+"""Compensation of a cut stage by stage: a shrunk model comes nearer to its original, by any of the methods."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from torchshear._arguments import check_kind, check_one_of
+from torchshear.calibration import Progress
+from torchshear.dependency import PruningPlan
+from torchshear.errors import ArgumentError
+from torchshear.graph import copy_model, outside_inference_mode
+from torchshear.options import checked_call
+from torchshear.pruners import channel_means
+from torchshear.speedup import recalibrate, refit
+from torchshear.speedup.compensation._fold import fold_in_place
+from torchshear.speedup.shrinking._planned import analyze_planned
+
+CompensationMethod = Literal["refit", "statistics", "means", "constants"]
+
+
+@checked_call
+@outside_inference_mode()
+def compensate(  # noqa: PLR0913 - independent options, given by name
+    model: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    loader: Iterable[Any] | None = None,
+    method: CompensationMethod = "refit",
+    *,
+    args: tuple[Any, ...] | Tensor | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    batches: int = 32,
+    progress: Progress = True,
+) -> nn.Module:
+    """Bring a shrunk model nearer to its original without training and without labels.
+
+    Args:
+        model: the original; it is left as it is.
+        small: the model that the plan made of it; it is left as it is.
+        plan: the plan between them.
+        loader: gives batches of inputs, as for `torchshear.collect`; targets are ignored. None for "constants".
+        method: "refit" fits every layer in closed form to give what it gave before, see `torchshear.speedup.refit`;
+            "statistics" gives batch norms new statistics, see `torchshear.recalibrate`; "means" and "constants" fold
+            what removed channels held, on average or without input, into biases, see
+            `torchshear.speedup.fold_constants`.
+        args: example arguments to trace with, if the plan does not describe them.
+        kwargs: example keyword arguments, likewise.
+        batches: how many batches to run.
+        progress: see `torchshear.collect`.
+
+    Returns:
+        A copy of `small` with other weights or statistics.
+
+    Raises:
+        ArgumentError: the method is unknown; data is missing, or is given to a method that uses none; or as the
+            functions named above.
+        DataError: the data does not fit the model, or is too little.
+        PlanError: the plan is for another model.
+        VerificationError: the result does not compute what was fitted or folded; nothing is returned then.
+        WeightError: a model is on the meta device.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> result = torchshear.prune(model, torch.randn(1, 4), ratio=0.5)
+        >>> data = [torch.randn(64, 4) for _ in range(4)]
+        >>> small = torchshear.compensate(model, result.model, result.plan, data, batches=4, progress=False)
+        >>> small[0].out_features
+        4
+    """
+    check_one_of("method", method, get_args(CompensationMethod))
+    check_kind("small", small, nn.Module, "the shrunk model")
+    if (loader is None) != (method == "constants"):
+        raise ArgumentError(
+            f"method={method!r} {'runs data; give batches as loader' if loader is None else 'runs no data'}=; leave "
+            f"loader= away for 'constants' alone."
+        )
+    data = () if loader is None else loader
+    if method == "refit":
+        return refit(model, small, plan, data, args=args, kwargs=kwargs, batches=batches, progress=progress)[0]
+    if method == "statistics":
+        return recalibrate(small, data, batches, progress)
+    means = None
+    if method == "means":
+        means = channel_means(analyze_planned(model, plan, args, kwargs), data, batches, progress)
+    copy = copy_model(small)
+    fold_in_place(model, copy, plan, args, kwargs, means)
+    return copy

@@ -1,0 +1,374 @@
+"""Refit of a shrunk model: every layer is fitted, in the order of the graph, to give what it gave before the cut.
+
+The captured graph and the graph of the smaller network are interpreted side by side, node by node, with all batches at
+each node. At a linear layer the smaller network knows its inputs, all layers before it being refitted, and the original
+knows the output that is wanted: one linear system. Errors of earlier layers are so corrected by later ones.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from torchshear.calibration._processes import is_distributed, sum_over_processes
+from torchshear.calibration._progress import Progress, with_progress
+from torchshear.dependency import ChannelGroups, Cut
+from torchshear.dependency.rules._call import bind_arguments
+from torchshear.errors import DataError
+from torchshear.graph import locate
+from torchshear.graph._nodes import is_only_read
+from torchshear.graph._operator import Norm, operator_of
+from torchshear.speedup.compensation._least_squares import Moments, fit_linear
+from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
+from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
+from torchshear.speedup.rewriting._rewrite import rewrite_graph
+from torchshear.speedup.rewriting._slicing import map_axes, select_kept, writes_to_operand
+
+State = dict[str, Tensor]
+Values = list[Any]  # value of a node in each batch
+
+ROWS_PER_UNKNOWN: Final = 8
+MIN_ROWS: Final = 32768
+HELD_OUT: Final = 4  # one of so many samples
+MIN_SAMPLES: Final = 2 * HELD_OUT
+_SAME: Final = 1e-10  # a relative squared error below this is rounding
+
+
+class _AffineSums:
+    """Sums of x, y and of what a norm reads, for each channel."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.sums: Tensor | None = None  # of x, y, x^2, xy, y^2, inner, inner^2; shape (7, C)
+
+    def add(self, x: Tensor, y: Tensor, inner: Tensor) -> None:
+        """Add values of shape (C, n)."""
+        found = torch.stack([v.sum(1) for v in (x, y, x * x, x * y, y * y, inner, inner * inner)])
+        self.n += x.shape[1]
+        self.sums = found if self.sums is None else self.sums + found
+
+    def reduce(self) -> None:
+        """Add up the sums of all processes."""
+        assert self.sums is not None, "each process has at least one batch"
+        self.n, self.sums = int(sum_over_processes(torch.tensor(self.n))), sum_over_processes(self.sums)
+
+    @property
+    def _means(self) -> Tensor:
+        assert self.sums is not None, "there is at least one batch"
+        return self.sums / max(self.n, 1)
+
+    def ones(self) -> Tensor:
+        """Return a one for each channel."""
+        return torch.ones_like(self._means[0])
+
+    def least_squares(self) -> tuple[Tensor, Tensor]:
+        """Return factor and shift for y = factor x + shift, each of shape (C,)."""
+        x, y, xx, xy = self._means[:4]
+        variance = xx - x * x
+        factor = torch.where(variance > 1e-12 * xx.clamp_min(1e-30), (xy - x * y) / variance.clamp_min(1e-30), 1.0)
+        return factor, y - factor * x
+
+    def inner_statistics(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of what the norm reads, each of shape (C,)."""
+        mean, square = self._means[5:]
+        return mean, (square - mean * mean).clamp_min(0)
+
+    def error(self, factor: Tensor, shift: Tensor) -> float:
+        """Return the squared error of factor x + shift, divided by the variance of y."""
+        x, y, xx, xy, yy = self._means[:5]
+        total = factor.square() * xx + shift.square() + yy + 2 * factor * shift * x - 2 * factor * xy - 2 * shift * y
+        return float(total.sum().clamp_min(0) / (yy - y * y).sum().clamp_min(1e-300))
+
+
+class RefitPass:
+    """One pass over the original and the smaller network.
+
+    Args:
+        groups: the analysed original.
+        cut: the units that were removed.
+        dense: canonical name -> tensor of the original.
+        small: canonical name -> tensor of the smaller network; entries are replaced as layers are fitted.
+        batches: flat inputs of each batch.
+        progress: see `torchshear.collect`.
+
+    Attributes:
+        layers: results so far.
+        skipped: layers left alone so far.
+        n_samples: samples in all batches of this process.
+    """
+
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        cut: Cut,
+        dense: Mapping[str, Tensor],
+        small: State,
+        batches: Sequence[list[Any]],
+        progress: Progress,
+    ) -> None:
+        self.groups, self.cut = groups, cut
+        self.dense_state, self.small_state = dense, small
+        self.batches, self.progress = batches, progress
+        self.layers: list[RefittedLayer] = []
+        self.skipped: list[SkippedLayer] = []
+        self.inputs = [node for node in groups.graph if node.op == "placeholder"]
+        self.generator = torch.Generator().manual_seed(0)
+        self.sources: list[fx.Node] = []
+        sizes = [_n_samples(leaves) for leaves in batches]
+        self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
+        self.n_samples = sum(sizes)
+        if self.n_samples < MIN_SAMPLES:
+            raise DataError(
+                f"the data has {self.n_samples} samples; a refit needs at least {MIN_SAMPLES}, of which a quarter is "
+                f"held out. Some hundred are better."
+            )
+        self.n_reads = Counter(
+            str(operand.target) for node in groups.graph for operand in node.all_input_nodes if operand.op == "get_attr"
+        )
+
+    def run(self) -> None:
+        """Fit all layers."""
+        graph = self.groups.graph
+        smaller = rewrite_graph(graph.fx_graph, self.groups.facts, self.cut)
+        originals = {node.name: node for node in graph.fx_graph.nodes}
+        nodes = list(smaller.nodes)
+        self.sources = [node for node in nodes if node.op == "get_attr"]
+        readers = [*nodes, *(originals[node.name] for node in nodes if node.name in originals)]
+        order = {node.name: number for number, node in enumerate(nodes)}
+        last: dict[str, int] = {}
+        for reader in readers:
+            for operand in reader.all_input_nodes:
+                last[operand.name] = max(last.get(operand.name, 0), order[reader.name])
+        dense: dict[str, Values] = {}
+        small: dict[str, Values] = {}
+        work = with_progress(nodes[:-1], len(nodes) - 1, "refitting", self.progress)  # without the output
+        for number, node in enumerate(work):
+            self._step(originals.get(node.name), node, dense, small)
+            for name in [name for name in small if last.get(name, 0) <= number]:
+                dense.pop(name, None)
+                small.pop(name)
+
+    def _step(
+        self, original: fx.Node | None, node: fx.Node, dense: dict[str, Values], small: dict[str, Values]
+    ) -> None:
+        """Compute a node in both networks, and fit it first if it is a layer. Some nodes scale sizes in one alone."""
+        if original is None:
+            small[node.name] = _call_all(node, small, len(self.batches))
+        elif node.op in ("placeholder", "get_attr"):
+            dense[node.name], small[node.name] = self._load(original)
+        elif self._is_shared(original, node, dense, small):
+            dense[node.name] = small[node.name] = _call_all(original, dense, len(self.batches))
+        else:
+            for operand in node.all_input_nodes if writes_to_operand(original) else ():
+                if small[operand.name] is dense.get(operand.name):  # both networks shared it until here
+                    small[operand.name] = [_clone(value) for value in small[operand.name]]
+            dense[node.name] = _call_all(original, dense, len(self.batches))
+            self._fit(original, node, dense, small)
+            small[node.name] = _call_all(node, small, len(self.batches))
+
+    def _load(self, node: fx.Node) -> tuple[Values, Values]:
+        """Return the values of an input, a parameter or a buffer in both networks; the same list where they agree."""
+        if node.op == "placeholder":
+            number = self.inputs.index(node)
+            values = [_clone(leaves[number]) for leaves in self.batches]  # the graph may write to them
+            return values, values
+        name = str(node.target)
+        is_shared = is_only_read(node)
+
+        def load(tensor: Tensor) -> Values:
+            return [tensor.detach() if is_shared and tensor.ndim > 1 else tensor.detach().clone() for _ in self.batches]
+
+        dense, small = self.dense_state[name], self.small_state[name]
+        values = load(dense)
+        return values, values if dense.shape == small.shape and torch.equal(dense, small) else load(small)
+
+    def _is_shared(
+        self, original: fx.Node, node: fx.Node, dense: Mapping[str, Values], small: Mapping[str, Values]
+    ) -> bool:
+        """Check that a call gives the same in both networks: same operands, same arguments."""
+        if any(small[operand.name] is not dense.get(operand.name) for operand in node.all_input_nodes):
+            return False
+        one, other = (fx.map_arg((of.args, dict(of.kwargs)), lambda operand: operand.name) for of in (original, node))
+        return original.target == node.target and bool(one == other)
+
+    def _fit(self, original: fx.Node, node: fx.Node, dense: Mapping[str, Values], small: dict[str, Values]) -> None:
+        """Fit the layer that a call is, if it is one, before the smaller network computes it."""
+        norm = operator_of(original).norm
+        if norm is not None:
+            self._fit_norm(original, node, norm, dense, small)
+            return
+        layer = linear_layer(original, node, self.groups.facts.carriers, self.n_reads)
+        if isinstance(layer, str):
+            if layer:
+                self.skipped.append(SkippedLayer(_module_of(original), layer))
+            return
+        weight = layer.to_matrix(self.small_state[layer.weight].detach())
+        if weight.shape[2] > MAX_UNKNOWNS:
+            reason = f"it has {weight.shape[2]:,} unknowns for each output; at most {MAX_UNKNOWNS:,} are fitted"
+            self.skipped.append(SkippedLayer(_module_of(original), reason))
+            return
+        norm_behind = self._batch_norm_behind(original) if not layer.bias else None
+        bias = weight.new_zeros(weight.shape[:2])
+        if layer.bias:
+            bias = self.small_state[layer.bias].detach().reshape(bias.shape)
+        fitting, held_out = self._moments(original, layer, weight, dense, small)
+        fit = fit_linear(fitting, held_out, weight, bias, bool(layer.bias or norm_behind))
+        if fit.ridge is None or fit.error_before < _SAME:
+            self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_before, ""))
+            return
+        self.layers.append(
+            RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_after, "least squares")
+        )
+        self._set(layer.weight, layer.to_weight(fit.weight, self.small_state[layer.weight]), small)
+        if layer.bias:
+            self._set(layer.bias, fit.bias.reshape(-1), small)
+        elif norm_behind:
+            self._set(norm_behind, self.small_state[norm_behind].double() - fit.bias.reshape(-1), small)
+
+    def _moments(
+        self,
+        original: fx.Node,
+        layer: LinearLayer,
+        weight: Tensor,
+        dense: Mapping[str, Values],
+        small: Mapping[str, Values],
+    ) -> tuple[Moments, Moments]:
+        """Sum up rows of a layer, apart for samples to fit to and for samples held out."""
+        n_groups, n_out, n_in = weight.shape
+        both = Moments(n_groups, n_in, n_out, weight.device), Moments(n_groups, n_in, n_out, weight.device)
+        n_rows = -(-max(MIN_ROWS, ROWS_PER_UNKNOWN * n_in) // len(self.batches))
+        taps = [self.small_state[layer.weight].shape[dim] for dim in layer.order][2:] if layer.n_dims else []
+        for number, offset in enumerate(self.offsets):
+            wanted = self._kept(original, dense[original.name][number])
+            rows = layer.rows(small[layer.operand][number], wanted, taps, n_rows, self.generator)
+            is_held_out = (rows.samples + offset) % HELD_OUT == HELD_OUT - 1
+            for moments, chosen in zip(both, (~is_held_out, is_held_out), strict=True):
+                index = chosen.nonzero().squeeze(1).to(weight.device)
+                moments.add(rows.inputs.index_select(1, index), rows.outputs.index_select(1, index))
+        for moments in both if is_distributed() else ():
+            moments.reduce(sum_over_processes)
+        return both
+
+    def _batch_norm_behind(self, node: fx.Node) -> str:
+        """Return the running mean of a batch norm that alone reads a layer, or ""."""
+        users = list(node.users)
+        norm = operator_of(users[0]).norm if len(users) == 1 else None
+        if norm is None or norm.over != "batch":
+            return ""
+        given = bind_arguments(users[0])
+        mean = given.get(norm.mean)
+        if given.get(norm.input) is not node or given.get(norm.own) or not isinstance(mean, fx.Node):
+            return ""
+        return str(mean.target) if mean.op == "get_attr" and self.n_reads[str(mean.target)] == 1 else ""
+
+    def _fit_norm(
+        self, original: fx.Node, node: fx.Node, norm: Norm, dense: Mapping[str, Values], small: dict[str, Values]
+    ) -> None:
+        """Fit scale and shift of a norm, or renew its running statistics, whichever does better."""
+        given, name = bind_arguments(original), _module_of(original)
+        scale, shift, mean, variance = (
+            given.get(argument) if argument else None for argument in (norm.scale, norm.shift, norm.mean, norm.variance)
+        )
+        own = [one for one in (scale, shift, mean, variance) if isinstance(one, fx.Node)]
+        tensors = [str(one.target) for one in own]
+        if any(one.op != "get_attr" for one in own) or any(self.n_reads[tensor] > 1 for tensor in tensors):
+            self.skipped.append(SkippedLayer(name, "its scale or shift is computed, or read by several calls"))
+            return
+        if not tensors or given.get(norm.own) or any(self.small_state[tensor].ndim != 1 for tensor in tensors):
+            return
+        fitting, held_out = self._norm_sums(original, node, norm, dense, small)
+        ways: dict[str, tuple[Tensor, Tensor]] = {"": (fitting.ones(), torch.zeros_like(fitting.ones()))}
+        weight, bias, old_mean, old_variance = (
+            self.small_state[str(one.target)].double() if isinstance(one, fx.Node) else None
+            for one in (scale, shift, mean, variance)
+        )
+        if weight is not None and bias is not None:
+            ways["affine"] = fitting.least_squares()
+        new_mean, new_variance = fitting.inner_statistics()
+        if old_mean is not None and old_variance is not None:
+            eps = float(given["eps"])
+            factor = ((old_variance + eps) / (new_variance + eps)).sqrt()
+            own_bias = 0 if bias is None else bias
+            own_weight = 1 if weight is None else weight
+            moved = (old_mean - new_mean) * own_weight / (new_variance + eps).sqrt()
+            ways["statistics"] = factor, own_bias * (1 - factor) + moved
+        errors = {way: held_out.error(*affine) for way, affine in ways.items()}
+        best = min(errors, key=lambda way: errors[way]) if errors[""] > _SAME else ""
+        self.layers.append(RefittedLayer(name, "norm", errors[""], errors[best], best))
+        new: tuple[Tensor, ...] = ()
+        held: list[Any] = []
+        if best == "statistics":
+            new, held = (new_mean, new_variance), [mean, variance]
+        elif best == "affine" and weight is not None and bias is not None:
+            factor, moved = ways["affine"]
+            new, held = (weight * factor, bias * factor + moved), [scale, shift]
+        for one, value in zip(held, new, strict=False):
+            self._set(_target_of(one), value, small)
+
+    def _norm_sums(
+        self, original: fx.Node, node: fx.Node, norm: Norm, dense: Mapping[str, Values], small: Mapping[str, Values]
+    ) -> tuple[_AffineSums, _AffineSums]:
+        """Sum up what a norm reads, gives and should give, apart for samples to fit to and for samples held out."""
+        sums = _AffineSums(), _AffineSums()
+        present, source = _call_all(node, small, len(self.batches)), bind_arguments(original)[norm.input].name
+        for number, offset in enumerate(self.offsets):
+            wanted = self._kept(original, dense[original.name][number])
+            is_held_out = (torch.arange(len(wanted)) + offset) % HELD_OUT == HELD_OUT - 1
+            for one, chosen in zip(sums, (~is_held_out, is_held_out), strict=True):
+                index = chosen.nonzero().squeeze(1).to(wanted.device)
+                rows = [
+                    value.index_select(0, index).movedim(norm.channels, 0).flatten(1).double()
+                    for value in (present[number], wanted, small[source][number])
+                ]
+                one.add(*rows)
+        for one in sums if is_distributed() else ():
+            one.reduce()
+        return sums
+
+    def _kept(self, node: fx.Node, value: Any) -> Tensor:
+        """Select the kept positions of a value of the original network."""
+        axes = self.groups.facts.axes.get(node.name)
+        kept: Tensor = map_axes(lambda tensor, own: select_kept(tensor, own, self.cut), value, axes)
+        return kept
+
+    def _set(self, name: str, value: Tensor, small: dict[str, Values]) -> None:
+        """Replace a tensor of the smaller network, and what calls read of it from now on."""
+        old = self.small_state[name]
+        self.small_state[name] = value.detach().reshape(old.shape).to(old)
+        stale = [node for node in self.sources if str(node.target) == name and node.name in small]
+        for source in stale:
+            small[source.name] = [self.small_state[name] for _ in self.batches]
+        while stale:  # calls that moved the dimensions of a weight before its layer reads it
+            for user in stale.pop().users:
+                if user.name in small:
+                    small[user.name] = _call_all(user, small, len(self.batches))
+                    stale.append(user)
+
+
+def _call_all(node: fx.Node, values: Mapping[str, Values], n_batches: int) -> Values:
+    """Compute a call in every batch."""
+    found = []
+    for number in range(n_batches):
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand.name][number])  # noqa: B023
+        found.append(node.target(*args, **kwargs))  # type: ignore[operator]
+    return found
+
+
+def _clone(value: Any) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, value)
+
+
+def _n_samples(leaves: Sequence[Any]) -> int:
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
+def _target_of(node: Any) -> str:
+    assert isinstance(node, fx.Node), "a norm that is fitted has the tensor"
+    return str(node.target)
+
+
+def _module_of(node: fx.Node) -> str:
+    return locate(node).module or node.name
