@@ -6,6 +6,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 COUNT ?= 5000
 SEED ?= 0
+SECTION ?= files
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint browser-setup test-zoo zoo-setup bench bench-setup fuzz fuzz-inputs mutations replay clean
@@ -76,8 +77,8 @@ bench: bench-setup ## planning time against Torch-Pruning
 fuzz: setup ## random networks, cut at random: make fuzz COUNT=5000 SEED=0
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --count $(COUNT) --seed $(SEED)
 
-fuzz-inputs: setup ## inputs that are wrong in every way: make fuzz-inputs COUNT=20000 SEED=0
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_inputs.py --count $(COUNT) --seed $(SEED)
+fuzz-inputs: setup ## inputs that are wrong in every way: make fuzz-inputs SECTION=calls COUNT=20000
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz_inputs.py --section $(SECTION) --count $(COUNT) --seed $(SEED)
 
 mutations: setup ## make every operator rule wrong, and see prune notice
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mutations.py
