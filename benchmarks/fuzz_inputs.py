@@ -3,8 +3,8 @@
     python benchmarks/fuzz_inputs.py --section files --count 20000 --seed 0
     python benchmarks/fuzz_inputs.py --section calls --count 80000 --seed 0
 
-Files are damaged in places and in structure; calls of public functions and methods get one or two wrong arguments, wrong
-themselves or in what stands inside them.
+Files are damaged in places and in structure; calls of public functions and methods get one or two arguments that are
+wrong themselves, or in what stands inside them.
 
 Every failure is printed with the seed that makes it again (`--count 1 --seed N --kind NAME`), and the run ends with 1.
 """

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -191,6 +192,8 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
         ({"fold_bias": "means"}, r"fold_bias='means' takes means over data; give batches as data="),
         ({"fold_bias": True, "data": [1]}, r"data is given, and no criterion looks at it \(l1\)"),
         ({"config": CONFIG, "ratio": 0.5}, r"config= says which layers lose how much, and ratio=0.5 says something"),
+        ({"config": CONFIG, "min_ratio": torch.zeros(2, 3)}, r"and min_ratio=.* says something else"),
+        ({"config": CONFIG, "exclude": np.float32(0.5)}, r"and exclude=.* says something else"),
         ({"config": CONFIG, "scope": "global"}, r"and scope='global' says something else"),
         ({"config": CONFIG, "target_macs": 0.5}, r"and target_macs=0.5 says something else"),
         ({"config": CONFIG, "exclude": ["one"]}, r"and exclude=\['one'\] says something else"),

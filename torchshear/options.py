@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
+from numbers import Number
 from typing import Any, Final, Literal, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -290,7 +291,9 @@ def _read_entries(config: ConfigList, request: Request, has_criterion: bool) -> 
     for field in fields(request):
         value = getattr(request, field.name)
         is_empty = value is None or (isinstance(value, tuple | list) and not value)
-        if field.name not in _BESIDE_A_CONFIG and not is_empty and value != field.default:
+        is_plain = isinstance(value, str | Number) and isinstance(field.default, str | Number)
+        is_default = is_plain and value == field.default
+        if field.name not in _BESIDE_A_CONFIG and not (is_empty or is_default):
             raise ArgumentError(
                 f"config= says which layers lose how much, and {field.name}={quote(value)} says something else of "
                 f"that. Give one of them; beside a config there may be criterion, align and min_width."
