@@ -136,7 +136,7 @@ class CalibrationOptions:
         """Raise ArgumentError for data that no criterion looks at, and that nothing else uses."""
         if self.loader is not None and not is_used_otherwise and not any(needs_of(one) for one in criteria):
             names = ", ".join(str(name) for name in criteria)
-            raise ArgumentError(f"data is given, and no criterion looks at it ({names}). NativeTradeoff data= away.")
+            raise ArgumentError(f"data is given, and no criterion looks at it ({names}). Leave data= away.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -306,7 +306,7 @@ def _read_entries(config: ConfigList, request: Request, has_criterion: bool) -> 
         if entry.criterion is not None and criterion is not None and not entry.excludes:
             raise ArgumentError(
                 f"{entry.label} says a criterion of its own ({entry.criterion}), as those of Neural Compressor always "
-                f"do, and criterion={criterion!r} says another. NativeTradeoff criterion= away."
+                f"do, and criterion={criterion!r} says another. Leave criterion= away."
             )
         if not (entry.excludes or entry.removes_channels or entry.pattern == DEFAULT_PATTERN):
             raise ArgumentError(
