@@ -1,9 +1,9 @@
 """Data run through a model, and what it shows of each unit: activations, gradients, gates."""
 
 from torchshear.calibration._batches import Batch, CallForm, read_batches, read_graph_inputs
+from torchshear.calibration._processes import all_reduced
 from torchshear.calibration._progress import Progress, check_progress, with_progress
 from torchshear.calibration._run import Loss, Run
-from torchshear.calibration._shared_statistics import all_reduced
 from torchshear.calibration._statistics import (
     ALL_SUMS,
     SUM_OF_MEANS,

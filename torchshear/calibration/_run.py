@@ -14,7 +14,6 @@ from torchshear.calibration._gates import Gates
 from torchshear.calibration._processes import n_processes
 from torchshear.calibration._recurrent import is_recurrent
 from torchshear.calibration._recurrent import run as run_recurrent
-from torchshear.calibration._samples import sample_input
 from torchshear.calibration._statistics import (
     SUMS_OF_GRADIENTS,
     SUMS_OF_VALUES,
@@ -23,7 +22,7 @@ from torchshear.calibration._statistics import (
     Sum,
 )
 from torchshear.calibration._sums import HeadAccumulator, RowAccumulator, ValueAccumulator
-from torchshear.calibration._taps import GroupTaps, find_taps
+from torchshear.calibration._taps import GroupTaps, find_taps, sample_input
 from torchshear.calibration._weight_calls import find_weight_calls
 from torchshear.calibration._weight_source import weights_to_score
 from torchshear.calibration._weight_sums import WeightAccumulators

@@ -25,11 +25,10 @@ from torchshear.pruners.selection._exact import (
     rearranged_units,
     removal_order,
 )
-from torchshear.pruners.selection._limits import default_most, limits_of
-from torchshear.pruners.selection._pools import Steps, WidthSteps, isomorphism_classes, rank, take_share
+from torchshear.pruners.selection._pools import WidthSteps, isomorphism_classes, rank, take_share
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._scoring import group_scores
-from torchshear.pruners.selection._targets import FOR_ITS_CLASS, choose_targets
+from torchshear.pruners.selection._targets import FOR_ITS_CLASS, choose_targets, default_max_ratio, limits_of
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -69,6 +68,7 @@ class UnitSelector:
         self.criterion: Criterion = find_criterion(request.criterion)
         self.targets = choose_targets(groups, request.shares, request.roles, request.exclude)
         self.targets |= dict.fromkeys(whole, FOR_ITS_CLASS)
+        self.ratios = {name: target.ratio for name, target in self.targets.items() if target.ratio is not None}
         self.limits = limits_of(groups, request, self.targets)
         self.statistics = statistics
         self.weights = weights
@@ -97,7 +97,7 @@ class UnitSelector:
             if group.name in scores
         }
         notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
-        return SelectedUnits(kept, notes, self._asked_ratios())
+        return SelectedUnits(kept, notes, self.ratios)
 
     def _widths(self) -> dict[str, Width]:
         """Return the number of units that stay, by group.
@@ -105,52 +105,52 @@ class UnitSelector:
         Raises:
             ArgumentError: no group can lose a unit.
         """
-        widths = {group.name: self._width(group) for group in self.groups}
+        widths: dict[str, Width] = {}
+        for group in self.groups:
+            target = self.targets[group.name]
+            if target.ratio is None:
+                widths[group.name] = Width(group.width, f"stays whole: {target.reason}")
+            else:
+                limits = self.limits[group.name]
+                widths[group.name] = choose_width(group, target.ratio, self.request.alignment, limits)
         chosen = tuple(group for group in self.groups.prunable if self.targets[group.name].ratio)
         if chosen and not any(widths[group.name].kept < group.width for group in self.groups):
             raise ArgumentError(_explain_no_removal(chosen, self.request, self.limits))
         return widths
-
-    def _width(self, group: ChannelGroup) -> Width:
-        """Return the number of units of a group that stay; all of them where it is to stay whole."""
-        target = self.targets[group.name]
-        if target.ratio is None:
-            return Width(group.width, f"stays whole: {target.reason}")
-        return choose_width(group, target.ratio, self.request.alignment, self.limits[group.name])
-
-    def _asked_ratios(self) -> dict[str, float]:
-        return {name: target.ratio for name, target in self.targets.items() if target.ratio is not None}
 
     def _select_by_pools(self) -> SelectedUnits:
         """Remove units in the order of their pools, until a share of each pool has gone or a budget is met."""
         width_steps = self._make_width_steps()
         budget, dense = self._budget()
         self._check_reachable(width_steps, budget, dense)
+        notes = {name: f"stays whole: {target.reason}" for name, target in self.targets.items() if target.reason}
+        notes |= {group.name: group.reason for group in self.groups if group.reason}
         if not width_steps:
-            return SelectedUnits({}, self._reasons_to_stay_whole(), self._asked_ratios())
+            return SelectedUnits({}, notes, self.ratios)
         scores = self._scores([one.group for one in width_steps])
+        is_local = self.request.scope == "local"  # a group's share of units gone ranks its steps, and not their scores
         width_steps = [
-            self._with_scores(one, scores[one.group.name]) for one in width_steps if one.group.name in scores
+            replace(one, order=removal_order(one.group, found), scores=None if is_local else found)
+            for one in width_steps
+            if (found := scores.get(one.group.name)) is not None
         ]
         if self.unscored:
             self._check_reachable(width_steps, budget, dense)
-        steps = rank(width_steps, self._normalizes())
+        normalize = self.request.normalize
+        steps = rank(width_steps, normalize == "mean" or (normalize == "auto" and not is_comparable(self.criterion)))
         if budget is None:
             taken = take_share(steps, self._n_to_remove(width_steps), len(width_steps))
         else:
-            taken = self._solve(budget, width_steps, steps)
+            solver = BudgetSolver(self.groups, width_steps)
+            taken = solve_exactly(
+                lambda tight: solver.solve(steps, tight),
+                lambda taken: Cut(self.groups, self._kept_units(width_steps, taken)).cost(),
+                budget,
+            )
         if not taken.any():
             raise ArgumentError(_explain_no_removal(tuple(one.group for one in width_steps), self.request, self.limits))
-        return SelectedUnits(
-            self._kept_units(width_steps, taken),
-            self._reasons_to_stay_whole() | self.unscored,
-            {} if budget else self._asked_ratios(),
-        )
-
-    def _reasons_to_stay_whole(self) -> dict[str, str]:
-        """Return the reasons for which groups stay whole whatever the scores."""
-        notes = {name: f"stays whole: {target.reason}" for name, target in self.targets.items() if target.reason}
-        return notes | {group.name: group.reason for group in self.groups if group.reason}
+        kept = self._kept_units(width_steps, taken)
+        return SelectedUnits(kept, notes | self.unscored, {} if budget else self.ratios)
 
     def _make_width_steps(self) -> list[WidthSteps]:
         """Return the steps of each group that may shrink, from its own width down."""
@@ -167,10 +167,6 @@ class UnitSelector:
             width_steps.append(WidthSteps(group, widths, n_forced=int(is_forced), pool=pool, speed=target.ratio or 1.0))
         return width_steps
 
-    def _with_scores(self, steps_of_group: WidthSteps, scores: Floats) -> WidthSteps:
-        order = removal_order(steps_of_group.group, scores)
-        return replace(steps_of_group, order=order, scores=None if self.request.scope == "local" else scores)
-
     def _budget(self) -> tuple[Budget | None, Cost]:
         dense = dense_cost(self.groups.graph)
         if not self.request.has_budget:
@@ -186,7 +182,12 @@ class UnitSelector:
 
     def _check_reachable(self, width_steps: Sequence[WidthSteps], budget: Budget | None, dense: Cost) -> None:
         """Raise PlanError, with the best that is possible, where the limits forbid what is asked."""
-        limits = self._describe_limits()
+        request = self.request
+        most = request.max_ratio if request.max_ratio is not None else default_max_ratio(request)
+        limits = f"min_width={request.min_width}, alignment {request.alignment.name!r}"
+        limits += "" if most is None else f", max_ratio={most}"
+        n_whole = sum(1 for target in self.targets.values() if target.reason) + len(self.unscored)
+        limits += f" and {n_whole} groups that stay whole" if n_whole else ""
         if budget is not None:
             check_feasible(BudgetSolver(self.groups, width_steps), budget, dense, limits)
             return
@@ -207,14 +208,6 @@ class UnitSelector:
                     f"loosen a limit."
                 )
 
-    def _describe_limits(self) -> str:
-        request = self.request
-        most = request.max_ratio if request.max_ratio is not None else default_most(request)
-        said = [f"min_width={request.min_width}", f"alignment {request.alignment.name!r}"]
-        said += [] if most is None else [f"max_ratio={most}"]
-        whole = sum(1 for target in self.targets.values() if target.reason) + len(self.unscored)
-        return ", ".join(said) + (f" and {whole} groups that stay whole" if whole else "")
-
     def _n_to_remove(self, width_steps: Sequence[WidthSteps]) -> dict[str, int]:
         """Return the number of units to remove, by pool."""
         totals: dict[str, int] = {}
@@ -222,14 +215,6 @@ class UnitSelector:
             totals[one.pool] = totals.get(one.pool, 0) + one.group.width
         speeds = {one.pool: one.speed for one in width_steps}
         return {pool: n_removed(total, speeds[pool]) for pool, total in totals.items()}
-
-    def _solve(self, budget: Budget, width_steps: Sequence[WidthSteps], steps: Steps) -> Indices:
-        solver = BudgetSolver(self.groups, width_steps)
-
-        def exact(taken: Indices) -> Cost:
-            return Cut(self.groups, self._kept_units(width_steps, taken)).cost()
-
-        return solve_exactly(lambda tight: solver.solve(steps, tight), exact, budget)
 
     def _kept_units(self, width_steps: Sequence[WidthSteps], taken: Indices) -> dict[str, Indices]:
         """Return the units that stay after some steps of each group, for the groups that lose any."""
@@ -244,13 +229,9 @@ class UnitSelector:
         """Exchange units as the criterion asks once their number is known."""
         return rearranged_units(group, kept, rearrangement_of(self.criterion), self.statistics)
 
-    def _normalizes(self) -> bool:
-        word = self.request.normalize
-        return word == "mean" or (word == "auto" and not is_comparable(self.criterion))
-
     def _scores(self, shrinking: Sequence[ChannelGroup]) -> dict[str, Floats]:
         """Score groups by name; a group that the criterion cannot score is noted, and stays whole."""
-        _check_statistics(self.groups, self.statistics)
+        check_statistics(self.groups, self.statistics)
         tensors: Mapping[str, Tensor] = weights_to_score(self.groups, self.weights)
         scores: dict[str, Floats] = {}
         for group in shrinking:
@@ -267,7 +248,8 @@ class UnitSelector:
         return scores
 
 
-def _check_statistics(groups: ChannelGroups, statistics: Statistics | None) -> None:
+def check_statistics(groups: ChannelGroups, statistics: Statistics | None) -> None:
+    """Raise ArgumentError for what is no statistics, or of another network."""
     if statistics is not None and not isinstance(statistics, Statistics):
         raise ArgumentError(f"statistics is {type(statistics).__name__}; expected what torchshear.collect gives.")
     if statistics is not None and statistics.fingerprint != groups.graph.fingerprint:
