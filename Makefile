@@ -67,6 +67,7 @@ browser-setup: ## install Chromium for the tests of the page, where there is apt
 test: lint ## lint, then the default test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not zoo and not gpu" \
 		--cov=torchshear --cov-report=term:skip-covered --cov-fail-under=90
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reading.py
 
 test-zoo: zoo-setup ## named architectures of torchvision, timm, transformers and others
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m zoo

@@ -16,7 +16,7 @@ _LONGEST_SHOWN: Final = 80  # characters
 
 
 class UnreadableError(ValueError):
-    """Why a file cannot be read, in words to follow its name; whoever reads it raises an error of the library."""
+    """Failure to read a file, as words that follow its name; callers raise an error of the library from it."""
 
 
 def as_path(given: object, what: str) -> Path:

@@ -47,8 +47,6 @@ class UnitStore:
             setattr(twin, name, value.copy() if isinstance(value, np.ndarray | list | dict) else value)
         return twin
 
-    # -- creation -----------------------------------------------------------------------------------------------------
-
     def fresh(self, count: int) -> Ids:
         """Make `count` new units, of a family of their own. Shape of the result: (count,)."""
         start, stop = self._size, self._size + count
@@ -80,8 +78,6 @@ class UnitStore:
             array = np.full(grown, fill, known.dtype)
             array[:capacity] = known
             setattr(self, name, array)
-
-    # -- reading ------------------------------------------------------------------------------------------------------
 
     def find(self, ids: Ids) -> Ids:
         """Return the representatives of the classes of `ids`; any shape."""
@@ -136,8 +132,6 @@ class UnitStore:
         while self._family_parent[family] != family:
             family = self._family_parent[family]
         return family
-
-    # -- relating -----------------------------------------------------------------------------------------------------
 
     def fix(self, rows: Ids, reason: Reason) -> None:
         """Fix every unit of the rows, and with a composite one all that it is made of."""

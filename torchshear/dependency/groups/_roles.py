@@ -179,8 +179,6 @@ class _Reader:
         if not contractions:
             self._elementwise(node)
 
-    # -- elementwise operators ----------------------------------------------------------------------------------------
-
     def _elementwise(self, node: fx.Node) -> None:
         """Note sums of different branches, which make a stream, and calls that change values between two layers."""
         axes = self.facts.axes.get(node.name)
@@ -195,8 +193,6 @@ class _Reader:
                 self._origins[node] = frozenset({node})
         if operator_of(node).is_pointwise or node.name in self.facts.cross_channel:
             self.evidence.add("changed", self.evidence.along(axes))
-
-    # -- contractions -------------------------------------------------------------------------------------------------
 
     def _contraction(self, node: fx.Node, found: Contraction) -> None:
         if found.kind == "depthwise":

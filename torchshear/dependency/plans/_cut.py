@@ -91,8 +91,6 @@ class Cut:
                 if axis.size and not self.keep(axis).any():
                     raise PlanError(f"nothing is left of dimension {dim} of {name!r}; keep at least one unit.")
 
-    # -- parameters and buffers ---------------------------------------------------------------------------------------
-
     def state_keep(self, name: str) -> tuple[list[Bools], tuple[int, int] | None]:
         """Kept positions of each dimension of a parameter or buffer.
 
@@ -117,8 +115,6 @@ class Cut:
         if blocked is not None:
             sizes[blocked[0]] //= blocked[1]
         return tuple(sizes)
-
-    # -- values and cost ----------------------------------------------------------------------------------------------
 
     def shape(self, node: fx.Node) -> Any:
         """Shape of a node's value after the cut; structure as `shape_of`."""

@@ -45,8 +45,6 @@ class Call:
         self._facts = facts
         self._arguments = bind_arguments(node)
 
-    # -- reading ------------------------------------------------------------------------------------------------------
-
     def arg(self, name: str) -> Any:
         """Return an argument by its schema name, the default if it is not given."""
         return self._arguments.get(name)
@@ -131,8 +129,6 @@ class Call:
             return None
         self._facts.values[label_of(self.graph, name)] = digest_of(entry.tensor)
         return np.asarray(entry.tensor.detach().cpu().numpy())
-
-    # -- demanding ----------------------------------------------------------------------------------------------------
 
     def tie(self, left: Axis, right: Axis) -> Axis:
         """Tie two axes position by position."""
@@ -250,8 +246,6 @@ class Call:
         name = self.state_name(index)
         assert name is not None
         self._facts.positions[name] = axis
-
-    # -- rewriting ----------------------------------------------------------------------------------------------------
 
     def edit(self, name: str, value: NewValue, index: int | None = None) -> None:
         """Have an argument replaced by `value(keep)` when units are cut."""
