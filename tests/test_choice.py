@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import ViTBlock, randomise
+from tests.networks import Separate, ViTBlock, randomise
 from tests.oracle import assert_equals_masked, n_elements
 from tests.plan_files import edit_plan
 from torchshear import PruningPlan
@@ -192,23 +192,8 @@ def test_a_transformer_by_role(roles: str | tuple[str, ...], widths: dict[int, i
     assert n_elements(result.model) < n_elements(model)
 
 
-class GroupedQueries(nn.Module):
-    """Four query heads on two key and value heads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = nn.Linear(6, 24), nn.Linear(6, 12), nn.Linear(6, 12)
-        self.out = nn.Linear(24, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        y = nn.functional.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
-        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
-        return out
-
-
 def test_a_role_stands_for_narrower_ones_unless_they_are_named() -> None:
-    groups = torchshear.analyze(torchshear.trace(GroupedQueries(), (torch.randn(2, 5, 6),)))
+    groups = torchshear.analyze(torchshear.trace(Separate(kv_heads=2), (torch.randn(2, 5, 16),)))
     by_role = {group.role: group.name for group in groups}
     assert by_role.keys() == {"kv_heads", "q_heads", "qk_dim", "v_dim"}
     both = torchshear.plan(groups, roles="heads")

@@ -22,7 +22,7 @@ from tests.oracle import (
 from tests.strategies import BLOCKS, RandomNetwork, example_input, has_mixing, kept_sets, networks, random_description
 from torchshear.pruners import plan_from_kept
 
-N_CHUNKS, N_PER_CHUNK = 4, 75
+N_CHUNKS, N_PER_CHUNK = 4, 50
 
 # Shrinking would repeat the capture hundreds of times; `benchmarks/fuzz.py --minimise` drops whole blocks instead.
 PER_CHUNK = settings(

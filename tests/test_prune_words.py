@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import Classifier, image, labelled
+from tests.networks import Classifier, LooksAtValues, image, labelled
 from torchshear import api, options
 from torchshear.compat.nni import ConfigPruner, L1FilterPruner, TaylorFOWeightFilterPruner
 from torchshear.errors import ArgumentError, DataError, PlanError
@@ -118,18 +118,9 @@ def test_a_config_that_names_its_criterion(model: nn.Module) -> None:
 
 
 def test_a_config_for_a_part() -> None:
-    class Picky(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.part = Classifier()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.part(x)
-            return y if y.sum() > 0 else -y
-
     torch.manual_seed(0)
     config = [{"op_names": ["part.two"], "sparsity": 0.5}]
-    result = torchshear.prune(Picky().eval(), X, config=config, submodules=["part"])
+    result = torchshear.prune(LooksAtValues(Classifier()).eval(), X, config=config, submodules=["part"])
     assert (result.model.part.two.out_channels, result.model.part.one.out_channels) == (6, 8)
 
 

@@ -98,7 +98,7 @@ def raw_parameters(pick: Picker, s: Shape) -> nn.Module:
     width = pick.integer("width", 3, 10)
     kernel = (3,) * rank_of(s)
     return Net(
-        lambda m, x: FUNCTIONAL_CONV[rank_of(s)](x, m.kernel, m.shift, padding=1) * m.norm_scale + m.constant,
+        lambda m, x: FUNCTIONAL_CONV[rank_of(s)](x, m.kernel, m.shift, padding=1) * m.scale + m.constant,
         kernel=nn.Parameter(torch.zeros(width, s[1], *kernel)),
         shift=nn.Parameter(torch.zeros(width)),
         scale=nn.Parameter(per_channel(s, width)),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import Classifier, image, labelled
+from tests.networks import Classifier, LooksAtValues, image, labelled
 from torchshear.comparison import Comparison, Row, _compare, _picture, compare, render_comparison
 from torchshear.errors import ArgumentError, DataError, OutputError, PlanError
 from torchshear.pruners import random_criterion
@@ -167,17 +167,8 @@ def test_all_see_the_same_batches(model: nn.Module) -> None:
 
 
 def test_parts_of_a_model_are_compared() -> None:
-    class Picky(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.part = Classifier(torch.sigmoid)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.part(x)
-            return y if y.sum() > 0 else -y
-
     torch.manual_seed(0)
-    model = Picky().eval()
+    model = LooksAtValues(Classifier(torch.sigmoid)).eval()
     found = compare(model, evaluate, X, criteria=["l1"], ratio=0.5, submodules=["part"], seeds=(0,))
     single = torchshear.prune(model, X, ratio=0.5, submodules=["part"])
     assert found.row("l1", "ratio 0.5").scores == (evaluate(single.model),)

@@ -194,36 +194,6 @@ def test_wanda_sees_the_inputs_of_a_product_with_its_bias_first() -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_permuting_channels_permutes_scores(name: str) -> None:
-    net, other = randomise(GroupedBranch(groups=1)).eval(), GroupedBranch(groups=1).eval()
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
-    state = {key: value.clone() for key, value in net.state_dict().items()}
-    for key in state:  # the residual stream: made by "stem" and "down", read by "up" and "head"
-        if key.startswith(("stem.", "down.", "norm.")) and state[key].ndim:
-            state[key] = state[key][order]
-    for key in ("up.weight", "head.weight"):
-        state[key] = state[key][:, order]
-    other.load_state_dict(state)
-    before, after = (scores(name, *_with_statistics(one)) for one in (net, other))
-    np.testing.assert_allclose(after, before[order], rtol=2e-4, atol=1e-9)
-
-
-def _with_statistics(net: nn.Module) -> tuple[ChannelGroups, str, Statistics]:
-    groups, statistics = collected(net)
-    return groups, "stem.weight[0]", statistics
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_model_pruned_by_any_criterion_is_proved_equal(name: str) -> None:
-    net = randomise(GroupedBranch()).eval()
-    groups, statistics = collected(net)
-    plan = torchshear.plan(groups, criterion=name, ratio=0.5, statistics=statistics)
-    small = torchshear.shrink(net, plan)
-    assert torchshear.verify(net, small, plan, (batches()[0][0],)).max_error < 1e-9
-    assert small.stem.out_channels == 4
-
-
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradient_criteria_say_what_they_need(name: str) -> None:
     with pytest.raises(ArgumentError, match="loss_fn"):

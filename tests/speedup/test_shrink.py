@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Attention, Chunked, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Between, Chunked, Grouped, Residual, Tied, image, randomise
 from tests.oracle import assert_equals_masked
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.pruners import plan_from_kept
@@ -180,16 +180,8 @@ def test_a_size_that_only_training_reads_is_followed_by_the_traced_form() -> Non
 
 
 def test_saturated_activations_do_not_hide_a_difference() -> None:
-    class Rolled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.two(torch.relu(self.one(x) - 30).roll(2, 1))
-            return y
-
-    model, x = randomise(Rolled()), torch.zeros(4096, 3)
+    model = randomise(Between(lambda h: torch.relu(h - 30).roll(2, 1), nn.Linear(3, 8), nn.Linear(8, 2)))
+    x = torch.zeros(4096, 3)
     x[0] = 64  # random inputs of this spread, about 1, leave every unit at zero
     with torch.no_grad():
         model.one.weight.abs_()[4:] /= 100

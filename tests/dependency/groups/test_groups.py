@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Attention, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Between, Grouped, Residual, Tied, image, randomise
 from tests.strategies import RandomNetwork, example_input
 from torchshear.dependency import ChannelGroups, operator_rule, registered_operators, unregister
 from torchshear.errors import ArgumentError
@@ -105,16 +105,8 @@ def test_analysis_is_the_same_every_time() -> None:
 
 
 def test_networkx_view_has_parallel_edges_and_group_names() -> None:
-    class Square(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.one(x)
-            return self.two(h * h)
-
-    network = groups_of(Square(), torch.randn(2, 3)).to_networkx()
+    model = Between(lambda h: h * h, nn.Linear(3, 4), nn.Linear(4, 2))
+    network = groups_of(model, torch.randn(2, 3)).to_networkx()
     assert isinstance(network, nx.MultiDiGraph)
     assert network.number_of_edges("linear", "mul") == 2
     assert network.nodes["one_weight"]["kind"] == "parameter"
@@ -177,15 +169,7 @@ def test_a_rule_can_be_registered_once_and_forgotten() -> None:
 
 
 def test_a_literal_index_is_renumbered() -> None:
-    class Picked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 6, 1), nn.Conv2d(4, 4, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.two(self.one(x)[:, [3, 2, 5, 0]])
-
-    model = randomise(Picked())
+    model = randomise(Between(lambda h: h[:, [3, 2, 5, 0]], nn.Conv2d(3, 6, 1), nn.Conv2d(4, 4, 1)))
     groups = groups_of(model, image())
     assert [group.width for group in groups] == [4, 2]
     plan = plan_from_kept(groups, {"one.weight[0]": [0, 2]})

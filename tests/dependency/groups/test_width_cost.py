@@ -3,38 +3,42 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations
 
 import torchshear
-from tests.networks import Attention, Grouped, Residual, Tied, image
+from tests.networks import NETWORKS, Network
 from tests.strategies import RandomNetwork, example_input, kept_sets, random_description
 from torchshear.dependency import ChannelGroups, Cut, WidthCost, dense_cost
 from torchshear.pruners import plan_from_kept
 
 
 def assert_equal_costs(groups: ChannelGroups, seed: int) -> None:
-    kept = kept_sets(groups, seed)
-    plan = plan_from_kept(groups, kept)
-    widths = np.array([len(group.kept) for group in plan.groups])
-    assert WidthCost(groups)(widths) == Cut(groups, plan.kept).cost()
+    cost_at = WidthCost(groups)
+    assert cost_at(np.array([group.width for group in groups], np.int64)) == dense_cost(groups.graph)
+    plan = plan_from_kept(groups, kept_sets(groups, seed))
+    assert cost_at(np.array([len(group.kept) for group in plan.groups], np.int64)) == Cut(groups, plan.kept).cost()
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_random_networks(seed: int) -> None:
     description = random_description(seed)
-    groups = torchshear.analyze(torchshear.trace(RandomNetwork(description), (example_input(description),)))
-    whole = np.array([group.width for group in groups], np.int64)
-    assert WidthCost(groups)(whole) == dense_cost(groups.graph)
-    assert_equal_costs(groups, seed)
+    assert_equal_costs(
+        torchshear.analyze(torchshear.trace(RandomNetwork(description), (example_input(description),))), seed
+    )
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_named_networks(seed: int) -> None:
-    cases = [
-        (Residual(), image()),
-        (Grouped(), image()),
-        (Attention(), torch.randn(2, 5, 24)),
-        (Tied(), torch.arange(6).reshape(2, 3)),
-        (torch.nn.LSTM(6, 8, 2, bidirectional=True), torch.randn(5, 2, 6)),
-    ]
-    for model, x in cases:
-        assert_equal_costs(torchshear.analyze(torchshear.trace(model, (x,))), seed)
+@pytest.mark.parametrize("network", NETWORKS[::5], ids=lambda one: one.name)
+def test_small_networks(network: Network) -> None:
+    model, args, kwargs = network.build()
+    groups = torchshear.analyze(torchshear.trace(model, args=args, kwargs=kwargs))
+    for seed in range(3):
+        assert_equal_costs(groups, seed)
+
+
+def test_work_that_is_no_multiple_of_the_batch_is_counted_alike() -> None:
+    model = parametrizations.spectral_norm(nn.Linear(10, 16))
+    model = nn.Sequential(model, nn.ReLU(), nn.Linear(16, 5)).eval()
+    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(4, 10),)))
+    for seed in range(5):
+        assert_equal_costs(groups, seed)

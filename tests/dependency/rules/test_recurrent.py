@@ -67,8 +67,9 @@ LAYERS = [
 def test_sequence_is_exact_and_native(kind: type[nn.Module], options: dict[str, Any]) -> None:
     out = options.get("proj_size", HIDDEN) * (2 if options.get("bidirectional") else 1)
     model = _network(kind(WIDTH, HIDDEN, **options), _sequence, head=nn.Linear(out, 5))
+    groups = _groups(model)
     for seed in (0, 1):
-        outcome = check_random_pruning(model, (INPUT,), None, seed, is_cross_channel=False)
+        outcome = check_random_pruning(model, (INPUT,), None, seed, is_cross_channel=False, groups=groups)
         assert outcome.is_native
         assert outcome.n_cut > 0
 
@@ -177,7 +178,7 @@ def test_encoder_hands_its_states_to_a_decoder_layer_by_layer() -> None:
     groups = _groups(model)
     assert _shapes(groups)[1:] == [("layer.weight_ih_l0[0]", 24, 2)]
     for seed in (0, 1):
-        assert check_random_pruning(model, (INPUT,), None, seed, is_cross_channel=False).is_native
+        assert check_random_pruning(model, (INPUT,), None, seed, is_cross_channel=False, groups=groups).is_native
 
 
 def test_hidden_units_stay_more_than_the_projection_has() -> None:
@@ -209,8 +210,9 @@ def test_cell_in_a_loop(kind: type[nn.Module], options: dict[str, Any]) -> None:
         return m.head(torch.stack(steps, 1))
 
     model = _network(kind(WIDTH, HIDDEN, **options), run, head=nn.Linear(HIDDEN, 5))
-    assert _shapes(_groups(model)) == [("stem.weight[0]", 8, 1), ("layer.weight_ih[0]", 12, 1)]
-    outcome = check_random_pruning(model, (INPUT,), None, 0, is_cross_channel=False)
+    groups = _groups(model)
+    assert _shapes(groups) == [("stem.weight[0]", 8, 1), ("layer.weight_ih[0]", 12, 1)]
+    outcome = check_random_pruning(model, (INPUT,), None, 0, is_cross_channel=False, groups=groups)
     assert outcome.is_native
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
+from tests.networks import Between
 from torchshear.graph import ExampleInputs, Graph, shape_with_batch
 from torchshear.graph._graph import AffineSize, affine_size
 from torchshear.graph._run import graph_output
@@ -93,17 +94,9 @@ def test_an_index_that_the_probed_batch_divides_stays_an_index() -> None:
     assert picked == list(range(64))
 
 
-class Wrapped(nn.Module):
+def wrapped(function: Callable[[Tensor], Tensor]) -> nn.Module:
     """A layer on both sides of a function of the values between them."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor], width: int = 8, out: int = 8) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(6, width), nn.Linear(out, 3)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.two(self.function(self.one(x)))
-        return y
+    return Between(function, nn.Linear(6, 8), nn.Linear(8, 3))
 
 
 def window(h: Tensor) -> Tensor:
@@ -136,7 +129,7 @@ def heads(h: Tensor) -> Tensor:
 def test_numbers_follow_the_batch_only_where_both_captures_say_so(
     function: Callable[[Tensor], Tensor], batch: int
 ) -> None:
-    assert_free(Wrapped(function), torch.randn(batch, 8, 6))
+    assert_free(wrapped(function), torch.randn(batch, 8, 6))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +147,7 @@ def test_numbers_follow_the_batch_only_where_both_captures_say_so(
 )
 @pytest.mark.parametrize("batch", [1, 2, 3, 4])
 def test_what_follows_the_batch_in_another_way_fixes_it(function: Callable[[Tensor], Tensor], batch: int) -> None:
-    model, x = Wrapped(function).eval(), torch.randn(batch, 8, 6)
+    model, x = wrapped(function).eval(), torch.randn(batch, 8, 6)
     graph = torchshear.trace(model, (x,))
     if graph.batch_hint is not None:  # the example's own batch is odd and more than one, and nobody ran a batch of one
         assert function(torch.ones(1, 8, 6)).shape[0] == 1
@@ -179,11 +172,11 @@ def test_the_captures_alone_say_what_follows_the_batch(
     monkeypatch: pytest.MonkeyPatch, function: Callable[[Tensor], Tensor]
 ) -> None:
     monkeypatch.setattr("torchshear.graph.capture._trace.agrees_with_model", lambda graph, model: True)
-    assert torchshear.trace(Wrapped(function), (torch.randn(2, 8, 6),)).batch_hint is None
+    assert torchshear.trace(wrapped(function), (torch.randn(2, 8, 6),)).batch_hint is None
 
 
 def test_a_dimension_that_the_probed_batch_divides_is_not_free() -> None:
-    model = Wrapped(lambda h: h.repeat(1, 118 // h.shape[1] + 1, 1)[:, :118])
+    model = wrapped(lambda h: h.repeat(1, 118 // h.shape[1] + 1, 1)[:, :118])
     graph = assert_free(model, torch.randn(2, 6, 6))
     assert sizes_of(graph, "slice") == (None, 118, 8)
     assert sizes_of(graph, "linear") == (None, 118, 3)
@@ -192,14 +185,14 @@ def test_a_dimension_that_the_probed_batch_divides_is_not_free() -> None:
 @pytest.mark.parametrize("hint", [59, 61])
 def test_sizes_are_told_apart_even_where_no_prime_is_left(monkeypatch: pytest.MonkeyPatch, hint: int) -> None:
     monkeypatch.setattr(_dynamic_batch, "_PRIMES", (hint,))
-    model = Wrapped(lambda h: h.repeat(1, 2 * hint // h.shape[1] + 1, 1)[:, : 2 * hint])
+    model = wrapped(lambda h: h.repeat(1, 2 * hint // h.shape[1] + 1, 1)[:, : 2 * hint])
     graph = assert_free(model, torch.randn(2, 6, 6))
     assert graph.batch_hint == hint
     assert sizes_of(graph, "linear") == (None, 2 * hint, 3)
 
 
 def test_rows_that_join_the_batch_are_told() -> None:
-    model = Wrapped(lambda h: torch.cat([h.new_ones(3, 8), h]).view(h.shape[0] + 3, 8)[3:])
+    model = wrapped(lambda h: torch.cat([h.new_ones(3, 8), h]).view(h.shape[0] + 3, 8)[3:])
     graph = assert_free(model, torch.randn(4, 6))
     view = next(node for node in graph if str(node.target) == "aten.view.default")
     assert graph.is_dynamic(view, 0)

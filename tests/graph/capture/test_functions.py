@@ -24,25 +24,18 @@ from tests.functions import (
     Rounded,
     Swish,
 )
+from tests.networks import Between
 from torchshear.graph import ExampleInputs, Graph, capture_in_mode, parameters_on_meta
 from torchshear.graph._function_call import Operand
 from torchshear.graph.capture._functions import watch_functions
 
 
-class Between(nn.Module):
-    """A function between two layers."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.function(self.one(x)))
+def between(function: Callable[[Tensor], Tensor]) -> Between:
+    return Between(function, nn.Linear(4, 6), nn.Linear(6, 3))
 
 
 def traced(function: Callable[[Tensor], Tensor], *, x: Tensor | None = None) -> Graph:
-    return torchshear.trace(Between(function), (torch.randn(2, 4) if x is None else x,))
+    return torchshear.trace(between(function), (torch.randn(2, 4) if x is None else x,))
 
 
 @pytest.mark.parametrize(
@@ -74,9 +67,9 @@ def test_a_backward_is_own_where_it_is_not_that_of_the_operators(
 
 
 def test_calls_are_found_with_their_operands_and_results() -> None:
-    model = Between(Swish.apply)
+    model = between(Swish.apply)
     model.product = nn.Linear(6, 6)
-    model.function = lambda h: sum(Product.apply(h, model.product.weight, model.product.bias))
+    model.call = lambda h: sum(Product.apply(h, model.product.weight, model.product.bias))
     (call,) = torchshear.trace(model, (torch.randn(2, 4),)).functions
     assert call.function is Product
     assert call.args == (Operand("linear"), Operand("product_weight"), Operand("product_bias"))
@@ -86,11 +79,11 @@ def test_calls_are_found_with_their_operands_and_results() -> None:
 
 
 def test_a_tied_weight_is_found_under_its_first_name() -> None:
-    model = Between(Swish.apply)
+    model = between(Swish.apply)
     model.first = nn.Parameter(torch.randn(6, 6))
     model.product = nn.Linear(6, 6)
     model.product.weight = model.first
-    model.function = lambda h: sum(Product.apply(h @ model.first, model.product.weight, model.product.bias))
+    model.call = lambda h: sum(Product.apply(h @ model.first, model.product.weight, model.product.bias))
     (call,) = torchshear.trace(model, (torch.randn(2, 4),)).functions
     assert call.args == (Operand("matmul"), Operand("first"), Operand("product_bias"))
     assert call.is_replayable
@@ -101,7 +94,7 @@ def test_a_tied_weight_is_found_under_its_first_name() -> None:
 def test_gradients_that_a_function_itself_gives_to_parameters_are_compared_and_taken_back(
     factor: float, has_own_backward: bool
 ) -> None:
-    model = Between(Swish.apply)
+    model = between(Swish.apply)
     model.scale, added = nn.Parameter(torch.rand(6) + 1), []
 
     class Adding(torch.autograd.Function):
@@ -117,7 +110,7 @@ def test_gradients_that_a_function_itself_gives_to_parameters_are_compared_and_t
             model.scale.grad = (gradient * x).sum(0).to(model.scale.dtype) * factor
             return gradient * model.scale
 
-    model.function = Adding.apply
+    model.call = Adding.apply
     assert [call.has_own_backward for call in torchshear.trace(model, (torch.randn(2, 4),)).functions] == [
         has_own_backward
     ]
@@ -132,8 +125,8 @@ def test_wrong_weight_gradients_are_found_behind_right_ones_of_the_input() -> No
             x, weight, bias = Product.backward(ctx, gradient, of_double)
             return x, weight / 2, bias
 
-    model = Between(Swish.apply)
-    model.function = lambda h: sum(Halved.apply(h, model.weight, model.bias))
+    model = between(Swish.apply)
+    model.call = lambda h: sum(Halved.apply(h, model.weight, model.bias))
     model.weight, model.bias = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
     assert [call.has_own_backward for call in torchshear.trace(model, (torch.randn(2, 4),)).functions] == [True]
 
@@ -180,8 +173,8 @@ def test_a_function_inside_another_one_is_one_of_its_operators() -> None:
 
 
 def test_functions_that_only_training_calls_are_in_the_graph_of_train_mode() -> None:
-    model = Between(Swish.apply)
-    model.function = lambda h: Reversed.apply(h, 1.0) if model.training else h
+    model = between(Swish.apply)
+    model.call = lambda h: Reversed.apply(h, 1.0) if model.training else h
     inputs = ExampleInputs.of((torch.randn(2, 4),))
     assert capture_in_mode(model, inputs, "eval").functions == ()
     assert [call.has_own_backward for call in capture_in_mode(model, inputs, "train").lost_backwards] == [True]
@@ -189,7 +182,7 @@ def test_functions_that_only_training_calls_are_in_the_graph_of_train_mode() -> 
 
 def test_backwards_are_not_compared_on_the_meta_device() -> None:
     with parameters_on_meta():
-        model = Between(Swish.apply)
+        model = between(Swish.apply)
     assert len(torchshear.trace(model, (torch.randn(2, 4),)).lost_backwards) == 1
 
 

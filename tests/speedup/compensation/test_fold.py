@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import Attention, randomise
+from tests.networks import Attention, LooksAtValues, randomise
 from tests.oracle import assert_equals_masked, assert_same_function, fingerprint
 from tests.speedup.compensation.faults import spoil_folds
 from torchshear.errors import VerificationError, WeightError
@@ -324,17 +324,8 @@ def test_prune_proves_both_steps() -> None:
 
 
 def test_parts_fold_inside_a_model_that_cannot_be_captured() -> None:
-    class Whole(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = Plain()
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.body(x)
-            return y if float(y.sum()) > 0 else -y
-
-    model, x = randomise(Whole()).double(), picture().double()
-    result = torchshear.prune(model, (x,), submodules=["body"], fold_bias=True)
+    model, x = randomise(LooksAtValues(Plain())).double(), picture().double()
+    result = torchshear.prune(model, (x,), submodules=["part"], fold_bias=True)
     assert len(result.fold.folded) == 5
     assert_same_function(with_constants(model, result.plan), result.model, (x,))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import randomise
+from tests.networks import Between, randomise
 from tests.oracle import assert_equals_masked, assert_is_slice
 from torchshear.dependency import Form
 from torchshear.errors import ArgumentError, PlanError
@@ -137,16 +137,9 @@ def test_traced_insists_on_the_graph(model: Detector) -> None:
 
 
 def test_native_that_cannot_be_is_refused() -> None:
-    class Literal(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.enter, self.leave = nn.Linear(6, 8), nn.Linear(8, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.leave(self.enter(x).view(-1, 8))
-
+    literal = Between(lambda h: h.view(-1, 8), nn.Linear(6, 8), nn.Linear(8, 3))
     with pytest.raises(PlanError, match="the native form is not equal to the rewritten graph"):
-        torchshear.prune(Literal().eval(), (torch.randn(2, 6),), form="native")
+        torchshear.prune(literal.eval(), (torch.randn(2, 6),), form="native")
 
 
 @pytest.mark.parametrize("form", ["graph", None, 1])

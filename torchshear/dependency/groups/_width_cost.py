@@ -77,7 +77,7 @@ class WidthCost:
             node_macs(target, [_values(one, sizes) for one in given], _values(made, sizes))
             for target, given, made in self._calls
         )
-        return Cost(round(n_params), round(macs / (self._groups.graph.batch_hint or 1)))
+        return Cost(round(n_params), round(macs) // (self._groups.graph.batch_hint or 1))
 
     def _call(self, node: fx.Node) -> tuple[str, list[_Sizes], _Sizes]:
         return str(node.target), [self._value(n) for n in tensor_operands(node)], self._value(node)
