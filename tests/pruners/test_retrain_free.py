@@ -11,7 +11,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import Statistics, criterion, find_criterion
 from torchshear.pruners.criteria import _registry
-from torchshear.pruners.criteria._retrain_free import exchanged
+from torchshear.pruners.criteria._retrain_free import exchange_units
 
 
 class Net(nn.Module):
@@ -90,7 +90,7 @@ def test_exchange_is_the_definition(seed: int) -> None:
     order = [units[np.argsort(scores[units])] for units in (np.flatnonzero(blocks == b) for b in range(n_blocks))]
     gone = np.concatenate([units[:per_block] for units in order])
     kept = np.setdiff1d(np.arange(width), gone)
-    found = exchanged(gates, kept, blocks)
+    found = exchange_units(gates, kept, blocks)
     assert found.tolist() == naive(gates, gone.tolist(), blocks.tolist())
     assert np.bincount(blocks[found]).tolist() == np.bincount(blocks[kept]).tolist()
     left = np.setdiff1d(np.arange(width), found)
@@ -100,10 +100,10 @@ def test_exchange_is_the_definition(seed: int) -> None:
 def test_units_that_cancel_out_go_together() -> None:
     # 0 and 1 have the lowest scores and add up to 3; with 2 in place of 0 it is -0.1. Nothing cancels 3.
     gates = np.array([[1.0], [2.0], [-2.1], [5.0]])
-    assert exchanged(gates, np.array([2, 3]), np.zeros(4, np.int64)).tolist() == [0, 3]
+    assert exchange_units(gates, np.array([2, 3]), np.zeros(4, np.int64)).tolist() == [0, 3]
     # In blocks of two, 0 and 3 add up to 6; 1 in place of 0 makes that 7, and 2 in place of 3 makes it -1.1.
-    assert exchanged(gates, np.array([1, 2]), np.array([0, 0, 1, 1])).tolist() == [1, 3]
-    assert exchanged(gates, np.array([0, 1, 2, 3]), np.zeros(4, np.int64)).tolist() == [0, 1, 2, 3]
+    assert exchange_units(gates, np.array([1, 2]), np.array([0, 0, 1, 1])).tolist() == [1, 3]
+    assert exchange_units(gates, np.array([0, 1, 2, 3]), np.zeros(4, np.int64)).tolist() == [0, 1, 2, 3]
 
 
 def test_scores_are_squares_of_the_gradients_of_batches(net: nn.Module, seen: tuple[ChannelGroups, Statistics]) -> None:

@@ -58,7 +58,7 @@ class Run:
         self.n_batches = self.n_samples = 0
         self.total_loss = 0.0
         taps = find_taps(groups)
-        self.shown = {name: one.shown for name, one in taps.items()}
+        self.shown = {name: one.visible for name, one in taps.items()}
         self.by_layer = {name: found for one in taps.values() for name, found in one.by_layer.items()}
         self._activations = {node.name: node for node in self.graph if node.op == "call_function"}
         self.layers = tuple(find_weight_calls(groups))

@@ -74,7 +74,7 @@ class GroupTaps:
     by_layer: Mapping[str, tuple[Tap, ...]] = field(default_factory=dict)
 
     @property
-    def shown(self) -> tuple[Tap, ...]:
+    def visible(self) -> tuple[Tap, ...]:
         """Taps behind the activations of the group, or behind its layers if it has no activation."""
         return self.activated or self.made
 

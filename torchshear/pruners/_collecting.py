@@ -81,7 +81,7 @@ def collect(
         if loss_fn is not None and not callable(loss_fn):
             name = type(loss_fn).__name__
             raise ArgumentError(f"loss_fn is {name}; expected a function of output and target, or None.")
-        groups = _analyzed(network)
+        groups = _groups_with_weights(network)
         patterns = parse_names("exclude", exclude)
         targets = choose_targets(groups, _ANY, None, patterns) if patterns else {}
         whole = frozenset(name for name, target in targets.items() if target.ratio is None)
@@ -111,7 +111,7 @@ def channel_means(
             NaN or infinite numbers; another process failed, has another network, or another number of batches.
         WeightError: the model is on the meta device.
     """
-    seen = _run_data(lambda: Run(_analyzed(network), None, SUM_OF_MEANS), loader, batches, progress)
+    seen = _run_data(lambda: Run(_groups_with_weights(network), None, SUM_OF_MEANS), loader, batches, progress)
     return {key: sums.total / sums.count for key, sums in seen.values.items()}
 
 
@@ -143,7 +143,7 @@ def _run_data(make_run: Callable[[], Run], loader: Iterable[Any], batches: int, 
     return all_reduced(run.result())
 
 
-def _analyzed(network: Graph | ChannelGroups) -> ChannelGroups:
+def _groups_with_weights(network: Graph | ChannelGroups) -> ChannelGroups:
     check_kind("network", network, (Graph, ChannelGroups), "what torchshear.trace or torchshear.analyze gives")
     groups = network if isinstance(network, ChannelGroups) else analyze(network)
     if any(entry.tensor.is_meta for entry in groups.graph.state.values()):

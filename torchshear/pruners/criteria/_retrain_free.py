@@ -38,11 +38,11 @@ def retrain_free_units(group: ChannelGroup, kept: Indices, statistics: Statistic
     Reference: Kwon et al., NeurIPS 2022, arXiv:2204.09656, section 4.2, in one pass.
     """
     gates = with_needs(statistics, "retrain_free").gates[group.name].batches.double().numpy()
-    return exchanged(gates, kept, np.zeros(group.width, np.int64) if group.balance is None else group.balance)
+    return exchange_units(gates, kept, np.zeros(group.width, np.int64) if group.balance is None else group.balance)
 
 
-def exchanged(gates: Floats, kept: Indices, blocks: Indices) -> Indices:
-    """The units that stay after one pass of exchanges; see `retrain_free_units`.
+def exchange_units(gates: Floats, kept: Indices, blocks: Indices) -> Indices:
+    """Return the units that stay after one pass of exchanges; see `retrain_free_units`.
 
     Args:
         gates: gradient of each unit and batch, shape (C, B).
