@@ -30,7 +30,7 @@ def test_residual_group_in_numbers() -> None:
     assert members["norm.running_mean", 0].kind == "buffer"
     assert members["head.weight", 1].roles == ("in",)
     (place,) = members["head.weight", 1].where
-    assert place.startswith("aten.linear.default in module 'head' (models.py:")
+    assert place.startswith("aten.linear.default in module 'head' (plain.py:")
 
 
 def test_heads_and_head_dimensions_have_their_positions() -> None:

@@ -187,7 +187,7 @@ def test_pointing_shows_a_group_along_the_network(browser: Browser, pages: Path)
     before = browser.evaluate("document.getElementById('overlay').toDataURL()")
     browser.hover(*point_at(browser, "conv2d_1"))
     assert "one.weight[0] (16)" in browser.text("#tip")
-    assert "models.py:" in browser.text("#tip")
+    assert "plain.py:" in browser.text("#tip")
     assert browser.evaluate("document.getElementById('network').classList.contains('faded')")
     assert [is_lit(browser, name) for name in ("conv2d_1", "relu_1", "two_weight", "one_bias")] == [True] * 4
     assert [is_lit(browser, name) for name in ("x", "conv2d", "batch_norm", "linear", "add")] == [False] * 5
@@ -236,7 +236,7 @@ def test_fixed_dimensions_are_listed_with_their_reason(browser: Browser, pages: 
 @needs_browser
 @pytest.mark.parametrize(
     ("query", "found"),
-    [("two.bias", "two.bias"), ("BATCH_norm", "batch_norm"), ("models.py", "conv2d"), ("one relu", "")],
+    [("two.bias", "two.bias"), ("BATCH_norm", "batch_norm"), ("plain.py", "conv2d"), ("one relu", "")],
 )
 def test_search_finds_names_operators_and_lines(browser: Browser, pages: Path, query: str, found: str) -> None:
     browser.open(pages / "residual.html")
