@@ -1,5 +1,6 @@
 """A network in the manner of YOLOv8 prunes whole: exact, in native form, trains, and runs in onnxruntime."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.networks import randomise
 from tests.oracle import assert_equals_masked, assert_is_slice
 from tests.strategies import kept_sets
 from tests.yolo import Yolo
+from torchshear.dependency import ChannelGroups
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import shrink_to_form
 
@@ -19,11 +21,20 @@ def model() -> Yolo:
     return randomise(Yolo(8).eval(), 3)
 
 
+@pytest.fixture(scope="module")
+def groups(model: Yolo) -> ChannelGroups:
+    return torchshear.analyze(torchshear.trace(model, (IMAGE,)))
+
+
+@pytest.fixture(scope="module")
+def result(model: Yolo) -> torchshear.PruneResult:
+    return torchshear.prune(model, (IMAGE,), ratio=0.5)
+
+
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
-def test_half_of_every_group_goes(model: Yolo, tmp_path: Path) -> None:
-    result = torchshear.prune(model, (IMAGE,), ratio=0.5)
+def test_half_of_every_group_goes(model: Yolo, result: torchshear.PruneResult, tmp_path: Path) -> None:
     assert result.form == "native"
     assert result.verification.reference == "masked"
     assert result.verification.max_error < 1e-9
@@ -38,8 +49,8 @@ def test_half_of_every_group_goes(model: Yolo, tmp_path: Path) -> None:
     assert result.model(torch.randn(1, 3, 96, 64)).shape == (1, 11, 12 * 8 + 6 * 4 + 3 * 2)
 
 
-def test_it_trains_on_raw_maps(model: Yolo) -> None:
-    small = torchshear.prune(model, (IMAGE,)).model.train()
+def test_it_trains_on_raw_maps(result: torchshear.PruneResult) -> None:
+    small = copy.deepcopy(result.model).train()
     maps = small(IMAGE)
     assert [tuple(x.shape) for x in maps] == [(2, 71, 8, 8), (2, 71, 4, 4), (2, 71, 2, 2)]
     sum(x.square().mean() for x in maps).backward()
@@ -48,9 +59,8 @@ def test_it_trains_on_raw_maps(model: Yolo) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("form", ["native", "traced"])
-def test_random_units_of_every_group(model: Yolo, seed: int, form: str) -> None:
+def test_random_units_of_every_group(model: Yolo, groups: ChannelGroups, seed: int, form: str) -> None:
     """Halves of a C2f may lose different numbers of channels; the sizes of its split then are not one attribute."""
-    groups = torchshear.analyze(torchshear.trace(model, (IMAGE,)))
     plan = plan_from_kept(groups, kept_sets(groups, seed))
     small = shrink_to_form(model, plan, form="traced" if form == "traced" else None).model
     assert_equals_masked(model, small, plan, (IMAGE,))
