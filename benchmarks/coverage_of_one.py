@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 import torchshear
 from tests.zoo import zoo
 from torchshear.errors import TorchshearError
-from torchshear.graph import output_leaves
+from torchshear.graph._outputs import output_leaves
 
 
 def of_torchshear(name: str) -> dict[str, Any]:

@@ -29,7 +29,8 @@ import torch
 
 import torchshear
 from benchmarks.published import PUBLISHED, build, example_tokens
-from torchshear.dependency import ChannelGroups, Cut, dense_cost
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import Cut, dense_cost
 
 STEPS = 8  # layers from one depth to the next
 LIMIT_S, LIMIT_MB = 60.0, 2000.0

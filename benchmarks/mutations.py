@@ -39,7 +39,8 @@ import torchshear.api
 from tests.mutating import Mutation, Watched, calls_of, mutated, mutations_of, reads_positions, watched
 from tests.networks import randomise
 from tests.oracle import masked_copy
-from torchshear.dependency import ChannelGroups, Cut, operator_rule
+from torchshear.dependency import ChannelGroups, operator_rule
+from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._choosing import grouped_product
 from torchshear.dependency.rules._registry import _POSITION_RULES, _RULES, registered_operators
 from torchshear.errors import TorchshearError

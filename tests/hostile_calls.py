@@ -18,9 +18,10 @@ from tests.blocks import Source
 from tests.hostile_values import FAILS, PLACES, VALUES
 from torchshear import comparison, configs, dependency, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency._alignment import Alignment
 from torchshear.errors import TorchshearError
 from torchshear.pruners import masks
+from torchshear.speedup.compensation._recalibrate import check_recalibration
 
 CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
 SECONDS = 30  # of one processor; a call that takes more hangs
@@ -94,6 +95,11 @@ class Call(NamedTuple):
 
 def data(given: Given) -> Any:
     return [(given.x, torch.tensor([0, 1]))]
+
+
+def samples(given: Given) -> dict[str, Any]:
+    """Return what a refit takes: several samples."""
+    return {"loader": [given.x.repeat(8, 1, 1, 1)], "batches": 1, "progress": False}
 
 
 def masked(pattern: str = "1x1") -> dict[str, Any]:
@@ -219,7 +225,7 @@ CALLS: dict[str, Call] = {
     "parse_config": Call(configs.parse_config, lambda g: {"config": CONFIG}),
     "load_config": Call(configs.load_config, lambda g: {"path": g.folder / "config.yaml"}),
     "find_criterion": Call(pruners.find_criterion, lambda g: {"name": "l1"}),
-    "check_recalibration": Call(speedup.check_recalibration, lambda g: {"model": g.model, "batches": 1}),
+    "check_recalibration": Call(check_recalibration, lambda g: {"model": g.model, "batches": 1}),
     "shrink_to_form": Call(
         speedup.shrink_to_form, lambda g: {"model": g.model, "plan": g.plan, "form": "native", "verify": False}
     ),
@@ -288,6 +294,14 @@ CALLS: dict[str, Call] = {
     "fold_constants": Call(
         speedup.fold_constants,
         lambda g: {"model": g.model, "shrunk": speedup.shrink_to_form(g.model, g.plan), "plan": g.plan},
+    ),
+    "refit": Call(
+        speedup.refit,
+        lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "args": (g.x,), "kwargs": {}} | samples(g),
+    ),
+    "compensate": Call(
+        torchshear.compensate,
+        lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "method": "refit"} | samples(g),
     ),
     "resolve_alignment": Call(speedup.resolve_alignment, lambda g: {"align": 8}),
 }

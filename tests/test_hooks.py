@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.networks import randomise
-from torchshear.graph import copy_model
+from torchshear.graph.model._copy import copy_model
 
 IN_A_FILE: dict[Any, Any] = {}
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -20,17 +20,18 @@ from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
 
 # Of these a call that succeeds takes half a second or more; `benchmarks/fuzz_inputs.py --section calls` makes many.
-SLOW = ("compare", "compare_latency", "export_onnx", "prune", "prune by a config", "shrink", "fold_constants")
+SLOW = (
+    *("compare", "compare_latency", "export_onnx", "prune", "prune by a config", "shrink", "fold_constants"),
+    *("refit", "compensate"),
+)
 
 # Of these many wrong arguments are taken, and many calls so made take long together.
 LONG = ("L1NormPruner", "ActivationAPoZRankPruner", "SlimPruner", "Pruner.export_model", "shrink_to_form")
 
 # What is called by other code of ours, or by whoever writes a criterion or a rule, with values that were checked.
 INNER = {
-    *("check_request", "choose_targets", "choose_units", "choose_width", "isomorphism_classes", "plan_units"),
-    *("criterion", "unit_sums", "registered_criteria", "detect_profile", "profiles", "layer_type", "applied_masks"),
-    *("groups_document", "has_matplotlib", "render_comparison"),
-    *("config_words", "mask_weights", "plan_config", "render_config"),
+    *("isomorphism_classes", "criterion", "unit_sums", "registered_criteria", "detect_profile", "profiles"),
+    *("layer_type", "applied_masks", "groups_document"),
 }
 
 # Methods that torch or other code of ours calls, or that are two of a kind with one that is called.

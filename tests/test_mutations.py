@@ -14,7 +14,7 @@ from torch.nn import functional
 import torchshear
 from tests.mutating import Mutation, calls_of, mutated, mutations_of, watched
 from tests.networks import Between, randomise
-from torchshear.dependency import Cut
+from torchshear.dependency.plans._cut import Cut
 from torchshear.errors import TorchshearError
 from torchshear.pruners import random_criterion
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear.graph import run_exclusively
-from torchshear.graph.model._process import silence_torch
+from torchshear.graph.model._process import run_exclusively, silence_torch
 
 
 class Network(nn.Module):

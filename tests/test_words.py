@@ -1,7 +1,9 @@
 """How the code reads: docstrings open with a verb or a noun, and public names are those of the reference page."""
 
 import ast
+import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,51 @@ def test_docstrings_open_with_a_verb_or_a_noun(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_banner_comments(path: Path) -> None:
     assert not [line for line in path.read_text().splitlines() if re.search(r"#.*[-=*#]{6,}\s*$", line)]
+
+
+REFERENCE = ROOT.parent / "docs" / "reference.md"
+
+
+def reference() -> dict[str, list[str]]:
+    """Return package -> names, as the reference page lists them."""
+    pages = re.split(r"^## `([\w.]+)`$", REFERENCE.read_text(), flags=re.M)[1:]
+    return {name: re.findall(r"^\| `(\w+)` \|", text, re.M) for name, text in zip(pages[::2], pages[1::2], strict=True)}
+
+
+def test_the_reference_page_lists_the_public_names() -> None:
+    found = reference()
+    for package, names in found.items():
+        assert sorted(names) == sorted(import_module(package).__all__), package
+    public = {path.parent for path in ROOT.rglob("__init__.py") if "__all__" in path.read_text()}
+    inner = {ROOT / "cli", ROOT / "dependency" / "rules", ROOT / "pruners" / "criteria"}
+    listed = {ROOT.parent / name.replace(".", "/") for name in found}
+    assert public - inner == {path for path in listed if path.is_dir()}
+
+
+def test_every_public_name_has_one_path() -> None:
+    places: dict[str, list[str]] = {}
+    for package, names in reference().items():
+        for name in names:
+            places.setdefault(name, []).append(package)
+    twice = {name: found for name, found in places.items() if len(found) > 1}
+    assert twice == {"TorchshearError": ["torchshear", "torchshear.errors"]}
+
+
+@pytest.mark.parametrize("package", list(reference()))
+def test_public_functions_say_what_they_take_give_and_raise(package: str) -> None:
+    module = import_module(package)
+    for name in module.__all__:
+        one = getattr(module, name)
+        if not inspect.isfunction(one):
+            continue
+        text = inspect.getdoc(one) or ""
+        assert not inspect.signature(one).parameters or "Args:" in text, name
+        gives = inspect.signature(one).return_annotation
+        is_clear = gives in (None, "None") or text.startswith(("Return ", "Register ")) or "Iterator" in str(gives)
+        assert is_clear or "Returns:" in text, name
+
+
+def test_the_twelve_verbs_have_examples() -> None:
+    verbs = [name for name in torchshear.__all__ if inspect.isfunction(getattr(torchshear, name))]
+    without = [name for name in verbs if ">>> " not in (inspect.getdoc(getattr(torchshear, name)) or "")]
+    assert not without

@@ -5,19 +5,18 @@ from typing import TYPE_CHECKING
 from torchshear._other_tools import answering
 from torchshear.api import PruneResult, plan, prune
 from torchshear.compensation import compensate
-from torchshear.dependency import PruningPlan, analyze
+from torchshear.dependency.groups._analyze import analyze
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import TorchshearError
-from torchshear.graph import trace
-from torchshear.pruners import collect
-from torchshear.speedup import (
-    compare_latency,
-    export_onnx,
-    load_checkpoint,
-    recalibrate,
-    shrink,
-    shrink_checkpoint,
-    verify,
-)
+from torchshear.graph.capture._trace import trace
+from torchshear.pruners._collecting import collect
+from torchshear.speedup._shrink import shrink
+from torchshear.speedup.checkpoints._load import load_checkpoint
+from torchshear.speedup.checkpoints._stream import shrink_checkpoint
+from torchshear.speedup.compensation._recalibrate import recalibrate
+from torchshear.speedup.latency._compare import compare_latency
+from torchshear.speedup.onnx._export import export_onnx
+from torchshear.speedup.verification._verify import verify
 
 __all__ = [
     "PruneResult",

@@ -7,19 +7,6 @@ import numpy as np
 
 from torchshear.errors import ArgumentError
 
-__all__ = [
-    "MOST",
-    "check_callback",
-    "check_count",
-    "check_flag",
-    "check_kind",
-    "check_one_of",
-    "check_share",
-    "is_share",
-    "is_whole",
-    "quote",
-]
-
 MOST: Final = 2**31 - 1
 """The largest number that counts of anything may have."""
 

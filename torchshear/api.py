@@ -8,9 +8,14 @@ from torch import Tensor, nn
 
 from torchshear.calibration import Loss, Statistics
 from torchshear.configs import ConfigList, ResolvedConfig
-from torchshear.dependency import ChannelGroups, FormKind, PruningPlan, analyze
-from torchshear.dependency.alignment import Alignment
-from torchshear.graph import ExampleInputs, outside_inference_mode, trace
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency._alignment import Alignment
+from torchshear.dependency.groups._analyze import analyze
+from torchshear.dependency.plans._form import FormKind
+from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.graph import ExampleInputs
+from torchshear.graph.capture._trace import trace
+from torchshear.graph.model._process import outside_inference_mode
 from torchshear.options import (
     CalibrationOptions,
     FoldBias,
@@ -20,21 +25,13 @@ from torchshear.options import (
     check_criterion,
     checked_call,
 )
-from torchshear.pruners import Criterion, Ratio, Request, WeightSource, plan_units
+from torchshear.pruners import Criterion, Ratio, WeightSource
+from torchshear.pruners._planning import plan_units
+from torchshear.pruners.selection._request import Request
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import (
-    Fold,
-    NativeTradeoff,
-    Shrunk,
-    Verification,
-    check_recalibration,
-    fold_constants,
-    resolve_alignment,
-    shrink_to_form,
-)
-from torchshear.speedup.compensation._recalibrate import recalibrate_for
-
-__all__ = ["PruneResult", "plan", "prune"]
+from torchshear.speedup import Fold, Shrunk, Verification, fold_constants, resolve_alignment, shrink_to_form
+from torchshear.speedup.compensation._recalibrate import check_recalibration, recalibrate_for
+from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
 
 @dataclass(frozen=True, slots=True, eq=False)

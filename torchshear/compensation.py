@@ -7,13 +7,15 @@ from torch import Tensor, nn
 
 from torchshear._arguments import check_kind, check_one_of
 from torchshear.calibration import Progress
-from torchshear.dependency import PruningPlan
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError
-from torchshear.graph import copy_model, outside_inference_mode
+from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._process import outside_inference_mode
 from torchshear.options import checked_call
 from torchshear.pruners import channel_means
-from torchshear.speedup import recalibrate, refit
+from torchshear.speedup import refit
 from torchshear.speedup.compensation._fold import fold_in_place
+from torchshear.speedup.compensation._recalibrate import recalibrate
 from torchshear.speedup.shrinking._planned import analyze_planned
 
 CompensationMethod = Literal["refit", "statistics", "means", "constants"]

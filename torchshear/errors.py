@@ -19,7 +19,6 @@ __all__ = [
     "TorchshearError",
     "VerificationError",
     "WeightError",
-    "first_line",
 ]
 
 

@@ -13,31 +13,22 @@ from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, quote
 from torchshear._other_tools import unknown_keyword
-from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, Loss, Statistics
-from torchshear.configs import (
-    DEFAULT_PATTERN,
-    ConfigList,
-    Entry,
-    ResolvedConfig,
-    Widths,
-    load_config,
-    parse_config,
-    plan_config,
-    resolve,
-)
-from torchshear.dependency import ChannelGroups, FormKind, PruningPlan
+from torchshear.calibration import Loss, Statistics
+from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS
+from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
+from torchshear.configs._entry import DEFAULT_PATTERN, Entry
+from torchshear.configs._planning import Widths, plan_config
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._form import FormKind
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, KeywordError
-from torchshear.pruners import (
-    Criterion,
-    Request,
-    channel_means,
-    check_request,
-    choose_targets,
-    collect,
-    plan_units,
-)
-from torchshear.pruners.criteria import needs_of
-from torchshear.speedup import NativeTradeoff
+from torchshear.pruners import Criterion, channel_means
+from torchshear.pruners._collecting import collect
+from torchshear.pruners._planning import check_request, plan_units
+from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.selection._request import Request
+from torchshear.pruners.selection._targets import choose_targets
+from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
 Form = Literal["auto", "native", "traced"]
 FoldBias = bool | Literal["means"]

@@ -9,17 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from torchshear._tables import Cell, html_table
-from torchshear.dependency import (
-    ChannelGroup,
-    ChannelGroups,
-    Cut,
-    GroupPlan,
-    OutputPlan,
-    PruningPlan,
-    dense_cost,
-    part_costs,
-)
+from torchshear.dependency import ChannelGroup, ChannelGroups, GroupPlan, OutputPlan
+from torchshear.dependency.plans._cut import Cut, dense_cost, part_costs
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph import Cost
+
+__all__ = ["GroupReport", "OutputReport", "PartReport", "PruningReport"]
 
 _MOST_REASONS = 12
 _MOST_NAMES = 4

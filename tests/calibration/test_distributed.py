@@ -17,10 +17,11 @@ from tests.networks import classified, randomise
 from tests.networks.attention import EncoderBlock
 from tests.networks.plain import GroupedBranch
 from tests.processes import end_together
+from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
-from torchshear.pruners import Statistics, find_criterion, registered_criteria
-from torchshear.pruners.criteria import needs_of
+from torchshear.pruners import find_criterion, registered_criteria
+from torchshear.pruners.criteria._registry import needs_of
 
 
 def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:

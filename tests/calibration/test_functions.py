@@ -12,8 +12,8 @@ from torch.nn import functional
 import torchshear
 from tests.functions import Adversarial, Quantized, Rounded, Swish
 from tests.networks import randomise
+from torchshear.calibration._statistics import Statistics
 from torchshear.errors import DataError
-from torchshear.pruners import Statistics
 
 OF_WEIGHTS = {
     "taylor": lambda w, g: (w * g) ** 2,

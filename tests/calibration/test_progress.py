@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear.calibration import with_progress
+from torchshear.calibration._progress import with_progress
 from torchshear.errors import ArgumentError
 from torchshear.pruners import channel_means
 

@@ -13,7 +13,8 @@ import torchshear
 from tests.calibration.sums import analysed, batches, collected, gradients
 from tests.networks import Residual, image, randomise
 from tests.networks.plain import GroupedBranch
-from torchshear.calibration import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS, find_taps
+from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS
+from torchshear.calibration._taps import find_taps
 from torchshear.calibration._weight_sums import WeightAccumulators
 from torchshear.errors import ArgumentError, DataError, WeightError
 

@@ -13,10 +13,11 @@ from torch.nn import functional
 
 import torchshear
 from tests.networks import Classifier, LooksAtValues, image, labelled
-from torchshear.comparison import Comparison, Row, _compare, _picture, compare, render_comparison
+from torchshear.comparison import Comparison, Row, _compare, _picture, compare
+from torchshear.comparison._record import render_comparison
 from torchshear.errors import ArgumentError, DataError, OutputError, PlanError
 from torchshear.pruners import random_criterion
-from torchshear.pruners.criteria import needs_of
+from torchshear.pruners.criteria._registry import needs_of
 
 MACS = "at most 50% of the MACs"
 

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from torchshear.configs import Where, parse_config
+from torchshear.configs import parse_config
+from torchshear.configs._entry import Where
 from torchshear.errors import ArgumentError
 
 

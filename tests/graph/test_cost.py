@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import torchshear
-from torchshear.dependency import Cut, dense_cost
-from torchshear.graph import node_macs
+from torchshear.dependency.plans._cut import Cut, dense_cost
+from torchshear.graph._cost import node_macs
 
 
 @pytest.mark.parametrize(

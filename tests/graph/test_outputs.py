@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import torchshear
 from torchshear.errors import ArgumentError, CaptureError
-from torchshear.graph import output_names
+from torchshear.graph._outputs import output_names
 from torchshear.speedup import shrink_to_form
 
 

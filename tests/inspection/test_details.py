@@ -10,7 +10,9 @@ import torchshear
 from tests.networks import Attention, Grouped, Residual, image
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.inspection import describe_groups, find_group, groups_document
+from torchshear.inspection import describe_groups
+from torchshear.inspection._details import find_group
+from torchshear.inspection._document import groups_document
 
 
 def groups_of(model: nn.Module, x: torch.Tensor) -> ChannelGroups:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import torchshear
 from tests.networks import Attention, Residual, image
-from torchshear.dependency import Value
+from torchshear.dependency.groups._network import Value
 from torchshear.inspection._cards import make_levels
 from torchshear.inspection._layout import Layout, lay_out
 

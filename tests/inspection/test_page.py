@@ -18,7 +18,8 @@ from tests.inspection.hostile import NAMES, hostile_groups
 from tests.networks import Attention, Residual, image
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import OutputError
-from torchshear.inspection import _page, render_page, write_page
+from torchshear.inspection import _page, write_page
+from torchshear.inspection._page import render_page
 
 ASSETS = Path(_page.__file__).parent / "assets"
 

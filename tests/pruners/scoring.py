@@ -11,8 +11,9 @@ from torch.nn import functional
 import torchshear
 from tests.networks import randomise
 from tests.networks.plain import ManyLayers
+from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups
-from torchshear.pruners import Statistics, UnscorableError, find_criterion
+from torchshear.pruners import UnscorableError, find_criterion
 from torchshear.pruners.selection._scoring import group_scores
 
 

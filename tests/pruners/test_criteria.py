@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.networks import Attention, Grouped, Residual, Tied, image, randomise
-from torchshear.calibration import ALL_SUMS, Statistics
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import ALL_SUMS
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
-from torchshear.pruners.criteria import _fpgm, _registry, needs_of, unit_sums
+from torchshear.pruners.criteria import _fpgm, _registry
+from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.criteria._weights import unit_sums
 
 MODELS = {
     "residual": (Residual, lambda: image()),

@@ -22,11 +22,11 @@ from tests.networks.plain import ManyLayers
 from tests.oracle import fresh_inputs
 from tests.pruners import naive
 from tests.pruners.scoring import collected, images, is_scored, mixed, score
-from torchshear.calibration import SUMS_OF_GRADIENTS
+from torchshear.calibration._statistics import SUMS_OF_GRADIENTS, Statistics
 from torchshear.dependency import ChannelGroups, Member
 from torchshear.errors import ArgumentError
-from torchshear.pruners import Statistics, UnscorableError, find_criterion, plan_from_kept, registered_criteria
-from torchshear.pruners.criteria import declared_needs
+from torchshear.pruners import UnscorableError, find_criterion, plan_from_kept, registered_criteria
+from torchshear.pruners.criteria._registry import declared_needs
 from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 CRITERIA = registered_criteria()

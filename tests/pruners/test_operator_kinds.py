@@ -15,9 +15,10 @@ from tests.networks import randomise
 from tests.networks.experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture
 from tests.pruners.naive_recurrent import RECURRENT, Read, Steps, loss_of, root_mean_squares, variance
 from tests.pruners.scoring import score, weights_of
+from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups, operator_rule, unregister
 from torchshear.dependency.rules._choosing import grouped_product
-from torchshear.pruners import Statistics, UnscorableError, find_criterion
+from torchshear.pruners import UnscorableError, find_criterion
 from torchshear.pruners.selection._scoring import group_scores
 
 STEPS, INPUTS, HIDDEN = 4, 5, 3

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.networks import Attention, Grouped, Residual, image, randomise
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, dense_cost
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency.plans._cut import Cut, dense_cost
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners import isomorphism_classes, plan_from_kept
 from torchshear.report import make_report

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import Statistics, criterion, find_criterion
+from torchshear.pruners import criterion, find_criterion
 from torchshear.pruners.criteria import _registry
 from torchshear.pruners.criteria._retrain_free import exchange_units
 

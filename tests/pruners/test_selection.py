@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 import torchshear
 from tests.networks import Grouped, Residual, image, randomise
 from torchshear.dependency import ChannelGroup, Member
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.pruners import Limits, choose_units, choose_width
+from torchshear.pruners.selection._exact import Limits, choose_units, choose_width
 
 
 def group_of(width: int, balance: np.ndarray | None = None) -> ChannelGroup:

@@ -10,8 +10,9 @@ import torchshear
 from tests.networks import Attention, classified
 from tests.networks.attention import EncoderBlock
 from tests.networks.feed_forward import GatedFeedForward
+from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
-from torchshear.pruners import Statistics, UnscorableError, find_criterion
+from torchshear.pruners import UnscorableError, find_criterion
 
 
 class Twelve(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.zoo import zoo
-from torchshear.graph import output_leaves
+from torchshear.graph._outputs import output_leaves
 from torchshear.speedup import KeptScale, shrink_to_form
 
 _PLAIN = (bool, int, float, str, tuple, list, torch.Size, type(None))

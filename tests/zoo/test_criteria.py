@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 import torchshear
 from tests.oracle import fresh_inputs
 from tests.zoo import zoo
+from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import SCOPES, Statistics, UnscorableError, find_criterion, registered_criteria
+from torchshear.pruners import SCOPES, UnscorableError, find_criterion, registered_criteria
 
 pytestmark = pytest.mark.zoo
 NAMES = ("torchvision:resnet18", "torchvision:mobilenet_v2", "transformers:vit", "transformers:bert")

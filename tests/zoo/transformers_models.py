@@ -11,7 +11,7 @@ from tests.zoo.torchvision_models import load_torchvision
 from tests.zoo.transformers_configs import RULES, small_config
 from tests.zoo.transformers_inputs import example_inputs
 from tests.zoo.weights import raise_gains, settle_statistics, spread_weights
-from torchshear.graph import output_leaves
+from torchshear.graph._outputs import output_leaves
 
 # Tasks in the order in which they are looked for: the models whose outputs leave the residual stream free.
 _TASKS = (

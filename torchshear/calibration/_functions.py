@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.errors import DataError, first_line
-from torchshear.graph import FunctionCall, Graph
+from torchshear.graph import Graph
+from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._nodes import is_written
 
 _CLOSE = 1e-2  # of the largest value: results of a function that is called again, beside those of its operators

@@ -26,12 +26,14 @@ from torchshear.calibration._taps import GroupTaps, find_taps, sample_input
 from torchshear.calibration._weight_calls import find_weight_calls
 from torchshear.calibration._weight_source import weights_to_score
 from torchshear.calibration._weight_sums import WeightAccumulators
-from torchshear.dependency import ChannelGroups, computed_weights
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._computed_weights import computed_weights
 from torchshear.dependency.groups._role_sets import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.errors import DataError, first_line
-from torchshear.graph import locate, run_exclusively
+from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_written
 from torchshear.graph._run import interpret
+from torchshear.graph.model._process import run_exclusively
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -7,10 +7,12 @@ from os import PathLike
 import torch
 from torch import Tensor, fx
 
-from torchshear.dependency import ChannelGroups, computed_weights
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._computed_weights import computed_weights
 from torchshear.dependency.rules._read_values import differing_value
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph, close_names
+from torchshear.graph import Graph
+from torchshear.graph._names import close_names
 from torchshear.graph._nodes import compute_from_state
 from torchshear.storage._checkpoint import match_names, open_checkpoint
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from torchshear.cli._example import call, failure_of, find_object, kind_of
 from torchshear.errors import ArgumentError, DataError, TorchshearError
-from torchshear.graph import close_names
+from torchshear.graph._names import close_names
 
 _EXPECTED: Final = "a function without arguments that returns an iterable of batches, or such an iterable"
 Loss = Callable[[Any, Any], Tensor]

@@ -16,16 +16,11 @@ from torchshear._tables import Cell
 from torchshear.cli._example import Target, load_example
 from torchshear.cli._options import Submodules
 from torchshear.cli._terminal import print_lines, status, stdout_console
-from torchshear.dependency import ChannelGroup, ChannelGroups, dense_cost
-from torchshear.inspection import (
-    Constraint,
-    GroupDetail,
-    MemberDetail,
-    describe_groups,
-    find_group,
-    groups_document,
-    write_page,
-)
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency.plans._cut import dense_cost
+from torchshear.inspection import Constraint, GroupDetail, MemberDetail, describe_groups, write_page
+from torchshear.inspection._details import find_group
+from torchshear.inspection._document import groups_document
 
 _WHERE: Final = re.compile(r"^aten\.(\w+)\.\w+(?: in module '(.*?)')?")
 _INDENT: Final = 12

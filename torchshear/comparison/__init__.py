@@ -1,8 +1,7 @@
 """Criteria compared: one model at the same budget by each of them, against random channels and narrower layers."""
 
 from torchshear.comparison._compare import compare
-from torchshear.comparison._picture import has_matplotlib
-from torchshear.comparison._record import Comparison, render_comparison
+from torchshear.comparison._record import Comparison
 from torchshear.comparison._row import Row
 
-__all__ = ["Comparison", "Row", "compare", "has_matplotlib", "render_comparison"]
+__all__ = ["Comparison", "Row", "compare"]

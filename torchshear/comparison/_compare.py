@@ -13,12 +13,14 @@ from torchshear.calibration import Loss, Statistics
 from torchshear.comparison._contenders import Contender, budgets_of, contenders_of, random_criteria, request_of
 from torchshear.comparison._record import Comparison
 from torchshear.comparison._trial import Evaluate, Trial
-from torchshear.dependency import ChannelGroups, analyze
-from torchshear.dependency.alignment import Alignment
-from torchshear.graph import trace
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency._alignment import Alignment
+from torchshear.dependency.groups._analyze import analyze
+from torchshear.graph.capture._trace import trace
 from torchshear.options import CalibrationOptions, checked_call
-from torchshear.pruners import Criterion, Ratio, collect
-from torchshear.pruners.criteria import needs_of
+from torchshear.pruners import Criterion, Ratio
+from torchshear.pruners._collecting import collect
+from torchshear.pruners.criteria._registry import needs_of
 from torchshear.speedup import resolve_alignment
 
 

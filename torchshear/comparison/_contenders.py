@@ -14,7 +14,8 @@ from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
 from torchshear.options import CalibrationOptions
-from torchshear.pruners import Criterion, Request, random_criterion, registered_criteria
+from torchshear.pruners import Criterion, random_criterion, registered_criteria
+from torchshear.pruners.selection._request import Request
 
 _CONTROLS: Final = ("uniform", "random")
 

@@ -14,11 +14,14 @@ from torchshear.api import shrink_and_record
 from torchshear.calibration import Statistics
 from torchshear.comparison._contenders import Budget, Contender
 from torchshear.comparison._row import Row
-from torchshear.dependency import ChannelGroups, PruningPlan
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, TorchshearError, first_line
-from torchshear.graph import ExampleInputs, copy_model
+from torchshear.graph import ExampleInputs
+from torchshear.graph.model._copy import copy_model
 from torchshear.options import CalibrationOptions
-from torchshear.pruners import Request, plan_units
+from torchshear.pruners._planning import plan_units
+from torchshear.pruners.selection._request import Request
 from torchshear.report import make_report
 from torchshear.speedup.compensation._recalibrate import recalibrate_for
 

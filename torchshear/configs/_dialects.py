@@ -9,7 +9,7 @@ from torchshear._arguments import quote
 from torchshear.configs import _neural_compressor, _nni
 from torchshear.configs._entry import Entry
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names
+from torchshear.graph._names import close_names
 
 _PARSERS: Final[Mapping[str, tuple[Callable[[object], tuple[Entry, ...]], frozenset[str]]]] = MappingProxyType(
     {

@@ -10,7 +10,8 @@ import numpy as np
 from torch import nn
 from torch.nn.utils import parametrize
 
-from torchshear.dependency import FAMILIES, ChannelGroup, ChannelGroups, Member
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member
+from torchshear.dependency.rules._contractions import FAMILIES
 from torchshear.pruners.masks._layers import find_maskable_layers
 
 _TABLES: Final = frozenset({"Embedding", "EmbeddingBag"})

@@ -18,7 +18,7 @@ from torchshear.configs._values import (
     text,
 )
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names
+from torchshear.graph._names import close_names
 
 _CRITERIA: Final = {
     "magnitude": "l1",

@@ -14,8 +14,10 @@ from torchshear.calibration import Statistics, WeightSums
 from torchshear.configs._entry import Entry
 from torchshear.configs._layers import find_maskable_weights
 from torchshear.configs._resolved import ResolvedConfig
-from torchshear.dependency import ChannelGroups, Cut, PruningPlan, make_plan
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency._alignment import Alignment
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import ArgumentError
 from torchshear.pruners._planning import plan_units, statistics_notes
 from torchshear.pruners.masks import Masks, choose_masks

@@ -11,9 +11,10 @@ from torchshear.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.configs._layers import ConfigLayer, LayerGroups, Maskable, find_maskable_weights, list_layers
 from torchshear.configs._resolved import ConfigRow, GroupTarget, ResolvedConfig
 from torchshear.configs._selectors import assign, select
-from torchshear.dependency import ChannelGroup, ChannelGroups, Member, check_groups
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member
+from torchshear.dependency.groups._groups import check_groups
 from torchshear.errors import ArgumentError
-from torchshear.graph import check_module
+from torchshear.graph.model._checks import check_module
 
 _EXACT = 1e-12
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names
+from torchshear.graph._names import close_names
 
 Reader = Callable[[str, Any], Any]
 """(place, value) -> checked value; the place is as "config_list[1]: sparsity"."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby
 
-from torchshear.dependency import Value
+from torchshear.dependency.groups._network import Value
 
 _MAX_LEVELS = 6
 

@@ -11,9 +11,11 @@ import numpy as np
 from torch import fx
 
 from torchshear._arguments import check_kind
-from torchshear.dependency import Axis, ChannelGroup, ChannelGroups, Member, check_groups
+from torchshear.dependency import Axis, ChannelGroup, ChannelGroups, Member
+from torchshear.dependency.groups._groups import check_groups
 from torchshear.errors import ArgumentError
-from torchshear.graph import Graph, locate
+from torchshear.graph import Graph
+from torchshear.graph._location import locate
 
 _RANGES = 4  # runs of positions that are written out
 
@@ -124,6 +126,9 @@ def find_group(groups: ChannelGroups, text: str) -> int:
     Args:
         groups: the analysed network.
         text: its number; its name; or a member as "name[dim]", or as "name" if all its dimensions are in one group.
+
+    Returns:
+        Its number, from 0.
 
     Raises:
         ArgumentError: no group, or more than one, fits.

@@ -3,7 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from torchshear.dependency import ChannelGroups, dense_cost
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import dense_cost
 from torchshear.inspection._details import describe_groups
 
 

@@ -15,8 +15,10 @@ from importlib.resources import files
 from os import PathLike
 from typing import Any
 
-from torchshear.dependency import ChannelGroups, Value, check_groups
-from torchshear.graph import Mode
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._groups import check_groups
+from torchshear.dependency.groups._network import Value
+from torchshear.graph.model._state import Mode
 from torchshear.inspection._cards import Level, make_levels
 from torchshear.inspection._document import groups_document
 from torchshear.inspection._layout import lay_out
@@ -47,6 +49,9 @@ def render_page(groups: ChannelGroups) -> str:
 
     Args:
         groups: the analysed network.
+
+    Returns:
+        The content of an HTML file.
     """
     check_groups(groups)
     style = _asset("page.css")

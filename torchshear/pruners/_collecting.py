@@ -6,25 +6,19 @@ from typing import Any
 from torch import Tensor
 
 from torchshear._arguments import check_count, check_kind, quote
-from torchshear.calibration import (
-    ALL_SUMS,
-    SUM_OF_MEANS,
-    SUMS_OF_GRADIENTS,
-    Loss,
-    Progress,
-    Run,
-    Statistics,
-    Sum,
-    all_reduced,
-    check_progress,
-    read_graph_inputs,
-    with_progress,
-)
-from torchshear.calibration._processes import agree
-from torchshear.dependency import ChannelGroups, analyze
+from torchshear.calibration import Loss, Progress, Statistics
+from torchshear.calibration._batches import read_graph_inputs
+from torchshear.calibration._processes import agree, all_reduced
+from torchshear.calibration._progress import check_progress, with_progress
+from torchshear.calibration._run import Run
+from torchshear.calibration._statistics import ALL_SUMS, SUM_OF_MEANS, SUMS_OF_GRADIENTS, Sum
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import Graph, outside_inference_mode, parse_names
-from torchshear.pruners.criteria import Criterion, declared_needs, needs_of
+from torchshear.graph import Graph
+from torchshear.graph._names import parse_names
+from torchshear.graph.model._process import outside_inference_mode
+from torchshear.pruners.criteria._registry import Criterion, declared_needs, needs_of
 from torchshear.pruners.selection._targets import choose_targets
 
 _ANY = 0.5  # a ratio, where only what stays whole is asked
@@ -75,6 +69,13 @@ def collect(
             or gradients; no gradient reaches a group, or all are zero; another process failed, has another network or
             criteria, or another number of batches.
         WeightError: the model is on the meta device.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> graph = torchshear.trace(model, torch.randn(1, 4))
+        >>> torchshear.collect(graph, [torch.randn(16, 4)], batches=1, criteria="apoz", progress=False)
+        <Statistics of 16 samples in 1 batches: zeros>
     """
 
     def make_run() -> Run:

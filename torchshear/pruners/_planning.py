@@ -10,7 +10,10 @@ from torch import Tensor
 from torchshear._arguments import check_kind
 from torchshear.calibration import Statistics
 from torchshear.calibration._weight_source import WeightSource
-from torchshear.dependency import ChannelGroups, Cut, PruningPlan, check_groups, make_plan
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._groups import check_groups
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import PlanError, first_line
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._unit_selector import UnitSelector
@@ -68,6 +71,9 @@ def plan_from_kept(groups: ChannelGroups, kept: Mapping[str, Any]) -> PruningPla
     Args:
         groups: the analysed network.
         kept: group name -> indices of the units that stay; groups not named keep everything.
+
+    Returns:
+        The plan, which can be applied and saved as any other.
 
     Raises:
         PlanError: a group is unknown, indices are out of range or repeated, a balance is violated, or a dimension would

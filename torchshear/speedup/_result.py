@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from torchshear.dependency import Form, FormKind, PruningPlan
+from torchshear.dependency.plans._form import Form, FormKind
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.speedup.compensation._fold_record import Fold
-from torchshear.speedup.verification import Verification
+from torchshear.speedup.verification._verify import Verification
 
 
 @dataclass(frozen=True, slots=True, eq=False)

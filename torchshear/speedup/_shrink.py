@@ -7,16 +7,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchshear._arguments import check_flag, check_one_of
-from torchshear.dependency import FormKind, PruningPlan
+from torchshear.dependency.plans._form import FormKind
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import VerificationError
-from torchshear.graph import ExampleInputs, is_on_meta, run_exclusively
+from torchshear.graph import ExampleInputs
+from torchshear.graph.model._meta import is_on_meta
+from torchshear.graph.model._process import run_exclusively
 from torchshear.speedup._result import Shrunk
 from torchshear.speedup.compensation._fold import fold_constants
 from torchshear.speedup.shrinking._parts import shrink_parts
 from torchshear.speedup.shrinking._planned import analyze_planned
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 from torchshear.speedup.shrinking._whole_model import shrink_whole
-from torchshear.speedup.verification import verify_analyzed
+from torchshear.speedup.verification._verify import verify_analyzed
 
 
 def shrink(
@@ -55,6 +58,13 @@ def shrink(
         VerificationError: the result is not the masked model; or the folded one not the original with constants on the
             removed channels.
         WeightError: constants of a model on the meta device are to be folded.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, torch.randn(1, 4))), ratio=0.5)
+        >>> torchshear.shrink(model, plan)[0]
+        Linear(in_features=4, out_features=4, bias=True)
     """
     return shrink_to_form(model, plan, args, kwargs, fold_bias=fold_bias, verify=verify).model
 

@@ -14,11 +14,11 @@ from torch.nn import functional
 import torchshear
 from tests.compat.nni.plain import HALF, Plain, batches
 from tests.networks import Attention, Chunked, Grouped, Residual, Tied, image, randomise
-from torchshear.calibration import SUMS_OF_GRADIENTS
+from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat import nni
 from torchshear.errors import ArgumentError
 from torchshear.pruners import registered_criteria
-from torchshear.pruners.criteria import declared_needs, needs_of
+from torchshear.pruners.criteria._registry import declared_needs, needs_of
 from torchshear.pruners.masks import Masks
 
 CLASSES = {

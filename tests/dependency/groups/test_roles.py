@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.networks import FusedAttention, Grouped, Net, Residual, image
-from torchshear.dependency import FAMILIES, ROLES, operator_rule, unregister
+from torchshear.dependency import ROLES, operator_rule, unregister
+from torchshear.dependency.rules._contractions import FAMILIES
 
 
 def noise(*shape: int) -> Tensor:

@@ -9,7 +9,9 @@ from torch.nn.utils import parametrizations
 import torchshear
 from tests.networks import NETWORKS, Network
 from tests.strategies import RandomNetwork, example_input, kept_sets, random_description
-from torchshear.dependency import ChannelGroups, Cut, WidthCost, dense_cost
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._width_cost import WidthCost
+from torchshear.dependency.plans._cut import Cut, dense_cost
 from torchshear.pruners import plan_from_kept
 
 

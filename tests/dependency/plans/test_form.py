@@ -12,7 +12,7 @@ import torchshear
 from tests.networks import Residual, image, randomise
 from tests.plan_files import edit_plan
 from torchshear import PruningPlan
-from torchshear.dependency import Form, Part, Slot
+from torchshear.dependency.plans._form import Form, Part, Slot
 from torchshear.errors import PlanError
 
 FORM = Form(

@@ -16,7 +16,6 @@ from tests.oracle import assert_equals_masked, assert_outputs_equal, check_rando
 from torchshear.dependency import (
     Axes,
     Call,
-    Keep,
     MaskedCall,
     masked_operator,
     operator_rule,
@@ -24,6 +23,7 @@ from torchshear.dependency import (
     scatter_into_zeros,
     unregister,
 )
+from torchshear.dependency.rules._facts import Keep
 from torchshear.errors import ArgumentError, VerificationError
 from torchshear.pruners import plan_from_kept
 

@@ -17,13 +17,13 @@ from torchshear.dependency import (
     Norm,
     Operator,
     Product,
-    dense_cost,
     masked_operator,
     operator_rule,
     unregister,
 )
+from torchshear.dependency.plans._cut import dense_cost
 from torchshear.errors import ArgumentError
-from torchshear.graph import describe_operator, operator_named, operator_of
+from torchshear.graph._operator import describe_operator, operator_named, operator_of
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import shrink_to_form
 

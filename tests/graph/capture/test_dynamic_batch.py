@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.networks import Between
-from torchshear.graph import ExampleInputs, Graph, shape_with_batch
-from torchshear.graph._graph import AffineSize, affine_size
+from torchshear.graph import ExampleInputs, Graph
+from torchshear.graph._graph import AffineSize, affine_size, shape_with_batch
 from torchshear.graph._run import graph_output
 from torchshear.graph.capture import _dynamic_batch
 from torchshear.speedup import shrink_to_form

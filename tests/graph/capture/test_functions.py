@@ -25,9 +25,10 @@ from tests.functions import (
     Swish,
 )
 from tests.networks import Between
-from torchshear.graph import ExampleInputs, Graph, capture_in_mode, parameters_on_meta
+from torchshear.graph import ExampleInputs, Graph, parameters_on_meta
 from torchshear.graph._function_call import Operand
 from torchshear.graph.capture._functions import watch_functions
+from torchshear.graph.capture._trace import capture_in_mode
 
 
 def between(function: Callable[[Tensor], Tensor]) -> Between:

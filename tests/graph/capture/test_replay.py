@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchshear.graph import ExampleInputs, Graph, capture_in_mode
+from torchshear.graph import ExampleInputs, Graph
 from torchshear.graph._nodes import shape_of
 from torchshear.graph._outputs import drop_opaque_outputs
 from torchshear.graph.capture._export import export
 from torchshear.graph.capture._replay import replay
+from torchshear.graph.capture._trace import capture_in_mode
 from torchshear.graph.model._state import in_mode
 
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 import torchshear
 from tests.networks import Residual, Tied, image
 from torchshear.errors import ArgumentError, CaptureError, TorchshearError
-from torchshear.graph import ExampleInputs, capture_in_mode, locate
+from torchshear.graph import ExampleInputs
+from torchshear.graph._location import locate
 from torchshear.graph.capture import _dynamic_batch
+from torchshear.graph.capture._trace import capture_in_mode
 from torchshear.speedup import shrink_to_form
 
 

@@ -9,8 +9,14 @@ from torch import Tensor, fx
 
 from torchshear.dependency import registered_operators
 from torchshear.errors import ArgumentError
-from torchshear.graph import MaskedCall, masked_form, masked_operator, scatter_into_zeros
-from torchshear.graph.masked._call import _FORMS, forget_masked_form
+from torchshear.graph.masked._call import (
+    _FORMS,
+    MaskedCall,
+    forget_masked_form,
+    masked_form,
+    masked_operator,
+    scatter_into_zeros,
+)
 
 aten = torch.ops.aten
 GENERATOR = torch.Generator().manual_seed(3)

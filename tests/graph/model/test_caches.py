@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.networks import randomise
-from torchshear.dependency import FormKind
+from torchshear.dependency.plans._form import FormKind
 from torchshear.speedup import shrink_to_form
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchshear.graph import preserve_state
+from torchshear.graph.model._state import preserve_state
 
 
 class Stateful(nn.Module):

@@ -14,7 +14,7 @@ from tests.oracle import assert_outputs_equal, fresh_inputs
 from tests.strategies import RandomNetwork, example_input, random_description
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
-from torchshear.pruners.masks._removal import _is_same, _State
+from torchshear.pruners.masks._removal import _keeps_outputs, _State
 
 TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
@@ -128,8 +128,8 @@ def test_the_trial_finds_readers_of_units_that_are_silent_on_every_example() -> 
     groups = analysed(net, torch.randn(3, 6).double())
     state = _State.of(groups, {name: entry.tensor.detach() for name, entry in groups.graph.state.items()})
     goes = {"up.weight[0]": np.arange(12) < 6}
-    assert not _is_same(groups, state, goes, goes)
-    assert _is_same(groups, state, goes, {"up.weight[0]": np.zeros(12, bool)}), "no claim that nobody reads them"
+    assert not _keeps_outputs(groups, state, goes, goes)
+    assert _keeps_outputs(groups, state, goes, {"up.weight[0]": np.zeros(12, bool)}), "no claim that nobody reads them"
 
 
 def test_a_group_that_fails_does_not_hold_back_others() -> None:

@@ -8,7 +8,13 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructu
 from tests.networks import randomise
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
-from torchshear.pruners.masks._semi_structured import MULTIPLES, _packed, _sorted_out, is_two_of_four, shape_problem
+from torchshear.pruners.masks._semi_structured import (
+    MULTIPLES,
+    _layers_to_convert,
+    _pack,
+    is_two_of_four,
+    shape_problem,
+)
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -58,18 +64,18 @@ def network(dtype: torch.dtype = torch.float16) -> tuple[nn.Module, m.Masks]:
 
 def test_layers_are_sorted_out() -> None:
     net, masks = network()
-    assert _sorted_out(net, masks, "cusparselt") == (["0", "2"], {"3": "10 x 48 is no multiple of 16 x 16"})
-    assert _sorted_out(net, masks, "cutlass")[0] == ["0"]
-    assert _sorted_out(net.float(), masks, "cutlass")[0] == []
+    assert _layers_to_convert(net, masks, "cusparselt") == (["0", "2"], {"3": "10 x 48 is no multiple of 16 x 16"})
+    assert _layers_to_convert(net, masks, "cutlass")[0] == ["0"]
+    assert _layers_to_convert(net.float(), masks, "cutlass")[0] == []
     dense = m.Masks.of({"0.weight": torch.ones(32, 64).bool(), "2.weight": masks.tensors["2.weight"]})
-    assert _sorted_out(net.half(), dense, "cusparselt") == (["2"], {"0": "its mask is not 2:4"})
+    assert _layers_to_convert(net.half(), dense, "cusparselt") == (["2"], {"0": "its mask is not 2:4"})
 
     class Own(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x
 
     net[0].__class__ = Own
-    assert _sorted_out(net, masks, "cusparselt")[1]["0"] == "its class has a forward of its own"
+    assert _layers_to_convert(net, masks, "cusparselt")[1]["0"] == "its class has a forward of its own"
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="has CUDA")
@@ -114,7 +120,7 @@ def test_converted_layers_compute_the_same(dtype: torch.dtype) -> None:
 def test_a_weight_on_the_cpu_is_refused() -> None:
     net, _ = network()
     with pytest.raises(MaskError, match="layer '0' is on cpu; move the model to CUDA first"):
-        _packed("0", net[0].weight)
+        _pack("0", net[0].weight)
 
 
 def test_report() -> None:

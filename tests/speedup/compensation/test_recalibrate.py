@@ -17,7 +17,8 @@ from tests.networks import Residual, image, randomise
 from tests.oracle import fingerprint
 from tests.processes import end_together
 from torchshear.errors import ArgumentError, DataError, WeightError
-from torchshear.speedup import recalibrate, shrink_to_form
+from torchshear.speedup import shrink_to_form
+from torchshear.speedup.compensation._recalibrate import recalibrate
 
 
 class Norms(nn.Module):

@@ -3,7 +3,7 @@ import platform
 import pytest
 import torch
 
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.speedup.latency import _alignment as module
 from torchshear.speedup.latency._alignment import detect_profile, profiles, resolve_alignment

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from torchshear.errors import ArgumentError, LatencyError
-from torchshear.speedup.latency import LatencyComparison, LatencyResult, compare_latency
+from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult, compare_latency
 
 BATCHED = ("batch", 4)
 

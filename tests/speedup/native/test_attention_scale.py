@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 import torchshear
-from torchshear.graph import module_outputs
+from torchshear.graph._location import module_outputs
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import KeptScale, TracedModule, shrink_to_form
 from torchshear.speedup.native._attention_scale import Part, apply_scales

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear.graph import trace
+from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.speedup import shrink_to_form
 from torchshear.speedup.comparing._random_inputs import smaller_inputs

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from torchshear.errors import ArgumentError, ExportError, OutputError, WeightError
-from torchshear.speedup.onnx import OnnxFile, export_onnx
 from torchshear.speedup.onnx import _export as module
+from torchshear.speedup.onnx._export import OnnxFile, export_onnx
 
 
 class Network(nn.Module):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 import torchshear
 from tests.networks import Between, randomise
 from tests.oracle import assert_equals_masked, assert_is_slice
-from torchshear.dependency import Form
+from torchshear.dependency.plans._form import Form
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.speedup import NativeTradeoff, TracedModule, shrink_to_form
+from torchshear.speedup import TracedModule, shrink_to_form
 from torchshear.speedup.native._form import Native
 from torchshear.speedup.shrinking._prepared_cut import PreparedCut
-from torchshear.speedup.shrinking._whole_groups import leave_groups_whole
+from torchshear.speedup.shrinking._whole_groups import NativeTradeoff, leave_groups_whole
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.networks import Residual, image, randomise
-from torchshear.dependency import Cut
+from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules import _registry
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs

@@ -14,13 +14,18 @@ from torch import Tensor
 
 from torchshear._arguments import check_kind, quote
 from torchshear._tables import Cell
-from torchshear.calibration import Statistics, find_weight_calls
+from torchshear.calibration import Statistics
+from torchshear.calibration._weight_calls import find_weight_calls
 from torchshear.calibration._weight_source import WeightSource, weights_to_score
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, Member, PruningPlan, check_groups, make_plan
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member
+from torchshear.dependency.groups._groups import check_groups
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names, node_macs, parse_names
+from torchshear.graph._cost import node_macs
+from torchshear.graph._names import close_names, parse_names
 from torchshear.graph._nodes import tensor_operands
-from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion
+from torchshear.pruners.criteria._registry import Criterion, UnscorableError, find_criterion
 from torchshear.pruners.selection._exact import n_removed
 from torchshear.pruners.selection._per_group import check_ratio, layer_of
 from torchshear.pruners.selection._scoring import group_scores

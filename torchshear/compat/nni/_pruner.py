@@ -12,29 +12,29 @@ from torch import Tensor, nn
 
 from torchshear._other_tools import missing_method, unknown_keyword
 from torchshear.api import PruneResult, shrink_planned
-from torchshear.calibration import SUMS_OF_GRADIENTS, Statistics
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat.nni._coupled_masks import plan_coupled
 from torchshear.compat.nni._dependency_aware import LayerMask
-from torchshear.configs import (
-    ConfigList,
-    Entry,
-    ResolvedConfig,
-    Widths,
-    load_config,
-    mask_weights,
-    parse_config,
-    plan_config,
-    resolve,
-)
-from torchshear.dependency import ChannelGroups, PruningPlan, analyze, computed_weights
-from torchshear.dependency.alignment import Alignment
+from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
+from torchshear.configs._entry import Entry
+from torchshear.configs._planning import Widths, mask_weights, plan_config
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency._alignment import Alignment
+from torchshear.dependency.groups._analyze import analyze
+from torchshear.dependency.groups._computed_weights import computed_weights
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import check_module, copy_model, outside_inference_mode, trace
 from torchshear.graph._nodes import compute_from_state
-from torchshear.pruners import collect
-from torchshear.pruners.criteria import declared_needs, needs_of
+from torchshear.graph.capture._trace import trace
+from torchshear.graph.model._checks import check_module
+from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._process import outside_inference_mode
+from torchshear.pruners._collecting import collect
+from torchshear.pruners.criteria._registry import declared_needs, needs_of
 from torchshear.pruners.masks import Masks, apply, plan_from_masks
-from torchshear.speedup import export_onnx, resolve_alignment
+from torchshear.speedup import resolve_alignment
+from torchshear.speedup.onnx._export import export_onnx
 from torchshear.storage._writing import atomic_path
 
 Loss = Callable[[Any, Any], Tensor]

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from torchshear._arguments import check_kind
-from torchshear.dependency import ChannelGroup, ChannelGroups, Member, PruningPlan, check_groups
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member
+from torchshear.dependency.groups._groups import check_groups
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.graph import close_names
+from torchshear.graph._names import close_names
 from torchshear.pruners._planning import plan_from_kept
 from torchshear.pruners.selection._per_group import layer_of
 from torchshear.storage._reading import UnreadableError, as_path, read_json, shorten
@@ -79,6 +81,9 @@ def plan_from_unipruning_mask(groups: ChannelGroups, path: str | PathLike[str]) 
         groups: the analysed network.
         path: the file: layer name -> channels to remove, in any order. All layers of a group that it names must lose
             the same channels; layers that it does not name follow theirs.
+
+    Returns:
+        A plan that keeps all channels but those.
 
     Raises:
         ArgumentError: `path` is no path.

@@ -8,17 +8,12 @@ from torch import Tensor
 
 from torchshear._arguments import check_count, check_flag
 from torchshear.calibration._weight_source import WeightSource, weights_to_score
-from torchshear.dependency import (
-    ChannelGroup,
-    ChannelGroups,
-    Cut,
-    PruningPlan,
-    WidthCost,
-    check_groups,
-    dense_cost,
-    make_plan,
-)
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency._alignment import Alignment
+from torchshear.dependency.groups._groups import check_groups
+from torchshear.dependency.groups._width_cost import WidthCost
+from torchshear.dependency.plans._cut import Cut, dense_cost
+from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners.criteria._unipruning import importance, makers
 from torchshear.pruners.selection._budget import Budget

@@ -16,7 +16,9 @@ from torchshear.dependency.groups._groups import ChannelGroups
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._facts import Facts, Result
 from torchshear.dependency.rules._registry import Rule, find_position_rule, find_rule
-from torchshear.graph import Graph, check_outputs, matches, output_nodes
+from torchshear.graph import Graph
+from torchshear.graph._graph import check_outputs, output_nodes
+from torchshear.graph._names import matches
 from torchshear.graph._nodes import has_data_dependent_shape, shape_of
 
 assert _rules
@@ -38,6 +40,13 @@ def analyze(graph: Graph, prunable_outputs: str | Collection[str] = ()) -> Chann
 
     Raises:
         ArgumentError: `graph` is no captured graph, or the model has no such output.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> groups = torchshear.analyze(torchshear.trace(model, torch.randn(1, 4)))
+        >>> [(group.name, group.width, group.role) for group in groups.prunable]
+        [('0.weight[0]', 8, 'ffn')]
     """
     check_kind("graph", graph, Graph, "a captured graph, from torchshear.trace")
     algebra, facts = Algebra(), Facts()

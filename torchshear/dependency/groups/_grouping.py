@@ -15,7 +15,8 @@ from torchshear.dependency.groups._minimums import fix_unclear_minimums, keep_cr
 from torchshear.dependency.groups._norm_scales import assign_norm_scales
 from torchshear.dependency.groups._roles import assign_roles
 from torchshear.dependency.rules._facts import Facts
-from torchshear.graph import Graph, locate
+from torchshear.graph import Graph
+from torchshear.graph._location import locate
 
 
 @dataclass(frozen=True, slots=True)

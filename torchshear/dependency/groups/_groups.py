@@ -13,7 +13,8 @@ from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._network import Value, describe_network, draw_network
 from torchshear.dependency.rules._facts import Facts
 from torchshear.errors import ArgumentError
-from torchshear.graph import Graph, Mode
+from torchshear.graph import Graph
+from torchshear.graph.model._state import Mode
 
 
 @dataclass(frozen=True, slots=True, eq=False)

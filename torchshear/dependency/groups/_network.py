@@ -14,7 +14,8 @@ from torch import Tensor, fx
 from torchshear.dependency.algebra._axis import Algebra, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
 from torchshear.dependency.rules._facts import Facts
-from torchshear.graph import Graph, locate
+from torchshear.graph import Graph
+from torchshear.graph._location import locate
 
 # Control characters, lone surrogates and non-characters cannot stand in XML 1.0, and so not in GraphML or GEXF.
 _NOT_IN_XML = {*range(0x20), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF} - {0x09, 0x0A, 0x0D}

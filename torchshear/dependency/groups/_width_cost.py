@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torchshear.dependency.algebra._axis import Axis
 from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._groups import ChannelGroups
-from torchshear.graph import Cost, node_macs
+from torchshear.graph import Cost
+from torchshear.graph._cost import node_macs
 from torchshear.graph._nodes import shape_of, tensor_operands
 
 Floats = npt.NDArray[np.float64]

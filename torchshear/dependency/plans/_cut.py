@@ -12,7 +12,9 @@ from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
 from torchshear.dependency.groups._groups import ChannelGroups
 from torchshear.errors import PlanError
-from torchshear.graph import Cost, Graph, locate, node_macs
+from torchshear.graph import Cost, Graph
+from torchshear.graph._cost import node_macs
+from torchshear.graph._location import locate
 from torchshear.graph._nodes import shape_of, tensor_operands
 from torchshear.graph._parts import is_in_parts
 

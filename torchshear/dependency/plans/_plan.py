@@ -30,7 +30,8 @@ from torchshear.dependency.plans._plan_file import (
 )
 from torchshear.dependency.plans._state_plan import StatePlan, are_ascending, make_state_plan, read_state, write_state
 from torchshear.errors import PlanError
-from torchshear.graph import ExampleInputs, Parts
+from torchshear.graph import ExampleInputs
+from torchshear.graph._parts import Parts
 
 Indices = npt.NDArray[np.int64]
 

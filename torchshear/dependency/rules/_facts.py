@@ -10,7 +10,7 @@ from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._contractions import Contraction
-from torchshear.graph import locate
+from torchshear.graph._location import locate
 
 Result = Axes | list[Axes] | None
 Keep = Callable[[Axis], npt.NDArray[np.bool_]]

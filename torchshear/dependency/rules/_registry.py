@@ -71,6 +71,9 @@ def find_position_rule(node: fx.Node) -> PositionRule | None:
 def unregister(name: str) -> None:
     """Forget all that is known of an operator: its rule, its record and its masked form.
 
+    Args:
+        name: name of the operator, as it was registered.
+
     Raises:
         ArgumentError: there is none.
     """

@@ -58,6 +58,12 @@ def trace(
             is the whole model, lies in another one named, or is never called.
         CaptureError: torch.export cannot capture the model or a part; names the part, the module and the line, and
             modules that can be pruned as parts.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> torchshear.trace(model, torch.randn(1, 4))
+        <Graph of Sequential in eval mode: 9 nodes, 4 tensors>
     """
     inputs = ExampleInputs.of(args, kwargs)
     if submodules is not None:

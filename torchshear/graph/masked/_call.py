@@ -149,6 +149,9 @@ def scatter_into_zeros(value: Tensor, mask: Tensor, dim: int) -> Tensor:
         value: as many positions as the mask has true values.
         mask: bool, one for each position of the result.
         dim: the dimension.
+
+    Returns:
+        A value with as many positions as the mask has.
     """
     dim = dim % value.ndim
     shape = [*value.shape[:dim], len(mask), *value.shape[dim + 1 :]]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from torchshear.calibration import SUMS_OF_GRADIENTS, Statistics, ValueSums, WeightSums
+from torchshear.calibration import Statistics, ValueSums, WeightSums
+from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import ArgumentError

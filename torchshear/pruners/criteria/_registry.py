@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from torchshear.calibration import ALL_SUMS, Statistics, Sum
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import ALL_SUMS, Sum
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError, TorchshearError
 
@@ -46,8 +47,8 @@ def criterion(
 
     Args:
         name: the word that users choose it by.
-        needs: names of the sums that it reads from `statistics`, see `torchshear.calibration.Sum`; empty if it
-            reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything.
+        needs: names of the sums that it reads from `statistics`, see `torchshear.calibration.Statistics.sums`; empty
+            if it reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything.
         comparable: whether scores of units of different groups mean the same, as an estimate of the loss does. Those of
             other criteria are divided by their mean over the group where groups are ranked together.
         rearrange: called as `rearrange(group, kept, statistics)` when it is known how many units of a group stay, with
@@ -77,6 +78,12 @@ def criterion(
 
 def find_criterion(name: str | Criterion) -> Criterion:
     """The criterion of a name; a function is taken as it is.
+
+    Args:
+        name: name of a registered criterion, or a function like one.
+
+    Returns:
+        The function that scores.
 
     Raises:
         ArgumentError: there is none of that name.
@@ -121,5 +128,5 @@ def rearrangement_of(function: Criterion) -> Rearrangement | None:
 
 
 def registered_criteria() -> tuple[str, ...]:
-    """Names of all criteria, sorted."""
+    """Return the names of all criteria, sorted."""
     return tuple(sorted(_CRITERIA))

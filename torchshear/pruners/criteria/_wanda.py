@@ -5,7 +5,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from torchshear.calibration import Statistics, WeightCall, wide
+from torchshear.calibration import Statistics
+from torchshear.calibration._sums import wide
+from torchshear.calibration._weight_calls import WeightCall
 from torchshear.dependency import ChannelGroup
 from torchshear.pruners.criteria._data import with_needs
 from torchshear.pruners.criteria._registry import UnscorableError, criterion

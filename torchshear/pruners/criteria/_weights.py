@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from torchshear.calibration import wide
+from torchshear.calibration._sums import wide
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import WeightError

@@ -10,7 +10,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import check_module
+from torchshear.graph.model._checks import check_module
 from torchshear.pruners.masks._parametrization import held_weights
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchshear.dependency import Member, StatePlan
+from torchshear.dependency import Member
+from torchshear.dependency.plans._state_plan import StatePlan
 
 
 def by_position(member: Member, tensor: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from torchshear._arguments import check_one_of
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph import check_module, close_names, outside_inference_mode
+from torchshear.graph._names import close_names
+from torchshear.graph.model._checks import check_module
+from torchshear.graph.model._process import outside_inference_mode
 from torchshear.pruners.masks._masks import Masks
 
 Existing = Literal["multiply", "replace"]

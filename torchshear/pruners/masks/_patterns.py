@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names
+from torchshear.graph._names import close_names
 from torchshear.pruners.masks._selection import ranks
 
 Reduce = Literal["mean", "sum", "max"]

@@ -22,6 +22,9 @@ def report(masks: Masks, width: int = 120) -> str:
     Args:
         masks: the masks.
         width: columns of the terminal.
+
+    Returns:
+        The table, ready to print.
     """
     check_kind("masks", masks, Masks, "what choose_masks gives")
     check_count("width", width)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph import close_names
+from torchshear.graph._names import close_names
 from torchshear.pruners.masks._layers import MaskableLayer, dense_values
 
 WeightScore = Callable[[str, Tensor], Tensor]

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.sparse import SparseSemiStructuredTensor, to_sparse_semi_structured
 
 from torchshear.errors import ArgumentError, MaskError, first_line
-from torchshear.graph import copy_model
+from torchshear.graph.model._copy import copy_model
 from torchshear.pruners.masks._layers import MaskableLayer, find_maskable_layers
 from torchshear.pruners.masks._masks import Masks
 from torchshear.pruners.masks._parametrization import has_masks

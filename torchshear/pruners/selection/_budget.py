@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from torchshear.dependency import ChannelGroups, WidthCost
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.errors import PlanError
 from torchshear.graph import Cost
 from torchshear.pruners.selection._pools import Steps, WidthSteps

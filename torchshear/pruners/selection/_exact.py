@@ -7,9 +7,9 @@ import numpy.typing as npt
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.pruners.criteria import Rearrangement
+from torchshear.pruners.criteria._registry import Rearrangement
 
 Indices = npt.NDArray[np.int64]
 

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from torchshear._arguments import is_share, quote
-from torchshear.dependency import FAMILIES, ROLES, ChannelGroup, ChannelGroups
+from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
+from torchshear.dependency.rules._contractions import FAMILIES
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names, matches, parse_names
+from torchshear.graph._names import close_names, matches, parse_names
 
 _WEIGHTS: Final = frozenset({"weight", "weight_orig", "weight_v"})  # the latter of hooks of `torch.nn.utils`
 

@@ -11,7 +11,8 @@ import networkx as nx
 import numpy as np
 import numpy.typing as npt
 
-from torchshear.dependency import ChannelGroup, ChannelGroups, Value
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency.groups._network import Value
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -137,6 +138,9 @@ def isomorphism_classes(groups: ChannelGroups) -> dict[str, str]:
 
     The graph of a group holds every value along which its units run, labelled by operator or, for a parameter, by the
     roles of its dimensions. Graphs are compared by Weisfeiler-Lehman hashes.
+
+    Args:
+        groups: the analysed network.
 
     Reference: Fang et al., ECCV 2024, arXiv:2407.04616, which ranks isomorphic sub-structures together.
     """

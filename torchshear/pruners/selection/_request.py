@@ -8,10 +8,10 @@ from typing import Any, Final
 import numpy as np
 
 from torchshear._arguments import MOST, is_whole
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names
-from torchshear.pruners.criteria import Criterion
+from torchshear.graph._names import close_names
+from torchshear.pruners.criteria._registry import Criterion
 from torchshear.pruners.selection._per_group import Ratio, check_ratio
 from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 

@@ -10,7 +10,7 @@ import numpy as np
 from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._groups import Member
 from torchshear.errors import ArgumentError
-from torchshear.graph import close_names, matches, parse_names
+from torchshear.graph._names import close_names, matches, parse_names
 from torchshear.pruners.selection._exact import Limits
 from torchshear.pruners.selection._per_group import (
     PerGroupRatio,

@@ -10,10 +10,18 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.calibration._weight_source import WeightSource, weights_to_score
-from torchshear.dependency import ChannelGroup, ChannelGroups, Cut, check_groups, dense_cost
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency.groups._groups import check_groups
+from torchshear.dependency.plans._cut import Cut, dense_cost
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.graph import Cost
-from torchshear.pruners.criteria import Criterion, UnscorableError, find_criterion, is_comparable, rearrangement_of
+from torchshear.pruners.criteria._registry import (
+    Criterion,
+    UnscorableError,
+    find_criterion,
+    is_comparable,
+    rearrangement_of,
+)
 from torchshear.pruners.selection._budget import Budget, BudgetSolver, check_feasible, solve_exactly
 from torchshear.pruners.selection._exact import (
     Limits,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from torchshear.errors import ArgumentError, CheckpointError
-from torchshear.graph import check_has_shape, check_module, outside_inference_mode
+from torchshear.graph.model._checks import check_has_shape, check_module
+from torchshear.graph.model._process import outside_inference_mode
 from torchshear.storage._checkpoint import Checkpoint, match_names, open_checkpoint
 
 _Slot = tuple[dict[str, Tensor | None], str]  # where a module keeps a tensor
@@ -28,6 +29,14 @@ def load_checkpoint(model: nn.Module, source: str | PathLike[str]) -> None:
     Raises:
         ArgumentError: `model` is not a module; buffers that no checkpoint holds are on the meta device.
         CheckpointError: the checkpoint is damaged, lacks a tensor, has one too many, or has one of another shape.
+
+    Example:
+        >>> import tempfile, torch, torchshear
+        >>> from safetensors.torch import save_model
+        >>> model = torch.nn.Linear(4, 8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(model, f"{folder}/model.safetensors")
+        ...     _ = torchshear.load_checkpoint(torch.nn.Linear(4, 8, device="meta"), folder)
     """
     check_module(model)
     for name, parameter in model.named_parameters():

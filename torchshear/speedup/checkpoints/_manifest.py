@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from torchshear.dependency import PruningPlan
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import CheckpointError
 from torchshear.storage._checkpoint import Checkpoint
 from torchshear.storage._reading import read_json

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchshear._arguments import check_callback, check_one_of
-from torchshear.dependency import PruningPlan, StatePlan
 from torchshear.dependency.plans._agreement import check_agreement
+from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.dependency.plans._state_plan import StatePlan
 from torchshear.errors import ArgumentError, CheckpointError, OutputError
 from torchshear.speedup.checkpoints._manifest import (
     NAME,
@@ -97,6 +98,16 @@ def shrink_checkpoint(
         PlanError: the plan's file cannot be read.
         CheckpointError: the source is damaged or not of the plan's model; the destination holds something else.
         OutputError: the destination cannot be written, or the disk is full; finished shards stay for the next run.
+
+    Example:
+        >>> import tempfile, torch, torchshear
+        >>> from safetensors.torch import save_model
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, torch.randn(1, 4))), ratio=0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(model, f"{folder}/model.safetensors")
+        ...     torchshear.shrink_checkpoint(plan, folder, f"{folder}/small").n_params
+        (58, 30)
     """
     plan = _checked_plan(plan)
     destination = as_path(destination, "the destination")

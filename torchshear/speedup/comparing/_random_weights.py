@@ -6,7 +6,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from torchshear.graph import Cache, clear_caches
+from torchshear.graph.model._caches import Cache, clear_caches
 
 _PERIOD = 65537  # a prime, so that no two rows of a matrix are the same
 

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from torchshear.dependency import Axes, Cut
+from torchshear.dependency import Axes
+from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
-from torchshear.graph import Graph, MaskedCall, masked_form
+from torchshear.graph import Graph
 from torchshear.graph._nodes import is_only_read
 from torchshear.graph._operator import operator_of
+from torchshear.graph.masked._call import MaskedCall, masked_form
 from torchshear.speedup.rewriting._slicing import Bools, keep_mask, map_axes, zero_cut
 
 ReadValue = Callable[[fx.Node], Any]  # operand -> its value

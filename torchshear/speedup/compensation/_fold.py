@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchshear._arguments import check_kind
-from torchshear.dependency import Cut, PruningPlan
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import VerificationError, WeightError
-from torchshear.graph import ExampleInputs, PartRun, is_on_meta, output_leaves, run_exclusively, whole_model
+from torchshear.graph import ExampleInputs
+from torchshear.graph._outputs import output_leaves
+from torchshear.graph._parts import PartRun, whole_model
+from torchshear.graph.model._meta import is_on_meta
+from torchshear.graph.model._process import run_exclusively
 from torchshear.speedup._result import Shrunk
 from torchshear.speedup.comparing._random_inputs import random_like
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance

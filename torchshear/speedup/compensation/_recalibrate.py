@@ -12,10 +12,15 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from torchshear._arguments import check_count, check_flag
-from torchshear.calibration import CallForm, Progress, check_progress, read_batches, with_progress
+from torchshear.calibration import Progress
+from torchshear.calibration._batches import CallForm, read_batches
 from torchshear.calibration._processes import agree, is_distributed, sum_over_processes
+from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
-from torchshear.graph import ExampleInputs, check_module, copy_model, outside_inference_mode, signature_of
+from torchshear.graph import ExampleInputs
+from torchshear.graph.model._checks import check_module, signature_of
+from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._process import outside_inference_mode
 from torchshear.graph.model._state import in_mode
 
 _logger = logging.getLogger(__name__)
@@ -69,6 +74,14 @@ def recalibrate(
         DataError: the loader is empty or too short, a batch does not fit the model, statistics are NaN or infinite, or
             processes have different numbers of batches.
         WeightError: the model is on the meta device, or has lazy layers that were never run.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
+        >>> small = torchshear.prune(model, torch.randn(2, 4), ratio=0.5, prunable_outputs="0").model
+        >>> small = torchshear.recalibrate(small, [torch.randn(64, 4)], batches=1, progress=False)
+        >>> int(small[1].num_batches_tracked)
+        1
 
     Reference: Ioffe and Szegedy, ICML 2015, arXiv:1502.03167 (statistics of the population by averaging over batches);
     for pruned networks Li et al., ECCV 2020, arXiv:2007.02491.

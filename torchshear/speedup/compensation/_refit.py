@@ -11,10 +11,13 @@ from torchshear._arguments import check_count, check_kind
 from torchshear.calibration._batches import read_graph_inputs
 from torchshear.calibration._processes import agree, is_distributed, sum_over_processes
 from torchshear.calibration._progress import Progress, check_progress
-from torchshear.dependency import Cut, PruningPlan
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, VerificationError, WeightError
-from torchshear.graph import copy_model, is_on_meta, outside_inference_mode
 from torchshear.graph._run import graph_output
+from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._meta import is_on_meta
+from torchshear.graph.model._process import outside_inference_mode
 from torchshear.graph.model._state import in_mode
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.compensation._refit_pass import HELD_OUT, RefitPass

@@ -15,10 +15,11 @@ from torch.utils import _pytree as pytree
 
 from torchshear.calibration._processes import is_distributed, sum_over_processes
 from torchshear.calibration._progress import Progress, with_progress
-from torchshear.dependency import ChannelGroups, Cut
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.errors import DataError
-from torchshear.graph import locate
+from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_only_read
 from torchshear.graph._operator import Norm, operator_of
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear

@@ -10,10 +10,8 @@ from typing import Final
 import torch
 
 from torchshear._arguments import MOST, is_whole, quote
-from torchshear.dependency.alignment import Alignment
+from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-
-__all__ = ["detect_profile", "profiles", "resolve_alignment"]
 
 _PROFILES: Final[Mapping[str, Alignment]] = MappingProxyType(
     {

@@ -22,8 +22,6 @@ from torchshear._arguments import check_callback, check_count, check_kind, quote
 from torchshear.errors import ArgumentError, LatencyError
 from torchshear.speedup.latency._session import check_inputs, error_reason, make_inputs, open_session
 
-__all__ = ["LatencyComparison", "LatencyResult", "compare_latency"]
-
 _RESAMPLES: Final = 2000
 _NOISY_IQR: Final = 0.1  # share of the median, as torch.utils.benchmark.Measurement warns
 
@@ -257,6 +255,13 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
         ArgumentError: there is no model, or a number is out of its range.
         LatencyError: a file is missing, invalid or holds an operator that onnxruntime does not run; or inputs do not
             fit a model, or cannot be made for it, or differ between the models.
+
+    Example:
+        >>> import tempfile, torch, torchshear
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = torchshear.export_onnx(torch.nn.Linear(4, 8), f"{folder}/model.onnx", torch.randn(1, 4))
+        ...     list(torchshear.compare_latency({"dense": file.path}, rounds=2, min_seconds=1e-4).results)
+        ['dense']
     """
     _check_numbers(models, inputs, batch=batch, threads=threads, rounds=rounds, warmup=warmup, seed=seed)
     check_callback("progress", progress)

@@ -13,8 +13,6 @@ from torchshear._arguments import quote
 from torchshear.errors import LatencyError
 from torchshear.storage._reading import as_path
 
-__all__ = ["check_inputs", "error_reason", "make_inputs", "open_session"]
-
 _DTYPES: Final[Mapping[str, str]] = MappingProxyType(
     {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
     | {f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchshear.dependency import Part, Scales
+from torchshear.dependency.plans._form import Part, Scales
 
 
 class KeptScale:

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from torchshear.dependency import Slot
-from torchshear.graph import run_exclusively
+from torchshear.dependency.plans._form import Slot
+from torchshear.graph.model._process import run_exclusively
 from torchshear.speedup.native._size_attributes import is_record
 
 AttributeReads = set[tuple[int, str]]  # id of the object, name of the attribute

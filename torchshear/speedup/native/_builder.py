@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import Cut, Scales, Sizes
-from torchshear.graph import Graph, canonical_module_names, clear_caches, copy_model, locate
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Scales, Sizes
+from torchshear.graph import Graph
+from torchshear.graph._location import canonical_module_names, locate
 from torchshear.graph._run import graph_values
+from torchshear.graph.model._caches import clear_caches
+from torchshear.graph.model._copy import copy_model
 from torchshear.graph.numerics._float64 import to_float64
 from torchshear.speedup.native._attention_scale import keep_scale
 from torchshear.speedup.native._original import Original

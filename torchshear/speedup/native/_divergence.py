@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchshear.dependency import Scales
+from torchshear.dependency.plans._form import Scales
 from torchshear.errors import first_line
-from torchshear.graph import output_leaves, set_exporting_flag
-from torchshear.graph.model._process import record_export_queries
+from torchshear.graph._outputs import output_leaves
+from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.graph.model._state import in_mode
 from torchshear.graph.numerics._float64 import compute_in
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance

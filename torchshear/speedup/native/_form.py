@@ -6,9 +6,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx, nn
 
-from torchshear.dependency import Cut, Form, Scales, Sizes
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Form, Scales, Sizes
 from torchshear.errors import PlanError
-from torchshear.graph import ExampleInputs, copy_model, is_on_meta, locate, run_failure, whole_model
+from torchshear.graph import ExampleInputs
+from torchshear.graph._location import locate
+from torchshear.graph._parts import whole_model
+from torchshear.graph.capture._check import run_failure
+from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._meta import is_on_meta
 from torchshear.speedup.comparing._random_inputs import random_like
 from torchshear.speedup.native._attention_scale import apply_scales, explain_scales
 from torchshear.speedup.native._builder import NativeBuilder

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchshear.dependency import Cut, Part
-from torchshear.graph import module_outputs
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Part
+from torchshear.graph._location import module_outputs
 from torchshear.graph.numerics._float64 import compute_in
 
 Pair = tuple[fx.Node, fx.Node]

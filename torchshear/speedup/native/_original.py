@@ -6,7 +6,11 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from torchshear.graph import Cache, ExampleInputs, Graph, copy_model, find_caches, run_failure, set_exporting_flag
+from torchshear.graph import ExampleInputs, Graph
+from torchshear.graph.capture._check import run_failure
+from torchshear.graph.model._caches import Cache, find_caches
+from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._process import set_exporting_flag
 from torchshear.graph.numerics._float64 import compute_in, to_float64
 
 

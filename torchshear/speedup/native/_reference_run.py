@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
-from torchshear.graph import ExampleInputs, copy_model, output_leaves
+from torchshear.graph import ExampleInputs
+from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import graph_values
+from torchshear.graph.model._copy import copy_model
 from torchshear.graph.numerics._float64 import compute_in, to_float64
 from torchshear.speedup.comparing._random_inputs import gives_numbers, random_inputs, smaller_inputs, table_sizes
 from torchshear.speedup.comparing._random_weights import SharedWeights

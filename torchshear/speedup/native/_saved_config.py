@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from torchshear.dependency import Sizes, Slot
-from torchshear.graph import ExampleInputs, output_leaves, parameters_on_meta, run_failure
-from torchshear.graph.capture._check import run_model
+from torchshear.dependency.plans._form import Sizes, Slot
+from torchshear.graph import ExampleInputs, parameters_on_meta
+from torchshear.graph._outputs import output_leaves
+from torchshear.graph.capture._check import run_failure, run_model
 from torchshear.graph.model._state import in_mode
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.native._size_attributes import SizeSlot, assign_size, assign_sizes

@@ -9,8 +9,9 @@ from math import sqrt
 import torch
 from torch import fx
 
-from torchshear.dependency import Cut, Part, Scales
-from torchshear.graph import enclosing_modules
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Part, Scales
+from torchshear.graph._location import enclosing_modules
 from torchshear.speedup.native._operand_origins import Pair, Run, Sides, find_origins
 
 _MOST_PLACEMENTS = 3  # that are returned

@@ -12,9 +12,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from torchshear.dependency import Cut, Form, Sizes, Slot
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Form, Sizes, Slot
 from torchshear.errors import PlanError
-from torchshear.graph import Graph, canonical_module_names, enclosing_modules
+from torchshear.graph import Graph
+from torchshear.graph._location import canonical_module_names, enclosing_modules
 from torchshear.speedup.rewriting._rewrite import changed_integers
 
 _NO_RECORDS = (nn.Module, Tensor, ModuleType, Enum)

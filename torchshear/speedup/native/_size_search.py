@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from torch import nn
 
-from torchshear.dependency import Slot
+from torchshear.dependency.plans._form import Slot
 from torchshear.speedup.native._attribute_access import AttributeReads, is_read, record_reads
 from torchshear.speedup.native._divergence import Divergence, ModuleCall, find_divergence
 from torchshear.speedup.native._reference_run import ReferenceRun

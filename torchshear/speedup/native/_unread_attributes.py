@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchshear.dependency import Sizes, Slot
-from torchshear.graph import ExampleInputs, copy_model, output_leaves, run_failure
+from torchshear.dependency.plans._form import Sizes, Slot
+from torchshear.graph import ExampleInputs
+from torchshear.graph._outputs import output_leaves
+from torchshear.graph.capture._check import run_failure
+from torchshear.graph.model._copy import copy_model
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attribute_access import is_read, record_reads
 from torchshear.speedup.native._builder import is_torch_module

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear._arguments import MOST, check_count, check_kind, is_whole, quote
 from torchshear.errors import ArgumentError, ExportError, WeightError
-from torchshear.graph import signature_of
+from torchshear.graph.model._checks import signature_of
 
 DynamicShapes = Mapping[str, Any] | Sequence[Any] | None
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, ExportError, LatencyError
-from torchshear.graph import ExampleInputs, check_module, drop_opaque_outputs, preserve_state, run_exclusively
-from torchshear.graph.model._process import silence_torch
+from torchshear.graph import ExampleInputs
+from torchshear.graph._outputs import drop_opaque_outputs
+from torchshear.graph.model._checks import check_module
+from torchshear.graph.model._process import run_exclusively, silence_torch
+from torchshear.graph.model._state import preserve_state
 from torchshear.speedup.comparing._relative_error import ordinary_scale
 from torchshear.speedup.latency._session import error_reason, open_session
 from torchshear.speedup.onnx._arguments import DynamicShapes, ExampleCall, check_limits, check_tensors
@@ -26,8 +29,6 @@ from torchshear.speedup.onnx._decompositions import decompose
 from torchshear.speedup.rewriting._traced import showing_signature
 from torchshear.storage._reading import as_path
 from torchshear.storage._writing import DRAFT, atomic_path
-
-__all__ = ["OnnxFile", "export_onnx"]
 
 Dynamic = Literal["batch and length", "batch", "nothing"]
 
@@ -113,6 +114,13 @@ def export_onnx(  # noqa: PLR0913 - keywords, each a choice of its own
         ExportError: torch cannot convert the model, or not to this opset; the model fixes a size that was to be free;
             onnxruntime does not run it, or an output differs.
         OutputError: the file cannot be written.
+
+    Example:
+        >>> import tempfile, torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torchshear.export_onnx(model, f"{folder}/model.onnx", torch.randn(1, 4)).max_error < 1e-4
+        True
 
     Reference: `torch.onnx.export(dynamo=True)`, https://docs.pytorch.org/docs/stable/onnx_export.html
     """

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import CaptureError
-from torchshear.graph import FunctionCall, Graph
+from torchshear.graph import Graph
+from torchshear.graph._function_call import FunctionCall
 
 
 def explain_lost_backwards(graph: Graph) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from torchshear.dependency import Cut
+from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._facts import UNCHANGED, Edit, Facts, Scaled
 from torchshear.graph._operator import operator_of

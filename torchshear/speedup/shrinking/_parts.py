@@ -8,10 +8,17 @@ from typing import Any
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
+from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._analyze import relate_graph
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Form, FormKind
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import CaptureError, PlanError
-from torchshear.graph import ExampleInputs, Graph, PartRun, Parts, copy_model, signature_of, trace_inputs, whole_model
+from torchshear.graph import ExampleInputs, Graph
+from torchshear.graph._parts import PartRun, Parts, whole_model
+from torchshear.graph.capture._trace import trace_inputs
+from torchshear.graph.model._checks import signature_of
+from torchshear.graph.model._copy import copy_model
 from torchshear.speedup.native._builder import own_constants
 from torchshear.speedup.native._original import Original
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, explain_lost_backwards, explain_untrainable

@@ -6,11 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchshear.dependency import ChannelGroups, PruningPlan, analyze
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._analyze import analyze
 from torchshear.dependency.plans._agreement import check_agreement
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.dependency.rules._read_values import differing_value, readable_values
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.graph import ExampleInputs, Graph, PartRun, check_module, record_parts, trace_inputs, whole_model
+from torchshear.graph import ExampleInputs, Graph
+from torchshear.graph._parts import PartRun, whole_model
+from torchshear.graph.capture._recording import record_parts
+from torchshear.graph.capture._trace import trace_inputs
+from torchshear.graph.model._checks import check_module
 from torchshear.speedup.shrinking._prepared_cut import tensors_of
 
 

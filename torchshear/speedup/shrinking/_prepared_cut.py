@@ -4,8 +4,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from torchshear.dependency import ChannelGroups, Cut, Form, PruningPlan
-from torchshear.graph import Graph, is_on_meta, whole_model
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Form
+from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.graph import Graph
+from torchshear.graph._parts import whole_model
+from torchshear.graph.model._meta import is_on_meta
 from torchshear.speedup.native._form import Native, native_form
 from torchshear.speedup.native._original import Original
 from torchshear.speedup.rewriting._slicing import slice_state

@@ -11,9 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from torchshear.dependency import ChannelGroups, Cut, PruningPlan, dense_cost
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import Cut, dense_cost
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import TorchshearError
-from torchshear.graph import Cost, canonical_module_names, enclosing_modules
+from torchshear.graph import Cost
+from torchshear.graph._location import canonical_module_names, enclosing_modules
 from torchshear.speedup.native._form import Native
 from torchshear.speedup.shrinking._prepared_cut import PreparedCut
 

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import ChannelGroups, Cut, Form, FormKind, PruningPlan
+from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._analyze import relate
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._form import Form, FormKind
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.dependency.rules._facts import Facts
 from torchshear.errors import CaptureError, PlanError
-from torchshear.graph import (
-    Graph,
-    capture_in_mode,
-    dynamic_dimensions,
-    is_on_meta,
-    signature_of,
-)
+from torchshear.graph import Graph
+from torchshear.graph.capture._dynamic_sizes import dynamic_dimensions
+from torchshear.graph.capture._trace import capture_in_mode
+from torchshear.graph.model._checks import signature_of
+from torchshear.graph.model._meta import is_on_meta
 from torchshear.speedup.native._form import Native, recorded_form
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, explain_lost_backwards, explain_untrainable
 from torchshear.speedup.rewriting._rewrite import rewrite_graph

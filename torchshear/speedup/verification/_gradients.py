@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.errors import VerificationError
-from torchshear.graph import Mode
+from torchshear.graph.model._state import Mode
 from torchshear.speedup.verification._state_cut import StateCut
 
 SelectGradient = Callable[[str, Tensor], Tensor]

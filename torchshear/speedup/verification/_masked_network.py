@@ -1,7 +1,7 @@
 """Reference for networks with cross-channel operators: the original graph at full size, with masked parameters.
 
-No value is set to zero because a rule says so. An operator that computes over an axis with cut positions gives
-what its masked form gives (`torchshear.graph.MaskedCall`). The rules claim which positions these are, and the claim is
+No value is set to zero because a rule says so. An operator that computes over an axis with cut positions gives what
+its masked form gives (`torchshear.dependency.MaskedCall`). The rules claim which positions these are, and the claim is
 checked on the data: on two inputs at once, a position that is said to be cut must hold the same number on both, or a
 copy of another position, or a number that depends on other cut positions. If it does none of this, the claim is wrong.
 """
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchshear.dependency import Cut
+from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._facts import Facts
 from torchshear.errors import VerificationError, first_line
-from torchshear.graph import MaskedCall, locate, masked_form
+from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_only_read
+from torchshear.graph.masked._call import MaskedCall, masked_form
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._slicing import keep_mask, writes_to_operand
 

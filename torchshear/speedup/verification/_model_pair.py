@@ -9,10 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from torchshear.dependency import ChannelGroups, Cut, PruningPlan, dense_cost
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import Cut, dense_cost
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import VerificationError, WeightError, first_line
-from torchshear.graph import ExampleInputs, Mode, find_caches, output_leaves, run_failure, zeros_are_exact
+from torchshear.graph import ExampleInputs
+from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import graph_output
+from torchshear.graph.capture._check import run_failure
+from torchshear.graph.masked._call import zeros_are_exact
+from torchshear.graph.model._caches import find_caches
+from torchshear.graph.model._state import Mode
 from torchshear.graph.numerics._ties import TieBreaker
 from torchshear.speedup.comparing._random_inputs import (
     check_examples,

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from torchshear.errors import VerificationError, first_line
-from torchshear.graph import ExampleInputs, Mode
+from torchshear.graph import ExampleInputs
+from torchshear.graph.model._state import Mode
 from torchshear.graph.numerics._ties import TieBreaker
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._traced import TracedModule

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from torchshear.dependency import Cut
 from torchshear.dependency.groups._analyze import relate_graph
+from torchshear.dependency.plans._cut import Cut
 from torchshear.errors import CaptureError, PlanError, VerificationError, first_line
-from torchshear.graph import Mode, capture_in_mode, locate, output_leaves
+from torchshear.graph._location import locate
+from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import graph_values
+from torchshear.graph.capture._trace import capture_in_mode
+from torchshear.graph.model._state import Mode
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from torchshear.dependency import PruningPlan
-from torchshear.graph import Cache, ExampleInputs, Mode, clear_caches, copy_model, find_caches, output_leaves
-from torchshear.graph.model._state import in_mode
+from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.graph import ExampleInputs
+from torchshear.graph._outputs import output_leaves
+from torchshear.graph.model._caches import Cache, clear_caches, find_caches
+from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._state import Mode, in_mode
 from torchshear.graph.numerics._dispatch import LeanDispatchMode
 from torchshear.graph.numerics._float64 import compute_in, to_float64
 from torchshear.speedup.verification._gradients import Gradients, SelectGradient, gradients_of

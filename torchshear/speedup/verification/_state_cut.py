@@ -5,7 +5,9 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, nn
 
-from torchshear.dependency import ChannelGroups, Cut, StatePlan, make_state_plan
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.plans._state_plan import StatePlan, make_state_plan
 from torchshear.speedup.comparing._random_weights import fill_randomly
 from torchshear.speedup.rewriting._slicing import slice_state, slice_tensor
 

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_kind
-from torchshear.calibration import CallForm, read_batches
-from torchshear.dependency import ChannelGroups, PruningPlan
+from torchshear.calibration._batches import CallForm, read_batches
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, DataError, VerificationError
-from torchshear.graph import ExampleInputs, Mode, PartRun, run_exclusively, run_failure, signature_of, whole_model
+from torchshear.graph import ExampleInputs
+from torchshear.graph._parts import PartRun, whole_model
+from torchshear.graph.capture._check import run_failure
+from torchshear.graph.model._checks import signature_of
+from torchshear.graph.model._process import run_exclusively
+from torchshear.graph.model._state import Mode
 from torchshear.speedup.shrinking._planned import analyze_planned, planned_run
 from torchshear.speedup.shrinking._whole_model import TrainingCut
 from torchshear.speedup.verification._model_pair import ModelPair
@@ -87,6 +93,13 @@ def verify(
         DataError: the loader gives fewer batches, or a batch does not fit the model.
         VerificationError: outputs or gradients differ; the message names the first value in the graph that does. Or a
             model with smaller parts does not run whole.
+
+    Example:
+        >>> import torch, torchshear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+        >>> plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, torch.randn(1, 4))), ratio=0.5)
+        >>> torchshear.verify(model, torchshear.shrink(model, plan), plan).max_error < 1e-9
+        True
     """
     check_kind("small", small, nn.Module, "the shrunk model")
     check_count("seed", seed, least=0)

@@ -8,8 +8,6 @@ import numpy as np
 from torchshear._arguments import check_count
 from torchshear.errors import ArgumentError
 
-__all__ = ["Alignment"]
-
 
 @dataclass(frozen=True, slots=True)
 class Alignment:
