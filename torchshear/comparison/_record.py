@@ -98,7 +98,7 @@ class Comparison:
         for budget in self.budgets:
             headings, rows = _cells(self, budget)
             tables.append(html_table(f"{self.model}, {budget}", headings, rows, _notes(self, budget)))
-        return "".join(tables) + "".join(f"<div>{escape(line)}</div>" for line in _summary(self))
+        return "".join(tables) + "".join(f"<pre style=\"white-space: pre-wrap; margin: 0\">{escape(line)}</pre>" for line in _summary(self))
 
 
 def render_comparison(comparison: Comparison, width: int = 120) -> str:
