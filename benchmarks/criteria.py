@@ -30,7 +30,7 @@ import torchshear
 from tests.zoo.torchvision_models import load_torchvision
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.dependency import ChannelGroups
-from torchshear.pruners.criteria._registry import needs_of, registered_criteria
+from torchshear.pruners.criteria._criterion import needs_of, registered_criteria
 
 OF_WEIGHTS = tuple(word for word in registered_criteria() if not needs_of(word))
 ALL = "everything"

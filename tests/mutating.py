@@ -18,9 +18,9 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import UNCHANGED, Result, Scaled
+from torchshear.dependency.rules._findings import UNCHANGED, Result, Scaled
 from torchshear.dependency.rules._registry import _POSITION_RULES, _RULES
-from torchshear.graph._operator import operator_name
+from torchshear.graph._operator_record import operator_name
 
 DEMANDS = (
     "tie", "fix", "mix", "balance", "equally_wide", "at_least", "keep_some", "block", "renumber", "gives_positions",

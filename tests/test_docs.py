@@ -9,7 +9,7 @@ import pytest
 from torchshear.compat.unipruning import _config as _unipruning
 from torchshear.configs import _neural_compressor, _nni
 from torchshear.dependency import registered_operators, unregister
-from torchshear.pruners.criteria import _registry
+from torchshear.pruners.criteria import _criterion as _registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = (

@@ -13,7 +13,7 @@ import torchshear
 from torchshear import comparison, configs, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
-from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.criteria._criterion import needs_of
 
 MODULES = (torchshear, configs, pruners, masks, speedup, nni, unipruning, comparison, inspection)
 X = torch.randn(2, 4)

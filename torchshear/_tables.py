@@ -55,6 +55,10 @@ def html_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[obje
 
     head = "".join(f'<th style="text-align: left">{escape(heading)}</th>' for heading in headings)
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
-    below = "".join(f'<pre style="white-space: pre-wrap; margin: 0">{escape(line)}</pre>' for line in lines)
     caption = f'<caption style="text-align: left"><b>{escape(title)}</b></caption>'
-    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+    return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{html_lines(lines)}"
+
+
+def html_lines(lines: Iterable[str]) -> str:
+    """Return lines of text as HTML in which columns stay below one another."""
+    return "".join(f'<pre style="white-space: pre-wrap; margin: 0">{escape(line)}</pre>' for line in lines)

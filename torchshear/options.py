@@ -25,7 +25,7 @@ from torchshear.errors import ArgumentError, KeywordError
 from torchshear.pruners import Criterion, channel_means
 from torchshear.pruners._collecting import collect
 from torchshear.pruners._planning import check_request, plan_units
-from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.criteria._criterion import needs_of
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._targets import choose_targets
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff

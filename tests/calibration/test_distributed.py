@@ -21,7 +21,7 @@ from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
 from torchshear.pruners import find_criterion, registered_criteria
-from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.criteria._criterion import needs_of
 
 
 def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:

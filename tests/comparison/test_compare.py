@@ -17,7 +17,7 @@ from torchshear.comparison import Comparison, Row, _compare, _picture, compare
 from torchshear.comparison._record import render_comparison
 from torchshear.errors import ArgumentError, DataError, OutputError, PlanError
 from torchshear.pruners import random_criterion
-from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.criteria._criterion import needs_of
 
 MACS = "at most 50% of the MACs"
 

@@ -17,7 +17,7 @@ from tests.pruners.scoring import is_scored, mixed, score
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.errors import ArgumentError, DataError, PlanError
 from torchshear.pruners import registered_criteria
-from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.criteria._criterion import needs_of
 
 ON_DATA = tuple(name for name in registered_criteria() if needs_of(name))
 ON_GRADIENTS = tuple(name for name in ON_DATA if needs_of(name) & SUMS_OF_GRADIENTS)

@@ -16,7 +16,7 @@ from torchshear.compat.nni import L1NormPruner
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import MaskError, WeightError
 from torchshear.pruners import UnscorableError, masks, registered_criteria
-from torchshear.pruners.criteria._registry import find_criterion, needs_of
+from torchshear.pruners.criteria._criterion import find_criterion, needs_of
 from torchshear.pruners.selection._scoring import group_scores
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)

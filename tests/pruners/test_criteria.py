@@ -16,9 +16,10 @@ from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
-from torchshear.pruners.criteria import _fpgm, _registry
-from torchshear.pruners.criteria._registry import needs_of
-from torchshear.pruners.criteria._weights import unit_sums
+from torchshear.pruners.criteria import _criterion as _registry
+from torchshear.pruners.criteria import _fpgm
+from torchshear.pruners.criteria._criterion import needs_of
+from torchshear.pruners.criteria._weight_sums import unit_sums
 
 MODELS = {
     "residual": (Residual, lambda: image()),
@@ -169,7 +170,7 @@ def test_missing_weights_are_named() -> None:
 def test_a_large_weight_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = analysed("residual")
     whole = find_criterion("l1")(groups[0], weights_of(groups), None)
-    monkeypatch.setattr("torchshear.pruners.criteria._weights._PIECE", 7)
+    monkeypatch.setattr("torchshear.pruners.criteria._weight_sums._PIECE", 7)
     torch.testing.assert_close(find_criterion("l1")(groups[0], weights_of(groups), None), whole)
 
 

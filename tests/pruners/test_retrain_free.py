@@ -11,7 +11,7 @@ from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import criterion, find_criterion
-from torchshear.pruners.criteria import _registry
+from torchshear.pruners.criteria import _criterion as _registry
 from torchshear.pruners.criteria._retrain_free import exchange_units
 
 

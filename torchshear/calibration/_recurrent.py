@@ -13,9 +13,9 @@ from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Axis
 from torchshear.dependency.rules._call import bind_arguments
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.graph._nodes import shape_of
-from torchshear.graph._operator import Recurrence, operator_of
+from torchshear.graph._operator_record import Recurrence, operator_of
 
 See = Callable[[str, Tensor], Tensor]
 

@@ -14,12 +14,12 @@ from torchshear.dependency import ChannelGroups, Member
 from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._role_sets import MAKING_ROLES
 from torchshear.dependency.rules._call import bind_arguments
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.errors import DataError
 from torchshear.graph import Graph
 from torchshear.graph._nodes import shape_of
-from torchshear.graph._operator import Activation, operator_name, operator_of
+from torchshear.graph._operator_record import Activation, operator_name, operator_of
 
 _Activation = tuple[fx.Node, fx.Node | None]  # an activation, and what is added to another branch in front of it
 

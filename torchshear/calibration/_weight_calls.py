@@ -11,7 +11,7 @@ from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._contraction import explicit_equation
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._nodes import is_from_state, shape_of, tensor_operands
-from torchshear.graph._operator import operator_name, operator_of
+from torchshear.graph._operator_record import operator_name, operator_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from torch import nn
 
 import torchshear
 from torchshear.cli._bench import measure, print_latency
+from torchshear.cli._choice_options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._example import Target, load_example
 from torchshear.cli._folder import Force, folder_name, output_folder
-from torchshear.cli._options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.configs._resolved import render_config
 from torchshear.errors import ArgumentError

@@ -20,7 +20,7 @@ from torchshear.graph.capture._trace import trace
 from torchshear.options import CalibrationOptions, checked_call
 from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners._collecting import collect
-from torchshear.pruners.criteria._registry import needs_of
+from torchshear.pruners.criteria._criterion import needs_of
 from torchshear.speedup import resolve_alignment
 
 

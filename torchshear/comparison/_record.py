@@ -6,7 +6,6 @@ import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from html import escape
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchshear._arguments import check_one_of
-from torchshear._tables import Cell, html_table
+from torchshear._tables import Cell, html_lines, html_table
 from torchshear.comparison._picture import draw_panels
 from torchshear.comparison._row import Row, of_other_size
 
@@ -98,7 +97,7 @@ class Comparison:
         for budget in self.budgets:
             headings, rows = _cells(self, budget)
             tables.append(html_table(f"{self.model}, {budget}", headings, rows, _notes(self, budget)))
-        return "".join(tables) + "".join(f"<pre style=\"white-space: pre-wrap; margin: 0\">{escape(line)}</pre>" for line in _summary(self))
+        return "".join(tables) + html_lines(_summary(self))
 
 
 def render_comparison(comparison: Comparison, width: int = 120) -> str:

@@ -9,7 +9,7 @@ from torchshear.dependency.plans._plan import GroupPlan
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._contractions import ROLES
 from torchshear.dependency.rules._registry import operator_rule, registered_operators, unregister
-from torchshear.graph._operator import Activation, Norm, Operator, Product, Recurrence
+from torchshear.graph._operator_record import Activation, Norm, Operator, Product, Recurrence
 from torchshear.graph.masked._call import MaskedCall, masked_operator, scatter_into_zeros
 
 __all__ = [

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchshear.graph._operator import Shape, operator_named
+from torchshear.graph._operator_record import Shape, operator_named
 
 
 @dataclass(frozen=True, slots=True)

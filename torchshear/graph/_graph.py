@@ -15,7 +15,7 @@ from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._names import close_names, matches, parse_names
 from torchshear.graph._nodes import format_arguments, shape_of
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 from torchshear.graph._outputs import output_names
 from torchshear.graph._parts import Parts
 from torchshear.graph.model._state import Mode

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 
 _IS_FROM_STATE = "is_from_state"  # key in the meta of a node
 

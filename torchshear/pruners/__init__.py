@@ -7,15 +7,15 @@ from torchshear.calibration._weight_source import WeightSource
 from torchshear.pruners import masks
 from torchshear.pruners._collecting import channel_means
 from torchshear.pruners._planning import plan_from_kept
-from torchshear.pruners.criteria._random import random_criterion
-from torchshear.pruners.criteria._registry import (
+from torchshear.pruners.criteria._criterion import (
     Criterion,
     UnscorableError,
     criterion,
     find_criterion,
     registered_criteria,
 )
-from torchshear.pruners.criteria._weights import unit_sums
+from torchshear.pruners.criteria._random import random_criterion
+from torchshear.pruners.criteria._weight_sums import unit_sums
 from torchshear.pruners.selection._per_group import Ratio
 from torchshear.pruners.selection._pools import isomorphism_classes
 from torchshear.pruners.selection._request import SCOPES

@@ -18,7 +18,7 @@ from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph
 from torchshear.graph._names import parse_names
 from torchshear.graph.model._process import outside_inference_mode
-from torchshear.pruners.criteria._registry import Criterion, declared_needs, needs_of
+from torchshear.pruners.criteria._criterion import Criterion, declared_needs, needs_of
 from torchshear.pruners.selection._targets import choose_targets
 
 _ANY = 0.5  # a ratio, where only what stays whole is asked

@@ -7,8 +7,8 @@ from torchshear.speedup.compensation._fold import fold_constants
 from torchshear.speedup.compensation._fold_record import Fold, FoldedConstants, SkippedConstants
 from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit, RefittedLayer, SkippedLayer
-from torchshear.speedup.latency._alignment import detect_profile, profiles, resolve_alignment
 from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult
+from torchshear.speedup.latency._profiles import detect_profile, profiles, resolve_alignment
 from torchshear.speedup.native._attention_scale import KeptScale
 from torchshear.speedup.onnx._export import OnnxFile
 from torchshear.speedup.rewriting._traced import TracedModule

@@ -18,7 +18,7 @@ from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat import nni
 from torchshear.errors import ArgumentError
 from torchshear.pruners import registered_criteria
-from torchshear.pruners.criteria._registry import declared_needs, needs_of
+from torchshear.pruners.criteria._criterion import declared_needs, needs_of
 from torchshear.pruners.masks import Masks
 
 CLASSES = {

@@ -23,7 +23,7 @@ from torchshear.dependency import (
     scatter_into_zeros,
     unregister,
 )
-from torchshear.dependency.rules._facts import Keep
+from torchshear.dependency.rules._findings import Keep
 from torchshear.errors import ArgumentError, VerificationError
 from torchshear.pruners import plan_from_kept
 

@@ -23,7 +23,7 @@ from torchshear.dependency import (
 )
 from torchshear.dependency.plans._cut import dense_cost
 from torchshear.errors import ArgumentError
-from torchshear.graph._operator import describe_operator, operator_named, operator_of
+from torchshear.graph._operator_record import describe_operator, operator_named, operator_of
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import shrink_to_form
 

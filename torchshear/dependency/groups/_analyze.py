@@ -14,7 +14,7 @@ from torchshear.dependency.groups._computed_weights import carrier_of
 from torchshear.dependency.groups._grouping import form_groups
 from torchshear.dependency.groups._groups import ChannelGroups
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import Facts, Result
+from torchshear.dependency.rules._findings import Facts, Result
 from torchshear.dependency.rules._registry import Rule, find_position_rule, find_rule
 from torchshear.graph import Graph
 from torchshear.graph._graph import check_outputs, output_nodes

@@ -4,7 +4,7 @@ import numpy as np
 
 from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.algebra._units import PAD, Ids
-from torchshear.dependency.rules._facts import Balance, Facts, FixReason
+from torchshear.dependency.rules._findings import Balance, Facts, FixReason
 
 
 def settle_balances(algebra: Algebra, facts: Facts) -> None:

@@ -8,11 +8,11 @@ from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.dependency.rules._weights import unwrap_moves
 from torchshear.graph import Graph
 from torchshear.graph._nodes import ancestors, format_arguments, is_from_state
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 
 
 def carrier_of(node: fx.Node, algebra: Algebra, facts: Facts) -> fx.Node | None:

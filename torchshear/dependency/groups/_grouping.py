@@ -14,7 +14,7 @@ from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups, Fi
 from torchshear.dependency.groups._minimums import fix_unclear_minimums, keep_crossings, minimum_units
 from torchshear.dependency.groups._norm_scales import assign_norm_scales
 from torchshear.dependency.groups._roles import assign_roles
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.graph import Graph
 from torchshear.graph._location import locate
 

@@ -11,7 +11,7 @@ from torchshear._arguments import check_kind, check_one_of
 from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._network import Value, describe_network, draw_network
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.errors import ArgumentError
 from torchshear.graph import Graph
 from torchshear.graph.model._state import Mode

@@ -8,7 +8,7 @@ import numpy as np
 from torchshear.dependency.algebra._axis import Algebra, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
 from torchshear.dependency.groups._balance import is_plain
-from torchshear.dependency.rules._facts import Facts, FixReason
+from torchshear.dependency.rules._findings import Facts, FixReason
 
 Factor = tuple[int, int]  # number of a group, and how many of its units
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.graph import Graph
 from torchshear.graph._location import locate
 

@@ -8,11 +8,11 @@ from torch import fx
 
 from torchshear.dependency.groups._groups import ChannelGroup
 from torchshear.dependency.rules._call import bind_arguments
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph import Graph
 from torchshear.graph._nodes import is_from_state
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 
 
 def assign_norm_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:

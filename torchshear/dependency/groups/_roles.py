@@ -20,10 +20,10 @@ from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
 from torchshear.dependency.algebra._units import PAD
 from torchshear.dependency.groups._groups import ChannelGroup
 from torchshear.dependency.rules._contractions import Contraction
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.graph import Graph
 from torchshear.graph._nodes import tensor_operands
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 
 _NORMS = frozenset({"norm", "statistic"})
 

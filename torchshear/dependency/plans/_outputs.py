@@ -10,7 +10,7 @@ from torch import fx
 
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan_file import IndexReader, IndexWriter, read_dimension, read_name, read_size
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.graph import Graph
 from torchshear.graph._graph import output_nodes, shape_with_batch
 from torchshear.graph._names import matches

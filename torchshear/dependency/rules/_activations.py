@@ -4,7 +4,7 @@ from torchshear.dependency.algebra._axis import Axes
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import pointwise
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Activation, Operator, describe_operator
+from torchshear.graph._operator_record import Activation, Operator, describe_operator
 
 _SMOOTH = Operator(is_pointwise=True, activation=Activation())
 _WITH_ZEROS = Operator(is_pointwise=True, activation=Activation(has_zeros=True))

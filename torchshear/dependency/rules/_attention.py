@@ -6,9 +6,9 @@ from math import prod, sqrt
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import broadcast
-from torchshear.dependency.rules._facts import UNCHANGED
+from torchshear.dependency.rules._findings import UNCHANGED
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Operator, Shape
+from torchshear.graph._operator_record import Operator, Shape
 
 
 def _macs(operands: Sequence[Shape], result: Shape) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
 from torchshear.dependency.rules._contractions import ROLES, Contraction, Kind
-from torchshear.dependency.rules._facts import (
+from torchshear.dependency.rules._findings import (
     UNCHANGED,
     Balance,
     Edit,
@@ -25,7 +25,7 @@ from torchshear.dependency.rules._facts import (
 from torchshear.dependency.rules._read_values import digest_of, label_of
 from torchshear.graph import Graph
 from torchshear.graph._nodes import shape_of, tensor_operands
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 from torchshear.graph._run import arguments_by_name
 from torchshear.graph.masked._call import masked_form
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import UNCHANGED, Result
+from torchshear.dependency.rules._findings import UNCHANGED, Result
 from torchshear.dependency.rules._normalization import reduce_axes
 from torchshear.dependency.rules._registry import operator_rule, position_rule
 from torchshear.dependency.rules._scattering import tie_others
 from torchshear.dependency.rules._weights import weight_roles
-from torchshear.graph._operator import Operator, Product
+from torchshear.graph._operator_record import Operator, Product
 
 
 @operator_rule("aten.topk")

@@ -11,10 +11,10 @@ from torch import fx
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import broadcast
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.dependency.rules._weights import weight_roles
-from torchshear.graph._operator import Operator, Product, Shape
+from torchshear.graph._operator_record import Operator, Product, Shape
 
 
 def _macs_of_layer(operands: Sequence[Shape], result: Shape) -> int:

@@ -9,7 +9,7 @@ from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._contractions import Kind
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Operator, Product, Shape
+from torchshear.graph._operator_record import Operator, Product, Shape
 
 
 def _macs(operands: Sequence[Shape], result: Shape) -> int:

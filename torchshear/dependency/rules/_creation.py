@@ -4,9 +4,9 @@ from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Operator
+from torchshear.graph._operator_record import Operator
 
 
 @operator_rule(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Operator, describe_operator
+from torchshear.graph._operator_record import Operator, describe_operator
 
 
 def broadcast(call: Call, operands: Sequence[Axes], shape: Sequence[int]) -> Axes:

@@ -12,7 +12,7 @@ from torchshear.dependency.rules._call import Call, bind_arguments
 from torchshear.dependency.rules._elementwise import broadcast
 from torchshear.dependency.rules._registry import operator_rule
 from torchshear.graph._nodes import shape_of, unwrap_copies
-from torchshear.graph._operator import Operator, SourceDim, operator_name, operator_of
+from torchshear.graph._operator_record import Operator, SourceDim, operator_name, operator_of
 
 
 def _with_rows(given: Mapping[str, Any], dims: list[SourceDim]) -> list[SourceDim]:

@@ -8,9 +8,9 @@ from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import Keep, Result
+from torchshear.dependency.rules._findings import Keep, Result
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Operator, SourceDim
+from torchshear.graph._operator_record import Operator, SourceDim
 
 
 @operator_rule("aten.cat", "aten.concat", "aten.concatenate")

@@ -2,9 +2,9 @@
 
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Norm, Operator, operator_of
+from torchshear.graph._operator_record import Norm, Operator, operator_of
 
 
 def _tie_parameters(call: Call, axes: Axes) -> None:

@@ -4,7 +4,7 @@ from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._registry import operator_rule
 
 

@@ -3,7 +3,7 @@
 from torchshear.dependency.algebra._axis import Axes
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import broadcast
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._normalization import reduce_axes
 from torchshear.dependency.rules._registry import operator_rule
 

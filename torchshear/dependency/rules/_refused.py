@@ -1,7 +1,7 @@
 """Operators of which no part may shrink, each with its reason, so that reports say why and not only where."""
 
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._registry import operator_rule
 
 

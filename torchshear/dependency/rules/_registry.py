@@ -7,9 +7,9 @@ from torch import fx
 
 from torchshear.dependency.algebra._axis import Axis
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import Result
+from torchshear.dependency.rules._findings import Result
 from torchshear.errors import ArgumentError
-from torchshear.graph._operator import Operator, describe_operator, forget_operator, operator_name, operator_of
+from torchshear.graph._operator_record import Operator, describe_operator, forget_operator, operator_name, operator_of
 from torchshear.graph.masked._call import forget_masked_form
 
 Rule = Callable[[Call], Result]

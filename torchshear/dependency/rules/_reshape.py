@@ -6,9 +6,9 @@ from typing import Any
 
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._facts import UNCHANGED, Keep
+from torchshear.dependency.rules._findings import UNCHANGED, Keep
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Operator
+from torchshear.graph._operator_record import Operator
 
 _LAYOUT = Operator(passes="layout")
 

@@ -6,7 +6,7 @@ from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._elementwise import broadcast
 from torchshear.dependency.rules._registry import operator_rule
-from torchshear.graph._operator import Operator
+from torchshear.graph._operator_record import Operator
 
 
 def tie_others(call: Call, operands: Sequence[Axes], dim: int) -> None:

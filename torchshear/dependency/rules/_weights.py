@@ -6,7 +6,7 @@ from torch import fx
 
 from torchshear.dependency.rules._call import Call, bind_arguments
 from torchshear.graph._nodes import is_from_state, shape_of
-from torchshear.graph._operator import SourceDim, operator_of
+from torchshear.graph._operator_record import SourceDim, operator_of
 
 
 def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequence[int]) -> None:

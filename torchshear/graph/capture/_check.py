@@ -10,7 +10,7 @@ from torchshear.errors import first_line
 from torchshear.graph._graph import Graph, output_nodes
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._nodes import shape_of
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 from torchshear.graph._outputs import flatten_output, output_leaves
 from torchshear.graph._run import graph_output
 from torchshear.graph.model._state import Mode, in_mode, preserve_state

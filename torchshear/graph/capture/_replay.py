@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._operator import operator_named
+from torchshear.graph._operator_record import operator_named
 from torchshear.graph.capture._export import MaskedAssignments
 from torchshear.graph.model._process import set_exporting_flag
 from torchshear.graph.model._state import preserve_state

@@ -1,43 +1,7 @@
-"""Criteria: how much each unit of a channel group is worth. One file each, registered when the package is imported."""
+"""Criteria: how much each unit of a channel group is worth. One file each; importing the package registers them all."""
 
-from torchshear.pruners.criteria import (
-    _activation_variance,
-    _apoz,
-    _bn_scale,
-    _fpgm,
-    _gradient,
-    _group_fisher,
-    _l1,
-    _l2,
-    _lamp,
-    _mean_activation,
-    _retrain_free,
-    _sensitivity,
-    _snip,
-    _snip_momentum,
-    _taylor,
-    _taylor_bn,
-    _unipruning,
-    _wanda,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-__all__ = [
-    "_activation_variance",
-    "_apoz",
-    "_bn_scale",
-    "_fpgm",
-    "_gradient",
-    "_group_fisher",
-    "_l1",
-    "_l2",
-    "_lamp",
-    "_mean_activation",
-    "_retrain_free",
-    "_sensitivity",
-    "_snip",
-    "_snip_momentum",
-    "_taylor",
-    "_taylor_bn",
-    "_unipruning",
-    "_wanda",
-]
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

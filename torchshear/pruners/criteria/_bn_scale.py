@@ -7,8 +7,8 @@ from torch import Tensor
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.groups._role_sets import NORM_ROLES
-from torchshear.pruners.criteria._registry import UnscorableError, criterion
-from torchshear.pruners.criteria._weights import unit_sums
+from torchshear.pruners.criteria._criterion import UnscorableError, criterion
+from torchshear.pruners.criteria._weight_sums import unit_sums
 
 
 @criterion("bn_scale", needs=(), comparable=True)

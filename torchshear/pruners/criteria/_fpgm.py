@@ -9,8 +9,8 @@ from torch import Tensor
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.dependency.groups._role_sets import MAKING_ROLES
-from torchshear.pruners.criteria._registry import UnscorableError, criterion
-from torchshear.pruners.criteria._weights import not_finite, readable
+from torchshear.pruners.criteria._criterion import UnscorableError, criterion
+from torchshear.pruners.criteria._weight_sums import not_finite, readable
 
 _ROWS = 256  # units whose distances are in memory at a time
 _NEAR = 0.1  # pairs whose squared distance is below this share of their squared lengths are subtracted

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import with_needs
-from torchshear.pruners.criteria._registry import UnscorableError, criterion
+from torchshear.pruners.criteria._criterion import UnscorableError, criterion
+from torchshear.pruners.criteria._statistic_sums import with_needs
 
 
 @criterion("group_fisher", needs=("gates",), comparable=True)

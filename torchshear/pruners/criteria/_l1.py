@@ -6,8 +6,8 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._registry import criterion
-from torchshear.pruners.criteria._weights import unit_sums
+from torchshear.pruners.criteria._criterion import criterion
+from torchshear.pruners.criteria._weight_sums import unit_sums
 
 
 @criterion("l1", needs=())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
-from torchshear.pruners.criteria._registry import Criterion, criterion
+from torchshear.pruners.criteria._criterion import Criterion, criterion
 
 
 def random_criterion(seed: int = 0) -> Criterion:

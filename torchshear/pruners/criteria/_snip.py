@@ -6,8 +6,8 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import sums_of_weights
-from torchshear.pruners.criteria._registry import criterion
+from torchshear.pruners.criteria._criterion import criterion
+from torchshear.pruners.criteria._statistic_sums import sums_of_weights
 
 
 @criterion("snip", needs=("saliency",), comparable=True)

@@ -7,8 +7,8 @@ from torch import Tensor
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.groups._role_sets import NORM_ROLES
-from torchshear.pruners.criteria._data import row_sums, with_needs
-from torchshear.pruners.criteria._registry import UnscorableError, criterion
+from torchshear.pruners.criteria._criterion import UnscorableError, criterion
+from torchshear.pruners.criteria._statistic_sums import row_sums, with_needs
 
 
 @criterion("taylor_bn", needs=("rows",), comparable=True)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup, Member
-from torchshear.pruners.criteria._registry import UnscorableError, criterion
-from torchshear.pruners.criteria._weights import position_sums
+from torchshear.pruners.criteria._criterion import UnscorableError, criterion
+from torchshear.pruners.criteria._weight_sums import position_sums
 
 
 @criterion("unipruning", needs=())

@@ -9,9 +9,9 @@ from torchshear.calibration import Statistics
 from torchshear.calibration._sums import wide
 from torchshear.calibration._weight_calls import WeightCall
 from torchshear.dependency import ChannelGroup
-from torchshear.pruners.criteria._data import with_needs
-from torchshear.pruners.criteria._registry import UnscorableError, criterion
-from torchshear.pruners.criteria._weights import readable, unit_sums
+from torchshear.pruners.criteria._criterion import UnscorableError, criterion
+from torchshear.pruners.criteria._statistic_sums import with_needs
+from torchshear.pruners.criteria._weight_sums import readable, unit_sums
 
 _LAYERS = frozenset({"out", "depthwise"})
 

@@ -9,7 +9,7 @@ from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.pruners.criteria._registry import Rearrangement
+from torchshear.pruners.criteria._criterion import Rearrangement
 
 Indices = npt.NDArray[np.int64]
 

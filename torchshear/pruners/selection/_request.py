@@ -11,7 +11,7 @@ from torchshear._arguments import MOST, is_whole
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.graph._names import close_names
-from torchshear.pruners.criteria._registry import Criterion
+from torchshear.pruners.criteria._criterion import Criterion
 from torchshear.pruners.selection._per_group import Ratio, check_ratio
 from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 

@@ -14,7 +14,7 @@ from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.groups._role_sets import MAKING_ROLES, OWN_ROLES
 from torchshear.errors import ArgumentError, TorchshearError
-from torchshear.pruners.criteria._registry import Criterion, UnscorableError
+from torchshear.pruners.criteria._criterion import Criterion, UnscorableError
 
 Floats = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from torchshear.dependency.groups._groups import check_groups
 from torchshear.dependency.plans._cut import Cut, dense_cost
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.graph import Cost
-from torchshear.pruners.criteria._registry import (
+from torchshear.pruners.criteria._criterion import (
     Criterion,
     UnscorableError,
     find_criterion,

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs, Graph
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import arguments_by_name, graph_output
 from torchshear.graph.capture._check import run_model

@@ -18,7 +18,7 @@ from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.graph import Graph
 from torchshear.graph._nodes import is_only_read
-from torchshear.graph._operator import operator_of
+from torchshear.graph._operator_record import operator_of
 from torchshear.graph.masked._call import MaskedCall, masked_form
 from torchshear.speedup.rewriting._slicing import Bools, keep_mask, map_axes, zero_cut
 

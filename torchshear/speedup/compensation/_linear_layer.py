@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._weights import weight_behind
-from torchshear.graph._operator import operator_name
+from torchshear.graph._operator_record import operator_name
 
 MAX_UNKNOWNS: Final = 4608
 """The largest system that is solved, in unknowns for each output."""

@@ -21,7 +21,7 @@ from torchshear.dependency.rules._call import bind_arguments
 from torchshear.errors import DataError
 from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_only_read
-from torchshear.graph._operator import Norm, operator_of
+from torchshear.graph._operator_record import Norm, operator_of
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer

@@ -9,8 +9,8 @@ from torch import fx
 
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
-from torchshear.dependency.rules._facts import UNCHANGED, Edit, Facts, Scaled
-from torchshear.graph._operator import operator_of
+from torchshear.dependency.rules._findings import UNCHANGED, Edit, Facts, Scaled
+from torchshear.graph._operator_record import operator_of
 from torchshear.speedup.rewriting._slicing import is_touched
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torchshear.dependency import Axes, Axis
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._state_plan import StatePlan, make_state_plan
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 
 Bools = npt.NDArray[np.bool_]
 

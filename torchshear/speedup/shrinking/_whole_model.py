@@ -12,7 +12,7 @@ from torchshear.dependency.groups._analyze import relate
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._form import Form, FormKind
 from torchshear.dependency.plans._plan import PruningPlan
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import Graph
 from torchshear.graph.capture._dynamic_sizes import dynamic_dimensions

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.rules._facts import Facts
+from torchshear.dependency.rules._findings import Facts
 from torchshear.errors import VerificationError, first_line
 from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_only_read

@@ -10,8 +10,8 @@ from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.groups._role_sets import OWN_ROLES
 from torchshear.errors import ArgumentError
-from torchshear.pruners.criteria._registry import UnscorableError, needs_of
-from torchshear.pruners.criteria._weights import unit_sums
+from torchshear.pruners.criteria._criterion import UnscorableError, needs_of
+from torchshear.pruners.criteria._weight_sums import unit_sums
 
 
 def with_needs(statistics: Statistics | None, criterion: str) -> Statistics:

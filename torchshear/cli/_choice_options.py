@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+import torchshear
 from torchshear.cli._data import LOSS_NAMES, NamedLoader, load_loss
 from torchshear.errors import ArgumentError
 from torchshear.pruners import GROUP_REDUCTIONS, SCOPES, registered_criteria
@@ -114,7 +115,7 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
 }
 EVERY: Final = tuple(_OPTIONS)
 _OTHER_FLAGS: Final = {"loss_fn": "loss", "submodules": "submodule", "prunable_outputs": "prunable-output"}
-_NAMES: Final = "|".join([*_OPTIONS, "criterion", "align", "min_width", "fold_bias"])
+_NAMES: Final = "|".join({*inspect.signature(torchshear.prune).parameters} - {"model", "args", "kwargs"})
 _PARAMETER: Final = re.compile(rf"(?<![\w.])({_NAMES})=(\['[^\]]*'\])?")
 
 
