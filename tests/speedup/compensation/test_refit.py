@@ -148,6 +148,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], 
     "addmm": (lambda x, w, b: torch.addmm(b, x, w), (4, 6), (6, 5), 5),
     "linear of a transposed weight": (lambda x, w, b: functional.linear(x, w.t(), b), (4, 6), (6, 5), 5),
     "experts": (lambda x, w, b: torch.bmm(x, w), (3, 4, 6), (3, 6, 5), 0),
+    "one matrix in a batch": (lambda x, w, b: x @ w, (4, 3, 6), (1, 6, 5), 0),
     "conv1d": (lambda x, w, b: functional.conv1d(x, w, b, 2, 1, 2), (4, 6, 15), (5, 6, 3), 5),
     "conv2d": (lambda x, w, b: functional.conv2d(x, w, b, (2, 1), (1, 2)), (4, 6, 7, 8), (5, 6, 3, 2), 5),
     "conv2d, same": (
@@ -185,14 +186,16 @@ def test_rows_of_every_linear_operator(name: str) -> None:
     function, shape, weight, n_out = CALLS[name]
     model, x = Call(function, weight, n_out), noise(*shape)
     graph = torchshear.trace(model, x)
-    found = [linear_layer(node, node, {}, dict.fromkeys(graph.state, 1)) for node in graph if isinstance(node, fx.Node)]
+    reads = dict.fromkeys(graph.state, 1)
+    found = [linear_layer(node, node, {}, reads, graph.batch_hint) for node in graph if isinstance(node, fx.Node)]
     (layer,) = [one for one in found if isinstance(one, LinearLayer)]
     matrix = layer.to_matrix(model.weight.detach())
     assert torch.equal(layer.to_weight(matrix, model.weight), model.weight)
     output = model(x).detach()
     taps = model.weight.shape[2:] if layer.n_dims else ()
     for n_rows in (7, 10**6):
-        rows = layer.rows(x, output, taps, n_rows, torch.Generator().manual_seed(0))
+        rows = layer.rows(x, output, taps, n_rows, torch.Generator().manual_seed(0), 1)
+        assert set(rows.samples.tolist()) == {0}
         assert rows.inputs.shape[1] == len(rows.samples) <= n_rows
         got = rows.inputs @ matrix.mT
         if model.bias is not None:
@@ -221,7 +224,7 @@ def test_layers_that_stay_as_they_are_say_why() -> None:
     _, record = refit(model, result.model, result.plan, loader(32, 8), batches=4, progress=False)
     reasons = {one.name: one.reason for one in record.skipped}
     assert reasons["twice"] == "'twice.weight' is read by 2 calls"
-    assert reasons["normed"] == "its weight is computed of parameters"
+    assert reasons["normed"] == "its weight is computed of parameters, or a part of one"
     assert {layer.name for layer in record.layers} == {"one", "head"}
 
 

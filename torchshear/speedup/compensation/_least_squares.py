@@ -48,6 +48,9 @@ class Moments:
             y: outputs that are wanted, shape (G, rows, O).
         """
         u, y = u.double(), y.double()
+        is_finite = u.isfinite().all(2).all(0) & y.isfinite().all(2).all(0)  # a softmax over nothing gives NaN
+        if not bool(is_finite.all()):
+            u, y = u[:, is_finite], y[:, is_finite]
         self.n += u.shape[1]
         self.u += u.sum(1)
         self.y += y.sum(1)
@@ -105,7 +108,8 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
 
         W = W_0 + (C - G W_0^T)^T (G + lambda I)^-1,    b = mean(y) - W mean(u)
 
-    where G and C are the centred sums of u u^T and u y^T. Without a bias the sums are not centred.
+    where G and C are the centred sums of u u^T and u y^T. Without a bias the sums are not centred. Candidates are
+    rounded to the type of the present weights before their errors are compared: large weights that cancel suffer.
 
     Args:
         fitting: sums over the samples to fit to.
@@ -117,6 +121,7 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
     Returns:
         The fit; the layer as it was where no ridge lowers the error on the samples held out.
     """
+    dtype = weight.dtype
     weight, bias = weight.double(), bias.double()
     n = max(fitting.n, 1)
     gram, cross = fitting.uu, fitting.uy
@@ -133,8 +138,8 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
         factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[:, None, None] * eye)
         if bool(failed.any()):
             continue
-        fitted = weight + torch.cholesky_solve(rest, factor).mT
-        shift = mean_y - (fitted @ mean_u.unsqueeze(2)).squeeze(2) if has_bias else bias
+        fitted = (weight + torch.cholesky_solve(rest, factor).mT).to(dtype).double()
+        shift = (mean_y - (fitted @ mean_u.unsqueeze(2)).squeeze(2)).to(dtype).double() if has_bias else bias
         error = held_out.error(fitted, shift)
         if error < best.error_after:
             best = LinearFit(fitted, shift, before, error, ridge)

@@ -1,7 +1,7 @@
 """Linear layers of a graph as systems of rows: y = W u + b at every sample and position."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -10,7 +10,9 @@ from torch.nn import functional
 
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._weights import weight_behind
-from torchshear.graph._operator_record import operator_name
+from torchshear.graph._nodes import is_from_state, tensor_operands
+from torchshear.graph._operator_record import operator_name, operator_of
+from torchshear.speedup.compensation._samples import batch_dimension, sample_numbers
 
 MAX_UNKNOWNS: Final = 4608
 """The largest system that is solved, in unknowns for each output."""
@@ -37,9 +39,11 @@ class LinearLayer:
         weight: canonical name of its weight.
         bias: canonical name of its bias, or "".
         order: dimensions of the weight in the order in which the call reads them.
-        kind: "dense"; "batched", one weight for each entry of dimension 0; "convolution" or "transposed".
+        kind: "dense"; "batched", one weight for each entry of dimension 0; "single", a batch of one weight;
+            "convolution" or "transposed".
         is_rows_first: the weight has outputs before inputs, as that of `linear`.
         n_dims: spatial dimensions of a convolution.
+        batch_dim: the dimension of what it reads that holds the batch.
         given: arguments of the call in the smaller network, by name.
     """
 
@@ -51,6 +55,7 @@ class LinearLayer:
     kind: str
     is_rows_first: bool
     n_dims: int
+    batch_dim: int
     given: Mapping[str, Any]
 
     @property
@@ -61,7 +66,7 @@ class LinearLayer:
     def to_matrix(self, weight: Tensor) -> Tensor:
         """Return the weight as W of shape (G, O, K)."""
         weight = weight.permute(self.order)
-        if self.kind == "batched":  # (E, in, out)
+        if self.kind in ("batched", "single"):  # (E, in, out)
             return weight.mT
         if self.kind == "dense":
             return (weight if self.is_rows_first else weight.mT).unsqueeze(0)
@@ -75,7 +80,7 @@ class LinearLayer:
     def to_weight(self, matrix: Tensor, like: Tensor) -> Tensor:
         """Return a matrix of shape (G, O, K) as a weight of the model's shape and type."""
         shape = [like.shape[dim] for dim in self.order]
-        if self.kind == "batched":
+        if self.kind in ("batched", "single"):
             value = matrix.mT
         elif self.kind == "dense":
             value = matrix[0] if self.is_rows_first else matrix[0].mT
@@ -88,7 +93,13 @@ class LinearLayer:
         return value.permute(inverse).to(like)
 
     def rows(
-        self, operand: Tensor, output: Tensor, taps: Sequence[int], n_rows: int, generator: torch.Generator
+        self,
+        operand: Tensor,
+        output: Tensor,
+        taps: Sequence[int],
+        n_rows: int,
+        generator: torch.Generator,
+        n_samples: int,
     ) -> "Rows":
         """Draw positions, and return the inputs and the wanted outputs of the layer there.
 
@@ -98,19 +109,23 @@ class LinearLayer:
             taps: sizes of a convolution's kernel.
             n_rows: how many positions to draw at most, of all samples together.
             generator: draws them.
+            n_samples: number of samples in the batch.
         """
         if self.kind == "batched":
-            inputs, outputs = operand, output
-            chosen = _draw(inputs.shape[1], n_rows, generator)
-            return Rows(inputs[:, chosen], outputs[:, chosen], torch.zeros(len(chosen), dtype=torch.long))
-        if self.kind == "dense":
-            per_sample = max(operand[0].numel() // operand.shape[-1], 1) if operand.ndim > 1 else 1
+            chosen = _draw(operand.shape[1], n_rows, generator)
+            return Rows(operand[:, chosen], output[:, chosen], sample_numbers(operand.shape[1], n_samples)[chosen])
+        if self.kind in ("dense", "single"):
+            leading = operand.shape[:-1]
             inputs, outputs = operand.reshape(-1, operand.shape[-1]), output.reshape(-1, output.shape[-1])
-            chosen = _draw(len(inputs), n_rows, generator)
-            return Rows(inputs[chosen].unsqueeze(0), outputs[chosen].unsqueeze(0), chosen // per_sample)
+            chosen = samples = _draw(len(inputs), n_rows, generator)
+            if leading:
+                dim = min(self.batch_dim, len(leading) - 1)
+                samples = sample_numbers(leading[dim], n_samples)[torch.unravel_index(chosen, leading)[dim]]
+            return Rows(inputs[chosen].unsqueeze(0), outputs[chosen].unsqueeze(0), samples)
         if operand.ndim == self.n_dims + 1:  # one sample without a batch
             operand, output = operand.unsqueeze(0), output.unsqueeze(0)
-        return self._patches(operand, output, list(taps), n_rows, generator)
+        rows = self._patches(operand, output, list(taps), n_rows, generator)
+        return replace(rows, samples=sample_numbers(len(operand), n_samples)[rows.samples])
 
     def _patches(
         self, operand: Tensor, output: Tensor, taps: list[int], n_rows: int, generator: torch.Generator
@@ -166,7 +181,11 @@ class Rows:
 
 
 def linear_layer(
-    node: fx.Node, smaller: fx.Node, carriers: Mapping[str, fx.Node], n_reads: Mapping[str, int]
+    node: fx.Node,
+    smaller: fx.Node,
+    carriers: Mapping[str, fx.Node],
+    n_reads: Mapping[str, int],
+    batch_hint: int | None,
 ) -> LinearLayer | str:
     """Return the linear layer that a call is, "" for another call, or the reason why a layer cannot be refitted.
 
@@ -175,24 +194,27 @@ def linear_layer(
         smaller: the same call in the smaller network.
         carriers: name of a node that computes a weight -> the tensor of the model that it stands for.
         n_reads: canonical name -> how often the graph reads that tensor.
+        batch_hint: the free batch of the capture; None if it is fixed.
     """
     name = ".".join(operator_name(node).split(".")[:2])
     n_dims = _CONVOLUTIONS.get(name) or _TRANSPOSED.get(name) or 0
     read, factor_name, bias_name = ("input", "weight", "bias") if n_dims else _DENSE.get(name, ("", "", ""))
-    given = bind_arguments(node) if read else {}
+    if not read:
+        return _reason_for_no_layer(node, name)
+    given = bind_arguments(node)
     operand, factor = given.get(read), given.get(factor_name)
     if not isinstance(operand, fx.Node) or not isinstance(factor, fx.Node) or weight_behind(operand, carriers):
         return ""
     behind = weight_behind(factor, {})
     if behind is None:
-        return "its weight is computed of parameters" if weight_behind(factor, carriers) else ""
+        return "its weight is computed of parameters, or a part of one" if is_from_state(factor) else ""
     held, places = behind
     order = tuple(int(place) for place in places if place is not None)
     if len(order) != held.meta["val"].ndim or len(order) != len(places):
         return "its weight is read in another shape"
     kind = "convolution" if name in _CONVOLUTIONS else "transposed" if name in _TRANSPOSED else "dense"
     if kind == "dense" and len(order) == 3 and operand.meta["val"].ndim == 3:
-        kind = "batched"
+        kind = "single" if held.meta["val"].shape[order[0]] == 1 else "batched"
     elif kind == "dense" and len(order) != 2:
         return "its weight is multiplied in another form than that of a matrix"
     bias = given.get(bias_name)
@@ -206,8 +228,21 @@ def linear_layer(
         kind=kind,
         is_rows_first=name == "aten.linear",
         n_dims=n_dims,
+        batch_dim=batch_dimension(operand, batch_hint) or 0,
         given=bind_arguments(smaller),
     )
+
+
+def _reason_for_no_layer(node: fx.Node, name: str) -> str:
+    """Return the reason why a call that multiplies with tensors of the model is not refitted; "" for any other call."""
+    known = operator_of(node)
+    if known.recurrence:
+        return "it is recurrent"
+    operands = tensor_operands(node)
+    is_product = known.product is not None or name in ("aten.einsum", "aten.bilinear")
+    if is_product and any(map(is_from_state, operands)) and not all(map(is_from_state, operands)):
+        return f"{name} is not refitted"
+    return ""
 
 
 def _find_obstacle(weight: fx.Node, bias: Any, kind: str, given: Mapping[str, Any], n_reads: Mapping[str, int]) -> str:
@@ -216,7 +251,7 @@ def _find_obstacle(weight: fx.Node, bias: Any, kind: str, given: Mapping[str, An
         return "its result is multiplied by a number"
     tensors = [str(weight.target)]
     if isinstance(bias, fx.Node):
-        if bias.op != "get_attr" or bias.meta["val"].ndim != 1 or kind == "batched":
+        if bias.op != "get_attr" or bias.meta["val"].ndim != 1 or kind in ("batched", "single"):
             return "its bias is computed, or not one number for each output"
         tensors.append(str(bias.target))
     shared = [tensor for tensor in tensors if n_reads[tensor] > 1]

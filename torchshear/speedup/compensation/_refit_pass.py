@@ -6,8 +6,9 @@ knows the output that is wanted: one linear system. Errors of earlier layers are
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
+from zlib import crc32
 
 import torch
 from torch import Tensor, fx
@@ -18,70 +19,33 @@ from torchshear.calibration._progress import Progress, with_progress
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
+from torchshear.dependency.rules._weights import unwrap_moves
 from torchshear.errors import DataError
 from torchshear.graph._location import locate
-from torchshear.graph._nodes import is_only_read
+from torchshear.graph._nodes import is_only_read, is_written
 from torchshear.graph._operator_record import Norm, operator_of
+from torchshear.speedup.compensation._affine_sums import AffineSums
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
+from torchshear.speedup.compensation._samples import (
+    HELD_OUT,
+    batch_dimension,
+    count_samples,
+    is_held_out,
+    sample_numbers,
+)
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
-from torchshear.speedup.rewriting._slicing import map_axes, select_kept, writes_to_operand
+from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 
 State = dict[str, Tensor]
 Values = list[Any]  # value of a node in each batch
 
 ROWS_PER_UNKNOWN: Final = 8
 MIN_ROWS: Final = 32768
-HELD_OUT: Final = 4  # one of so many samples
 MIN_SAMPLES: Final = 2 * HELD_OUT
+_NO_VALUES: Final = "no sample that is fitted to, or none that is held out, gives it finite values"
 _SAME: Final = 1e-10  # a relative squared error below this is rounding
-
-
-class _AffineSums:
-    """Sums of x, y and of what a norm reads, for each channel."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self.sums: Tensor | None = None  # of x, y, x^2, xy, y^2, inner, inner^2; shape (7, C)
-
-    def add(self, x: Tensor, y: Tensor, inner: Tensor) -> None:
-        """Add values of shape (C, n)."""
-        found = torch.stack([v.sum(1) for v in (x, y, x * x, x * y, y * y, inner, inner * inner)])
-        self.n += x.shape[1]
-        self.sums = found if self.sums is None else self.sums + found
-
-    def reduce(self) -> None:
-        """Add up the sums of all processes."""
-        assert self.sums is not None, "each process has at least one batch"
-        self.n, self.sums = int(sum_over_processes(torch.tensor(self.n))), sum_over_processes(self.sums)
-
-    @property
-    def _means(self) -> Tensor:
-        assert self.sums is not None, "there is at least one batch"
-        return self.sums / max(self.n, 1)
-
-    def ones(self) -> Tensor:
-        """Return a one for each channel."""
-        return torch.ones_like(self._means[0])
-
-    def least_squares(self) -> tuple[Tensor, Tensor]:
-        """Return factor and shift for y = factor x + shift, each of shape (C,)."""
-        x, y, xx, xy = self._means[:4]
-        variance = xx - x * x
-        factor = torch.where(variance > 1e-12 * xx.clamp_min(1e-30), (xy - x * y) / variance.clamp_min(1e-30), 1.0)
-        return factor, y - factor * x
-
-    def inner_statistics(self) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of what the norm reads, each of shape (C,)."""
-        mean, square = self._means[5:]
-        return mean, (square - mean * mean).clamp_min(0)
-
-    def error(self, factor: Tensor, shift: Tensor) -> float:
-        """Return the squared error of factor x + shift, divided by the variance of y."""
-        x, y, xx, xy, yy = self._means[:5]
-        total = factor.square() * xx + shift.square() + yy + 2 * factor * shift * x - 2 * factor * xy - 2 * shift * y
-        return float(total.sum().clamp_min(0) / (yy - y * y).sum().clamp_min(1e-300))
 
 
 class RefitPass:
@@ -98,6 +62,8 @@ class RefitPass:
     Attributes:
         layers: results so far.
         skipped: layers left alone so far.
+        sizes: samples in each batch of this process.
+        offsets: samples in the batches before each.
         n_samples: samples in all batches of this process.
     """
 
@@ -118,17 +84,15 @@ class RefitPass:
         self.inputs = [node for node in groups.graph if node.op == "placeholder"]
         self.generator = torch.Generator().manual_seed(0)
         self.sources: list[fx.Node] = []
-        sizes = [_n_samples(leaves) for leaves in batches]
-        self.offsets = [sum(sizes[:number]) for number in range(len(sizes))]
-        self.n_samples = sum(sizes)
+        self.sizes = [count_samples(groups.graph, leaves) for leaves in batches]
+        self.offsets = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
+        self.n_samples = sum(self.sizes)
         if self.n_samples < MIN_SAMPLES:
             raise DataError(
                 f"the data has {self.n_samples} samples; a refit needs at least {MIN_SAMPLES}, of which a quarter is "
                 f"held out. Some hundred are better."
             )
-        self.n_reads = Counter(
-            str(operand.target) for node in groups.graph for operand in node.all_input_nodes if operand.op == "get_attr"
-        )
+        self.n_reads = _count_reads(groups.graph)
 
     def run(self) -> None:
         """Fit all layers."""
@@ -163,9 +127,6 @@ class RefitPass:
         elif self._is_shared(original, node, dense, small):
             dense[node.name] = small[node.name] = _call_all(original, dense, len(self.batches))
         else:
-            for operand in node.all_input_nodes if writes_to_operand(original) else ():
-                if small[operand.name] is dense.get(operand.name):  # both networks shared it until here
-                    small[operand.name] = [_clone(value) for value in small[operand.name]]
             dense[node.name] = _call_all(original, dense, len(self.batches))
             self._fit(original, node, dense, small)
             small[node.name] = _call_all(node, small, len(self.batches))
@@ -174,8 +135,10 @@ class RefitPass:
         """Return the values of an input, a parameter or a buffer in both networks; the same list where they agree."""
         if node.op == "placeholder":
             number = self.inputs.index(node)
-            values = [_clone(leaves[number]) for leaves in self.batches]  # the graph may write to them
-            return values, values
+            values = [leaves[number] for leaves in self.batches]
+            if not is_written(node):
+                return values, values
+            return [_clone(value) for value in values], [_clone(value) for value in values]
         name = str(node.target)
         is_shared = is_only_read(node)
 
@@ -184,13 +147,16 @@ class RefitPass:
 
         dense, small = self.dense_state[name], self.small_state[name]
         values = load(dense)
-        return values, values if dense.shape == small.shape and torch.equal(dense, small) else load(small)
+        is_same = dense.shape == small.shape and not is_written(node) and torch.equal(dense, small)
+        return values, values if is_same else load(small)
 
     def _is_shared(
         self, original: fx.Node, node: fx.Node, dense: Mapping[str, Values], small: Mapping[str, Values]
     ) -> bool:
-        """Check that a call gives the same in both networks: same operands, same arguments."""
-        if any(small[operand.name] is not dense.get(operand.name) for operand in node.all_input_nodes):
+        """Check that a call gives the same in both networks: same operands, same arguments, in memory that stays."""
+        if is_written(original) or any(
+            small[operand.name] is not dense.get(operand.name) for operand in node.all_input_nodes
+        ):
             return False
         one, other = (fx.map_arg((of.args, dict(of.kwargs)), lambda operand: operand.name) for of in (original, node))
         return original.target == node.target and bool(one == other)
@@ -201,7 +167,7 @@ class RefitPass:
         if norm is not None:
             self._fit_norm(original, node, norm, dense, small)
             return
-        layer = linear_layer(original, node, self.groups.facts.carriers, self.n_reads)
+        layer = linear_layer(original, node, self.groups.facts.carriers, self.n_reads, self.groups.graph.batch_hint)
         if isinstance(layer, str):
             if layer:
                 self.skipped.append(SkippedLayer(_module_of(original), layer))
@@ -216,6 +182,9 @@ class RefitPass:
         if layer.bias:
             bias = self.small_state[layer.bias].detach().reshape(bias.shape)
         fitting, held_out = self._moments(original, layer, weight, dense, small)
+        if not fitting.n or not held_out.n:
+            self.skipped.append(SkippedLayer(_module_of(original), _NO_VALUES))
+            return
         fit = fit_linear(fitting, held_out, weight, bias, bool(layer.bias or norm_behind))
         if fit.ridge is None or fit.error_before < _SAME:
             self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_before, ""))
@@ -242,11 +211,11 @@ class RefitPass:
         both = Moments(n_groups, n_in, n_out, weight.device), Moments(n_groups, n_in, n_out, weight.device)
         n_rows = -(-max(MIN_ROWS, ROWS_PER_UNKNOWN * n_in) // len(self.batches))
         taps = [self.small_state[layer.weight].shape[dim] for dim in layer.order][2:] if layer.n_dims else []
-        for number, offset in enumerate(self.offsets):
+        for number, (size, offset) in enumerate(zip(self.sizes, self.offsets, strict=True)):
             wanted = self._kept(original, dense[original.name][number])
-            rows = layer.rows(small[layer.operand][number], wanted, taps, n_rows, self.generator)
-            is_held_out = (rows.samples + offset) % HELD_OUT == HELD_OUT - 1
-            for moments, chosen in zip(both, (~is_held_out, is_held_out), strict=True):
+            rows = layer.rows(small[layer.operand][number], wanted, taps, n_rows, self.generator, size)
+            held_out = is_held_out(rows.samples, offset)
+            for moments, chosen in zip(both, (~held_out, held_out), strict=True):
                 index = chosen.nonzero().squeeze(1).to(weight.device)
                 moments.add(rows.inputs.index_select(1, index), rows.outputs.index_select(1, index))
         for moments in both if is_distributed() else ():
@@ -278,9 +247,16 @@ class RefitPass:
         if any(one.op != "get_attr" for one in own) or any(self.n_reads[tensor] > 1 for tensor in tensors):
             self.skipped.append(SkippedLayer(name, "its scale or shift is computed, or read by several calls"))
             return
-        if not tensors or given.get(norm.own) or any(self.small_state[tensor].ndim != 1 for tensor in tensors):
+        if not tensors or given.get(norm.own):
+            return
+        if any(self.small_state[tensor].ndim != 1 for tensor in tensors):
+            self.skipped.append(SkippedLayer(name, "its scale has several dimensions"))
             return
         fitting, held_out = self._norm_sums(original, node, norm, dense, small)
+        if not fitting.n or not held_out.n:
+            self.skipped.append(SkippedLayer(name, _NO_VALUES))
+            return
+        renewed: tuple[Tensor, ...] = ()
         ways: dict[str, tuple[Tensor, Tensor]] = {"": (fitting.ones(), torch.zeros_like(fitting.ones()))}
         weight, bias, old_mean, old_variance = (
             self.small_state[str(one.target)].double() if isinstance(one, fx.Node) else None
@@ -288,9 +264,10 @@ class RefitPass:
         )
         if weight is not None and bias is not None:
             ways["affine"] = fitting.least_squares()
-        new_mean, new_variance = fitting.inner_statistics()
         if old_mean is not None and old_variance is not None:
             eps = float(given["eps"])
+            new_mean, new_variance = fitting.inner_statistics(old_variance)
+            renewed = (new_mean, new_variance)
             factor = ((old_variance + eps) / (new_variance + eps)).sqrt()
             own_bias = 0 if bias is None else bias
             own_weight = 1 if weight is None else weight
@@ -302,7 +279,7 @@ class RefitPass:
         new: tuple[Tensor, ...] = ()
         held: list[Any] = []
         if best == "statistics":
-            new, held = (new_mean, new_variance), [mean, variance]
+            new, held = renewed, [mean, variance]
         elif best == "affine" and weight is not None and bias is not None:
             factor, moved = ways["affine"]
             new, held = (weight * factor, bias * factor + moved), [scale, shift]
@@ -311,20 +288,19 @@ class RefitPass:
 
     def _norm_sums(
         self, original: fx.Node, node: fx.Node, norm: Norm, dense: Mapping[str, Values], small: Mapping[str, Values]
-    ) -> tuple[_AffineSums, _AffineSums]:
+    ) -> tuple[AffineSums, AffineSums]:
         """Sum up what a norm reads, gives and should give, apart for samples to fit to and for samples held out."""
-        sums = _AffineSums(), _AffineSums()
+        sums = AffineSums(), AffineSums()
         present, source = _call_all(node, small, len(self.batches)), bind_arguments(original)[norm.input].name
-        for number, offset in enumerate(self.offsets):
-            wanted = self._kept(original, dense[original.name][number])
-            is_held_out = (torch.arange(len(wanted)) + offset) % HELD_OUT == HELD_OUT - 1
-            for one, chosen in zip(sums, (~is_held_out, is_held_out), strict=True):
-                index = chosen.nonzero().squeeze(1).to(wanted.device)
-                rows = [
-                    value.index_select(0, index).movedim(norm.channels, 0).flatten(1).double()
-                    for value in (present[number], wanted, small[source][number])
-                ]
-                one.add(*rows)
+        for number, (size, offset) in enumerate(zip(self.sizes, self.offsets, strict=True)):
+            values = [present[number], self._kept(original, dense[original.name][number]), small[source][number]]
+            if values[1].ndim == 1:  # one sample without a batch
+                values = [value.unsqueeze(0) for value in values]
+            dim = batch_dimension(original, self.groups.graph.batch_hint) or 0
+            held_out = is_held_out(sample_numbers(values[1].shape[dim], size), offset)
+            for one, chosen in zip(sums, (~held_out, held_out), strict=True):
+                index = chosen.nonzero().squeeze(1).to(values[1].device)
+                one.add(*(v.index_select(dim, index).movedim(norm.channels, 0).flatten(1).double() for v in values))
         for one in sums if is_distributed() else ():
             one.reduce()
         return sums
@@ -352,7 +328,10 @@ class RefitPass:
 def _call_all(node: fx.Node, values: Mapping[str, Values], n_batches: int) -> Values:
     """Compute a call in every batch."""
     found = []
+    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     for number in range(n_batches):
+        if is_random:  # both networks draw the same, as far as they are alike
+            torch.manual_seed(crc32(f"{node.name} {number}".encode()))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand.name][number])  # noqa: B023
         found.append(node.target(*args, **kwargs))  # type: ignore[operator]
     return found
@@ -362,8 +341,11 @@ def _clone(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
-def _n_samples(leaves: Sequence[Any]) -> int:
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim), 1)
+def _count_reads(nodes: Iterable[fx.Node]) -> Counter[str]:
+    """Count the calls that read each tensor of the model, whether or not its dimensions are moved before."""
+    readers = [node for node in nodes if unwrap_moves(node)[0] is node]
+    bases = [unwrap_moves(operand)[0] for node in readers for operand in node.all_input_nodes]
+    return Counter(str(base.target) for base in bases if base.op == "get_attr")
 
 
 def _target_of(node: Any) -> str:
