@@ -245,6 +245,7 @@ def test_a_traced_result_is_refitted() -> None:
         ([], {}, DataError, "the loader gave no batch"),
         (loader(16, 3, 8, 8), {"batches": 9}, DataError, "ended after 4 of 9 batches"),
         ([(torch.full((16, 3, 8, 8), torch.nan).double(),)], {"batches": 1}, DataError, "holds NaN"),
+        ([*loader(16, 3, 8, 8), *loader(0, 3, 8, 8)], {"batches": 8}, DataError, "batch 4 holds no sample"),
         (loader(1, 3, 8, 8), {"batches": 4}, DataError, "4 samples; a refit needs at least 8"),
         (loader(16, 3, 9, 9), {"batches": 4}, DataError, r"shape \(16, 3, 9, 9\)"),
         (loader(16, 3, 8, 8), {"batches": 0}, ArgumentError, "batches must be a whole number"),

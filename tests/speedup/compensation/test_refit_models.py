@@ -1,5 +1,6 @@
 """Refit of unusual models: writing in place, without a batch, with other outputs, with chance, in small types."""
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -248,6 +249,20 @@ def test_everything_left_alone_is_named_once() -> None:
     ]
 
 
+def test_complex_weights_are_left_alone() -> None:
+    model = prepared(
+        lambda: Modules(
+            lambda m, x: (m.one(x).to(m.w.dtype) @ m.w).abs(), one=nn.Linear(8, 8), w=nn.Parameter(weight(8, 4) * 1j)
+        )
+    )
+    plan = plan_from_kept(torchshear.analyze(torchshear.trace(model, noise(2, 8))), {})
+    spoiled: Any = copy.deepcopy(model)
+    with torch.no_grad():
+        spoiled.one.bias += 1  # what the product reads is no longer the same
+    _, record = refit(model, spoiled, plan, [noise(16, 8)], batches=1, progress=False)
+    assert [(one.name, one.reason) for one in record.skipped] == [("matmul", "its weight is not of real numbers")]
+
+
 def test_a_channel_that_is_constant_on_the_data_keeps_its_variance() -> None:
     def call(m: Any, x: Tensor) -> Any:
         return m.head(m.norm(m.one(x).relu())) + m.one(x * 0).mean(1, keepdim=True)
@@ -299,6 +314,14 @@ def test_a_model_that_the_plan_did_not_make(change: Callable[..., nn.Module], me
     result = torchshear.prune(model, noise(2, 8), ratio=0.5)
     with pytest.raises(PlanError, match=message):
         refit(model, change(model, result.model), result.plan, [noise(16, 8)], batches=1, progress=False)
+
+
+def test_outputs_that_lose_channels_are_compared_where_they_are_kept() -> None:
+    model = prepared(lambda: Chain(between=lambda x: x * 2, behind=lambda x: {"all": (x, 3)}))
+    result = torchshear.prune(model, noise(2, 8), ratio=0.5, prunable_outputs="all.0")
+    small, record = refit(model, result.model, result.plan, [noise(64, 8)], batches=1, progress=False)
+    assert small.get_parameter("head.weight").shape[0] == 3
+    assert 0 < record.error_after < record.error_before
 
 
 def test_data_without_finite_numbers_changes_nothing() -> None:

@@ -247,6 +247,8 @@ def _reason_for_no_layer(node: fx.Node, name: str) -> str:
 
 def _find_obstacle(weight: fx.Node, bias: Any, kind: str, given: Mapping[str, Any], n_reads: Mapping[str, int]) -> str:
     """Say why a layer cannot be refitted; "" if it can."""
+    if not weight.meta["val"].is_floating_point():
+        return "its weight is not of real numbers"
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         return "its result is multiplied by a number"
     tensors = [str(weight.target)]

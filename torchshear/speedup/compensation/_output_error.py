@@ -22,7 +22,7 @@ def output_error(graph: Graph, wanted: Sequence[Any], got: Sequence[Any], sizes:
 
     Args:
         graph: the captured original.
-        wanted: outputs of the original for each batch.
+        wanted: outputs of the original for each batch, at the positions that are kept.
         got: outputs of the other network.
         sizes: number of samples in each batch.
     """

@@ -23,7 +23,7 @@ from torchshear.speedup.comparing._relative_error import relative_error, toleran
 from torchshear.speedup.compensation._output_error import output_error
 from torchshear.speedup.compensation._refit_pass import RefitPass
 from torchshear.speedup.compensation._refit_record import Refit
-from torchshear.speedup.compensation._samples import HELD_OUT
+from torchshear.speedup.compensation._samples import HELD_OUT, output_nodes
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._slicing import slice_state
 from torchshear.speedup.shrinking._planned import analyze_planned
@@ -94,16 +94,16 @@ def refit(
     names = StateCut(groups, cut)
     dense_state = names.state_of(model)
     small_state = _small_state(small, groups.graph.aliases, dense_state, cut)
+    fitted = dict(small_state)
     error: Exception | None = None
     found: list[list[Any]] = []
     try:
         found += [_copied(leaves) for leaves, _ in read_graph_inputs(loader, batches, graph)]  # loaders reuse memory
+        run = RefitPass(groups, cut, dense_state, fitted, found, progress)
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure
     agree("refit", graph.fingerprint, len(found), error)
     smaller = rewrite_graph(graph.fx_graph, groups.facts, cut)
-    fitted = dict(small_state)
-    run = RefitPass(groups, cut, dense_state, fitted, found, progress)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         before = _outputs(smaller, small_state, found)
@@ -113,7 +113,11 @@ def refit(
                 f"that this plan made, with any weights."
             )
         run.run()
-        wanted, after = _outputs(graph.fx_graph, dense_state, found), _outputs(smaller, fitted, found)
+        after = _outputs(smaller, fitted, found)
+        wanted = [
+            [run.kept(node, leaf) for node, leaf in zip(output_nodes(graph), pytree.tree_leaves(one), strict=True)]
+            for one in _outputs(graph.fx_graph, dense_state, found)
+        ]
     errors = [output_error(graph, wanted, got, run.sizes) for got in (before, after)]
     result = copy_model(small)
     is_kept = errors[1] <= errors[0]

@@ -87,6 +87,8 @@ class RefitPass:
         self.sizes = [count_samples(groups.graph, leaves) for leaves in batches]
         self.offsets = [sum(self.sizes[:number]) for number in range(len(self.sizes))]
         self.n_samples = sum(self.sizes)
+        if 0 in self.sizes:
+            raise DataError(f"batch {self.sizes.index(0)} holds no sample; expected at least one.")
         if self.n_samples < MIN_SAMPLES:
             raise DataError(
                 f"the data has {self.n_samples} samples; a refit needs at least {MIN_SAMPLES}, of which a quarter is "
@@ -212,7 +214,7 @@ class RefitPass:
         n_rows = -(-max(MIN_ROWS, ROWS_PER_UNKNOWN * n_in) // len(self.batches))
         taps = [self.small_state[layer.weight].shape[dim] for dim in layer.order][2:] if layer.n_dims else []
         for number, (size, offset) in enumerate(zip(self.sizes, self.offsets, strict=True)):
-            wanted = self._kept(original, dense[original.name][number])
+            wanted = self.kept(original, dense[original.name][number])
             rows = layer.rows(small[layer.operand][number], wanted, taps, n_rows, self.generator, size)
             held_out = is_held_out(rows.samples, offset)
             for moments, chosen in zip(both, (~held_out, held_out), strict=True):
@@ -293,7 +295,7 @@ class RefitPass:
         sums = AffineSums(), AffineSums()
         present, source = _call_all(node, small, len(self.batches)), bind_arguments(original)[norm.input].name
         for number, (size, offset) in enumerate(zip(self.sizes, self.offsets, strict=True)):
-            values = [present[number], self._kept(original, dense[original.name][number]), small[source][number]]
+            values = [present[number], self.kept(original, dense[original.name][number]), small[source][number]]
             if values[1].ndim == 1:  # one sample without a batch
                 values = [value.unsqueeze(0) for value in values]
             dim = batch_dimension(original, self.groups.graph.batch_hint) or 0
@@ -305,10 +307,10 @@ class RefitPass:
             one.reduce()
         return sums
 
-    def _kept(self, node: fx.Node, value: Any) -> Tensor:
+    def kept(self, node: Any, value: Any) -> Any:
         """Select the kept positions of a value of the original network."""
-        axes = self.groups.facts.axes.get(node.name)
-        kept: Tensor = map_axes(lambda tensor, own: select_kept(tensor, own, self.cut), value, axes)
+        axes = self.groups.facts.axes.get(node.name) if isinstance(node, fx.Node) else None
+        kept: Any = map_axes(lambda tensor, own: select_kept(tensor, own, self.cut), value, axes)
         return kept
 
     def _set(self, name: str, value: Tensor, small: dict[str, Values]) -> None:

@@ -31,7 +31,7 @@ def count_samples(graph: Graph, leaves: Sequence[Any]) -> int:
 
 
 def output_nodes(graph: Graph) -> list[Any]:
-    """Return the flat outputs of a graph: nodes, and constants."""
+    """Return the flat outputs of a graph: nodes, and numbers."""
     return next(pytree.tree_leaves(node.args[0]) for node in graph if node.op == "output")
 
 
