@@ -74,6 +74,10 @@ def dicts():
     return [{"x": x, "labels": y} for x, y in batches]
 
 
+def strange():
+    return [{"image": x, "labels": y} for x, y in batches]
+
+
 def broken_stream():
     yield batches[0]
     raise OSError("disk gone")
@@ -302,7 +306,7 @@ def test_a_config_prints_what_it_means(columns: int) -> None:
             "FileNotFoundError: no data here (at data_nets",
         ),
         (("--criterion", "apoz", "--data", "data_nets:broken_stream"), "OSError: disk gone (at data_nets.py:"),
-        (("--criterion", "apoz", "--data", "data_nets:dicts"), "batch 0 is a dictionary with x, labels"),
+        (("--criterion", "apoz", "--data", "data_nets:strange"), "batch 0 is a dictionary with image, labels"),
         (("--criterion", "apoz", "--data", "data_nets:loader"), "the loader ended after 3 of 32 batches"),
         (
             ("--criterion", "taylor", "--data", "data_nets:loader"),

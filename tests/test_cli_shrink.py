@@ -21,7 +21,7 @@ def test_a_checkpoint_is_shrunk_and_taken_up(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, command)
     assert refused.exit_code == 1
     assert refused.stderr.startswith("error: the checkpoint in")
-    assert 'say unknown="copy"' in refused.stderr
+    assert '--unknown "copy" keeps them' in refused.stderr
     done = CliRunner().invoke(app, [*command, "--unknown", "drop"])
     assert done.exit_code == 0
     assert "1 files of tensors" in done.stdout

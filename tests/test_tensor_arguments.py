@@ -67,7 +67,21 @@ def use_export(model: nn.Module, args: Any, folder: Path) -> Any:
     return file.max_error
 
 
+def use_refit(model: nn.Module, args: Any, _: Path) -> Any:
+    plan = planned(made())
+    small, data = torchshear.shrink(model, plan), [torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
+    return outputs(speedup.refit(model, small, plan, data, args=args, batches=1, progress=False)[0])
+
+
+def use_compensate(model: nn.Module, args: Any, _: Path) -> Any:
+    plan = planned(made())
+    small, data = torchshear.shrink(model, plan), [torch.randn(16, 4, generator=torch.Generator().manual_seed(0))]
+    return outputs(torchshear.compensate(model, small, plan, data, args=args, batches=1, progress=False))
+
+
 USES: dict[str, Use] = {
+    "refit": use_refit,
+    "compensate": use_compensate,
     "trace": lambda model, args, _: torchshear.trace(model, args).fingerprint,
     "prune": lambda model, args, _: outputs(torchshear.prune(model, args, ratio=0.5).model),
     "shrink": lambda model, args, _: outputs(torchshear.shrink(model, planned(made()), args)),

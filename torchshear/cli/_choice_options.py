@@ -115,7 +115,7 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
 }
 EVERY: Final = tuple(_OPTIONS)
 _OTHER_FLAGS: Final = {"loss_fn": "loss", "submodules": "submodule", "prunable_outputs": "prunable-output"}
-_NAMES: Final = "|".join({*inspect.signature(torchshear.prune).parameters} - {"model", "args", "kwargs"})
+_NAMES: Final = "|".join({*inspect.signature(torchshear.prune).parameters} - {"model", "args", "kwargs"} | {"unknown"})
 _PARAMETER: Final = re.compile(rf"(?<![\w.])({_NAMES})=(\['[^\]]*'\])?")
 
 
