@@ -107,3 +107,18 @@ def test_what_hooks_write_to_is_put_back_also_where_functions_name_each_other() 
         assert len(seen) == 5
     assert seen == [1]
     assert outer.found == {}
+
+
+def test_a_dictionary_that_refuses_changes_is_left_alone() -> None:
+    class Frozen(dict[str, int]):
+        def update(self, *args: Any, **kwargs: Any) -> None:
+            raise TypeError("this dictionary is frozen")
+
+        def __setitem__(self, key: str, value: int) -> None:
+            raise TypeError("this dictionary is frozen")
+
+    model = nn.Linear(2, 2)
+    model.config = Frozen(width=2)  # type: ignore[assignment]
+    with preserve_state(model):
+        model(torch.randn(1, 2))
+    assert dict(model.config) == {"width": 2}

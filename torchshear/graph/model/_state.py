@@ -2,7 +2,7 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any, Literal
@@ -106,13 +106,9 @@ class _Snapshot:
         """Undo all changes since the contents were saved."""
         for holder in self._empty:
             holder.clear()
-        missing = object()
         for holder, contents in self._containers.values():
             if isinstance(holder, dict):
-                for name in holder.keys() - contents.keys():
-                    del holder[name]
-                changed = {name: value for name, value in contents.items() if holder.get(name, missing) is not value}
-                holder.update(changed)
+                _restore_items(holder, contents)
             elif len(holder) != len(contents) or any(a is not b for a, b in zip(holder, contents, strict=True)):
                 holder.clear()
                 (holder.update if isinstance(holder, set) else holder.extend)(contents)
@@ -121,3 +117,13 @@ class _Snapshot:
                 tensor.data = value
             elif tensor.layout != torch.strided or not torch.equal(tensor, value):
                 tensor.data.copy_(value)  # past autograd, which may hold the tensor for a backward of the user's
+
+
+def _restore_items(holder: dict[Any, Any], contents: Mapping[Any, Any]) -> None:
+    """Undo changes of a dictionary, item by item: a frozen one refuses even an update with nothing."""
+    missing = object()
+    for name in holder.keys() - contents.keys():
+        del holder[name]
+    for name, value in contents.items():
+        if holder.get(name, missing) is not value:
+            holder[name] = value
