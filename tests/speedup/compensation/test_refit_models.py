@@ -243,9 +243,9 @@ def test_everything_left_alone_is_named_once() -> None:
         ("norm", "its scale has several dimensions"),
         ("twice", "'twice.weight' is read by 2 calls"),
         ("lstm", "it is recurrent"),
-        ("einsum", "aten.einsum is not refitted"),
+        ("einsum", "aten.einsum is not refitted in this form"),
         ("linear_3", "its weight is computed of parameters, or a part of one"),
-        ("bilinear", "aten.bilinear is not refitted"),
+        ("bilinear", "aten.bilinear is not refitted in this form"),
     ]
 
 

@@ -17,17 +17,6 @@ from torchshear.speedup.compensation._samples import batch_dimension, sample_num
 MAX_UNKNOWNS: Final = 4608
 """The largest system that is solved, in unknowns for each output."""
 
-_CONVOLUTIONS: Final = {"aten.conv1d": 1, "aten.conv2d": 2, "aten.conv3d": 3}
-_TRANSPOSED: Final = {"aten.conv_transpose1d": 1, "aten.conv_transpose2d": 2, "aten.conv_transpose3d": 3}
-_DENSE: Final = {  # operator -> names of what the layer reads, its weight and its bias
-    "aten.linear": ("input", "weight", "bias"),
-    "aten.matmul": ("self", "other", ""),
-    "aten.mm": ("self", "mat2", ""),
-    "aten.addmm": ("mat1", "mat2", "self"),
-    "aten.bmm": ("self", "mat2", ""),
-    "aten.baddbmm": ("batch1", "batch2", "self"),
-}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearLayer:
@@ -196,15 +185,14 @@ def linear_layer(
         n_reads: canonical name -> how often the graph reads that tensor.
         batch_hint: the free batch of the capture; None if it is fixed.
     """
-    name = ".".join(operator_name(node).split(".")[:2])
-    n_dims = _CONVOLUTIONS.get(name) or _TRANSPOSED.get(name) or 0
-    read, factor_name, bias_name = ("input", "weight", "bias") if n_dims else _DENSE.get(name, ("", "", ""))
-    if not read:
-        return _reason_for_no_layer(node, name)
+    product = operator_of(node).product
+    if product is None or not operator_name(node).startswith("aten."):
+        return _reason_for_no_layer(node)
     given = bind_arguments(node)
-    operand, factor = given.get(read), given.get(factor_name)
+    operand, factor = given.get(product.left), given.get(product.right)
+    bias = given.get(product.bias) if product.bias else None
     if not isinstance(operand, fx.Node) or not isinstance(factor, fx.Node) or weight_behind(operand, carriers):
-        return ""
+        return _reason_for_no_layer(node)
     behind = weight_behind(factor, {})
     if behind is None:
         return "its weight is computed of parameters, or a part of one" if is_from_state(factor) else ""
@@ -212,13 +200,15 @@ def linear_layer(
     order = tuple(int(place) for place in places if place is not None)
     if len(order) != held.meta["val"].ndim or len(order) != len(places):
         return "its weight is read in another shape"
-    kind = "convolution" if name in _CONVOLUTIONS else "transposed" if name in _TRANSPOSED else "dense"
-    if kind == "dense" and len(order) == 3 and operand.meta["val"].ndim == 3:
+    summed = product.contracted[1] % len(order)  # dimension of the weight
+    kind = "dense"
+    if "stride" in given:
+        kind = "convolution" if summed == 1 else "transposed"
+    elif len(order) == 3 and operand.meta["val"].ndim == 3:
         kind = "single" if held.meta["val"].shape[order[0]] == 1 else "batched"
-    elif kind == "dense" and len(order) != 2:
+    elif len(order) != 2:
         return "its weight is multiplied in another form than that of a matrix"
-    bias = given.get(bias_name)
-    problem = _find_obstacle(held, bias, kind, given, n_reads)
+    problem = _find_obstacle(node, (operand, factor, bias), held, kind, n_reads)
     return problem or LinearLayer(
         node=node.name,
         operand=operand.name,
@@ -226,31 +216,44 @@ def linear_layer(
         bias=str(bias.target) if isinstance(bias, fx.Node) else "",
         order=order,
         kind=kind,
-        is_rows_first=name == "aten.linear",
-        n_dims=n_dims,
+        is_rows_first=summed == 1,
+        n_dims=len(order) - 2 if "stride" in given else 0,
         batch_dim=batch_dimension(operand, batch_hint) or 0,
         given=bind_arguments(smaller),
     )
 
 
-def _reason_for_no_layer(node: fx.Node, name: str) -> str:
+def _reason_for_no_layer(node: fx.Node) -> str:
     """Return the reason why a call that multiplies with tensors of the model is not refitted; "" for any other call."""
-    known = operator_of(node)
+    known, name = operator_of(node), ".".join(operator_name(node).split(".")[:2])
     if known.recurrence:
         return "it is recurrent"
     operands = tensor_operands(node)
     is_product = known.product is not None or name in ("aten.einsum", "aten.bilinear")
     if is_product and any(map(is_from_state, operands)) and not all(map(is_from_state, operands)):
-        return f"{name} is not refitted"
+        return f"{name} is not refitted in this form"
     return ""
 
 
-def _find_obstacle(weight: fx.Node, bias: Any, kind: str, given: Mapping[str, Any], n_reads: Mapping[str, int]) -> str:
-    """Say why a layer cannot be refitted; "" if it can."""
+def _find_obstacle(
+    node: fx.Node, known: tuple[Any, ...], weight: fx.Node, kind: str, n_reads: Mapping[str, int]
+) -> str:
+    """Say why a layer cannot be refitted; "" if it can.
+
+    Args:
+        node: the call.
+        known: its input, weight and bias.
+        weight: the tensor of the model that is its weight.
+        kind: see `LinearLayer`.
+        n_reads: canonical name -> how often the graph reads that tensor.
+    """
+    given, bias = bind_arguments(node), known[2]
     if not weight.meta["val"].is_floating_point():
         return "its weight is not of real numbers"
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         return "its result is multiplied by a number"
+    if any(operand not in known for operand in node.all_input_nodes):
+        return "it reads more than an input, a weight and a bias"
     tensors = [str(weight.target)]
     if isinstance(bias, fx.Node):
         if bias.op != "get_attr" or bias.meta["val"].ndim != 1 or kind in ("batched", "single"):

@@ -11,6 +11,7 @@ from torchshear._arguments import check_count, check_kind
 from torchshear.calibration._batches import read_graph_inputs
 from torchshear.calibration._processes import agree
 from torchshear.calibration._progress import Progress, check_progress
+from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, PlanError, VerificationError, WeightError
@@ -23,8 +24,6 @@ from torchshear.speedup.comparing._relative_error import relative_error, toleran
 from torchshear.speedup.compensation._output_error import output_error
 from torchshear.speedup.compensation._refit_pass import RefitPass
 from torchshear.speedup.compensation._refit_record import Refit
-from torchshear.speedup.compensation._samples import HELD_OUT, output_nodes
-from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._slicing import slice_state
 from torchshear.speedup.shrinking._planned import analyze_planned
 from torchshear.speedup.verification._state_cut import StateCut
@@ -91,59 +90,61 @@ def refit(
             "its own inputs."
         )
     cut = Cut(groups, plan.kept)
-    names = StateCut(groups, cut)
-    dense_state = names.state_of(model)
-    small_state = _small_state(small, groups.graph.aliases, dense_state, cut)
+    dense_state = StateCut(groups, cut).state_of(model)
+    small_state = _small_state(small, graph.aliases, dense_state, cut)
     fitted = dict(small_state)
-    error: Exception | None = None
-    found: list[list[Any]] = []
-    try:
-        found += [_copied(leaves) for leaves, _ in read_graph_inputs(loader, batches, graph)]  # loaders reuse memory
-        run = RefitPass(groups, cut, dense_state, fitted, found, progress)
-    except Exception as failure:  # the other processes wait for this one to say so
-        error = failure
-    agree("refit", graph.fingerprint, len(found), error)
-    smaller = rewrite_graph(graph.fx_graph, groups.facts, cut)
+    run = _make_pass(groups, cut, dense_state, fitted, loader, batches, progress)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        before = _outputs(smaller, small_state, found)
-        if not _computes(small, found[0], before[0], graph.in_spec):
+        if not _computes(small, run.smaller, small_state, run.batches[0], graph.in_spec):
             raise PlanError(
                 f"{type(small).__name__} does not compute what the plan makes of the original; give the model "
                 f"that this plan made, with any weights."
             )
-        run.run()
-        after = _outputs(smaller, fitted, found)
-        wanted = [
-            [run.kept(node, leaf) for node, leaf in zip(output_nodes(graph), pytree.tree_leaves(one), strict=True)]
-            for one in _outputs(graph.fx_graph, dense_state, found)
-        ]
-    errors = [output_error(graph, wanted, got, run.sizes) for got in (before, after)]
-    result = copy_model(small)
-    is_kept = errors[1] <= errors[0]
-    n_held_out = run.n_samples // HELD_OUT
-    record = Refit(
-        tuple(run.layers),
-        tuple(dict.fromkeys(run.skipped)),
-        run.n_samples - n_held_out,
-        n_held_out,
-        errors[0],
-        errors[1],
-        is_kept,
-    )
-    if not is_kept:
-        return result, record
-    with torch.no_grad():
+        before = run.outputs_of(small_state)
+        wanted, after = run.run()
+        errors = [output_error(graph, wanted, got, run.sizes) for got in (before, after)]
+        record = run.record(*errors)
+        result = copy_model(small)
+        if not record.is_kept:
+            return result, record
         for name, tensor in (*result.named_parameters(), *result.named_buffers()):
             canonical = graph.aliases.get(name, name)
             if canonical in fitted and fitted[canonical] is not small_state.get(canonical):
                 tensor.copy_(fitted[canonical])
-    if not _computes(result, found[0], after[0], graph.in_spec):
-        raise VerificationError(
-            "the smaller model with the fitted weights does not compute what they were fitted for: its form has state "
-            "that the graph does not hold. Nothing is returned."
-        )
+        if not _computes(result, run.smaller, fitted, run.batches[0], graph.in_spec):
+            raise VerificationError(
+                "the smaller model with the fitted weights does not compute what they were fitted for: its form has "
+                "state that the graph does not hold. Nothing is returned."
+            )
     return result, record
+
+
+def _make_pass(
+    groups: ChannelGroups,
+    cut: Cut,
+    dense_state: Mapping[str, Tensor],
+    fitted: dict[str, Tensor],
+    loader: Iterable[Any],
+    batches: int,
+    progress: Progress,
+) -> RefitPass:
+    """Read all batches and make a pass over them; an error of one process stops all.
+
+    Raises:
+        DataError: the data does not fit the model, or is too little.
+    """
+    error: Exception | None = None
+    found: list[list[Any]] = []
+    run: RefitPass | None = None
+    try:
+        found += [_copied(leaves) for leaves, _ in read_graph_inputs(loader, batches, groups.graph)]  # buffers reused
+        run = RefitPass(groups, cut, dense_state, fitted, found, progress)
+    except Exception as failure:  # the other processes wait for this one to say so
+        error = failure
+    agree("refit", groups.graph.fingerprint, len(found), error)
+    assert run is not None, "agree raises the error"
+    return run
 
 
 def _small_state(
@@ -176,19 +177,14 @@ def _copied(leaves: list[Any]) -> list[Any]:
     return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _outputs(graph: fx.Graph, state: Mapping[str, Tensor], batches: list[list[Any]]) -> list[Any]:
-    """Run a graph on all batches. Random numbers are the same for each batch and graph."""
-    found = []
-    for leaves in batches:
-        torch.manual_seed(0)
-        found.append(graph_output(graph, state, _copied(leaves)))
-    return found
-
-
-def _computes(small: nn.Module, leaves: list[Any], expected: Any, in_spec: pytree.TreeSpec) -> bool:
-    """Check that a model computes what the graph of the smaller network does."""
+def _computes(
+    small: nn.Module, graph: fx.Graph, state: Mapping[str, Tensor], leaves: list[Any], in_spec: pytree.TreeSpec
+) -> bool:
+    """Check that a model computes on a batch what a graph does with the tensors of `state`."""
+    torch.manual_seed(0)
+    expected = graph_output(graph, state, _copied(leaves))
     args, kwargs = pytree.tree_unflatten(_copied(leaves), in_spec)
-    with torch.no_grad(), in_mode(small, "eval"):
+    with in_mode(small, "eval"):
         torch.manual_seed(0)
         try:
             output = small(*args, **kwargs)

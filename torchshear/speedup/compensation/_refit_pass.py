@@ -24,15 +24,17 @@ from torchshear.errors import DataError
 from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_only_read, is_written
 from torchshear.graph._operator_record import Norm, operator_of
-from torchshear.speedup.compensation._affine_sums import AffineSums
+from torchshear.graph._run import interpret
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
-from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
+from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
+from torchshear.speedup.compensation._refit_record import Refit, RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import (
     HELD_OUT,
     batch_dimension,
     count_samples,
     is_held_out,
+    output_nodes,
     sample_numbers,
 )
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
@@ -60,6 +62,7 @@ class RefitPass:
         progress: see `torchshear.collect`.
 
     Attributes:
+        smaller: graph of the smaller network.
         layers: results so far.
         skipped: layers left alone so far.
         sizes: samples in each batch of this process.
@@ -77,6 +80,7 @@ class RefitPass:
         progress: Progress,
     ) -> None:
         self.groups, self.cut = groups, cut
+        self.smaller = rewrite_graph(groups.graph.fx_graph, groups.facts, cut)
         self.dense_state, self.small_state = dense, small
         self.batches, self.progress = batches, progress
         self.layers: list[RefittedLayer] = []
@@ -96,12 +100,14 @@ class RefitPass:
             )
         self.n_reads = _count_reads(groups.graph)
 
-    def run(self) -> None:
-        """Fit all layers."""
+    def run(self) -> tuple[Values, Values]:
+        """Fit all layers, and return the outputs for each batch: of the original at kept positions, and of the smaller.
+
+        Values are dropped after their last reader in either network.
+        """
         graph = self.groups.graph
-        smaller = rewrite_graph(graph.fx_graph, self.groups.facts, self.cut)
         originals = {node.name: node for node in graph.fx_graph.nodes}
-        nodes = list(smaller.nodes)
+        nodes = list(self.smaller.nodes)
         self.sources = [node for node in nodes if node.op == "get_attr"]
         readers = [*nodes, *(originals[node.name] for node in nodes if node.name in originals)]
         order = {node.name: number for number, node in enumerate(nodes)}
@@ -117,6 +123,37 @@ class RefitPass:
             for name in [name for name in small if last.get(name, 0) <= number]:
                 dense.pop(name, None)
                 small.pop(name)
+        outputs = output_nodes(graph)
+        wanted = [[self._kept(node, _value_of(node, dense, n)) for node in outputs] for n in range(len(self.batches))]
+        return wanted, [[_value_of(node, small, n) for node in outputs] for n in range(len(self.batches))]
+
+    def outputs_of(self, state: State) -> Values:
+        """Run the smaller network with other tensors on all batches, with the random numbers that `run` draws."""
+        found: Values = []
+        for number, leaves in enumerate(self.batches):
+            values = interpret(
+                self.smaller,
+                [_clone(leaf) for leaf in leaves],
+                load=lambda name: state[name].detach().clone(),
+                apply=lambda node, args, kwargs: _call(node, args, kwargs, number),  # noqa: B023
+            )
+            for _, latest in values:
+                output = latest
+            found.append(pytree.tree_leaves(output))
+        return found
+
+    def record(self, error_before: float, error_after: float) -> Refit:
+        """Return the result, with the errors of the outputs before and after; worse ones are not kept."""
+        n_held_out = self.n_samples // HELD_OUT
+        return Refit(
+            layers=tuple(self.layers),
+            skipped=tuple(dict.fromkeys(self.skipped)),
+            n_samples=self.n_samples - n_held_out,
+            n_held_out=n_held_out,
+            error_before=error_before,
+            error_after=error_after,
+            is_kept=error_after <= error_before,
+        )
 
     def _step(
         self, original: fx.Node | None, node: fx.Node, dense: dict[str, Values], small: dict[str, Values]
@@ -214,7 +251,7 @@ class RefitPass:
         n_rows = -(-max(MIN_ROWS, ROWS_PER_UNKNOWN * n_in) // len(self.batches))
         taps = [self.small_state[layer.weight].shape[dim] for dim in layer.order][2:] if layer.n_dims else []
         for number, (size, offset) in enumerate(zip(self.sizes, self.offsets, strict=True)):
-            wanted = self.kept(original, dense[original.name][number])
+            wanted = self._kept(original, dense[original.name][number])
             rows = layer.rows(small[layer.operand][number], wanted, taps, n_rows, self.generator, size)
             held_out = is_held_out(rows.samples, offset)
             for moments, chosen in zip(both, (~held_out, held_out), strict=True):
@@ -240,53 +277,31 @@ class RefitPass:
         self, original: fx.Node, node: fx.Node, norm: Norm, dense: Mapping[str, Values], small: dict[str, Values]
     ) -> None:
         """Fit scale and shift of a norm, or renew its running statistics, whichever does better."""
-        given, name = bind_arguments(original), _module_of(original)
-        scale, shift, mean, variance = (
-            given.get(argument) if argument else None for argument in (norm.scale, norm.shift, norm.mean, norm.variance)
-        )
-        own = [one for one in (scale, shift, mean, variance) if isinstance(one, fx.Node)]
-        tensors = [str(one.target) for one in own]
-        if any(one.op != "get_attr" for one in own) or any(self.n_reads[tensor] > 1 for tensor in tensors):
-            self.skipped.append(SkippedLayer(name, "its scale or shift is computed, or read by several calls"))
+        given, module = bind_arguments(original), _module_of(original)
+        roles = {"scale": norm.scale, "shift": norm.shift, "mean": norm.mean, "variance": norm.variance}
+        held = {role: given[argument] for role, argument in roles.items() if isinstance(given.get(argument), fx.Node)}
+        tensors = {role: str(node.target) for role, node in held.items()}
+        if any(one.op != "get_attr" or self.n_reads[str(one.target)] > 1 for one in held.values()):
+            self.skipped.append(SkippedLayer(module, "its scale or shift is computed, or read by several calls"))
             return
         if not tensors or given.get(norm.own):
             return
-        if any(self.small_state[tensor].ndim != 1 for tensor in tensors):
-            self.skipped.append(SkippedLayer(name, "its scale has several dimensions"))
+        if any(self.small_state[tensor].ndim != 1 for tensor in tensors.values()):
+            self.skipped.append(SkippedLayer(module, "its scale has several dimensions"))
             return
         fitting, held_out = self._norm_sums(original, node, norm, dense, small)
         if not fitting.n or not held_out.n:
-            self.skipped.append(SkippedLayer(name, _NO_VALUES))
+            self.skipped.append(SkippedLayer(module, _NO_VALUES))
             return
-        renewed: tuple[Tensor, ...] = ()
-        ways: dict[str, tuple[Tensor, Tensor]] = {"": (fitting.ones(), torch.zeros_like(fitting.ones()))}
-        weight, bias, old_mean, old_variance = (
-            self.small_state[str(one.target)].double() if isinstance(one, fx.Node) else None
-            for one in (scale, shift, mean, variance)
+        fit = fit_norm(
+            fitting, held_out, {role: self.small_state[name] for role, name in tensors.items()}, given.get("eps") or 0.0
         )
-        if weight is not None and bias is not None:
-            ways["affine"] = fitting.least_squares()
-        if old_mean is not None and old_variance is not None:
-            eps = float(given["eps"])
-            new_mean, new_variance = fitting.inner_statistics(old_variance)
-            renewed = (new_mean, new_variance)
-            factor = ((old_variance + eps) / (new_variance + eps)).sqrt()
-            own_bias = 0 if bias is None else bias
-            own_weight = 1 if weight is None else weight
-            moved = (old_mean - new_mean) * own_weight / (new_variance + eps).sqrt()
-            ways["statistics"] = factor, own_bias * (1 - factor) + moved
-        errors = {way: held_out.error(*affine) for way, affine in ways.items()}
-        best = min(errors, key=lambda way: errors[way]) if errors[""] > _SAME else ""
-        self.layers.append(RefittedLayer(name, "norm", errors[""], errors[best], best))
-        new: tuple[Tensor, ...] = ()
-        held: list[Any] = []
-        if best == "statistics":
-            new, held = renewed, [mean, variance]
-        elif best == "affine" and weight is not None and bias is not None:
-            factor, moved = ways["affine"]
-            new, held = (weight * factor, bias * factor + moved), [scale, shift]
-        for one, value in zip(held, new, strict=False):
-            self._set(_target_of(one), value, small)
+        if fit.error_before < _SAME:
+            self.layers.append(RefittedLayer(module, "norm", fit.error_before, fit.error_before, ""))
+            return
+        self.layers.append(RefittedLayer(module, "norm", fit.error_before, fit.error_after, fit.method))
+        for role, value in fit.tensors.items():
+            self._set(tensors[role], value, small)
 
     def _norm_sums(
         self, original: fx.Node, node: fx.Node, norm: Norm, dense: Mapping[str, Values], small: Mapping[str, Values]
@@ -295,7 +310,7 @@ class RefitPass:
         sums = AffineSums(), AffineSums()
         present, source = _call_all(node, small, len(self.batches)), bind_arguments(original)[norm.input].name
         for number, (size, offset) in enumerate(zip(self.sizes, self.offsets, strict=True)):
-            values = [present[number], self.kept(original, dense[original.name][number]), small[source][number]]
+            values = [present[number], self._kept(original, dense[original.name][number]), small[source][number]]
             if values[1].ndim == 1:  # one sample without a batch
                 values = [value.unsqueeze(0) for value in values]
             dim = batch_dimension(original, self.groups.graph.batch_hint) or 0
@@ -307,7 +322,7 @@ class RefitPass:
             one.reduce()
         return sums
 
-    def kept(self, node: Any, value: Any) -> Any:
+    def _kept(self, node: Any, value: Any) -> Any:
         """Select the kept positions of a value of the original network."""
         axes = self.groups.facts.axes.get(node.name) if isinstance(node, fx.Node) else None
         kept: Any = map_axes(lambda tensor, own: select_kept(tensor, own, self.cut), value, axes)
@@ -330,13 +345,22 @@ class RefitPass:
 def _call_all(node: fx.Node, values: Mapping[str, Values], n_batches: int) -> Values:
     """Compute a call in every batch."""
     found = []
-    is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
     for number in range(n_batches):
-        if is_random:  # both networks draw the same, as far as they are alike
-            torch.manual_seed(crc32(f"{node.name} {number}".encode()))
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda operand: values[operand.name][number])  # noqa: B023
-        found.append(node.target(*args, **kwargs))  # type: ignore[operator]
+        found.append(_call(node, args, kwargs, number))
     return found
+
+
+def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> Any:
+    """Make a call in a batch; both networks draw the same random numbers, as far as they are alike."""
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        torch.manual_seed(crc32(f"{node.name} {number}".encode()))
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _value_of(node: Any, values: Mapping[str, Values], number: int) -> Any:
+    """Return an output of a batch: the value of a node, or a number."""
+    return values[node.name][number] if isinstance(node, fx.Node) else node
 
 
 def _clone(value: Any) -> Any:
@@ -348,11 +372,6 @@ def _count_reads(nodes: Iterable[fx.Node]) -> Counter[str]:
     readers = [node for node in nodes if unwrap_moves(node)[0] is node]
     bases = [unwrap_moves(operand)[0] for node in readers for operand in node.all_input_nodes]
     return Counter(str(base.target) for base in bases if base.op == "get_attr")
-
-
-def _target_of(node: Any) -> str:
-    assert isinstance(node, fx.Node), "a norm that is fitted has the tensor"
-    return str(node.target)
 
 
 def _module_of(node: fx.Node) -> str:
