@@ -32,12 +32,12 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from mutation_networks import CASES, EXPLAINED, WITHOUT_CASE, Case, Network
+from mutation_networks import CASES, EXPLAINED, WITHOUT_CASE, Case
 
 import torchshear
 import torchshear.api
 from tests.mutating import Mutation, Watched, calls_of, mutated, mutations_of, reads_positions, watched
-from tests.networks import randomise
+from tests.networks import Net, randomise
 from tests.oracle import masked_copy
 from torchshear.dependency import ChannelGroups, operator_rule
 from torchshear.dependency.plans._cut import Cut
@@ -50,7 +50,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 OUTCOMES = ("caught", "crashed", "no effect", "harmless", "survived")
 TOLERANCE = 1e-9
 MIXED = "before a softmax"
-STAND_IN = "mutations.runs"  # for aten._grouped_mm
+STAND_IN = "experts.runs"  # for aten._grouped_mm
 
 operator_rule(STAND_IN)(grouped_product)
 
@@ -102,7 +102,7 @@ class Trial:
 def prepare(case: Case, operator: str, seed: int) -> Trial:
     """Build a network and prune it with the right rules, with the first of some seeds that gives no symmetric cut."""
     torch.manual_seed(seed)
-    model = randomise(Network(case.run, **case.parts()).double().eval(), seed)
+    model = randomise(Net(case.run, **case.parts()).double().eval(), seed)
     generator = torch.Generator().manual_seed(seed + 3)
     inputs = _like(case, generator)
     for at in range(seed, seed + 20):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import torchshear
 from tests.blocks import RandomSource
-from tests.hostile_calls import CALLS, Given, check_call, is_refused, parameters_of
+from tests.hostile_calls import CALLBACKS, CALLS, Given, check_call, is_refused, parameters_of
 from tests.hostile_values import VALUES
 from torchshear import comparison, configs, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
@@ -73,7 +73,7 @@ def test_every_public_method_is_called() -> None:
 def test_valid_calls_succeed(name: str, made: Given) -> None:
     if name == "to_semi_structured" and not torch.cuda.is_available():
         pytest.skip("semi-structured tensors need CUDA")
-    CALLS[name].function(**CALLS[name].valid(made))
+    assert not is_refused(name, {}, made)
 
 
 @given(st.integers(0, 2**32))
@@ -87,8 +87,8 @@ def test_wrong_arguments_are_refused(made: Given, seed: int) -> None:
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in (*SLOW, *LONG)])
 def test_every_wrong_value_of_every_argument(name: str, made: Given) -> None:
     for argument in parameters_of(name, made):
-        for value in VALUES:
-            is_refused(name, {argument: value}, made)
+        refused = [value for value in VALUES if is_refused(name, {argument: value}, made)]
+        assert refused or argument in CALLBACKS, f"{argument} takes whatever is given"
 
 
 @pytest.mark.parametrize("name", SLOW)

@@ -205,11 +205,9 @@ class PruneOptions:
         """Return the form that the result must have, None for any; and which groups may stay whole for a native one."""
         if self.form == "traced":
             return "traced", None
-        return (
-            ("native", NativeTradeoff(planner.plan, max_cost=1.0))
-            if self.form == "native"
-            else (None, NativeTradeoff(planner.plan))
-        )
+        if self.form == "native":
+            return "native", NativeTradeoff(planner.plan, max_cost=1.0)
+        return None, NativeTradeoff(planner.plan)
 
     def means(self, groups: ChannelGroups) -> dict[tuple[str, int], Tensor] | None:
         """Average over the data what layers read, if that is to be folded."""

@@ -15,23 +15,6 @@ A = torch.ops.aten
 Run = Callable[..., Any]
 
 
-class Network(nn.Module):
-    """A module whose forward is `run(self, *args)`; parts become modules, parameters or buffers."""
-
-    def __init__(self, run: Run, **parts: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            if isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
-                self.register_buffer(name, part)
-            else:
-                setattr(self, name, part)
-
-    def forward(self, *args: Tensor) -> Any:
-        """Whatever `run` makes of it."""
-        return self.run(self, *args)
-
-
 @dataclass(frozen=True)
 class Case:
     """A network for some operators.
@@ -77,7 +60,7 @@ def full_name(name: str) -> str:
     """Name of an operator as in the registry; "@" in front says that it reads positions."""
     if name.startswith("@"):
         return f"positions:aten.{name[1:]}"
-    return name if name.split(".")[0] in ("python", "torchvision", "mutations") else f"aten.{name}"
+    return name if name.split(".")[0] in ("python", "torchvision", "experts") else f"aten.{name}"
 
 
 def between(

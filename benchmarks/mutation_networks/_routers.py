@@ -8,22 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mutation_networks._base import A, linear, network, parameter, to
+from tests.networks.experts import runs
 
 EXPERTS, CODES = 6, 8
-
-
-@torch.library.custom_op("mutations::runs", mutates_args=())
-def runs(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    """What torch._grouped_mm does, which torch.export takes in bfloat16 only."""
-    out = input.new_zeros(input.shape[0], weight.shape[2])
-    for matrix, start, end in zip(weight, [0, *offs.tolist()], offs.tolist(), strict=False):
-        out[start:end] = input[start:end] @ matrix
-    return out
-
-
-@runs.register_fake
-def _(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-    return input.new_empty(input.shape[0], weight.shape[2])
 
 
 def codes(operators: str, passed: Callable[[Tensor], Tensor]) -> None:
@@ -129,7 +116,7 @@ router("@scatter topk", scattered)
 router("@scatter_ topk", scattered_in_place)
 router("@gather topk", gathered)
 router("@index.Tensor topk", picked)
-router("@sort @histc cumsum mutations.runs", lambda *given: in_runs(*given, "histc"))
+router("@sort @histc cumsum experts.runs", lambda *given: in_runs(*given, "histc"))
 router("@bincount", lambda *given: in_runs(*given, "bincount"))
 network(
     "@index.Tensor", lambda m, x: m.two(m.codes[m.score(x).argmax(-1)]), (3, 5, 4),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from torchshear._arguments import check_count, check_flag
 from torchshear._other_tools import missing_method, unknown_keyword
 from torchshear.api import PruneResult, shrink_planned
 from torchshear.calibration import Statistics
@@ -100,8 +101,9 @@ class Pruner:
         for name in unknown:
             raise unknown_keyword(type(self).__name__, name, _ARGUMENTS)
         check_module(model)
-        if not isinstance(dependency_aware, bool):
-            raise ArgumentError(f"dependency_aware={dependency_aware!r}; expected True or False.")
+        check_flag("dependency_aware", dependency_aware)
+        check_count("batches", batches)
+        check_count("min_width", min_width)
         if not isinstance(args, tuple | list | Tensor) or not isinstance(kwargs, Mapping | None):
             raise ArgumentError(
                 f"args is {type(args).__name__} and kwargs {type(kwargs).__name__}; expected a tuple of example "

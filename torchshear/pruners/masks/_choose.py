@@ -134,6 +134,8 @@ def choose_masks(  # noqa: PLR0913 - keywords, each a choice of its own
     if final_ratio is not None and isinstance(layers, Mapping):
         raise ArgumentError("final_ratio goes with one ratio for all layers; layers give a ratio each here.")
     check_one_of("reduce", reduce, _REDUCTIONS)
+    if groups is not None:
+        check_kind("groups", groups, ChannelGroups, "what torchshear.analyze gives, or None")
     check_kind("pattern", pattern, str, "'NxM', 'N:M', 'channelx1', '1xchannel' or 'heads'")
     if pattern == HEADS:
         found, ratios = _head_candidates(model, layers, ratio, score, reduce, previous, groups)
