@@ -1,6 +1,7 @@
 """Refit of unusual models: writing in place, without a batch, with other outputs, with chance, in small types."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import torchshear
-from torchshear.errors import PlanError
+from torchshear.errors import PlanError, VerificationError
 from torchshear.pruners import plan_from_kept
+from torchshear.speedup.compensation import _refit_pass
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear
 from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit
@@ -354,3 +356,56 @@ def test_the_batch_is_found_behind_a_mask() -> None:
     _, record = refit(model, result.model, result.plan, data, batches=4, progress=False)
     assert (record.n_samples, record.n_held_out) == (48, 16)
     assert record.error_after < record.error_before
+
+
+def test_a_norm_behind_a_layer_without_bias_takes_its_offset() -> None:
+    def call(m: Any, x: Tensor) -> Any:
+        return m.head(m.norm(m.inner(m.stem(x).relu())).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    layers = {
+        "stem": nn.Conv2d(3, 16, 3), "inner": nn.Conv2d(16, 12, 1, bias=False), "norm": nn.BatchNorm2d(12),
+        "head": nn.Linear(12, 4),
+    }  # fmt: skip
+    _, _, record = fitted(prepared(lambda: Modules(call, **layers)), (16, 3, 6, 6))
+    by_name = {layer.name: layer for layer in record.layers}
+    assert by_name["inner"].method == "least squares"
+    # The norm reads the fitted layer with its mean where it was: it starts from the error that the layer was left with.
+    assert by_name["norm"].error_before < 2 * by_name["inner"].error_after
+
+
+def test_a_product_that_adds_values_is_left_alone() -> None:
+    experts = {"one": nn.Linear(8, 16), "w": weight(3, 16, 12), "shift": weight(3, 1, 12), "head": nn.Linear(12, 4)}
+
+    def call(m: Any, x: Tensor) -> Any:
+        x = m.one(x).relu()
+        return m.head(torch.baddbmm(m.shift, torch.stack([x, x, x]), m.w).sum(0))
+
+    _, _, record = fitted(prepared(lambda: Modules(call, **experts)), VECTOR)
+    assert [one.reason for one in record.skipped] == ["it reads more than an input, a weight and a bias"]
+
+
+def test_worse_outputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(*given: Any) -> Any:
+        fit = fit_linear(*given)
+        return dataclasses.replace(fit, weight=-fit.weight)
+
+    monkeypatch.setattr(_refit_pass, "fit_linear", spoil)
+    cut, small, record = fitted(prepared(Chain), VECTOR)
+    assert record.error_after > record.error_before
+    assert not record.is_kept
+    assert all(torch.equal(value, small.state_dict()[name]) for name, value in cut.state_dict().items())
+
+
+def test_a_model_that_does_not_read_its_new_weights_is_refused() -> None:
+    def call(m: Any, x: Tensor) -> Any:
+        stale = m.stale[0] if m.stale else m.two.weight
+        return m.head(functional.linear(m.one(x).relu(), stale, m.two.bias).relu())
+
+    layers = {"one": nn.Linear(8, 32), "two": nn.Linear(32, 16), "head": nn.Linear(16, 4), "stale": []}
+    model = prepared(lambda: Modules(call, **layers))
+    result = torchshear.prune(model, noise(2, 8), ratio=0.5)
+    small: Any = result.model
+    small.stale = [small.two.weight.detach().clone()]  # as a model keeps that copies its weights for speed
+    with pytest.raises(VerificationError, match="state that the graph does not hold"):
+        refit(model, small, result.plan, [noise(16, 8, seed=number) for number in range(4)], batches=4, progress=False)
