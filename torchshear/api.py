@@ -244,7 +244,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         DataError: the data or the loss does not fit the model.
         CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
-        PlanError: what is asked cannot be reached; or `form="native"`, and there is no native form.
+        PlanError: the ratio or target cannot be reached; or `form="native"`, and there is no native form.
         VerificationError: the shrunk model is not equal to the masked one, or with folded constants not to the original
             with those constants; nothing is returned then.
 

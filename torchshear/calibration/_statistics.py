@@ -114,7 +114,7 @@ class Statistics:
         by_layer: canonical name of a weight -> where what its layer alone makes shows; see `GroupTaps`.
         sums: what was summed.
         loss: mean loss over batches; None if no gradients were taken.
-        notes: what is to be known of how it was collected.
+        notes: remarks on how it was collected.
     """
 
     fingerprint: str

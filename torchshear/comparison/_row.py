@@ -22,7 +22,7 @@ class Row:
         macs_share: MACs left, as a share of the dense model's; the mean over seeds. None where there is a reason.
         params_share: parameters left, likewise.
         seconds: time to score, plan, cut and prove, without that of collecting statistics; the mean over seeds.
-        note: what is to be known of it, or "".
+        note: a remark for the reader, or "".
         reason: why there are no scores, or "".
     """
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
-from torchshear.dependency.rules._contractions import FAMILIES
+from torchshear.dependency.rules._role_evidence import FAMILIES
 from torchshear.pruners.masks._layers import find_maskable_layers
 
 _TABLES: Final = frozenset({"Embedding", "EmbeddingBag"})

@@ -1,4 +1,4 @@
-"""From entries and a model to what is asked of each layer and of each channel group."""
+"""Entries applied to a model: the share of each layer and of each channel group."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

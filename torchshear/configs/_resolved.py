@@ -73,7 +73,7 @@ class ResolvedConfig:
     Attributes:
         entries: the entries, in order.
         rows: a row for each layer with a weight, and for others that an entry selects.
-        targets: name of a channel group -> what is asked of it.
+        targets: name of a channel group -> its share and where that comes from.
     """
 
     entries: tuple[Entry, ...]

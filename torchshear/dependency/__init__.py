@@ -7,8 +7,8 @@ from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups, Fi
 from torchshear.dependency.plans._outputs import OutputPlan
 from torchshear.dependency.plans._plan import GroupPlan
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._contractions import ROLES
 from torchshear.dependency.rules._registry import operator_rule, registered_operators, unregister
+from torchshear.dependency.rules._role_evidence import ROLES
 from torchshear.graph._operator_record import Activation, Norm, Operator, Product, Recurrence
 from torchshear.graph.masked._call import MaskedCall, masked_operator, scatter_into_zeros
 

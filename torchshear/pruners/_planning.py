@@ -32,7 +32,7 @@ def plan_units(
 
     Args:
         groups: the analysed network.
-        request: what is asked.
+        request: the ratio or targets, limits and criterion.
         weights: what criteria look at; None: the tensors of the model that was traced.
         statistics: what criteria that look at data need, from `torchshear.collect`.
         whole: names of groups that stay whole, whatever is asked, so that the model keeps its own class.
@@ -40,7 +40,7 @@ def plan_units(
     Raises:
         ArgumentError: statistics are missing or of another network; the criterion has nothing to say of any group;
             unknown criterion; ratio so small that no group can lose a unit; a role, key or pattern that fits nothing.
-        PlanError: what is asked cannot be reached under the limits.
+        PlanError: the ratio or target cannot be reached under the limits.
         WeightError: weights cannot be scored, or are not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
@@ -60,7 +60,7 @@ def check_request(groups: ChannelGroups, request: Request) -> None:
     Raises:
         ArgumentError: the ratio is so small that no group can lose a unit; a role, key or pattern fits nothing; the
             dense network keeps within the budget.
-        PlanError: what is asked cannot be reached under the limits.
+        PlanError: the ratio or target cannot be reached under the limits.
     """
     UnitSelector(groups, request, None, None).check()
 

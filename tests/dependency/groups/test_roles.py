@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import torchshear
 from tests.networks import FusedAttention, Grouped, Net, Residual, image
 from torchshear.dependency import ROLES, operator_rule, unregister
-from torchshear.dependency.rules._contractions import FAMILIES
+from torchshear.dependency.rules._role_evidence import FAMILIES
 
 
 def noise(*shape: int) -> Tensor:

@@ -52,7 +52,7 @@ class LayerMask:
         extra: how many are masked in this layer alone, and stay in the network.
         params: weights of the layer, after the common part is removed, that the extra part holds for nothing.
         macs: multiply-accumulate operations of a sample that the extra part costs for nothing.
-        note: why it is not what was asked, or "".
+        note: why it differs from the ratio asked for, or "".
     """
 
     layer: str

@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
 from torchshear.dependency.algebra._units import PAD
 from torchshear.dependency.groups._groups import ChannelGroup
-from torchshear.dependency.rules._contractions import Contraction
 from torchshear.dependency.rules._findings import Facts
+from torchshear.dependency.rules._role_evidence import Contraction
 from torchshear.graph import Graph
 from torchshear.graph._nodes import tensor_operands
 from torchshear.graph._operator_record import operator_of

@@ -72,7 +72,7 @@ class PruningPlan:
         model_type: qualified class name of the model.
         inputs: description of the example inputs, from which a model can be traced again; None if they are not
             plain data. Of a plan for parts of a model: `(args, kwargs)` of each captured call.
-        request: what was asked for: criterion, ratio, alignment.
+        request: the request: criterion, ratio, alignment.
         refused: group name or "parameter[dimension]" -> why it does not shrink.
         versions: versions of torchshear and torch that made the plan.
         prunable_outputs: names or patterns of outputs that may shrink.
@@ -192,7 +192,7 @@ def make_plan(
     Args:
         cut: the checked choice of units.
         kept: group name -> kept units; groups not named keep everything.
-        request: what was asked for, as plain data.
+        request: the request, as plain data.
         notes: group name -> why it keeps more or other than asked.
         ratios: group name -> fraction of units that was to go, for groups of which something was to.
     """

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
-from torchshear.dependency.rules._contractions import ROLES, Contraction, Kind
 from torchshear.dependency.rules._findings import (
     UNCHANGED,
     Balance,
@@ -23,6 +22,7 @@ from torchshear.dependency.rules._findings import (
     Scaled,
 )
 from torchshear.dependency.rules._read_values import digest_of, label_of
+from torchshear.dependency.rules._role_evidence import ROLES, Contraction, Kind
 from torchshear.graph import Graph
 from torchshear.graph._nodes import shape_of, tensor_operands
 from torchshear.graph._operator_record import operator_of

@@ -7,8 +7,8 @@ from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._contractions import Kind
 from torchshear.dependency.rules._registry import operator_rule
+from torchshear.dependency.rules._role_evidence import Kind
 from torchshear.graph._operator_record import Operator, Product, Shape
 
 

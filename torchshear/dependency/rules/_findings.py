@@ -9,7 +9,7 @@ import numpy.typing as npt
 from torch import fx
 
 from torchshear.dependency.algebra._axis import Axes, Axis
-from torchshear.dependency.rules._contractions import Contraction
+from torchshear.dependency.rules._role_evidence import Contraction
 from torchshear.graph._location import locate
 
 Result = Axes | list[Axes] | None

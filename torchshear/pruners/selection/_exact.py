@@ -20,7 +20,7 @@ class Width:
 
     Attributes:
         kept: number of units.
-        note: why it is not what was asked, or "".
+        note: why it differs from the ratio asked for, or "".
     """
 
     kept: int

@@ -6,7 +6,7 @@ from typing import Final
 
 from torchshear._arguments import is_share, quote
 from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
-from torchshear.dependency.rules._contractions import FAMILIES
+from torchshear.dependency.rules._role_evidence import FAMILIES
 from torchshear.errors import ArgumentError
 from torchshear.graph._names import close_names, matches, parse_names
 

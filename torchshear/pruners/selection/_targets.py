@@ -59,7 +59,7 @@ def choose_targets(
         exclude: patterns of names; a group with a member that one of them fits stays whole. Names of groups, too.
 
     Returns:
-        Group name -> what is asked of it.
+        Group name -> its target.
 
     Raises:
         ArgumentError: a ratio is outside [0, 1); a role, key or pattern is unknown, fits nothing, or decides nothing;

@@ -189,7 +189,7 @@ class UnitSelector:
         return budget, dense
 
     def _check_reachable(self, width_steps: Sequence[WidthSteps], budget: Budget | None, dense: Cost) -> None:
-        """Raise PlanError, with the best that is possible, where the limits forbid what is asked."""
+        """Raise PlanError, with the best that is possible, where the limits forbid the ratio or target."""
         request = self.request
         most = request.max_ratio if request.max_ratio is not None else default_max_ratio(request)
         limits = f"min_width={request.min_width}, alignment {request.alignment.name!r}"
