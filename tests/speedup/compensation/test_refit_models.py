@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import torchshear
+from tests.networks import noise
 from torchshear.errors import PlanError, VerificationError
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup.compensation import _refit_pass
@@ -19,10 +20,6 @@ from torchshear.speedup.compensation._least_squares import Moments, fit_linear
 from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit
 from torchshear.speedup.compensation._samples import is_held_out, sample_numbers
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Chain(nn.Module):
