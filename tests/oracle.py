@@ -79,6 +79,19 @@ def assert_outputs_equal(actual: object, expected: object, rtol: float) -> None:
         assert error <= rtol, f"output {index}: relative error {error:.3e} exceeds {rtol:.0e}"
 
 
+def assert_outputs_of_same_form(actual: object, expected: object) -> None:
+    """Assert that both have the same structure, shapes and dtypes, and that the first is finite."""
+    leaves, spec = pytree.tree_flatten(actual)
+    expected_leaves, expected_spec = pytree.tree_flatten(expected)
+    assert spec == expected_spec
+    for leaf, other in zip(leaves, expected_leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            assert (leaf.shape, leaf.dtype) == (other.shape, other.dtype)
+            assert torch.isfinite(leaf).all()
+        else:
+            assert leaf == other
+
+
 def assert_equals_masked(
     model: nn.Module,
     small: nn.Module,

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 Built = tuple[nn.Module, tuple, dict]
 
-# What can be special about a network. Two tags say how it is checked: "cross_channel" (a norm, softmax or mean runs
-# over a prunable axis, so zeroing is not cutting) and "refused" (nothing can be cut, and the reason is given); "layer"
-# marks one kind of layer between others, for criteria.
+# What can be special about a network. Three tags say how it is checked: "cross_channel" (a norm, softmax or mean runs
+# over a prunable axis, so zeroing is not cutting), "refused" (nothing can be cut, and the reason is given) and "traced"
+# (its own code holds sizes that no attribute does, so that it shrinks to a graph); "layer" marks one kind of layer
+# between others, for criteria.
 TAGS = {
     "attention", "buffers", "computed_weights", "concatenation", "copied", "cross_channel", "detached", "experts",
     "frozen", "gate", "grouped", "layer", "moved", "norm", "parameters", "plain", "recurrent", "refused", "reshaped",
-    "residual", "shared_weights", "signature", "split", "transposed",
+    "residual", "shared_weights", "signature", "split", "traced", "transposed",
 }  # fmt: skip
 
 

@@ -44,18 +44,19 @@ def _attention_net(taking: str, is_explicit: bool) -> tuple:
     "fused qkv, reshape and unbind, SDPA: heads and head dimensions are separate groups",
     "attention",
     "residual",
+    "traced",
     widths=(4, 6, 24),
 )
 def qkv_unbind_sdpa():
     return _attention_net("unbind", is_explicit=False)
 
 
-@network("fused qkv taken by index, explicit softmax", "attention", "residual", widths=(4, 6, 24))
+@network("fused qkv taken by index, explicit softmax", "attention", "residual", "traced", widths=(4, 6, 24))
 def qkv_select_explicit():
     return _attention_net("index", is_explicit=True)
 
 
-@network("fused qkv, unbind, explicit softmax", "attention", "residual", widths=(4, 6, 24))
+@network("fused qkv, unbind, explicit softmax", "attention", "residual", "traced", widths=(4, 6, 24))
 def qkv_unbind_explicit():
     return _attention_net("unbind", is_explicit=True)
 
@@ -79,6 +80,7 @@ class ViTBlock(nn.Module):
     "norm",
     "parameters",
     "cross_channel",
+    "traced",
     widths=(4, 6, 24, 96),
 )
 def vit():
@@ -98,7 +100,7 @@ def vit():
     ), (picture(),)
 
 
-@network("attention whose values are wider than its keys", "attention", widths=(2, 4, 6))
+@network("attention whose values are wider than its keys", "attention", "traced", widths=(2, 4, 6))
 def attention_unequal_widths():
     def run(m, x, context):
         b, n, _ = x.shape
@@ -172,13 +174,17 @@ def _grouped_query(repeat: Callable[[Tensor], Tensor]) -> tuple:
     return Net(run, **layers), (noise(2, 7, 10),)
 
 
-@network("grouped-query attention by repeat_interleave", "attention", "copied", widths=(2, 2, 6, 6))
+@network("grouped-query attention by repeat_interleave", "attention", "copied", "traced", widths=(2, 2, 6, 6))
 def gqa_repeat():
     return _grouped_query(lambda x: x.repeat_interleave(2, dim=1))
 
 
 @network(
-    "grouped-query attention by expand and reshape, as Hugging Face does", "attention", "copied", widths=(2, 2, 6, 6)
+    "grouped-query attention by expand and reshape, as Hugging Face does",
+    "attention",
+    "copied",
+    "traced",
+    widths=(2, 2, 6, 6),
 )
 def gqa_expand():
     def repeat(x):
@@ -188,7 +194,7 @@ def gqa_expand():
     return _grouped_query(repeat)
 
 
-@network("attention by nn.MultiheadAttention", "attention", "residual", widths=(4, 6, 24))
+@network("attention by nn.MultiheadAttention", "attention", "residual", "traced", widths=(4, 6, 24))
 def multihead_attention():
     attention = nn.MultiheadAttention(24, 4, batch_first=True)
 
@@ -263,7 +269,11 @@ class EncoderBlock(nn.Module):
 
 
 @network(
-    "an encoder block whose query heads share keys, and a classifier", "attention", "residual", widths=(2, 3, 4, 20)
+    "an encoder block whose query heads share keys, and a classifier",
+    "attention",
+    "residual",
+    "traced",
+    widths=(2, 3, 4, 20),
 )
 def encoder_block():
     return EncoderBlock(2), (noise(2, 5, 12),)

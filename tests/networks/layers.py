@@ -62,7 +62,7 @@ LAYERS: dict[str, tuple[str, tuple[int, ...], Tensor, Callable[[], list[nn.Modul
         "recurrent", (7,), WORDS, lambda: [nn.RNN(6, 7, nonlinearity="relu"), Steps(), nn.Linear(7, 3)],
     ),
     "embedding": ("shared_weights", (16, 32), torch.arange(12).view(3, 4) % 11, lambda: [Tied()]),
-    "attention": ("attention", (3, 8, 24), noise(3, 4, 24), lambda: [Attention(), nn.Linear(24, 4)]),
+    "attention": ("attention traced", (3, 8, 24), noise(3, 4, 24), lambda: [Attention(), nn.Linear(24, 4)]),
 }  # fmt: skip
 
 

@@ -100,7 +100,9 @@ def flatten_head():
     return nn.Sequential(*body), (picture(),)
 
 
-@network("generator: Linear, view as a map, transposed convolutions", "reshaped", "transposed", widths=(16, 32))
+@network(
+    "generator: Linear, view as a map, transposed convolutions", "reshaped", "transposed", "traced", widths=(16, 32)
+)
 def generator():
     def run(m, z):
         x = m.fc(z).view(-1, 32, 4, 4)

@@ -70,6 +70,7 @@ def uneven_split():
     "split",
     "shared_weights",
     "signature",
+    "traced",
     widths=(10, 12, 16, 20),
 )
 def split_reordered():
@@ -102,7 +103,7 @@ def c2f():
     return nn.Sequential(conv_bn(3, 16), C2f(16, 32), head(32)), (picture(),)
 
 
-@network("split and chunk, pruned more than once", "split", "concatenation", widths=(8, 8, 8, 16))
+@network("split and chunk, pruned more than once", "split", "concatenation", "traced", widths=(8, 8, 8, 16))
 def split_iterated():
     def run(m, x):
         a, b = torch.split(F.relu(m.stem(x)), [8, 16], 1)
@@ -286,7 +287,12 @@ class PaddedBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + shortcut)
 
 
-@network("CIFAR ResNet, option A: the shortcut is padded with zero channels", "residual", widths=(16, 16, 16, 32, 32))
+@network(
+    "CIFAR ResNet, option A: the shortcut is padded with zero channels",
+    "residual",
+    "traced",
+    widths=(16, 16, 16, 32, 32),
+)
 def pad_shortcut():
     body = [conv_bn(3, 16), BasicBlock(16, 16), PaddedBlock(16, 32), BasicBlock(32, 32), head(32)]
     return nn.Sequential(*body), (picture(),)
@@ -333,6 +339,6 @@ class Chunked(nn.Module):
         return self.two(self.drop(torch.cat([second, first], 1)))
 
 
-@network("sizes of a split that no attribute holds", "split", widths=(6, 10))
+@network("sizes of a split that no attribute holds", "split", "traced", widths=(6, 10))
 def literal_split():
     return Chunked(), (picture(size=8),)

@@ -1,4 +1,4 @@
-"""Shrunk models: equal, complete, trainable, replayable, in every dtype."""
+"""Shrunk models: their dtypes, modes, calls, and what only training reads. Every network is in test_forms.py."""
 
 import copy
 import pickle
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Attention, Between, Chunked, Grouped, Residual, Tied, image, randomise
-from tests.oracle import assert_equals_masked
+from tests.networks import Between, Chunked, Grouped, Residual, image, randomise
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import TracedModule, shrink_to_form
@@ -28,32 +27,6 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_both_forms_equal_the_masked_model(model: nn.Module, form: str) -> None:
-    plan = made(model, image())
-    small = shrink_to_form(model, plan, form=form).model
-    assert_equals_masked(model, small, plan, (image(),))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_blocks_of_a_grouped_convolution_keep_different_channels(form: str) -> None:
-    model = randomise(Grouped())
-    groups = torchshear.analyze(torchshear.trace(model, (image(),)))
-    plan = plan_from_kept(groups, {"one.weight[0]": [0, 1, 5, 6, 8, 11], "two.weight[0]": [1, 6, 11]})
-    small = shrink_to_form(model, plan, form=form).model
-    assert dict(small.named_parameters())["two.weight"].shape == (3, 2, 3, 3)
-    assert_equals_masked(model, small, plan, (image(),))
-
-
-def test_head_dimensions_go_by_the_graph_where_code_divides_a_width_by_heads() -> None:
-    model, x = randomise(Attention(24, 3)), torch.randn(2, 5, 24)
-    groups = torchshear.analyze(torchshear.trace(model, (x,)))
-    inside = shrink_to_form(model, plan_from_kept(groups, {"qkv.weight[0]#2": [0, 3, 4, 7]}))
-    assert inside.form == "traced"
-    assert "does not run on the smaller tensors" in inside.reason
-    assert model.heads == 3
-
-
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_dtypes_are_kept(form: str, dtype: torch.dtype) -> None:
     model = randomise(Residual()).to(dtype).eval()
@@ -66,96 +39,27 @@ def test_dtypes_are_kept(form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_names_flags_mode_and_buffers_are_kept(model: nn.Module, form: str) -> None:
-    model.one.weight.requires_grad_(False)
+def test_modes_of_modules_are_kept(model: nn.Module, form: str) -> None:
     model.norm.eval()
-    plan = made(model, image())
-    small = shrink_to_form(model, plan, form=form).model
-    assert list(small.state_dict()) == list(model.state_dict()) or set(small.state_dict()) == set(model.state_dict())
-    assert {n: p.requires_grad for n, p in small.named_parameters()} == {
-        n: p.requires_grad for n, p in model.named_parameters()
-    }
+    small = shrink_to_form(model, made(model, image()), form=form).model
     modes = {name: module.training for name, module in small.named_modules()}
-    assert modes["norm"] is False
-    assert modes[""] is True
-    assert all(
-        not torch.equal(p, q) or p.data_ptr() != q.data_ptr()
-        for p, q in zip(small.parameters(), model.parameters(), strict=False)
-    )
+    assert (modes["norm"], modes[""]) == (False, True)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_ties_stay_ties(form: str) -> None:
-    model, tokens = randomise(Tied()), torch.randint(0, 11, (2, 4))
-    plan = made(model, tokens)
-    small = shrink_to_form(model, plan, form=form).model
-    names = dict(small.named_parameters(remove_duplicate=False))
-    assert names["head.weight"] is names["embedding.weight"]
-    assert names["head.weight"].shape == (11, 8)
-    assert plan.masks()["head.weight"].shape == (11, 16)
-    assert_equals_masked(model, small, plan, (tokens,))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_result_trains(model: nn.Module, form: str) -> None:
-    small = shrink_to_form(model, made(model, image()), form=form).model.train()
-    before = {name: value.clone() for name, value in small.state_dict().items()}
-    optimizer = torch.optim.SGD(small.parameters(), lr=0.1, momentum=0.9)
-    loss = small(image(4)).square().mean()
-    loss.backward()
-    optimizer.step()
-    after = small.state_dict()
-    assert all(
-        p.grad is not None and bool(p.grad.abs().sum() > 0) for n, p in small.named_parameters() if "two.bias" not in n
-    )
-    assert not torch.equal(before["norm.running_mean"], after["norm.running_mean"])
-    assert int(after["norm.num_batches_tracked"]) == int(before["norm.num_batches_tracked"]) + 1
-    draws = [small(image()) for _ in range(10)]
-    assert any(not torch.equal(draws[0], other) for other in draws[1:]), "dropout draws anew in train mode"
-    small.eval()
-    assert torch.equal(small(image()), small(image()))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_copies_and_state_dicts_round_trip(model: nn.Module, form: str) -> None:
-    plan = made(model, image())
-    small = shrink_to_form(model, plan, form=form).model.eval()
+def test_copies_change_alone_and_are_cast(model: nn.Module, form: str) -> None:
+    small = shrink_to_form(model, made(model, image()), form=form).model.eval()
     twin = copy.deepcopy(small)
     assert torch.equal(twin(image()), small(image()))
     with torch.no_grad():
         twin.get_parameter("head.bias").add_(1)
     assert not torch.equal(twin(image()), small(image()))
-    twin.load_state_dict(small.state_dict())
-    assert torch.equal(twin(image()), small(image()))
     assert small.to(torch.float64)(image().double()).dtype == torch.float64
 
 
 def test_the_native_form_pickles(model: nn.Module) -> None:
     small = shrink_to_form(model, made(model, image()), form="native").model.eval()
     assert torch.equal(pickle.loads(pickle.dumps(small))(image()), small(image()))
-
-
-@pytest.mark.parametrize("build", [Residual, Chunked, Grouped])
-def test_a_fresh_model_plan_and_state_dict_give_the_pruned_model_back(build: type, tmp_path: Path) -> None:
-    model = randomise(build(), 1).eval()
-    plan = made(model, image())
-    small = torchshear.shrink(model, plan)
-    plan.save(tmp_path / "plan.json")
-    again = torchshear.shrink(build().eval(), torchshear.PruningPlan.load(tmp_path / "plan.json"))
-    again.load_state_dict(small.state_dict())
-    assert torch.equal(again(image()), small(image()))
-    assert all(torch.equal(again.state_dict()[name], value) for name, value in small.state_dict().items())
-
-
-def test_a_literal_in_the_forward_is_followed_by_the_traced_form() -> None:
-    model = randomise(Chunked())
-    result = torchshear.prune(model, (image(),), ratio=0.5)
-    assert result.form == "traced"
-    assert isinstance(result.model, TracedModule)
-    result.model.train()
-    draws = [result.model(image()) for _ in range(10)]
-    assert any(not torch.equal(draws[0], other) for other in draws[1:])
-    assert "modes=['eval', 'train']" in repr(result.model)
 
 
 def test_a_size_that_only_training_reads_is_followed_by_the_traced_form() -> None:

@@ -61,6 +61,7 @@ class Masked(nn.Module):
 def small() -> nn.Module:
     result = torchshear.prune(randomise(Mixing().eval(), 3), (IMAGE,))
     assert isinstance(result.model, TracedModule)
+    assert "modes=['eval', 'train']" in repr(result.model)
     return result.model
 
 
