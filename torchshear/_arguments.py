@@ -30,10 +30,10 @@ def check_flag(name: str, value: object) -> None:
         raise ArgumentError(f"{name}={quote(value)}; expected True or False.")
 
 
-def check_count(name: str, value: object, least: int = 1) -> None:
-    """Raise ArgumentError for what is not a whole number between `least` and `MOST`; a bool is none."""
-    if not is_whole(value) or not least <= value <= MOST:  # type: ignore[operator]
-        above = f" and at most {MOST}" if is_whole(value) and value > MOST else ""  # type: ignore[operator]
+def check_count(name: str, value: object, least: int = 1, most: int = MOST) -> None:
+    """Raise ArgumentError for what is not a whole number between `least` and `most`; a bool is none."""
+    if not is_whole(value) or not least <= value <= most:  # type: ignore[operator]
+        above = f" and at most {most}" if is_whole(value) and value > most else ""  # type: ignore[operator]
         raise ArgumentError(f"{name} must be a whole number of at least {least}{above}, but got {name}={quote(value)}.")
 
 

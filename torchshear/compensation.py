@@ -33,6 +33,7 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     batches: int = 32,
+    memory: int = 2 * 10**9,
     progress: Progress = True,
 ) -> nn.Module:
     """Bring a shrunk model nearer to its original without training and without labels.
@@ -49,6 +50,7 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
         args: example arguments to trace with, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
         batches: how many batches to run.
+        memory: bytes that activations may take in memory, for "refit"; see `torchshear.speedup.refit`.
         progress: see `torchshear.collect`.
 
     Returns:
@@ -80,7 +82,9 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
         )
     data = () if loader is None else loader
     if method == "refit":
-        return refit(model, small, plan, data, args=args, kwargs=kwargs, batches=batches, progress=progress)[0]
+        return refit(
+            model, small, plan, data, args=args, kwargs=kwargs, batches=batches, memory=memory, progress=progress
+        )[0]
     if method == "statistics":
         return recalibrate(small, data, batches, progress)
     means = None

@@ -15,11 +15,11 @@ import torchshear
 from tests.networks import noise
 from torchshear.errors import PlanError, VerificationError
 from torchshear.pruners import plan_from_kept
-from torchshear.speedup.compensation import _refit_pass
+from torchshear.speedup.compensation import _layer_fits
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear
 from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit
-from torchshear.speedup.compensation._samples import is_held_out, sample_numbers
+from torchshear.speedup.compensation._samples import SampleSplit, sample_numbers
 
 
 class Chain(nn.Module):
@@ -336,7 +336,13 @@ def test_samples_are_held_out_whole() -> None:
     assert sample_numbers(6, 3).tolist() == [0, 0, 1, 1, 2, 2]  # tokens side by side
     assert sample_numbers(4, 3).tolist() == [0, 1, 2, 3]  # as many as data picks
     assert sample_numbers(0, 3).tolist() == []
-    assert is_held_out(torch.tensor([0, 0, 1, 2, 2]), 5).tolist() == [False, False, False, True, True]
+    assert SampleSplit((2, 3, 3)).is_held_out(torch.tensor([0, 0, 1, 2, 2]), 2).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
     experts = MODELS["experts"]
     _, _, record = fitted(prepared(experts[0]), experts[1])
     assert {layer.name: layer.method for layer in record.layers}["bmm_1"] == "least squares"
@@ -387,7 +393,7 @@ def test_worse_outputs_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         fit = fit_linear(*given)
         return dataclasses.replace(fit, weight=-fit.weight)
 
-    monkeypatch.setattr(_refit_pass, "fit_linear", spoil)
+    monkeypatch.setattr(_layer_fits, "fit_linear", spoil)
     cut, small, record = fitted(prepared(Chain), VECTOR)
     assert record.error_after > record.error_before
     assert not record.is_kept

@@ -93,14 +93,14 @@ class LinearFit:
         error_before: squared error on samples held out with the weights as they were, relative to the variance of the
             output.
         error_after: the same with these weights.
-        ridge: the ridge that did best; None where the layer stayed as it was.
+        method: how it was fitted; "" where the layer stayed as it was.
     """
 
     weight: Tensor
     bias: Tensor
     error_before: float
     error_after: float
-    ridge: float | None
+    method: str
 
 
 def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor, has_bias: bool) -> LinearFit:
@@ -132,7 +132,7 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
     rest = cross - gram @ weight.mT
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
     before = held_out.error(weight, bias)
-    best = LinearFit(weight, bias, before, before, None)
+    best = LinearFit(weight, bias, before, before, "")
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     for ridge in RIDGES:
         factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[:, None, None] * eye)
@@ -142,5 +142,5 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
         shift = (mean_y - (fitted @ mean_u.unsqueeze(2)).squeeze(2)).to(dtype).double() if has_bias else bias
         error = held_out.error(fitted, shift)
         if error < best.error_after:
-            best = LinearFit(fitted, shift, before, error, ridge)
+            best = LinearFit(fitted, shift, before, error, "least squares")
     return best

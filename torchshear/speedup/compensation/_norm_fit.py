@@ -87,6 +87,7 @@ def fit_norm(fitting: AffineSums, held_out: AffineSums, present: Mapping[str, Te
 
     New scale and shift are those of least squares; new statistics are mean and variance of what the norm reads. Either
     moves each channel of the present output by a factor and a shift, so that sums over that output tell both errors.
+    Candidates are rounded to the type of the present tensors before.
 
     Args:
         fitting: sums over the samples to fit to.
@@ -94,16 +95,20 @@ def fit_norm(fitting: AffineSums, held_out: AffineSums, present: Mapping[str, Te
         present: "scale", "shift", "mean" and "variance" as far as the norm has them, each of shape (C,).
         eps: added to the variance.
     """
+    dtype = next(iter(present.values())).dtype
     present = {name: tensor.double() for name, tensor in present.items()}
     ones = fitting.ones()
     scale, shift = present.get("scale", ones), present.get("shift", torch.zeros_like(ones))
     tensors: dict[str, Mapping[str, Tensor]] = {"": {}}
     moves = {"": (ones, torch.zeros_like(ones))}  # factor and shift of the present output
     if {"scale", "shift"} <= present.keys():
-        factor, moved = moves["affine"] = fitting.least_squares()
-        tensors["affine"] = {"scale": scale * factor, "shift": shift * factor + moved}
+        factor, moved = fitting.least_squares()
+        new_scale, new_shift = (one.to(dtype).double() for one in (scale * factor, shift * factor + moved))
+        factor = torch.where(scale != 0, new_scale / scale, 1.0)
+        moves["affine"] = factor, new_shift - shift * factor
+        tensors["affine"] = {"scale": new_scale, "shift": new_shift}
     if {"mean", "variance"} <= present.keys():
-        mean, variance = fitting.inner_statistics(present["variance"])
+        mean, variance = (one.to(dtype).double() for one in fitting.inner_statistics(present["variance"]))
         factor = ((present["variance"] + eps) / (variance + eps)).sqrt()
         moves["statistics"] = (
             factor,

@@ -10,10 +10,10 @@ from torch.utils import _pytree as pytree
 from torchshear.calibration._processes import is_distributed, sum_over_processes
 from torchshear.graph import Graph
 from torchshear.graph._nodes import has_data_dependent_shape
-from torchshear.speedup.compensation._samples import batch_dimension, is_held_out, output_nodes, sample_numbers
+from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, output_nodes, sample_numbers
 
 
-def output_error(graph: Graph, wanted: Sequence[Any], got: Sequence[Any], sizes: Sequence[int]) -> float:
+def output_error(graph: Graph, wanted: Sequence[Any], got: Sequence[Any], split: SampleSplit) -> float:
     """Return the squared error of outputs on samples held out, relative to their variance.
 
     Integers are right or wrong: each wrong one counts 1, of as many as there are. An output without a batch dimension,
@@ -24,7 +24,7 @@ def output_error(graph: Graph, wanted: Sequence[Any], got: Sequence[Any], sizes:
         graph: the captured original.
         wanted: outputs of the original for each batch, at the positions that are kept.
         got: outputs of the other network.
-        sizes: number of samples in each batch.
+        split: samples that are held out.
     """
     total = torch.zeros(2, dtype=torch.float64)
     rows: dict[int, list[Tensor]] = {}
@@ -33,7 +33,7 @@ def output_error(graph: Graph, wanted: Sequence[Any], got: Sequence[Any], sizes:
         for place, (node, y, x) in enumerate(leaves):
             if not isinstance(y, Tensor) or has_data_dependent_shape(node):
                 continue
-            y, x = (_held_out(value, node, graph, sizes[number], sum(sizes[:number])) for value in (y, x))
+            y, x = (_held_out(value, node, graph, split, number) for value in (y, x))
             if y.is_floating_point():
                 rows.setdefault(place, []).append(torch.stack([y, x]).double().cpu())
             else:
@@ -46,7 +46,7 @@ def output_error(graph: Graph, wanted: Sequence[Any], got: Sequence[Any], sizes:
     return error / variance if variance else error
 
 
-def _held_out(value: Tensor, node: fx.Node, graph: Graph, n_samples: int, offset: int) -> Tensor:
+def _held_out(value: Tensor, node: fx.Node, graph: Graph, split: SampleSplit, number: int) -> Tensor:
     """Select the samples held out, along dimension 0; complex numbers become pairs."""
     if value.is_complex():
         value = torch.view_as_real(value.resolve_conj())
@@ -54,7 +54,8 @@ def _held_out(value: Tensor, node: fx.Node, graph: Graph, n_samples: int, offset
     if value.ndim == 0 or (dim is None and graph.batch_hint is not None):
         return value.unsqueeze(0)
     value = value.movedim(dim or 0, 0)
-    return value[is_held_out(sample_numbers(len(value), n_samples), offset).to(value.device)]
+    samples = sample_numbers(len(value), split.sizes[number])
+    return value[split.is_held_out(samples, number).to(value.device)]
 
 
 def _error_and_variance(values: list[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ from torchshear.speedup.verification._state_cut import StateCut
 
 
 @outside_inference_mode()
-def refit(
+def refit(  # noqa: PLR0913 - independent options, given by name
     model: nn.Module,
     small: nn.Module,
     plan: PruningPlan,
@@ -39,6 +39,7 @@ def refit(
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     batches: int = 32,
+    memory: int = 2 * 10**9,
     progress: Progress = True,
 ) -> tuple[nn.Module, Refit]:
     """Fit every layer of a shrunk model to give what it gave before the cut, in closed form and without labels.
@@ -60,7 +61,9 @@ def refit(
         loader: gives batches of inputs, as for `torchshear.collect`; targets are ignored. Some hundred samples do.
         args: example arguments to trace with, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
-        batches: how many batches to run. All of them are held in memory, with what the frontier of the graph holds.
+        batches: how many batches to run. All of them are held in memory.
+        memory: bytes that activations may take in memory; those beyond go to files in the temporary folder. What one
+            call gives, and the system of one layer, come on top.
         progress: see `torchshear.collect`.
 
     Returns:
@@ -78,6 +81,7 @@ def refit(
     present weights on inputs of the pruned network as in Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580.
     """
     check_count("batches", batches)
+    check_count("memory", memory, most=2**63 - 1)
     check_progress(progress)
     check_kind("small", small, nn.Module, "the shrunk model")
     groups = analyze_planned(model, plan, args, kwargs)
@@ -93,7 +97,7 @@ def refit(
     dense_state = StateCut(groups, cut).state_of(model)
     small_state = _small_state(small, graph.aliases, dense_state, cut)
     fitted = dict(small_state)
-    run = _make_pass(groups, cut, dense_state, fitted, loader, batches, progress)
+    run = _make_pass(groups, cut, dense_state, fitted, loader, batches, memory, progress)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         if not _computes(small, run.smaller, small_state, run.batches[0], graph.in_spec):
@@ -103,7 +107,7 @@ def refit(
             )
         before = run.outputs_of(small_state)
         wanted, after = run.run()
-        errors = [output_error(graph, wanted, got, run.sizes) for got in (before, after)]
+        errors = [output_error(graph, wanted, got, run.split) for got in (before, after)]
         record = run.record(*errors)
         result = copy_model(small)
         if not record.is_kept:
@@ -127,6 +131,7 @@ def _make_pass(
     fitted: dict[str, Tensor],
     loader: Iterable[Any],
     batches: int,
+    memory: int,
     progress: Progress,
 ) -> RefitPass:
     """Read all batches and make a pass over them; an error of one process stops all.
@@ -139,7 +144,7 @@ def _make_pass(
     run: RefitPass | None = None
     try:
         found += [_copied(leaves) for leaves, _ in read_graph_inputs(loader, batches, groups.graph)]  # buffers reused
-        run = RefitPass(groups, cut, dense_state, fitted, found, progress)
+        run = RefitPass(groups, cut, dense_state, fitted, found, memory, progress)
     except Exception as failure:  # the other processes wait for this one to say so
         error = failure
     agree("refit", groups.graph.fingerprint, len(found), error)

@@ -1,17 +1,62 @@
 """Samples of a batch: how many there are, where they lie in the values of a graph, and the quarter that is held out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from torchshear.errors import DataError
 from torchshear.graph import Graph
 from torchshear.graph._nodes import shape_of
 
 HELD_OUT: Final = 4
 """One of so many samples is held out."""
+MIN_SAMPLES: Final = 2 * HELD_OUT
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSplit:
+    """Samples of all batches, a quarter of which is held out.
+
+    Attributes:
+        sizes: samples in each batch.
+    """
+
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, graph: Graph, batches: Sequence[Sequence[Any]]) -> "SampleSplit":
+        """Count the samples in batches of flat inputs.
+
+        Raises:
+            DataError: a batch holds none, or all together hold too few.
+        """
+        split = cls(tuple(count_samples(graph, leaves) for leaves in batches))
+        if 0 in split.sizes:
+            raise DataError(f"batch {split.sizes.index(0)} holds no sample; expected at least one.")
+        if split.n_samples < MIN_SAMPLES:
+            raise DataError(
+                f"the data has {split.n_samples} samples; a refit needs at least {MIN_SAMPLES}, of which a quarter is "
+                f"held out. Some hundred are better."
+            )
+        return split
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples in all batches."""
+        return sum(self.sizes)
+
+    def is_held_out(self, samples: Tensor, number: int) -> Tensor:
+        """Return a mask of the samples that are held out.
+
+        Args:
+            samples: numbers of samples within their batch.
+            number: number of the batch.
+        """
+        return (samples + sum(self.sizes[:number])) % HELD_OUT == HELD_OUT - 1
 
 
 def count_samples(graph: Graph, leaves: Sequence[Any]) -> int:
@@ -54,13 +99,3 @@ def sample_numbers(length: int, n_samples: int) -> Tensor:
     """
     positions = torch.arange(length)
     return positions // (length // n_samples) if length and length % n_samples == 0 else positions
-
-
-def is_held_out(samples: Tensor, offset: int) -> Tensor:
-    """Return a mask of the samples that are held out.
-
-    Args:
-        samples: numbers of samples within their batch.
-        offset: number of samples in all batches before.
-    """
-    return (samples + offset) % HELD_OUT == HELD_OUT - 1

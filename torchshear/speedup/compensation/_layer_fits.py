@@ -1,0 +1,244 @@
+"""Fits of single layers, from what the original and the smaller network hold where the layer stands."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from torchshear.calibration._processes import is_distributed, sum_over_processes
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency.plans._cut import Cut
+from torchshear.dependency.rules._call import bind_arguments
+from torchshear.graph._location import locate
+from torchshear.graph._operator_record import Norm, operator_of
+from torchshear.speedup.compensation._channel_form import expand_weight, fit_channels
+from torchshear.speedup.compensation._frontier import Frontier, Values
+from torchshear.speedup.compensation._least_squares import LinearFit, Moments, fit_linear
+from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
+from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
+from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
+from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
+from torchshear.speedup.compensation._wide_fit import WideRows, fit_wide
+from torchshear.speedup.rewriting._slicing import map_axes, select_kept
+
+ROWS_PER_UNKNOWN: Final = 8
+MIN_ROWS: Final = 32768
+_NO_VALUES: Final = "no sample that is fitted to, or none that is held out, gives it finite values"
+_SAME: Final = 1e-10  # a relative squared error below this is rounding
+
+
+class LayerFits:
+    """Fits layers one by one, and records how it went.
+
+    Args:
+        groups: the analysed original.
+        cut: the units that were removed.
+        dense: canonical name -> tensor of the original.
+        small: canonical name -> tensor of the smaller network, as it is by now.
+        split: samples of the batches.
+        n_reads: canonical name -> how often the graph reads that tensor.
+
+    Attributes:
+        layers: results so far.
+        skipped: layers left alone so far.
+    """
+
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        cut: Cut,
+        dense: Mapping[str, Tensor],
+        small: Mapping[str, Tensor],
+        split: SampleSplit,
+        n_reads: Mapping[str, int],
+    ) -> None:
+        self.groups, self.cut, self.dense, self.small = groups, cut, dense, small
+        self.split, self.n_reads = split, n_reads
+        self.layers: list[RefittedLayer] = []
+        self.skipped: list[SkippedLayer] = []
+        self._generator = torch.Generator().manual_seed(0)
+        self._batch_hint = groups.graph.batch_hint
+
+    def fit(self, original: fx.Node, node: fx.Node, frontier: Frontier, present: Values | None) -> dict[str, Tensor]:
+        """Fit the layer that a call is, if it is one, and return its new tensors by canonical name.
+
+        Args:
+            original: the call in the original network, whose values are known.
+            node: the call in the smaller network, whose operands are known.
+            frontier: values of both.
+            present: values that the call gives with the present tensors; needed for norms.
+        """
+        norm = operator_of(original).norm
+        if norm is not None:
+            assert present is not None, "computed for norms"
+            return self._fit_norm(original, norm, frontier, present)
+        layer = linear_layer(original, node, self.groups.facts.carriers, self.n_reads, self._batch_hint)
+        if isinstance(layer, str):
+            if layer:
+                self.skipped.append(SkippedLayer(_module_of(original), layer))
+            return {}
+        return self._fit_linear(original, layer, frontier)
+
+    def _fit_linear(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> dict[str, Tensor]:
+        """Fit weight and bias of a linear layer; the mean of a batch norm behind it stands in for a missing bias."""
+        weight = layer.to_matrix(self.small[layer.weight].detach())
+        norm_behind = "" if layer.bias else self._batch_norm_behind(original)
+        bias = weight.new_zeros(weight.shape[:2])
+        if layer.bias:
+            bias = self.small[layer.bias].detach().reshape(bias.shape)
+        has_bias = bool(layer.bias or norm_behind)
+        if weight.shape[2] > MAX_UNKNOWNS:
+            fit = self._fit_wide(original, layer, frontier, weight, bias, has_bias)
+        else:
+            fitting, held_out = self._moments(original, layer, frontier, weight)
+            fit = fit_linear(fitting, held_out, weight, bias, has_bias) if fitting.n and held_out.n else None
+        if fit is None:
+            self.skipped.append(SkippedLayer(_module_of(original), _NO_VALUES))
+            return {}
+        if not fit.method or fit.error_before < _SAME:
+            self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_before, ""))
+            return {}
+        self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_after, fit.method))
+        found = {layer.weight: layer.to_weight(fit.weight, self.small[layer.weight])}
+        if layer.bias:
+            found[layer.bias] = fit.bias.reshape(-1)
+        elif norm_behind:
+            found[norm_behind] = self.small[norm_behind].double() - fit.bias.reshape(-1)
+        return found
+
+    def _moments(
+        self, original: fx.Node, layer: LinearLayer, frontier: Frontier, weight: Tensor
+    ) -> tuple[Moments, Moments]:
+        """Sum up rows of a layer, apart for samples to fit to and for samples held out."""
+        n_groups, n_out, n_in = weight.shape
+        both = Moments(n_groups, n_in, n_out, weight.device), Moments(n_groups, n_in, n_out, weight.device)
+        n_rows = max(MIN_ROWS, ROWS_PER_UNKNOWN * n_in)
+        for number in range(len(self.split.sizes)):
+            inputs, outputs, is_held_out = self._rows(original, layer, frontier, number, n_rows)
+            for moments, chosen in zip(both, (~is_held_out, is_held_out), strict=True):
+                index = chosen.nonzero().squeeze(1).to(weight.device)
+                moments.add(inputs.index_select(1, index), outputs.index_select(1, index))
+        for moments in both if is_distributed() else ():
+            moments.reduce(sum_over_processes)
+        return both
+
+    def _rows(
+        self, original: fx.Node, layer: LinearLayer, frontier: Frontier, number: int, n_rows: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw rows of a batch: inputs, wanted outputs, and a mask of those of samples held out.
+
+        Args:
+            original: the call in the original network.
+            layer: the layer.
+            frontier: values of both networks.
+            number: number of the batch.
+            n_rows: how many rows to draw at most, of all batches together.
+        """
+        wanted = self.kept(original, frontier.dense[original.name][number])
+        kernel = self.small[layer.weight].shape
+        taps = [kernel[dim] for dim in layer.order][2:] if layer.n_dims else []
+        share = -(-n_rows // len(self.split.sizes))
+        operand = frontier.small[layer.operand][number]
+        rows = layer.rows(operand, wanted, taps, share, self._generator, self.split.sizes[number])
+        return rows.inputs, rows.outputs, self.split.is_held_out(rows.samples, number)
+
+    def _fit_wide(
+        self, original: fx.Node, layer: LinearLayer, frontier: Frontier, weight: Tensor, bias: Tensor, has_bias: bool
+    ) -> LinearFit | None:
+        """Fit a layer that has too many unknowns for one system; None where no row has finite values."""
+        rows = WideRows()
+        for number in range(len(self.split.sizes)):
+            rows.add(*self._rows(original, layer, frontier, number, WideRows.count_for(weight.shape[2])))
+        candidates: dict[str, tuple[Tensor, Tensor]] = {}
+        if layer.n_dims and layer.n_groups == 1 and weight.shape[2] > self.small[layer.weight].shape[layer.order[1]]:
+            found = self._fold_channels(original, layer, frontier)
+            if found is not None:
+                candidates["channel form"] = found[0], bias.double() + found[1] if has_bias else bias.double()
+        return fit_wide(rows, weight, bias, has_bias, candidates)
+
+    def _fold_channels(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> tuple[Tensor, Tensor] | None:
+        """Express the channels that a convolution read by those that are left, and fold that into its weight."""
+        axes, places = self.groups.facts.state_axes[layer.weight], layer.order[:2]
+        out_dim, in_dim = places if layer.kind == "convolution" else reversed(places)
+        kept_in, kept_out = (torch.from_numpy(self.cut.keep(axes[dim]).copy()) for dim in (in_dim, out_dim))
+        fit = fit_channels(
+            frontier.dense[layer.operand],
+            frontier.small[layer.operand],
+            kept_in,
+            self.split,
+            layer.n_dims,
+            self._generator,
+        )
+        if fit is None:
+            return None
+        dense = layer.to_matrix(self.dense[layer.weight].detach())[0][kept_out.to(self.dense[layer.weight].device)]
+        return expand_weight(dense, fit)
+
+    def _batch_norm_behind(self, node: fx.Node) -> str:
+        """Return the running mean of a batch norm that alone reads a layer, or ""."""
+        users = list(node.users)
+        norm = operator_of(users[0]).norm if len(users) == 1 else None
+        if norm is None or norm.over != "batch":
+            return ""
+        given = bind_arguments(users[0])
+        mean = given.get(norm.mean)
+        if given.get(norm.input) is not node or given.get(norm.own) or not isinstance(mean, fx.Node):
+            return ""
+        return str(mean.target) if mean.op == "get_attr" and self.n_reads[str(mean.target)] == 1 else ""
+
+    def _fit_norm(self, original: fx.Node, norm: Norm, frontier: Frontier, present: Values) -> dict[str, Tensor]:
+        """Fit scale and shift of a norm, or renew its running statistics, whichever does better."""
+        given, module = bind_arguments(original), _module_of(original)
+        roles = {"scale": norm.scale, "shift": norm.shift, "mean": norm.mean, "variance": norm.variance}
+        held = {role: given[argument] for role, argument in roles.items() if isinstance(given.get(argument), fx.Node)}
+        tensors = {role: str(node.target) for role, node in held.items()}
+        if any(one.op != "get_attr" or self.n_reads[str(one.target)] > 1 for one in held.values()):
+            self.skipped.append(SkippedLayer(module, "its scale or shift is computed, or read by several calls"))
+            return {}
+        if not tensors or given.get(norm.own):
+            return {}
+        if any(self.small[tensor].ndim != 1 for tensor in tensors.values()):
+            self.skipped.append(SkippedLayer(module, "its scale has several dimensions"))
+            return {}
+        fitting, held_out = self._norm_sums(original, norm, frontier, present)
+        if not fitting.n or not held_out.n:
+            self.skipped.append(SkippedLayer(module, _NO_VALUES))
+            return {}
+        fit = fit_norm(
+            fitting, held_out, {role: self.small[name] for role, name in tensors.items()}, given.get("eps") or 0.0
+        )
+        if fit.error_before < _SAME:
+            self.layers.append(RefittedLayer(module, "norm", fit.error_before, fit.error_before, ""))
+            return {}
+        self.layers.append(RefittedLayer(module, "norm", fit.error_before, fit.error_after, fit.method))
+        return {tensors[role]: value for role, value in fit.tensors.items()}
+
+    def _norm_sums(
+        self, original: fx.Node, norm: Norm, frontier: Frontier, present: Values
+    ) -> tuple[AffineSums, AffineSums]:
+        """Sum up what a norm reads, gives and should give, apart for samples to fit to and for samples held out."""
+        sums, source = (AffineSums(), AffineSums()), bind_arguments(original)[norm.input].name
+        for number, size in enumerate(self.split.sizes):
+            wanted = self.kept(original, frontier.dense[original.name][number])
+            values = [present[number], wanted, frontier.small[source][number]]
+            if wanted.ndim == 1:  # one sample without a batch
+                values = [value.unsqueeze(0) for value in values]
+            dim = batch_dimension(original, self._batch_hint) or 0
+            is_held_out = self.split.is_held_out(sample_numbers(values[1].shape[dim], size), number)
+            for one, chosen in zip(sums, (~is_held_out, is_held_out), strict=True):
+                index = chosen.nonzero().squeeze(1).to(wanted.device)
+                one.add(*(v.index_select(dim, index).movedim(norm.channels, 0).flatten(1).double() for v in values))
+        for one in sums if is_distributed() else ():
+            one.reduce()
+        return sums
+
+    def kept(self, node: Any, value: Any) -> Any:
+        """Select the kept positions of a value of the original network."""
+        axes = self.groups.facts.axes.get(node.name) if isinstance(node, fx.Node) else None
+        found: Any = map_axes(lambda tensor, own: select_kept(tensor, own, self.cut), value, axes)
+        return found
+
+
+def _module_of(node: fx.Node) -> str:
+    return locate(node).module or node.name
