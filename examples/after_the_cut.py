@@ -1,4 +1,4 @@
-"""Prune a network trained on real digits, and see what folded values and new statistics are worth without training.
+"""Prune a network trained on real digits, and see what each compensation is worth without training.
 
 python examples/after_the_cut.py [--model cnn] [--penalty 0.003] [--criterion l1] [--ratio 0.5] [--seeds 3]
 """
@@ -45,27 +45,29 @@ def main() -> None:
 
 
 def variants(model: nn.Module, data: Digits, criterion: str, ratio: float) -> dict[str, nn.Module]:
-    """The dense model, and the pruned one with and without each step after the cut."""
-    example = (data.test_images[:2],)
+    """The dense model, and the pruned one with and without each compensation."""
     batches = data.train_images.split(BATCH)
     count = len(data.train_images) // BATCH
-    seen = {"data": batches, "batches": count}
 
     def pruned(**words: Any) -> nn.Module:
-        return torchshear.prune(model, example, criterion=criterion, ratio=ratio, **words).model
+        return torchshear.prune(model, data.test_images[:2], criterion=criterion, ratio=ratio, **words).model
+
+    def renewed(small: nn.Module) -> nn.Module:
+        return torchshear.recalibrate(small, batches, count, progress=False)
 
     found = {
         "dense": model,
         "pruned": pruned(),
-        "+ constants": pruned(fold_bias=True),
-        "+ means": pruned(fold_bias="means", **seen),
+        "+ constants": pruned(compensate="constants"),
+        "+ means": pruned(compensate="means", data=batches, batches=count),
+        "+ refit": pruned(compensate="refit", data=batches, batches=count),
     }
     if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
         return found
     return found | {
-        "+ recalibrate": pruned(recalibrate=True, **seen),
-        "+ both (constants)": pruned(fold_bias=True, recalibrate=True, **seen),
-        "+ both (means)": pruned(fold_bias="means", recalibrate=True, **seen),
+        "+ statistics": renewed(found["pruned"]),
+        "+ both (constants)": renewed(found["+ constants"]),
+        "+ both (means)": renewed(found["+ means"]),
     }
 
 

@@ -65,7 +65,7 @@ class Row:
         method: criterion, with its scope if it is not local; or a control or a rival.
         macs: share that is left.
         after_cut: test accuracy right after the cut.
-        recalibrated: with batch norms estimated anew; None where there are none.
+        compensated: with batch norms estimated anew; None where there are none.
         tuned: after one epoch.
         note: why there is no result, or "".
     """
@@ -76,7 +76,7 @@ class Row:
     method: str
     macs: float | None = None
     after_cut: float | None = None
-    recalibrated: float | None = None
+    compensated: float | None = None
     tuned: float | None = None
     note: str = ""
 
@@ -192,7 +192,7 @@ def scored(row: Row, kind: Kind, dense: nn.Module, small: nn.Module, data: Digit
         row,
         macs=macs(small, data) / macs(dense, data),
         after_cut=test(small, data),
-        recalibrated=test(ready, data) if has_norms else None,
+        compensated=test(ready, data) if has_norms else None,
         tuned=test(tuned(ready, kind, data, row.seed), data),
     )
 

@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 
 Rows = Sequence[dict[str, Any]]
 
-STAGES = {"after_cut": "after the cut", "recalibrated": "recalibrated", "tuned": "after one epoch"}
+STAGES = {"after_cut": "after the cut", "compensated": "new statistics", "tuned": "after one epoch"}
 TITLES = {"cnn": "Residual CNN", "vit": "Vision transformer"}
 CONTROLS = ("dense", "random", "narrower, trained as long")
 
@@ -100,7 +100,7 @@ def ranked(rows: Rows, model: str, left: float) -> list[str]:
 
 def panel(axes: Any, rows: Rows, left: float, order: Sequence[str]) -> None:
     """One panel: a line a method, a mark a stage."""
-    marks = {"after_cut": ("o", "#9aa5b1"), "recalibrated": ("s", "#e8a33d"), "tuned": ("D", "#0b7285")}
+    marks = {"after_cut": ("o", "#9aa5b1"), "compensated": ("s", "#e8a33d"), "tuned": ("D", "#0b7285")}
     for stage, (mark, colour) in marks.items():
         xs, ys, errors = [], [], []
         for y, method in enumerate(order):

@@ -136,8 +136,8 @@ CALLS: dict[str, Call] = {
         torchshear.prune,
         lambda g: {
             **{"model": g.model, "args": (g.x,), "kwargs": None, "criterion": "taylor", "ratio": 0.5, "align": None},
-            **{"min_width": 1, "fold_bias": False, "data": data(g), "loss_fn": cross_entropy, "batches": 1},
-            **{"recalibrate": True, "prunable_outputs": (), "submodules": None},
+            **{"min_width": 1, "data": data(g), "loss_fn": cross_entropy, "batches": 1},
+            **{"compensate": "statistics", "prunable_outputs": (), "submodules": None},
         },
     ),
     "prune by a config": Call(

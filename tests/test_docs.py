@@ -24,7 +24,7 @@ PAGES = (
     "docs/masks.md",
     "docs/config-lists.md",
     "docs/migration.md",
-    "docs/after-the-cut.md",
+    "docs/compensation.md",
 )
 
 

@@ -82,13 +82,14 @@ def test_each_step_after_the_cut_helps() -> None:
     accuracy = {row[0]: float(row[1].removesuffix("%")) for row in rows}
     loss = {row[0]: float(row[3]) for row in rows}
     folds = ("+ constants", "+ means")
-    assert list(accuracy) == [
-        "dense", "pruned", *folds, "+ recalibrate", "+ both (constants)", "+ both (means)"
-    ]  # fmt: skip
-    for one, both in zip(folds, ("+ both (constants)", "+ both (means)"), strict=True):
+    both = ("+ both (constants)", "+ both (means)")
+    assert list(accuracy) == ["dense", "pruned", *folds, "+ refit", "+ statistics", *both]
+    for one, two in zip(folds, both, strict=True):
         assert loss[one] < loss["pruned"]
-        assert loss[both] < loss["+ recalibrate"] < loss["pruned"]
-        assert accuracy[both] > accuracy["+ recalibrate"] > accuracy["pruned"]
+        assert loss[two] < loss["+ statistics"] < loss["pruned"]
+        assert accuracy[two] > accuracy["+ statistics"] > accuracy["pruned"]
+    assert loss["+ refit"] < min(loss[two] for two in both)
+    assert accuracy["+ refit"] > max(accuracy[two] for two in both)
 
 
 @pytest.mark.zoo

@@ -63,17 +63,20 @@ def test_only_what_the_criterion_looks_at_is_collected(model: nn.Module, monkeyp
 @pytest.mark.parametrize("kind", [list, iter])
 def test_new_statistics_of_the_same_data(model: nn.Module, kind: Any) -> None:
     plain = torchshear.prune(model, X, criterion="apoz", data=labelled(), batches=3)
-    result = torchshear.prune(model, X, criterion="apoz", data=kind(labelled()), batches=3, recalibrate=True)
-    assert (plain.is_recalibrated, result.is_recalibrated) == (False, True)
+    result = torchshear.prune(model, X, criterion="apoz", data=kind(labelled()), batches=3, compensate="statistics")
+    assert (plain.compensation, result.compensation) == ("none", "statistics")
+    assert (result.fold, result.refit) == (None, None)
     assert not same(result.model, plain.model)
     assert same(result.model, torchshear.recalibrate(plain.model, labelled(), 3))
-    by_weights = torchshear.prune(model, X, data=labelled(), batches=3, recalibrate=True)  # l1 looks at no data itself
+    by_weights = torchshear.prune(
+        model, X, data=labelled(), batches=3, compensate="statistics"
+    )  # l1 looks at no data itself
     assert same(by_weights.model, torchshear.recalibrate(torchshear.prune(model, X).model, labelled(), 3))
 
 
 def test_new_statistics_of_data_in_another_type(model: nn.Module) -> None:
     wider = [(x.double(), target) for x, target in labelled()]
-    words: dict[str, Any] = {"criterion": "apoz", "batches": 3, "recalibrate": True}
+    words: dict[str, Any] = {"criterion": "apoz", "batches": 3, "compensate": "statistics"}
     assert same(
         torchshear.prune(model, X, data=wider, **words).model,
         torchshear.prune(model, X, data=labelled(), **words).model,
@@ -168,20 +171,34 @@ FINE = [{"op_names": ["three"], "pattern": "4x1", "target_sparsity": 0.5, "pruni
         ({"criterion": "taylor"}, r"'taylor' looks at gradients; give batches as data=, and a loss as loss_fn="),
         ({"criterion": "taylor", "data": [1]}, r"'taylor' looks at gradients; give a loss as loss_fn="),
         ({"criterion": "tailor", "data": [1]}, r"criterion='tailor'; .*Did you mean 'taylor'"),
-        ({"data": [1]}, r"data is given, and no criterion looks at it \(l1\)\. Leave data= away"),
+        (
+            {"data": [1]},
+            r"data is given, and no criterion looks at it \(l1\), nor does compensate='none'\. Leave data= away",
+        ),
         ({"loss_fn": functional.cross_entropy}, r"loss_fn= is given without data; give batches of it as data="),
         ({"batches": 4}, r"batches= is given without data"),
-        ({"recalibrate": True}, r"recalibrate= is given without data"),
+        (
+            {"compensate": "statistics"},
+            r"compensate='statistics' runs data; give batches as data=, or write 'constants'",
+        ),
+        ({"compensate": "refit", "batches": 4}, r"compensate='refit' runs data; give batches as data="),
+        ({"compensate": "constants", "batches": 4}, r"batches= is given without data"),
         ({"criterion": "apoz", "data": 3}, r"data is int; expected something that gives batches"),
         ({"criterion": "apoz", "data": "folder"}, r"data is str; expected"),
         (
             {"criterion": "apoz", "data": [1], "batches": 0},
             "batches must be a whole number of at least 1",
         ),
-        ({"fold_bias": "mean"}, r"fold_bias='mean'; expected False, True or 'means'"),
-        ({"fold_bias": 1}, r"fold_bias=1; expected"),
-        ({"fold_bias": "means"}, r"fold_bias='means' takes means over data; give batches as data="),
-        ({"fold_bias": True, "data": [1]}, r"data is given, and no criterion looks at it \(l1\)"),
+        (
+            {"compensate": "mean"},
+            r"compensate='mean'; expected one of 'none', 'refit', 'statistics', 'means', 'constants'",
+        ),
+        ({"compensate": True}, r"compensate=True; expected one of"),
+        ({"compensate": None}, r"compensate=None; expected one of"),
+        ({"compensate": "means"}, r"compensate='means' runs data; give batches as data="),
+        ({"compensate": "constants", "data": [1]}, r"no criterion looks at it \(l1\), nor does compensate='constants'"),
+        ({"compensate": "refit", "data": [1], "batches": 0}, "batches must be a whole number of at least 1"),
+        ({"compensate": "refit", "data": 3}, r"data is int; expected something that gives batches"),
         ({"config": CONFIG, "ratio": 0.5}, r"config= says which layers lose how much, and ratio=0.5 says something"),
         ({"config": CONFIG, "min_ratio": torch.zeros(2, 3)}, r"and min_ratio=.* says something else"),
         ({"config": CONFIG, "exclude": np.float32(0.5)}, r"and exclude=.* says something else"),
@@ -210,7 +227,7 @@ def test_empty_words_beside_a_config_say_nothing(model: nn.Module) -> None:
     assert said.plan.n_cut > 0
 
 
-@pytest.mark.parametrize("words", [{"criterion": "apoz"}, {"fold_bias": "means"}])
+@pytest.mark.parametrize("words", [{"criterion": "apoz"}, {"compensate": "means"}, {"compensate": "refit"}])
 def test_data_does_not_reach_parts(model: nn.Module, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "trace", None)
     with pytest.raises(ArgumentError, match=r"submodules= and .*whole model, of which only part.*Prune each part by"):
@@ -221,7 +238,7 @@ def test_what_has_no_statistics_is_told_before_tracing(monkeypatch: pytest.Monke
     monkeypatch.setattr(api, "trace", None)
     plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(ArgumentError, match="has no batch norm with running statistics"):
-        torchshear.prune(plain, (torch.randn(2, 4),), data=[torch.randn(2, 4)], batches=1, recalibrate=True)
+        torchshear.prune(plain, (torch.randn(2, 4),), data=[torch.randn(2, 4)], batches=1, compensate="statistics")
 
 
 def test_data_that_does_not_fit(model: nn.Module) -> None:

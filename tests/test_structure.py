@@ -37,7 +37,8 @@ LAYERS = (
     ("pruners", "speedup"),
     ("configs",),
     ("options", "report"),
-    ("api", "compensation"),
+    ("compensation",),
+    ("api",),
     ("compat", "comparison", "inspection"),
     ("cli",),
 )

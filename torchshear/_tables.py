@@ -1,4 +1,4 @@
-"""Tables for the terminal and for notebooks."""
+"""Tables and lists for the terminal and for notebooks."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,6 +9,8 @@ from rich.measure import Measurement
 from rich.text import Text
 
 _BREAKS = re.compile(r"(?<=[\s./])")
+_MOST_REASONS = 12
+_MOST_NAMES = 4
 
 
 class Cell:
@@ -62,3 +64,29 @@ def html_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[obje
 def html_lines(lines: Iterable[str]) -> str:
     """Return lines of text as HTML in which columns stay below one another."""
     return "".join(f'<pre style="white-space: pre-wrap; margin: 0">{escape(line)}</pre>' for line in lines)
+
+
+def kind_of_reason(reason: str) -> str:
+    """Strip from a reason the operator and the line that it ends with."""
+    return reason.partition(": ")[0]
+
+
+def lines_by_reason(heading: str, reasons: Iterable[tuple[str, str]], where: str) -> list[str]:
+    """List names by reason, with how many there are of each.
+
+    Args:
+        heading: line above, without the count.
+        reasons: pairs (name, reason).
+        where: attribute that has all of them.
+    """
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, reason in reasons:
+        found.setdefault(kind_of_reason(reason), []).append((name, reason))
+    lines = [f"{heading} ({sum(map(len, found.values()))}):"]
+    for alike in list(found.values())[:_MOST_REASONS]:
+        more = f" and {len(alike) - _MOST_NAMES} more" if len(alike) > _MOST_NAMES else ""
+        lines.append(f"  {len(alike)} x {alike[0][1]}")
+        lines.append(f"      {', '.join(name for name, _ in alike[:_MOST_NAMES])}{more}")
+    if len(found) > _MOST_REASONS:
+        lines.append(f"  ... and {len(found) - _MOST_REASONS} more reasons, in {where}")
+    return lines

@@ -7,18 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchshear.calibration import Loss, Statistics
+from torchshear.compensation import check_compensation, compensate_by
 from torchshear.configs import ConfigList, ResolvedConfig
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.dependency.plans._form import FormKind
 from torchshear.dependency.plans._plan import PruningPlan
-from torchshear.graph import ExampleInputs
 from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.options import (
     CalibrationOptions,
-    FoldBias,
+    Compensation,
     Form,
     Planner,
     PruneOptions,
@@ -29,8 +29,7 @@ from torchshear.pruners import Criterion, Ratio, WeightSource
 from torchshear.pruners._planning import plan_units
 from torchshear.pruners.selection._request import Request
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Fold, Shrunk, Verification, fold_constants, resolve_alignment, shrink_to_form
-from torchshear.speedup.compensation._recalibrate import check_recalibration, recalibrate_for
+from torchshear.speedup import Fold, Refit, Shrunk, Verification, resolve_alignment, shrink_to_form
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
 
@@ -46,10 +45,12 @@ class PruneResult:
             which has no values to compare.
         form: "native", a copy of the original module; or "traced", the rewritten graphs. Where parts were pruned,
             "traced" if any of them is; `report.parts` has the form of each.
-        fold: where the constants of removed channels went; None without `fold_bias`. The verification is of the model
-            before that, and `fold.max_error` of the model after it.
+        fold: where the constants or means of removed channels went; None unless `compensate` is one of these. The
+            verification is of the model before that, and `fold.max_error` of the model after it.
         config: what the config asks of each layer; None without one. `str()` of it is a table.
-        is_recalibrated: whether batch norms got new statistics, after all that was proved.
+        compensation: what brought the model nearer to its original, after all that was proved: the word that was given
+            as `compensate`.
+        refit: the errors of all layers before and after, with `compensate="refit"`; else None.
     """
 
     model: nn.Module
@@ -59,7 +60,8 @@ class PruneResult:
     form: str
     fold: Fold | None = None
     config: ResolvedConfig | None = None
-    is_recalibrated: bool = False
+    compensation: Compensation = "none"
+    refit: Refit | None = None
 
     def __repr__(self) -> str:
         proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"
@@ -192,11 +194,10 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     data: Iterable[Any] | None = None,
     loss_fn: Loss | None = None,
     batches: int | None = None,
-    recalibrate: bool = False,
-    fold_bias: FoldBias = False,
+    compensate: Compensation = "none",
     form: Form = "auto",
 ) -> PruneResult:
-    """Prune a model in one call: trace, analyze, plan, shrink, verify.
+    """Prune a model in one call: trace, analyze, plan, shrink, verify, compensate.
 
     Args:
         model: the model; it is left as it is.
@@ -222,13 +223,15 @@ def prune(  # noqa: PLR0913 - independent options, given by name
             and all that says what may shrink; see docs/config-lists.md.
         align: widths that the device runs well; see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
-        data: batches for criteria that look at activations or gradients, for `recalibrate` and for
-            `fold_bias="means"`; see `torchshear.collect` for their form.
+        data: batches for criteria that look at activations or gradients, and for `compensate`, which ignores targets
+            in them; see `torchshear.collect` for their form.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
         batches: how many batches to run; None: 32.
-        recalibrate: True gives batch norms new statistics of the data after the cut; see `torchshear.recalibrate`.
-        fold_bias: True lets a removed channel count for the constant that it holds without input, "means" for what it
-            is on average over the data, rather than for zero; see `torchshear.shrink`.
+        compensate: how the shrunk model, once proved, is brought nearer to its original without training or labels.
+            "refit" fits every layer in closed form to give what it gave before, on some hundred samples of data;
+            "statistics" gives batch norms new statistics of the data; "means" lets a removed channel count for what it
+            is on average over the data, and "constants" for what it holds without input, rather than for zero. "none":
+            not at all. `torchshear.compensate` does one after another; see docs/compensation.md.
         form: form of the result. "native": a copy of the model's own class; where only whole groups give that, they
             stay whole at any cost. "traced": the rewritten graphs. "auto": native where leaving groups whole costs at
             most a tenth of what the cut saves, in parameters and MACs; traced elsewhere.
@@ -239,14 +242,14 @@ def prune(  # noqa: PLR0913 - independent options, given by name
 
     Raises:
         KeywordError: an argument does not exist.
-        ArgumentError: an argument is outside what is accepted, or contradicts another; the criterion needs data or a
-            loss that is not given, or nothing looks at the data that is.
+        ArgumentError: an argument is outside what is accepted, or contradicts another; the criterion or the
+            compensation needs data or a loss that is not given, or nothing looks at the data that is.
         DataError: the data or the loss does not fit the model.
         CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
         PlanError: the ratio or target cannot be reached; or `form="native"`, and there is no native form.
-        VerificationError: the shrunk model is not equal to the masked one, or with folded constants not to the original
-            with those constants; nothing is returned then.
+        VerificationError: the shrunk model is not equal to the masked one, or the compensated one does not compute what
+            was fitted or folded; nothing is returned then.
 
     Example:
         >>> import torch, torchshear
@@ -275,26 +278,26 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         has_criterion=criterion is not None,
         config=config,
         submodules=submodules,
-        calibration=CalibrationOptions.parse(data, loss_fn, batches, recalibrate),
-        recalibrate=recalibrate,
-        fold_bias=fold_bias,
+        calibration=CalibrationOptions.parse(data, loss_fn, batches, compensate),
+        compensate=compensate,
         form=form,
     )
-    if recalibrate:
-        check_recalibration(model, options.calibration.batches)
+    check_compensation(compensate, model, options.calibration.batches)
     groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
     planner = Planner.of(options, model, groups)
     shrunk, made = shrink_and_record(model, planner.plan(), args, kwargs, *options.form_of(planner))
-    if fold_bias:
-        shrunk = fold_constants(model, shrunk, made, means=options.means(groups))
-    small = shrunk.model
-    if recalibrate:
-        assert options.calibration.loader is not None, "checked before the model was traced"
-        example = ExampleInputs.of(args, kwargs)
-        small = recalibrate_for(example, small, options.calibration.loader, options.calibration.batches)
-    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
+    after = compensate_by(compensate, model, shrunk.model, made, options.calibration, args, kwargs)
+    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit)
     return PruneResult(
-        small, made, report, shrunk.verification, shrunk.form, shrunk.fold, planner.resolved, recalibrate
+        after.model,
+        made,
+        report,
+        shrunk.verification,
+        shrunk.form,
+        after.fold,
+        planner.resolved,
+        compensate,
+        after.refit,
     )
 
 

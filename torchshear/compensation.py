@@ -1,7 +1,8 @@
-"""Compensation of a cut stage by stage: a shrunk model comes nearer to its original, by any of the methods."""
+"""Compensation of a cut: a shrunk model comes nearer to its original, by any of the methods."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -9,20 +10,18 @@ from torchshear._arguments import check_kind, check_one_of
 from torchshear.calibration import Progress
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError
+from torchshear.graph import ExampleInputs
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._process import outside_inference_mode
-from torchshear.options import checked_call
+from torchshear.options import CalibrationOptions, Compensation, CompensationMethod, checked_call
 from torchshear.pruners import channel_means
-from torchshear.speedup import refit
+from torchshear.speedup import Fold, Refit, refit
 from torchshear.speedup.compensation._fold import fold_in_place
-from torchshear.speedup.compensation._recalibrate import recalibrate
+from torchshear.speedup.compensation._recalibrate import check_recalibration, recalibrate_for
 from torchshear.speedup.shrinking._planned import analyze_planned
-
-CompensationMethod = Literal["refit", "statistics", "means", "constants"]
 
 
 @checked_call
-@outside_inference_mode()
 def compensate(  # noqa: PLR0913 - independent options, given by name
     model: nn.Module,
     small: nn.Module,
@@ -80,16 +79,55 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
             f"method={method!r} {'runs data; give batches as loader' if loader is None else 'runs no data'}=; leave "
             f"loader= away for 'constants' alone."
         )
-    data = () if loader is None else loader
+    data = CalibrationOptions(loader, batches=batches)
+    return compensate_by(method, model, small, plan, data, args, kwargs, memory, progress).model
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compensated:
+    """A shrunk model after its compensation, with the record of a fold or a refit."""
+
+    model: nn.Module
+    fold: Fold | None = None
+    refit: Refit | None = None
+
+
+@outside_inference_mode()
+def compensate_by(  # noqa: PLR0913 - what all methods together take
+    method: Compensation,
+    model: nn.Module,
+    small: nn.Module,
+    plan: PruningPlan,
+    data: CalibrationOptions,
+    args: tuple[Any, ...] | Tensor | None,
+    kwargs: Mapping[str, Any] | None,
+    memory: int = 2 * 10**9,
+    progress: Progress = False,
+) -> Compensated:
+    """Compensate by a method, see `compensate`; for "none" the shrunk model comes back as it is.
+
+    Raises:
+        TorchshearError: as `compensate`.
+    """
+    loader, batches = () if data.loader is None else data.loader, data.batches
+    if method == "none":
+        return Compensated(small)
     if method == "refit":
-        return refit(
-            model, small, plan, data, args=args, kwargs=kwargs, batches=batches, memory=memory, progress=progress
-        )[0]
+        fitted, record = refit(
+            model, small, plan, loader, args=args, kwargs=kwargs, batches=batches, memory=memory, progress=progress
+        )
+        return Compensated(fitted, refit=record)
     if method == "statistics":
-        return recalibrate(small, data, batches, progress)
+        example = None if args is None and kwargs is None else ExampleInputs.of(() if args is None else args, kwargs)
+        return Compensated(recalibrate_for(example, small, loader, batches, progress))
     means = None
     if method == "means":
-        means = channel_means(analyze_planned(model, plan, args, kwargs), data, batches, progress)
+        means = channel_means(analyze_planned(model, plan, args, kwargs), loader, batches, progress)
     copy = copy_model(small)
-    fold_in_place(model, copy, plan, args, kwargs, means)
-    return copy
+    return Compensated(copy, fold_in_place(model, copy, plan, args, kwargs, means))
+
+
+def check_compensation(method: Compensation, model: nn.Module, batches: int) -> None:
+    """Raise what a method raises of a model before it is traced: "statistics" needs batch norms that hold some."""
+    if method == "statistics":
+        check_recalibration(model, batches)

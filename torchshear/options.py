@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from numbers import Number
-from typing import Any, Final, Literal, ParamSpec, TypeVar
+from typing import Any, Final, Literal, ParamSpec, TypeVar, get_args
 
-from torch import Tensor, nn
+from torch import nn
 
-from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, quote
+from torchshear._arguments import check_count, check_kind, check_one_of, quote
 from torchshear._other_tools import unknown_keyword
 from torchshear.calibration import Loss, Statistics
 from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS
@@ -22,7 +22,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._form import FormKind
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, KeywordError
-from torchshear.pruners import Criterion, channel_means
+from torchshear.pruners import Criterion
 from torchshear.pruners._collecting import collect
 from torchshear.pruners._planning import check_request, plan_units
 from torchshear.pruners.criteria._criterion import needs_of
@@ -31,7 +31,8 @@ from torchshear.pruners.selection._targets import choose_targets
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
 Form = Literal["auto", "native", "traced"]
-FoldBias = bool | Literal["means"]
+CompensationMethod = Literal["refit", "statistics", "means", "constants"]
+Compensation = Literal["none", CompensationMethod]
 DEFAULT_BATCHES: Final = 32
 
 _P = ParamSpec("_P")
@@ -66,6 +67,11 @@ def check_criterion(criterion: object) -> None:
         raise ArgumentError(f"criterion is {type(criterion).__name__}; expected the name of one, or a function.")
 
 
+def runs_data(compensate: Compensation) -> bool:
+    """Return True for a compensation that runs batches."""
+    return compensate not in ("none", "constants")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CalibrationOptions:
     """Batches that a call may run, and the loss for gradients.
@@ -82,18 +88,22 @@ class CalibrationOptions:
 
     @classmethod
     def parse(
-        cls, data: object, loss_fn: Loss | None, batches: int | None, recalibrate: object
+        cls, data: object, loss_fn: Loss | None, batches: int | None, compensate: Compensation
     ) -> "CalibrationOptions":
         """Check the data that is given; take the batches of an iterator, which runs out, now.
 
         Raises:
-            ArgumentError: a loss, a number of batches or `recalibrate` is given without data; the data gives no
-                batches, or not a whole number of them.
+            ArgumentError: the compensation is unknown, or needs data that is not given; a loss or a number of batches
+                is given without data; the data gives no batches, or not a whole number of them.
         """
-        check_flag("recalibrate", recalibrate)
+        check_one_of("compensate", compensate, get_args(Compensation))
         if data is None:
-            unused = {"loss_fn": loss_fn, "batches": batches, "recalibrate": recalibrate or None}
-            for name in (name for name, value in unused.items() if value is not None):
+            if runs_data(compensate):
+                raise ArgumentError(
+                    f"compensate={compensate!r} runs data; give batches as data=, or write 'constants', which needs "
+                    f"none."
+                )
+            for name in (name for name, value in {"loss_fn": loss_fn, "batches": batches}.items() if value is not None):
                 raise ArgumentError(f"{name}= is given without data; give batches of it as data=, or leave it away.")
             return cls(None)
         count = DEFAULT_BATCHES if batches is None else batches
@@ -123,11 +133,31 @@ class CalibrationOptions:
             return "looks at gradients; give a loss as loss_fn=."
         return ""
 
-    def check_used(self, criteria: Collection[str | Criterion], is_used_otherwise: bool) -> None:
-        """Raise ArgumentError for data that no criterion looks at, and that nothing else uses."""
-        if self.loader is not None and not is_used_otherwise and not any(needs_of(one) for one in criteria):
+    def check_used(self, criteria: Collection[str | Criterion], compensate: Compensation) -> None:
+        """Raise ArgumentError for data that neither a criterion nor the compensation looks at."""
+        if self.loader is not None and not runs_data(compensate) and not any(needs_of(one) for one in criteria):
             names = ", ".join(str(name) for name in criteria)
-            raise ArgumentError(f"data is given, and no criterion looks at it ({names}). Leave data= away.")
+            raise ArgumentError(
+                f"data is given, and no criterion looks at it ({names}), nor does compensate={compensate!r}. Leave "
+                f"data= away, or use it, as by compensate='refit'."
+            )
+
+    def check_parts(
+        self, submodules: Sequence[str] | None, criteria: Collection[str | Criterion], compensate: Compensation
+    ) -> None:
+        """Raise ArgumentError for data that would have to reach parts of a model, of which only the graphs are known.
+
+        New statistics are no such case: the whole model is run for them.
+        """
+        if submodules is None or self.loader is None:
+            return
+        on_parts = [f"compensate={compensate!r}"] if runs_data(compensate) and compensate != "statistics" else []
+        for name in [str(one) for one in criteria if needs_of(one)] + on_parts:
+            raise ArgumentError(
+                f"submodules= and {name}: batches are for the whole model, of which only parts are captured "
+                f"({', '.join(map(str, submodules))}). Prune each part by itself, with batches of what it is called "
+                f"with as data=, and put results in place; or choose what needs no data."
+            )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,16 +168,12 @@ class PruneOptions:
         request: which units go; of a call with a config, its criterion and widths alone.
         entries: entries of a config; empty without one.
         calibration: the data.
-        recalibrates: True if batch norms get new statistics after the cut.
-        fold_bias: what is folded into biases: nothing, constants of removed channels, or their "means" over the data.
         form: the form of the result: "auto", "native" or "traced".
     """
 
     request: Request
     entries: tuple[Entry, ...]
     calibration: CalibrationOptions
-    recalibrates: bool
-    fold_bias: FoldBias
     form: Form
 
     @classmethod
@@ -159,8 +185,7 @@ class PruneOptions:
         config: ConfigList | None,
         submodules: Sequence[str] | None,
         calibration: CalibrationOptions,
-        recalibrate: bool,
-        fold_bias: FoldBias,
+        compensate: Compensation,
         form: Form,
     ) -> "PruneOptions":
         """Check that options fit together.
@@ -172,25 +197,13 @@ class PruneOptions:
         check_one_of("form", form, ("auto", "native", "traced"))
         if submodules is not None:
             check_kind("submodules", submodules, Sequence, "a list of names of modules, as ['backbone']")
-        if not (isinstance(fold_bias, bool) or (isinstance(fold_bias, str) and fold_bias == "means")):
-            raise ArgumentError(f"fold_bias={quote(fold_bias)}; expected False, True or 'means'.")
-        uses_means = fold_bias == "means"
-        if uses_means and calibration.loader is None:
-            raise ArgumentError("fold_bias='means' takes means over data; give batches as data=, or write True.")
-        options = cls(request, entries, calibration, recalibrate, fold_bias, form)
-        if submodules is not None and calibration.loader is not None:
-            on_data = [str(one) for one in options.criteria if needs_of(one)] + ["fold_bias='means'"] * uses_means
-            for name in on_data:  # batches would have to reach parts of a model, and only their graphs are known
-                raise ArgumentError(
-                    f"submodules= and {name}: batches are for the whole model, of which only parts are captured "
-                    f"({', '.join(map(str, submodules))}). Prune each part by itself, with batches of what it is "
-                    f"called with as data=, and put results in place; or choose a criterion of weights."
-                )
+        options = cls(request, entries, calibration, form)
+        calibration.check_parts(submodules, options.criteria, compensate)
         for criterion in options.criteria:
             missing = calibration.missing_for(criterion)
             if missing:
                 raise ArgumentError(f"the criterion {criterion!r} {missing}")
-        calibration.check_used(options.criteria, recalibrate or uses_means)
+        calibration.check_used(options.criteria, compensate)
         return options
 
     @property
@@ -208,13 +221,6 @@ class PruneOptions:
         if self.form == "native":
             return "native", NativeTradeoff(planner.plan, max_cost=1.0)
         return None, NativeTradeoff(planner.plan)
-
-    def means(self, groups: ChannelGroups) -> dict[tuple[str, int], Tensor] | None:
-        """Average over the data what layers read, if that is to be folded."""
-        if self.fold_bias != "means":
-            return None
-        assert self.calibration.loader is not None, "checked before the model was traced"
-        return channel_means(groups, self.calibration.loader, self.calibration.batches, progress=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

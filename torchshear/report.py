@@ -1,24 +1,25 @@
 """Report of a pruning, group by group: the request, the result, and reasons for what stayed."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from torchshear._tables import Cell, html_table
+from torchshear._tables import Cell, html_lines, html_table, kind_of_reason, lines_by_reason
 from torchshear.dependency import ChannelGroup, ChannelGroups, GroupPlan, OutputPlan
 from torchshear.dependency.plans._cut import Cut, dense_cost, part_costs
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph import Cost
+from torchshear.speedup import Refit
+from torchshear.speedup.compensation._refit_text import REFIT_HEADINGS, refit_lines, refit_rows, refit_title
 
 __all__ = ["GroupReport", "OutputReport", "PartReport", "PruningReport"]
 
-_MOST_REASONS = 12
-_MOST_NAMES = 4
 _HEADINGS = ("group", "role", "before", "after", "kept", "note")
+_NUMBERS = ("before", "after", "kept", "error before", "error after")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,7 @@ class PruningReport:
         parts: the parts that were pruned inside the model, if it was not pruned whole; parameters in `before` and
             `after` are then those of the whole model, MACs those of the parts.
         statistics: notes on the statistics that units were scored by.
+        refit: errors of layers and outputs before and after a refit; None without one.
     """
 
     requested_ratio: float | None
@@ -115,13 +117,14 @@ class PruningReport:
     parts: tuple[PartReport, ...] = ()
     target: Mapping[str, int] = field(default_factory=dict)
     statistics: tuple[str, ...] = ()
+    refit: Refit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """Return the report as a table."""
+        """Return the report as text: its tables, and lines below them."""
         return render_report(self)
 
     def __repr__(self) -> str:
@@ -129,7 +132,14 @@ class PruningReport:
 
     def _repr_html_(self) -> str:
         rows = (_cells(group) for group in self.groups)
-        return html_table("Channel groups", _HEADINGS, rows, _summary(self).splitlines())
+        shown = html_table("Channel groups", _HEADINGS, rows, _summary(self).splitlines())
+        if self.refit is None:
+            return shown
+        if not self.refit.layers:
+            return shown + html_lines(refit_lines(self.refit))
+        return shown + html_table(
+            refit_title(self.refit), REFIT_HEADINGS, refit_rows(self.refit), refit_lines(self.refit)
+        )
 
     @property
     def changes(self) -> str:
@@ -137,13 +147,16 @@ class PruningReport:
         return _changes(self.before, self.after)
 
 
-def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str] | None = None) -> PruningReport:
+def make_report(
+    plan: PruningPlan, form: str = "", part_forms: Mapping[str, str] | None = None, refit: Refit | None = None
+) -> PruningReport:
     """Put a report together from a plan made in this process.
 
     Args:
         plan: a plan with its analysis.
         form: form of the shrunk model and the reason for it.
         part_forms: form of each part, where the plan is for parts.
+        refit: record of a refit of the shrunk model.
     """
     groups = plan.analysis
     assert groups is not None, "a plan that was loaded has no analysis"
@@ -167,6 +180,7 @@ def make_report(plan: PruningPlan, form: str = "", part_forms: Mapping[str, str]
         ),
         target=_targets(plan, before),
         statistics=tuple(plan.request.get("statistics", ())),
+        refit=refit,
     )
 
 
@@ -192,14 +206,9 @@ def _by_weight(refused: Mapping[str, str], groups: ChannelGroups) -> dict[str, s
     for name, reason in refused.items():
         tensor = name.rpartition("[")[0]
         entry = groups.graph.state.get(groups.graph.aliases.get(tensor, tensor))
-        of_kind.setdefault(_kind(reason), {})[tensor] = 0 if entry is None else entry.tensor.numel()
+        of_kind.setdefault(kind_of_reason(reason), {})[tensor] = 0 if entry is None else entry.tensor.numel()
     weights = {kind: sum(tensors.values()) for kind, tensors in of_kind.items()}
-    return dict(sorted(refused.items(), key=lambda item: -weights[_kind(item[1])]))
-
-
-def _kind(reason: str) -> str:
-    """Strip from a reason the operator and the line that it ends with."""
-    return reason.partition(": ")[0]
+    return dict(sorted(refused.items(), key=lambda item: -weights[kind_of_reason(item[1])]))
 
 
 def _ratios(groups: ChannelGroups, plan: PruningPlan) -> tuple[float | None, float]:
@@ -238,18 +247,29 @@ def render_report(report: PruningReport, width: int = 120) -> str:
         report: the report.
         width: columns of the terminal.
     """
-    table = Table(title="Channel groups", title_justify="left")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right" if heading in ("before", "after", "kept") else "left")
-    for group in report.groups:
-        table.add_row(*(Cell(text) for text in _cells(group)))
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, markup=False)
     if all(group.kept == group.width for group in report.groups):
-        console.print(_nothing_shrank(report), highlight=False, soft_wrap=True, markup=False)
-    console.print(table)
-    console.print(_summary(report), highlight=False, soft_wrap=True)
+        console.print(_nothing_shrank(report), soft_wrap=True)
+    console.print(_table("Channel groups", _HEADINGS, map(_cells, report.groups)))
+    console.print(_summary(report), soft_wrap=True)
+    if report.refit is not None:
+        console.print()
+        if report.refit.layers:
+            console.print(_table(refit_title(report.refit), REFIT_HEADINGS, refit_rows(report.refit)))
+        for line in refit_lines(report.refit):
+            console.print(line, soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().rstrip()
+
+
+def _table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Make a table whose numbers stand on the right."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in _NUMBERS else "left")
+    for row in rows:
+        table.add_row(*map(Cell, row))
+    return table
 
 
 def _cells(group: GroupReport) -> tuple[str, ...]:
@@ -283,24 +303,8 @@ def _summary(report: PruningReport) -> str:
         lines.append(f"form        {report.form}".replace("; ", "\n            "))
     lines += [f"output      {_output_line(output)}" for output in report.outputs]
     if report.refused:
-        lines += _refusals(report.refused)
+        lines += lines_by_reason("cannot shrink", report.refused.items(), ".refused")
     return "\n".join(lines)
-
-
-def _refusals(refused: Mapping[str, str]) -> list[str]:
-    """List refused names by reason."""
-    names: dict[str, list[str]] = {}
-    for name, reason in refused.items():
-        names.setdefault(_kind(reason), []).append(name)
-    lines = [f"cannot shrink ({len(refused)}):"]
-    for alike in list(names.values())[:_MOST_REASONS]:
-        first, *others = alike[:_MOST_NAMES]
-        more = f" and {len(alike) - _MOST_NAMES} more" if len(alike) > _MOST_NAMES else ""
-        lines.append(f"  {len(alike)} x {refused[first]}")
-        lines.append(f"      {', '.join([first, *others])}{more}")
-    if len(names) > _MOST_REASONS:
-        lines.append(f"  ... and {len(names) - _MOST_REASONS} more reasons, in .refused")
-    return lines
 
 
 def _output_line(output: OutputReport) -> str:

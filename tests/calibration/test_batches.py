@@ -62,7 +62,7 @@ def recalibrated(model: nn.Module, call: Call, batches: Iterable[Any]) -> list[l
 
 
 def recalibrated_like_example(model: nn.Module, call: Call, batches: Iterable[Any]) -> list[list[Tensor]]:
-    """As `prune(..., recalibrate=True)` does."""
+    """As `prune(..., compensate="statistics")` does."""
     example = ExampleInputs.of(*call)
     return [[recalibrate_for(example, model, [batch], 1).norm.running_mean] for batch in batches]
 

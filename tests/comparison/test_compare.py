@@ -41,7 +41,7 @@ DATA: dict[str, Any] = {"data": labelled(), "loss_fn": functional.cross_entropy,
 
 def test_scores_are_those_of_single_calls(model: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    words: dict[str, Any] = {"scope": "global", "recalibrate": True, "seeds": (3, 4), **DATA}
+    words: dict[str, Any] = {"scope": "global", "compensate": "statistics", "seeds": (3, 4), **DATA}
     found = compare(model, evaluate, X, criteria=["l1", "taylor"], target_macs=(0.5, 0.3), **words)
     assert found.budgets == (MACS, "at most 30% of the MACs")
     assert {row.criterion for row in found.rows} == {"uniform", "random", "l1", "taylor"}
@@ -52,7 +52,7 @@ def test_scores_are_those_of_single_calls(model: nn.Module) -> None:
             data = DATA if name == "taylor" else {}
             single = torchshear.prune(model, X, criterion=name, scope="global", target_macs=share, **data)
             assert row.scores == (evaluate(single.model),)
-            assert row.recalibrated == (evaluate(torchshear.recalibrate(single.model, labelled(), 3)),)
+            assert row.compensated == (evaluate(torchshear.recalibrate(single.model, labelled(), 3)),)
             assert row.macs_share == single.report.after.macs / single.report.before.macs <= share
             assert row.params_share == single.report.after.n_params / single.report.before.n_params
         random = found.row("random", budget)
@@ -61,7 +61,7 @@ def test_scores_are_those_of_single_calls(model: nn.Module) -> None:
             for seed in (3, 4)
         ]
         assert random.scores == tuple(evaluate(single.model) for single in singles)
-        assert random.score == fmean(random.recalibrated)
+        assert random.score == fmean(random.compensated)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -141,9 +141,11 @@ def test_scores_are_given_in_eval_mode_from_one_random_state_on_copies(model: nn
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     state = torch.get_rng_state()
-    found = compare(model, spoil, X, criteria=["l1", "l2"], seeds=(0, 1), recalibrate=True, data=labelled(), batches=3)
+    found = compare(
+        model, spoil, X, criteria=["l1", "l2"], seeds=(0, 1), compensate="statistics", data=labelled(), batches=3
+    )
     assert seen == [False] * 11  # dense, and (2 seeds + 3) before and after
-    assert {score for row in found.rows for score in (*row.scores, *row.recalibrated)} == {found.before}
+    assert {score for row in found.rows for score in (*row.scores, *row.compensated)} == {found.before}
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -159,12 +161,12 @@ def test_all_see_the_same_batches(model: nn.Module) -> None:
             passes.append(1)
             return iter([(x + len(passes) - 1, y) for x, y in labelled()])
 
-    words: dict[str, Any] = {"criteria": ["l1", "apoz"], "seeds": (0,), "recalibrate": True, "batches": 3}
+    words: dict[str, Any] = {"criteria": ["l1", "apoz"], "seeds": (0,), "compensate": "statistics", "batches": 3}
     found = compare(model, evaluate, X, data=Loader(), **words)
     assert len(passes) == 1
     listed = compare(model, evaluate, X, data=labelled(), **words)
     for row, again in zip(found.rows, listed.rows, strict=True):  # two runs differ by rounding, as memory is aligned
-        assert row.recalibrated == pytest.approx(again.recalibrated, rel=1e-5)
+        assert row.compensated == pytest.approx(again.compensated, rel=1e-5)
 
 
 def test_parts_of_a_model_are_compared() -> None:
@@ -262,7 +264,7 @@ def test_unknown_words(model: nn.Module) -> None:
 
 
 def made(*rows: Row, before: float = 0.9) -> Comparison:
-    return Comparison("Net", before, ("b",), rows, (0, 1))
+    return Comparison("Net", before, ("b",), rows, (0, 1), compensation="statistics")
 
 
 ROWS = (
@@ -286,7 +288,7 @@ def test_the_table_ranks_by_the_last_score(width: int) -> None:
     assert cells[3] == ["control: random", "50.0%", "50.0%", spread, f"0.660 ±{stdev((0.6, 0.72)):.3f}", "0.10"]
     assert cells[-1] == ["apoz", "-", "-", "-", "-", "-"]
     text = " ".join(" ".join(lines).split())
-    assert "random: mean and standard deviation over seeds 0, 1; recalibrated scores from 0.600 to 0.720" in text
+    assert "random: mean and standard deviation over seeds 0, 1; scores after statistics from 0.600 to 0.720" in text
     assert "no better than random channels: activation_variance" in text
     assert "apoz: no activation" in text
 
@@ -327,7 +329,7 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     made(*ROWS).draw(tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
     panels = {"b": ROWS, "c": ROWS}
-    figure = _picture._figure("title", 0.9, panels)
+    figure = _picture._figure("title", 0.9, panels, "refit")
     assert len(figure.axes) == 2
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels == ["uniform (control)", "random (control)", "l1", "activation_variance", "apoz"]

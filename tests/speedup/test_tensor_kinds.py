@@ -116,7 +116,7 @@ def test_what_is_pruned_in_inference_mode_trains() -> None:
     model = randomise(Residual()).eval()
     with torch.inference_mode():
         x = image()
-        result = torchshear.prune(model, (x,), ratio=0.5, fold_bias=True)
+        result = torchshear.prune(model, (x,), ratio=0.5, compensate="constants")
         groups = torchshear.analyze(torchshear.trace(model, (x,)))
         shrunk = torchshear.shrink(model, torchshear.plan(groups, ratio=0.5))
         traced = shrink_to_form(model, torchshear.plan(groups, ratio=0.5), form="traced").model

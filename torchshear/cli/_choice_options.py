@@ -60,7 +60,7 @@ _CONFIG = typer.Option(
 _DATA = typer.Option(
     metavar="PACKAGE.MODULE:LOADER",
     help="Iterable of batches, or a function without arguments that returns one: for criteria that look at data, and "
-    "for new statistics.",
+    "for --compensate. Targets are for the former alone.",
 )
 _LOSS = typer.Option(
     "--loss",
@@ -73,7 +73,13 @@ _FORM = typer.Option(
     metavar="[auto|native|traced]",
     help="The model's own class, where it costs little at most, or the rewritten graphs. Default: auto.",
 )
-_RECALIBRATE = typer.Option("--recalibrate", help="Give batch norms new statistics of the data after the cut.")
+_COMPENSATE = typer.Option(
+    metavar="METHOD",
+    help="How the shrunk model, once proved, is brought nearer to its original without training: refit (every layer "
+    "fitted to give what it gave; some hundred samples do), statistics (new ones of batch norms), means or constants "
+    "(what removed channels hold on average, or without input, goes into biases). All but constants need --data. "
+    "Default: none.",
+)
 
 _SUBMODULE = typer.Option(
     "--submodule",
@@ -110,7 +116,7 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "data": _Option(Annotated[str | None, _DATA], NamedLoader),
     "loss_fn": _Option(Annotated[str | None, _LOSS], load_loss),
     "batches": _Option(Annotated[int | None, _BATCHES], int),
-    "recalibrate": _Option(Annotated[bool, _RECALIBRATE], bool),
+    "compensate": _Option(Annotated[str | None, _COMPENSATE], str),
     "form": _Option(Annotated[str | None, _FORM], str),
 }
 EVERY: Final = tuple(_OPTIONS)
@@ -156,7 +162,7 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=False if name == "recalibrate" else None,
+            default=None,
             annotation=_OPTIONS[name].annotation,
         )
         for name in names
@@ -165,9 +171,7 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
         asked = {name: given.pop(name) for name in names}
-        said = {
-            name: value for name, value in asked.items() if value is not None and value is not False and value != []
-        }
+        said = {name: value for name, value in asked.items() if value is not None and value != []}
         choice = {name: _OPTIONS[name].read(value) for name, value in said.items()}
         command(**given, choice=choice)
 

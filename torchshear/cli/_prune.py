@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,19 +19,15 @@ from torchshear.cli._example import Target, load_example
 from torchshear.cli._folder import Force, folder_name, output_folder
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.configs._resolved import render_config
-from torchshear.errors import ArgumentError
-from torchshear.options import FoldBias
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile, Verification
 from torchshear.storage._writing import atomic_path
 
 Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
 
-_FOLDS: Final[Mapping[str | None, FoldBias]] = {None: False, "constants": True, "means": "means"}
-
 
 @takes_choice(*EVERY)
-def prune(  # noqa: PLR0913 - options, given by name
+def prune(
     target: Target,
     output: Annotated[
         Path,
@@ -47,13 +43,6 @@ def prune(  # noqa: PLR0913 - options, given by name
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
-    fold_bias: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[constants|means]",
-            help="Fold what removed channels hold without input, or on average over --data, into biases.",
-        ),
-    ] = None,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
     force: Force = False,
     *,
@@ -69,8 +58,6 @@ def prune(  # noqa: PLR0913 - options, given by name
     With --submodule, only these modules are pruned inside the model, and the ONNX files are theirs: dense-NAME.onnx and
     pruned-NAME.onnx.
     """
-    if fold_bias not in _FOLDS:
-        raise ArgumentError(f"fold_bias={fold_bias!r}; expected constants or means.")
     model, args, kwargs = load_example(target)
     with output_folder(output, "prune", force) as draft, status("pruning and verifying") as say:
         if "data" in choice:
@@ -82,7 +69,6 @@ def prune(  # noqa: PLR0913 - options, given by name
             criterion=criterion,
             align=parse_align(align),
             min_width=min_width,
-            fold_bias=_FOLDS[fold_bias],
             **choice,
         )
         pairs = _pairs(model, result, args, kwargs)
@@ -152,8 +138,11 @@ def _steps_after(result: torchshear.PruneResult) -> Iterator[str]:
         )
         error = f"error {result.fold.max_error:.1e} in {str(result.fold.dtype).removeprefix('torch.')}"
         yield f"folded      {result.fold.kind} of {n_folded} channels, {n_skipped} left at zero: {error}"
-    if result.is_recalibrated:
+    if result.compensation == "statistics":
         yield "statistics  of batch norms estimated anew on the data, after the proof"
+    if result.refit is not None and result.refit.is_kept:
+        n_fitted = sum(bool(layer.method) for layer in result.refit.layers)
+        yield f"refitted    {n_fitted} of {len(result.refit.layers)} layers on the data, after the proof"
 
 
 def _pairs(
@@ -180,7 +169,7 @@ def _report_document(target: str, result: torchshear.PruneResult, files: Mapping
         "report": result.report.to_dict(),
         "verification": asdict(_proof(result)) | {"dtype": str(_proof(result).dtype)},
         "fold": None if result.fold is None else asdict(result.fold) | {"dtype": str(result.fold.dtype)},
-        "is_recalibrated": result.is_recalibrated,
+        "compensation": result.compensation,
         "onnx": {name: asdict(file) | {"path": file.path.name} for name, file in files.items()},
         "latency": None,
     }

@@ -13,11 +13,12 @@ from torchshear.calibration import Loss, Statistics
 from torchshear.comparison._contenders import Contender, budgets_of, contenders_of, random_criteria, request_of
 from torchshear.comparison._record import Comparison
 from torchshear.comparison._trial import Evaluate, Trial
+from torchshear.compensation import check_compensation
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.graph.capture._trace import trace
-from torchshear.options import CalibrationOptions, checked_call
+from torchshear.options import CalibrationOptions, Compensation, checked_call
 from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners._collecting import collect
 from torchshear.pruners.criteria._criterion import needs_of
@@ -50,7 +51,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     data: Iterable[Any] | None = None,
     loss_fn: Loss | None = None,
     batches: int | None = None,
-    recalibrate: bool = False,
+    compensate: Compensation = "none",
     progress: Callable[[str], None] | None = None,
 ) -> Comparison:
     """Prune a model by several criteria at the same budgets, and score what comes out.
@@ -83,16 +84,17 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         submodules: names of modules to prune inside the model; see `torchshear.trace`.
         align: widths that the device runs well; see `torchshear.plan`.
         min_width: the fewest units to keep in a group.
-        data: batches for criteria that look at data and for `recalibrate`; see `torchshear.collect`. They are taken
+        data: batches for criteria that look at data and for `compensate`; see `torchshear.collect`. They are taken
             once, and held.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
         batches: how many batches to run; None: 32.
-        recalibrate: True scores each model again after its batch norms got new statistics of the data.
+        compensate: compensation after which each model is scored once more: "refit", "statistics", "means" or
+            "constants"; see `torchshear.prune`.
         progress: called with a line of text at every step.
 
     Returns:
         A row for each criterion at each budget; `str()` of it is a table. A criterion that cannot score the model, or
-        cannot meet the budget, has a row with the reason.
+        cannot meet the budget, or whose model cannot be compensated, has a row with the reason.
 
     Raises:
         KeywordError: an argument does not exist.
@@ -105,9 +107,12 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     check_callback("progress", progress)
     check_kind("evaluate", evaluate, Callable, "a function of a model that gives a number")  # type: ignore[arg-type]
     say = (lambda text: None) if progress is None else progress
-    calibration = CalibrationOptions.parse(data, loss_fn, batches, recalibrate)
+    calibration = CalibrationOptions.parse(data, loss_fn, batches, compensate)
     contenders, left_out = contenders_of(criteria, random_criteria(seeds), calibration)
-    calibration.check_used([one.criteria[0] for one in contenders if not one.is_control], recalibrate)
+    scoring = [one.criteria[0] for one in contenders if not one.is_control]
+    calibration.check_used(scoring, compensate)
+    calibration.check_parts(submodules, scoring, compensate)
+    check_compensation(compensate, model, calibration.batches)
     limits: dict[str, Any] = {"min_ratio": min_ratio, "max_ratio": max_ratio, "roles": roles, "exclude": exclude}
     limits |= {"min_width": min_width, "alignment": resolve_alignment(align)}
     ranking: dict[str, Any] = {"scope": scope, "group_reduction": group_reduction, "normalize": normalize}
@@ -125,7 +130,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     start = time.perf_counter()
     statistics = _statistics(groups, contenders, calibration)
     seconds = time.perf_counter() - start
-    trial = Trial(model, evaluate, args, kwargs, groups, statistics, calibration if recalibrate else None)
+    trial = Trial(model, evaluate, args, kwargs, groups, statistics, compensate, calibration)
     say("evaluating the dense model")
     trial.score_dense()
     rows = []
@@ -143,6 +148,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         n_batches=statistics.n_batches if statistics else 0,
         seconds_collecting=seconds if statistics else 0.0,
         left_out=left_out,
+        compensation=compensate,
     )
 
 

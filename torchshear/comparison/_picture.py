@@ -21,7 +21,9 @@ _LINK: Final = "#d0d7de"
 _SUFFIXES: Final = (".png", ".svg", ".pdf")
 
 
-def draw_panels(title: str, before: float, panels: Mapping[str, Sequence[Row]], path: str | os.PathLike[str]) -> None:
+def draw_panels(
+    title: str, before: float, panels: Mapping[str, Sequence[Row]], path: str | os.PathLike[str], compensation: str
+) -> None:
     """Draw scores; `Comparison.draw` says how.
 
     Args:
@@ -29,6 +31,7 @@ def draw_panels(title: str, before: float, panels: Mapping[str, Sequence[Row]], 
         before: score of the dense model.
         panels: budget -> its rows; lines stand in the order of the first.
         path: the file to write.
+        compensation: the compensation after which models were scored once more, or "none".
 
     Raises:
         ArgumentError: matplotlib is not installed, or `path` is no path or ends otherwise than it may.
@@ -37,7 +40,7 @@ def draw_panels(title: str, before: float, panels: Mapping[str, Sequence[Row]], 
     path = as_path(path, "the path of a picture")
     if path.suffix.lower() not in _SUFFIXES:
         raise ArgumentError(f"cannot draw into {str(path)!r}; expected a name that ends in {', '.join(_SUFFIXES)}.")
-    figure = _figure(title, before, panels)
+    figure = _figure(title, before, panels, compensation)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=160)
 
@@ -47,7 +50,7 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _figure(title: str, before: float, panels: Mapping[str, Sequence[Row]]) -> Any:
+def _figure(title: str, before: float, panels: Mapping[str, Sequence[Row]], compensation: str) -> Any:
     try:
         figures = importlib.import_module("matplotlib.figure")
     except ImportError as error:
@@ -61,7 +64,7 @@ def _figure(title: str, before: float, panels: Mapping[str, Sequence[Row]]) -> A
     axes = figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
     for ax, (budget, rows) in zip(axes, panels.items(), strict=True):
         by_name = {row.criterion: row for row in rows}
-        _draw(ax, budget, before, [by_name[name] for name in names])
+        _draw(ax, budget, before, [by_name[name] for name in names], f"after {compensation}")
     axes[0].set_yticks(
         range(len(names)), [f"{row.criterion} (control)" if row.is_control else row.criterion for row in first]
     )
@@ -74,8 +77,8 @@ def _figure(title: str, before: float, panels: Mapping[str, Sequence[Row]]) -> A
     return figure
 
 
-def _draw(panel: Any, budget: str, before: float, rows: Sequence[Row]) -> None:
-    """One budget."""
+def _draw(panel: Any, budget: str, before: float, rows: Sequence[Row], last: str) -> None:
+    """One budget; `last` names the scores after the compensation."""
     random = next((row.final for row in rows if row.criterion == "random"), ())
     if random:
         panel.axvspan(min(random), max(random), color=_CONTROL, alpha=0.15, lw=0, label="range of random")
@@ -84,12 +87,12 @@ def _draw(panel: Any, budget: str, before: float, rows: Sequence[Row]) -> None:
     for place, row in enumerate(rows):
         if row.reason:
             panel.annotate("not scored", (0.02, place), xycoords=("axes fraction", "data"), **small)
-        elif row.recalibrated:
-            panel.plot([fmean(row.scores), fmean(row.recalibrated)], [place] * 2, color=_LINK, lw=1.5, zorder=1)
-    is_recalibrated = any(row.recalibrated for row in rows)
-    _marks(panel, [row.scores for row in rows], rows, _CUT if is_recalibrated else _FINAL, "after the cut")
-    if is_recalibrated:
-        _marks(panel, [row.recalibrated for row in rows], rows, _FINAL, "recalibrated")
+        elif row.compensated:
+            panel.plot([fmean(row.scores), fmean(row.compensated)], [place] * 2, color=_LINK, lw=1.5, zorder=1)
+    is_compensated = any(row.compensated for row in rows)
+    _marks(panel, [row.scores for row in rows], rows, _CUT if is_compensated else _FINAL, "after the cut")
+    if is_compensated:
+        _marks(panel, [row.compensated for row in rows], rows, _FINAL, last)
     for row in of_other_size(rows):
         text, mark = f"{row.macs_share:.0%} of the MACs", (row.score, rows.index(row))
         panel.annotate(text, mark, (-6, 0), textcoords="offset points", ha="right", **small)

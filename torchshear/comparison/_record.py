@@ -16,9 +16,11 @@ from torchshear._arguments import check_one_of
 from torchshear._tables import Cell, html_lines, html_table
 from torchshear.comparison._picture import draw_panels
 from torchshear.comparison._row import Row, of_other_size
+from torchshear.options import Compensation
 
 _NONE = "-"
 _SHORT, _WIDE = 12, 96  # characters of a cell, columns of a terminal: two longer cells fit wider ones only
+_PLAIN = 5  # headings of a table without a compensation
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class Comparison:
         n_batches: batches that statistics were collected on; 0 without data.
         seconds_collecting: time that this took, once for all criteria.
         left_out: criterion that was not compared -> what it lacks.
+        compensation: the compensation after which models were scored once more, or "none".
     """
 
     model: str
@@ -44,6 +47,7 @@ class Comparison:
     n_batches: int = 0
     seconds_collecting: float = 0.0
     left_out: Mapping[str, str] = field(default_factory=dict)
+    compensation: Compensation = "none"
 
     def ranked(self, budget: str) -> tuple[Row, ...]:
         """Return the rows of a budget, best score first, those without a score last.
@@ -72,7 +76,7 @@ class Comparison:
     def draw(self, path: str | os.PathLike[str]) -> None:
         """Draw it: a panel for each budget, a line for each criterion, best first.
 
-        Marks are scores after the cut, and after new statistics where there are any; whiskers go over the seeds of
+        Marks are scores after the cut, and after the compensation where there is one; whiskers go over the seeds of
         random channels, as does the band behind all criteria. A dashed line is the dense model.
 
         Args:
@@ -83,7 +87,8 @@ class Comparison:
             OutputError: the file cannot be written; what was there before is unchanged.
         """
         title = f"{self.model}: score by criterion, higher is better"
-        draw_panels(title, self.before, {budget: self.ranked(budget) for budget in self.budgets}, path)
+        panels = {budget: self.ranked(budget) for budget in self.budgets}
+        draw_panels(title, self.before, panels, path, self.compensation)
 
     def __str__(self) -> str:
         """Return the comparison as text, a table for each budget."""
@@ -126,14 +131,14 @@ def _print(console: Console, line: str) -> None:
 
 def _table(comparison: Comparison, budget: str, width: int) -> Table:
     headings, rows = _cells(comparison, budget)
-    is_recalibrated = "recalibrated" in headings
     longest = max(len(text) for row in rows for text in row[3:-1])
-    if is_recalibrated and longest > _SHORT and width < _WIDE:
+    if len(headings) > _PLAIN and longest > _SHORT and width < _WIDE:
         rows = [tuple(text.replace(" ±", "\n±") for text in row) for row in rows]
     table = Table(title=f"{comparison.model}, {budget}", title_justify="left")
     table.add_column(headings[0])
     for heading in headings[1:]:
-        table.add_column(heading, justify="right", no_wrap=True)
+        is_long = len(heading) > _SHORT and width < _WIDE
+        table.add_column(heading.replace(" ", "\n") if is_long else heading, justify="right", no_wrap=True)
     for number, (name, *texts) in enumerate(rows):
         table.add_row(Cell(name), *texts, end_section=number == 0)
     return table
@@ -142,13 +147,14 @@ def _table(comparison: Comparison, budget: str, width: int) -> Table:
 def _cells(comparison: Comparison, budget: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the headings of a budget's table, and its rows: the dense model, then each criterion."""
     found = comparison.ranked(budget)
-    is_recalibrated = any(row.recalibrated for row in found)
+    is_compensated = any(row.compensated for row in found)
     digits = _digits(comparison)
-    headings = ("criterion", "MACs", "params", "after cut", *(["recalibrated"] if is_recalibrated else []), "s")
-    dense = [_number(comparison.before, digits)] * (1 + is_recalibrated)
+    second = [f"after {comparison.compensation}"] if is_compensated else []
+    headings = ("criterion", "MACs", "params", "after cut", *second, "s")
+    dense = [_number(comparison.before, digits)] * (1 + is_compensated)
     rows: list[tuple[str, ...]] = [("(before)", "100.0%", "100.0%", *dense, "")]
     for row in found:
-        scores = [row.scores, row.recalibrated] if is_recalibrated else [row.scores]
+        scores = [row.scores, row.compensated] if is_compensated else [row.scores]
         rows.append(
             (
                 f"control: {row.criterion}" if row.is_control else row.criterion,
@@ -163,7 +169,7 @@ def _cells(comparison: Comparison, budget: str) -> tuple[tuple[str, ...], list[t
 
 def _digits(comparison: Comparison) -> int:
     """Decimals that show three digits of what scores differ by."""
-    scores = [comparison.before, *(score for row in comparison.rows for score in (*row.scores, *row.recalibrated))]
+    scores = [comparison.before, *(score for row in comparison.rows for score in (*row.scores, *row.compensated))]
     size = max(scores) - min(scores) or abs(scores[0])
     return min(8, max(0, 2 - math.floor(math.log10(size)))) if size else 0
 
@@ -190,7 +196,7 @@ def _notes(comparison: Comparison, budget: str) -> Iterator[str]:
         if len(row.final) > 1:
             seeds = ", ".join(map(str, comparison.seeds))
             low, high = (_number(value, digits) for value in (min(row.final), max(row.final)))
-            step = "recalibrated scores" if row.recalibrated else "scores"
+            step = f"scores after {comparison.compensation}" if row.compensated else "scores"
             yield f"{row.criterion}: mean and standard deviation over seeds {seeds}; {step} from {low} to {high}"
     random = next((row.score for row in rows if row.criterion == "random"), None)
     worse = [row.criterion for row in rows if None not in (random, row.score) and not row.is_control]

@@ -18,7 +18,7 @@ class Row:
         is_control: whether it is a control.
         before: score of the dense model.
         scores: scores after the cut; one, or for random channels one a seed. Empty where there is a reason.
-        recalibrated: the same after batch norms got new statistics; empty without that.
+        compensated: the same after the compensation; empty without one.
         macs_share: MACs left, as a share of the dense model's; the mean over seeds. None where there is a reason.
         params_share: parameters left, likewise.
         seconds: time to score, plan, cut and prove, without that of collecting statistics; the mean over seeds.
@@ -31,7 +31,7 @@ class Row:
     is_control: bool
     before: float
     scores: tuple[float, ...] = ()
-    recalibrated: tuple[float, ...] = ()
+    compensated: tuple[float, ...] = ()
     macs_share: float | None = None
     params_share: float | None = None
     seconds: float | None = None
@@ -40,8 +40,8 @@ class Row:
 
     @property
     def final(self) -> tuple[float, ...]:
-        """Scores after the last step: the cut, or new statistics."""
-        return self.recalibrated or self.scores
+        """Scores after the last step: the cut, or the compensation."""
+        return self.compensated or self.scores
 
     @property
     def score(self) -> float | None:

@@ -14,16 +14,15 @@ from torchshear.api import shrink_and_record
 from torchshear.calibration import Statistics
 from torchshear.comparison._contenders import Budget, Contender
 from torchshear.comparison._row import Row
+from torchshear.compensation import compensate_by
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._plan import PruningPlan
-from torchshear.errors import ArgumentError, TorchshearError, first_line
-from torchshear.graph import ExampleInputs
+from torchshear.errors import ArgumentError, DataError, TorchshearError, first_line
 from torchshear.graph.model._copy import copy_model
-from torchshear.options import CalibrationOptions
+from torchshear.options import CalibrationOptions, Compensation
 from torchshear.pruners._planning import plan_units
 from torchshear.pruners.selection._request import Request
 from torchshear.report import make_report
-from torchshear.speedup.compensation._recalibrate import recalibrate_for
 
 Evaluate = Callable[[nn.Module], float]
 _WHOLE: Final = "stays whole: "
@@ -39,7 +38,8 @@ class Trial:
     kwargs: Mapping[str, Any] | None
     groups: ChannelGroups
     statistics: Statistics | None
-    new_statistics: CalibrationOptions | None
+    compensate: Compensation
+    calibration: CalibrationOptions
     before: float = math.nan
     whole: dict[Budget, set[str]] = field(default_factory=dict)
     first_error: TorchshearError | None = None
@@ -58,27 +58,38 @@ class Trial:
         start = time.perf_counter()
         try:
             plans = [plan_units(self.groups, request, statistics=self.statistics) for request in asked]
-            models = [shrink_and_record(self.model, plan, self.args, self.kwargs)[0].model for plan in plans]
+            pairs = [shrink_and_record(self.model, plan, self.args, self.kwargs) for plan in plans]
+            seconds = (time.perf_counter() - start) / len(asked)
+            models = [shrunk.model for shrunk, _ in pairs]
+            asked_for = [] if self.compensate == "none" else pairs
+            compensated = [self._compensate(shrunk.model, made) for shrunk, made in asked_for]
+        except DataError:  # no other criterion would do better
+            raise
         except TorchshearError as error:
             self.first_error = self.first_error or error
             return _without(row, first_line(error))
-        seconds = (time.perf_counter() - start) / len(asked)
-        return self._score_models(row, budget, plans, models, seconds)
+        return self._score_models(row, budget, plans, (models, compensated), seconds)
+
+    def _compensate(self, small: nn.Module, plan: PruningPlan) -> nn.Module:
+        data = self.calibration
+        return compensate_by(self.compensate, self.model, small, plan, data, self.args, self.kwargs).model
 
     def _score_models(
-        self, row: Row, budget: Budget, plans: Sequence[PruningPlan], models: Sequence[nn.Module], seconds: float
+        self,
+        row: Row,
+        budget: Budget,
+        plans: Sequence[PruningPlan],
+        models: tuple[Sequence[nn.Module], Sequence[nn.Module]],
+        seconds: float,
     ) -> Row:
+        """Score models after the cut, and after the compensation where there is one."""
         what = f"the model pruned by {row.criterion}, {budget.text}"
-        recalibrated: list[float] = []
-        if self.new_statistics is not None and self.new_statistics.loader is not None:
-            loader, batches = self.new_statistics.loader, self.new_statistics.batches
-            example = ExampleInputs.of(self.args, self.kwargs)
-            anew = [recalibrate_for(example, model, loader, batches) for model in models]
-            recalibrated = [self._score(f"{what}, recalibrated", model) for model in anew]
-        scores = [self._score(what, model) for model in models]
-        bad = [score for score in (*scores, *recalibrated) if not math.isfinite(score)]
+        compensated = [self._score(f"{what}, after {self.compensate}", model) for model in models[1]]
+        scores = [self._score(what, model) for model in models[0]]
+        bad = [f"{score} after the cut" for score in scores if not math.isfinite(score)]
+        bad += [f"{score} after {self.compensate}" for score in compensated if not math.isfinite(score)]
         if bad:
-            return _without(row, f"evaluate gave {bad[0]} after the cut")
+            return _without(row, f"evaluate gave {bad[0]}")
         reports = [make_report(plan) for plan in plans]
         return Row(
             row.criterion,
@@ -86,7 +97,7 @@ class Trial:
             row.is_control,
             self.before,
             scores=tuple(scores),
-            recalibrated=tuple(recalibrated),
+            compensated=tuple(compensated),
             macs_share=_mean_share([(r.after.macs, r.before.macs) for r in reports]),
             params_share=_mean_share([(r.after.n_params, r.before.n_params) for r in reports]),
             seconds=seconds,

@@ -1,4 +1,4 @@
-"""Making a plan real: shrinking, proof, folded constants, recalibration, ONNX export, latency, alignment to devices."""
+"""Making a plan real: shrinking, proof, compensation, ONNX export, latency, alignment to devices."""
 
 from torchshear.speedup._result import Shrunk
 from torchshear.speedup._shrink import shrink_to_form

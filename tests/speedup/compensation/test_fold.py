@@ -315,7 +315,7 @@ def test_dtypes_flags_and_names_are_kept(dtype: torch.dtype) -> None:
 
 def test_prune_proves_both_steps() -> None:
     model, x = randomise(Plain()), picture()
-    result = torchshear.prune(model, (x,), fold_bias=True)
+    result = torchshear.prune(model, (x,), compensate="constants")
     assert result.verification.max_error <= 1e-9
     assert result.fold is not None
     assert result.fold.max_error <= 1e-9
@@ -325,7 +325,7 @@ def test_prune_proves_both_steps() -> None:
 
 def test_parts_fold_inside_a_model_that_cannot_be_captured() -> None:
     model, x = randomise(LooksAtValues(Plain())).double(), picture().double()
-    result = torchshear.prune(model, (x,), submodules=["part"], fold_bias=True)
+    result = torchshear.prune(model, (x,), submodules=["part"], compensate="constants")
     assert len(result.fold.folded) == 5
     assert_same_function(with_constants(model, result.plan), result.model, (x,))
 

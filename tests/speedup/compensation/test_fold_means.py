@@ -182,7 +182,7 @@ def test_prune_takes_means_of_its_data() -> None:
     model = Classifier().eval()
     batches = labelled()
     plain = torchshear.prune(model, (image(size=6),))
-    result = torchshear.prune(model, (image(size=6),), fold_bias="means", data=iter(batches), batches=3)
+    result = torchshear.prune(model, (image(size=6),), compensate="means", data=iter(batches), batches=3)
     assert result.fold is not None
     assert result.fold.kind == "means"
     assert plain.plan.masks().keys() == result.plan.masks().keys()
@@ -197,7 +197,7 @@ def test_prune_takes_means_of_its_data() -> None:
 def test_data_that_does_not_fit_is_told() -> None:
     model = Classifier().eval()
     with pytest.raises(DataError, match="ended after 3 of 32 batches"):
-        torchshear.prune(model, (image(size=6),), fold_bias="means", data=labelled())
+        torchshear.prune(model, (image(size=6),), compensate="means", data=labelled())
     groups = torchshear.analyze(torchshear.trace(model, (image(size=6),)))
     with pytest.raises(ArgumentError, match="batches=0"):
         channel_means(groups, labelled(), 0)
@@ -209,4 +209,4 @@ def test_data_that_does_not_fit_is_told() -> None:
 def test_a_wrong_fold_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_folds(monkeypatch, "out.bias")
     with pytest.raises(VerificationError, match=r"folded into .*out\.bias.*differs by"):
-        torchshear.prune(Classifier().eval(), (image(size=6),), fold_bias="means", data=labelled(), batches=3)
+        torchshear.prune(Classifier().eval(), (image(size=6),), compensate="means", data=labelled(), batches=3)

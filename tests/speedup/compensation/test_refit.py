@@ -234,7 +234,7 @@ def test_methods_stage_by_stage() -> None:
         "refit": refit(model, result.model, result.plan, data, batches=4, progress=False)[0],
         "statistics": torchshear.recalibrate(result.model, data, 4, progress=False),
         "constants": torchshear.shrink(model, result.plan, fold_bias=True),
-        "means": torchshear.prune(model, x, ratio=0.5, fold_bias="means", data=data, batches=4).model,
+        "means": torchshear.prune(model, x, ratio=0.5, compensate="means", data=data, batches=4).model,
     }
     for method, other in expected.items():
         found = compensated(method, *([] if method == "constants" else [data])).state_dict()

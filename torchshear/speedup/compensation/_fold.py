@@ -127,7 +127,7 @@ def fold_in_place(
             decisions = search.run([flat_inputs(one.copy()) for one in inputs[:2]])
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise VerificationError(
-            f"constants of removed channels cannot be followed through the graph: {error}. Shrink with fold_bias=False."
+            f"constants of removed channels cannot be followed through the graph: {error}. Shrink without folding."
         ) from error
     folded = slice_state(cut, {name: network.state[name] + added for name, added in decisions.changes.items()})
     max_error = _prove_fold(small, plan, network, decisions, folded, inputs, dtype)
@@ -176,7 +176,7 @@ def _prove_fold(
             raise VerificationError(
                 f"with the constants of removed channels folded into {', '.join(sorted(folded)) or 'nothing'}, the "
                 f"shrunk model differs by {error:.2g} relative from the original with those constants; expected at "
-                f"most {tolerance(actual):.0e}. Shrink with fold_bias=False."
+                f"most {tolerance(actual):.0e}. Shrink without folding."
             )
         worst = max(worst, error)
     return worst
