@@ -85,7 +85,7 @@ def test_the_traced_form_refuses_sizes_that_it_holds_as_constants() -> None:
     small = torchshear.prune(model, (torch.randn(2, 3, 6),)).model
     assert isinstance(small, TracedModule)
     assert small(torch.randn(7, 3, 6)).shape == (7, 3, 5)
-    with pytest.raises(ArgumentError, match=r"input 0 has shape \(2, 4, 6\); the model was captured for \(any, 3, 6\)"):
+    with pytest.raises(ArgumentError, match=r"input 0 .*\(2, 4, 6\); .*\(any, 3, 6\)"):
         small(torch.randn(2, 4, 6))
 
 
@@ -154,5 +154,5 @@ def test_a_forward_with_random_numbers_of_python_is_not_proved_by_its_graph() ->
             return super().forward(x).softmax(1) + random.random()
 
     model = randomise(Noisy(lambda m, h: h.softmax(1)))
-    with pytest.raises(VerificationError, match="two runs of the model on the same inputs differ"):
+    with pytest.raises(VerificationError, match="stateful"):
         torchshear.prune(model, (torch.randn(2, 6),))

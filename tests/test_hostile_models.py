@@ -91,7 +91,7 @@ def test_a_class_that_refuses_copies_is_named() -> None:
         def __deepcopy__(self, memo: dict[int, Any]) -> "Single":
             raise RuntimeError("there is one of me")
 
-    with pytest.raises(ArgumentError, match=r"Single cannot be copied: RuntimeError: there is one of me.*__deepcopy__"):
+    with pytest.raises(ArgumentError, match="Single .*RuntimeError: there is one of me"):
         torchshear.prune(Single().eval(), (X,))
 
 

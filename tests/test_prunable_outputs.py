@@ -151,7 +151,7 @@ def test_an_output_that_cannot_shrink_says_why() -> None:
 
 @pytest.mark.parametrize("names", ["feature", ["aux", "logit"], "features.2"])
 def test_unknown_names_list_the_outputs(names: Any) -> None:
-    message = r"fits no output of .*Pyramid, which has logits \(batch, 5\), features.0 \(batch, 8, 8, 8\), "
+    message = r"Pyramid, .*logits \(batch, 5\), features.0 \(batch, 8, 8, 8\), "
     with pytest.raises(ArgumentError, match=message):
         torchshear.prune(pyramid(), (batch(),), prunable_outputs=names)
     with pytest.raises(ArgumentError, match="Close to it: logits"):
@@ -340,7 +340,7 @@ def test_outputs_that_only_train_mode_gives_may_shrink(mixes: bool, tmp_path: Pa
 
 
 def test_unknown_names_list_the_outputs_of_train_mode_too() -> None:
-    with pytest.raises(ArgumentError, match=r"maps \(batch, 12, 8, 8\) in train mode.*Close to it: maps, 1.maps"):
+    with pytest.raises(ArgumentError, match=r"maps \(batch, 12, 8, 8\) in train mode.*: maps, 1.maps"):
         torchshear.prune(Maps(False).double().eval(), (batch(),), prunable_outputs="map")
 
 

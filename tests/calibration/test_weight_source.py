@@ -106,15 +106,15 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model, _ = dense("residual")
     groups = on_meta("residual")
     weights = weights_of(model)
-    with pytest.raises(WeightError, match="no weight 'two.weight' of group .* was given; expected every parameter"):
+    with pytest.raises(WeightError, match="no weight 'two.weight' of group"):
         torchshear.plan(groups, weights={name: t for name, t in weights.items() if name != "two.weight"})
-    with pytest.raises(WeightError, match=r"weight 'two.weight' has shape \(8, 9, 3, 3\); in the network"):
+    with pytest.raises(WeightError, match=r"'two.weight' has shape \(8, 9, 3, 3\)"):
         torchshear.plan(groups, weights=weights | {"two.weight": torch.zeros(8, 9, 3, 3)})
     with pytest.raises(WeightError, match=r"weight 'two.weight' has type list"):
         torchshear.plan(groups, weights=weights | {"two.weight": [1.0]})  # type: ignore[dict-item]
     with pytest.raises(WeightError, match=r"is on the meta device and has no values"):
         torchshear.plan(groups, weights={name: t.to("meta") for name, t in weights.items()})
-    with pytest.raises(ArgumentError, match="weights is list; expected the folder of a checkpoint, or a mapping"):
+    with pytest.raises(ArgumentError, match="weights is list"):
         torchshear.plan(groups, weights=[])  # type: ignore[arg-type]
-    with pytest.raises(CheckpointError, match=r"nowhere' is not there. Expected a folder with model.safetensors"):
+    with pytest.raises(CheckpointError, match="nowhere' .*model.safetensors"):
         torchshear.plan(groups, weights=tmp_path / "nowhere")

@@ -96,7 +96,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="is not text in UTF-8"):
         load_config(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_bytes(b" " * ((1 << 18) + 1))
-    with pytest.raises(ArgumentError, match="^config file .* has 262145 bytes, more than the 262144 that are read"):
+    with pytest.raises(ArgumentError, match="^config file .*262145 .*262144"):
         load_config(tmp_path / "a.yaml")
     for name in ("a" * 5000 + ".yaml", "/dev/zero/a.yaml"):
         with pytest.raises(ArgumentError, match="config file .* cannot be read: "):

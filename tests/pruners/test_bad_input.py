@@ -80,7 +80,7 @@ def test_a_loss_that_does_not_fit_is_refused(name: str, loss_fn: Any, message: s
 
 @pytest.mark.parametrize("name", ON_GRADIENTS)
 def test_gradients_that_are_all_zero_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match="gradients of the loss are zero at all weights, in all of 3 batches"):
+    with pytest.raises(DataError, match="zero .*3 batches"):
         torchshear.collect(ANALYSED, batches(), lambda out, target: (out * 0).sum(), 3, criteria=name)
 
 
@@ -144,7 +144,7 @@ class TwoHeads(nn.Module):
 
 @pytest.mark.parametrize("name", ON_GRADIENTS)
 def test_a_group_that_no_gradient_reaches_is_named(name: str) -> None:
-    with pytest.raises(DataError, match=r"no gradient of the loss reaches group 'one.0.weight\[0\]' \(one.0.weight"):
+    with pytest.raises(DataError, match=r"no gradient .*'one.0.weight\[0\]'"):
         torchshear.collect(TWO_HEADS, batches(), lambda out, target: out[1].mean(), 1, criteria=name)
 
 
@@ -203,9 +203,7 @@ def test_models_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> N
 def test_apoz_is_refused_where_no_exact_zeros_can_occur() -> None:
     groups = analysed(randomise(GroupedBranch(functional.silu)).eval())
     statistics = torchshear.collect(groups, batches(), None, 3, criteria=["apoz", "mean_activation"])
-    with pytest.raises(
-        ArgumentError, match="no activation .* gives exact zeros.*use 'mean_activation' or 'activation_v"
-    ):
+    with pytest.raises(ArgumentError, match="exact zeros.*'mean_activation'"):
         torchshear.plan(groups, "apoz", statistics=statistics)
     assert torchshear.plan(groups, "mean_activation", statistics=statistics).n_cut
 
@@ -218,7 +216,5 @@ def test_no_ratio_empties_a_group(name: str) -> None:
         least = group.n_blocks if is_scored(name, groups, group, statistics) else group.width
         assert len(plan.kept[group.name]) == least
         assert group.balance is None or len(set(group.balance[plan.kept[group.name]])) == group.n_blocks
-    with pytest.raises(
-        PlanError, match=r"is to remove \d+ of \d+ units of .* that are ranked together; at most \d+ can go"
-    ):
+    with pytest.raises(PlanError, match=r"remove \d+ of \d+ units .*at most \d+"):
         torchshear.plan(groups, name, 0.999, statistics=statistics, scope="global")

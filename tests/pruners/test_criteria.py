@@ -157,7 +157,7 @@ def test_weights_on_meta_have_no_scores() -> None:
     with torch.device("meta"):
         model = Residual()
     groups = torchshear.analyze(torchshear.trace(model, (torch.empty(2, 3, 8, 8, device="meta"),)))
-    with pytest.raises(WeightError, match="is on the meta device and has no values to score"):
+    with pytest.raises(WeightError, match="on the meta device"):
         torchshear.plan(groups)
     assert plan_from_kept(groups, {"one.weight[0]": [0, 1]}).n_cut == 14
 
@@ -175,7 +175,7 @@ def test_a_large_weight_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_unknown_and_double_names() -> None:
-    with pytest.raises(ArgumentError, match=r"criterion='l11'; expected one of .*, l1, l2, .*Did you mean 'l1'\?"):
+    with pytest.raises(ArgumentError, match=r"criterion='l11'; .*, l1, l2, .*'l1'\?"):
         find_criterion("l11")
     with pytest.raises(ArgumentError, match="criterion 'l1' is registered already, as l1_scores"):
         criterion("l1")(find_criterion("l1"))
@@ -186,9 +186,7 @@ def test_a_function_is_a_criterion_and_bad_scores_are_refused() -> None:
     groups = analysed("residual")
     first = torchshear.plan(groups, criterion=lambda group, weights, statistics: -torch.arange(group.width))
     assert first.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(
-        ArgumentError, match=r"scores of shape \(1,\) for group 'stem.weight.0.'; expected a tensor of 8 finite"
-    ):
+    with pytest.raises(ArgumentError, match=r"shape \(1,\) .*'stem.weight.0.'; expected .* 8 "):
         torchshear.plan(groups, criterion=lambda group, weights, statistics: torch.zeros(1))
 
 
@@ -216,7 +214,7 @@ def test_scores_of_any_real_type_count(dtype: torch.dtype, group_reduction: str)
 )
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_what_is_no_scores_is_refused(made: Callable[[int], Any], said: str, scope: str) -> None:
-    with pytest.raises(ArgumentError, match=f"{said}.*for group 'stem.weight.0.'.*expected a tensor of 8 finite"):
+    with pytest.raises(ArgumentError, match=f"{said}.*'stem.weight.0.'.*expected .* 8 "):
         torchshear.plan(analysed("residual"), criterion=lambda group, w, s: made(group.width), scope=scope)
 
 

@@ -276,7 +276,7 @@ def test_scores_are_finite_unless_a_criterion_has_nothing_to_say(name: str, kind
         plan = torchshear.plan(groups, name, 0.5, statistics=statistics)
         assert sum(name in group.note for group in plan.groups if "stays whole" in group.note) >= len(reasons)
     else:
-        with pytest.raises(ArgumentError, match=f"cannot score any of .* groups: stays whole: {name}"):
+        with pytest.raises(ArgumentError, match=f"stays whole: {name}"):
             torchshear.plan(groups, name, 0.5, statistics=statistics)
 
 

@@ -249,12 +249,12 @@ def test_lists_in_place_of_a_word_are_refused(blocks: ChannelGroups, word: str, 
 
 def test_a_target_of_any_size_is_compared(blocks: ChannelGroups) -> None:
     for target in (10**400, float("inf")):
-        with pytest.raises(ArgumentError, match="the dense model keeps within it already"):
+        with pytest.raises(ArgumentError, match="dense model"):
             torchshear.plan(blocks, target_params=target)
 
 
 def test_unknown_keywords_are_refused(blocks: ChannelGroups) -> None:
-    with pytest.raises(TypeError, match=r"plan\(\) has no argument 'sparsity'; expected groups, criterion, .*scope"):
+    with pytest.raises(TypeError, match=r"plan\(\) .*'sparsity'; .*groups, criterion, .*scope"):
         torchshear.plan(blocks, sparsity=0.5)  # type: ignore[call-arg]
 
 

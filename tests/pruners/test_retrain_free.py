@@ -149,7 +149,7 @@ def test_other_than_as_many_units_is_refused(
     def scores(group: object, weights: object, statistics: object) -> Tensor:
         return torch.arange(group.width)
 
-    with pytest.raises(ArgumentError, match=r"rearranged the units of group 'one.weight\[0\]' to \[0.*expected 6 diff"):
+    with pytest.raises(ArgumentError, match=r"'one.weight\[0\]' to \[0.*expected 6"):
         torchshear.plan(seen[0], "mine", ratio=0.5)
 
 

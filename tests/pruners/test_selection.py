@@ -97,7 +97,7 @@ def test_a_minimum_below_one_is_refused(min_width: object) -> None:
 
 def test_a_ratio_that_moves_nothing_says_which_would() -> None:
     groups = torchshear.analyze(torchshear.trace(Residual(), (image(),)))
-    with pytest.raises(ArgumentError, match=r"ratio=0.01 removes nothing.*'one.weight\[0\]' with 16 units.*ratio=0.07"):
+    with pytest.raises(ArgumentError, match=r"ratio=0.01 .*'one.weight\[0\]' with 16 units.*ratio=0.07"):
         torchshear.plan(groups, ratio=0.01)
     with pytest.raises(ArgumentError, match="use a smaller alignment"):
         torchshear.plan(groups, ratio=0.5, align=64)

@@ -217,5 +217,5 @@ def test_head_dimensions_stay_whole_by_either_spelling() -> None:
         assert [len(g.kept) for g in result.plan.groups if g.role == "head_dim"] == [4]
     assert result.form == "native"
     assert_equals_masked(model, result.model, result.plan, (TOKENS,))
-    with pytest.raises(ArgumentError, match="no group has the role 'experts' or 'state'; roles of this model's"):
+    with pytest.raises(ArgumentError, match="'experts' or 'state'"):
         torchshear.prune(model, (TOKENS,), roles=("experts", "state"))

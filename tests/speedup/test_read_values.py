@@ -63,7 +63,7 @@ def test_a_checkpoint_with_another_order_is_refused(trained: Permuted, tmp_path:
     plan.save(tmp_path / "plan.json")
     source = saved(trained, tmp_path / "src")
     for given in (plan, tmp_path / "plan.json"):
-        with pytest.raises(CheckpointError, match="'order' holds other values in the checkpoint in .*src"):
+        with pytest.raises(CheckpointError, match="'order' holds other values .*src"):
             torchshear.shrink_checkpoint(given, source, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
@@ -82,7 +82,7 @@ def test_weights_with_another_order_are_not_scored(trained: Permuted, tmp_path: 
         other = Permuted(2).eval()
     groups = groups_of(other)
     for source in (saved(trained, tmp_path / "src"), trained.state_dict()):
-        with pytest.raises(WeightError, match="'order' holds other values in the weights that were given"):
+        with pytest.raises(WeightError, match="'order' holds other values"):
             torchshear.plan(groups, "l1", weights=source)
     parameters = dict(trained.named_parameters())
     assert torchshear.plan(groups, "l1", weights=parameters).n_cut == 8
@@ -109,7 +109,7 @@ def test_a_model_with_another_order_is_refused(kind: str, tmp_path: Path) -> Non
     options = {"persistent": kind != "not saved", "literal": kind == "literal"}
     torchshear.plan(groups_of(Permuted(1, **options))).save(tmp_path / "plan.json")
     plan = PruningPlan.load(tmp_path / "plan.json")
-    with pytest.raises(PlanError, match="' holds other values in this Permuted; the plan was made with other values"):
+    with pytest.raises(PlanError, match="holds other values in this Permuted"):
         torchshear.shrink(Permuted(2, **options), plan)
     assert torchshear.shrink(Permuted(1, **options), plan)(X).shape == (3, 4)
 
@@ -126,7 +126,7 @@ def test_without_values_there_is_no_order_to_compare(trained: Permuted) -> None:
     with torch.device("meta"):
         empty = Permuted(1)
     empty.order = torch.empty(16, dtype=torch.long, device="meta")
-    with pytest.raises(PlanError, match="'order' is on the meta device, without values in this Permuted"):
+    with pytest.raises(PlanError, match="'order' is on the meta device"):
         torchshear.shrink(empty, plan)
 
 

@@ -166,13 +166,13 @@ def test_a_model_without_train_graph_says_so() -> None:
     model = randomise(EvalOnly())
     small = torchshear.shrink(model, made(model, image()))
     assert small.eval()(image()).shape == (2, 4, 8, 8)
-    with pytest.raises(CaptureError, match="no graph for train mode: torch.export cannot capture EvalOnly"):
+    with pytest.raises(CaptureError, match="train mode: .*EvalOnly"):
         small.train()(image())
 
 
 def test_a_plan_of_another_model_is_refused(model: nn.Module, tmp_path: Path) -> None:
     plan = made(model, image())
-    with pytest.raises(PlanError, match=r"'stem.weight' has shape \(8, 3, 3, 3\); in Grouped it does not exist"):
+    with pytest.raises(PlanError, match=r"'stem.weight' .*\(8, 3, 3, 3\); in Grouped"):
         torchshear.shrink(Grouped(), plan)
     with pytest.raises(PlanError, match="in Residual it has shape"):
         torchshear.shrink(Residual(16), plan)
@@ -182,7 +182,7 @@ def test_a_plan_of_another_model_is_refused(model: nn.Module, tmp_path: Path) ->
             return super().forward(x) * 2
 
     plan.save(tmp_path / "plan.json")
-    with pytest.raises(PlanError, match=r"Impostor has graph .* make a new plan for this model"):
+    with pytest.raises(PlanError, match="Impostor has graph"):
         torchshear.shrink(Impostor(), torchshear.PruningPlan.load(tmp_path / "plan.json"))
     with pytest.raises(ArgumentError, match="plan is dict; expected a PruningPlan"):
         torchshear.shrink(model, {})  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def test_each_class_is_its_criterion(name: str) -> None:
     data = [(x.double(), y) for x, y in batches()]
     given: dict[str, Any] = {"data": data, "loss_fn": functional.cross_entropy, "batches": 3}
     if not needs_of(CLASSES[name]):
-        with pytest.raises(ArgumentError, match=r"data is given, and no criterion looks at it"):
+        with pytest.raises(ArgumentError, match="data is given"):
             getattr(nni, name)(model, HALF, args=args, **given)
         given = {}
     pruner = getattr(nni, name)(model, HALF, args=args, **given)
@@ -280,7 +280,7 @@ def test_a_config_of_neural_compressor() -> None:
     assert result.model.one.out_channels == 6
     assert (masked.two.weight.detach().movedim(1, -1).reshape(-1, 4) == 0).sum(1).min() >= 2
     assert outputs_agree(masked, result.model, *args)
-    with pytest.raises(ArgumentError, match=r"pruning_configs\[0\] says a criterion of its own \(snip_momentum\)"):
+    with pytest.raises(ArgumentError, match=r"pruning_configs\[0\] .*snip_momentum"):
         nni.L1FilterPruner(model, config, args)
 
 
@@ -361,5 +361,5 @@ def test_criteria_declare_what_they_look_at() -> None:
 
 @pytest.mark.parametrize(("args", "kwargs"), [(3, None), (None, None), ((), [1])])
 def test_example_inputs_of_another_kind_are_refused(args: object, kwargs: object) -> None:
-    with pytest.raises(ArgumentError, match="expected a tuple of example inputs, and a mapping"):
+    with pytest.raises(ArgumentError, match="example inputs"):
         nni.L1FilterPruner(Plain(), HALF, args, kwargs)  # type: ignore[arg-type]

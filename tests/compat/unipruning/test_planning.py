@@ -126,7 +126,7 @@ def test_a_layer_keeps_its_minimum_where_runs_do_not_divide_it(width: int, min_w
     groups = groups_of(randomise(model))
     share = (9 * left + 5) / (9 * width + 5)
     assert [len(kept) for kept in plan_unipruning(groups, share, 32, min_width).kept.values()] == [left]
-    with pytest.raises(PlanError, match=f"cannot be reached with run=32 and min_width={min_width}"):
+    with pytest.raises(PlanError, match=f"run=32 and min_width={min_width}"):
         plan_unipruning(groups, share - 1e-3, 32, min_width)
 
 
@@ -179,9 +179,7 @@ def test_runs_of_coupled_layers_in_blocks_are_those_of_what_is_left(n_runs: int,
 def test_a_target_out_of_reach_ends_with_the_best_that_is(stages: tuple[nn.Module, ChannelGroups]) -> None:
     _, groups = stages
     best = n_params(8, 8) / n_params(20, 24)
-    with pytest.raises(
-        PlanError, match=rf"target_params=0.05 cannot be reached with run=4 and min_width=8: .*{best:.4f}"
-    ):
+    with pytest.raises(PlanError, match=rf"target_params=0.05 .*run=4 and min_width=8: .*{best:.4f}"):
         plan_unipruning(groups, 0.05, STEP, 8)
     plan = plan_unipruning(groups, best + 1e-6, STEP, 8)
     assert sorted(len(kept) for kept in plan.kept.values()) == [8, 8]
@@ -260,7 +258,7 @@ def test_masks_of_modules_with_several_weights(model: nn.Module, x: Tensor, name
 
 def test_what_no_layer_makes_is_not_left_out_of_a_mask(tmp_path: Path) -> None:
     groups = torchshear.analyze(torchshear.trace(Recurrent(), (torch.zeros(2, 3, dtype=torch.long),)))
-    with pytest.raises(ArgumentError, match="group 'table.weight.1.' loses 3 units, and no layer makes them"):
+    with pytest.raises(ArgumentError, match="'table.weight.1.' loses 3 units"):
         write_unipruning_mask(torchshear.plan(groups, ratio=0.5), tmp_path / "mask.json")
     assert not list(tmp_path.iterdir())
 

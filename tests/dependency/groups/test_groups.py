@@ -158,13 +158,13 @@ def test_a_rule_can_be_registered_once_and_forgotten() -> None:
         model = Twisted().eval()
         result = torchshear.prune(model, (torch.randn(2, 3),), ratio=0.5)
         assert [group.width for group in result.plan.groups] == [6, 6]
-        with pytest.raises(ArgumentError, match="'torchshear_tests.twist' has a rule already: _twist"):
+        with pytest.raises(ArgumentError, match="'torchshear_tests.twist' .*_twist"):
             operator_rule("torchshear_tests.twist")(_twist)
     finally:
         unregister("torchshear_tests.twist")
     with pytest.raises(ArgumentError, match="has no rule"):
         unregister("torchshear_tests.twist")
-    with pytest.raises(ArgumentError, match=r"operator name 'twist'; expected 'namespace.operator'"):
+    with pytest.raises(ArgumentError, match="'twist'; .*'namespace.operator'"):
         operator_rule("twist")
 
 

@@ -71,7 +71,7 @@ EDITS: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edited_plan_is_refused(path: Path, name: str) -> None:
     edit_plan(path, EDITS[name], signed=False)
-    with pytest.raises(PlanError, match="it was changed since it was written. To keep other units, make a plan with"):
+    with pytest.raises(PlanError, match="changed since it was written"):
         PruningPlan.load(path)
 
 
@@ -83,7 +83,7 @@ def test_a_plan_that_is_laid_out_anew_is_the_same_plan(plan: PruningPlan, path: 
 
 def test_a_plan_of_an_earlier_version_is_refused(path: Path) -> None:
     edit_plan(path, lambda d: (d.update(version=3), d.pop("sha256")), signed=False)
-    with pytest.raises(PlanError, match="format version 3; this torchshear reads 4. Install the version that wrote it"):
+    with pytest.raises(PlanError, match="version 3; .*reads 4"):
         PruningPlan.load(path)
 
 
@@ -144,9 +144,9 @@ def test_a_plan_that_contradicts_itself_is_refused(path: Path) -> None:
 def test_groups_and_positions_are_compared_where_the_network_is(path: Path, name: str) -> None:
     edit_plan(path, EDITS[name])
     edited = PruningPlan.load(path)
-    with pytest.raises(PlanError, match="the plan contradicts itself: by its groups '0.* becomes"):
+    with pytest.raises(PlanError, match="contradicts itself: .*'0"):
         torchshear.shrink(network(), edited)
-    with pytest.raises(PlanError, match="the plan contradicts itself"):
+    with pytest.raises(PlanError, match="contradicts itself"):
         torchshear.verify(network(), network(), edited, (X,))
 
 
@@ -156,7 +156,7 @@ def test_a_plan_that_is_changed_as_a_value_is_refused(plan: PruningPlan, tmp_pat
     state = {**plan.state, "0.bias": replace(plan.state["0.bias"], kept={0: np.array([1, 2, 3, 7])})}
     groups = (replace(plan.groups[0], kept=np.array([1, 2, 3, 7])),)
     for changed in (replace(plan, state=state), replace(plan, groups=groups), replace(plan, groups=())):
-        with pytest.raises(PlanError, match="the plan contradicts itself"):
+        with pytest.raises(PlanError, match="contradicts itself"):
             torchshear.shrink_checkpoint(changed, tmp_path / "src", tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
@@ -255,7 +255,7 @@ def test_what_is_no_plain_file_is_not_read(given: str) -> None:
 
 def test_inputs_that_would_fill_memory_are_not_drawn(path: Path) -> None:
     edit_plan(path, lambda d: d["model"]["inputs"]["args"][0].update(tensor=[2**34, 6]))
-    with pytest.raises(ArgumentError, match="more than 268435456 values; give inputs of your own"):
+    with pytest.raises(ArgumentError, match="268435456"):
         torchshear.shrink(network(), PruningPlan.load(path))
 
 

@@ -83,7 +83,7 @@ def test_observers_before_quantisation_cannot_be_captured_and_say_what_they_are(
     model = Net().eval()
     model.qconfig = quantization.get_default_qconfig("fbgemm")
     model = quantization.prepare(model)
-    with pytest.raises(CaptureError, match="observer of torch.ao.quantization.*Prune the model before"):
+    with pytest.raises(CaptureError, match="observer of torch.ao.quantization"):
         torchshear.prune(model, (IMAGE,))
 
 

@@ -68,7 +68,7 @@ def test_units_as_by_hand(kind: str, pattern: str, reduce: str) -> None:
     with torch.no_grad():
         layer.weight.copy_(layer.weight.mul(4).round())  # many ties
     if pattern in ("1x2", "2x4") and kind == "depthwise":
-        with pytest.raises(MaskError, match="fits none of 1 layers: '' was skipped: 1 inputs cannot be divided"):
+        with pytest.raises(MaskError, match="none of 1 layers: '' .*: 1 inputs"):
             m.choose_masks(layer, pattern)
         return
     masks = m.choose_masks(layer, pattern, 0.4, reduce=reduce)
@@ -98,7 +98,7 @@ def test_exactly_n_of_m_also_on_ties(kind: str, pattern: str) -> None:
     inputs = len({i for o, _, i in per_group if o == 0})
     nn.init.constant_(layer.weight, 1.0)
     if inputs % of:
-        with pytest.raises(MaskError, match=f"{inputs} inputs cannot be divided into groups of {of}"):
+        with pytest.raises(MaskError, match=f"{inputs} inputs .* of {of}"):
             m.choose_masks(layer, pattern, n / of)
         return
     mask = m.choose_masks(layer, pattern, n / of).tensors["weight"]
@@ -249,7 +249,7 @@ def test_tied_weights_are_one_layer() -> None:
     masks = m.choose_masks(net, "2:4", 0.5)
     assert sorted(masks.tensors) == ["back.weight", "head.weight", "hidden.weight"]
     assert set(m.choose_masks(net, layers=["embedding"]).tensors) == {"head.weight"}
-    with pytest.raises(ArgumentError, match="share one weight and are given two ratios, 0.5 and 0.1"):
+    with pytest.raises(ArgumentError, match="0.5 and 0.1"):
         m.choose_masks(net, layers={"embedding": 0.5, "head": 0.1})
 
 
@@ -399,9 +399,9 @@ def test_bad_models() -> None:
     nn.init.constant_(broken[1].weight, float("nan"))
     with pytest.raises(WeightError, match=r"'1.weight' holds values that are NaN"):
         m.choose_masks(broken)
-    with pytest.raises(MaskError, match=r"one of shape \(2, 2\) for '0.weight', which has shape \(8, 8\)"):
+    with pytest.raises(MaskError, match=r"\(2, 2\) for '0.weight', .*\(8, 8\)"):
         m.choose_masks(NET, previous=m.Masks.of({"0.weight": torch.ones(2, 2, dtype=torch.bool)}))
-    with pytest.raises(MaskError, match="for '0.wight', which is no parameter of this model: .* Close to it: 0.weight"):
+    with pytest.raises(MaskError, match="'0.wight', .*: 0.weight"):
         m.choose_masks(NET, previous=m.Masks.of({"0.wight": torch.ones(2, 2, dtype=torch.bool)}))
-    with pytest.raises(ArgumentError, match="previous is dict; expected the Masks of an earlier choice"):
+    with pytest.raises(ArgumentError, match="previous is dict"):
         m.choose_masks(NET, previous={})

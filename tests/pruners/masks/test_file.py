@@ -44,7 +44,7 @@ def test_masks_of_tied_parameters_are_written_under_each_name(tmp_path: Path) ->
 def test_names_are_checked_when_they_are_laid_on(tmp_path: Path) -> None:
     some().save(tmp_path / "masks.safetensors")
     other = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8))
-    with pytest.raises(MaskError, match="the masks name '1.weight', which is no parameter of this model"):
+    with pytest.raises(MaskError, match="'1.weight'"):
         m.apply(other, m.Masks.load(tmp_path / "masks.safetensors"))
 
 
@@ -66,7 +66,7 @@ def test_what_are_no_masks_is_refused(given: object) -> None:
     "made", [lambda w: w.to("meta"), lambda w: w.to_sparse(), lambda w: w + 1j], ids=["meta", "sparse", "complex"]
 )
 def test_scores_that_are_no_plain_numbers_are_refused(made) -> None:
-    with pytest.raises(WeightError, match="scores of layer '0' are .*expected real numbers in a plain tensor"):
+    with pytest.raises(WeightError, match="layer '0' .*real numbers"):
         m.choose_masks(nn.Sequential(nn.Linear(8, 6)), score=lambda name, weight: made(weight))
 
 

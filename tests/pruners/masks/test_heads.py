@@ -118,7 +118,7 @@ def test_module_of_torch() -> None:
 
 def test_networks_without_heads() -> None:
     net = Residual()
-    with pytest.raises(MaskError, match="no channel group of this model is of heads; its roles are channels, residual"):
+    with pytest.raises(MaskError, match="heads; .*channels, residual"):
         m.choose_masks(net, "heads", groups=analysed(net, image()))
 
 
@@ -150,5 +150,5 @@ def test_heads_that_no_projection_holds() -> None:
 
 
 def test_the_groups_are_those_of_the_model() -> None:
-    with pytest.raises(MaskError, match="'q.weight' has another shape in the model than in its channel groups"):
+    with pytest.raises(MaskError, match="'q.weight' has another shape"):
         m.choose_masks(Separate(2, 2), "heads", groups=analysed(Separate(4, 4)))

@@ -163,7 +163,7 @@ def test_tied_weights_have_one_mask() -> None:
         assert one.head.weight is one.embedding.weight
         assert torch.equal(one(tokens), before)
     kept = {"head.weight": torch.ones(11, 16, dtype=torch.bool), "embedding.weight": torch.zeros(11, 16).bool()}
-    with pytest.raises(MaskError, match="'embedding.weight' and 'head.weight' are one tied parameter with two"):
+    with pytest.raises(MaskError, match="'embedding.weight' and 'head.weight'"):
         m.apply(net, m.Masks.of(kept))
 
 
@@ -258,7 +258,7 @@ def test_masks_that_do_not_fit_change_nothing(tensors: dict[str, torch.Tensor], 
 
 def test_bad_arguments() -> None:
     net, masks = masked()
-    with pytest.raises(ArgumentError, match="existing='add'; expected one of 'multiply', 'replace'"):
+    with pytest.raises(ArgumentError, match="existing='add'.*'multiply', 'replace'"):
         m.apply(net, masks, "add")
     with pytest.raises(ArgumentError, match="existing=.*ndarray"):
         m.apply(net, masks, np.zeros((2, 3)))
@@ -267,5 +267,5 @@ def test_bad_arguments() -> None:
     with pytest.raises(MaskError, match="'0.weight' is on the meta device"):
         m.apply(network().to("meta"), masks)
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
-    with pytest.raises(MaskError, match="'0.weight' is missing in its module or is computed by another"):
+    with pytest.raises(MaskError, match="'0.weight' is missing"):
         m.apply(normed, m.Masks.of({"0.weight": bools(3, 3)}))

@@ -301,14 +301,14 @@ def test_partial_masks_remove_nothing() -> None:
 
 def test_bad_arguments() -> None:
     net = ready(Residual())
-    with pytest.raises(ArgumentError, match="groups is Residual; expected channel groups: torchshear.analyze"):
+    with pytest.raises(ArgumentError, match="groups is Residual; .*torchshear.analyze"):
         m.plan_from_masks(net)
     groups = analysed(net, image().double())
-    with pytest.raises(MaskError, match="mask of 'stem.wight' is for another model: no such.*Close to it: stem.weight"):
+    with pytest.raises(MaskError, match="'stem.wight' .*: stem.weight"):
         m.plan_from_masks(groups, m.Masks.of({"stem.wight": torch.ones(1).bool()}))
     with pytest.raises(MaskError, match=r"another model: shape \(1,\), not \(8, 3, 3, 3\)"):
         m.plan_from_masks(groups, m.Masks.of({"stem.weight": torch.ones(1).bool()}))
-    with pytest.raises(MaskError, match="on the meta device and has no weights"):
+    with pytest.raises(MaskError, match="meta device"):
         m.plan_from_masks(analysed(Residual().to("meta").eval(), image().to("meta")))
 
 

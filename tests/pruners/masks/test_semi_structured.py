@@ -81,7 +81,7 @@ def test_layers_are_sorted_out() -> None:
 @pytest.mark.skipif(HAS_CUDA, reason="has CUDA")
 def test_without_cuda_the_error_says_so() -> None:
     net, masks = network()
-    with pytest.raises(MaskError, match="no CUDA device is available.*Of 3 masks, 2 could be converted there"):
+    with pytest.raises(MaskError, match="CUDA.*3 masks, 2 "):
         m.to_semi_structured(net, masks)
 
 
@@ -89,7 +89,7 @@ def test_what_is_refused() -> None:
     net, masks = network()
     with torch.no_grad():
         net[0].weight.fill_(1)
-    with pytest.raises(MaskError, match="'0.weight' is not zero everywhere where it is masked"):
+    with pytest.raises(MaskError, match="'0.weight' is not zero"):
         m.to_semi_structured(net, masks)
     with pytest.raises(MaskError, match="the masks are of no layer of this model"):
         m.to_semi_structured(nn.Sequential(nn.ReLU(), nn.ReLU(), nn.Linear(4, 4)), m.Masks.of({}))
@@ -98,7 +98,7 @@ def test_what_is_refused() -> None:
     m.apply(net, masks)
     with pytest.raises(MaskError, match="masks still lie on the model"):
         m.to_semi_structured(net, masks)
-    with pytest.raises(ArgumentError, match="expected a model and Masks, but got Linear and dict"):
+    with pytest.raises(ArgumentError, match="Linear and dict"):
         m.to_semi_structured(nn.Linear(2, 2), {})
 
 
@@ -119,7 +119,7 @@ def test_converted_layers_compute_the_same(dtype: torch.dtype) -> None:
 
 def test_a_weight_on_the_cpu_is_refused() -> None:
     net, _ = network()
-    with pytest.raises(MaskError, match="layer '0' is on cpu; move the model to CUDA first"):
+    with pytest.raises(MaskError, match="layer '0' is on cpu"):
         _pack("0", net[0].weight)
 
 

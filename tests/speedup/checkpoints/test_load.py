@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path: Path) -> Non
     assert all(torch.equal(parameter, before[name]) for name, parameter in target.named_parameters())
     with torch.device("meta"):
         target = Positioned()
-    with pytest.raises(ArgumentError, match=r"buffer 'slope' is on the meta device, .*parameters_on_meta\(\)"):
+    with pytest.raises(ArgumentError, match=r"'slope' .*parameters_on_meta\(\)"):
         load_checkpoint(target, tmp_path)
     with pytest.raises(ArgumentError, match="model is int; expected a torch.nn.Module"):
         load_checkpoint(5, tmp_path)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ def test_there_must_be_one_checkpoint(tmp_path: Path) -> None:
 def test_a_header_that_would_fill_memory_is_not_read(tmp_path: Path) -> None:
     for size in (1 << 26, 1 << 62):
         (tmp_path / "model.safetensors").write_bytes(size.to_bytes(8, "little") + b"{}")
-        with pytest.raises(CheckpointError, match="has a header of .* bytes, more than the 33554432 that are read"):
+        with pytest.raises(CheckpointError, match="header .*33554432"):
             load_checkpoint(Positioned(), tmp_path)
 
 

@@ -213,7 +213,7 @@ def test_unknown_tensors_are_refused_copied_or_dropped(model: Network, tmp_path:
     extra = torch.randn(3, 8)
     source = write_shards(saved(model) | {"old.inv_freq": extra}, tmp_path / "source")
     plan = plan_of(model)
-    with pytest.raises(CheckpointError, match=r"holds 'old.inv_freq', which the plan for .*Network does not know"):
+    with pytest.raises(CheckpointError, match=r"'old.inv_freq', .*Network"):
         shrink_checkpoint(plan, source, tmp_path / "small")
     assert not (tmp_path / "small").exists()
     result = shrink_checkpoint(plan, source, tmp_path / "copied", unknown="copy")
@@ -349,14 +349,14 @@ def test_a_finished_shard_that_was_changed_is_not_taken(model: Network, source: 
     shard = tmp_path / "small" / "model-00003-of-00004.safetensors"
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + b"\x7f")
-    with pytest.raises(CheckpointError, match="was changed since it was written. Delete it to have it made again"):
+    with pytest.raises(CheckpointError, match="changed since it was written"):
         shrink_checkpoint(plan, source, tmp_path / "small")
     shard.unlink()
     result = shrink_checkpoint(plan, source, tmp_path / "small")
     assert shard.name not in result.resumed
     assert shard.read_bytes() == good
     (tmp_path / "small" / "torchshear-shrink.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="cannot be read .*so nothing says what the files beside it are"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         shrink_checkpoint(plan, source, tmp_path / "small")
 
 
@@ -375,16 +375,16 @@ def test_a_full_disk_is_said_and_survived(
 
     with monkeypatch.context() as patch:
         patch.setattr(_stream, "save_file", full)
-        with pytest.raises(OutputError, match="No space left on device. .*call again to go on from the finished"):
+        with pytest.raises(OutputError, match="No space left on device"):
             shrink_checkpoint(plan, source, tmp_path / "small")
     assert not [path for path in (tmp_path / "small").iterdir() if path.name.startswith(".")]
     assert len(shrink_checkpoint(plan, source, tmp_path / "small").resumed) == 2
 
 
 def test_bad_arguments(model: Network, source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="plan is int; expected a PruningPlan or the path of its file"):
+    with pytest.raises(ArgumentError, match="plan is int"):
         shrink_checkpoint(5, source, tmp_path / "small")  # type: ignore[arg-type]
-    with pytest.raises(ArgumentError, match=r"unknown='ignore'; expected one of 'refuse', 'copy', 'drop'"):
+    with pytest.raises(ArgumentError, match="unknown='ignore'.*'refuse', 'copy', 'drop'"):
         shrink_checkpoint(plan_of(model), source, tmp_path / "small", unknown="ignore")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write into"):

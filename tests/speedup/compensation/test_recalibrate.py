@@ -169,7 +169,7 @@ def test_frozen_norms_are_named_and_included_where_asked(caplog: pytest.LogCaptu
 def test_a_model_of_frozen_norms_alone_is_told_of_the_word() -> None:
     model = Converted().eval()
     model.norm = nn.Identity()
-    with pytest.raises(ArgumentError, match="all batch norms that the model runs are frozen .momentum 0.; frozen=True"):
+    with pytest.raises(ArgumentError, match="frozen=True"):
         recalibrate(model, pictures(1), 1)
     assert float(recalibrate(model, pictures(1), 1, frozen=True).frozen.running_mean.abs().sum()) > 0
     with pytest.raises(ArgumentError, match="frozen='yes'; expected True or False"):
@@ -224,15 +224,15 @@ def test_data_that_does_not_fit(batches: list, message: str) -> None:
 def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(ArgumentError, match="nothing to recalibrate"):
         recalibrate(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)), [torch.ones(2, 2)], 1)
-    with pytest.raises(ArgumentError, match="batches must be a whole number of at least 1, but got batches=0"):
+    with pytest.raises(ArgumentError, match="batches=0"):
         recalibrate(Norms(), pictures(), 0)
     with pytest.warns(DeprecationWarning, match="is deprecated"):
         scripted = nn.Sequential(torch.jit.trace(nn.BatchNorm2d(3).eval(), torch.zeros(2, 3, 4, 4)))
-    with pytest.raises(ArgumentError, match="TorchScript, in which batch norms cannot be seen"):
+    with pytest.raises(ArgumentError, match="TorchScript"):
         recalibrate(scripted, [torch.zeros(2, 3, 4, 4)], batches=1)
     with pytest.raises(WeightError, match="lazy layers"):
         recalibrate(nn.LazyBatchNorm2d(), [torch.zeros(2, 3, 4, 4)], batches=1)
-    with pytest.raises(DataError, match="the loader is int; expected something that gives batches"):
+    with pytest.raises(DataError, match="the loader is int"):
         recalibrate(nn.BatchNorm2d(3), 3, batches=1)  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="model is dict"):
         recalibrate({}, pictures(), 1)

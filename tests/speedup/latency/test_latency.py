@@ -242,7 +242,7 @@ def test_inputs_that_do_not_fit_are_refused(model, inputs, message):
 
 def test_a_free_dimension_asks_for_inputs(tmp_path):
     path = write_model(tmp_path / "free.onnx", shape=("batch", "length"))
-    with pytest.raises(LatencyError, match=r"only a first dimension may be free. Pass inputs={'x': array"):
+    with pytest.raises(LatencyError, match=r"inputs={'x': array"):
         quick({"dense": path})
     assert quick({"dense": path}, inputs={"x": np.ones((2, 9), np.float32)}).batch == 2
 

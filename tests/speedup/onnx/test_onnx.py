@@ -221,7 +221,7 @@ def test_a_result_that_differs_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_save", damaged)
     target = tmp_path / "model.onnx"
     target.write_bytes(b"old")
-    with pytest.raises(ExportError, match=r"output 'linear' at batch 2 differs from torch by 1, with .* allowed"):
+    with pytest.raises(ExportError, match="'linear' at batch 2 .*by 1, "):
         export_onnx(model, target, torch.randn(2, 4))
     assert os.listdir(tmp_path) == ["model.onnx"]
     assert target.read_bytes() == b"old"

@@ -107,7 +107,7 @@ def test_what_cannot_be_pickled_names_the_lines_to_use() -> None:
             return Local(super().forward(x)["map"])
 
     small = torchshear.prune(randomise(Own().eval(), 3), (IMAGE,)).model
-    with pytest.raises(OutputError, match=r"plan\.save\('plan\.json'\), torch\.save\(model\.state_dict\(\)"):
+    with pytest.raises(OutputError, match=r"plan\.save"):
         pickle.dumps(small)
 
 

@@ -138,7 +138,7 @@ def test_traced_insists_on_the_graph(model: Detector) -> None:
 
 def test_native_that_cannot_be_is_refused() -> None:
     literal = Between(lambda h: h.view(-1, 8), nn.Linear(6, 8), nn.Linear(8, 3))
-    with pytest.raises(PlanError, match="the native form is not equal to the rewritten graph"):
+    with pytest.raises(PlanError, match="native"):
         torchshear.prune(literal.eval(), (torch.randn(2, 6),), form="native")
 
 

@@ -68,9 +68,7 @@ def test_a_norm_over_cut_features_is_checked_on_kept_positions() -> None:
 
 def test_a_rule_that_forgets_the_order_is_caught_at_its_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_registry._RULES, "aten.flip", lambda call: call.axes("self"))
-    with pytest.raises(
-        VerificationError, match=r"first value that differs is 'flip', aten.flip.default .*test_verification.py"
-    ):
+    with pytest.raises(VerificationError, match="'flip', aten.flip.default .*test_verification.py"):
         torchshear.prune(randomise(Flipped()), (image(),))
 
 
@@ -83,7 +81,7 @@ def test_a_rule_that_forgets_a_size_is_caught_at_its_node(monkeypatch: pytest.Mo
 
     model = randomise(Viewed())
     plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (image(),))))
-    with pytest.raises(VerificationError, match="the rewritten graph fails at 'view', aten.view.default"):
+    with pytest.raises(VerificationError, match="'view', aten.view.default"):
         torchshear.verify(model, nn.Sequential(nn.Conv2d(3, 2, 1)), plan, args=(image(),))
 
 
@@ -92,7 +90,7 @@ def test_other_weights_are_told_from_a_wrong_graph() -> None:
     result = torchshear.prune(model, (image(),))
     with torch.no_grad():
         result.model.one.weight[0, 0, 0, 0] += 1e-6
-    with pytest.raises(VerificationError, match="though its graph does not: the model given is not what the plan"):
+    with pytest.raises(VerificationError, match="though its graph does not"):
         torchshear.verify(model, result.model, result.plan, args=(image(),))
 
 
@@ -207,7 +205,7 @@ def test_cut_positions_that_are_alive_are_found() -> None:
     assert list(MaskedNetwork(groups.graph.fx_graph, facts, cut, masked).values(inputs))
     *others, last = facts.axes["linear"]  # type: ignore[misc]
     facts.axes["linear"] = (*others, groups.algebra.take(last, np.arange(12)[::-1]))
-    with pytest.raises(VerificationError, match="position 0 of dimension 1 of 'linear'.* but its value follows the"):
+    with pytest.raises(VerificationError, match="position 0 of dimension 1 of 'linear'"):
         list(MaskedNetwork(groups.graph.fx_graph, facts, cut, masked).values(inputs))
 
 
@@ -371,7 +369,7 @@ def test_train_mode_is_compared() -> None:
     native = Divided()
     native.one, native.two = nn.Linear(6, 6), nn.Linear(6, 4)
     native.load_state_dict(result.model.state_dict())
-    with pytest.raises(VerificationError, match="in train mode the shrunk model differs"):
+    with pytest.raises(VerificationError, match="in train mode"):
         torchshear.verify(model, native, result.plan, (x,))
 
 
@@ -396,7 +394,7 @@ def test_gradients_are_compared() -> None:
         torchshear.verify(model, result.model, result.plan, (x,))
     result.model.is_detached = False
     result.model.is_silent = True
-    with pytest.raises(VerificationError, match="has no gradients, though the masked model has"):
+    with pytest.raises(VerificationError, match="no gradients"):
         torchshear.verify(model, result.model, result.plan, (x,))
 
 
@@ -426,7 +424,7 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("normed", [False, True])
 def test_a_model_whose_runs_cannot_be_repeated_is_called_stateful(normed: bool) -> None:
-    with pytest.raises(VerificationError, match="is stateful: two runs of the model on the same inputs differ"):
+    with pytest.raises(VerificationError, match="stateful"):
         torchshear.prune(Counting(elsewhere=True, normed=normed), (torch.randn(4, 6),))
 
 
@@ -505,7 +503,7 @@ def test_gradients_that_are_zero_but_for_rounding_are_equal() -> None:
     one, two = (gradients | {"2.bias": torch.full((4,), 0.07).double()} for gradients in noise)
     assert compare_gradients(state_cut, one, two, "eval", is_float64=True) < 1e-7
     two["1.weight"][0] = 1e-7
-    with pytest.raises(VerificationError, match=r"in eval mode the gradient of '1\.weight' differs"):
+    with pytest.raises(VerificationError, match=r"eval mode .*'1\.weight'"):
         compare_gradients(state_cut, one, two, "eval", is_float64=True)
 
 
