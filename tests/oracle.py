@@ -148,7 +148,8 @@ def fingerprint(model: nn.Module) -> str:
     for name, module in model.named_modules():
         numbers = {k: v for k, v in vars(module).items() if isinstance(v, int | float | bool | str | tuple)}
         n_hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        digest.update(repr((name, type(module).__qualname__, n_hooks, sorted(numbers.items()))).encode())
+        described = (name, type(module).__qualname__, n_hooks, sorted(vars(module)), sorted(numbers.items()))
+        digest.update(repr(described).encode())
     return digest.hexdigest()
 
 

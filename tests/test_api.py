@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import torchshear
-from tests.networks import Residual, image, randomise
+from tests.networks import Between, Residual, image, randomise
 from torchshear.errors import ArgumentError, VerificationError, WeightError
 from torchshear.speedup import _shrink as _apply
 
@@ -36,21 +36,10 @@ def test_one_seed_one_plan() -> None:
     assert plans[0] != 5
 
 
-class Faint(nn.Module):
-    """A literal that follows no attribute, with an effect below the tolerance of float32 but not of float64."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.one(x)
-        out: Tensor = self.two(y + 1e-6 * y.roll(2, 1))
-        return out
-
-
 def test_a_native_form_that_fails_the_proof_gives_way_to_the_traced_one() -> None:
-    result = torchshear.prune(randomise(Faint()), (image(),))
+    """The literal follows no attribute, and its effect is below the tolerance of float32 but not of float64."""
+    faint = Between(lambda h: h + 1e-6 * h.roll(2, 1), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+    result = torchshear.prune(randomise(faint), (image(),))
     assert result.form == "traced"
     assert result.verification.max_error <= 1e-9
     assert "gives other results on the smaller tensors" in str(result.report)
@@ -79,27 +68,15 @@ def test_batches_other_than_the_example_run() -> None:
         assert result.model(image(batch)).shape == (batch, 5)
 
 
-class Nothing(nn.Module):
-    """A single layer between input and output: nothing can shrink."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.only = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two values a sample."""
-        return self.only(x)
-
-
-@pytest.mark.parametrize("model", [Nothing(), nn.ReLU()])
+@pytest.mark.parametrize("model", [nn.Linear(3, 2), nn.ReLU()])
 def test_nothing_to_prune_is_a_report_and_no_crash(model: nn.Module) -> None:
     x = torch.randn(2, 3)
     result = torchshear.prune(model, (x,))
     assert result.report.achieved_ratio == 0
     assert torch.equal(result.model(x), model(x))
     assert result.model is not model
-    if isinstance(model, Nothing):
-        assert result.report.refused["only.weight[0]"] == "model output 0"
+    if isinstance(model, nn.Linear):
+        assert result.report.refused["weight[0]"] == "model output 0"
         assert "cannot shrink (3)" in str(result.report)
         assert str(result.report).splitlines()[0] == (
             "Nothing shrank: the result keeps every channel, first of all because: model output 0."

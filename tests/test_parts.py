@@ -663,13 +663,10 @@ def test_the_model_is_as_it_was_also_after_a_failure(work: Callable[[nn.Module],
     model = randomise(Unused()).train()
     model.trunk.norm.eval()
     model.head.register_forward_hook(lambda module, args, output: None)
-    before, attributes = fingerprint(model), [sorted(vars(module)) for module in model.modules()]
+    before = fingerprint(model)
     with contextlib.suppress(TorchshearError):
         work(model)
     assert fingerprint(model) == before
-    assert [sorted(vars(module)) for module in model.modules()] == attributes
-    assert not model.trunk._forward_hooks
-    assert not model._forward_pre_hooks
 
 
 # -- generation --------------------------------------------------------------------------------------------------------

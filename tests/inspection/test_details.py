@@ -6,21 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-import torchshear
-from tests.networks import Attention, Grouped, Residual, image
-from torchshear.dependency import ChannelGroups
+from tests.networks import Attention, Grouped, Residual, analyzed, image
 from torchshear.errors import ArgumentError
 from torchshear.inspection import describe_groups
 from torchshear.inspection._details import find_group
 from torchshear.inspection._document import groups_document
 
 
-def groups_of(model: nn.Module, x: torch.Tensor) -> ChannelGroups:
-    return torchshear.analyze(torchshear.trace(model, (x,)))
-
-
 def test_residual_group_in_numbers() -> None:
-    detail, _ = describe_groups(groups_of(Residual(), image()))
+    detail, _ = describe_groups(analyzed(Residual(), image()))
     assert (detail.number, detail.name, detail.width, detail.max_cut) == (0, "stem.weight[0]", 8, 7)
     assert detail.roles == ("bias", "in", "norm", "out", "statistic")
     stem, norm, one, two, head = 8 * 3 * 9 + 8, 8 + 8, 16 * 8 * 9, 8 * 16 * 9 + 8, 5 * 8
@@ -36,7 +30,7 @@ def test_residual_group_in_numbers() -> None:
 
 
 def test_heads_and_head_dimensions_have_their_positions() -> None:
-    heads, inner = describe_groups(groups_of(Attention(), torch.randn(2, 5, 24)))
+    heads, inner = describe_groups(analyzed(Attention(), torch.randn(2, 5, 24)))
     (weight,) = (member for member in heads.members if member.name == "qkv.weight")
     assert (weight.n_positions, weight.size, weight.multiplicity) == (72, 72, 24)
     assert weight.first == "0..7, 24..31, 48..55"
@@ -48,7 +42,7 @@ def test_heads_and_head_dimensions_have_their_positions() -> None:
 
 
 def test_balance_names_the_operator_that_demands_it() -> None:
-    first, second = describe_groups(groups_of(Grouped(), image()))
+    first, second = describe_groups(analyzed(Grouped(), image()))
     for detail in (first, second):
         kinds = {constraint.kind: constraint for constraint in detail.constraints}
         assert kinds["balanced"].text == "each of 3 blocks loses equally many units"
@@ -67,7 +61,7 @@ def test_a_group_of_one_unit_a_block_says_that_it_is_fixed() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.two(self.one(x)).sum((2, 3))
 
-    detail = describe_groups(groups_of(Each(), image()))
+    detail = describe_groups(analyzed(Each(), image()))
     for group in detail:
         assert group.is_prunable == (group.constraints[0].kind == "minimum")
         if not group.is_prunable:
@@ -75,14 +69,14 @@ def test_a_group_of_one_unit_a_block_says_that_it_is_fixed() -> None:
 
 
 def test_document_is_plain_data() -> None:
-    document = groups_document(groups_of(Residual(), image()))
+    document = groups_document(analyzed(Residual(), image()))
     assert json.loads(json.dumps(document))["groups"][1]["name"] == "one.weight[0]"
     assert {entry["name"] for entry in document["fixed"]} == {"stem.weight", "head.weight", "head.bias"}
 
 
 @pytest.mark.parametrize(("text", "number"), [("1", 1), ("one.weight[0]", 1), ("two.weight[1]", 1), ("one.bias", 1)])
 def test_a_group_is_found_by_number_name_and_member(text: str, number: int) -> None:
-    assert find_group(groups_of(Residual(), image()), text) == number
+    assert find_group(analyzed(Residual(), image()), text) == number
 
 
 @pytest.mark.parametrize(
@@ -97,9 +91,9 @@ def test_a_group_is_found_by_number_name_and_member(text: str, number: int) -> N
 )
 def test_a_group_that_is_not_there(text: str, match: str) -> None:
     with pytest.raises(ArgumentError, match=match):
-        find_group(groups_of(Residual(), image()), text)
+        find_group(analyzed(Residual(), image()), text)
 
 
 def test_no_group_in_a_network_that_cannot_shrink() -> None:
     with pytest.raises(ArgumentError, match="none: no dimension of this network can shrink"):
-        find_group(groups_of(nn.Linear(4, 3), torch.randn(2, 4)), "0")
+        find_group(analyzed(nn.Linear(4, 3), torch.randn(2, 4)), "0")

@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-import torchshear
 from tests.browser import EXECUTABLE, Browser
 from tests.inspection.hostile import NAMES, hostile_groups
-from tests.networks import Attention, Residual, image
-from torchshear.dependency import ChannelGroups
+from tests.networks import Attention, Residual, analyzed, image
 from torchshear.errors import OutputError
 from torchshear.inspection import _page, write_page
 from torchshear.inspection._page import render_page
@@ -51,10 +49,6 @@ class Deep(nn.Module):
         return self.head(self.stages(torch.cat([x, x], 1)))
 
 
-def groups_of(model: nn.Module, x: torch.Tensor) -> ChannelGroups:
-    return torchshear.analyze(torchshear.trace(model, (x,)))
-
-
 def data_of(page: str) -> dict[str, Any]:
     (text,) = re.findall(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
     return json.loads(text)
@@ -71,10 +65,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a page of each network."""
     folder = tmp_path_factory.mktemp("pages")
-    write_page(groups_of(Residual(), image()), folder / "residual.html")
-    write_page(groups_of(Attention(), torch.randn(2, 5, 24)), folder / "attention.html")
-    write_page(groups_of(nn.Linear(4, 3), torch.randn(2, 4)), folder / "linear.html")
-    write_page(groups_of(Deep(), torch.randn(2, 4)), folder / "deep.html")
+    write_page(analyzed(Residual(), image()), folder / "residual.html")
+    write_page(analyzed(Attention(), torch.randn(2, 5, 24)), folder / "attention.html")
+    write_page(analyzed(nn.Linear(4, 3), torch.randn(2, 4)), folder / "linear.html")
+    write_page(analyzed(Deep(), torch.randn(2, 4)), folder / "deep.html")
     write_page(hostile_groups(folder), folder / "hostile.html")
     return folder
 
@@ -136,13 +130,13 @@ def test_assets_are_short_and_ascii() -> None:
 
 
 def test_page_is_the_same_each_time() -> None:
-    groups = groups_of(Residual(), image())
+    groups = analyzed(Residual(), image())
     assert render_page(groups) == render_page(groups)
 
 
 def test_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"cannot write .*missing/page.html.*: No such file"):
-        write_page(groups_of(Residual(), image()), tmp_path / "missing" / "page.html")
+        write_page(analyzed(Residual(), image()), tmp_path / "missing" / "page.html")
 
 
 @needs_browser

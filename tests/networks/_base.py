@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import torchshear
+from torchshear.dependency import ChannelGroups
+
 Built = tuple[nn.Module, tuple, dict]
 
 # What can be special about a network. Three tags say how it is checked: "cross_channel" (a norm, softmax or mean runs
@@ -130,6 +133,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 values = 0.3 * normal(tensor)
             tensor.copy_(values)
     return model
+
+
+def analyzed(model: nn.Module, *args: Any) -> ChannelGroups:
+    """The channel groups of a model that is called with some arguments."""
+    return torchshear.analyze(torchshear.trace(model, args))
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

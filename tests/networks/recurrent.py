@@ -15,9 +15,11 @@ def lstm():
     return _recurrent(nn.LSTM(8, 16, batch_first=True))
 
 
-@network("nn.GRU of two layers: gate blocks of the weights go with the hidden units", "recurrent", widths=(32,))
+@network(
+    "nn.GRU of two layers with dropout: gate blocks of the weights go with the hidden units", "recurrent", widths=(32,)
+)
 def gru():
-    return _recurrent(nn.GRU(8, 16, num_layers=2, batch_first=True))
+    return _recurrent(nn.GRU(8, 16, num_layers=2, batch_first=True, dropout=0.3))
 
 
 @network("nn.RNN: gate blocks of the weights go with the hidden units", "recurrent", widths=(16,))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
+from tests.networks import Between
 
 X = torch.randn(2, 3, 8, 8)
 
@@ -19,17 +20,6 @@ class Multiplied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.two(self.one(self.stem(x).relu()).relu()).relu())
-
-
-class Shuffled(nn.Module):
-    """Channels that are shuffled between their making and their use: groups and channels of each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.one(x).unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2))
 
 
 def widths(model: nn.Module) -> list[int]:
@@ -51,5 +41,8 @@ def test_a_multiplier_shrinks_where_it_is_named_or_alone() -> None:
 
 
 def test_two_factors_that_stand_nowhere_alone_both_shrink() -> None:
-    result = torchshear.prune(Shuffled().eval(), (X,), ratio=0.5)
+    shuffled = Between(
+        lambda h: h.unflatten(1, (4, 6)).transpose(1, 2).flatten(1, 2), nn.Conv2d(3, 24, 1), nn.Conv2d(24, 5, 1)
+    )
+    result = torchshear.prune(shuffled.eval(), (X,), ratio=0.5)
     assert {group.width: len(group.kept) for group in result.plan.groups} == {4: 2, 6: 3}

@@ -113,16 +113,19 @@ def test_parameters_that_only_training_reads_shrink_too() -> None:
         assert small.eval()(torch.randn(2, 3)).shape == (2, 2)
 
 
+class Optional(nn.Module):
+    """A literal, so that the form is traced, and arguments of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, **rest: Tensor) -> dict[str, Tensor | None]:
+        h = torch.cat(self.one(x).split([5, 3], 1)[::-1], 1)
+        return {"out": self.two(h if scale is None else h * scale) + rest.get("shift", 0), "none": None}
+
+
 def test_keywords_and_defaults_call_the_traced_form_as_the_original() -> None:
-    class Optional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor, scale: Tensor | None = None) -> dict[str, Tensor | None]:
-            h = torch.cat(self.one(x).split([5, 3], 1)[::-1], 1)
-            return {"out": self.two(h if scale is None else h * scale), "none": None}
-
     model, x = randomise(Optional()).eval(), torch.randn(2, 3)
     groups = torchshear.analyze(torchshear.trace(model, (x,)))
     small = torchshear.shrink(model, torchshear.plan(groups))
@@ -136,17 +139,7 @@ def test_keywords_and_defaults_call_the_traced_form_as_the_original() -> None:
 
 
 def test_keywords_may_come_in_any_order() -> None:
-    class Named(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor, scale: Tensor | None = None, **rest: Tensor) -> Tensor:
-            h = torch.cat(self.one(x).split([5, 3], 1)[::-1], 1)
-            out: Tensor = self.two(h * scale) + rest["shift"]
-            return out
-
-    model, x = randomise(Named()).eval(), torch.randn(2, 3)
+    model, x = randomise(Optional()).eval(), torch.randn(2, 3)
     scale, shift = torch.randn(2, 1), torch.randn(2, 1)
     groups = torchshear.analyze(torchshear.trace(model, (), {"shift": shift, "scale": scale, "x": x}))
     small = torchshear.shrink(model, torchshear.plan(groups))

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Attention, Between, Grouped, Residual, Tied, image, randomise
+from tests.networks import Attention, Between, Grouped, Residual, Tied, analyzed, image, randomise
 from tests.strategies import RandomNetwork, example_input
 from torchshear.dependency import ChannelGroups, operator_rule, registered_operators, unregister
 from torchshear.errors import ArgumentError
 from torchshear.pruners import plan_from_kept
-
-
-def groups_of(model: nn.Module, *args: Tensor) -> ChannelGroups:
-    return torchshear.analyze(torchshear.trace(model, args))
 
 
 def dims(groups: ChannelGroups, name: str) -> set[tuple[str, int]]:
@@ -25,7 +21,7 @@ def dims(groups: ChannelGroups, name: str) -> set[tuple[str, int]]:
 
 
 def test_a_residual_sum_ties_both_of_its_producers() -> None:
-    groups = groups_of(Residual(), image())
+    groups = analyzed(Residual(), image())
     assert [(group.name, group.width) for group in groups] == [("stem.weight[0]", 8), ("one.weight[0]", 16)]
     assert dims(groups, "stem.weight[0]") == {
         ("stem.weight", 0),
@@ -42,7 +38,7 @@ def test_a_residual_sum_ties_both_of_its_producers() -> None:
 
 
 def test_roles_say_what_a_dimension_is_for() -> None:
-    members = {(m.name, m.dim): m.roles for m in groups_of(Residual(), image())["stem.weight[0]"].members}
+    members = {(m.name, m.dim): m.roles for m in analyzed(Residual(), image())["stem.weight[0]"].members}
     assert members["stem.weight", 0] == {"out"}
     assert members["one.weight", 1] == {"in"}
     assert members["norm.weight", 0] == {"norm"}
@@ -51,13 +47,13 @@ def test_roles_say_what_a_dimension_is_for() -> None:
 
 
 def test_inputs_and_outputs_are_fixed_with_a_reason() -> None:
-    fixed = {(f.name, f.dim): f.reason for f in groups_of(Residual(), image()).fixed}
+    fixed = {(f.name, f.dim): f.reason for f in analyzed(Residual(), image()).fixed}
     assert fixed["stem.weight", 1] == "model input 'x', dimension 1"
     assert fixed["head.weight", 0] == "model output 0"
 
 
 def test_heads_and_head_dimensions_are_groups_of_one_weight() -> None:
-    groups = groups_of(Attention(24, 3), torch.randn(2, 5, 24))
+    groups = analyzed(Attention(24, 3), torch.randn(2, 5, 24))
     widths = {group.name: group.width for group in groups}
     assert widths == {"qkv.weight[0]": 3, "qkv.weight[0]#2": 8}
     heads = next(m for m in groups["qkv.weight[0]"].members if m.name == "qkv.weight")
@@ -69,7 +65,7 @@ def test_heads_and_head_dimensions_are_groups_of_one_weight() -> None:
 
 
 def test_a_grouped_convolution_balances_its_inputs_and_outputs() -> None:
-    groups = groups_of(Grouped(), image())
+    groups = analyzed(Grouped(), image())
     for name in ("one.weight[0]", "two.weight[0]"):
         assert groups[name].balance.tolist() == [0] * 4 + [1] * 4 + [2] * 4
         assert groups[name].n_blocks == 3
@@ -77,14 +73,14 @@ def test_a_grouped_convolution_balances_its_inputs_and_outputs() -> None:
 
 
 def test_tied_weights_are_one_member() -> None:
-    groups = groups_of(Tied(), torch.randint(0, 11, (2, 4)))
+    groups = analyzed(Tied(), torch.randint(0, 11, (2, 4)))
     names = {member.name for group in groups for member in group.members}
     assert "embedding.weight" in names
     assert "head.weight" not in names
 
 
 def test_groups_are_found_by_number_name_and_slice() -> None:
-    groups = groups_of(Residual(), image())
+    groups = analyzed(Residual(), image())
     assert groups[0] is groups["stem.weight[0]"]
     assert list(groups[:1]) == [groups[0]]
     with pytest.raises(ArgumentError, match="no channel group 'nothing'; known are stem"):
@@ -94,19 +90,19 @@ def test_groups_are_found_by_number_name_and_slice() -> None:
 def test_analysis_needs_no_weights() -> None:
     with torch.device("meta"):
         model = Residual()
-    groups = groups_of(model, torch.empty(2, 3, 8, 8, device="meta"))
+    groups = analyzed(model, torch.empty(2, 3, 8, 8, device="meta"))
     assert [group.width for group in groups] == [8, 16]
 
 
 def test_analysis_is_the_same_every_time() -> None:
-    first, second = groups_of(Residual(), image()), groups_of(Residual(), image())
+    first, second = analyzed(Residual(), image()), analyzed(Residual(), image())
     assert [g.name for g in first] == [g.name for g in second]
     assert first.graph.fingerprint == second.graph.fingerprint
 
 
 def test_networkx_view_has_parallel_edges_and_group_names() -> None:
     model = Between(lambda h: h * h, nn.Linear(3, 4), nn.Linear(4, 2))
-    network = groups_of(model, torch.randn(2, 3)).to_networkx()
+    network = analyzed(model, torch.randn(2, 3)).to_networkx()
     assert isinstance(network, nx.MultiDiGraph)
     assert network.number_of_edges("linear", "mul") == 2
     assert network.nodes["one_weight"]["kind"] == "parameter"
@@ -139,7 +135,7 @@ class Twisted(nn.Module):
 
 
 def test_an_unknown_operator_is_never_guessed() -> None:
-    groups = groups_of(Twisted(), torch.randn(2, 3))
+    groups = analyzed(Twisted(), torch.randn(2, 3))
     assert [group.name for group in groups] == ["two.weight[0]"]
     reasons = {(f.name, f.dim): f.reason for f in groups.fixed}
     assert "operator without a rule: torchshear_tests.twist.default" in reasons["one.weight", 0]
@@ -170,7 +166,7 @@ def test_a_rule_can_be_registered_once_and_forgotten() -> None:
 
 def test_a_literal_index_is_renumbered() -> None:
     model = randomise(Between(lambda h: h[:, [3, 2, 5, 0]], nn.Conv2d(3, 6, 1), nn.Conv2d(4, 4, 1)))
-    groups = groups_of(model, image())
+    groups = analyzed(model, image())
     assert [group.width for group in groups] == [4, 2]
     plan = plan_from_kept(groups, {"one.weight[0]": [0, 2]})
     assert torchshear.verify(model, torchshear.shrink(model, plan), plan, args=(image(),)).max_error < 1e-12
@@ -186,7 +182,7 @@ def test_a_block_that_cannot_be_cut_fixes_the_others() -> None:
             x = self.one(x)
             return self.two(x[:, :2]), x[:, 2:]
 
-    groups = groups_of(HalfFixed(), torch.randn(2, 4, 3, 3))
+    groups = analyzed(HalfFixed(), torch.randn(2, 4, 3, 3))
     assert len(groups) == 0
     reasons = {(f.name, f.dim): f.reason for f in groups.fixed}
     assert "another block of it cannot be cut: aten.conv2d.default in module 'one'" in reasons["two.weight", 1]
@@ -202,7 +198,7 @@ def test_something_is_left_where_groups_cross(ratio: float) -> None:
     ]
     description = {"layout": "map", "input": [2, 5, 4, 4], "seed": 1, "outputs": "head", "blocks": blocks}
     model, x = RandomNetwork(description), example_input(description)
-    groups = groups_of(model, x)
+    groups = analyzed(model, x)
     assert [(group.width, group.min_units) for group in groups][:2] == [(2, 1), (4, 3)]
     for criterion in ("l1", "random", "fpgm"):
         plan = torchshear.plan(groups, ratio=ratio, criterion=criterion)

@@ -234,17 +234,6 @@ def test_shrunk_layer_is_whole() -> None:
     assert torch.equal(fresh(steps)[0], small(steps)[0])
 
 
-def test_shrunk_layer_trains() -> None:
-    model = _network(nn.LSTM(WIDTH, HIDDEN, 2, dropout=0.3), _sequence, head=nn.Linear(HIDDEN, 5)).train()
-    small = torchshear.prune(model, (INPUT,), ratio=0.5).model
-    before = small.layer.weight_hh_l1.detach().clone()
-    optimiser = torch.optim.SGD(small.parameters(), lr=0.1)
-    small(INPUT).square().mean().backward()
-    optimiser.step()
-    assert not torch.equal(before, small.layer.weight_hh_l1)
-    assert small(torch.randn(7, 3, 6, dtype=torch.float64)).shape == (7, 3, 5)
-
-
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_shrunk_layer_exports(kind: type[nn.Module], tmp_path: Any) -> None:
     layer = kind(WIDTH, HIDDEN, batch_first=True, bidirectional=True)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear.dependency import ChannelGroups
+from tests.networks import analyzed
 from torchshear.errors import CaptureError
 from torchshear.speedup import shrink_to_form
 
@@ -56,13 +56,9 @@ def test_an_assignment_where_a_mask_says_so_is_captured_and_pruned() -> None:
 
 def test_what_an_assignment_writes_is_what_the_model_writes() -> None:
     model, x = Masking().eval(), torch.randn(2, 4, 6)
-    traced = shrink_to_form(model, torchshear.plan(_groups(model, x, MASK), ratio=0.0), form="traced").model
+    traced = shrink_to_form(model, torchshear.plan(analyzed(model, x, MASK), ratio=0.0), form="traced").model
     other = torch.rand(2, 4) < 0.5
     torch.testing.assert_close(traced(x, other), model(x, other))
-
-
-def _groups(model: nn.Module, *args: Tensor) -> ChannelGroups:
-    return torchshear.analyze(torchshear.trace(model, args))
 
 
 def test_a_row_that_only_training_reads_shrinks_though_layers_are_dropped_at_random() -> None:
@@ -78,7 +74,7 @@ def test_a_row_that_only_training_reads_shrinks_though_layers_are_dropped_at_ran
 
 def test_a_graph_of_assumed_branches_is_not_trained_with() -> None:
     model, x = Dropping().eval(), torch.randn(2, 4, 6)
-    plan = torchshear.plan(_groups(model, x), ratio=0.5)
+    plan = torchshear.plan(analyzed(model, x), ratio=0.5)
     traced = shrink_to_form(model, plan, form="traced").model
     assert traced(x).shape == (2, 4, 3)
     with pytest.raises(CaptureError, match="no graph for train mode"):

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Attention, FeedForward, Grouped, Residual, Separate, Tied, TwoReaders, image, randomise
+from tests.networks import (
+    Attention,
+    FeedForward,
+    Grouped,
+    Residual,
+    Separate,
+    Tied,
+    TwoReaders,
+    analyzed,
+    image,
+    randomise,
+)
 from tests.oracle import assert_outputs_equal, fresh_inputs
 from tests.strategies import RandomNetwork, example_input, random_description
 from torchshear.errors import ArgumentError, MaskError
@@ -17,10 +28,6 @@ from torchshear.pruners import masks as m
 from torchshear.pruners.masks._removal import _keeps_outputs, _State
 
 TOKENS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-
-
-def analysed(net: nn.Module, x: Tensor) -> object:
-    return torchshear.analyze(torchshear.trace(net, (x,)))
 
 
 def ready(net: nn.Module) -> nn.Module:
@@ -34,8 +41,8 @@ def removed(net: nn.Module, x: Tensor, masks: m.Masks) -> tuple[dict[str, int], 
     inputs = [x, fresh_inputs(x, 11)]
     expected = [net(one) for one in inputs]
     m.make_permanent(net)
-    plan = m.plan_from_masks(analysed(net, x))
-    assert plan == m.plan_from_masks(analysed(dense, x), masks), "the same, whether masks are permanent yet or not"
+    plan = m.plan_from_masks(analyzed(net, x))
+    assert plan == m.plan_from_masks(analyzed(dense, x), masks), "the same, whether masks are permanent yet or not"
     small = torchshear.shrink(net, plan)
     with torch.no_grad():
         for one, output in zip(inputs, expected, strict=True):
@@ -68,7 +75,7 @@ def test_masked_equals_shrunk(name: str) -> None:
 )
 def test_heads(make: Callable[[], nn.Module]) -> None:
     net = ready(make())
-    masks = m.choose_masks(net, "heads", 0.5, groups=analysed(net, TOKENS))
+    masks = m.choose_masks(net, "heads", 0.5, groups=analyzed(net, TOKENS))
     found, small = removed(net, TOKENS, masks)
     (report,) = masks.layers
     assert found[report.name] == report.n_masked == report.n_units // 2
@@ -80,7 +87,7 @@ def test_the_width_of_a_head_stays_where_queries_and_keys_read_it() -> None:
     net = ready(Attention(16, 4))
     with torch.no_grad():
         net.proj.weight.view(16, 4, 4)[:, :, 1] = 0
-    found = m.plan_from_masks(analysed(net, TOKENS))
+    found = m.plan_from_masks(analyzed(net, TOKENS))
     assert found.n_cut == 0
 
 
@@ -92,7 +99,7 @@ def test_units_that_something_else_reads_stay(other: str, is_alive: bool) -> Non
         net.down.weight[:, :6] = 0
         if not is_alive:
             net.up.bias[:6] = -1e6  # no example shows these units, yet other inputs would
-    assert m.plan_from_masks(analysed(net, torch.randn(3, 6).double())).n_cut == 0
+    assert m.plan_from_masks(analyzed(net, torch.randn(3, 6).double())).n_cut == 0
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
@@ -113,9 +120,9 @@ def test_units_that_a_buffer_reads_stay(is_alive: bool) -> None:
         if not is_alive:
             net.up.bias[:6] = -1e6
     x = torch.randn(3, 6).double()
-    assert m.plan_from_masks(analysed(net, x)).n_cut == 0
+    assert m.plan_from_masks(analyzed(net, x)).n_cut == 0
     net.fixed[:, :6] = 0
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     assert plan.n_cut == 6
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
@@ -125,7 +132,7 @@ def test_the_trial_finds_readers_of_units_that_are_silent_on_every_example() -> 
     with torch.no_grad():
         net.down.weight[:, :6] = 0
         net.up.bias[:6] = -1e6
-    groups = analysed(net, torch.randn(3, 6).double())
+    groups = analyzed(net, torch.randn(3, 6).double())
     state = _State.of(groups, {name: entry.tensor.detach() for name, entry in groups.graph.state.items()})
     goes = {"up.weight[0]": np.arange(12) < 6}
     assert not _keeps_outputs(groups, state, goes, goes)
@@ -140,7 +147,7 @@ def test_a_group_that_fails_does_not_hold_back_others() -> None:
         net[0].bias[4:] = 0
         net[4].weight[:, 3:] = 0
     expected = net(x)
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     assert {group.name: len(group.kept) for group in plan.groups} == {"0.weight[0]": 8, "2.weight[0]": 3}
     assert plan.groups[0].note == "stays whole: its masked units still change the outputs"
     assert_outputs_equal(torchshear.shrink(net, plan)(x), expected, 1e-9)
@@ -154,7 +161,7 @@ def test_rows_of_zeros_go_only_if_they_stay_zero(activation: nn.Module, n_cut: i
     with torch.no_grad():
         net[0].weight[4:] = 0
         net[0].bias[4:] = 0
-    assert m.plan_from_masks(analysed(net, torch.randn(3, 6).double())).n_cut == n_cut
+    assert m.plan_from_masks(analyzed(net, torch.randn(3, 6).double())).n_cut == n_cut
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
@@ -165,20 +172,20 @@ def test_rows_of_zeros_before_a_norm(has_bias: bool) -> None:
         if has_bias:
             net[0].bias[4:] = 0
     x = image().double()
-    assert m.plan_from_masks(analysed(net, x)).n_cut == 0, "the norm shifts zeros"
+    assert m.plan_from_masks(analyzed(net, x)).n_cut == 0, "the norm shifts zeros"
     with torch.no_grad():
         net[1].weight[4:] = 0
-    assert m.plan_from_masks(analysed(net, x)).n_cut == 0
+    assert m.plan_from_masks(analyzed(net, x)).n_cut == 0
     with torch.no_grad():
         net[1].bias[4:] = 0
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     assert plan.kept["0.weight[0]"].tolist() == [0, 1, 2, 3]
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
     plain = ready(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 1)))
     with torch.no_grad():
         plain[0].weight[4:] = 0
         plain[0].bias[4:] = 0
-    assert m.plan_from_masks(analysed(plain, x)).n_cut == 0, "the norm takes its mean from zeros"
+    assert m.plan_from_masks(analyzed(plain, x)).n_cut == 0, "the norm takes its mean from zeros"
 
 
 def test_a_stream_with_a_norm_stays_whole() -> None:
@@ -186,7 +193,7 @@ def test_a_stream_with_a_norm_stays_whole() -> None:
     with torch.no_grad():
         net[1].up.weight[:, :8] = 0
         net[2].weight[:, :8] = 0
-    plan = m.plan_from_masks(analysed(net, torch.randn(2, 4, 6).double()))
+    plan = m.plan_from_masks(analyzed(net, torch.randn(2, 4, 6).double()))
     assert plan.n_cut == 0
     assert plan.groups[0].note == "stays whole: a norm, softmax or mean runs over it"
 
@@ -195,7 +202,7 @@ def test_one_unit_is_left_of_a_group_that_ended_whole() -> None:
     net = ready(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
     nn.init.zeros_(net[2].weight)
     x = torch.randn(3, 6).double()
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     assert plan.kept["0.weight[0]"].tolist() == [7]
     assert plan.groups[0].note == "1 masked units stay: blocks keep equally many, and a least number stays"
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
@@ -209,7 +216,7 @@ def test_blocks_keep_equally_many() -> None:
         net.two.weight[4:8, 1] = 0
         net.two.weight[8:, 3] = 0
     x = image().double()
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     assert plan.kept["one.weight[0]"].tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
@@ -239,7 +246,7 @@ def test_filter_groups_lose_as_many_as_the_one_that_ended_least(masked: list[int
     with torch.no_grad():
         net.one.weight[masked] = 0
         net.one.bias[masked] = 0
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     (group,) = [group for group in plan.groups if group.width == 8]
     assert sorted(set(range(8)) - set(group.kept.tolist())) == goes
     assert group.note.startswith(f"{left} masked units stay") is bool(left)
@@ -260,7 +267,7 @@ def test_coupled_layers_keep_what_any_of_them_keeps() -> None:
         for layer, kept in ((net.one, [1, 0, 0, 1]), (net.two, [1, 1, 0, 0])):
             layer.weight *= torch.tensor(kept)[:, None, None, None]
             layer.bias *= torch.tensor(kept)
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     assert plan.kept["one.weight[0]"].tolist() == [0, 1, 3]
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
@@ -278,10 +285,10 @@ def test_recurrent_units() -> None:
     x = torch.randn(2, 4, 5).double()
     with torch.no_grad():
         net.head.weight[:, 5:] = 0
-    assert m.plan_from_masks(analysed(net, x)).n_cut == 0, "the next step reads them"
+    assert m.plan_from_masks(analyzed(net, x)).n_cut == 0, "the next step reads them"
     with torch.no_grad():
         net.rnn.weight_hh_l0[:, 5:] = 0
-    plan = m.plan_from_masks(analysed(net, x))
+    plan = m.plan_from_masks(analyzed(net, x))
     assert plan.n_cut == 3
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
@@ -303,13 +310,13 @@ def test_bad_arguments() -> None:
     net = ready(Residual())
     with pytest.raises(ArgumentError, match="groups is Residual; .*torchshear.analyze"):
         m.plan_from_masks(net)
-    groups = analysed(net, image().double())
+    groups = analyzed(net, image().double())
     with pytest.raises(MaskError, match="'stem.wight' .*: stem.weight"):
         m.plan_from_masks(groups, m.Masks.of({"stem.wight": torch.ones(1).bool()}))
     with pytest.raises(MaskError, match=r"another model: shape \(1,\), not \(8, 3, 3, 3\)"):
         m.plan_from_masks(groups, m.Masks.of({"stem.weight": torch.ones(1).bool()}))
     with pytest.raises(MaskError, match="meta device"):
-        m.plan_from_masks(analysed(Residual().to("meta").eval(), image().to("meta")))
+        m.plan_from_masks(analyzed(Residual().to("meta").eval(), image().to("meta")))
 
 
 @pytest.mark.parametrize("pattern", ["channelx1", "1xchannel"])
@@ -323,7 +330,7 @@ def test_random_networks(pattern: str) -> None:
         with torch.no_grad():
             expected = [net(one) for one in inputs]
             m.make_permanent(net)
-            plan = m.plan_from_masks(analysed(net, x))
+            plan = m.plan_from_masks(analyzed(net, x))
             small = torchshear.shrink(net, plan)
             for one, output in zip(inputs, expected, strict=True):
                 assert_outputs_equal(small(one), output, 1e-9)
