@@ -21,6 +21,7 @@ class Forms:
 
     Attributes:
         network: of the registry.
+        model: the one that was cut.
         plan: the plan.
         traced: the graph that the plan makes of the model.
         found: the form that is found for a model of other weights, by the plan from a file; it has loaded the weights
@@ -29,6 +30,7 @@ class Forms:
     """
 
     network: Network
+    model: nn.Module
     plan: PruningPlan
     traced: nn.Module
     found: nn.Module
@@ -48,11 +50,11 @@ def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     other = randomise(request.param.build()[0], seed=99)
     found = shrink_to_form(other, PruningPlan.load(folder / "plan.json"), verify=False)
     found.model.load_state_dict(torch.load(folder / "weights.pt"))
-    return Forms(request.param, plan, traced, found.model, found.reason)
+    return Forms(request.param, model, plan, traced, found.model, found.reason)
 
 
 def test_its_own_class_is_kept_unless_its_code_holds_sizes(forms: Forms) -> None:
-    model, is_traced = forms.network.build()[0], "traced" in forms.network.tags
+    model, is_traced = forms.model, "traced" in forms.network.tags
     assert type(forms.found) is (TracedModule if is_traced else type(model))
     assert forms.reason or not is_traced
     assert type(forms.traced) is TracedModule
