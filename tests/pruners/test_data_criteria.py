@@ -60,28 +60,24 @@ def test_apoz_counts_zeros_behind_the_activation() -> None:
     np.testing.assert_allclose(scores("activation_variance", groups, "0.weight[0]", statistics), variances, rtol=1e-6)
 
 
-def test_taylor_adds_squares_of_single_weights() -> None:
+@pytest.mark.parametrize(
+    ("name", "of_two", "of_one"),
+    [
+        ("taylor", 1**2 + 2**2, 1**2 + 1**2),  # squares of single weights
+        ("snip_momentum", 0.9 * 1 + 2, 1 + 1),  # forgets a tenth with each batch
+        ("snip", 1 + 2, 1 + 1),
+        ("gradient", 1 + 1, 1 + 0.5),
+    ],
+)
+def test_gradients_of_single_weights_by_hand(name: str, of_two: float, of_one: float) -> None:
     model = linear([[1.0, 2.0], [1.0, 2.0]])
     with torch.no_grad():
         model[2].weight.copy_(torch.tensor([[1.0, 0.0]]))
     groups = groups_of(model, 2)
-    data = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]  # gradients of row 0 are the inputs themselves
-    statistics = torchshear.collect(groups, data, lambda out, _: out.sum(), 2)
-    assert scores("taylor", groups, "0.weight[0]", statistics).tolist() == [5, 0]
-    both = torchshear.collect(groups, [torch.tensor([[1.0, 0.5]])], lambda out, _: out.sum(), 1)
-    assert scores("taylor", groups, "0.weight[0]", both).tolist() == [2, 0]
-
-
-def test_connection_sensitivity_forgets_a_tenth_with_each_batch() -> None:
-    model = linear([[1.0, 2.0], [1.0, 2.0]])
-    with torch.no_grad():
-        model[2].weight.copy_(torch.tensor([[1.0, 0.0]]))
-    groups = groups_of(model, 2)
-    data = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]  # |w g| of row 0 adds up to 1, then to 2
-    statistics = torchshear.collect(groups, data, lambda out, _: out.sum(), 2)
-    np.testing.assert_allclose(scores("snip_momentum", groups, "0.weight[0]", statistics), [0.9 * 1 + 2, 0], rtol=1e-6)
-    assert scores("snip", groups, "0.weight[0]", statistics).tolist() == [3, 0]
-    assert scores("gradient", groups, "0.weight[0]", statistics).tolist() == [2, 0]
+    # Gradients of row 0 are the inputs themselves, and |w g| of it is 1 in the first batch, 2 in the second.
+    for data, expected in (([[1.0, 0.0]], [[0.0, 1.0]]), of_two), (([[1.0, 0.5]],), of_one):
+        statistics = torchshear.collect(groups, list(map(torch.tensor, data)), lambda out, _: out.sum(), len(data))
+        np.testing.assert_allclose(scores(name, groups, "0.weight[0]", statistics), [expected, 0], rtol=1e-6)
 
 
 def test_bn_scale_adds_the_norms_of_a_group() -> None:

@@ -7,23 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import Attention, classified
+from tests.networks import Attention, Between, classified
 from tests.networks.attention import EncoderBlock
 from tests.networks.feed_forward import GatedFeedForward
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.pruners import UnscorableError, find_criterion
-
-
-class Twelve(nn.Module):
-    """Attention of twelve heads, and a classifier."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = Attention(24, 12), nn.Linear(24, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.attention(x).mean(1))
 
 
 def seen(model: nn.Module, *shape: int) -> tuple[ChannelGroups, Statistics]:
@@ -60,7 +49,7 @@ def test_heads_are_scored_by_the_gradient_of_a_mask(kv_heads: int) -> None:
 
 def test_of_twelve_heads_the_eight_that_matter_most_stay_in_their_places() -> None:
     torch.manual_seed(0)
-    model = Twelve().double().eval()
+    model = Between(lambda h: h.mean(1), Attention(24, 12), nn.Linear(24, 5)).double().eval()
     groups, statistics = seen(model, 3, 5, 24)
     found = score(groups, statistics, "heads")
     assert found.square().sum().item() == pytest.approx(1, rel=1e-12)
@@ -113,17 +102,6 @@ class Transposed(nn.Module):
         return self.down(torch.tanh(torch.addmm(self.up.bias, x, self.up.weight)))
 
 
-class GroupedTransposed(nn.Module):
-    """A transposed convolution in groups, whose outputs are the second dimension of its weight, block by block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.head = nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Linear(6, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.up(x)).mean((2, 3)))
-
-
 def test_rows_lie_along_any_dimension() -> None:
     torch.manual_seed(0)
     model = Transposed().double().eval()
@@ -137,12 +115,14 @@ def test_rows_lie_along_any_dimension() -> None:
 def test_rows_of_blocks_come_one_after_another(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchshear.calibration._sums.PIECE", piece)
     torch.manual_seed(0)
-    model = GroupedTransposed().double().eval()
+    # Outputs of a transposed convolution in groups are the second dimension of its weight, block by block.
+    layers = nn.ConvTranspose2d(4, 6, 2, groups=2), nn.Linear(6, 5)
+    model = Between(lambda h: torch.tanh(h).mean((2, 3)), *layers).double().eval()
     groups, statistics = seen(model, 3, 4, 5, 5)
     gates = []
     for x, target in classified(3, 4, 5, 5):  # a gate behind the layer is its rows and its bias
         gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
-        output = model.head(torch.tanh(model.up(x) * gate[:, None, None]).mean((2, 3)))
+        output = model.two(model.call(model.one(x) * gate[:, None, None]))
         gates += torch.autograd.grad(functional.cross_entropy(output, target), gate)
     (group,) = groups.prunable
     found = find_criterion("sensitivity")(group, {}, statistics)

@@ -11,22 +11,9 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.inspection.hostile import hostile_groups
-from tests.networks import Attention, Grouped, Residual, Tied, image
+from tests.networks import Attention, Between, Grouped, Residual, Tied, image
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._network import Value
-
-
-class Square(nn.Module):
-    """Two edges between the same nodes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(3, 6), nn.Linear(6, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Two values a sample."""
-        h = self.one(x)
-        return self.two(h * h)
 
 
 class Auxiliary(nn.Module):
@@ -46,7 +33,8 @@ MODELS = {
     "residual": (Residual(), image()),
     "grouped": (Grouped(), image()),
     "attention": (Attention(), torch.randn(2, 5, 24)),
-    "square": (Square(), torch.randn(2, 3)),
+    # Two edges between the same nodes.
+    "square": (Between(lambda h: h * h, nn.Linear(3, 6), nn.Linear(6, 2)), torch.randn(2, 3)),
     "tied": (Tied(), torch.randint(0, 20, (2, 7))),
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import torchshear
 from tests.networks import (
     Attention,
+    Between,
     FeedForward,
     Grouped,
     Residual,
@@ -273,21 +274,13 @@ def test_coupled_layers_keep_what_any_of_them_keeps() -> None:
 
 
 def test_recurrent_units() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn, self.head = nn.LSTM(5, 8, batch_first=True), nn.Linear(8, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.rnn(x)[0])
-
-    net = ready(Recurrent())
+    net = ready(Between(lambda results: results[0], nn.LSTM(5, 8, batch_first=True), nn.Linear(8, 3)))
     x = torch.randn(2, 4, 5).double()
     with torch.no_grad():
-        net.head.weight[:, 5:] = 0
+        net.two.weight[:, 5:] = 0
     assert m.plan_from_masks(analyzed(net, x)).n_cut == 0, "the next step reads them"
     with torch.no_grad():
-        net.rnn.weight_hh_l0[:, 5:] = 0
+        net.one.weight_hh_l0[:, 5:] = 0
     plan = m.plan_from_masks(analyzed(net, x))
     assert plan.n_cut == 3
     assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)

@@ -13,9 +13,9 @@ from torch import nn
 import torchshear
 from tests.networks import NETWORKS, Network
 from tests.oracle import assert_outputs_of_same_form, fingerprint, fresh_inputs
-from torchshear.compensation import CompensationMethod
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
+from torchshear.options import CompensationMethod
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import refit, shrink_to_form
 
