@@ -195,7 +195,7 @@ def test_data_by_name(data: str) -> None:
 
 
 @pytest.mark.usefixtures("no_onnx")
-@pytest.mark.parametrize("loss", ["cross_entropy", "data_nets:own_loss"])
+@pytest.mark.parametrize("loss", ["cross_entropy", "dense", "data_nets:own_loss"])
 def test_losses_by_name(loss: str) -> None:
     prune("--criterion", "taylor", "--data", "data_nets:loader", "--loss", loss, "--batches", "3")
     plan = expected("taylor", loss_fn=functional.cross_entropy).plan

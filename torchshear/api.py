@@ -225,7 +225,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         min_width: the fewest units to keep in a group.
         data: batches for criteria that look at activations or gradients, and for `compensate`, which ignores targets
             in them; see `torchshear.collect` for their form.
-        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
+        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients; "dense" takes the dense
+            model's own outputs as targets.
         batches: how many batches to run; None: 32.
         compensate: how the shrunk model, once proved, is brought nearer to its original without training or labels.
             "refit" fits every layer in closed form to give what it gave before, on some hundred samples of data;

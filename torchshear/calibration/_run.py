@@ -1,7 +1,7 @@
 """A run over batches: the graph is interpreted, and sums are taken of its values and gradients."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.calibration._batches import describe
+from torchshear.calibration._dense_loss import DenseLoss, Loss, LossFunction
 from torchshear.calibration._functions import Functions
 from torchshear.calibration._gates import Gates
 from torchshear.calibration._processes import n_processes
@@ -35,15 +36,13 @@ from torchshear.graph._nodes import is_written
 from torchshear.graph._run import interpret
 from torchshear.graph.model._process import run_exclusively
 
-Loss = Callable[[Any, Any], Tensor]
-
 
 class Run:
     """Data going through a captured model, and what is summed of it.
 
     Args:
         groups: the channel groups of the model.
-        loss_fn: gives a scalar from output and target; None if `sums` needs no gradients.
+        loss_fn: gives a scalar from output and target, or is "dense"; None if `sums` needs no gradients.
         sums: what to sum.
         whole: names of groups that no gradient needs to reach, since they stay whole.
     """
@@ -56,7 +55,9 @@ class Run:
         self.fingerprint = self.graph.fingerprint  # takes a while
         self.sums = sums
         self.whole = whole
-        self.loss_fn = loss_fn if sums & SUMS_OF_GRADIENTS else None
+        self.loss_fn: LossFunction | None = None
+        if loss_fn is not None and sums & SUMS_OF_GRADIENTS:
+            self.loss_fn = DenseLoss() if isinstance(loss_fn, str) else loss_fn
         self.n_batches = self.n_samples = 0
         self.total_loss = 0.0
         taps = find_taps(groups)

@@ -65,8 +65,8 @@ _DATA = typer.Option(
 _LOSS = typer.Option(
     "--loss",
     metavar="NAME",
-    help=f"Loss for criteria that look at gradients: {LOSS_NAMES} (what the model itself gives), or "
-    f"package.module:function of output and target.",
+    help=f"Loss for criteria that look at gradients: {LOSS_NAMES}, or package.module:function of output and target. "
+    "'dense' takes the dense model's own outputs as targets, 'output' the loss that the model itself gives.",
 )
 _BATCHES = typer.Option(metavar="N", help="How many batches to run. Default: 32.")
 _FORM = typer.Option(

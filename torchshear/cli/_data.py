@@ -6,12 +6,12 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchshear.calibration._dense_loss import DENSE, Loss, LossFunction
 from torchshear.cli._example import call, failure_of, find_object, kind_of
 from torchshear.errors import ArgumentError, DataError, TorchshearError
 from torchshear.graph._names import close_names
 
 _EXPECTED: Final = "a function without arguments that returns an iterable of batches, or such an iterable"
-Loss = Callable[[Any, Any], Tensor]
 
 
 class NamedLoader:
@@ -57,7 +57,7 @@ def _nothing(text: str) -> None:
     """Say nothing."""
 
 
-def _by_targets(name: str, function: Loss) -> Loss:
+def _by_targets(name: str, function: LossFunction) -> LossFunction:
     """Make a loss of torch on an output and a target that both are tensors."""
 
     def loss(output: Any, target: Any) -> Tensor:
@@ -97,12 +97,12 @@ def _own_loss(output: Any, target: Any) -> Tensor:
     return found
 
 
-_LOSSES: Final[Mapping[str, Loss]] = {
+_LOSSES: Final[Mapping[str, LossFunction]] = {
     "cross_entropy": _by_targets("cross_entropy", functional.cross_entropy),
     "mse": _by_targets("mse", _mse),
     "output": _own_loss,
 }
-LOSS_NAMES: Final = ", ".join(_LOSSES)
+LOSS_NAMES: Final = ", ".join((DENSE, *_LOSSES))
 
 
 def load_loss(name: str) -> Loss:
@@ -111,10 +111,11 @@ def load_loss(name: str) -> Loss:
     Raises:
         ArgumentError: there is none.
     """
+    if name == DENSE:
+        return DENSE
     if name not in _LOSSES and ":" not in name:
-        raise ArgumentError(
-            f"loss {name!r}; expected one of {LOSS_NAMES}, or package.module:function.{close_names(name, _LOSSES)}"
-        )
+        near = close_names(name, (DENSE, *_LOSSES))
+        raise ArgumentError(f"loss {name!r}; expected one of {LOSS_NAMES}, or package.module:function.{near}")
     function = _LOSSES.get(name) or find_object(
         name, "function", "a function of output and target that returns a scalar tensor"
     )

@@ -86,7 +86,8 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         min_width: the fewest units to keep in a group.
         data: batches for criteria that look at data and for `compensate`; see `torchshear.collect`. They are taken
             once, and held.
-        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
+        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients; "dense" takes the dense
+            model's own outputs as targets.
         batches: how many batches to run; None: 32.
         compensate: compensation after which each model is scored once more: "refit", "statistics", "means" or
             "constants"; see `torchshear.prune`.

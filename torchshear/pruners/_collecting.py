@@ -49,7 +49,8 @@ def collect(
             dictionary by names of the parameters of forward, whose other keys are for the loss. An endless one is
             stopped.
         loss_fn: called as `loss_fn(output, target)`, where the target of a batch without one is the batch itself;
-            gives a scalar tensor. None: no gradients.
+            gives a scalar tensor. "dense": the network's own outputs are the targets, of data without labels. None: no
+            gradients.
         batches: how many batches to run.
         progress: True draws a bar on a terminal or in a notebook for work over a second, False nothing; a function is
             called as `progress(done, total, what)` after each batch, as `progress(1, 32, "collecting")`.
@@ -79,9 +80,11 @@ def collect(
     """
 
     def make_run() -> Run:
-        if loss_fn is not None and not callable(loss_fn):
-            name = type(loss_fn).__name__
-            raise ArgumentError(f"loss_fn is {name}; expected a function of output and target, or None.")
+        if loss_fn is not None and not callable(loss_fn) and loss_fn != "dense":
+            raise ArgumentError(
+                f"loss_fn={quote(loss_fn)}; expected a function of output and target, 'dense' for the network's own "
+                f"outputs as targets, or None."
+            )
         groups = _groups_with_weights(network)
         patterns = parse_names("exclude", exclude)
         targets = choose_targets(groups, _ANY, None, patterns) if patterns else {}

@@ -60,7 +60,8 @@ class Pruner:
             many as all of them are asked to lose. With True, what a layer is asked beyond that is masked in it alone,
             as NNI does; it brings no speed. With False it stays, and `resolved` says how much it is.
         data: batches for criteria that look at activations or gradients, see `torchshear.collect`.
-        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
+        loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients; "dense" takes the dense
+            model's own outputs as targets.
         batches: how many batches to run.
         align: what kept widths are a multiple of, or a profile, see `torchshear.plan`; None: any width.
         min_width: the fewest channels to keep in a group.
