@@ -50,6 +50,7 @@ class Given:
     plan: Any
     small: nn.Module
     statistics: Any
+    grams: Any
     masks: Any
     second: Any
     pruner: Any
@@ -66,6 +67,7 @@ class Given:
         result = torchshear.prune(model, (x,))
         data = [(x, torch.tensor([0, 1]))]
         statistics = torchshear.collect(groups, data, cross_entropy, batches=1, progress=False)
+        grams = torchshear.collect(groups, data, batches=1, criteria="reconstruction", progress=False)
         laid = masks.choose_masks(model, "1x1", 0.5)
         laid.save(folder / "masks.safetensors")
         result.plan.save(folder / "plan.json")
@@ -82,8 +84,8 @@ class Given:
         (folder / "src").mkdir()
         save_file(model.state_dict(), folder / "src" / "model.safetensors")
         torch.manual_seed(0)
-        found = (groups.graph, groups, result.plan, result.model, statistics, laid, second, pruner, compared, measured)
-        return cls(model, x, *found, folder)
+        made = (groups.graph, groups, result.plan, result.model, statistics, grams)
+        return cls(model, x, *made, laid, second, pruner, compared, measured, folder)
 
 
 class Call(NamedTuple):
@@ -210,6 +212,7 @@ CALLS: dict[str, Call] = {
             **{"onnx_path": None},
         },
     ),
+    "reconstruction_errors": Call(pruners.reconstruction_errors, lambda g: {"groups": g.groups, "statistics": g.grams}),
     "channel_means": Call(
         pruners.channel_means, lambda g: {"network": g.groups, "loader": data(g), "batches": 1, "progress": False}
     ),

@@ -13,7 +13,7 @@ from tests.networks import randomise
 from tests.networks.plain import ManyLayers
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups
-from torchshear.pruners import UnscorableError, find_criterion
+from torchshear.pruners import UnscorableError, find_criterion, registered_criteria
 from torchshear.pruners.selection._scoring import group_scores
 
 
@@ -45,7 +45,7 @@ def collected(
     model: nn.Module, data: list[Any], loss_fn: Any = functional.cross_entropy
 ) -> tuple[ChannelGroups, Statistics]:
     groups = torchshear.analyze(torchshear.trace(model, (data[0][0],)))
-    return groups, torchshear.collect(groups, data, loss_fn, len(data))
+    return groups, torchshear.collect(groups, data, loss_fn, len(data), criteria=registered_criteria())
 
 
 @cache

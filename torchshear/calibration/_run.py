@@ -16,6 +16,7 @@ from torchshear.calibration._processes import n_processes
 from torchshear.calibration._recurrent import is_recurrent
 from torchshear.calibration._recurrent import run as run_recurrent
 from torchshear.calibration._statistics import (
+    MAX_GRAM,
     SUMS_OF_GRADIENTS,
     SUMS_OF_VALUES,
     SUMS_OF_WEIGHTS,
@@ -32,7 +33,7 @@ from torchshear.dependency.groups._computed_weights import computed_weights
 from torchshear.dependency.groups._role_sets import HEADS, OWN_ROLES, READING_ROLES
 from torchshear.errors import DataError, first_line
 from torchshear.graph._location import locate
-from torchshear.graph._nodes import is_written
+from torchshear.graph._nodes import is_written, shape_of
 from torchshear.graph._run import interpret
 from torchshear.graph.model._process import run_exclusively
 
@@ -95,9 +96,14 @@ class Run:
                 nonnegative |= {tap.key} if tap.is_nonnegative else set()
         of_inputs: dict[Sum, Sum] = {"inputs": "squares", "means": "total"}
         of_read = {word for asked, word in of_inputs.items() if asked in self.sums}
+        pruned = {m.name for group in self.groups.prunable for m in group.members if m.roles & READING_ROLES}
         for layer in self.layers:
             if layer.dim is not None:
-                wanted.setdefault((layer.source, layer.dim), set()).update(of_read)
+                asked = wanted.setdefault((layer.source, layer.dim), set())
+                asked |= of_read
+                node = self._activations.get(layer.source)
+                if "grams" in self.sums and layer.weight in pruned and node is not None:
+                    asked |= {"grams", "total"} if shape_of(node)[layer.dim] <= MAX_GRAM else set()
         return {key: ValueAccumulator(key[1], sums, key in nonnegative) for key, sums in wanted.items() if sums}
 
     def _read_state(self) -> None:

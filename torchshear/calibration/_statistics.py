@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from torchshear.calibration._taps import Tap
@@ -13,6 +14,7 @@ Sum = Literal[
     "zeros", "total", "magnitude", "squares",  # of activations: attributes of ValueSums
     "inputs",  # squares of what layers read
     "means",  # what layers read itself; of no criterion, but for what is folded into biases
+    "grams",  # products of what layers read, each number with each other; for criteria that name them
     "taylor", "saliency", "momentum", "gradient",  # of gradients: attributes of WeightSums
     "rows",  # RowSums
     "heads",  # gates on what layers read of attention heads
@@ -22,7 +24,9 @@ SUMS_OF_VALUES: frozenset[Sum] = frozenset({"zeros", "total", "magnitude", "squa
 SUMS_OF_WEIGHTS: frozenset[Sum] = frozenset({"taylor", "saliency", "momentum", "gradient"})
 SUMS_OF_GRADIENTS: frozenset[Sum] = SUMS_OF_WEIGHTS | {"rows", "heads", "gates"}  # those that need a loss
 SUM_OF_MEANS: frozenset[Sum] = frozenset({"means"})
-ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum)) - SUM_OF_MEANS  # those of criteria
+SUM_OF_GRAMS: frozenset[Sum] = frozenset({"grams"})  # costs much, and is taken only where it is asked for
+ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum)) - SUM_OF_MEANS - SUM_OF_GRAMS  # those of criteria
+MAX_GRAM = 4608  # numbers of which products are summed at most: 170 MB
 MOMENTUM = 0.9  # weight of what was seen before, in the criterion |W g| with momentum
 
 
@@ -31,7 +35,7 @@ class ValueSums:
     """Sums over one dimension of a value; P = its number of positions. All float64, on the CPU.
 
     What was not asked for has shape (0,): `zeros` of groups without an activation that gives exact zeros, and all but
-    `squares` and `total` of values that no group shows in and that layers only read.
+    `squares`, `total` and `grams` of values that no group shows in and that layers only read.
 
     Attributes:
         count: numbers seen at each position.
@@ -39,6 +43,7 @@ class ValueSums:
         total: their sum, shape (P,).
         magnitude: sum of their absolute values, shape (P,).
         squares: sum of their squares, shape (P,).
+        grams: sum of their products, position by position, shape (P, P).
     """
 
     count: int
@@ -46,6 +51,7 @@ class ValueSums:
     total: Tensor
     magnitude: Tensor
     squares: Tensor
+    grams: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,10 +23,16 @@ def _squares(piece: Tensor, dim: int) -> Tensor:
     return sum_but(torch.linalg.vector_norm(piece, 2, tuple(behind)).square(), [dim])  # writes no squares to memory
 
 
+def _grams(piece: Tensor, dim: int) -> Tensor:
+    rows = piece.movedim(dim, -1).reshape(-1, piece.shape[dim])
+    return rows.mT @ rows
+
+
 _SUMS: dict[Sum, Callable[[Tensor, int], Tensor]] = {
     "zeros": _zeros,
     "total": lambda piece, dim: sum_but(piece, [dim]),
     "magnitude": lambda piece, dim: sum_but(piece.abs(), [dim]),
+    "grams": _grams,
     "squares": _squares,
 }
 

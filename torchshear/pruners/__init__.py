@@ -15,6 +15,7 @@ from torchshear.pruners.criteria._criterion import (
     registered_criteria,
 )
 from torchshear.pruners.criteria._random import random_criterion
+from torchshear.pruners.criteria._reconstruction import reconstruction_errors
 from torchshear.pruners.criteria._weight_sums import unit_sums
 from torchshear.pruners.selection._per_group import Ratio
 from torchshear.pruners.selection._pools import isomorphism_classes
@@ -35,6 +36,7 @@ __all__ = [
     "masks",
     "plan_from_kept",
     "random_criterion",
+    "reconstruction_errors",
     "registered_criteria",
     "unit_sums",
 ]

@@ -11,7 +11,7 @@ from torchshear.calibration._batches import read_graph_inputs
 from torchshear.calibration._processes import agree, all_reduced
 from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.calibration._run import Run
-from torchshear.calibration._statistics import ALL_SUMS, SUM_OF_MEANS, SUMS_OF_GRADIENTS, Sum
+from torchshear.calibration._statistics import ALL_SUMS, SUM_OF_GRAMS, SUM_OF_MEANS, SUMS_OF_GRADIENTS, Sum
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError, WeightError
@@ -157,9 +157,9 @@ def _groups_with_weights(network: Graph | ChannelGroups) -> ChannelGroups:
 
 def _sums_for(criteria: str | Criterion | Collection[str | Criterion] | None, loss_fn: Loss | None) -> frozenset[Sum]:
     """Return the sums that criteria need; for criteria that declare no needs, all sums that the loss allows."""
-    allowed = ALL_SUMS if loss_fn is not None else ALL_SUMS - SUMS_OF_GRADIENTS
+    allowed = ALL_SUMS | SUM_OF_GRAMS if loss_fn is not None else (ALL_SUMS | SUM_OF_GRAMS) - SUMS_OF_GRADIENTS
     if criteria is None:
-        return allowed
+        return allowed - SUM_OF_GRAMS
     named = [criteria] if isinstance(criteria, str) or callable(criteria) else criteria
     if not isinstance(named, Collection) or isinstance(named, Tensor):
         raise ArgumentError(f"criteria={quote(criteria)}; expected names of criteria or functions, or None for all.")

@@ -8,7 +8,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from torchshear.calibration import Statistics
-from torchshear.calibration._statistics import ALL_SUMS, Sum
+from torchshear.calibration._statistics import ALL_SUMS, SUM_OF_GRAMS, Sum
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError, TorchshearError
 
@@ -24,6 +24,7 @@ class UnscorableError(TorchshearError):
 _CRITERIA: dict[str, Criterion] = {}
 _NEEDS: dict[str, frozenset[Sum]] = {}
 _COMPARABLE: set[Criterion] = set()
+_OF_WHOLE_GROUPS: set[Criterion] = set()
 _REARRANGEMENTS: dict[Criterion, Rearrangement] = {}
 
 
@@ -31,6 +32,7 @@ def criterion(
     name: str,
     needs: tuple[Sum, ...] | None = None,
     comparable: bool = False,
+    whole: bool = False,
     rearrange: Rearrangement | None = None,
 ) -> Callable[[Criterion], Criterion]:
     """Register a criterion: a function `(group, weights, statistics) -> scores`.
@@ -48,9 +50,10 @@ def criterion(
     Args:
         name: the word that users choose it by.
         needs: names of the sums that it reads from `statistics`, see `torchshear.calibration.Statistics.sums`; empty
-            if it reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything.
+            if it reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything but "grams".
         comparable: whether scores of units of different groups mean the same, as an estimate of the loss does. Those of
             other criteria are divided by their mean over the group where groups are ranked together.
+        whole: whether it scores a group as a whole, also where members are to be scored one by one.
         rearrange: called as `rearrange(group, kept, statistics)` when it is known how many units of a group stay, with
             those that have the highest scores, ascending. It gives as many units that shall stay instead, in a
             balanced group as many of each block; for criteria to which units matter together, not one by one.
@@ -58,9 +61,10 @@ def criterion(
     Raises:
         ArgumentError: the name is taken, or a sum is unknown.
     """
-    unknown = sorted(set(needs or ()) - ALL_SUMS)
+    known = ALL_SUMS | SUM_OF_GRAMS
+    unknown = sorted(set(needs or ()) - known)
     if unknown:
-        raise ArgumentError(f"needs={unknown} of criterion {name!r}; expected some of {', '.join(sorted(ALL_SUMS))}.")
+        raise ArgumentError(f"needs={unknown} of criterion {name!r}; expected some of {', '.join(sorted(known))}.")
 
     def add(function: Criterion) -> Criterion:
         if name in _CRITERIA:
@@ -69,6 +73,8 @@ def criterion(
         _NEEDS[name] = ALL_SUMS if needs is None else frozenset(needs)
         if comparable:
             _COMPARABLE.add(function)
+        if whole:
+            _OF_WHOLE_GROUPS.add(function)
         if rearrange is not None:
             _REARRANGEMENTS[function] = rearrange
         return function
@@ -120,6 +126,11 @@ def declared_needs(name: str | Criterion) -> frozenset[Sum]:
 def is_comparable(function: Criterion) -> bool:
     """Return whether scores of a criterion can be compared between groups as they are."""
     return function in _COMPARABLE
+
+
+def is_of_whole_groups(function: Criterion) -> bool:
+    """Return True if a criterion scores a group as a whole only."""
+    return function in _OF_WHOLE_GROUPS
 
 
 def rearrangement_of(function: Criterion) -> Rearrangement | None:

@@ -32,7 +32,7 @@ def with_needs(statistics: Statistics | None, criterion: str) -> Statistics:
         what = f"they were collected for other criteria, without {', '.join(sorted(needs - statistics.sums))}"
     raise ArgumentError(
         f"criterion={criterion!r} looks at {'gradients' if loss else 'activations'}, and {what}. Give "
-        f"statistics=torchshear.collect(graph, loader{', loss_fn' if loss else ''})."
+        f"statistics=torchshear.collect(graph, loader{', loss_fn' if loss else ''}, criteria={criterion!r})."
     )
 
 

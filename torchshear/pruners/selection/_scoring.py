@@ -14,7 +14,7 @@ from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.groups._role_sets import MAKING_ROLES, OWN_ROLES
 from torchshear.errors import ArgumentError, TorchshearError
-from torchshear.pruners.criteria._criterion import Criterion, UnscorableError
+from torchshear.pruners.criteria._criterion import Criterion, UnscorableError, is_of_whole_groups
 
 Floats = npt.NDArray[np.float64]
 
@@ -76,7 +76,7 @@ def group_scores(
         ArgumentError: the criterion gave something else than C finite numbers, or, for the geometric mean, less than 0.
         UnscorableError: the criterion has nothing to say of the group.
     """
-    together = GROUP_REDUCTIONS[group_reduction]
+    together = None if is_of_whole_groups(criterion) else GROUP_REDUCTIONS[group_reduction]
     filters = tuple(member for member in group.members if member.roles & MAKING_ROLES)
     if group_reduction == "filters" and filters:
         with suppress(UnscorableError):  # a criterion of norms has nothing to say of filters

@@ -1,0 +1,131 @@
+"""The criterion of what remains after a refit: against least squares on the data itself."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchshear
+from torchshear.calibration import Statistics
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.errors import ArgumentError
+from torchshear.pruners import find_criterion, reconstruction_errors
+from torchshear.pruners.criteria._criterion import UnscorableError
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class TwoReaders(nn.Module):
+    """A hidden layer whose units a linear layer reads, and another one by heads of three positions each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 5), nn.Linear(8, 3, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.up(x).relu()
+        return self.one(x), self.two(x)
+
+
+def analysed(model: nn.Module, x: Tensor, loader: list[Tensor]) -> tuple[ChannelGroups, Statistics]:
+    graph = torchshear.trace(model.double().eval(), x)
+    statistics = torchshear.collect(graph, loader, batches=len(loader), criteria="reconstruction", progress=False)
+    return torchshear.analyze(graph), statistics
+
+
+def group_of(groups: ChannelGroups, width: int) -> ChannelGroup:
+    return next(group for group in groups if group.width == width)
+
+
+def left_after(inputs: Tensor, weights: list[Tensor], kept: list[int]) -> float:
+    """Error of the best refit of linear layers by some of their inputs, relative to the variance of each."""
+    u = inputs - inputs.mean(0)
+    total = 0.0
+    for weight in weights:
+        y = u @ weight.T
+        solution = torch.linalg.lstsq(u[:, kept], y).solution if kept else u.new_zeros(0, len(weight))
+        total += float((y - u[:, kept] @ solution).square().sum() / y.square().sum())
+    return total
+
+
+def test_errors_are_those_of_least_squares_and_the_least_goes_first() -> None:
+    torch.manual_seed(0)
+    model = TwoReaders()
+    loader = [noise(200, 4, seed=number) for number in range(2)]
+    groups, statistics = analysed(model, noise(2, 4), loader)
+    group = group_of(groups, 8)
+    weights = {name: entry.tensor for name, entry in groups.graph.state.items()}
+    scores = find_criterion("reconstruction")(group, weights, statistics)
+    order = scores.argsort().tolist()
+    with torch.no_grad():
+        inputs = model.up(torch.cat(loader)).relu()
+    readers = [model.one.weight.detach(), model.two.weight.detach()]
+    errors = reconstruction_errors(groups, statistics)[group.name]
+    assert errors.shape == (9,)
+    kept = list(range(8))
+    for number, unit in enumerate(order, 1):
+        tried = {one: left_after(inputs, readers, [k for k in kept if k != one]) for one in kept}
+        assert tried[unit] == pytest.approx(min(tried.values()), rel=0.02, abs=1e-3)
+        kept.remove(unit)
+        assert float(errors[number]) == pytest.approx(tried[unit], rel=0.02, abs=2e-3)
+    assert float(errors[8]) == pytest.approx(2, rel=0.01)
+
+
+def test_copies_go_first_whatever_their_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    with torch.no_grad():
+        model[0].weight[4:] = 5 * model[0].weight[:2]
+        model[0].bias[4:] = 5 * model[0].bias[:2]
+    model.double()
+    loader = [noise(8, 3, 6, 6, seed=number) for number in range(2)]
+    groups, statistics = analysed(model, noise(2, 3, 6, 6), loader)
+    group = group_of(groups, 6)
+    plan = torchshear.plan(groups, "reconstruction", 1 / 3, statistics=statistics)
+    gone = set(range(6)) - set(next(one for one in plan.groups if one.name == group.name).kept.tolist())
+    assert sorted(unit % 4 for unit in gone) == [0, 1]
+    errors = reconstruction_errors(groups, statistics)[group.name]
+    assert float(errors[2]) < 0.01 < float(errors[3])
+
+
+@pytest.mark.parametrize(
+    ("reader", "shape"),
+    [
+        (nn.Conv2d(12, 8, 3, groups=2), (8, 3, 6, 6)),
+        (nn.Sequential(nn.Conv2d(12, 12, 3, groups=12), nn.Conv2d(12, 5, 1)), (8, 3, 6, 6)),
+        (nn.ConvTranspose2d(12, 5, 2), (8, 3, 6, 6)),
+        (nn.Sequential(nn.AvgPool2d(3), nn.Flatten(), nn.Linear(12 * 4, 5)), (8, 3, 6, 6)),
+    ],
+    ids=["grouped", "behind a depthwise one", "transposed", "several positions a unit"],
+)
+def test_every_kind_of_reader(reader: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Tanh(), reader)
+    groups, statistics = analysed(model, noise(2, *shape[1:]), [noise(*shape, seed=number) for number in range(2)])
+    (errors,) = reconstruction_errors(groups, statistics).values()
+    assert (errors.diff() >= 0).all()
+    assert float(errors[0]) == 0
+    assert 0.9 < float(errors[-1]) < 1.01
+
+
+def test_what_no_layer_reads_cannot_be_scored() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU())
+    graph = torchshear.trace(model, torch.randn(2, 4))
+    groups = torchshear.analyze(graph, prunable_outputs="0")
+    statistics = torchshear.collect(graph, [torch.randn(8, 4)], batches=1, criteria="reconstruction", progress=False)
+    weights = {name: entry.tensor for name, entry in groups.graph.state.items()}
+    with pytest.raises(UnscorableError, match="no layer"):
+        find_criterion("reconstruction")(groups[0], weights, statistics)
+    assert not reconstruction_errors(groups, statistics)
+
+
+def test_statistics_for_other_criteria_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    graph = torchshear.trace(model, torch.randn(2, 4))
+    statistics = torchshear.collect(graph, [torch.randn(8, 4)], batches=1, progress=False)
+    with pytest.raises(ArgumentError, match="grams.*criteria='reconstruction'"):
+        torchshear.plan(torchshear.analyze(graph), "reconstruction", 0.5, statistics=statistics)
+    other = torchshear.analyze(torchshear.trace(nn.Linear(4, 3), torch.randn(2, 4)))
+    with pytest.raises(ArgumentError, match="another network"):
+        reconstruction_errors(other, statistics)
