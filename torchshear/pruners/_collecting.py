@@ -8,6 +8,7 @@ from torch import Tensor
 from torchshear._arguments import check_count, check_kind, quote
 from torchshear.calibration import Loss, Progress, Statistics
 from torchshear.calibration._batches import read_graph_inputs
+from torchshear.calibration._dense_loss import DENSE
 from torchshear.calibration._processes import agree, all_reduced
 from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.calibration._run import Run
@@ -80,7 +81,7 @@ def collect(
     """
 
     def make_run() -> Run:
-        if loss_fn is not None and not callable(loss_fn) and loss_fn != "dense":
+        if loss_fn is not None and not callable(loss_fn) and not (isinstance(loss_fn, str) and loss_fn == DENSE):
             raise ArgumentError(
                 f"loss_fn={quote(loss_fn)}; expected a function of output and target, 'dense' for the network's own "
                 f"outputs as targets, or None."
