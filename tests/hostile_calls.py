@@ -147,7 +147,7 @@ CALLS: dict[str, Call] = {
     ),
     "shrink": Call(
         torchshear.shrink,
-        lambda g: {"model": g.model, "plan": g.plan, "args": (g.x,), "kwargs": {}, "fold_bias": False, "verify": True},
+        lambda g: {"model": g.model, "plan": g.plan, "args": (g.x,), "kwargs": {}, "verify": True},
     ),
     "verify": Call(
         torchshear.verify,

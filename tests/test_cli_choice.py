@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import torchshear
 from torchshear.cli import app, load_example
-from torchshear.cli._choice_options import parse_ratio
+from torchshear.cli._shared_options import parse_ratio
 from torchshear.errors import ArgumentError
 
 NETS = '''

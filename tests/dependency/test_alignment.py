@@ -46,9 +46,8 @@ def test_none_allows_every_width():
     factor=st.integers(1, 8),
     width=st.integers(1, 300),
     multiplicity=st.integers(1, 64),
-    target=st.integers(-5, 400),
 )
-def test_widths_follow_the_definition(granule, factor, width, multiplicity, target):
+def test_widths_follow_the_definition(granule, factor, width, multiplicity):
     alignment = Alignment(granule * factor, granule, "any")
     whole = {k for k in range(1, width) if k * multiplicity % alignment.block == 0}
     partial = {k for k in range(1, width) if k * multiplicity % granule == 0}
@@ -56,16 +55,6 @@ def test_widths_follow_the_definition(granule, factor, width, multiplicity, targ
     if width * multiplicity <= alignment.block or not whole:
         expected |= partial
     assert alignment.allowed_widths(width, multiplicity).tolist() == sorted(expected)
-    nearest = alignment.nearest(target, width, multiplicity)
-    assert nearest == min(expected, key=lambda k: (abs(k - target), -k))
-    assert type(nearest) is int
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"), [(-3, 16), (0, 16), (23, 16), (24, 32), (25, 32), (64, 64), (1000, 64)]
-)
-def test_nearest_takes_the_wider_of_two(target, expected):
-    assert AVX512.nearest(target, width=64) == expected
 
 
 def test_alignment_is_frozen():
@@ -97,8 +86,6 @@ def test_bad_alignments_are_refused(block, granule, name, message):
         (lambda: AVX512.allowed_widths(0), "width must be a whole number of at least 1, but got width=0"),
         (lambda: AVX512.allowed_widths(8, 0), "multiplicity must be"),
         (lambda: AVX512.allowed_widths("8"), "got width='8'"),
-        (lambda: AVX512.nearest(1.5, 8), "target must be a whole number of units, but got target=1.5"),
-        (lambda: AVX512.nearest(True, 8), "got target=True"),
     ],
 )
 def test_bad_questions_are_refused(call, message):

@@ -10,7 +10,8 @@ from tests.networks import Grouped, Residual, image, randomise
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.pruners.selection._exact import Limits, choose_units, choose_width
+from torchshear.pruners.selection._exact_units import choose_units
+from torchshear.pruners.selection._widths import Limits, choose_width
 
 
 def group_of(width: int, balance: np.ndarray | None = None) -> ChannelGroup:

@@ -7,11 +7,11 @@ import typer
 from typer.core import TyperGroup
 
 from torchshear.cli._bench import bench
-from torchshear.cli._choice_options import name_flags
 from torchshear.cli._compare import compare
 from torchshear.cli._example import load_example
 from torchshear.cli._inspect import inspect
 from torchshear.cli._prune import prune
+from torchshear.cli._shared_options import name_flags
 from torchshear.cli._shrink import shrink
 from torchshear.errors import TorchshearError
 

@@ -13,8 +13,8 @@ from rich.table import Table
 
 import torchshear
 from torchshear._tables import Cell
-from torchshear.cli._choice_options import Submodules
 from torchshear.cli._example import Target, load_example
+from torchshear.cli._shared_options import Submodules
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._cut import dense_cost

@@ -1,4 +1,7 @@
-"""`torchshear prune`: prune a model into a folder, prove it, export it and measure it."""
+"""`torchshear prune`: prune a model into a folder, prove it, export it and measure it.
+
+Options that other commands have as well are in `_shared_options.py`.
+"""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -14,9 +17,9 @@ from torch import nn
 
 import torchshear
 from torchshear.cli._bench import measure, print_latency
-from torchshear.cli._choice_options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._example import Target, load_example
 from torchshear.cli._folder import Force, folder_name, output_folder
+from torchshear.cli._shared_options import CRITERIA, EVERY, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.configs._resolved import render_config
 from torchshear.report import render_report

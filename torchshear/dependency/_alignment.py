@@ -80,26 +80,3 @@ class Alignment:
         is_allowed[-1] = True
         allowed: np.ndarray = widths[is_allowed]
         return allowed
-
-    def nearest(self, target: int, width: int, multiplicity: int = 1) -> int:
-        """Give the allowed width nearest to `target`; of two equally near ones, the wider.
-
-        Args:
-            target: units wanted; zero or less gives the narrowest allowed width, more than `width` gives `width`.
-            width: units that the dimension has now.
-            multiplicity: positions that each unit stands for.
-
-        Returns:
-            A width out of `allowed_widths(width, multiplicity)`.
-
-        Raises:
-            ArgumentError: `target` is not a whole number, or another argument is not one of at least 1.
-
-        Example:
-            >>> Alignment(block=8, granule=4, name="cpu-avx2").nearest(target=12, width=32)
-            16
-        """
-        if isinstance(target, bool) or not isinstance(target, int | np.integer):
-            raise ArgumentError(f"target must be a whole number of units, but got target={target!r}.")
-        widths = self.allowed_widths(width, multiplicity)[::-1]
-        return int(widths[np.argmin(np.abs(widths - target))])

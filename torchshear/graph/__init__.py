@@ -4,10 +4,10 @@ from torchshear.graph._cost import Cost
 from torchshear.graph._graph import Graph, StateTensor
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._location import Location
-from torchshear.graph.masked import _forms as _masked_forms  # registers the masked forms of the ATen operators
+from torchshear.graph.masked import _operators as _masked_operators  # registers the masked forms of the ATen operators
 from torchshear.graph.model._meta import parameters_on_meta
 
-assert _masked_forms
+assert _masked_operators
 
 __all__ = [
     "Cost",

@@ -21,7 +21,7 @@ class Shrunk:
         plan: the plan that it was made by: the one that was given, or one that leaves some of its groups whole.
         verification: how closely it agrees with the masked model; None if that was not asked for, or if the model is on
             the meta device.
-        fold: the folded constants of removed channels; None if they count as zero, as without `fold_bias`.
+        fold: the folded constants of removed channels, from `fold_constants`; None if they count as zero.
     """
 
     model: nn.Module

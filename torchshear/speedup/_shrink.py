@@ -14,9 +14,8 @@ from torchshear.graph import ExampleInputs
 from torchshear.graph.model._meta import is_on_meta
 from torchshear.graph.model._process import run_exclusively
 from torchshear.speedup._result import Shrunk
-from torchshear.speedup.compensation._fold import fold_constants
+from torchshear.speedup.shrinking._check_model import analyze_planned
 from torchshear.speedup.shrinking._parts import shrink_parts
-from torchshear.speedup.shrinking._planned import analyze_planned
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 from torchshear.speedup.shrinking._whole_model import shrink_whole
 from torchshear.speedup.verification._verify import verify_analyzed
@@ -27,7 +26,6 @@ def shrink(
     plan: PruningPlan,
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    fold_bias: bool = False,
     verify: bool = True,
 ) -> nn.Module:
     """Shrink a model to the units that a plan keeps, and prove the result.
@@ -43,9 +41,6 @@ def shrink(
         args: example positional arguments to trace and to prove with, a tensor for one; None for those of the plan. A
             plan from a file has the integers and truth values that it was made with, and random numbers.
         kwargs: example keyword arguments, likewise.
-        fold_bias: whether a removed channel counts as the constant that its norm's shift or its bias makes of it,
-            rather than as zero. The constants go into the biases of the layers that read them, and the result is
-            proved; `torchshear.speedup.fold_constants` says for which layers. No tensor changes its shape.
         verify: whether to prove that the result is the masked model, as `torchshear.verify` does. A model on the meta
             device has no values to compare, and is not proved.
 
@@ -55,9 +50,7 @@ def shrink(
     Raises:
         PlanError: the plan is for another model, or the form that it records is not equal to the rewritten graph.
         CaptureError: the model cannot be traced.
-        VerificationError: the result is not the masked model; or the folded one not the original with constants on the
-            removed channels.
-        WeightError: constants of a model on the meta device are to be folded.
+        VerificationError: the result is not the masked model.
 
     Example:
         >>> import torch, torchshear
@@ -66,7 +59,7 @@ def shrink(
         >>> torchshear.shrink(model, plan)[0]
         Linear(in_features=4, out_features=4, bias=True)
     """
-    return shrink_to_form(model, plan, args, kwargs, fold_bias=fold_bias, verify=verify).model
+    return shrink_to_form(model, plan, args, kwargs, verify=verify).model
 
 
 @run_exclusively()
@@ -76,7 +69,6 @@ def shrink_to_form(
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     form: FormKind | None = None,
-    fold_bias: bool = False,
     verify: bool = True,
     tradeoff: NativeTradeoff | None = None,
 ) -> Shrunk:
@@ -89,13 +81,12 @@ def shrink_to_form(
         kwargs: example keyword arguments, likewise.
         form: the form that the result must have, in all parts if the plan has some; None for the one that the plan
             records, else native if possible.
-        fold_bias: whether the constants of removed channels are folded; see `shrink`.
         verify: whether the result is proved; see `shrink`.
         tradeoff: permission to leave groups whole if only that gives the native form; `plan` of the result then
             differs from the plan that is given.
 
     Returns:
-        The model, its form, its plan, its verification before constants are folded, and the folded constants.
+        The model, its form, its plan and its verification.
 
     Raises:
         PlanError: the plan is for another model, or the form that is asked for or recorded is not equal to the
@@ -103,7 +94,6 @@ def shrink_to_form(
         CaptureError: the model cannot be traced.
         VerificationError: the result is not the masked model.
     """
-    check_flag("fold_bias", fold_bias)
     check_flag("verify", verify)
     if form is not None:
         check_one_of("form", form, ("native", "traced"))
@@ -125,7 +115,5 @@ def shrink_to_form(
             )
             small = replace(small, form=replace(small.form, reason=reason))
             proof = verify_analyzed(model, small.model, plan, groups, inputs, training=small.training)
-        shrunk = Shrunk(small.model, small.form, small.plan, proof)
-    else:
-        shrunk = Shrunk(small.model, small.form, small.plan)
-    return fold_constants(model, shrunk, shrunk.plan, args, kwargs) if fold_bias else shrunk
+        return Shrunk(small.model, small.form, small.plan, proof)
+    return Shrunk(small.model, small.form, small.plan)

@@ -25,7 +25,7 @@ from torchshear.dependency.plans._cut import dense_cost
 from torchshear.errors import ArgumentError
 from torchshear.graph._operator_record import describe_operator, operator_named, operator_of
 from torchshear.pruners import plan_from_kept
-from torchshear.speedup import shrink_to_form
+from torchshear.speedup import fold_constants, shrink_to_form
 
 
 @torch.library.custom_op("records::scale_norm", mutates_args=())
@@ -125,7 +125,7 @@ def test_constants_pass_the_norm_and_fold_into_the_layer() -> None:
     model = _model()
     groups = torchshear.analyze(torchshear.trace(model, (X,)))
     plan = plan_from_kept(groups, {groups[0].name: [0, 2, 3, 7, 11]})
-    folded = shrink_to_form(model, plan, fold_bias=True)
+    folded = fold_constants(model, shrink_to_form(model, plan), plan)
     assert [(one.layer, one.into) for one in folded.fold.folded] == [("records.affine.default", "offset")]
     gone = [unit for unit in range(12) if unit not in (0, 2, 3, 7, 11) and model.beta[unit] > 0]
     expected = model.offset + model.beta[gone] @ model.weight[gone]

@@ -100,6 +100,10 @@ def picture(size: int = 13) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(3))
 
 
+def shrink_folded(model: nn.Module, plan: torchshear.PruningPlan, form: str | None = None) -> Shrunk:
+    return fold_constants(model, shrink_to_form(model, plan, form=form), plan)  # type: ignore[arg-type]
+
+
 def reasons(shrunk: Shrunk) -> dict[str, str]:
     return {one.layer: one.reason for one in shrunk.fold.skipped}
 
@@ -111,7 +115,7 @@ def test_two_layers_by_hand(form: str) -> None:
         model[0].bias.copy_(torch.tensor([0.5, -1.0, 2.0, 0.25, -0.5, 1.5]))
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 4, dtype=torch.float64),)))
     plan = plan_from_kept(groups, {"0.weight[0]": [0, 3, 5]})
-    shrunk = shrink_to_form(model, plan, form=form, fold_bias=True)
+    shrunk = shrink_folded(model, plan, form)
     small = dict(shrunk.model.named_parameters())
     # Of the removed -1.0, 2.0 and -0.5, ReLU leaves the second alone.
     torch.testing.assert_close(small["2.bias"], model[2].bias + 2.0 * model[2].weight[:, 2])
@@ -124,7 +128,7 @@ def test_two_layers_by_hand(form: str) -> None:
 def test_everything_folds_where_padding_permits(form: str) -> None:
     model, x = randomise(Plain()), picture()
     plan, before = planned(model, x), fingerprint(model)
-    shrunk = shrink_to_form(model, plan, form=form, fold_bias=True)
+    shrunk = shrink_folded(model, plan, form)
     assert fingerprint(model) == before
     assert isinstance(shrunk.model, TracedModule) == (form == "traced")
     assert {one.layer for one in shrunk.fold.folded} == {"wide", "grouped", "down", "short", "head"}
@@ -133,7 +137,7 @@ def test_everything_folds_where_padding_permits(form: str) -> None:
     assert {one.layer: one.into for one in shrunk.fold.folded}["short"] == "short_norm.running_mean"
     wide, y = copy.deepcopy(model).double(), x.double()  # whose values are not rounded to float32
     again = planned(wide, y)
-    exact = shrink_to_form(wide, again, form=form, fold_bias=True).model
+    exact = shrink_folded(wide, again, form).model
     assert_same_function(with_constants(wide, again), exact, (y,))
     plain = shrink_to_form(wide, again, form=form).model
     assert not torch.allclose(exact.eval()(y), plain.eval()(y), rtol=1e-3)
@@ -142,8 +146,8 @@ def test_everything_folds_where_padding_permits(form: str) -> None:
 def test_values_are_rounded_once() -> None:
     model, x = randomise(Plain()), picture()
     plan, twin = planned(model, x), copy.deepcopy(model).double()
-    narrow = torchshear.shrink(model, plan, fold_bias=True)
-    wide = torchshear.shrink(twin, planned(twin, x.double()), fold_bias=True)
+    narrow = shrink_folded(model, plan).model
+    wide = shrink_folded(twin, planned(twin, x.double())).model
     for name, value in wide.state_dict().items():
         assert torch.equal(narrow.state_dict()[name], value.to(narrow.state_dict()[name].dtype)), name
 
@@ -151,7 +155,7 @@ def test_values_are_rounded_once() -> None:
 def test_zeros_of_a_padding_do_not_permit_it() -> None:
     model, x = randomise(Padded()).double(), picture().double()
     plan = planned(model, x)
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert "padding" in reasons(shrunk)["inner"]
     assert [one.layer for one in shrunk.fold.folded] == ["head"]
     masked = with_constants(model, plan)
@@ -166,7 +170,7 @@ def test_constants_of_zero_need_no_fold_and_pass_a_padding() -> None:
         model.norm.bias.copy_(-model.norm.bias.abs())
         model.inner.bias.copy_(-model.inner.bias.abs())
     plan = planned(model, x)
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert shrunk.fold.folded == shrunk.fold.skipped == ()
     assert_equals_masked(model, shrunk.model, plan, (x,))
 
@@ -175,7 +179,7 @@ def test_constants_of_zero_need_no_fold_and_pass_a_padding() -> None:
 def test_other_paddings_permit_it(mode: str) -> None:
     model, x = randomise(Padded(mode)).double(), picture().double()
     plan = planned(model, x)
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert {one.layer for one in shrunk.fold.folded} == {"inner", "head"}
     assert_same_function(with_constants(model, plan), shrunk.model, (x,))
 
@@ -185,7 +189,7 @@ def test_a_gate_that_looks_at_data_makes_no_constants() -> None:
     with torch.no_grad():
         model.squeeze.bias.abs_()  # what is removed of it leaves a constant behind the ReLU
     plan = planned(model, x)
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert "not constant" in reasons(shrunk)["last"]
     assert {one.layer for one in shrunk.fold.folded} == {"squeeze", "excite", "next", "gate"}
     masked = with_constants(model, plan)
@@ -197,7 +201,7 @@ def test_a_gate_that_looks_at_data_makes_no_constants() -> None:
 def test_heads_give_the_bias_of_their_values() -> None:
     model, x = randomise(Attention(24, 3)).double(), torch.randn(2, 5, 24, dtype=torch.float64)
     groups = torchshear.analyze(torchshear.trace(model, (x,)))
-    shrunk = shrink_to_form(model, plan_from_kept(groups, {"qkv.weight[0]": [0, 2]}), fold_bias=True)
+    shrunk = shrink_folded(model, plan_from_kept(groups, {"qkv.weight[0]": [0, 2]}))
     gone = slice(8, 16)  # the second head
     expected = model.proj.bias + model.proj.weight[:, gone] @ model.qkv.bias[48:][gone]
     torch.testing.assert_close(dict(shrunk.model.named_parameters())["proj.bias"], expected)
@@ -207,7 +211,7 @@ def test_constants_stop_where_positions_are_mixed() -> None:
     model, x = randomise(Attention(24, 3)), torch.randn(2, 5, 24)
     groups = torchshear.analyze(torchshear.trace(model, (x,)))
     plan = plan_from_kept(groups, {"qkv.weight[0]#2": [0, 3, 4, 7]})
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert shrunk.fold.folded == shrunk.fold.skipped == ()
     assert torchshear.verify(model, shrunk.model, plan, (x,)).max_error <= 1e-9
 
@@ -230,7 +234,7 @@ class Tokens(nn.Module):
 def test_shifts_of_layer_norms_fold_also_on_equal_tokens() -> None:
     model, ids = randomise(Tokens()).double(), torch.ones(2, 4, dtype=torch.long)
     plan = planned(model, ids)
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert {one.layer for one in shrunk.fold.folded} == {"up", "down", "head"}
     gone = ~plan.masks()["last.weight"]
     expected = model.head.bias + model.head.weight[:, gone] @ model.last.bias[gone]
@@ -252,7 +256,7 @@ def test_equal_tokens_make_nothing_constant() -> None:
     model, ids = randomise(GatedTokens()).double(), torch.ones(2, 4, dtype=torch.long)
     groups = torchshear.analyze(torchshear.trace(model, (ids,)))
     plan = plan_from_kept(groups, {"up.weight[0]": [0, 1, 2]})
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert shrunk.fold.folded == ()
     assert "not constant" in reasons(shrunk)["head"]
 
@@ -273,7 +277,7 @@ class SharedBias(nn.Module):
 def test_a_bias_with_two_readers_and_a_layer_without_one_are_skipped() -> None:
     model, x = randomise(SharedBias()), torch.randn(2, 4)
     plan = planned(model, x)
-    shrunk = shrink_to_form(model, plan, fold_bias=True)
+    shrunk = shrink_folded(model, plan)
     assert shrunk.fold.folded == ()
     assert "read elsewhere" in reasons(shrunk)["one"]
     assert "no bias to fold into" in reasons(shrunk)["bare"]
@@ -293,7 +297,7 @@ def test_a_recurrent_layer_sees_zeros() -> None:
             return self.parts["head"](self.parts["lstm"](self.parts["x"](x))[0])
 
     whole, x = Recurrent(), torch.randn(5, 2, 3)
-    shrunk = shrink_to_form(whole, planned(whole, x), fold_bias=True)
+    shrunk = shrink_folded(whole, planned(whole, x))
     assert "parts.lstm" in reasons(shrunk)
     assert shrunk.fold.max_error <= 1e-9
 
@@ -303,7 +307,7 @@ def test_dtypes_flags_and_names_are_kept(dtype: torch.dtype) -> None:
     model, x = randomise(Plain()).to(dtype), picture().to(dtype)
     model.head.bias.requires_grad_(False)
     plan = planned(model, x)
-    plain, folded = torchshear.shrink(model, plan), torchshear.shrink(model, plan, fold_bias=True)
+    plain, folded = torchshear.shrink(model, plan), shrink_folded(model, plan).model
     for (name, one), (other, two) in zip(plain.state_dict().items(), folded.state_dict().items(), strict=True):
         assert (name, one.shape, one.dtype) == (other, two.shape, two.dtype)
     assert folded.head.bias.requires_grad is False
@@ -346,4 +350,4 @@ def test_without_values_there_are_no_constants() -> None:
         model, x = Padded(), torch.randn(2, 3, 8, 8)
     groups = torchshear.analyze(torchshear.trace(model, (x,)))
     with pytest.raises(WeightError, match="meta device"):
-        torchshear.shrink(model, plan_from_kept(groups, {}), fold_bias=True)
+        shrink_folded(model, plan_from_kept(groups, {}))

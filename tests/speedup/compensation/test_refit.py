@@ -233,7 +233,7 @@ def test_methods_stage_by_stage() -> None:
     expected = {
         "refit": refit(model, result.model, result.plan, data, batches=4, progress=False)[0],
         "statistics": torchshear.recalibrate(result.model, data, 4, progress=False),
-        "constants": torchshear.shrink(model, result.plan, fold_bias=True),
+        "constants": torchshear.compensate(model, result.model, result.plan, method="constants"),
         "means": torchshear.prune(model, x, ratio=0.5, compensate="means", data=data, batches=4).model,
     }
     for method, other in expected.items():

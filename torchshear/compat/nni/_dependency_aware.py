@@ -26,9 +26,9 @@ from torchshear.graph._cost import node_macs
 from torchshear.graph._names import close_names, parse_names
 from torchshear.graph._nodes import tensor_operands
 from torchshear.pruners.criteria._criterion import Criterion, UnscorableError, find_criterion
-from torchshear.pruners.selection._exact import n_removed
 from torchshear.pruners.selection._per_group import check_ratio, layer_of
 from torchshear.pruners.selection._scoring import group_scores
+from torchshear.pruners.selection._widths import n_removed
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -15,8 +15,8 @@ from torchshear._other_tools import missing_method, unknown_keyword
 from torchshear.api import PruneResult, shrink_planned
 from torchshear.calibration import Statistics
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
-from torchshear.compat.nni._coupled_masks import plan_coupled
 from torchshear.compat.nni._dependency_aware import LayerMask
+from torchshear.compat.nni._dependency_aware_config import plan_coupled
 from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
 from torchshear.configs._entry import Entry
 from torchshear.configs._planning import Widths, mask_weights, plan_config

@@ -11,7 +11,6 @@ from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._groups import Member
 from torchshear.errors import ArgumentError
 from torchshear.graph._names import close_names, matches, parse_names
-from torchshear.pruners.selection._exact import Limits
 from torchshear.pruners.selection._per_group import (
     PerGroupRatio,
     Ratio,
@@ -22,6 +21,7 @@ from torchshear.pruners.selection._per_group import (
     roles_here,
 )
 from torchshear.pruners.selection._request import Request
+from torchshear.pruners.selection._widths import Limits
 
 _MOST_OF_A_POOL: Final = 0.98  # of a group, where others may lose less for it; so that no layer vanishes
 _CHANNEL_ROLES: Final = frozenset({"residual", "channels", "ffn"})  # heads and their width are no channels

@@ -23,20 +23,12 @@ from torchshear.pruners.criteria._criterion import (
     rearrangement_of,
 )
 from torchshear.pruners.selection._budget import Budget, BudgetSolver, check_feasible, solve_exactly
-from torchshear.pruners.selection._exact import (
-    Limits,
-    Width,
-    allowed_widths,
-    choose_units,
-    choose_width,
-    n_removed,
-    rearranged_units,
-    removal_order,
-)
+from torchshear.pruners.selection._exact_units import choose_units, rearranged_units, removal_order
 from torchshear.pruners.selection._pools import WidthSteps, isomorphism_classes, rank, take_share
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._scoring import group_scores
 from torchshear.pruners.selection._targets import FOR_ITS_CLASS, choose_targets, default_max_ratio, limits_of
+from torchshear.pruners.selection._widths import Limits, Width, allowed_widths, choose_width, n_removed
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torchshear._arguments import check_callback, check_one_of
-from torchshear.dependency.plans._agreement import check_agreement
+from torchshear.dependency.plans._consistency import check_consistency
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.dependency.plans._state_plan import StatePlan
 from torchshear.errors import ArgumentError, CheckpointError, OutputError
@@ -138,7 +138,7 @@ def _checked_plan(plan: PruningPlan | str | PathLike[str]) -> PruningPlan:
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(f"plan is {type(plan).__name__}; expected a PruningPlan or the path of its file.")
     if plan.analysis is not None:
-        check_agreement(plan, plan.analysis)
+        check_consistency(plan, plan.analysis)
     return plan
 
 

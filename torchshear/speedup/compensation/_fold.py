@@ -29,7 +29,7 @@ from torchshear.speedup.compensation._fold_search import (
     read_before_write,
 )
 from torchshear.speedup.rewriting._slicing import is_touched, slice_state, writes_to_operand
-from torchshear.speedup.shrinking._planned import analyze_planned
+from torchshear.speedup.shrinking._check_model import analyze_planned
 from torchshear.speedup.verification._runs import (
     copy_inputs,
     copy_without_caches,

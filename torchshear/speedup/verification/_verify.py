@@ -18,7 +18,7 @@ from torchshear.graph.capture._check import run_failure
 from torchshear.graph.model._checks import signature_of
 from torchshear.graph.model._process import run_exclusively
 from torchshear.graph.model._state import Mode
-from torchshear.speedup.shrinking._planned import analyze_planned, planned_run
+from torchshear.speedup.shrinking._check_model import analyze_planned, planned_run
 from torchshear.speedup.shrinking._whole_model import TrainingCut
 from torchshear.speedup.verification._model_pair import ModelPair
 from torchshear.speedup.verification._proof import Proof

@@ -1,4 +1,4 @@
-"""The dependency-aware mode of pruner classes: layers also lose what they do not have in common, as masks."""
+"""Read what a config asks of coupled layers, for the dependency-aware mode of pruner classes."""
 
 from torchshear.calibration import Statistics
 from torchshear.compat.nni._dependency_aware import DependencyAwarePlan, plan_dependency_aware

@@ -1,4 +1,4 @@
-"""The model, inputs and analysis that a plan is for."""
+"""Find the network that a plan is for, and refuse a model that it does not fit."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._analyze import analyze
-from torchshear.dependency.plans._agreement import check_agreement
+from torchshear.dependency.plans._consistency import check_consistency
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.dependency.rules._read_values import differing_value, readable_values
 from torchshear.errors import ArgumentError, PlanError
@@ -39,7 +39,7 @@ def analyze_planned(
     parameters = [named.get(name) is entry.tensor for name, entry in known if entry.kind == "parameter"]
     if plan.analysis is not None and parameters and all(parameters):
         _check_values(model, plan, plan.analysis.graph)
-        check_agreement(plan, plan.analysis)
+        check_consistency(plan, plan.analysis)
         return plan.analysis
     for name, entry in plan.state.items():
         shape = tuple(named[name].shape) if name in named else None
@@ -58,7 +58,7 @@ def analyze_planned(
             f"plan was made; make a new plan for this model."
         )
     _check_values(model, plan, groups.graph)
-    check_agreement(plan, groups)
+    check_consistency(plan, groups)
     return groups
 
 

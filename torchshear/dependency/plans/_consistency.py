@@ -1,4 +1,4 @@
-"""Check a plan against the network that it is for: its tensors must follow from its groups."""
+"""Check that a plan does not contradict itself: its tensors must follow from its groups."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from torchshear.dependency.plans._state_plan import Indices, StatePlan, make_sta
 from torchshear.errors import PlanError
 
 
-def check_agreement(plan: PruningPlan, groups: ChannelGroups) -> None:
+def check_consistency(plan: PruningPlan, groups: ChannelGroups) -> None:
     """Check that the kept positions of every parameter and buffer follow from the kept units of the groups.
 
     Args:
