@@ -302,6 +302,21 @@ CALLS: dict[str, Call] = {
         speedup.refit,
         lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "args": (g.x,), "kwargs": {}} | samples(g),
     ),
+    "distill": Call(
+        torchshear.distill,
+        lambda g: {
+            **{
+                "small": g.small,
+                "model": g.model,
+                "loader": 2 * data(g),
+                "steps": 2,
+                "plan": g.plan,
+                "progress": False,
+            },
+            **{"learning_rate": 1e-3, "weight_decay": 0.0, "temperature": 1.0, "layer_weight": 1.0},
+            **{"checkpoint": None},
+        },
+    ),
     "compensate": Call(
         torchshear.compensate,
         lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "method": "refit"} | samples(g),

@@ -37,7 +37,7 @@ LAYERS = (
     ("pruners", "speedup"),
     ("configs",),
     ("options", "report"),
-    ("compensation",),
+    ("compensation", "distillation"),
     ("api",),
     ("compat", "comparison", "inspection"),
     ("cli",),

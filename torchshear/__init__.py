@@ -7,6 +7,7 @@ from torchshear.api import PruneResult, plan, prune
 from torchshear.compensation import compensate
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.distillation._distill import distill
 from torchshear.errors import TorchshearError
 from torchshear.graph.capture._trace import trace
 from torchshear.pruners._collecting import collect
@@ -26,6 +27,7 @@ __all__ = [
     "collect",
     "compare_latency",
     "compensate",
+    "distill",
     "export_onnx",
     "load_checkpoint",
     "plan",

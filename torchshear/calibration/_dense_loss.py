@@ -50,11 +50,17 @@ class DenseLoss:
         return torch.stack([self._of_tensor(leaf.float()) for leaf in leaves]).sum()
 
     def _of_tensor(self, output: Tensor) -> Tensor:
-        classes = {2: 1, 3: 2}.get(output.ndim, 1)
-        if output.ndim >= 2 and output.shape[classes] > 1:
+        classes = class_dimension(output)
+        if classes is not None:
             logits = output.movedim(classes, -1).flatten(0, -2)
             return functional.cross_entropy(logits, logits.detach().argmax(1))
         held = output.detach()
         noise = torch.randn(held.shape, generator=self._generator).to(held)
         size = held.std() if held.numel() > 1 else held.new_ones(())
         return functional.mse_loss(output, held + noise * torch.where(size > 0, size, 1.0))
+
+
+def class_dimension(output: Tensor) -> int | None:
+    """Return the dimension of the classes where an output is taken for logits; None for any other output."""
+    dim = 2 if output.ndim == 3 else 1
+    return dim if output.ndim >= 2 and output.shape[dim] > 1 else None
