@@ -53,7 +53,7 @@ def assert_equal(one: nn.Module, other: nn.Module, slack: float = 0.0) -> None:
 def test_one_call_gives_what_the_stages_give(model: nn.Module, method: Any, form: Any) -> None:
     held = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plain = torchshear.prune(model, X, form=form)
-    result = torchshear.prune(model, X, form=form, **words_of(method))
+    result = torchshear.prune(model, X, criterion="l1", form=form, **words_of(method))
     loader = () if method == "constants" else (images(),)
     expected = torchshear.compensate(model, plain.model, plain.plan, *loader, method=method, batches=3, progress=False)
     assert_equal(result.model, expected, slack=1e-5)
@@ -112,6 +112,16 @@ def test_new_statistics_of_a_model_whose_part_is_pruned() -> None:
     )
 
 
+def test_a_refit_goes_with_its_own_criterion_unless_another_is_named(model: nn.Module) -> None:
+    def criterion_of(**words: Any) -> Any:
+        return torchshear.prune(model, X, **words).plan.request["criterion"]
+
+    assert criterion_of() == criterion_of(**words_of("statistics")) == "l1"
+    assert criterion_of(**words_of("refit")) == "reconstruction"
+    assert criterion_of(criterion="l2", **words_of("refit")) == "l2"
+    assert criterion_of(prunable_outputs="0", **words_of("refit")) == "l1"  # no layer reads an output
+
+
 def test_bad_data_and_a_wrong_result_are_errors_after_the_proof(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,19 +135,19 @@ def test_bad_data_and_a_wrong_result_are_errors_after_the_proof(
     monkeypatch.setattr(api, "shrink_to_form", spy)
     broken = [(torch.full((8, 3, 6, 6), torch.nan), torch.zeros(8, dtype=torch.long))]
     with pytest.raises(DataError, match="NaN"):
-        torchshear.prune(model, X, compensate="refit", data=broken, batches=1)
+        torchshear.prune(model, X, criterion="l1", compensate="refit", data=broken, batches=1)
     assert proved[0] is not None
     with pytest.raises(DataError, match="ended after 3 of 9"):
-        torchshear.prune(model, X, compensate="refit", data=batches(), batches=9)
+        torchshear.prune(model, X, criterion="l1", compensate="refit", data=batches(), batches=9)
     with pytest.raises(DataError):
-        torchshear.prune(model, X, compensate="refit", data=[torch.randn(4, 5)], batches=1)
+        torchshear.prune(model, X, criterion="l1", compensate="refit", data=[torch.randn(4, 5)], batches=1)
 
     def wrong(*_: Any, **__: Any) -> Any:
         raise VerificationError("it does not compute what was fitted")
 
     monkeypatch.setattr("torchshear.compensation.refit", wrong)
     with pytest.raises(VerificationError, match="what was fitted"):
-        torchshear.prune(model, X, compensate="refit", data=batches(), batches=3)
+        torchshear.prune(model, X, criterion="l1", compensate="refit", data=batches(), batches=3)
 
 
 def test_a_loader_is_not_run_before_the_proof(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +164,7 @@ def test_a_loader_is_not_run_before_the_proof(model: nn.Module, monkeypatch: pyt
             return iter(batches())
 
     monkeypatch.setattr(api, "shrink_to_form", shrunk)
-    torchshear.prune(model, X, compensate="refit", data=Loader(), batches=3)
+    torchshear.prune(model, X, criterion="l1", compensate="refit", data=Loader(), batches=3)
     assert order == ["proof", "data"]
 
 
@@ -219,7 +229,7 @@ def test_a_refit_that_is_not_kept_says_so(model: nn.Module) -> None:
 def test_a_refit_that_is_not_kept_returns_the_cut_model(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([1.0, 2.0])
     monkeypatch.setattr("torchshear.speedup.compensation._refit.output_error", lambda *_: next(errors))
-    result = torchshear.prune(model, X, **words_of("refit"))
+    result = torchshear.prune(model, X, criterion="l1", **words_of("refit"))
     assert result.refit is not None
     assert not result.refit.is_kept
     assert_equal(result.model, torchshear.prune(model, X).model)

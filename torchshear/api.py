@@ -203,8 +203,9 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         model: the model; it is left as it is.
         args: example positional arguments; a tensor counts as one argument.
         kwargs: example keyword arguments.
-        criterion: name of a criterion or a function like one; None: "l1", or what a config says. One that looks at data
-            needs `data`, and of this only what it looks at is summed.
+        criterion: name of a criterion or a function like one. One that looks at data needs `data`, and of this only
+            what it looks at is summed. None: what a config says; "reconstruction" with compensate="refit", if some
+            layer reads every group; else "l1".
         ratio: fraction of the units of each group to remove, in [0, 1), or a mapping; see `torchshear.plan`.
         scope: the units that are ranked against one another; see `torchshear.plan`.
         target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
@@ -285,6 +286,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     )
     check_compensation(compensate, model, options.calibration.batches)
     groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
+    if criterion is None and compensate == "refit":
+        options = options.with_reconstruction(groups)
     planner = Planner.of(options, model, groups)
     shrunk, made = shrink_and_record(model, planner.plan(), args, kwargs, *options.form_of(planner))
     after = compensate_by(compensate, model, shrunk.model, made, options.calibration, args, kwargs)

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from numbers import Number
 from typing import Any, Final, Literal, ParamSpec, TypeVar, get_args
@@ -19,6 +19,7 @@ from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_co
 from torchshear.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.configs._planning import Widths, plan_config
 from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._role_sets import READING_ROLES
 from torchshear.dependency.plans._form import FormKind
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, KeywordError
@@ -213,6 +214,13 @@ class PruneOptions:
             return [self.request.criterion]
         named = [entry.criterion or self.request.criterion for entry in self.entries if not entry.excludes]
         return list(dict.fromkeys(named))
+
+    def with_reconstruction(self, groups: ChannelGroups) -> "PruneOptions":
+        """Return the same with the criterion that goes with a refit, if it can score all groups."""
+        are_read = all(any(member.roles & READING_ROLES for member in group.members) for group in groups.prunable)
+        if self.entries or not are_read:
+            return self
+        return replace(self, request=replace(self.request, criterion="reconstruction"))
 
     def form_of(self, planner: "Planner") -> tuple[FormKind | None, NativeTradeoff | None]:
         """Return the form that the result must have, None for any; and which groups may stay whole for a native one."""

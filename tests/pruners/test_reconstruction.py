@@ -5,11 +5,11 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear.calibration import Statistics
+from torchshear.calibration import Statistics, _run
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import find_criterion, reconstruction_errors
-from torchshear.pruners.criteria._criterion import UnscorableError
+from torchshear.pruners import UnscorableError, find_criterion, reconstruction_errors
+from torchshear.pruners.criteria import _reconstruction
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -70,6 +70,35 @@ def test_errors_are_those_of_least_squares_and_the_least_goes_first() -> None:
         kept.remove(unit)
         assert float(errors[number]) == pytest.approx(tried[unit], rel=0.02, abs=2e-3)
     assert float(errors[8]) == pytest.approx(2, rel=0.01)
+
+
+def test_units_that_are_looked_at_together_go_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 90), nn.ReLU(), nn.Linear(90, 12))
+    with torch.no_grad():
+        model[0].weight[60:] = model[0].weight[:30]  # a pair of copies must not go at once
+        model[0].bias[60:] = model[0].bias[:30]
+    groups, statistics = analysed(model, noise(2, 6), [noise(400, 6)])
+    (together,) = reconstruction_errors(groups, statistics).values()
+    monkeypatch.setattr(_reconstruction, "_POOL", 1)
+    monkeypatch.setattr(_reconstruction, "_POOL_SHARE", 1000)
+    (one_by_one,) = reconstruction_errors(groups, statistics).values()
+    assert torch.allclose(together, one_by_one, rtol=1e-3, atol=1e-6)
+    assert float(together[30]) < 0.01
+
+
+def test_layers_with_too_many_inputs_count_them_as_independent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_run, "MAX_GRAM", 7)
+    torch.manual_seed(0)
+    model = TwoReaders()
+    loader = [noise(200, 4)]
+    groups, statistics = analysed(model, noise(2, 4), loader)
+    (errors,) = reconstruction_errors(groups, statistics).values()
+    with torch.no_grad():
+        variance = model.up(loader[0]).relu().var(0, correction=0)
+    shares = [variance * layer.weight.detach().square().sum(0) for layer in (model.one, model.two)]
+    expected = sum(one / one.sum() for one in shares)
+    assert torch.allclose(errors.diff(), expected.sort().values)
 
 
 def test_copies_go_first_whatever_their_weights() -> None:

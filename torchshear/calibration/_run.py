@@ -103,7 +103,7 @@ class Run:
                 asked |= of_read
                 node = self._activations.get(layer.source)
                 if "grams" in self.sums and layer.weight in pruned and node is not None:
-                    asked |= {"grams", "total"} if shape_of(node)[layer.dim] <= MAX_GRAM else set()
+                    asked |= {"grams"} if shape_of(node)[layer.dim] <= MAX_GRAM else {"squares", "total"}
         return {key: ValueAccumulator(key[1], sums, key in nonnegative) for key, sums in wanted.items() if sums}
 
     def _read_state(self) -> None:

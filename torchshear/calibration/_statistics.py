@@ -43,7 +43,8 @@ class ValueSums:
         total: their sum, shape (P,).
         magnitude: sum of their absolute values, shape (P,).
         squares: sum of their squares, shape (P,).
-        grams: sum of their products, position by position, shape (P, P).
+        grams: sum of products of the numbers at a place and a one behind them, pair by pair, over some of all places;
+            shape (P + 1, P + 1).
     """
 
     count: int

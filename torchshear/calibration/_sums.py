@@ -8,6 +8,8 @@ from torch import Tensor
 
 from torchshear.calibration._statistics import GateSums, RowSums, Sum, ValueSums
 
+ROWS_PER_NUMBER = 4  # places of a batch of which products are taken, for each number at a place
+MIN_ROWS = 1024
 PIECE = 1 << 18  # elements that are worked on at a time, with what is computed from them
 
 
@@ -23,16 +25,10 @@ def _squares(piece: Tensor, dim: int) -> Tensor:
     return sum_but(torch.linalg.vector_norm(piece, 2, tuple(behind)).square(), [dim])  # writes no squares to memory
 
 
-def _grams(piece: Tensor, dim: int) -> Tensor:
-    rows = piece.movedim(dim, -1).reshape(-1, piece.shape[dim])
-    return rows.mT @ rows
-
-
 _SUMS: dict[Sum, Callable[[Tensor, int], Tensor]] = {
     "zeros": _zeros,
     "total": lambda piece, dim: sum_but(piece, [dim]),
     "magnitude": lambda piece, dim: sum_but(piece.abs(), [dim]),
-    "grams": _grams,
     "squares": _squares,
 }
 
@@ -49,6 +45,7 @@ class ValueAccumulator:
     def __init__(self, dim: int, wanted: Collection[Sum], is_nonnegative: bool) -> None:
         self.count = 0
         self._dim = dim
+        self._grams = nothing() if "grams" in wanted else None
         self._totals: dict[Sum, Tensor | int] = dict.fromkeys([word for word in _SUMS if word in wanted], 0)
         self._copied = is_nonnegative and {"total", "magnitude"} <= self._totals.keys()
         self._is_nonnegative = is_nonnegative
@@ -56,7 +53,10 @@ class ValueAccumulator:
     def add(self, value: Tensor) -> None:
         """Count another value in; half precision is summed in float32, and all batches together in float64."""
         value = value.detach()
-        for piece in pieces_of(value, 1 if self._dim == 0 else 0):
+        if self._grams is not None:
+            found = products_of(value.movedim(self._dim, -1)).cpu()
+            self._grams = self._grams + found if len(self._grams) else found
+        for piece in pieces_of(value, 1 if self._dim == 0 else 0) if self._totals else ():
             numbers = wide(piece)
             for word in self._totals:
                 if word != "magnitude" or not self._copied:
@@ -67,6 +67,7 @@ class ValueAccumulator:
     def is_finite(self) -> bool:
         """Return whether the sums so far are finite; one sum tells of all, but not that of zeros."""
         totals = [total for word, total in self._totals.items() if word != "zeros" and isinstance(total, Tensor)]
+        totals += [] if self._grams is None else [self._grams]
         return not totals or math.isfinite(float(totals[-1].sum()))
 
     def _sum(self, word: Sum, piece: Tensor) -> Tensor:
@@ -78,7 +79,25 @@ class ValueAccumulator:
         totals = {word: total.cpu() for word, total in self._totals.items() if isinstance(total, Tensor)}
         if self._copied:
             totals["magnitude"] = totals["total"].clone()
-        return ValueSums(self.count, **{word: totals.get(word, nothing()) for word in _SUMS})
+        grams = nothing() if self._grams is None else self._grams
+        return ValueSums(self.count, **{word: totals.get(word, nothing()) for word in _SUMS}, grams=grams)
+
+
+def products_of(value: Tensor) -> Tensor:
+    """Return the sum of products of the numbers along the last dimension, and a one behind them, pair by pair.
+
+    Of more than four places a number only some are taken, evenly.
+
+    Returns:
+        Shape (P + 1, P + 1), float64; the last row holds the sums of the numbers, and how many places there were.
+    """
+    rows = value.reshape(-1, value.shape[-1])
+    most = max(ROWS_PER_NUMBER * rows.shape[1], MIN_ROWS)
+    if len(rows) > most:
+        rows = rows[torch.linspace(0, len(rows) - 1, most, device=rows.device).long()]
+    rows = wide(rows)
+    rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+    return (rows.mT @ rows).double()
 
 
 def nothing() -> Tensor:

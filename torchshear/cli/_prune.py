@@ -40,7 +40,11 @@ def prune(
     ],
     criterion: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help=f"How channels are scored: {CRITERIA}. Default: l1, or what a config says."),
+        typer.Option(
+            metavar="NAME",
+            help=f"How channels are scored: {CRITERIA}. Default: what a config says; reconstruction with --compensate "
+            "refit; else l1.",
+        ),
     ] = None,
     align: Annotated[
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")

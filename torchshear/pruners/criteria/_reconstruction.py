@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from torchshear._arguments import check_kind
-from torchshear.calibration import Statistics
-from torchshear.calibration._statistics import MAX_GRAM
+from torchshear.calibration import Statistics, ValueSums
 from torchshear.calibration._sums import wide
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.dependency.groups._role_sets import READING_ROLES
@@ -18,6 +17,7 @@ from torchshear.pruners.criteria._statistic_sums import with_needs
 from torchshear.pruners.criteria._weight_sums import not_finite, readable
 
 _RIDGE = 1e-3  # of the mean variance, as a refit from some hundred samples would take
+_POOL, _POOL_SHARE = 32, 8  # units that are looked at together: at least so many, and one of so many
 _TIE = 1e-9  # units that cost the same stay in the order in which they went
 
 
@@ -31,7 +31,8 @@ def reconstruction_scores(group: ChannelGroup, weights: Mapping[str, Tensor], st
 
     S being the covariance of the reader's inputs and W its weight. The error is that of its output, relative to its
     variance, after the best refit by the inputs that are left; H and B are updated after each removal. Scores never
-    fall from one removal to the next. Kernels count tap by tap, as if what lies under different taps was independent.
+    fall from one removal to the next. Kernels count tap by tap, as if what lies under different taps was independent,
+    and so do the inputs of a layer that has more than 4,608.
 
     Low scores go first: units that others can stand in for. Needs activations: statistics of
     `torchshear.collect(graph, loader, criteria="reconstruction")`.
@@ -116,78 +117,144 @@ class _Reader:
         costs = torch.linalg.solve(inverse, products).diagonal(dim1=1, dim2=2).sum(1) / self.variance
         return costs
 
-    def remove(self, unit: int) -> None:
-        """Take the inputs of a unit away, and refit the weight to those that are left."""
+    def remove(self, units: Tensor) -> None:
+        """Take the inputs of units away, and refit the weight to those that are left."""
         size = len(self.inverse)
-        gone = self.places[unit][self.places[unit] < size]
+        gone: Tensor = self.places[units].flatten().unique()  # type: ignore[no-untyped-call]
+        gone = gone[gone < size]
         rows = self.inverse[gone]
         step = torch.linalg.solve(rows[:, gone], rows)  # (s, P)
         moved = self.products[:, gone] @ step
-        self.products += step.mT @ self.products[gone][:, gone] @ step - moved - moved.mT
-        self.inverse -= rows.mT @ step
+        self.products = self.products + step.mT @ self.products[gone][:, gone] @ step - moved - moved.mT
+        self.inverse = self.inverse - rows.mT @ step
         left = torch.ones(size, dtype=torch.bool)
         left[gone] = False
         numbers = torch.cat([left.cumsum(0) - 1, left.sum().reshape(1)])
         self.inverse, self.products = self.inverse[left][:, left], self.products[left][:, left]
         self.places = numbers[self.places]
-        self.places[unit] = len(self.inverse)
+        self.places[units] = len(self.inverse)
+
+    def restricted(self, units: Tensor) -> "_Reader":
+        """Return the reader of some units alone, which is all that removals among them need."""
+        size = len(self.inverse)
+        own: Tensor = self.places[units].flatten().unique()  # type: ignore[no-untyped-call]
+        own = own[own < size]
+        numbers = torch.full((size + 1,), len(own))
+        numbers[own] = torch.arange(len(own))
+        inverse, products = self.inverse[own][:, own], self.products[own][:, own]
+        return _Reader(inverse, products, numbers[self.places[units]], self.variance)
+
+
+@dataclass(slots=True, eq=False)
+class _WideReader:
+    """A layer with so many inputs that they count as independent.
+
+    Attributes:
+        fixed: relative error that the removal of each unit adds, shape (C,).
+    """
+
+    fixed: Tensor
+
+    def costs(self) -> Tensor:
+        """Return the relative error that the removal of each unit adds, shape (C,)."""
+        return self.fixed
+
+    def remove(self, units: Tensor) -> None:
+        """Leave the costs of all other units as they are."""
+
+    def restricted(self, units: Tensor) -> "_WideReader":
+        """Return the reader of some units alone."""
+        return _WideReader(self.fixed[units])
 
 
 def _remove_all(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> tuple[Tensor, Tensor]:
     """Remove all units greedily.
+
+    Those with the least costs go one after another while they cost no more than any other did, which needs their own
+    part of the matrices alone. All others follow then, and the next ones are taken.
 
     Returns:
         The units in the order in which they went, shape (C,), and the error that each added, shape (C,).
     """
     readers = list(_find_readers(group, weights, statistics))
     if not readers:
-        raise UnscorableError(
-            f"reconstruction: no layer reads its units that has at most {MAX_GRAM:,} inputs, which vary over the data"
-        )
-    order, added = [], []
+        raise UnscorableError("reconstruction: no layer reads its units, of whose inputs some vary over the data")
+    order: list[Tensor] = []
+    added: list[Tensor] = []
     is_gone = torch.zeros(group.width, dtype=torch.bool)
-    for _ in range(group.width):
+    while not bool(is_gone.all()):
         costs = torch.stack([reader.costs() for reader in readers]).sum(0).masked_fill(is_gone, torch.inf)
-        unit = int(costs.argmin())
-        order.append(unit)
-        added.append(costs[unit].clamp_min(0))
-        is_gone[unit] = True
+        n_left = int((~is_gone).sum())
+        ranked = costs.argsort(stable=True)[:n_left]
+        pool, others = ranked.tensor_split((max(_POOL, n_left // _POOL_SHARE),))
+        limit = costs[others[0]] if len(others) else torch.tensor(torch.inf)
+        parts = [reader.restricted(pool) for reader in readers]
+        is_taken = torch.zeros(len(pool), dtype=torch.bool)
+        while not bool(is_taken.all()):
+            own = torch.stack([part.costs() for part in parts]).sum(0).masked_fill(is_taken, torch.inf)
+            place = own.argmin()
+            if bool(is_taken.any()) and own[place] > limit:
+                break
+            is_taken[place] = True
+            order.append(pool[place])
+            added.append(own[place].clamp_min(0))
+            for part in parts:
+                part.remove(place.reshape(1))
+        is_gone[pool[is_taken]] = True
         for reader in readers:
-            reader.remove(unit)
-    return torch.tensor(order), torch.stack(added)
+            reader.remove(pool[is_taken])
+    return torch.stack(order), torch.stack(added)
 
 
-def _find_readers(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> Iterator[_Reader]:
+def _find_readers(
+    group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics
+) -> Iterator[_Reader | _WideReader]:
     """Find the layers that read units of a group and whose inputs were seen."""
     for member in group.members:
         if member.name not in weights or not member.roles & READING_ROLES:
             continue
         calls = [call for call in statistics.layers if call.weight == member.name and call.inputs == member.dim]
         sums = [statistics.values.get((call.source, call.dim)) for call in calls if call.dim is not None]
-        seen = [one for one in sums if one is not None and len(one.grams) == member.size]
-        if not seen:
-            continue
-        count = sum(one.count for one in seen)
-        mean = torch.stack([one.total for one in seen]).sum(0) / count
-        covariance = torch.stack([one.grams for one in seen]).sum(0) / count - mean.unsqueeze(1) * mean
-        products = _products(member, weights[member.name])
-        variance = (products * covariance).sum()
-        if not variance > 0:
-            continue
+        seen = [one for one in sums if one is not None]
+        grams = [one.grams for one in seen if len(one.grams) == member.size + 1]
+        if grams:
+            yield from _reader(member, group.width, weights[member.name], torch.stack(grams).sum(0))
+        elif seen and all(len(one.squares) == len(one.total) == member.size for one in seen):
+            yield from _wide_reader(member, group.width, weights[member.name], seen)
+
+
+def _reader(member: Member, width: int, weight: Tensor, grams: Tensor) -> Iterator[_Reader]:
+    """Make a reader from the products of its inputs, unless its output is constant."""
+    count, mean = grams[-1, -1], grams[-1, :-1] / grams[-1, -1]
+    covariance = grams[:-1, :-1] / count - mean.unsqueeze(1) * mean
+    rows = _rows(member, weight)
+    products: Tensor = torch.block_diag(*(rows @ rows.mT))  # type: ignore[no-untyped-call]
+    variance = (products * covariance).sum()
+    if variance > 0:
         ridge = _RIDGE * covariance.diagonal().mean()
         inverse = torch.linalg.inv(covariance + ridge * torch.eye(member.size, dtype=torch.float64))
-        yield _Reader(inverse, products, _places(member, group.width), variance)
+        yield _Reader(inverse, products, _places(member, width), variance)
 
 
-def _products(member: Member, weight: Tensor) -> Tensor:
-    """Return W^T W over all outputs and taps, for the positions of a member; shape (P, P), float64, on the CPU."""
+def _wide_reader(member: Member, width: int, weight: Tensor, seen: list[ValueSums]) -> Iterator[_WideReader]:
+    """Make a reader from the variance of each input alone."""
+    count = sum(one.count for one in seen)
+    mean = torch.stack([one.total for one in seen]).sum(0) / count
+    variances = (torch.stack([one.squares for one in seen]).sum(0) / count - mean.square()).clamp_min(0)
+    shares = variances * _rows(member, weight).square().sum(2).flatten()
+    if shares.sum() > 0:
+        units, positions = torch.from_numpy(member.units), torch.from_numpy(member.positions)
+        costs = torch.zeros(width, dtype=torch.float64).index_add_(0, units, shares[positions])
+        yield _WideReader(costs / shares.sum())
+
+
+def _rows(member: Member, weight: Tensor) -> Tensor:
+    """Return a weight as blocks of rows, one for each position; shape (blocks, P / blocks, numbers), float64."""
     value = wide(readable(member, weight)).cpu()
     if not bool(value.isfinite().all()):
         raise not_finite(member, weight)
     blocks = value.reshape(max(member.n_blocks, 1), -1, *value.shape[1:]) if member.n_blocks else value.unsqueeze(0)
-    rows = blocks.movedim(member.dim + 1, 1).flatten(2).double()
-    products: Tensor = torch.block_diag(*(rows @ rows.mT))  # type: ignore[no-untyped-call]
-    return products
+    return blocks.movedim(member.dim + 1, 1).flatten(2).double()
 
 
 def _places(member: Member, width: int) -> Tensor:
