@@ -1,4 +1,4 @@
-"""Train, prune, prove, fine-tune, export and measure a residual CNN on real digits; results go to out/demo.
+"""Train, prune, prove, refit, fine-tune, export and measure a residual CNN on real digits; results go to out/demo.
 
 python examples/digits_demo.py [--fast] [--output FOLDER]
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from digits import Digits, DigitsNet, accuracy, fit, load_data
+from digits import BATCH, Digits, DigitsNet, accuracy, fit, load_data
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -54,11 +54,18 @@ def run(output: Path, *, is_fast: bool) -> None:
     console.print(f"{len(data.train_labels):,} digits to train on, {len(data.test_labels):,} to test with\n")
 
     train("training", model, data, n_epochs=2 if is_fast else 7, learning_rate=3e-3)
-    result = torchshear.prune(model, args=example, criterion="l1", ratio=RATIO, align="auto")
+    images = data.train_images[: 4 * BATCH if is_fast else 16 * BATCH].split(BATCH)
+    result = torchshear.prune(
+        model, args=example, ratio=RATIO, align="auto", data=images, batches=len(images), compensate="refit"
+    )
     result.plan.save(output / "plan.json")
     say_pruned(result)
-    accuracies = {"dense": score(model, data), "pruned, before fine-tuning": score(result.model, data)}
-    console.print(f"{'':<12} {accuracies['pruned, before fine-tuning']:.1%} right before fine-tuning")
+    cut = torchshear.shrink(model, result.plan)  # the same widths, and the weights as they were
+    accuracies = {"dense": score(model, data), "cut": score(cut, data), "refitted": score(result.model, data)}
+    console.print(f"{'cut':<12} {accuracies['cut']:.1%} right")
+    console.print(
+        f"{'refit':<12} {accuracies['refitted']:.1%} right, from {sum(map(len, images))} images without labels"
+    )
     train("fine-tuning", result.model, data, n_epochs=1 if is_fast else 6, learning_rate=2e-3)
     accuracies["pruned"] = score(result.model, data)
 
@@ -150,6 +157,7 @@ def final_table(
     sizes = [files[name].size_bytes for name in ("dense", "pruned")]
     points = 100 * (accuracies["pruned"] - accuracies["dense"])
     table.add_row("accuracy", f"{accuracies['dense']:.1%}", f"{accuracies['pruned']:.1%}", f"{points:+.1f} points")
+    table.add_row("  without training", "", f"{accuracies['refitted']:.1%}", "")
     table.add_row("parameters", f"{before.n_params:,}", f"{after.n_params:,}", change(before.n_params, after.n_params))
     table.add_row("MACs", f"{before.macs:,}", f"{after.macs:,}", change(before.macs, after.macs))
     table.add_row("ONNX file", *(f"{size / 1e6:.2f} MB" for size in sizes), change(*sizes))
