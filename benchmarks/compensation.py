@@ -1,93 +1,146 @@
-"""Accuracy without training: the demo's network on real digits, cut and then compensated, over several seeds.
+"""Accuracy without training: networks of real digits, cut and then compensated, over several seeds.
 
-    python benchmarks/compensation.py [--seeds 5] [--write]
+    python benchmarks/compensation.py [--networks cnn vit] [--seeds 5] [--write]
 
-Each seed trains a network, cuts it at three ratios by L1 and at random, and scores it after the cut, with new
-statistics of its batch norms, and refitted from 256 and from 1,024 unlabelled images. Nothing is trained after the cut.
+Each seed trains a network, cuts it by L1, at random and by what remains after a refit, and scores it after the cut,
+with new statistics of its batch norms, and refitted from 256 and from 1,024 unlabelled images. Nothing is trained after
+the cut. Beside it, where it is installed (`make bench-setup`), Torch-Pruning by L1 with widths in the same multiples:
+after the cut, with new statistics, and trained for two epochs with labels.
 """
 
 import argparse
+import copy
+import importlib.util
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any, Final
 
 import torch
+from torch import nn
 
 import torchshear
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-from digits import DigitsNet, accuracy, fit, load_data
+from criteria_digits import KINDS
+from digits import Digits, accuracy, fit, load_data
 
-RATIOS = {0.5: 16, 0.75: 16, 0.875: 8}  # share of the channels removed -> multiple of which widths are
+# Cut, in words -> what `plan` is asked.
+CUTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
+    "cnn": {
+        "50% of the channels": {"ratio": 0.5, "align": 16},
+        "75% of the channels": {"ratio": 0.75, "align": 16},
+        "87.5% of the channels": {"ratio": 0.875, "align": 8},
+    },
+    "vit": {
+        "50% of the MACs left": {"target_macs": 0.5},
+        "25% of the MACs left": {"target_macs": 0.25},
+        "50% left, ranked globally": {"target_macs": 0.5, "scope": "global"},
+        "25% left, ranked globally": {"target_macs": 0.25, "scope": "global"},
+    },
+}
+TITLES: Final = {"cnn": "The demo's residual CNN", "vit": "The vision transformer of `examples/digits_vit.py`"}
+CRITERIA: Final = ("l1", "random", "reconstruction")
 RESULTS = Path(__file__).with_name("results") / "compensation.md"
+Scores = dict[tuple[str, str], list[float]]
 
 
-def measure(seed: int, found: dict[tuple[str, str], list[float]]) -> None:
+def measure(network: str, seed: int, found: Scores) -> None:
     """Train a network, and score it after each cut and compensation."""
     torch.manual_seed(seed)
-    data = load_data(seed)
-    model = DigitsNet()
-    fit(model, data, n_epochs=7, learning_rate=3e-3)
+    data, kind = load_data(seed), KINDS[network]
+    model = kind.build()
+    fit(model, data, kind.n_epochs, kind.learning_rate, seed)
     model.eval()
     images = [(data.train_images[start : start + 64],) for start in range(0, 1024, 64)]
 
-    def score(one: torch.nn.Module) -> float:
-        return 100 * accuracy(one, data.test_images, data.test_labels)
+    def score(row: str, column: str, one: nn.Module) -> None:
+        found[row, column].append(100 * accuracy(one.eval(), data.test_images, data.test_labels))
 
-    found["dense", ""].append(score(model))
-    for ratio, align in RATIOS.items():
-        for criterion in ("l1", "random"):
-            result = torchshear.prune(model, data.test_images[:2], criterion=criterion, ratio=ratio, align=align)
-            row = f"{ratio:.1%} of the channels, {criterion}"
-            found[row, "after the cut"].append(score(result.model))
-            new = torchshear.recalibrate(result.model, images[:4], 4, progress=False)
-            found[row, "new statistics"].append(score(new))
-            for name, given in (("refit, 256 images", images[:4]), ("refit, 1,024 images", images)):
-                small = torchshear.compensate(
-                    model, result.model, result.plan, given, batches=len(given), progress=False
-                )
-                found[row, name].append(score(small))
+    score("dense", "", model)
+    graph = torchshear.trace(model, data.test_images[:2])
+    groups = torchshear.analyze(graph)
+    grams = torchshear.collect(graph, images[:4], batches=4, criteria="reconstruction", progress=False)
+    for cut, asked in CUTS[network].items():
+        for criterion in CRITERIA:
+            plan = torchshear.plan(groups, criterion, statistics=grams, **asked)
+            small, row = torchshear.shrink(model, plan), f"{cut}, {criterion}"
+            score(row, "after the cut", small)
+            if network == "cnn":
+                new = torchshear.recalibrate(small, images[:4], 4, progress=False)
+                score(row, "new statistics", new)
+            for given, column in ((images[:4], "refit, 256 images"), (images, "refit, 1,024 images")):
+                score(row, column, torchshear.compensate(model, small, plan, given, batches=len(given), progress=False))
+        if network == "cnn" and importlib.util.find_spec("torch_pruning") is not None:
+            measure_rival(model, data, cut, asked, images[:4], score)
 
 
-def table(found: dict[tuple[str, str], list[float]], n_seeds: int) -> str:
+def measure_rival(
+    model: nn.Module, data: Digits, cut: str, asked: dict[str, Any], images: list[Any], score: Any
+) -> None:
+    """Score what Torch-Pruning makes of a network, before and after two epochs of training with labels."""
+    import torch_pruning as tp
+
+    small = copy.deepcopy(model)
+    pruner = tp.pruner.MagnitudePruner(
+        small,
+        data.test_images[:2],
+        importance=tp.importance.MagnitudeImportance(p=1),
+        pruning_ratio=asked["ratio"],
+        round_to=asked["align"],
+        ignored_layers=[small.classifier],
+    )
+    pruner.step()
+    row = f"{cut}, Torch-Pruning by L1"
+    score(row, "after the cut", small)
+    score(row, "new statistics", torchshear.recalibrate(small, images, 4, progress=False))
+    fit(small, data, 2, KINDS["cnn"].learning_rate)
+    score(row, "two epochs with labels", small)
+
+
+def table(network: str, found: Scores) -> str:
     """Return means and ranges as a table in Markdown."""
-    columns = list(dict.fromkeys(column for row, column in found if column))
-    (dense,) = [scores for (row, _), scores in found.items() if row == "dense"]
+    columns = list(dict.fromkeys(column for _, column in found if column))
+    rows = list(dict.fromkeys(row for row, column in found if column))
     lines = [
-        "# Accuracy without training",
+        f"## {TITLES[network]}",
         "",
-        f"`python benchmarks/compensation.py --seeds {n_seeds} --write`: the demo's residual CNN on real digits, per "
-        f"cent of the test images that are right; means over {n_seeds} seeds, ranges in brackets. Nothing is trained "
-        f"after the cut, and no labels are used.",
-        "",
-        f"Dense: {_cell(dense)}.",
+        f"Dense: {_cell(found['dense', ''])}.",
         "",
         "| cut | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for row in dict.fromkeys(row for row, column in found if column):
-        lines.append(f"| {row} | " + " | ".join(_cell(found[row, column]) for column in columns) + " |")
+    lines += [f"| {row} | " + " | ".join(_cell(found.get((row, one), [])) for one in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def _cell(scores: list[float]) -> str:
-    return f"{statistics.fmean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})"
+    return f"{statistics.fmean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})" if scores else "-"
 
 
 def main() -> None:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(CUTS), default=list(CUTS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for seed in range(options.seeds):
-        measure(seed, found)
-        print(table(found, seed + 1), flush=True)
+    tables = []
+    for network in options.networks:
+        found: Scores = defaultdict(list)
+        for seed in range(options.seeds):
+            measure(network, seed, found)
+            print(table(network, found), flush=True)
+        tables.append(table(network, found))
+    page = (
+        f"# Accuracy without training\n\n`python benchmarks/compensation.py --seeds {options.seeds} --write`: networks "
+        f"of real digits, per cent of the test images that are right; means over {options.seeds} seeds, ranges in "
+        f"brackets. Nothing is trained after the cut and no labels are used, but in the column that says so.\n\n"
+    )
     if options.write:
-        RESULTS.write_text(table(found, options.seeds))
+        RESULTS.write_text(page + "\n".join(tables))
 
 
 if __name__ == "__main__":
