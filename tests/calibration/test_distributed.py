@@ -28,7 +28,7 @@ def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
     data = batches(4)[2 * rank : 2 * rank + counts[rank]]
 
     def run(groups: ChannelGroups) -> dict[str, Any]:
-        found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2)
+        found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2, criteria=ON_DATA)
         heads = _heads(classified(3, 5, 12)[2 * rank : 2 * rank + 2])
         return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)} | heads
 
@@ -117,7 +117,7 @@ def _numbers(statistics: Statistics) -> dict[str, Any]:
         "taylor": {name: sums.taylor for name, sums in statistics.weights.items()},
         "rows": {str(key): sums.squares for key, sums in statistics.rows.items()},
         "gates": {name: (sums.squares, sums.batches) for name, sums in statistics.gates.items()},
-        "values": {str(key): (sums.count, sums.squares) for key, sums in statistics.values.items()},
+        "values": {str(key): (sums.count, sums.squares, sums.grams) for key, sums in statistics.values.items()},
         "loss": statistics.loss,
     }
 
@@ -130,7 +130,7 @@ def _both(folder: Path, argument: Any, function: Callable[..., None] = _collect)
 def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> None:
     first, second = _both(tmp_path, (2, 2))
     groups = analysed(randomise(GroupedBranch()).eval())
-    alone = torchshear.collect(groups, batches(4), functional.cross_entropy, 4)
+    alone = torchshear.collect(groups, batches(4), functional.cross_entropy, 4, criteria=ON_DATA)
     torch.testing.assert_close(first["numbers"], second["numbers"], rtol=0, atol=0)
     torch.testing.assert_close(first["numbers"], _numbers(alone), rtol=1e-5, atol=1e-9)
     assert first["kept"] == second["kept"]
@@ -140,7 +140,7 @@ def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> N
     torch.testing.assert_close(first["heads"], second["heads"], rtol=0, atol=0)
     expected, kept = _scores(groups, alone), _kept(groups, alone)
     in_turn = [batches(4)[number] for number in (0, 2, 1, 3)]  # only momentum knows an order
-    turns = torchshear.collect(groups, in_turn, functional.cross_entropy, 4)
+    turns = torchshear.collect(groups, in_turn, functional.cross_entropy, 4, criteria=ON_DATA)
     expected["snip_momentum"], kept["snip_momentum"] = (f(groups, turns)["snip_momentum"] for f in (_scores, _kept))
     torch.testing.assert_close(first["scores"], expected, rtol=1e-5, atol=1e-9)
     assert first["kept"] == kept

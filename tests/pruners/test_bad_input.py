@@ -185,7 +185,11 @@ def test_models_in_half_precision_are_summed_in_float32(dtype: torch.dtype) -> N
         torchshear.trace(randomise(GroupedBranch()).to(dtype).eval(), (torch.zeros(2, 3, 6, 6, dtype=dtype),))
     )
     data = [(x.to(dtype), target) for x, target in batches()]
-    statistics = torchshear.collect(groups, data, lambda out, t: functional.cross_entropy(out.float(), t), 3)
+
+    def loss_fn(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(output.float(), target)
+
+    statistics = torchshear.collect(groups, data, loss_fn, 3, criteria=registered_criteria())
     assert statistics.notes == (f"the model computes in {dtype}; sums are float32",)
     tensors = [
         getattr(sums, word)

@@ -128,7 +128,7 @@ def scored(model: nn.Module, criteria: list[str]) -> dict[str, list[np.ndarray]]
     """Scores of the outputs of both convolutions by each criterion; nothing where it has nothing to say."""
     groups = analysed(model)
     loader = [(X, TARGET), (fresh_inputs(X, 9), TARGET)]
-    statistics = torchshear.collect(groups, loader, nn.functional.cross_entropy, 2, False)
+    statistics = torchshear.collect(groups, loader, nn.functional.cross_entropy, 2, False, registered_criteria())
     weights = weights_to_score(groups, None)
     found: dict[str, list[np.ndarray]] = {}
     for criterion in criteria:

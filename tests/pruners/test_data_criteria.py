@@ -208,7 +208,7 @@ def test_statistics_for_other_criteria_are_refused_with_what_is_missing() -> Non
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_collected_for_a_criterion_alone_gives_its_scores(name: str) -> None:
     net = randomise(GroupedBranch()).eval()
-    groups, everything = collected(net)
+    groups, everything = collected(net, criteria=ALL)
     if not needs_of(name):
         with pytest.raises(ArgumentError, match=f"criteria='{name}' look at no data"):
             collected(net, criteria=name)
