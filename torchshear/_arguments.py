@@ -37,12 +37,6 @@ def check_count(name: str, value: object, least: int = 1, most: int = MOST) -> N
         raise ArgumentError(f"{name} must be a whole number of at least {least}{above}, but got {name}={quote(value)}.")
 
 
-def check_callback(name: str, value: object) -> None:
-    """Raise ArgumentError for what is neither None nor can be called."""
-    if value is not None and not callable(value):
-        raise ArgumentError(f"{name} is {type(value).__name__}; expected a function, or None.")
-
-
 def check_one_of(name: str, value: object, words: Collection[str]) -> None:
     """Raise ArgumentError for what is none of a few words."""
     if not isinstance(value, str) or value not in words:

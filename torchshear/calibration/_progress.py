@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from torchshear.errors import ArgumentError
 Progress = bool | Callable[[int, int, str], None]
 """True draws a bar, False nothing; a function is called with what is done, the total, and the name of the work."""
 
+Report = Callable[[int, int, str], None]
+
 _T = TypeVar("_T")
 _SECONDS = 1.0  # work that takes less shows no bar
 
@@ -25,6 +28,22 @@ def check_progress(progress: object) -> None:
         raise ArgumentError(f"progress={quote(progress)}; expected True, False, or a function of (done, total, what).")
 
 
+@contextmanager
+def reporting(progress: Progress) -> Iterator[Report]:
+    """Give a function that reports `(done, total, what)`, as a user asked for.
+
+    Args:
+        progress: True draws a bar on the error stream if that is a terminal or a notebook, once the work takes longer
+            than a second; False draws nothing; a function is called itself.
+    """
+    bar = _bar() if progress and not callable(progress) else None
+    try:
+        yield bar.update if bar is not None else progress if callable(progress) else _say_nothing
+    finally:
+        if bar is not None:
+            bar.close()
+
+
 def with_progress(items: Iterable[_T], total: int, what: str, progress: Progress) -> Iterator[_T]:
     """Yield items, and report each when the next one is asked for.
 
@@ -32,35 +51,35 @@ def with_progress(items: Iterable[_T], total: int, what: str, progress: Progress
         items: the items, as batches.
         total: number of items.
         what: name of the work, as "collecting".
-        progress: True draws a bar on the error stream if that is a terminal or a notebook, once the work takes longer
-            than a second; False draws nothing; a function is called as `progress(done, total, what)` after each item.
+        progress: as for `reporting`; a function is called as `progress(done, total, what)` after each item.
     """
-    bar = _bar() if progress and not callable(progress) else None
-    report = bar.update if bar is not None else progress if callable(progress) else None
-    try:
+    with reporting(progress) as report:
         for done, item in enumerate(items, 1):
             yield item
-            if report is not None:
-                report(done, total, what)
-    finally:
-        if bar is not None:
-            bar.close()
+            report(done, total, what)
+
+
+def _say_nothing(done: int, total: int, what: str) -> None:
+    """Report nothing."""
 
 
 class _TerminalBar:
-    """A bar of rich, which is gone at the end."""
+    """A bar of rich, which is gone at the end. It is drawn by `update` alone: a thread would disturb what is timed."""
 
     def __init__(self, console: Console) -> None:
-        self._bar = Bar(console=console, transient=True)
-        self._begin = monotonic()
+        self._bar = Bar(console=console, transient=True, auto_refresh=False)
+        self._begin = self._drawn = monotonic()
 
     def update(self, done: int, total: int, what: str) -> None:
         """Show what is done."""
-        if not self._bar.tasks and monotonic() - self._begin >= _SECONDS:
+        now = monotonic()
+        if not self._bar.tasks and now - self._begin >= _SECONDS:
             self._bar.add_task(what, total=total)
             self._bar.start()
-        for task in self._bar.tasks:
-            self._bar.update(task.id, completed=done)
+        if now - self._drawn >= _SECONDS / 10:
+            self._drawn = now
+            for task in self._bar.tasks:
+                self._bar.update(task.id, completed=done, description=what, refresh=True)
 
     def close(self) -> None:
         """Take the bar away."""

@@ -1,14 +1,12 @@
 """`torchshear bench`: compare ONNX files for speed."""
 
 import json
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import torchshear
@@ -24,7 +22,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the raw times.")] = False,
 ) -> None:
     """Compare ONNX files for speed in onnxruntime, in interleaved rounds."""
-    comparison = measure(_names_of(files), threads, rounds, batch)
+    comparison = torchshear.compare_latency(_names_of(files), threads=threads, rounds=rounds, batch=batch)
     if as_json:
         typer.echo(json.dumps(comparison.to_dict(), indent=2))
     else:
@@ -37,19 +35,6 @@ def _names_of(files: Sequence[Path]) -> dict[str, Path]:
     names = stems if len(set(stems)) == len(set(files)) else [str(file) for file in files]
     counted = [f"{name}#{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names)]
     return dict(zip(counted, files, strict=True))
-
-
-def measure(models: Mapping[str, Path], threads: int = 1, rounds: int = 50, batch: int = 1) -> LatencyComparison:
-    """Compare with a bar on the terminal."""
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bar = Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
-    with bar:  # drawn between rounds only: a thread that draws would disturb the times
-        task = bar.add_task("measuring", total=rounds)
-        advance = partial(bar.update, task, advance=1, refresh=True)
-        return torchshear.compare_latency(
-            models, threads=threads, rounds=rounds, batch=batch, progress=lambda *_: advance()
-        )
 
 
 def print_latency(console: Console, comparison: LatencyComparison) -> None:

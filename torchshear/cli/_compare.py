@@ -82,7 +82,7 @@ def compare(  # noqa: PLR0913 - options, given by name
             kwargs,
             criteria=criteria or None,
             seeds=seeds or (0, 1, 2),
-            progress=say,
+            progress=lambda done, total, what: say(f"{what} ({done} of {total} done)"),
             **words,
         )
     console = stdout_console()

@@ -16,7 +16,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 import torchshear
-from torchshear.cli._bench import measure, print_latency
+from torchshear.cli._bench import print_latency
 from torchshear.cli._example import Target, load_example
 from torchshear.cli._folder import Force, folder_name, output_folder
 from torchshear.cli._shared_options import CRITERIA, EVERY, parse_align, takes_choice
@@ -127,10 +127,9 @@ def _proof(result: torchshear.PruneResult) -> Verification:
 
 def _measure_files(console: Console, output: Path, suffixes: list[str]) -> dict[str, Any]:
     """Latency of each pair of ONNX files, printed; of the whole model, or by the name of the part."""
-    comparisons = {
-        suffix: measure({f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in ("dense", "pruned")})
-        for suffix in suffixes
-    }
+    kinds = ("dense", "pruned")
+    files = {suffix: {f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in kinds} for suffix in suffixes}
+    comparisons = {suffix: torchshear.compare_latency(pair) for suffix, pair in files.items()}
     for comparison in comparisons.values():
         print_latency(console, comparison)
     times = {suffix.removeprefix("-"): comparison.to_dict() for suffix, comparison in comparisons.items()}

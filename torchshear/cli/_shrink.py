@@ -8,7 +8,7 @@ import typer
 
 import torchshear
 from torchshear.cli._folder import folder_name
-from torchshear.cli._terminal import print_lines, status, stdout_console
+from torchshear.cli._terminal import print_lines, stdout_console
 
 
 class _Unknown(StrEnum):
@@ -33,10 +33,7 @@ def shrink(
     config.json stays that of the unpruned model. In Python: small = torchshear.shrink(Model(config),
     PruningPlan.load("plan.json")), which may be on the meta device, then small.load_state_dict(..., assign=True).
     """
-    with status("reading") as say:
-        result = torchshear.shrink_checkpoint(
-            plan, source, destination, unknown.value, lambda done, total: say(f"{done} of {total} tensors")
-        )
+    result = torchshear.shrink_checkpoint(plan, source, destination, unknown.value)
     console = stdout_console()
     before, after = result.n_params
     print_lines(console, f"parameters  {before:,} -> {after:,} ({after / before:.1%} left)")

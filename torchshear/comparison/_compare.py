@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchshear._arguments import check_callback, check_kind
-from torchshear.calibration import Loss, Statistics
+from torchshear._arguments import check_kind
+from torchshear.calibration import Loss, Progress, Statistics
+from torchshear.calibration._progress import check_progress, reporting
 from torchshear.comparison._contenders import Contender, budgets_of, contenders_of, random_criteria, request_of
 from torchshear.comparison._record import Comparison
 from torchshear.comparison._trial import Evaluate, Trial
@@ -52,7 +53,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     loss_fn: Loss | None = None,
     batches: int | None = None,
     compensate: Compensation = "none",
-    progress: Callable[[str], None] | None = None,
+    progress: Progress = True,
 ) -> Comparison:
     """Prune a model by several criteria at the same budgets, and score what comes out.
 
@@ -91,7 +92,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         batches: how many batches to run; None: 32.
         compensate: compensation after which each model is scored once more: "refit", "statistics", "means" or
             "constants"; see `torchshear.prune`.
-        progress: called with a line of text at every step.
+        progress: see `torchshear.collect`; what is done are criteria at budgets.
 
     Returns:
         A row for each criterion at each budget; `str()` of it is a table. A criterion that cannot score the model, or
@@ -105,9 +106,8 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         CaptureError: the model cannot be traced.
         TorchshearError: no criterion and no control can be pruned by; the error of the first.
     """
-    check_callback("progress", progress)
+    check_progress(progress)
     check_kind("evaluate", evaluate, Callable, "a function of a model that gives a number")  # type: ignore[arg-type]
-    say = (lambda text: None) if progress is None else progress
     calibration = CalibrationOptions.parse(data, loss_fn, batches, compensate)
     contenders, left_out = contenders_of(criteria, random_criteria(seeds), calibration)
     scoring = [one.criteria[0] for one in contenders if not one.is_control]
@@ -125,19 +125,20 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     ]
     if calibration.loader is not None:  # once, so that all see the same batches whatever the loader does
         calibration = replace(calibration, loader=list(islice(calibration.loader, calibration.batches)))
-    say("tracing and analysing")
-    groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
-    say("collecting statistics")
-    start = time.perf_counter()
-    statistics = _statistics(groups, contenders, calibration)
-    seconds = time.perf_counter() - start
-    trial = Trial(model, evaluate, args, kwargs, groups, statistics, compensate, calibration)
-    say("evaluating the dense model")
-    trial.score_dense()
-    rows = []
-    for number, (one, budget, asked) in enumerate(runs, 1):
-        say(f"{one.name}, {budget.text} ({number} of {len(runs)})")
-        rows.append(trial.row(one, budget, asked))
+    with reporting(progress) as report:
+        report(0, len(runs), "tracing and analysing")
+        groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
+        report(0, len(runs), "collecting statistics")
+        start = time.perf_counter()
+        statistics = _statistics(groups, contenders, calibration)
+        seconds = time.perf_counter() - start
+        trial = Trial(model, evaluate, args, kwargs, groups, statistics, compensate, calibration)
+        report(0, len(runs), "evaluating the dense model")
+        trial.score_dense()
+        rows = []
+        for number, (one, budget, asked) in enumerate(runs):
+            report(number, len(runs), f"{one.name}, {budget.text}")
+            rows.append(trial.row(one, budget, asked))
     if trial.first_error is not None and all(row.reason for row in rows):
         raise trial.first_error
     return Comparison(

@@ -135,10 +135,10 @@ def source(model: Network, tmp_path: Path) -> Path:
 def test_the_result_loads_into_the_model_shrunk_on_meta(model: Network, source: Path, tmp_path: Path) -> None:
     plan = plan_of(model)
     before = files_of(source)
-    steps: list[tuple[int, int]] = []
+    steps: list[tuple[int, int, str]] = []
     result = shrink_checkpoint(plan, source, tmp_path / "small", progress=lambda *step: steps.append(step))
     n_tensors = len(saved(model))
-    assert steps == [(done, n_tensors) for done in range(1, n_tensors + 1)]
+    assert steps == [(done, n_tensors, "shrinking") for done in range(1, n_tensors + 1)]
     assert files_of(source) == before
     expected = torchshear.shrink(model, plan)
     with parameters_on_meta():
@@ -280,7 +280,7 @@ class StopHereError(Exception):
 
 
 def interrupted(plan: PruningPlan, source: Path, destination: Path, after: int) -> None:
-    def stop(done: int, total: int) -> None:
+    def stop(done: int, total: int, what: str) -> None:
         if done == after:
             raise StopHereError
 
@@ -395,7 +395,10 @@ def test_bad_arguments(model: Network, source: Path, tmp_path: Path) -> None:
 SCRIPT = """
 import sys, time
 import torchshear
-torchshear.shrink_checkpoint(*sys.argv[1:4], progress=lambda done, total: (print(done, flush=True), time.sleep(0.02)))
+def report(done, total, what):
+    print(done, flush=True)
+    time.sleep(0.02)
+torchshear.shrink_checkpoint(*sys.argv[1:4], progress=report)
 """
 
 

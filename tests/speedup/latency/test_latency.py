@@ -48,9 +48,9 @@ def test_real_models_are_measured(tmp_path, model):
         rounds=6,
         warmup=2,
         min_seconds=0.0005,
-        progress=lambda done, rounds: seen.append((done, rounds)),
+        progress=lambda *step: seen.append(step),
     )
-    assert seen == [(done, 6) for done in range(1, 7)]
+    assert seen == [(done, 6, "measuring") for done in range(1, 7)]
     assert list(result.results) == ["dense", "small"]
     assert (result.baseline, result.batch, result.threads) == ("dense", 3, 1)
     for entry in result.results.values():
@@ -77,9 +77,9 @@ def test_inputs_of_every_type_are_made(tmp_path, dtype):
     assert quick({"dense": path}, batch=2).batch == 2
 
 
-@pytest.mark.parametrize("progress", [None, lambda done, rounds: 1 / 0])
+@pytest.mark.parametrize("progress", [False, lambda done, rounds, what: 1 / 0])
 def test_garbage_collection_is_restored(model, progress):
-    if progress is None:
+    if not progress:
         quick({"dense": model})
     else:
         with pytest.raises(ZeroDivisionError, match="division by zero"):

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -17,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from torchshear._arguments import check_callback, check_one_of
+from torchshear._arguments import check_one_of
+from torchshear.calibration import Progress
+from torchshear.calibration._progress import Report, check_progress, reporting
 from torchshear.dependency.plans._consistency import check_consistency
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.dependency.plans._state_plan import StatePlan
@@ -41,8 +43,6 @@ PLAN_NAME: Final = "plan.json"
 _DRAFT: Final = f"{DRAFT}draft-"
 _TEXT_SUFFIXES: Final = frozenset({".json", ".txt", ".model", ".jinja", ".md"})
 _INTEGERS: Final = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def shrink_checkpoint(
     source: str | PathLike[str],
     destination: str | PathLike[str],
     unknown: UnknownTensors = "refuse",
-    progress: Progress | None = None,
+    progress: Progress = True,
 ) -> ShrunkCheckpoint:
     """Apply a plan to a checkpoint on disk, without holding the model.
 
@@ -88,7 +88,7 @@ def shrink_checkpoint(
         source: folder of a checkpoint in safetensors, with one file or with shards and an index.
         destination: a new or empty folder, or one in which the same call was cut short.
         unknown: what to do with tensors that the plan does not know: "refuse", "copy" unchanged, or "drop".
-        progress: called with the number of tensors done and of all tensors.
+        progress: see `torchshear.collect`; what is done are tensors.
 
     Returns:
         The shards that were written, and the tensors that were unknown or missing.
@@ -112,11 +112,11 @@ def shrink_checkpoint(
     plan = _checked_plan(plan)
     destination = as_path(destination, "the destination")
     check_one_of("unknown", unknown, ("refuse", "copy", "drop"))
-    check_callback("progress", progress)
+    check_progress(progress)
     checkpoint = open_checkpoint(source)
-    task = _Task(checkpoint, match_checkpoint(plan, checkpoint, unknown), destination, progress)
     manifest = Manifest(plan_digest(plan), source_digest(checkpoint), unknown, {})
-    with _disk_errors_as_ours(task.destination):
+    with _disk_errors_as_ours(destination), reporting(progress) as report:
+        task = _Task(checkpoint, match_checkpoint(plan, checkpoint, unknown), destination, report)
         manifest = _open_destination(task, manifest)
         resumed = tuple(shard for shard in task.shards if _is_finished(task, manifest, shard))
         with tempfile.TemporaryDirectory(prefix=_DRAFT, dir=task.destination) as draft:
@@ -145,22 +145,19 @@ def _checked_plan(plan: PruningPlan | str | PathLike[str]) -> PruningPlan:
 class _Task:
     """A checkpoint that is being shrunk, its destination, and the progress."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, match: CheckpointMatch, destination: Path, progress: Progress | None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, match: CheckpointMatch, destination: Path, report: Report) -> None:
         self.checkpoint = checkpoint
         self.match = match
         self.destination = destination
         kept = {checkpoint.entries[name].file for name in match.entries}
         self.shards = tuple(shard for shard in checkpoint.shards if shard in kept)
-        self._progress = progress
+        self._report = report
         self._done = 0
 
     def advance(self, n_tensors: int = 1) -> None:
         """Report that tensors are done."""
         self._done += n_tensors
-        if self._progress is not None:
-            self._progress(self._done, sum(len(self.checkpoint.names_in(shard)) for shard in self.shards))
+        self._report(self._done, sum(len(self.checkpoint.names_in(shard)) for shard in self.shards), "shrinking")
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor of the result."""

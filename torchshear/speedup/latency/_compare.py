@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ import onnxruntime
 from rich.console import Console
 from rich.table import Table
 
-from torchshear._arguments import check_callback, check_count, check_kind, quote
+from torchshear._arguments import check_count, check_kind, quote
+from torchshear.calibration import Progress
+from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.errors import ArgumentError, LatencyError
 from torchshear.speedup.latency._session import check_inputs, error_reason, make_inputs, open_session
 
@@ -226,7 +228,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
     min_seconds: float = 0.002,
     confidence: float = 0.95,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = True,
 ) -> LatencyComparison:
     """Measure ONNX models against each other in onnxruntime on the CPU.
 
@@ -246,7 +248,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
             The default of 2 ms keeps the clock and the call below 1 % of a sample.
         confidence: of all intervals, between 0 and 1.
         seed: of the inputs, of the order and of the bootstrap.
-        progress: called with (rounds done, rounds) after each round.
+        progress: see `torchshear.collect`; what is done are rounds.
 
     Returns:
         The times and what follows from them. Sessions are closed.
@@ -264,7 +266,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
         ['dense']
     """
     _check_numbers(models, inputs, batch=batch, threads=threads, rounds=rounds, warmup=warmup, seed=seed)
-    check_callback("progress", progress)
+    check_progress(progress)
     if not isinstance(confidence, int | float) or not 0 < confidence < 1:
         raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={quote(confidence)}.")
     if not isinstance(min_seconds, int | float) or not 0 <= min_seconds <= 3600:
@@ -274,12 +276,10 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
     times_ms: dict[str, list[float]] = {name: [] for name in inferences}
     names, order = list(inferences), np.random.default_rng(seed)
     with _without_garbage_collection():
-        for done in range(1, rounds + 1):
+        for _ in with_progress(range(rounds), rounds, "measuring", progress):
             for index in order.permutation(len(names)):
                 name = names[index]
                 times_ms[name].append(inferences[name].mean_ms(runs[name]))
-            if progress is not None:
-                progress(done, rounds)
     results = {
         name: LatencyResult(name, Path(models[name]), tuple(times_ms[name]), runs[name], confidence, seed)
         for name in names
