@@ -27,6 +27,7 @@ from torchshear.graph.model._state import in_mode
 from torchshear.options import checked_call
 
 _WARM_UP: Final = 0.05  # share of the steps in which the learning rate rises
+_MOST: Final = 1e9  # of any number
 _SAVES: Final = 20  # times that a checkpoint is written
 
 
@@ -180,11 +181,10 @@ def _check_numbers(steps: int, rate: float, decay: float, temperature: float, la
         ("temperature", temperature, False),
         ("layer_weight", layer_weight, True),
     ):
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value < 0 or (value == 0 and not is_zero_allowed):
-            raise ArgumentError(
-                f"{name}={quote(value)}; expected a number {'of at least' if is_zero_allowed else 'above'} 0."
-            )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= _MOST or (value == 0 and not is_zero_allowed):  # a NaN is not either
+            least = "of at least" if is_zero_allowed else "above"
+            raise ArgumentError(f"{name}={quote(value)}; expected a number {least} 0, and at most {_MOST:g}.")
 
 
 def _check_models(small: nn.Module, model: nn.Module) -> torch.device:
