@@ -55,9 +55,9 @@ class RunCheckpoint:
             ArgumentError: it is of another run.
             CheckpointError: it cannot be read.
         """
-        if self.path is None or not self.path.exists():
-            return 0
         try:
+            if self.path is None or not self.path.exists():
+                return 0
             with safe_open(self.path, "pt") as file:
                 said = json.loads((file.metadata() or {}).get("torchshear", "null"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
