@@ -19,6 +19,7 @@ from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLa
 from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
+from torchshear.speedup.compensation._sum_shortfall import find_sum, shortfall
 from torchshear.speedup.compensation._wide_fit import WideRows, fit_wide
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 
@@ -135,7 +136,7 @@ class LayerFits:
             number: number of the batch.
             n_rows: how many rows to draw at most, of all batches together.
         """
-        wanted = self.kept(original, frontier.dense[original.name][number])
+        wanted = self._wanted(original, frontier, number)
         kernel = self.small[layer.weight].shape
         taps = [kernel[dim] for dim in layer.order][2:] if layer.n_dims else []
         share = -(-n_rows // len(self.split.sizes))
@@ -220,7 +221,7 @@ class LayerFits:
         """Sum up what a norm reads, gives and should give, apart for samples to fit to and for samples held out."""
         sums, source = (AffineSums(), AffineSums()), bind_arguments(original)[norm.input].name
         for number, size in enumerate(self.split.sizes):
-            wanted = self.kept(original, frontier.dense[original.name][number])
+            wanted = self._wanted(original, frontier, number)
             values = [present[number], wanted, frontier.small[source][number]]
             if wanted.ndim == 1:  # one sample without a batch
                 values = [value.unsqueeze(0) for value in values]
@@ -233,11 +234,39 @@ class LayerFits:
             one.reduce()
         return sums
 
+    def makes_up(self, node: fx.Node, frontier: Frontier) -> bool:
+        """Check that a layer can make up for what the rest of a sum behind it lacks, whatever it reads itself."""
+        known = operator_of(node)
+        if known.product is None and known.norm is None:
+            return False
+        other = _rest_of_sum(node, frontier)
+        return other is not None and frontier.dense[other.name] is not frontier.small[other.name]
+
+    def _wanted(self, node: fx.Node, frontier: Frontier, number: int) -> Tensor:
+        """Return what a layer is to give in a batch: what it gave, and what the rest of a sum behind it lacks."""
+        wanted: Tensor = self.kept(node, frontier.dense[node.name][number])
+        found, other = find_sum(node), _rest_of_sum(node, frontier)
+        if found is None or other is None:
+            return wanted
+        dense, small = self.kept(other, frontier.dense[other.name][number]), frontier.small[other.name][number]
+        if dense.shape != wanted.shape or small.shape != wanted.shape or not dense.is_floating_point():
+            return wanted
+        return wanted + shortfall(found, dense, small, self.small)
+
     def kept(self, node: Any, value: Any) -> Any:
         """Select the kept positions of a value of the original network."""
         axes = self.groups.facts.axes.get(node.name) if isinstance(node, fx.Node) else None
         found: Any = map_axes(lambda tensor, own: select_kept(tensor, own, self.cut), value, axes)
         return found
+
+
+def _rest_of_sum(node: fx.Node, frontier: Frontier) -> fx.Node | None:
+    """Return the other operand of the sum behind a layer, if both networks have computed it by now."""
+    found = find_sum(node)
+    others = [] if found is None else [operand for operand in found[0].args[:2] if operand is not found[2]]
+    other = others[0] if len(others) == 1 else None
+    is_known = isinstance(other, fx.Node) and other.name in frontier.dense and other.name in frontier.small
+    return other if isinstance(other, fx.Node) and is_known else None
 
 
 def _module_of(node: fx.Node) -> str:

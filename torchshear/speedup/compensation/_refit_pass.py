@@ -127,7 +127,7 @@ class RefitPass:
             small[node.name] = self._call_all(node, small, frontier)
         elif node.op in ("placeholder", "get_attr"):
             dense[node.name], small[node.name] = self._load(original)
-        elif self._is_shared(original, node, frontier):
+        elif self._is_shared(original, node, frontier) and not self.fits.makes_up(original, frontier):
             dense[node.name] = small[node.name] = self._call_all(original, dense, frontier)
         else:
             dense[node.name] = self._call_all(original, dense, frontier)
