@@ -182,21 +182,12 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         ylim=(0, 102),
     )
     left.legend(frameon=False, loc="lower left")
-    layers = rows[-1]["layers"]
-    right.semilogy(
-        [name for name, *_ in layers],
-        [max(before, 1e-6) for _, before, _ in layers],
-        "o--",
-        color="#9aa5b1",
-        label="before",
-    )
-    right.semilogy(
-        [name for name, *_ in layers], [max(after, 1e-6) for *_, after in layers], "o-", color="#0b7285", label="after"
-    )
-    right.set(
-        title=f"Error of each layer of {rows[-1]['size']} at {rows[-1]['left']:.0%}, held out",
-        ylabel="relative squared error",
-    )
+    layers = [layer for layer in rows[-1]["layers"] if layer[1] > 1e-6]  # those that the cut reaches
+    names, before, after = zip(*layers, strict=True)
+    right.plot(names, before, "o--", color="#9aa5b1", label="as cut, all layers before it refitted")
+    right.plot(names, after, "o-", color="#0b7285", label="refitted")
+    title = f"Error of each layer of {rows[-1]['size']} at {rows[-1]['left']:.0%}, held out"
+    right.set(title=title, ylabel="relative squared error", ylim=(0, None))
     right.tick_params(axis="x", rotation=60)
     right.legend(frameon=False)
     for axes in (left, right):
