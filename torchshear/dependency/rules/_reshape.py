@@ -1,4 +1,4 @@
-"""Reshapes: dimensions are products of factors, split and merged in row-major order."""
+"""Reshapes: dimensions are products of factors, split and merged in row-major order; sizes of calls follow."""
 
 from collections.abc import Sequence
 from itertools import pairwise

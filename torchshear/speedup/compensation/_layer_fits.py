@@ -10,17 +10,19 @@ from torchshear.calibration._processes import is_distributed, sum_over_processes
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
+from torchshear.dependency.rules._weights import unwrap_moves
 from torchshear.graph._location import locate
 from torchshear.graph._operator_record import Norm, operator_of
 from torchshear.speedup.compensation._channel_form import expand_weight, fit_channels
 from torchshear.speedup.compensation._frontier import Frontier, Values
 from torchshear.speedup.compensation._least_squares import LinearFit, Moments, fit_linear
+from torchshear.speedup.compensation._least_squares_wide import WideRows, fit_wide
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
 from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
+from torchshear.speedup.compensation._shared_layer import SharedLayer
 from torchshear.speedup.compensation._sum_shortfall import find_sum, shortfall
-from torchshear.speedup.compensation._wide_fit import WideRows, fit_wide
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 
 ROWS_PER_UNKNOWN: Final = 8
@@ -58,6 +60,8 @@ class LayerFits:
         self.split, self.n_reads = split, n_reads
         self.layers: list[RefittedLayer] = []
         self.skipped: list[SkippedLayer] = []
+        self._shared: dict[str, SharedLayer] = {}
+        self._is_settled = False
         self._generator = torch.Generator().manual_seed(0)
         self._batch_hint = groups.graph.batch_hint
 
@@ -79,7 +83,41 @@ class LayerFits:
             if layer:
                 self.skipped.append(SkippedLayer(_module_of(original), layer))
             return {}
+        if self.n_reads[layer.weight] > 1:
+            self._add_use(original, layer, frontier)
+            return {}
         return self._fit_linear(original, layer, frontier)
+
+    def _add_use(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> None:
+        """Sum up the rows of one of several calls that read a weight, until that was fitted."""
+        if self._is_settled:
+            return
+        weight = layer.to_matrix(self.small[layer.weight].detach())
+        first = SharedLayer(_module_of(original), layer, self.n_reads[layer.weight])
+        shared = self._shared.setdefault(layer.weight, first)
+        if weight.shape[2] <= MAX_UNKNOWNS and shared.has_form_of(layer):
+            shared.add(self._moments(original, layer, frontier, weight))
+
+    def fit_shared(self) -> dict[str, Tensor]:
+        """Fit the weights that several calls read, each by one system over all of its calls.
+
+        Returns:
+            New tensors by canonical name. Where there are any, the calls in between have seen the old ones, and all
+            other layers are to be fitted once more; what was recorded of them is forgotten.
+        """
+        self._is_settled = True
+        found: dict[str, Tensor] = {}
+        layers, skipped = self.layers, self.skipped
+        self.layers, self.skipped = [], []
+        for shared in self._shared.values():
+            fit = shared.fit(self.small)
+            if isinstance(fit, str):
+                self.skipped.append(SkippedLayer(shared.module, fit))
+            else:
+                found |= self._record(shared.module, shared.layer, fit, shared.layer.bias)
+        if not found:
+            self.layers, self.skipped = [*self.layers, *layers], [*self.skipped, *skipped]
+        return found
 
     def _fit_linear(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> dict[str, Tensor]:
         """Fit weight and bias of a linear layer; the mean of a batch norm behind it stands in for a missing bias."""
@@ -97,15 +135,25 @@ class LayerFits:
         if fit is None:
             self.skipped.append(SkippedLayer(_module_of(original), _NO_VALUES))
             return {}
+        return self._record(_module_of(original), layer, fit, layer.bias or norm_behind)
+
+    def _record(self, module: str, layer: LinearLayer, fit: LinearFit, offset: str) -> dict[str, Tensor]:
+        """Record the fit of a linear layer, and return its new tensors.
+
+        Args:
+            module: name of its module.
+            layer: the layer.
+            fit: the fit.
+            offset: its bias, or the mean of a batch norm that takes its place; "" for neither.
+        """
         if not fit.method or fit.error_before < _SAME:
-            self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_before, ""))
+            self.layers.append(RefittedLayer(module, "linear", fit.error_before, fit.error_before, ""))
             return {}
-        self.layers.append(RefittedLayer(_module_of(original), "linear", fit.error_before, fit.error_after, fit.method))
+        self.layers.append(RefittedLayer(module, "linear", fit.error_before, fit.error_after, fit.method))
         found = {layer.weight: layer.to_weight(fit.weight, self.small[layer.weight])}
-        if layer.bias:
-            found[layer.bias] = fit.bias.reshape(-1)
-        elif norm_behind:
-            found[norm_behind] = self.small[norm_behind].double() - fit.bias.reshape(-1)
+        if offset:
+            shift = fit.bias.reshape(-1)
+            found[offset] = shift if offset == layer.bias else self.small[offset].double() - shift
         return found
 
     def _moments(
@@ -234,11 +282,17 @@ class LayerFits:
             one.reduce()
         return sums
 
-    def makes_up(self, node: fx.Node, frontier: Frontier) -> bool:
-        """Check that a layer can make up for what the rest of a sum behind it lacks, whatever it reads itself."""
+    def needs_fit(self, node: fx.Node, frontier: Frontier) -> bool:
+        """Check that a layer is to be fitted even if it reads the same in both networks.
+
+        It can make up for what the rest of a sum behind it lacks, or its weight is read by other calls as well.
+        """
         known = operator_of(node)
         if known.product is None and known.norm is None:
             return False
+        bases = [unwrap_moves(operand)[0] for operand in node.all_input_nodes]
+        if any(base.op == "get_attr" and self.n_reads[str(base.target)] > 1 for base in bases):
+            return True
         other = _rest_of_sum(node, frontier)
         return other is not None and frontier.dense[other.name] is not frontier.small[other.name]
 

@@ -1,5 +1,7 @@
 """Least squares for one linear layer: sums over samples, the fit with ridge, and its error on samples held out.
 
+A layer with too many inputs for one system is fitted in `_least_squares_wide.py`.
+
 A layer gives y = W u + b. With rows of u and y summed up, the error of any W and b follows from the sums alone, so
 that samples need not be kept.
 """
@@ -57,6 +59,12 @@ class Moments:
         self.yy += y.square().sum(1)
         self.uu += u.mT @ u
         self.uy += u.mT @ y
+
+    def merge(self, other: "Moments") -> None:
+        """Add the sums of other rows."""
+        self.n += other.n
+        for name in ("u", "y", "yy", "uu", "uy"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
         """Add up the sums of all processes.

@@ -254,13 +254,13 @@ def _find_obstacle(
         return "its result is multiplied by a number"
     if any(operand not in known for operand in node.all_input_nodes):
         return "it reads more than an input, a weight and a bias"
-    tensors = [str(weight.target)]
     if isinstance(bias, fx.Node):
         if bias.op != "get_attr" or bias.meta["val"].ndim != 1 or kind in ("batched", "single"):
             return "its bias is computed, or not one number for each output"
-        tensors.append(str(bias.target))
-    shared = [tensor for tensor in tensors if n_reads[tensor] > 1]
-    return f"{shared[0]!r} is read by {n_reads[shared[0]]} calls" if shared else ""
+        counts = [n_reads[str(tensor.target)] for tensor in (weight, bias)]
+        if counts[0] != counts[1]:
+            return f"its weight is read by {counts[0]} calls, and its bias by {counts[1]}"
+    return ""
 
 
 def _draw(total: int, count: int, generator: torch.Generator) -> Tensor:

@@ -69,8 +69,16 @@ class RefitPass:
     def run(self) -> tuple[list[Any], list[Any]]:
         """Fit all layers, and return the outputs for each batch: of the original at kept positions, and of the smaller.
 
-        Values are dropped after their last reader in either network.
+        Weights that several calls read are fitted after a first walk over the graphs, and all others in a second one.
         """
+        outputs = self._walk()
+        shared = self.fits.fit_shared()
+        for name, value in shared.items():
+            self._store(name, value)
+        return self._walk() if shared else outputs
+
+    def _walk(self) -> tuple[list[Any], list[Any]]:
+        """Walk over both graphs once; values are dropped after their last reader in either network."""
         graph = self.groups.graph
         originals = {node.name: node for node in graph.fx_graph.nodes}
         nodes = list(self.smaller.nodes)
@@ -127,7 +135,7 @@ class RefitPass:
             small[node.name] = self._call_all(node, small, frontier)
         elif node.op in ("placeholder", "get_attr"):
             dense[node.name], small[node.name] = self._load(original)
-        elif self._is_shared(original, node, frontier) and not self.fits.makes_up(original, frontier):
+        elif self._is_shared(original, node, frontier) and not self.fits.needs_fit(original, frontier):
             dense[node.name] = small[node.name] = self._call_all(original, dense, frontier)
         else:
             dense[node.name] = self._call_all(original, dense, frontier)
@@ -177,10 +185,15 @@ class RefitPass:
         one, other = (fx.map_arg((of.args, dict(of.kwargs)), lambda operand: operand.name) for of in (original, node))
         return original.target == node.target and bool(one == other)
 
+    def _store(self, name: str, value: Tensor) -> None:
+        """Replace a tensor of the smaller network."""
+        old = self.small_state[name]
+        self.small_state[name] = value.detach().reshape(old.shape).to(old)
+
     def _set(self, name: str, value: Tensor, frontier: Frontier) -> None:
         """Replace a tensor of the smaller network, and what calls read of it from now on."""
-        small, old = frontier.small, self.small_state[name]
-        self.small_state[name] = value.detach().reshape(old.shape).to(old)
+        small = frontier.small
+        self._store(name, value)
         stale = [node for node in self._sources if str(node.target) == name and node.name in small]
         for source in stale:
             small[source.name] = Values(self.small_state[name] for _ in self.batches)
