@@ -28,7 +28,7 @@ def seen(name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Channel
         args = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)),)
     groups = torchshear.analyze(torchshear.trace(model, args, kwargs))
     loader = [fresh_inputs(args or kwargs, seed) for seed in range(2)]
-    return model, args, kwargs, groups, torchshear.collect(groups, loader, loss, 2)
+    return model, args, kwargs, groups, torchshear.collect(groups, loader, loss, 2, False, registered_criteria())
 
 
 def loss(output: Any, _: Any) -> Tensor:
