@@ -296,7 +296,7 @@ def test_data_that_does_not_fit_ends_a_comparison(model: nn.Module) -> None:
     said: list[str] = []
     with pytest.raises(DataError):
         torchshear.comparison.compare(
-            model, evaluate, X, compensate="refit", data=[torch.randn(4, 5)], batches=1, progress=said.append,
-            criteria=["l1", "l2"],
+            model, evaluate, X, compensate="refit", data=[torch.randn(4, 5)], batches=1, criteria=["l1", "l2"],
+            progress=lambda done, total, what: said.append(what),
         )  # fmt: skip
     assert not any("l1" in line for line in said)
