@@ -17,6 +17,7 @@ from torchshear.options import CalibrationOptions, Compensation, CompensationMet
 from torchshear.pruners import channel_means
 from torchshear.speedup import Fold, Refit, refit
 from torchshear.speedup.compensation._fold import fold_in_place
+from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY
 from torchshear.speedup.compensation._recalibrate import check_recalibration, recalibrate_for
 from torchshear.speedup.shrinking._check_model import analyze_planned
 
@@ -32,7 +33,7 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     batches: int = 32,
-    memory: int = 2 * 10**9,
+    memory: int = DEFAULT_MEMORY,
     progress: Progress = True,
 ) -> nn.Module:
     """Bring a shrunk model nearer to its original without training and without labels.
@@ -101,7 +102,7 @@ def compensate_by(  # noqa: PLR0913 - what all methods together take
     data: CalibrationOptions,
     args: tuple[Any, ...] | Tensor | None,
     kwargs: Mapping[str, Any] | None,
-    memory: int = 2 * 10**9,
+    memory: int = DEFAULT_MEMORY,
     progress: Progress = False,
 ) -> Compensated:
     """Compensate by a method, see `compensate`; for "none" the shrunk model comes back as it is.

@@ -138,7 +138,7 @@ def test_wide_layers_make_up_for_channels_that_were_copies(name: str, monkeypatc
     (group,) = (group for group in groups if group.width == 8)
     plan = plan_from_kept(groups, {group.name: [0, 2, 4, 6]})
     small = torchshear.shrink(model, plan)
-    monkeypatch.setattr(_layer_fits, "MAX_UNKNOWNS", 3)
+    monkeypatch.setattr(_layer_fits, "MAX_UNKNOWNS", 3 if name == "linear" else 4)  # four channels are left
     fitted, record = refit(model, small, plan, loader, batches=8, progress=False)
     assert record.error_before > 0.01
     assert record.error_after < 1e-9

@@ -6,8 +6,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from torchshear.calibration._processes import is_distributed, sum_over_processes
-from torchshear.speedup.compensation._least_squares import LinearFit, Moments, fit_linear
+from torchshear.speedup.compensation._least_squares import LinearFit, fit_linear, sum_apart
+from torchshear.speedup.compensation._linear_layer import draw_positions
 from torchshear.speedup.compensation._samples import SampleSplit, sample_numbers
 
 _MIN_POSITIONS: Final = 32768
@@ -45,21 +45,17 @@ def fit_channels(
     """
     n_channels, n_left = len(kept), int(kept.sum())
     device = small[0].device
-    both = Moments(1, n_left, n_channels, device), Moments(1, n_left, n_channels, device)
     share = -(-max(_MIN_POSITIONS, _POSITIONS_PER_CHANNEL * n_left) // len(split.sizes))
-    for number, size in enumerate(split.sizes):
+
+    def rows(number: int) -> tuple[Tensor, Tensor, Tensor]:
         x, u = (value if value.ndim > n_dims + 1 else value.unsqueeze(0) for value in (dense[number], small[number]))
-        total = x.shape[0] * x.shape[2:].numel()
-        chosen = torch.arange(total)
-        if total > share:
-            chosen = torch.randperm(total, generator=generator)[:share].sort().values
-        samples = sample_numbers(len(x), size)[chosen // x.shape[2:].numel()]
-        is_held_out = split.is_held_out(samples, number)
-        for moments, mask in zip(both, (~is_held_out, is_held_out), strict=True):
-            index = chosen[mask].to(device)
-            moments.add(*(v.movedim(1, -1).reshape(total, -1)[index].unsqueeze(0) for v in (u, x)))
-    for moments in both if is_distributed() else ():
-        moments.reduce(sum_over_processes)
+        places = x.shape[2:].numel()
+        chosen = draw_positions(len(x) * places, share, generator)
+        is_held_out = split.is_held_out(sample_numbers(len(x), split.sizes[number])[chosen // places], number)
+        found = [v.movedim(1, -1).flatten(0, -2)[chosen.to(device)].unsqueeze(0) for v in (u, x)]
+        return found[0], found[1], is_held_out
+
+    both = sum_apart(map(rows, range(len(split.sizes))), (1, n_left, n_channels))
     if not both[0].n or not both[1].n:
         return None
     selection = torch.eye(n_channels, dtype=small[0].dtype, device=device)[:, kept.to(device)].unsqueeze(0)

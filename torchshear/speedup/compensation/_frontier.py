@@ -4,12 +4,15 @@ import tempfile
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Final, overload
 
 import torch
 from torch import Tensor
 
 from torchshear.errors import OutputError, first_line
+
+DEFAULT_MEMORY: Final = 2 * 10**9
+"""Bytes that activations may take in memory, unless a call says something else."""
 
 
 class Values(Sequence[Any]):

@@ -1,12 +1,14 @@
 """Fits of single layers, from what the original and the smaller network hold where the layer stands."""
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
 
-from torchshear.calibration._processes import is_distributed, sum_over_processes
+from torchshear.calibration._processes import is_distributed
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
@@ -15,14 +17,14 @@ from torchshear.graph._location import locate
 from torchshear.graph._operator_record import Norm, operator_of
 from torchshear.speedup.compensation._channel_form import expand_weight, fit_channels
 from torchshear.speedup.compensation._frontier import Frontier, Values
-from torchshear.speedup.compensation._least_squares import LinearFit, Moments, fit_linear
+from torchshear.speedup.compensation._least_squares import LinearFit, Moments, fit_linear, sum_apart
 from torchshear.speedup.compensation._least_squares_wide import WideRows, fit_wide
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
 from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
 from torchshear.speedup.compensation._shared_layer import SharedLayer
-from torchshear.speedup.compensation._sum_shortfall import find_sum, shortfall
+from torchshear.speedup.compensation._sum_shortfall import SumBehind, find_sum, shortfall
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 
 ROWS_PER_UNKNOWN: Final = 8
@@ -40,7 +42,6 @@ class LayerFits:
         dense: canonical name -> tensor of the original.
         small: canonical name -> tensor of the smaller network, as it is by now.
         split: samples of the batches.
-        n_reads: canonical name -> how often the graph reads that tensor.
 
     Attributes:
         layers: results so far.
@@ -54,10 +55,11 @@ class LayerFits:
         dense: Mapping[str, Tensor],
         small: Mapping[str, Tensor],
         split: SampleSplit,
-        n_reads: Mapping[str, int],
     ) -> None:
         self.groups, self.cut, self.dense, self.small = groups, cut, dense, small
-        self.split, self.n_reads = split, n_reads
+        self.split = split
+        self.n_reads = _count_reads(groups.graph)
+        self._n_layers = _count_reads(node for node in groups.graph if operator_of(node).product is not None)
         self.layers: list[RefittedLayer] = []
         self.skipped: list[SkippedLayer] = []
         self._shared: dict[str, SharedLayer] = {}
@@ -82,6 +84,10 @@ class LayerFits:
         if isinstance(layer, str):
             if layer:
                 self.skipped.append(SkippedLayer(_module_of(original), layer))
+            return {}
+        if self._n_layers[layer.weight] < self.n_reads[layer.weight]:
+            reason = f"{layer.weight!r} is read by {self.n_reads[layer.weight]} calls, not all of which are layers"
+            self.skipped.append(SkippedLayer(_module_of(original), reason))
             return {}
         if self.n_reads[layer.weight] > 1:
             self._add_use(original, layer, frontier)
@@ -161,16 +167,10 @@ class LayerFits:
     ) -> tuple[Moments, Moments]:
         """Sum up rows of a layer, apart for samples to fit to and for samples held out."""
         n_groups, n_out, n_in = weight.shape
-        both = Moments(n_groups, n_in, n_out, weight.device), Moments(n_groups, n_in, n_out, weight.device)
         n_rows = max(MIN_ROWS, ROWS_PER_UNKNOWN * n_in)
-        for number in range(len(self.split.sizes)):
-            inputs, outputs, is_held_out = self._rows(original, layer, frontier, number, n_rows)
-            for moments, chosen in zip(both, (~is_held_out, is_held_out), strict=True):
-                index = chosen.nonzero().squeeze(1).to(weight.device)
-                moments.add(inputs.index_select(1, index), outputs.index_select(1, index))
-        for moments in both if is_distributed() else ():
-            moments.reduce(sum_over_processes)
-        return both
+        batches = range(len(self.split.sizes))
+        rows = (self._rows(original, layer, frontier, number, n_rows) for number in batches)
+        return sum_apart(rows, (n_groups, n_in, n_out))
 
     def _rows(
         self, original: fx.Node, layer: LinearLayer, frontier: Frontier, number: int, n_rows: int
@@ -200,7 +200,8 @@ class LayerFits:
         for number in range(len(self.split.sizes)):
             rows.add(*self._rows(original, layer, frontier, number, WideRows.count_for(weight.shape[2])))
         candidates: dict[str, tuple[Tensor, Tensor]] = {}
-        if layer.n_dims and layer.n_groups == 1 and weight.shape[2] > self.small[layer.weight].shape[layer.order[1]]:
+        n_taps = math.prod(self.small[layer.weight].shape[dim] for dim in layer.order[2:])
+        if layer.n_dims and layer.n_groups == 1 and weight.shape[2] // n_taps <= MAX_UNKNOWNS:
             found = self._fold_channels(original, layer, frontier)
             if found is not None:
                 candidates["channel form"] = found[0], bias.double() + found[1] if has_bias else bias.double()
@@ -291,21 +292,28 @@ class LayerFits:
         if known.product is None and known.norm is None:
             return False
         bases = [unwrap_moves(operand)[0] for operand in node.all_input_nodes]
-        if any(base.op == "get_attr" and self.n_reads[str(base.target)] > 1 for base in bases):
+        if any(base.op == "get_attr" and self._n_layers[str(base.target)] > 1 for base in bases):
             return True
-        other = _rest_of_sum(node, frontier)
-        return other is not None and frontier.dense[other.name] is not frontier.small[other.name]
+        rest = self._rest_of_sum(node, frontier)
+        return rest is not None and frontier.dense[rest.other.name] is not frontier.small[rest.other.name]
 
     def _wanted(self, node: fx.Node, frontier: Frontier, number: int) -> Tensor:
         """Return what a layer is to give in a batch: what it gave, and what the rest of a sum behind it lacks."""
         wanted: Tensor = self.kept(node, frontier.dense[node.name][number])
-        found, other = find_sum(node), _rest_of_sum(node, frontier)
-        if found is None or other is None:
+        rest = self._rest_of_sum(node, frontier)
+        if rest is None:
             return wanted
-        dense, small = self.kept(other, frontier.dense[other.name][number]), frontier.small[other.name][number]
+        dense = self.kept(rest.other, frontier.dense[rest.other.name][number])
+        small = frontier.small[rest.other.name][number]
         if dense.shape != wanted.shape or small.shape != wanted.shape or not dense.is_floating_point():
             return wanted
-        return wanted + shortfall(found, dense, small, self.small)
+        return wanted + shortfall(rest, dense, small, self.small)
+
+    def _rest_of_sum(self, node: fx.Node, frontier: Frontier) -> SumBehind | None:
+        """Return the sum behind a layer, if both networks have computed its other operand by now."""
+        found = find_sum(node)
+        is_known = found is not None and found.other.name in frontier.dense and found.other.name in frontier.small
+        return found if is_known else None
 
     def kept(self, node: Any, value: Any) -> Any:
         """Select the kept positions of a value of the original network."""
@@ -314,13 +322,11 @@ class LayerFits:
         return found
 
 
-def _rest_of_sum(node: fx.Node, frontier: Frontier) -> fx.Node | None:
-    """Return the other operand of the sum behind a layer, if both networks have computed it by now."""
-    found = find_sum(node)
-    others = [] if found is None else [operand for operand in found[0].args[:2] if operand is not found[2]]
-    other = others[0] if len(others) == 1 else None
-    is_known = isinstance(other, fx.Node) and other.name in frontier.dense and other.name in frontier.small
-    return other if isinstance(other, fx.Node) and is_known else None
+def _count_reads(nodes: Iterable[fx.Node]) -> Counter[str]:
+    """Count the calls that read each tensor of the model, whether or not its dimensions are moved before."""
+    readers = [node for node in nodes if unwrap_moves(node)[0] is node]
+    bases = [unwrap_moves(operand)[0] for node in readers for operand in node.all_input_nodes]
+    return Counter(str(base.target) for base in bases if base.op == "get_attr")
 
 
 def _module_of(node: fx.Node) -> str:

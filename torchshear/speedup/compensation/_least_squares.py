@@ -6,12 +6,14 @@ A layer gives y = W u + b. With rows of u and y summed up, the error of any W an
 that samples need not be kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
+
+from torchshear.calibration._processes import is_distributed, sum_over_processes
 
 RIDGES: Final = (1e-8, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Ridges that are tried, as shares of the mean of the diagonal of the centred Gram matrix."""
@@ -66,15 +68,11 @@ class Moments:
         for name in ("u", "y", "yy", "uu", "uy"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
-        """Add up the sums of all processes.
-
-        Args:
-            total: gives the sum of a tensor over all processes.
-        """
-        self.n = int(total(torch.tensor(self.n)))
+    def reduce(self) -> None:
+        """Add up the sums of all processes."""
+        self.n = int(sum_over_processes(torch.tensor(self.n)))
         for name in ("u", "y", "yy", "uu", "uy"):
-            setattr(self, name, total(getattr(self, name)))
+            setattr(self, name, sum_over_processes(getattr(self, name)))
 
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """Return the squared error of a layer, divided by the variance of what is wanted.
@@ -89,6 +87,25 @@ class Moments:
         total = self.yy - 2 * explained + square + 2 * bias * offset + self.n * bias.square()
         variance = self.yy - self.y.square() / max(self.n, 1)
         return float(total.sum().clamp_min(0) / variance.sum().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def sum_apart(rows: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int, int]) -> tuple[Moments, Moments]:
+    """Sum up rows, apart for samples to fit to and for samples held out, over all processes.
+
+    Args:
+        rows: for each batch u, y, and a mask of the rows of samples that are held out.
+        shape: G, the length of u, and that of y.
+    """
+    both: tuple[Moments, Moments] | None = None
+    for u, y, is_held_out in rows:
+        both = both or (Moments(*shape, u.device), Moments(*shape, u.device))
+        for moments, chosen in zip(both, (~is_held_out, is_held_out), strict=True):
+            index = chosen.nonzero().squeeze(1).to(u.device)
+            moments.add(u.index_select(1, index), y.index_select(1, index))
+    assert both is not None, "there is at least one batch"
+    for moments in both if is_distributed() else ():
+        moments.reduce()
+    return both
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -141,14 +158,25 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
     before = held_out.error(weight, bias)
     best = LinearFit(weight, bias, before, before, "")
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    for ridge in RIDGES:
-        factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[:, None, None] * eye)
-        if bool(failed.any()):
-            continue
-        fitted = (weight + torch.cholesky_solve(rest, factor).mT).to(dtype).double()
+    for step in ridge_solutions(gram, rest, size):
+        fitted = (weight + step.mT).to(dtype).double()
         shift = (mean_y - (fitted @ mean_u.unsqueeze(2)).squeeze(2)).to(dtype).double() if has_bias else bias
         error = held_out.error(fitted, shift)
         if error < best.error_after:
             best = LinearFit(fitted, shift, before, error, "least squares")
     return best
+
+
+def ridge_solutions(gram: Tensor, right: Tensor, size: Tensor) -> Iterator[Tensor]:
+    """Give (gram + lambda I)^-1 right for each ridge lambda, without those for which that has no Cholesky factor.
+
+    Args:
+        gram: shape (G, N, N).
+        right: shape (G, N, M).
+        size: what the ridges are shares of, shape (G,).
+    """
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    for ridge in RIDGES:
+        factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[:, None, None] * eye)
+        if not bool(failed.any()):
+            yield torch.cholesky_solve(right, factor)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from torchshear.calibration._processes import is_distributed, sum_over_processes
-from torchshear.speedup.compensation._least_squares import RIDGES, LinearFit
+from torchshear.speedup.compensation._least_squares import LinearFit, ridge_solutions
 
 _ELEMENTS: Final = 1 << 27  # of all rows together
 _MAX_ROWS: Final = 4096
@@ -148,11 +148,6 @@ def _ridge_fits(best: LinearFit, u: Tensor, y: Tensor, has_bias: bool) -> Iterat
         part = part - mean[:, :, columns]
         gram += part @ part.mT
     size = (gram.diagonal(dim1=1, dim2=2).sum(1) / u.shape[2]).clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    for ridge in RIDGES:
-        factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[:, None, None] * eye)
-        if bool(failed.any()):
-            continue
-        solved = torch.cholesky_solve(rest - moved, factor).mT
-        step = torch.cat([solved @ (part - mean[:, :, columns]) for columns, part in _columns(u)], 2)
+    for solved in ridge_solutions(gram, rest - moved, size):
+        step = torch.cat([solved.mT @ (part - mean[:, :, columns]) for columns, part in _columns(u)], 2)
         yield best.weight + step, best.bias + moved[:, 0] - (step @ mean.mT).squeeze(2)

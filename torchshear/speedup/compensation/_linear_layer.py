@@ -101,12 +101,12 @@ class LinearLayer:
             n_samples: number of samples in the batch.
         """
         if self.kind == "batched":
-            chosen = _draw(operand.shape[1], n_rows, generator)
+            chosen = draw_positions(operand.shape[1], n_rows, generator)
             return Rows(operand[:, chosen], output[:, chosen], sample_numbers(operand.shape[1], n_samples)[chosen])
         if self.kind in ("dense", "single"):
             leading = operand.shape[:-1]
             inputs, outputs = operand.reshape(-1, operand.shape[-1]), output.reshape(-1, output.shape[-1])
-            chosen = samples = _draw(len(inputs), n_rows, generator)
+            chosen = samples = draw_positions(len(inputs), n_rows, generator)
             if leading:
                 dim = min(self.batch_dim, len(leading) - 1)
                 samples = sample_numbers(leading[dim], n_samples)[torch.unravel_index(chosen, leading)[dim]]
@@ -139,7 +139,7 @@ class LinearLayer:
         pads = [side for low, high in zip(reversed(before), reversed(after), strict=True) for side in (low, high)]
         padded = functional.pad(operand, pads).movedim(1, -1)
         positions = sizes.numel()
-        chosen = _draw(output.shape[0] * positions, n_rows, generator)
+        chosen = draw_positions(output.shape[0] * positions, n_rows, generator)
         sample, place = chosen // positions, chosen % positions
         starts = torch.unravel_index(place, sizes)
         index: list[Tensor] = [sample.reshape(-1, *[1] * n)]
@@ -263,7 +263,7 @@ def _find_obstacle(
     return ""
 
 
-def _draw(total: int, count: int, generator: torch.Generator) -> Tensor:
+def draw_positions(total: int, count: int, generator: torch.Generator) -> Tensor:
     """Draw positions without repetition, in order; all of them if there are no more."""
     if total <= count:
         return torch.arange(total)

@@ -21,6 +21,7 @@ from torchshear.graph.model._meta import is_on_meta
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.graph.model._state import in_mode
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY
 from torchshear.speedup.compensation._output_error import output_error
 from torchshear.speedup.compensation._refit_pass import RefitPass
 from torchshear.speedup.compensation._refit_record import Refit
@@ -39,7 +40,7 @@ def refit(  # noqa: PLR0913 - independent options, given by name
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
     batches: int = 32,
-    memory: int = 2 * 10**9,
+    memory: int = DEFAULT_MEMORY,
     progress: Progress = True,
 ) -> tuple[nn.Module, Refit]:
     """Fit every layer of a shrunk model to give what it gave before the cut, in closed form and without labels.

@@ -5,8 +5,7 @@ each node. At a linear layer the smaller network knows its inputs, all layers be
 knows the output that is wanted: one linear system. Errors of earlier layers are so corrected by later ones.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -17,7 +16,6 @@ from torch.utils import _pytree as pytree
 from torchshear.calibration._progress import Progress, with_progress
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.rules._weights import unwrap_moves
 from torchshear.graph._nodes import is_only_read, is_written
 from torchshear.graph._operator_record import operator_of
 from torchshear.graph._run import interpret
@@ -62,7 +60,7 @@ class RefitPass:
         self.dense_state, self.small_state = dense, small
         self.batches, self.memory, self.progress = batches, memory, progress
         self.split = SampleSplit.of(groups.graph, batches)
-        self.fits = LayerFits(groups, cut, dense, small, self.split, _count_reads(groups.graph))
+        self.fits = LayerFits(groups, cut, dense, small, self.split)
         self._inputs = [node for node in groups.graph if node.op == "placeholder"]
         self._sources = [node for node in self.smaller.nodes if node.op == "get_attr"]
 
@@ -218,10 +216,3 @@ def _value_of(node: Any, values: Mapping[str, Values], number: int) -> Any:
 
 def _clone(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, value)
-
-
-def _count_reads(nodes: Iterable[fx.Node]) -> Counter[str]:
-    """Count the calls that read each tensor of the model, whether or not its dimensions are moved before."""
-    readers = [node for node in nodes if unwrap_moves(node)[0] is node]
-    bases = [unwrap_moves(operand)[0] for node in readers for operand in node.all_input_nodes]
-    return Counter(str(base.target) for base in bases if base.op == "get_attr")

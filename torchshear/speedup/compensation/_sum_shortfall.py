@@ -1,6 +1,7 @@
 """Error of the other operand of a sum, which a layer in front of the sum can make up for."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,22 +11,36 @@ from torchshear.dependency.rules._call import bind_arguments
 from torchshear.graph._operator_record import operator_of
 
 
-def find_sum(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node] | None:
-    """Find the sum that alone reads the value of a layer, if need be through a batch norm.
+@dataclass(frozen=True, slots=True)
+class SumBehind:
+    """The sum that alone reads the value of a layer.
 
-    Returns:
-        The sum, the batch norm or None, and the last call before the sum; None where there is no such sum.
+    Attributes:
+        node: the sum.
+        place: number of the argument that comes from the layer, 0 or 1.
+        other: the other operand.
+        norm: the batch norm in between, or None.
     """
+
+    node: fx.Node
+    place: int
+    other: fx.Node
+    norm: fx.Node | None
+
+
+def find_sum(node: fx.Node) -> SumBehind | None:
+    """Find the sum that alone reads the value of a layer, if need be through a batch norm."""
     norm: fx.Node | None = None
     last = node
     while len(last.users) == 1:
         user = next(iter(last.users))
         known = operator_of(user)
         if known.is_sum:
-            return user, norm, last
-        given = bind_arguments(user) if user.op == "call_function" else {}
-        is_norm = known.norm is not None and known.norm.over == "batch" and not given.get(known.norm.own)
-        if is_norm and norm is None and known.norm is not None and given.get(known.norm.input) is last:
+            others = [(1 - place, operand) for place, operand in enumerate(user.args[:2]) if operand is not last]
+            if len(others) == 1 and isinstance(others[0][1], fx.Node):  # not a number, nor the value itself
+                return SumBehind(user, others[0][0], others[0][1], norm)
+            return None
+        if norm is None and _normalizes_by_running_statistics(user, last):
             norm = user
         elif not (known.keeps_positions or known.passes == "dropout"):
             return None
@@ -33,8 +48,17 @@ def find_sum(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node] | None:
     return None
 
 
+def _normalizes_by_running_statistics(node: fx.Node, operand: fx.Node) -> bool:
+    """Check that a call is a batch norm over an operand, in eval mode."""
+    norm = operator_of(node).norm
+    if norm is None or norm.over != "batch":
+        return False
+    given = bind_arguments(node)
+    return given.get(norm.input) is operand and not given.get(norm.own)
+
+
 def shortfall(
-    found: tuple[fx.Node, fx.Node | None, fx.Node],
+    found: SumBehind,
     dense: Tensor,
     small: Tensor,
     state: Mapping[str, Tensor],
@@ -47,14 +71,12 @@ def shortfall(
     of the batch norm in between, or 1.
 
     Args:
-        found: what `find_sum` gave.
+        found: the sum behind the layer.
         dense: the other operand in the original, at the kept positions.
         small: the same in the smaller network.
         state: canonical name -> tensor of the smaller network.
     """
-    node, norm, last = found
-    places = [place for place in (0, 1) if node.args[place] is last]
-    own = places[0]
+    node, norm, own = found.node, found.norm, found.place
 
     def coefficient(of_first: float, of_second: float) -> float:
         one, other = (torch.tensor(value, dtype=torch.float64) for value in (of_first, of_second))
