@@ -137,6 +137,7 @@ def distill(  # noqa: PLR0913 - independent options, given by name
     layers = LayerPairs(pupil, model, plan) if layer_weight else None
     form = CallForm(signature_of(model))
     batches = _endless(loader, form, device)
+    is_mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
     with in_mode(pupil, "eval"), in_mode(model, "eval"), layers or nullcontext():
         held_out = next(batches)
         before = _relative_error(*_both(pupil, model, held_out, train=False))
@@ -146,7 +147,6 @@ def distill(  # noqa: PLR0913 - independent options, given by name
         ):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * _schedule(step, steps)
-            is_mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
             with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
                 given, wanted = _both(pupil, model, batch, train=True)
                 loss = output_loss(given, wanted, temperature)
