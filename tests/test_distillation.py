@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import torchshear
+from torchshear.distillation import _distill
 from torchshear.distillation._losses import LayerPairs, output_loss
 from torchshear.errors import ArgumentError, CheckpointError, DataError, WeightError
 
@@ -123,6 +124,22 @@ def test_what_is_worse_is_not_kept(pruned: Any) -> None:
     assert found.error_before == 0
     assert not found.is_kept
     assert all(torch.equal(value, found.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_the_first_batch_is_never_learnt_from(pruned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, result = pruned
+    batches = data(3)
+    seen: list[tuple[float, bool]] = []
+    both = _distill._both
+
+    def watched(pupil: nn.Module, teacher: nn.Module, batch: Any, train: bool) -> Any:
+        seen.append((float(batch.args[0][0, 0, 0, 0]), train))
+        return both(pupil, teacher, batch, train)
+
+    monkeypatch.setattr(_distill, "_both", watched)
+    torchshear.distill(result.model, model, batches, steps=6, progress=False)
+    first, *others = (float(x[0, 0, 0, 0]) for x, _ in batches)
+    assert seen == [(first, False), *((value, True) for value in 3 * others), (first, False)]
 
 
 def test_a_foreign_file_is_not_overwritten(pruned: Any, tmp_path: Path) -> None:

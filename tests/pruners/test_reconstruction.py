@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear.calibration import Statistics, _run
+from torchshear.calibration._sums import products_of
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
 from torchshear.pruners import UnscorableError, find_criterion, reconstruction_errors
@@ -99,6 +100,16 @@ def test_layers_with_too_many_inputs_count_them_as_independent(monkeypatch: pyte
     shares = [variance * layer.weight.detach().square().sum(0) for layer in (model.one, model.two)]
     expected = sum(one / one.sum() for one in shares)
     assert torch.allclose(errors.diff(), expected.sort().values)
+
+
+def test_products_are_taken_of_places_all_over_a_value() -> None:
+    value = torch.arange(12_000.0).reshape(3, 4, 1000, 1)
+    found = products_of(value)
+    assert found.shape == (2, 2)
+    assert int(found[1, 1]) == 1024
+    assert float(found[0, 1] / found[1, 1]) == pytest.approx(float(value.mean()), rel=0.01)
+    few = noise(50, 3)
+    assert torch.allclose(products_of(few)[:3, :3], few.T @ few)
 
 
 def test_copies_go_first_whatever_their_weights() -> None:

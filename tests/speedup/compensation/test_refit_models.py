@@ -16,7 +16,7 @@ from tests.networks import noise
 from torchshear.errors import PlanError, VerificationError
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup.compensation import _layer_fits
-from torchshear.speedup.compensation._least_squares import Moments, fit_linear
+from torchshear.speedup.compensation._least_squares import Moments, fit_linear, sum_apart
 from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit
 from torchshear.speedup.compensation._samples import SampleSplit, sample_numbers
@@ -227,6 +227,35 @@ def test_a_weight_that_several_calls_read_is_fitted_to_all_of_them() -> None:
     assert [layer.name for layer in record.layers].count("head") == 1
     assert record.is_kept
     assert record.error_after < 0.5 * record.error_before
+
+
+def test_all_calls_together_say_what_a_shared_weight_is() -> None:
+    """Each call shows the weight one half of its inputs, so that neither could tell it alone."""
+
+    def call(m: Any, x: Tensor) -> Any:
+        first, second = functional.pad(x[:, :4], (0, 4)), functional.pad(x[:, 4:], (4, 0))
+        return m.twice(first), m.twice(second)
+
+    model = prepared(lambda: Modules(call, twice=nn.Linear(8, 5)))
+    plan = plan_from_kept(torchshear.analyze(torchshear.trace(model, noise(2, 8))), {})
+    spoiled: Any = torchshear.shrink(model, plan)
+    with torch.no_grad():
+        spoiled.twice.weight += noise(5, 8, seed=3)
+    small, record = refit(model, spoiled, plan, [noise(64, 8)], batches=1, progress=False)
+    assert record.error_after < 1e-9
+    assert torch.allclose(small.twice.weight, model.twice.weight, atol=1e-3)  # type: ignore[union-attr]
+
+
+def test_rows_of_samples_held_out_are_not_fitted_to() -> None:
+    u, y = noise(1, 12, 3), noise(1, 12, 2, seed=1)
+    is_held_out = torch.arange(12) % 4 == 3
+    fitting, held_out = sum_apart(
+        [(u[:, :8], y[:, :8], is_held_out[:8]), (u[:, 8:], y[:, 8:], is_held_out[8:])], (1, 3, 2)
+    )
+    for moments, chosen in ((fitting, ~is_held_out), (held_out, is_held_out)):
+        assert moments.n == int(chosen.sum())
+        assert torch.allclose(moments.uu, u[:, chosen].mT @ u[:, chosen])
+        assert torch.allclose(moments.uy, u[:, chosen].mT @ y[:, chosen])
 
 
 def test_a_tied_embedding_is_left_alone() -> None:
