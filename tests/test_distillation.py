@@ -1,6 +1,10 @@
 """Distillation: nearer to the original without labels, resumable, and nothing that was given changes."""
 
+import io
 import itertools
+import warnings
+from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +73,23 @@ def test_layers_are_compared_at_the_channels_that_are_left(pruned: Any) -> None:
     model, result = pruned
     x = noise(4, 3, 6, 6)
     kept = torch.from_numpy(result.plan.state["conv.weight"].kept[0].copy())
-    with LayerPairs(result.model, model, result.plan) as layers:
-        y, _ = result.model.eval()(x), model(x)
-        compared = {name: layers._comparable(name, *(seen[name] for seen in layers._seen)) for name in layers._seen[0]}
+
+    def compared(plan: Any) -> dict[str, Tensor | None]:
+        layers = LayerPairs(result.model, model, plan)
+        with layers.watch("pupil"):
+            result.model.eval()(x)
+        with layers.watch("model"):
+            model(x)
+        found = {name: layers._comparable(name, *(seen[name] for seen in layers._seen)) for name in layers._seen[0]}
         assert layers.loss() > 0
-    assert torch.equal(compared["conv"], model.conv(x)[:, kept])
-    assert compared["norm"].shape == (4, 4, 6, 6)
-    assert torch.equal(compared["head"], model(x))
-    assert y.requires_grad
+        return found
+
+    found = compared(result.plan)
+    assert torch.equal(found["conv"], model.conv(x)[:, kept])  # type: ignore[arg-type]
+    assert found["norm"].shape == (4, 4, 6, 6)  # type: ignore[union-attr]
+    assert torch.equal(found["head"], model(x))  # type: ignore[arg-type]
     assert not result.model.conv._forward_hooks
-    with LayerPairs(result.model, model, None) as layers:
-        result.model(x), model(x)
-        assert [
-            name for name in layers._seen[0] if layers._comparable(name, *(s[name] for s in layers._seen)) is not None
-        ] == ["head"]
+    assert [name for name, value in compared(None).items() if value is not None] == ["head"]
 
 
 def test_the_loss_of_logits_is_the_divergence_and_of_others_the_relative_error() -> None:
@@ -132,14 +139,33 @@ def test_the_first_batch_is_never_learnt_from(pruned: Any, monkeypatch: pytest.M
     seen: list[tuple[float, bool]] = []
     both = _distill._both
 
-    def watched(pupil: nn.Module, teacher: nn.Module, batch: Any, train: bool) -> Any:
-        seen.append((float(batch.args[0][0, 0, 0, 0]), train))
-        return both(pupil, teacher, batch, train)
+    def watched(pupil: nn.Module, teacher: nn.Module, batch: Any, layers: Any = None) -> Any:
+        seen.append((float(batch.args[0][0, 0, 0, 0]), torch.is_grad_enabled()))
+        return both(pupil, teacher, batch, layers)
 
     monkeypatch.setattr(_distill, "_both", watched)
     torchshear.distill(result.model, model, batches, steps=6, progress=False)
     first, *others = (float(x[0, 0, 0, 0]) for x, _ in batches)
     assert seen == [(first, False), *((value, True) for value in 3 * others), (first, False)]
+
+
+def test_a_bar_shows_and_warnings_of_the_loader_are_heard(pruned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, result = pruned
+    monkeypatch.setattr("torchshear.calibration._progress._SECONDS", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    class Loader:
+        def __iter__(self) -> Iterator[Any]:
+            warnings.warn("the disk is slow", UserWarning, stacklevel=1)
+            return iter(data(3))
+
+    with redirect_stderr(Screen()) as screen, pytest.warns(UserWarning, match="slow"):
+        torchshear.distill(result.model, model, Loader(), steps=4)
+    assert "distilling" in screen.getvalue()
 
 
 def test_a_foreign_file_is_not_overwritten(pruned: Any, tmp_path: Path) -> None:

@@ -138,31 +138,34 @@ def distill(  # noqa: PLR0913 - independent options, given by name
     form = CallForm(signature_of(model))
     batches = _endless(loader, form, device)
     is_mixed = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    with in_mode(pupil, "eval"), in_mode(model, "eval"), layers or nullcontext():
-        held_out = next(batches)
-        before = _relative_error(*_both(pupil, model, held_out, train=False))
-        done = state.load()
-        for step, batch in enumerate(
-            with_progress(islice(batches, done, steps), steps - done, "distilling", progress), done + 1
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate * _schedule(step, steps)
-            with torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
-                given, wanted = _both(pupil, model, batch, train=True)
-                loss = output_loss(given, wanted, temperature)
-                if layers is not None:
-                    loss = loss + layer_weight * layers.loss()
-            if not math.isfinite(float(loss.detach())):
-                raise DataError(
-                    f"the loss is {float(loss.detach())} at step {step}; expected a finite number. Lower learning_rate="
-                    f"{learning_rate}, or check the data."
-                )
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if step % max(1, steps // _SAVES) == 0 or step == steps:
-                state.save(step)
-        after = _relative_error(*_both(pupil, model, held_out, train=False))
+    modes = [(module, module.training) for module in pupil.modules()]
+    pupil.eval()
+    held_out = next(batches)
+    with torch.no_grad():
+        before = _relative_error(*_both(pupil, model, held_out))
+    done = state.load()
+    work = with_progress(islice(batches, done, steps), steps - done, "distilling", progress)
+    for step, batch in enumerate(work, done + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * _schedule(step, steps)
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16, enabled=is_mixed):
+            loss = output_loss(*_both(pupil, model, batch, layers), temperature)
+            if layers is not None:
+                loss = loss + layer_weight * layers.loss()
+        if not math.isfinite(float(loss.detach())):
+            raise DataError(
+                f"the loss is {float(loss.detach())} at step {step}; expected a finite number. Lower learning_rate="
+                f"{learning_rate}, or check the data."
+            )
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if step % max(1, steps // _SAVES) == 0 or step == steps:
+            state.save(step)
+    with torch.no_grad():
+        after = _relative_error(*_both(pupil, model, held_out))
+    for module, is_training in modes:
+        module.training = is_training
     is_kept = after <= before
     return Distilled(pupil if is_kept else copy_model(small), before, after, steps, is_kept)
 
@@ -233,29 +236,41 @@ def _endless(loader: Iterable[Any], form: CallForm, device: torch.device) -> Ite
             )
 
 
-def _both(pupil: nn.Module, model: nn.Module, batch: Batch, train: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the floating outputs of both models.
+def _both(
+    pupil: nn.Module, model: nn.Module, batch: Batch, layers: LayerPairs | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the floating outputs of both models, those of the shrunk one with gradients if they are taken.
+
+    Args:
+        pupil: the shrunk model, in eval mode.
+        model: the original, which is left as it is.
+        batch: the batch.
+        layers: keeps what layers give, or None.
 
     Raises:
         DataError: a model does not run on the batch, or the outputs do not go together.
     """
-    found: list[list[Tensor]] = []
-    for one, with_gradients in ((model, False), (pupil, train)):
-        try:
-            with torch.set_grad_enabled(with_gradients):
-                output = one(*batch.args, **batch.kwargs)
-        except Exception as error:  # a model's own code may fail in any way on data that does not fit
-            raise DataError(
-                f"{type(one).__name__} does not run on a batch: {type(error).__name__}: {first_line(error)}. Expected "
-                f"a loader of what its forward takes."
-            ) from error
-        leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-        found.append([leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()])
-    wanted, given = found
+    with torch.no_grad(), in_mode(model, "eval"), layers.watch("model") if layers else nullcontext():
+        wanted = _outputs(model, batch)
+    with layers.watch("pupil") if layers else nullcontext():
+        given = _outputs(pupil, batch)
     if not wanted or [y.shape for y in wanted] != [x.shape for x in given]:
         shapes = [[tuple(one.shape) for one in outputs] for outputs in (wanted, given)]
         raise DataError(f"the original gives {shapes[0]} and the shrunk model {shapes[1]}; expected the same outputs.")
     return given, wanted
+
+
+def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+    """Return the floating outputs of a model."""
+    try:
+        output = model(*batch.args, **batch.kwargs)
+    except Exception as error:  # a model's own code may fail in any way on data that does not fit
+        raise DataError(
+            f"{type(model).__name__} does not run on a batch: {type(error).__name__}: {first_line(error)}. Expected "
+            f"a loader of what its forward takes."
+        ) from error
+    leaves = pytree.tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _relative_error(given: list[Tensor], wanted: list[Tensor]) -> float:

@@ -1,7 +1,9 @@
 """Distances of a shrunk model from its original, in outputs and in layers."""
 
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,21 +62,21 @@ class LayerPairs:
             if entry is not None and 0 in entry.kept and not entry.blocks.get(0):
                 self._kept[name] = torch.from_numpy(entry.kept[0].copy())
         self._seen: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._hooks = ExitStack()
 
-    def __enter__(self) -> "LayerPairs":
-        for name, pair in self._pairs.items():
-            for seen, module in zip(self._seen, pair, strict=True):
+    @contextmanager
+    def watch(self, which: Literal["pupil", "model"]) -> Iterator[None]:
+        """Keep what the layers of one of the models give in a block."""
+        place = ("pupil", "model").index(which)
+        seen = self._seen[place]
 
-                def keep(_: nn.Module, __: Any, output: Any, seen: dict[str, Tensor] = seen, name: str = name) -> None:
-                    if isinstance(output, Tensor):
-                        seen[name] = output
+        def keep(name: str, _: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output
 
-                self._hooks.callback(module.register_forward_hook(keep).remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.close()
+        with ExitStack() as hooks:
+            for name, pair in self._pairs.items():
+                hooks.callback(pair[place].register_forward_hook(partial(keep, name)).remove)
+            yield
 
     def loss(self) -> Tensor:
         """Return the mean distance of all layers that can be compared, and forget them."""
