@@ -18,7 +18,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.algebra._axis import Axes, Axis
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import Call
-from torchshear.dependency.rules._findings import UNCHANGED, Result, Scaled
+from torchshear.dependency.rules._findings import UNCHANGED, Result, SizeFactor
 from torchshear.dependency.rules._registry import _POSITION_RULES, _RULES
 from torchshear.graph._operator_record import operator_name
 
@@ -166,8 +166,8 @@ def _wrong_value(value: Any) -> Any:
     """One more where an edit gives a number; the numbers of a list in another order."""
     if value is UNCHANGED or isinstance(value, bool | str | fx.Node):
         return value
-    if isinstance(value, Scaled):
-        return Scaled(value.old, value.new + 1)
+    if isinstance(value, SizeFactor):
+        return SizeFactor(value.old, value.new + 1)
     if isinstance(value, int):
         return value + 1
     if isinstance(value, list) and len(value) > 1 and all(isinstance(item, int) for item in value):

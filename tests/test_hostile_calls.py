@@ -37,7 +37,7 @@ INNER = {
 # Methods that torch or other code of ours calls, or that are two of a kind with one that is called.
 INNER_METHODS = {
     "Entry.asks_the_same",
-    *("KeptScale.register", "Mask.forward", "Mask.right_inverse", "TracedModule.forward"),
+    *("OutputFactor.register", "Mask.forward", "Mask.right_inverse", "TracedModule.forward"),
     "LatencyComparison.speedup_interval",
 }
 MODULES = (torchshear, configs, pruners, masks, speedup, nni, unipruning, comparison, inspection)

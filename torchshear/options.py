@@ -19,7 +19,7 @@ from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_co
 from torchshear.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.configs._planning import Widths, plan_config
 from torchshear.dependency import ChannelGroups
-from torchshear.dependency.groups._role_sets import READING_ROLES
+from torchshear.dependency.groups._purposes import READING_PURPOSES
 from torchshear.dependency.plans._form import FormKind
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, KeywordError
@@ -217,7 +217,7 @@ class PruneOptions:
 
     def with_reconstruction(self, groups: ChannelGroups) -> "PruneOptions":
         """Return the same with the criterion that goes with a refit, if it can score all groups."""
-        are_read = all(any(member.roles & READING_ROLES for member in group.members) for group in groups.prunable)
+        are_read = all(any(member.purposes & READING_PURPOSES for member in group.members) for group in groups.prunable)
         if self.entries or not are_read:
             return self
         return replace(self, request=replace(self.request, criterion="reconstruction"))

@@ -16,7 +16,7 @@ from torchshear.inspection._document import groups_document
 def test_residual_group_in_numbers() -> None:
     detail, _ = describe_groups(analyzed(Residual(), image()))
     assert (detail.number, detail.name, detail.width, detail.max_cut) == (0, "stem.weight[0]", 8, 7)
-    assert detail.roles == ("bias", "in", "norm", "out", "statistic")
+    assert detail.purposes == ("bias", "in", "norm", "out", "statistic")
     stem, norm, one, two, head = 8 * 3 * 9 + 8, 8 + 8, 16 * 8 * 9, 8 * 16 * 9 + 8, 5 * 8
     assert detail.n_params == stem + norm + one + two + head
     assert detail.unit_params == (3 * 9 + 1) + 2 + 16 * 9 + (16 * 9 + 1) + 5
@@ -24,7 +24,7 @@ def test_residual_group_in_numbers() -> None:
     assert detail.constraints[0].text == "at least 1 of 8 units stays"
     members = {(member.name, member.dim): member for member in detail.members}
     assert members["norm.running_mean", 0].kind == "buffer"
-    assert members["head.weight", 1].roles == ("in",)
+    assert members["head.weight", 1].purposes == ("in",)
     (place,) = members["head.weight", 1].where
     assert place.startswith("aten.linear.default in module 'head' (plain.py:")
 

@@ -13,7 +13,7 @@ from tests.networks import Attention, Grouped, Residual, Tied, image, randomise
 from torchshear.calibration import Statistics
 from torchshear.calibration._statistics import ALL_SUMS
 from torchshear.dependency import ChannelGroup, ChannelGroups
-from torchshear.dependency.groups._role_sets import OWN_ROLES
+from torchshear.dependency.groups._purposes import OWN_PURPOSES
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
 from torchshear.pruners.criteria import _criterion as _registry
@@ -50,11 +50,11 @@ def naive_norms(groups: ChannelGroups, group: ChannelGroup, power: int) -> np.nd
     """What removing one unit deletes from each weight, found by removing it and looking at the mask."""
     roles: dict[str, set[str]] = {}
     for member in group.members:
-        roles.setdefault(member.name, set()).update(member.roles)
+        roles.setdefault(member.name, set()).update(member.purposes)
     sums = np.zeros(group.width)
     for unit in range(group.width):
         for name, weight in weights_of(groups).items():
-            if roles.get(name, set()) & OWN_ROLES:
+            if roles.get(name, set()) & OWN_PURPOSES:
                 gone = deleted(groups, group, unit, name)
                 sums[unit] += float((weight.detach().double().abs() ** power * gone).sum())
     return sums
@@ -65,7 +65,7 @@ def deleted(groups: ChannelGroups, group: ChannelGroup, unit: int, name: str) ->
     weight = groups.graph.state[name].tensor
     gone = torch.zeros(weight.shape, dtype=torch.bool)
     for member in group.members:
-        if member.name != name or not member.roles & OWN_ROLES:
+        if member.name != name or not member.purposes & OWN_PURPOSES:
             continue
         for position, of in zip(member.positions.tolist(), member.units.tolist(), strict=True):
             if of == unit and member.n_blocks == 0:

@@ -70,7 +70,7 @@ def test_global_scope_is_a_sort_of_all_scores(blocks: ChannelGroups) -> None:
     weights = {name: entry.tensor.detach() for name, entry in blocks.graph.state.items()}
     pool = []
     for number, group in enumerate(blocks.prunable):
-        own = [weights[m.name].movedim(m.dim, 0).flatten(1) for m in group.members if m.roles & {"out"}]
+        own = [weights[m.name].movedim(m.dim, 0).flatten(1) for m in group.members if m.purposes & {"out"}]
         scores = torch.cat(own, 1).double().norm(dim=1)
         ranked = sorted(range(group.width), key=lambda c, s=scores: (float(s[c]), -c))
         most = int(group.width * 0.9 + 1e-9)

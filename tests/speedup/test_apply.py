@@ -16,7 +16,7 @@ from tests.plan_files import edit_plan
 from torchshear import PruneResult, PruningPlan
 from torchshear.errors import PlanError, VerificationError
 from torchshear.graph import parameters_on_meta
-from torchshear.speedup import KeptScale, TracedModule, shrink_to_form
+from torchshear.speedup import OutputFactor, TracedModule, shrink_to_form
 from torchshear.speedup import _shrink as _apply
 from torchshear.speedup.native._builder import NativeBuilder
 from torchshear.speedup.shrinking import _prepared_cut as _job
@@ -96,7 +96,7 @@ def test_a_fresh_model_becomes_what_prune_gave(
 ) -> None:
     assert pruned.plan.form is not None
     assert {slot.attribute for slot in pruned.plan.form.sizes} >= {"settings", "shape"}
-    assert len(pruned.plan.form.scales) == 2
+    assert len(pruned.plan.form.factors) == 2
     plan = from_file(pruned.plan, tmp_path)
     monkeypatch.setattr(_job, "native_form", no_search)
     again = shrink_to_form(randomise(Tokens(), 9).train(), plan)
@@ -106,7 +106,7 @@ def test_a_fresh_model_becomes_what_prune_gave(
     assert again.verification.max_error <= 1e-9
     again.model.eval().load_state_dict(pruned.model.state_dict())
     assert attributes(again.model) == attributes(pruned.model)
-    assert torch.equal(again.model.layers[0].qkv.kept_scale, pruned.model.layers[0].qkv.kept_scale)
+    assert torch.equal(again.model.layers[0].qkv.output_factor, pruned.model.layers[0].qkv.output_factor)
     assert torch.equal(again.model(*tokens()), pruned.model(*tokens()))
 
 
@@ -130,10 +130,10 @@ def test_the_same_model_is_not_searched_again(pruned: PruneResult, monkeypatch: 
     ("edit", "message"),
     [
         (lambda f: f["sizes"].pop(), "does not run on the smaller tensors|gives other results"),
-        (lambda f: f["scales"].pop(), "gives other results on the smaller tensors"),
-        (lambda f: f["scales"][0].update(factor=0.5), "gives other results on the smaller tensors"),
+        (lambda f: f["factors"].pop(), "gives other results on the smaller tensors"),
+        (lambda f: f["factors"][0].update(factor=0.5), "gives other results on the smaller tensors"),
         (lambda f: f["sizes"][0].update(module="layers.7"), "changes module 'layers.7', which the model has not"),
-        (lambda f: f["scales"][0].update(module="gone"), "changes module 'gone', which the model has not"),
+        (lambda f: f["factors"][0].update(module="gone"), "changes module 'gone', which the model has not"),
         (lambda f: f["sizes"][0].update(attribute="forward"), "'layers.0.forward.*', which holds no integer"),
         (lambda f: f["sizes"][0].update(attribute="training"), "'layers.0.training.*', which holds no integer"),
     ],
@@ -208,7 +208,7 @@ def test_parts_replay_each_in_its_form(names: list[str], tmp_path: Path, monkeyp
     kinds = {"layer": "native", "chunked": "traced"}
     assert dict(again.parts) == {name: kinds[name] for name in names}
     assert f"{again.form}: {again.reason}" == result.report.form
-    assert any(isinstance(hook, KeptScale) for hook in again.model.layer.qkv._forward_hooks.values())
+    assert any(isinstance(hook, OutputFactor) for hook in again.model.layer.qkv._forward_hooks.values())
     again.model.load_state_dict(result.model.state_dict())
     assert attributes(again.model.layer) == attributes(result.model.layer)
     assert torch.equal(again.model(*inputs), result.model(*inputs))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchshear
 from tests.zoo import zoo
 from torchshear.graph._outputs import output_leaves
-from torchshear.speedup import KeptScale, shrink_to_form
+from torchshear.speedup import OutputFactor, shrink_to_form
 
 _PLAIN = (bool, int, float, str, tuple, list, torch.Size, type(None))
 
@@ -65,7 +65,7 @@ def replay(name: str, seed: int = 0) -> Replay:
     return Replay(
         result.form,
         len(form.sizes),
-        len(form.scales),
+        len(form.factors),
         len(left),
         sum(n in right and t.dtype == right[n].dtype and torch.equal(t, right[n]) for n, t in left.items()),
         (*forms, *_differences(attributes(result.model), attributes(again.model))),
@@ -88,7 +88,7 @@ def attributes(model: nn.Module) -> dict[str, Any]:
     """Plain values, objects of settings and hooks of all modules, and the buffers that are not saved."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
-        hooks = [repr(hook) for hook in module._forward_hooks.values() if isinstance(hook, KeptScale)]
+        hooks = [repr(hook) for hook in module._forward_hooks.values() if isinstance(hook, OutputFactor)]
         found[f"{path} hooks"] = (type(module).__qualname__, module.training, hooks)
         for key, value in vars(module).items():
             if not key.startswith("_") and isinstance(value, _PLAIN):

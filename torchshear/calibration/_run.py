@@ -30,7 +30,7 @@ from torchshear.calibration._weight_source import weights_to_score
 from torchshear.calibration._weight_sums import WeightAccumulators
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._computed_weights import computed_weights
-from torchshear.dependency.groups._role_sets import HEADS, OWN_ROLES, READING_ROLES
+from torchshear.dependency.groups._purposes import HEADS, OWN_PURPOSES, READING_PURPOSES
 from torchshear.errors import DataError, first_line
 from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_written, shape_of
@@ -96,7 +96,7 @@ class Run:
                 nonnegative |= {tap.key} if tap.is_nonnegative else set()
         of_inputs: dict[Sum, Sum] = {"inputs": "squares", "means": "total"}
         of_read = {word for asked, word in of_inputs.items() if asked in self.sums}
-        pruned = {m.name for group in self.groups.prunable for m in group.members if m.roles & READING_ROLES}
+        pruned = {m.name for group in self.groups.prunable for m in group.members if m.purposes & READING_PURPOSES}
         for layer in self.layers:
             if layer.dim is not None:
                 asked = wanted.setdefault((layer.source, layer.dim), set())
@@ -129,7 +129,7 @@ class Run:
         found: dict[tuple[str, int], tuple[str, RowAccumulator]] = {}
         for group in self.groups.prunable if "rows" in self.sums else ():
             for member in group.members:
-                if member.name in self.parameters and member.roles & OWN_ROLES:
+                if member.name in self.parameters and member.purposes & OWN_PURPOSES:
                     bias = bias_of.get(member.name, "")
                     fits = bias in self.parameters and self.graph.state[bias].shape == (member.size,)
                     found[member.name, member.dim] = (bias if fits else "", RowAccumulator(member.size))
@@ -142,7 +142,7 @@ class Run:
         """Name of a group of attention heads -> sums, for groups that some layer reads."""
         found: dict[str, HeadAccumulator] = {}
         for group in self.groups.prunable if "heads" in self.sums else ():
-            reading = [m for m in group.members if m.name in self.parameters and m.roles & READING_ROLES]
+            reading = [m for m in group.members if m.name in self.parameters and m.purposes & READING_PURPOSES]
             if group.role in HEADS and reading:
                 columns = {(m.name, m.dim): (torch.from_numpy(m.positions), torch.from_numpy(m.units)) for m in reading}
                 found[group.name] = HeadAccumulator(group.width, columns)

@@ -12,7 +12,7 @@ from torchshear.calibration._recurrent import axes_of, is_recurrent, passes
 from torchshear.calibration._weight_calls import is_state
 from torchshear.dependency import ChannelGroups, Member
 from torchshear.dependency.algebra._units import Ids
-from torchshear.dependency.groups._role_sets import MAKING_ROLES
+from torchshear.dependency.groups._purposes import MAKING_PURPOSES
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._findings import Result
 from torchshear.dependency.rules._weights import weight_behind
@@ -181,7 +181,7 @@ class _Places:
 
     def makers(self, member: Member) -> Iterator[fx.Node]:
         """Calls that make units of a group from a weight: the first ones that anything computed enters, too."""
-        waiting = list(self._nodes_of.get(member.name, ())) if member.roles & MAKING_ROLES else []
+        waiting = list(self._nodes_of.get(member.name, ())) if member.purposes & MAKING_PURPOSES else []
         while waiting:
             for user in waiting.pop().users:
                 if user in self.computed and weight_behind(user, {}) is None:

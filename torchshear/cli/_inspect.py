@@ -123,7 +123,7 @@ def _print_group(console: Console, group: GroupDetail) -> None:
     print_lines(console, f"{'width':<{_INDENT}}{units}")
     parameters = f"{group.n_params:,} elements in its parameters; a unit takes {group.unit_params:,.0f} along"
     print_lines(console, f"{'parameters':<{_INDENT}}{parameters}")
-    print_lines(console, f"{'role':<{_INDENT}}{group.role} (dimensions: {', '.join(group.roles)})")
+    print_lines(console, f"{'role':<{_INDENT}}{group.role} (dimensions: {', '.join(group.purposes)})")
     for constraint in group.constraints:
         _print_constraint(console, constraint)
     console.print()
@@ -139,7 +139,7 @@ def _print_constraint(console: Console, constraint: Constraint) -> None:
 def _members_table(members: tuple[MemberDetail, ...]) -> Table:
     table = Table(title=f"Members ({len(members)})", title_justify="left")
     table.add_column("dimension", ratio=3)
-    table.add_column("role")
+    table.add_column("purpose")
     table.add_column("positions", justify="right")
     table.add_column("of unit 0", ratio=1)
     table.add_column("read by", ratio=3)
@@ -147,7 +147,7 @@ def _members_table(members: tuple[MemberDetail, ...]) -> Table:
         part = "" if member.n_positions == member.size else f" of {member.size}"
         table.add_row(
             Cell(f"{member.name}[{member.dim}]"),
-            "\n".join(member.roles),
+            "\n".join(member.purposes),
             f"{member.n_positions}{part}",
             Cell(member.first),
             Cell("\n".join(map(_short, member.where))),

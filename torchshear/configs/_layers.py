@@ -158,12 +158,14 @@ class LayerGroups:
         return tuple((inside or found).values())
 
     def _candidates(self, layer: str, pattern: str) -> Iterable[tuple[ChannelGroup, Member]]:
-        roles = frozenset({"in"}) if pattern == "in_channel" else _MAKING
+        purposes = frozenset({"in"}) if pattern == "in_channel" else _MAKING
         is_table = bool(_TABLES & self._layers[layer].class_names)
         for parameter in self._state[layer]:
-            own = roles & (_TABLE_ROLES if is_table else _LAYER_ROLES) if parameter in self._shared else roles
+            own = (
+                purposes & (_TABLE_PURPOSES if is_table else _LAYER_PURPOSES) if parameter in self._shared else purposes
+            )
             for group, member in self._members[parameter]:
-                if member.roles & own and (pattern != "heads" or group.role in _HEADS):
+                if member.purposes & own and (pattern != "heads" or group.role in _HEADS):
                     yield group, member
 
     def explain_fixed(self, layer: str, pattern: str) -> str:
@@ -182,8 +184,8 @@ class LayerGroups:
         return any("model output" in reason for reason in reasons)
 
 
-_TABLE_ROLES: Final = frozenset({"embedding"})
-_LAYER_ROLES: Final = _MAKING - _TABLE_ROLES | {"in"}
+_TABLE_PURPOSES: Final = frozenset({"embedding"})
+_LAYER_PURPOSES: Final = _MAKING - _TABLE_PURPOSES | {"in"}
 
 
 def _without_factors(members: list[tuple[ChannelGroup, Member]]) -> Iterable[tuple[ChannelGroup, Member]]:

@@ -192,7 +192,7 @@ class _Claims:
     def _explain_exclusion(self, group: ChannelGroup) -> str:
         """Name the excluded layer that makes the group, or ""; norms matter only where norms are what is asked for."""
         makers = self._makers["out_channel"].get(group.name, {})
-        norms = {layer for layer, member in makers.items() if "norm" in member.roles}
+        norms = {layer for layer, member in makers.items() if "norm" in member.purposes}
         only_norms = norms.issuperset(self._claims[group.name])
         for layer in makers:
             entry = self.owners.get(layer)
@@ -205,10 +205,10 @@ class _Claims:
         asked = self._claims[group.name]
         for pattern in sorted({entry.pattern for entry in asked.values()}):
             makers = self._makers[pattern].get(group.name, {})
-            norms = {layer for layer, member in makers.items() if "norm" in member.roles}
+            norms = {layer for layer, member in makers.items() if "norm" in member.purposes}
             only_norms = all(layer in norms for layer, entry in asked.items() if entry.pattern == pattern)
             for layer, member in makers.items():
-                is_free = bool(member.roles & {"depthwise", "raw"}) or (layer in norms) != only_norms
+                is_free = bool(member.purposes & {"depthwise", "raw"}) or (layer in norms) != only_norms
                 if layer not in asked and not is_free:
                     return f"it is coupled with {layer!r}, which no entry configures"
         return ""

@@ -44,7 +44,7 @@ class MemberDetail:
         dim: the dimension.
         kind: "parameter", "buffer" or "constant".
         shape: sizes of the tensor.
-        roles: what the dimension is for, sorted; see `torchshear.dependency.Member`.
+        purposes: what the dimension is for, sorted; see `torchshear.dependency.Member`.
         size: positions that the dimension has, all blocks together.
         n_positions: how many of them lie in the group.
         multiplicity: the fewest positions that go with one unit.
@@ -57,7 +57,7 @@ class MemberDetail:
     dim: int
     kind: str
     shape: tuple[int, ...]
-    roles: tuple[str, ...]
+    purposes: tuple[str, ...]
     size: int
     n_positions: int
     multiplicity: int
@@ -80,7 +80,7 @@ class GroupDetail:
         n_blocks: blocks that lose equally many; 1 where there is no balance.
         is_cross_channel: whether a norm, a softmax or a mean runs over the units.
         role: what its units are for, one of `torchshear.dependency.ROLES`.
-        roles: what its dimensions are for, over all members, sorted.
+        purposes: what its dimensions are for, over all members, sorted.
         n_params: elements of all parameters in which it has a dimension.
         unit_params: parameter elements that go with one unit, on average and as long as all other groups are whole.
         constraints: what limits the choice.
@@ -97,7 +97,7 @@ class GroupDetail:
     n_blocks: int
     is_cross_channel: bool
     role: str
-    roles: tuple[str, ...]
+    purposes: tuple[str, ...]
     n_params: int
     unit_params: float
     constraints: tuple[Constraint, ...]
@@ -233,7 +233,7 @@ def _detail(
         n_blocks=group.n_blocks,
         is_cross_channel=group.is_cross_channel,
         role=group.role,
-        roles=tuple(sorted(frozenset().union(*(member.roles for member in group.members)))),
+        purposes=tuple(sorted(frozenset().union(*(member.purposes for member in group.members)))),
         n_params=sum(prod(entry.shape) for entry in parameters.values()),
         unit_params=unit_params / group.width,
         constraints=(first, *demands),
@@ -253,7 +253,7 @@ def _member(graph: Graph, member: Member, where: tuple[str, ...]) -> MemberDetai
         dim=member.dim,
         kind=graph.state[member.name].kind,
         shape=graph.state[member.name].shape,
-        roles=tuple(sorted(member.roles)),
+        purposes=tuple(sorted(member.purposes)),
         size=member.size,
         n_positions=len(np.unique(member.positions)),
         multiplicity=member.multiplicity,

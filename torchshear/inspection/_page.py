@@ -103,7 +103,7 @@ def _tensors(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if member["name"] not in numbers:
                 numbers[member["name"]] = len(tensors)
                 tensors.append({field: member[field] for field in ("name", "where")})
-            kept = ("dim", "roles", "size", "n_positions", "multiplicity", "first")
+            kept = ("dim", "purposes", "size", "n_positions", "multiplicity", "first")
             short.append([numbers[member["name"]], *(member[field] for field in kept)])
         group["members"] = short
     return tensors

@@ -9,7 +9,7 @@ from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit, RefittedLayer, SkippedLayer
 from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult
 from torchshear.speedup.latency._profiles import detect_profile, profiles, resolve_alignment
-from torchshear.speedup.native._attention_scale import KeptScale
+from torchshear.speedup.native._attention_scale import OutputFactor
 from torchshear.speedup.onnx._export import OnnxFile
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.verification._verify import Verification
@@ -17,10 +17,10 @@ from torchshear.speedup.verification._verify import Verification
 __all__ = [
     "Fold",
     "FoldedConstants",
-    "KeptScale",
     "LatencyComparison",
     "LatencyResult",
     "OnnxFile",
+    "OutputFactor",
     "Refit",
     "RefittedLayer",
     "Shrunk",

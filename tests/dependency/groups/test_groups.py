@@ -38,7 +38,7 @@ def test_a_residual_sum_ties_both_of_its_producers() -> None:
 
 
 def test_roles_say_what_a_dimension_is_for() -> None:
-    members = {(m.name, m.dim): m.roles for m in analyzed(Residual(), image())["stem.weight[0]"].members}
+    members = {(m.name, m.dim): m.purposes for m in analyzed(Residual(), image())["stem.weight[0]"].members}
     assert members["stem.weight", 0] == {"out"}
     assert members["one.weight", 1] == {"in"}
     assert members["norm.weight", 0] == {"norm"}

@@ -368,7 +368,7 @@ def test_a_rule_can_say_the_role_outright() -> None:
     @operator_rule("torchshear_tests.memory")
     def _memory(call):
         x = call.axes("x")
-        call.use("hidden", x[-1])
+        call.declare_role("hidden", x[-1])
         return x
 
     try:

@@ -12,14 +12,18 @@ import torchshear
 from tests.networks import Residual, image, randomise
 from tests.plan_files import edit_plan
 from torchshear import PruningPlan
-from torchshear.dependency.plans._form import Form, Part, Slot
+from torchshear.dependency.plans._form import Form, OutputSlice, Slot
 from torchshear.errors import PlanError
 
 FORM = Form(
     "native",
     "as it is",
     {Slot("", "n"): 3, Slot("a.b", "sizes", 1): 4, Slot("a", "config", "heads"): 5},
-    {Part("a.q"): 0.5**0.5, Part("a.qkv", -1, 24, (0, 1, 2, 7)): 0.1, Part("a.map", -3, 8, (0, 7)): 1.5},
+    {
+        OutputSlice("a.q"): 0.5**0.5,
+        OutputSlice("a.qkv", -1, 24, (0, 1, 2, 7)): 0.1,
+        OutputSlice("a.map", -3, 8, (0, 7)): 1.5,
+    },
 )
 
 
@@ -31,7 +35,7 @@ def plan() -> PruningPlan:
 
 def same(form: Form | None) -> Any:
     assert form is not None
-    return form.kind, form.reason, list(form.sizes.items()), list(form.scales.items()), dict(form.parts)
+    return form.kind, form.reason, list(form.sizes.items()), list(form.factors.items()), dict(form.parts)
 
 
 def test_a_form_survives_its_file_number_by_number(plan: PruningPlan, tmp_path: Path) -> None:
@@ -64,13 +68,13 @@ def test_composed_plans_record_no_form() -> None:
         lambda f: f["sizes"][0].update(value="4"),
         lambda f: f["sizes"][0].update(attribute=None),
         lambda f: f["sizes"][1].update(item=1.5),
-        lambda f: f["scales"][0].update(factor=float("nan")),
-        lambda f: f["scales"][0].update(factor=-1.0),
-        lambda f: f["scales"][0].update(factor="1.0"),
-        lambda f: f["scales"][1].update(positions="0-24"),
-        lambda f: f["scales"][1].update(positions="7,0"),
-        lambda f: f["scales"][1].update(dim=0),
-        lambda f: f["scales"][1].pop("size"),
+        lambda f: f["factors"][0].update(factor=float("nan")),
+        lambda f: f["factors"][0].update(factor=-1.0),
+        lambda f: f["factors"][0].update(factor="1.0"),
+        lambda f: f["factors"][1].update(positions="0-24"),
+        lambda f: f["factors"][1].update(positions="7,0"),
+        lambda f: f["factors"][1].update(dim=0),
+        lambda f: f["factors"][1].pop("size"),
         lambda f: f.update(parts=["a"]),
         lambda f: f.update(parts={"a": "other"}),
         lambda f: f.update(parts={"a": "native"}),

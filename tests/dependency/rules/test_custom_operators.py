@@ -145,7 +145,7 @@ def _gate_rule(call: Call) -> list[Axes]:
     x, weight = call.axes("x"), call.axes("weight")
     n_blocks = call.arg("n_blocks")
     call.tie(weight[1], x[-1])
-    call.role("weight", out=0, in_=1)
+    call.purpose("weight", out=0, in_=1)
     blocks, inside = call.algebra.factor(weight[0], (n_blocks, weight[0].size // n_blocks))
     call.mix(inside)
     call.edit_size("n_blocks", blocks)

@@ -60,7 +60,7 @@ def described() -> Iterator[None]:
         x = call.axes("x")
         for name, role in (("gamma", "norm"), ("beta", "bias")):
             call.tie(x[-1], call.axes(name)[0])
-            call.role(name, **{role: 0})
+            call.purpose(name, **{role: 0})
         call.mix(x[-1])
         return x
 
@@ -78,8 +78,8 @@ def described() -> Iterator[None]:
         x, weight = call.axes("x"), call.axes("weight")
         call.tie(weight[0], x[-1])
         call.tie(weight[1], call.axes("offset")[0])
-        call.role("weight", in_=0, out=1)
-        call.role("offset", bias=0)
+        call.purpose("weight", in_=0, out=1)
+        call.purpose("offset", bias=0)
         call.contract((call.arg("x"), call.arg("weight")), x[-1:], (x[:-1], weight[1:]))
         return (*x[:-1], weight[1])
 
@@ -107,7 +107,7 @@ def test_a_norm_and_a_layer_of_ones_own_shrink_and_are_scored() -> None:
     model = _model()
     groups = torchshear.analyze(torchshear.trace(model, (X,)))
     (group,) = groups
-    assert {member.name: member.roles for member in group.members} == {
+    assert {member.name: member.purposes for member in group.members} == {
         "one.weight": {"out"},
         "one.bias": {"bias"},
         "gamma": {"norm"},

@@ -78,7 +78,7 @@ def test_groups_of_one_layer() -> None:
     model = _network(nn.LSTM(WIDTH, HIDDEN), _sequence, head=nn.Linear(HIDDEN, 5))
     groups = _groups(model)
     assert _shapes(groups) == [("stem.weight[0]", 8, 1), ("layer.weight_ih_l0[0]", 12, 1)]
-    members = {(m.name, m.dim): (m.multiplicity, sorted(m.roles)) for m in groups[1].members}
+    members = {(m.name, m.dim): (m.multiplicity, sorted(m.purposes)) for m in groups[1].members}
     assert members == {
         ("layer.weight_ih_l0", 0): (4, ["out"]),
         ("layer.weight_hh_l0", 0): (4, ["out"]),

@@ -57,9 +57,9 @@ PRODUCTS: dict[str, tuple[tuple[int, ...], Callable[[Tensor, Tensor], Tensor], i
 def test_products_tell_what_a_weight_reads_and_makes(name: str) -> None:
     shape, run, read, made = PRODUCTS[name]
     groups = torchshear.analyze(torchshear.trace(Product(shape, run), (torch.randn(7, 6),)))
-    assert groups.facts.roles["weight", read] == {"in"}
-    assert groups.facts.roles["weight", made] == {"out"}
-    assert groups.facts.roles.get(("weight", 3 - read - made), set()) == set()
+    assert groups.facts.purposes["weight", read] == {"in"}
+    assert groups.facts.purposes["weight", made] == {"out"}
+    assert groups.facts.purposes.get(("weight", 3 - read - made), set()) == set()
 
 
 @pytest.mark.parametrize("equation", ["bd,d->bd", "bd,ed->bed", "bd,d->b"])
@@ -74,7 +74,7 @@ def test_a_scale_or_a_sum_is_no_layer(equation: str) -> None:
             return torch.einsum(equation, self.stem(x), self.weight)
 
     groups = torchshear.analyze(torchshear.trace(Scale(), (torch.randn(7, 6),)))
-    assert not any(name == "weight" for name, _ in groups.facts.roles)
+    assert not any(name == "weight" for name, _ in groups.facts.purposes)
 
 
 class NamedNorm(nn.Module):

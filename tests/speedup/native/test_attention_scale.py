@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 import torchshear
 from torchshear.graph._location import module_outputs
 from torchshear.pruners import plan_from_kept
-from torchshear.speedup import KeptScale, TracedModule, shrink_to_form
-from torchshear.speedup.native._attention_scale import Part, apply_scales
+from torchshear.speedup import OutputFactor, TracedModule, shrink_to_form
+from torchshear.speedup.native._attention_scale import OutputSlice, multiply_outputs
 from torchshear.speedup.native._builder import NativeBuilder
 
 WIDTH, HEADS = 24, 3
@@ -178,12 +178,12 @@ def pruned(kind: type[nn.Module], ratio: float = 0.5) -> Any:
     return torchshear.prune(made(kind), (X,), ratio=ratio)
 
 
-def kept_scales(model: nn.Module) -> dict[str, KeptScale]:
+def factor_hooks(model: nn.Module) -> dict[str, OutputFactor]:
     return {
         name: hook
         for name, module in model.named_modules()
         for hook in module._forward_hooks.values()
-        if isinstance(hook, KeptScale)
+        if isinstance(hook, OutputFactor)
     }
 
 
@@ -208,18 +208,18 @@ def test_the_scale_is_kept_by_a_factor_on_what_queries_or_keys_come_from(kind: t
     assert result.form == "native", result.report.form
     assert f"scale of attention kept by a factor on the output of blocks.{child} (2)" in result.report.form
     assert result.verification.max_error < 1e-12
-    assert set(kept_scales(result.model)) == {f"blocks.{i}.{child}" for i in range(2)}
-    assert [hook.factor for hook in kept_scales(result.model).values()] == pytest.approx([0.5**0.5] * 2)
+    assert set(factor_hooks(result.model)) == {f"blocks.{i}.{child}" for i in range(2)}
+    assert [hook.factor for hook in factor_hooks(result.model).values()] == pytest.approx([0.5**0.5] * 2)
     assert result.model.state_dict().keys() == model.state_dict().keys()
     traced = shrink_to_form(model, result.plan, form="traced").model
     torch.testing.assert_close(result.model(X), traced(X))
-    assert not kept_scales(model)
+    assert not factor_hooks(model)
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(Fused, [1] * 8 + [0] * 16), (HeadsFirst, [1, 1, 1, 1] + [0] * 8)])
 def test_of_a_fused_projection_only_queries_are_multiplied(kind: type[nn.Module], expected: list[float]) -> None:
     qkv = pruned(kind).model.blocks[0].qkv
-    assert qkv.kept_scale.tolist() == (expected * 2)[: len(qkv.kept_scale)]
+    assert qkv.output_factor.tolist() == (expected * 2)[: len(qkv.output_factor)]
 
 
 class Shared(Attention):
@@ -264,7 +264,7 @@ def test_heads_alone_need_no_factor() -> None:
     heads = {group.name: [0, 2] for group in groups if group.width == HEADS}
     assert heads
     small = shrink_to_form(model, plan_from_kept(groups, heads), form="native").model
-    assert not kept_scales(small)
+    assert not factor_hooks(small)
 
 
 @pytest.mark.parametrize("kind", [Attention, Fused, HeadsFirst, ByAttribute])
@@ -273,7 +273,7 @@ def test_a_model_that_was_shrunk_can_be_shrunk_again(kind: type[nn.Module]) -> N
     second = torchshear.prune(first.model, (X,), ratio=0.5)
     assert (first.form, second.form) == ("native", "native")
     assert second.verification.max_error < 1e-12
-    hooks, before = kept_scales(second.model), kept_scales(first.model)
+    hooks, before = factor_hooks(second.model), factor_hooks(first.model)
     assert len(hooks) == 2
     inner = second.model.blocks[0].inner
     assert [hook.factor for hook in hooks.values()] == pytest.approx([(inner / 8) ** 0.5] * 2)
@@ -292,7 +292,7 @@ def test_copies_files_and_compilers_keep_the_factor(kind: type[nn.Module], tmp_p
         pickle.loads(pickle.dumps(result.model)),
         torch.load(file, weights_only=False),
     ):
-        assert len(kept_scales(twin)) == 2
+        assert len(factor_hooks(twin)) == 2
         assert torch.equal(twin(X), expected)
     torch.testing.assert_close(torch.compile(result.model, backend="eager")(X), expected)
     exported = torch.export.export(result.model, (X,)).module()
@@ -307,14 +307,14 @@ def test_a_hook_from_a_file_is_not_overwritten_by_hooks_of_another_process(monke
     monkeypatch.setattr(RemovableHandle, "next_id", key)
     model = pickle.loads(file)
     model.blocks[0].qkv.register_forward_hook(lambda *_: None)
-    assert len(kept_scales(model)) == 2
+    assert len(factor_hooks(model)) == 2
 
 
 @pytest.mark.parametrize("kind", [Attention, Fused])
 def test_the_dtype_that_the_model_gets_later_is_followed(kind: type[nn.Module]) -> None:
     small = pruned(kind).model
     with torch.autocast("cpu", torch.bfloat16):
-        for name in kept_scales(small):
+        for name in factor_hooks(small):
             assert small.get_submodule(name)(torch.ones(1, small.first.out_features)).dtype == torch.bfloat16
     for dtype in (torch.bfloat16, torch.float64):
         assert small.to(dtype)(X.to(dtype)).dtype == dtype
@@ -367,12 +367,12 @@ def test_as_many_runs_for_many_layers_as_for_few(monkeypatch: pytest.MonkeyPatch
 
 def test_factors_for_a_while_leave_nothing_behind() -> None:
     model = made(Fused)
-    part = Part("blocks.0.qkv", -1, 72, (0, 1))
-    with apply_scales(model, {part: 0.5}), apply_scales(model, {part: 0.5}):
-        assert [hook.factor for hook in kept_scales(model).values()] == [0.25]
-        assert "KeptScale(0.25" in repr(kept_scales(model)["blocks.0.qkv"])
-    assert not kept_scales(model)
-    assert not hasattr(model.blocks[0].qkv, "kept_scale")
+    part = OutputSlice("blocks.0.qkv", -1, 72, (0, 1))
+    with multiply_outputs(model, {part: 0.5}), multiply_outputs(model, {part: 0.5}):
+        assert [hook.factor for hook in factor_hooks(model).values()] == [0.25]
+        assert "OutputFactor(0.25" in repr(factor_hooks(model)["blocks.0.qkv"])
+    assert not factor_hooks(model)
+    assert not hasattr(model.blocks[0].qkv, "output_factor")
 
 
 def test_outputs_of_modules_are_found_call_by_call() -> None:
@@ -397,9 +397,9 @@ def test_outputs_of_modules_are_found_call_by_call() -> None:
 def test_different_positions_of_one_output_get_a_hook_each() -> None:
     model = made(Fused)
     before = model.blocks[0].qkv(torch.ones(WIDTH))
-    one, two = Part("blocks.0.qkv", -1, 72, (0, 1)), Part("blocks.0.qkv", -1, 72, (1, 2))
+    one, two = OutputSlice("blocks.0.qkv", -1, 72, (0, 1)), OutputSlice("blocks.0.qkv", -1, 72, (1, 2))
     assert one.meets(two)
-    with apply_scales(model, {one: 0.5, two: 0.25}):
+    with multiply_outputs(model, {one: 0.5, two: 0.25}):
         after = model.blocks[0].qkv(torch.ones(WIDTH))
     torch.testing.assert_close(after / before, torch.tensor([0.5, 0.125, 0.25] + [1.0] * 69))
 
@@ -416,4 +416,4 @@ def test_parts_of_a_model_keep_their_scale_too() -> None:
 
     result = torchshear.prune(Outer().eval(), (X,), ratio=0.5, submodules=["net"])
     assert result.form == "native", result.report.form
-    assert set(kept_scales(result.model)) == {"net.blocks.0.qkv", "net.blocks.1.qkv"}
+    assert set(factor_hooks(result.model)) == {"net.blocks.0.qkv", "net.blocks.1.qkv"}

@@ -284,7 +284,7 @@ def _check_scored(sets: Sequence[_Set]) -> None:
 
 
 def _layers(group: ChannelGroup) -> tuple[Member, ...]:
-    return tuple(member for member in group.members if member.roles & _LAYERS)
+    return tuple(member for member in group.members if member.purposes & _LAYERS)
 
 
 def _by_weight(groups: ChannelGroups, ratios: Mapping[str, float]) -> dict[str, float]:

@@ -39,21 +39,21 @@ def plan_coupled(groups: ChannelGroups, resolved: ResolvedConfig, statistics: St
             ratios[weight] = row.ratio or 0.0
     for name, ratio in resolved.ratios.items():  # depthwise layers that no entry names follow
         for member in groups[name].members:
-            if "depthwise" in member.roles:
+            if "depthwise" in member.purposes:
                 ratios.setdefault(member.name, ratio)
     return plan_dependency_aware(groups, ratios, criteria.pop() or "l1", statistics=statistics)
 
 
 def _weights(groups: ChannelGroups, layer: str) -> list[str]:
     """Weights of a layer that make units of a group which can shrink."""
-    made = {member.name for group in groups.prunable for member in group.members if member.roles & _MAKING}
+    made = {member.name for group in groups.prunable for member in group.members if member.purposes & _MAKING}
     names = {canonical for alias, canonical in groups.graph.aliases.items() if owner_of(alias)[0] == layer}
     return sorted(made & names)
 
 
 def _check_no_product(groups: ChannelGroups, resolved: ResolvedConfig, weight: str) -> None:
     for group in groups.prunable:
-        is_made = any(member.name == weight and member.roles & _MAKING for member in group.members)
+        is_made = any(member.name == weight and member.purposes & _MAKING for member in group.members)
         if is_made and group.name not in resolved.targets:
             raise ArgumentError(
                 f"dependency_aware=True: the rows of {weight!r} are products of groups, as of heads and their width, "

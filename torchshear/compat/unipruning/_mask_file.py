@@ -159,4 +159,4 @@ def _units(
 
 
 def _layers(group: ChannelGroup) -> list[Member]:
-    return [member for member in group.members if "out" in member.roles]
+    return [member for member in group.members if "out" in member.purposes]

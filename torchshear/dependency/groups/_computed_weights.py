@@ -79,7 +79,7 @@ def _read(graph: Graph) -> Iterator[fx.Node]:
 
 
 def assign_factor_roles(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
-    """Give the role "factor" to what a weight is computed of beside the tensor that it stands for.
+    """Give the purpose "factor" to what a weight is computed of beside the tensor that it stands for.
 
     Args:
         graph: the captured network.
@@ -97,6 +97,6 @@ def assign_factor_roles(graph: Graph, facts: Facts, groups: Sequence[ChannelGrou
     found, factor = [], frozenset({"factor"})
     for group in groups:
         names = {member.name for member in group.members}
-        members = (replace(m, roles=factor) if names & beside.get(m.name, set()) else m for m in group.members)
+        members = (replace(m, purposes=factor) if names & beside.get(m.name, set()) else m for m in group.members)
         found.append(replace(group, members=tuple(members)))
     return tuple(found)

@@ -205,7 +205,7 @@ def _members(
     """For each group its dimensions, each with roles, positions and atoms, in order of the graph."""
     members: dict[int, list[tuple[_Dimension, frozenset[str], Ids, Ids]]] = defaultdict(list)
     for dimension in dimensions:
-        roles = frozenset(facts.roles.get((dimension.name, dimension.dim), {"raw"}))
+        roles = frozenset(facts.purposes.get((dimension.name, dimension.dim), {"raw"}))
         of = group_of[dimension.atoms]
         if (of == of[0]).all():
             members[int(of[0])].append((dimension, roles, dimension.positions, dimension.atoms))

@@ -24,7 +24,7 @@ class Member:
     Attributes:
         name: canonical qualified name of the parameter or buffer.
         dim: the dimension.
-        roles: what the dimension is for: "out", "in", "depthwise", "norm", "bias", "embedding", "statistic",
+        purposes: what the dimension is for: "out", "in", "depthwise", "norm", "bias", "embedding", "statistic",
             "factor" for what a weight is computed of beside the tensor that it stands for (a mask, the scales of a
             weight norm), or "raw" for a parameter that is not the weight of a layer.
         positions: positions along the dimension; of blocked weights (see `n_blocks`) along all blocks together.
@@ -40,7 +40,7 @@ class Member:
 
     name: str
     dim: int
-    roles: frozenset[str]
+    purposes: frozenset[str]
     positions: Ids
     units: Ids
     size: int

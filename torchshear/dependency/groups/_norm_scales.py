@@ -26,10 +26,10 @@ def assign_norm_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup
     scale_of = _norm_scales(graph, facts.carriers)
     found = []
     for group in groups:
-        norms = {member.name: member for member in group.members if "norm" in member.roles}
+        norms = {member.name: member for member in group.members if "norm" in member.purposes}
         members = []
         for member in group.members:
-            norm = norms.get(scale_of.get(member.name, "")) if "out" in member.roles else None
+            norm = norms.get(scale_of.get(member.name, "")) if "out" in member.purposes else None
             fits = norm is not None and norm.size == member.size
             members.append(replace(member, norm_scale=norm.name) if norm is not None and fits else member)
         found.append(replace(group, members=tuple(members)))

@@ -57,7 +57,7 @@ class _Evidence:
         for number, group in enumerate(groups):
             self._group_of[group.atoms] = number
         self._seen: dict[int, tuple[Axis, frozenset[int]]] = {}
-        self.add("changed", [i for i, group in enumerate(groups) if any(m.roles & _NORMS for m in group.members)])
+        self.add("changed", [i for i, group in enumerate(groups) if any(m.purposes & _NORMS for m in group.members)])
 
     def along(self, axes: Axes) -> frozenset[int]:
         """Return the numbers of the groups whose units stand along any of the axes."""

@@ -39,14 +39,14 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class OutputSlice:
     """A slice of the output of a module.
 
     Attributes:
         module: qualified name of the module.
         dim: the dimension that is divided, counted from the last.
         size: its number of positions.
-        positions: positions that belong to the part; None for the whole output.
+        positions: positions that belong to the output; None for the whole output.
     """
 
     module: str
@@ -54,7 +54,7 @@ class Part:
     size: int = 0
     positions: tuple[int, ...] | None = None
 
-    def meets(self, other: "Part") -> bool:
+    def meets(self, other: "OutputSlice") -> bool:
         """Return True if two slices have a position in common, or may have."""
         if self.module != other.module:
             return False
@@ -64,7 +64,7 @@ class Part:
 
 
 Sizes = Mapping[Slot, int]
-Scales = Mapping[Part, float]
+OutputFactors = Mapping[OutputSlice, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,14 +75,14 @@ class Form:
         kind: "native" or "traced", see `torchshear.speedup.Shrunk`.
         reason: why it has this form.
         sizes: of a native form: integers in attributes of modules that were changed -> their new values.
-        scales: of a native form: parts of what modules give -> the factor that keeps the scale of attention.
+        factors: of a native form: parts of what modules give -> the factor that keeps the scale of attention.
         parts: where only parts of the model are shrunk: name of each -> its own kind.
     """
 
     kind: FormKind
     reason: str
     sizes: Sizes = field(default_factory=dict)
-    scales: Scales = field(default_factory=dict)
+    factors: OutputFactors = field(default_factory=dict)
     parts: Mapping[str, FormKind] = field(default_factory=dict)
 
 
@@ -100,16 +100,16 @@ def write_form(form: Form, writer: IndexWriter) -> dict[str, Any]:
             }
             for slot, value in form.sizes.items()
         ],
-        "scales": [_write_scale(part, factor, writer) for part, factor in form.scales.items()],
+        "factors": [_write_factor(output, factor, writer) for output, factor in form.factors.items()],
         **({"parts": dict(form.parts)} if form.parts else {}),
     }
 
 
-def _write_scale(part: Part, factor: float, writer: IndexWriter) -> dict[str, Any]:
-    entry: dict[str, Any] = {"module": part.module, "factor": factor}
-    if part.positions is not None:
-        positions = np.array(part.positions, np.int64)
-        entry |= {"dim": part.dim, "size": part.size, "positions": writer.write(positions)}
+def _write_factor(output: OutputSlice, factor: float, writer: IndexWriter) -> dict[str, Any]:
+    entry: dict[str, Any] = {"module": output.module, "factor": factor}
+    if output.positions is not None:
+        positions = np.array(output.positions, np.int64)
+        entry |= {"dim": output.dim, "size": output.size, "positions": writer.write(positions)}
     return entry
 
 
@@ -127,7 +127,7 @@ def read_form(entry: Mapping[str, Any], reader: IndexReader) -> Form:
         kind=entry["kind"],
         reason=_text(entry["reason"]),
         sizes=dict(_read_size(one) for one in entry["sizes"]),
-        scales=dict(_read_scale(one, reader) for one in entry["scales"]),
+        factors=dict(_read_factor(one, reader) for one in entry["factors"]),
         parts={_text(name): kind for name, kind in entry.get("parts", {}).items()},
     )
 
@@ -141,16 +141,16 @@ def _read_size(entry: Mapping[str, Any]) -> tuple[Slot, int]:
     return Slot(_text(entry["module"]), _text(entry["attribute"]), item), value
 
 
-def _read_scale(entry: Mapping[str, Any], reader: IndexReader) -> tuple[Part, float]:
+def _read_factor(entry: Mapping[str, Any], reader: IndexReader) -> tuple[OutputSlice, float]:
     factor = entry["factor"]
     if not isinstance(factor, float) or not math.isfinite(factor) or factor <= 0:
         raise ValueError(f"{factor!r} for {entry['module']!r} in 'form'")
     if "positions" not in entry:
-        return Part(_text(entry["module"])), factor
+        return OutputSlice(_text(entry["module"])), factor
     dim, size, positions = _integer(entry["dim"]), _integer(entry["size"]), reader.read(entry["positions"])
     if dim >= 0 or not are_ascending(positions, size):
         raise ValueError(f"positions of {entry['module']!r} in 'form'")
-    return Part(_text(entry["module"]), dim, size, tuple(positions.tolist())), factor
+    return OutputSlice(_text(entry["module"]), dim, size, tuple(positions.tolist())), factor
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as one operator."""
+"""SizeFactor dot-product attention as one operator."""
 
 from collections.abc import Sequence
 from math import prod, sqrt

@@ -19,7 +19,7 @@ from torchshear.dependency.rules._findings import (
     Minimum,
     NewValue,
     Result,
-    Scaled,
+    SizeFactor,
 )
 from torchshear.dependency.rules._read_values import digest_of, label_of
 from torchshear.dependency.rules._role_evidence import ROLES, Contraction, Kind
@@ -187,13 +187,13 @@ class Call:
             self.tie(known[1], axis)
         self._facts.blocked[name] = (dim, axis, n_blocks)
 
-    def role(self, operand: str | fx.Node, **roles: int) -> None:
-        """Say what dimensions of a weight are for: `call.role("weight", out=0)` adds role "out" to dimension 0."""
+    def purpose(self, operand: str | fx.Node, **purposes: int) -> None:
+        """Say what dimensions of a weight are for: `call.purpose("weight", out=0)` adds "out" to dimension 0."""
         node = self.arg(operand) if isinstance(operand, str) else operand
         name = self.state_name(self.carriers.get(getattr(node, "name", ""), node))
         if name is not None:
-            for role, dim in roles.items():
-                self._facts.roles.setdefault((name, dim), set()).add(role.rstrip("_"))
+            for purpose, dim in purposes.items():
+                self._facts.purposes.setdefault((name, dim), set()).add(purpose.rstrip("_"))
 
     def one_layer(self, weights: Sequence[fx.Node]) -> None:
         """Say that weights make the same units together, as one layer."""
@@ -221,8 +221,8 @@ class Call:
         found = Contraction(kind, operands, contracted, free[0], free[1], batch)
         self._facts.contractions.setdefault(self.node.name, []).append(found)
 
-    def use(self, role: str, *axes: Axis) -> None:
-        """Say outright what role axes have, where the algebra cannot tell, as in `call.use("hidden", state)`."""
+    def declare_role(self, role: str, *axes: Axis) -> None:
+        """Say what role axes have where the algebra cannot tell, as in `call.declare_role("hidden", state)`."""
         assert role in ROLES, f"role {role!r}; expected one of {', '.join(ROLES)}"
         self._facts.declared_roles.setdefault(role, []).extend(axes)
 
@@ -271,7 +271,7 @@ class Call:
         if isinstance(given, fx.Node) and given.target is operator.add:
             self.fix([axis], "a size that is computed as a sum")
         elif isinstance(given, fx.Node):
-            self.edit(name, lambda keep: Scaled(axis.size, int(keep(axis).sum())), index)
+            self.edit(name, lambda keep: SizeFactor(axis.size, int(keep(axis).sum())), index)
         else:
             self.edit(name, lambda keep: UNCHANGED if keep(axis).all() else int(keep(axis).sum()), index)
 

@@ -125,7 +125,7 @@ def _row(call: Call, axis: Axis, rule: Callable[[Call], Result]) -> Result:
         return rule(call)
     call.tie(weight[0], axis)
     call.mix(axis)
-    call.role("weight", out=0, embedding=1)
+    call.purpose("weight", out=0, embedding=1)
     return (*call.axes("indices"), weight[1])
 
 

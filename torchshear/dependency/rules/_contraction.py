@@ -48,7 +48,7 @@ def _linear(call: Call) -> Axes:
     weight_roles(call, call.arg("weight"), (0,), (1,))
     if call.is_tensor("bias"):
         call.tie(weight[0], call.axes("bias")[-1])
-        call.role("bias", bias=0)
+        call.purpose("bias", bias=0)
     return (*x[:-1], weight[0])
 
 
@@ -57,7 +57,7 @@ def _embedding(call: Call) -> Axes:
     """Weight is (entries, features); entries are chosen by data and stay."""
     weight = call.axes("weight")
     call.fix(weight[:1], "entries of a table that data chooses from")
-    call.role("weight", embedding=1)
+    call.purpose("weight", embedding=1)
     operands = (call.arg("indices"), call.arg("weight"))
     call.contract(operands, weight[:1], (call.axes("indices"), weight[1:]), kind="lookup")
     return (*call.axes("indices"), weight[1])
@@ -68,7 +68,7 @@ def _embedding_bag(call: Call) -> Result:
     """Sums, means or maxima over the entries of each bag; the other results only count."""
     weight = call.axes("weight")
     call.fix(weight[:1], "entries of a table that data chooses from")
-    call.role("weight", embedding=1)
+    call.purpose("weight", embedding=1)
     counts = [tuple(call.fixed_axis(size, "counted") for size in shape) for shape in call.out_shape[1:]]
     return [(call.fixed_axis(call.out_shape[0][0], "bags"), weight[1]), *counts]
 
@@ -77,14 +77,14 @@ def _embedding_bag(call: Call) -> Result:
 def _bilinear(call: Call) -> Axes:
     """x1 W x2 for each output, with weight (out, in1, in2)."""
     left, right, weight = call.axes("input1"), call.axes("input2"), call.axes("weight")
-    call.role("weight", out=0)
+    call.purpose("weight", out=0)
     call.tie(weight[1], left[-1])
     call.tie(weight[2], right[-1])
     if not _is_state(call, call.arg("weight")):
         call.mix(left[-1], right[-1])
     if call.is_tensor("bias"):
         call.tie(weight[0], call.axes("bias")[0])
-        call.role("bias", bias=0)
+        call.purpose("bias", bias=0)
     return (*broadcast(call, [left[:-1], right[:-1]], call.out_shape[:-1]), weight[0])
 
 
@@ -178,7 +178,7 @@ def _added_matmul(call: Call) -> Axes:
     added, left, right = call.tensor_args
     _matrix_roles(call, left, right)
     if len(call.axes(right)) == 2:
-        call.role(added, bias=len(call.axes(added)) - 1)
+        call.purpose(added, bias=len(call.axes(added)) - 1)
     product = _product(call, left, right)
     return broadcast(call, [product, call.axes(added)], call.out_shape)
 

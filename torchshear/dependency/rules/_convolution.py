@@ -45,7 +45,7 @@ def _convolution(call: Call) -> Axes:
     kind: Kind = "convolution"
     _mix_if_computed(call, x[channel])
     if call.arg("groups") == 1:
-        call.role("weight", out=0, in_=1)
+        call.purpose("weight", out=0, in_=1)
         call.tie(weight[1], x[channel])
     elif weight[1].size == 1:
         _depthwise(call, x[channel], weight[0], groups)
@@ -66,7 +66,7 @@ def _transposed_convolution(call: Call) -> Axes:
     x, weight = call.axes("input"), call.axes("weight")
     channel = len(x) - len(weight) + 1
     groups = call.out_shape[channel] // weight[1].size
-    call.role("weight", in_=0, out=1)
+    call.purpose("weight", in_=0, out=1)
     kind: Kind = "convolution"
     _mix_if_computed(call, x[channel])
     if call.arg("groups") == 1:
@@ -90,8 +90,8 @@ def _transposed_convolution(call: Call) -> Axes:
 def _time_first(call: Call) -> Axes:
     """Input (time, batch, in), weight (kernel, in, out)."""
     x, weight = call.axes("self"), call.axes("weight")
-    call.role("weight", in_=1, out=2)
-    call.role("bias", bias=0)
+    call.purpose("weight", in_=1, out=2)
+    call.purpose("bias", bias=0)
     call.tie(weight[1], x[2])
     call.tie(weight[2], call.axes("bias")[0])
     call.fix(weight[:1], "size of a kernel")
@@ -104,7 +104,7 @@ def _finish(call: Call, x: Axes, channel: int, out: Axis, kind: Kind) -> Axes:
     call.contract((call.arg("input"), call.arg("weight")), (x[channel],), ((), (out,)), kind=kind)
     if call.is_tensor("bias"):
         call.tie(out, call.axes("bias")[0])
-        call.role("bias", bias=0)
+        call.purpose("bias", bias=0)
     call.fix(call.axes("weight")[2:], "size of a kernel")
     return (*x[:channel], out, *(_space(call, axis, i) for i, axis in enumerate(x[channel + 1 :])))
 
@@ -137,7 +137,7 @@ def _alike_groups(call: Call, axis: Axis, groups: int) -> tuple[Axis, Axis]:
 
 def _depthwise(call: Call, channels: Axis, out: Axis, groups: int) -> None:
     """Each input channel has its own outputs: one, or a multiplier that is a factor of its own."""
-    call.role("weight", depthwise=0)
+    call.purpose("weight", depthwise=0)
     if out.size == groups:
         call.tie(channels, out)
     else:
@@ -148,7 +148,7 @@ def _depthwise(call: Call, channels: Axis, out: Axis, groups: int) -> None:
 
 def _relate_groups(call: Call, channels: Axis, weight: Axes, groups: int) -> None:
     """Each group may keep channels of its own choice, but all groups equally many."""
-    call.role("weight", out=0, in_=1)
+    call.purpose("weight", out=0, in_=1)
     call.balance(weight[0], groups)
     if _is_own_weight(call):
         call.balance(channels, groups)

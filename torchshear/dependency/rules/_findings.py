@@ -32,7 +32,7 @@ UNCHANGED: Final = object()  # value of an edit that leaves its argument as it i
 
 
 @dataclass(frozen=True, slots=True)
-class Scaled:
+class SizeFactor:
     """A new size for an argument that is computed in the graph: the old value times new / old."""
 
     old: int
@@ -89,7 +89,7 @@ class Facts:
         state_axes: parameter, buffer or constant -> its axes.
         blocked: weight -> (dimension, axis, number of blocks) where block b of dimension 0 holds block b of the axis
             along that dimension, as in grouped convolutions.
-        roles: (weight, dimension) -> what the dimension is for, see `Member.roles`.
+        purposes: (weight, dimension) -> what the dimension is for, see `Member.purposes`.
         edits: node -> changes of its arguments.
         cross_channel: node -> axes whose positions depend on one another in its result (a norm, a softmax, a mean).
         balances: demands that blocks lose equally many positions.
@@ -107,7 +107,7 @@ class Facts:
     axes: dict[str, Result] = field(default_factory=dict)
     state_axes: dict[str, Axes] = field(default_factory=dict)
     blocked: dict[str, tuple[int, Axis, int]] = field(default_factory=dict)
-    roles: dict[tuple[str, int], set[str]] = field(default_factory=dict)
+    purposes: dict[tuple[str, int], set[str]] = field(default_factory=dict)
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     cross_channel: dict[str, list[Axis]] = field(default_factory=dict)
     balances: list[Balance] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Facts:
     def for_other_graph(self) -> "Facts":
         """Return facts for another graph over the same parameters: these are shared, values of nodes are not."""
         shared = (
-            "state_axes", "blocked", "roles", "balances", "minimums", "positions", "values", "layers", "nonempty",
+            "state_axes", "blocked", "purposes", "balances", "minimums", "positions", "values", "layers", "nonempty",
         )  # fmt: skip
         return Facts(**{name: getattr(self, name) for name in shared})
 

@@ -11,12 +11,12 @@ def _tie_parameters(call: Call, axes: Axes) -> None:
     """Tie scale, shift and running statistics of a norm, each of which lies along some axes of its input."""
     norm = operator_of(call.node).norm
     assert norm is not None
-    roles = {norm.scale: "norm", norm.shift: "bias", norm.mean: "statistic", norm.variance: "statistic"}
-    for name, role in roles.items():
+    purposes = {norm.scale: "norm", norm.shift: "bias", norm.mean: "statistic", norm.variance: "statistic"}
+    for name, purpose in purposes.items():
         if call.is_tensor(name):
             for dim, (axis, own) in enumerate(zip(axes, call.axes(name), strict=True)):
                 call.tie(axis, own)
-                call.role(name, **{role: dim})
+                call.purpose(name, **{purpose: dim})
 
 
 @operator_rule(

@@ -93,7 +93,7 @@ def _layer(call: Call, weights: Sequence[fx.Node], has_biases: bool) -> _Layer:
     hidden, handed_on, read = _gates(call, weights[0], weights[1], weights[2:4] if has_biases else ())
     projections = weights[4:] if has_biases else weights[2:]
     for projection in projections:
-        call.role(projection, out=0, in_=1)
+        call.purpose(projection, out=0, in_=1)
         call.tie(hidden, call.axes(projection)[1])
         call.tie(call.axes(projection)[0], handed_on)
     if not projections:
@@ -105,9 +105,9 @@ def _gates(call: Call, w_ih: fx.Node, w_hh: fx.Node, biases: Sequence[fx.Node]) 
     """Tie the blocks of rows, one a gate; gives the axes of hidden units and of the columns of both weights."""
     call.one_layer((w_ih, w_hh))
     for weight in (w_ih, w_hh):
-        call.role(weight, out=0, in_=1)
+        call.purpose(weight, out=0, in_=1)
     for bias in biases:
-        call.role(bias, bias=0)
+        call.purpose(bias, bias=0)
     rows = [call.axes(weight)[0] for weight in (w_ih, w_hh, *biases)]
     recurrence = operator_of(call.node).recurrence
     assert recurrence is not None
@@ -115,7 +115,7 @@ def _gates(call: Call, w_ih: fx.Node, w_hh: fx.Node, biases: Sequence[fx.Node]) 
     blocks = [call.algebra.take(row, slice(at, at + size)) for row in rows for at in range(0, row.size, size)]
     for block in blocks[1:]:
         call.tie(blocks[0], block)
-    call.use("hidden", blocks[0])
+    call.declare_role("hidden", blocks[0])
     return blocks[0], call.axes(w_hh)[1], call.axes(w_ih)[1]
 
 

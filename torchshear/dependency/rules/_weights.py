@@ -22,11 +22,11 @@ def weight_roles(call: Call, operand: fx.Node, makes: Sequence[int], reads: Sequ
     if found is None or is_from_state(call.node):  # no layer: a weight is computed
         return
     weight, places = found
-    for role, dims in (("out", makes), ("in_", reads)):
+    for purpose, dims in (("out", makes), ("in_", reads)):
         for dim in dims:
             place = places[dim]
             if place is not None:
-                call.role(weight, **{role: place})
+                call.purpose(weight, **{purpose: place})
 
 
 def weight_behind(operand: fx.Node, carriers: Mapping[str, fx.Node]) -> tuple[fx.Node, list[SourceDim]] | None:

@@ -4,8 +4,8 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { nodes, groups, fixed, reasons, levels } = data;
 
 for (const group of groups) {
-  group.members = group.members.map(([tensor, dim, roles, size, n_positions, multiplicity, first]) => (
-    { ...data.tensors[tensor], dim, roles, size, n_positions, multiplicity, first }));
+  group.members = group.members.map(([tensor, dim, purposes, size, n_positions, multiplicity, first]) => (
+    { ...data.tensors[tensor], dim, purposes, size, n_positions, multiplicity, first }));
 }
 
 for (const node of nodes) {

@@ -153,7 +153,7 @@ function groupTags(group) {
   const tag = (text, kind = "") => element("span", { class: `tag ${kind}` }, text);
   return [
     tag(group.role),
-    ...group.roles.map((role) => tag(role, "muted")),
+    ...group.purposes.map((purpose) => tag(purpose, "muted")),
     group.n_blocks > 1 ? tag(`${group.n_blocks} balanced blocks`, "warn") : "",
     group.is_cross_channel ? tag("cross-channel", "warn") : "",
     group.is_prunable ? "" : tag("cannot shrink", "warn"),
@@ -172,12 +172,12 @@ function shortPlace(place) {
 }
 
 function membersTable(members) {
-  const limit = 400, head = ["dimension", "role", "positions"];
+  const limit = 400, head = ["dimension", "purpose", "positions"];
   const rows = members.slice(0, limit).map((member) => element("tr", {},
     element("td", {}, nodeLink(stateNode.get(member.name), `${member.name}[${member.dim}]`),
       ...member.where.slice(0, 3).map((place) => element("div", { class: "code muted" }, shortPlace(place))),
       member.where.length > 3 ? element("div", { class: "muted" }, `and ${member.where.length - 3} more`) : ""),
-    element("td", { class: "role" }, ...member.roles.map((role) => element("div", {}, role))),
+    element("td", { class: "purpose" }, ...member.purposes.map((purpose) => element("div", {}, purpose))),
     element("td", { class: "number", title: `unit 0: ${member.first}` }, positions(member))));
   if (members.length > limit) rows.push(element("tr", {}, element("td", { colspan: "3" }, `and ${members.length - limit} more`)));
   return element("table", {}, element("thead", {}, element("tr", {}, ...head.map((name) => element("th", { scope: "col" }, name)))),

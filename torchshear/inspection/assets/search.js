@@ -1,7 +1,7 @@
 // Search by name, module, operator and source line, over everything; words may stand in any order.
 
 const groupTexts = groups.map((group) => [
-  group.name, group.roles.join(" "), ...group.members.flatMap((m) => [`${m.name}[${m.dim}]`, ...m.where]), ...group.where,
+  group.name, group.purposes.join(" "), ...group.members.flatMap((m) => [`${m.name}[${m.dim}]`, ...m.where]), ...group.where,
   group.is_cross_channel ? "cross-channel" : "", group.n_blocks > 1 ? "balanced" : "", group.reason || "",
 ].join("\n").toLowerCase());
 const nodeTexts = nodes.map((node) => [node.name, node.state, node.operator, node.module, node.source].join("\n").toLowerCase());

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency.groups._role_sets import NORM_ROLES
+from torchshear.dependency.groups._purposes import NORM_PURPOSES
 from torchshear.pruners.criteria._criterion import UnscorableError, criterion
 from torchshear.pruners.criteria._weight_sums import unit_sums
 
@@ -28,6 +28,6 @@ def bn_scale_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statisti
 
     Reference: Liu et al., ICCV 2017, arXiv:1708.06519 (network slimming).
     """
-    if not any(member.roles & NORM_ROLES for member in group.members):
+    if not any(member.purposes & NORM_PURPOSES for member in group.members):
         raise UnscorableError("bn_scale: no norm with a scale among its layers")
-    return unit_sums(group, weights, lambda weight: weight.abs(), NORM_ROLES)
+    return unit_sums(group, weights, lambda weight: weight.abs(), NORM_PURPOSES)

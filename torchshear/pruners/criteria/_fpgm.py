@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup, Member
-from torchshear.dependency.groups._role_sets import MAKING_ROLES
+from torchshear.dependency.groups._purposes import MAKING_PURPOSES
 from torchshear.pruners.criteria._criterion import UnscorableError, criterion
 from torchshear.pruners.criteria._weight_sums import not_finite, readable
 
@@ -37,7 +37,7 @@ def fpgm_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: 
 
     Reference: He et al., CVPR 2019, arXiv:1811.00250, there repeated while the model is trained.
     """
-    makers = [member for member in group.members if member.roles & MAKING_ROLES and member.name in weights]
+    makers = [member for member in group.members if member.purposes & MAKING_PURPOSES and member.name in weights]
     if not makers:
         raise UnscorableError("fpgm: its units are made by no layer, so that there are no filters to compare")
     total = torch.zeros(group.width, dtype=torch.float64)

@@ -10,7 +10,7 @@ from torchshear._arguments import check_kind
 from torchshear.calibration import Statistics, ValueSums
 from torchshear.calibration._sums import wide
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
-from torchshear.dependency.groups._role_sets import READING_ROLES
+from torchshear.dependency.groups._purposes import READING_PURPOSES
 from torchshear.errors import ArgumentError
 from torchshear.pruners.criteria._criterion import UnscorableError, criterion
 from torchshear.pruners.criteria._statistic_sums import with_needs
@@ -211,7 +211,7 @@ def _find_readers(
 ) -> Iterator[_Reader | _WideReader]:
     """Find the layers that read units of a group and whose inputs were seen."""
     for member in group.members:
-        if member.name not in weights or not member.roles & READING_ROLES:
+        if member.name not in weights or not member.purposes & READING_PURPOSES:
             continue
         calls = [call for call in statistics.layers if call.weight == member.name and call.inputs == member.dim]
         sums = [statistics.values.get((call.source, call.dim)) for call in calls if call.dim is not None]

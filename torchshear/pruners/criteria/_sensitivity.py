@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency.groups._role_sets import HEADS, MAKING_ROLES
+from torchshear.dependency.groups._purposes import HEADS, MAKING_PURPOSES
 from torchshear.pruners.criteria._criterion import UnscorableError, criterion
 from torchshear.pruners.criteria._statistic_sums import row_sums, with_needs
 
@@ -46,6 +46,8 @@ def sensitivity_scores(group: ChannelGroup, weights: Mapping[str, Tensor], stati
         gates = seen.heads[group.name]
         norm = gates.norm()
         return gates / norm if norm else gates
-    if not any(member.roles & MAKING_ROLES and (member.name, member.dim) in seen.rows for member in group.members):
+    if not any(
+        member.purposes & MAKING_PURPOSES and (member.name, member.dim) in seen.rows for member in group.members
+    ):
         raise UnscorableError("sensitivity: its units are made by no row of a layer")
-    return row_sums(group, {key: sums.magnitude for key, sums in seen.rows.items()}, MAKING_ROLES)
+    return row_sums(group, {key: sums.magnitude for key, sums in seen.rows.items()}, MAKING_PURPOSES)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchshear.calibration import Statistics, ValueSums, WeightSums
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency.groups._role_sets import OWN_ROLES
+from torchshear.dependency.groups._purposes import OWN_PURPOSES
 from torchshear.errors import ArgumentError
 from torchshear.pruners.criteria._criterion import UnscorableError, needs_of
 from torchshear.pruners.criteria._weight_sums import unit_sums
@@ -64,11 +64,11 @@ def means_of_values(
     return total / count
 
 
-def row_sums(group: ChannelGroup, values: Mapping[tuple[str, int], Tensor], roles: frozenset[str]) -> Tensor:
-    """Sum something known of the rows of layers over the members with a role; shape (C,), float64."""
+def row_sums(group: ChannelGroup, values: Mapping[tuple[str, int], Tensor], purposes: frozenset[str]) -> Tensor:
+    """Sum something known of the rows of layers over the members with a purpose; shape (C,), float64."""
     total = torch.zeros(group.width, dtype=torch.float64)
     for member in group.members:
         key = (member.name, member.dim)
-        if key in values and member.roles & roles & OWN_ROLES:
+        if key in values and member.purposes & purposes & OWN_PURPOSES:
             total.index_add_(0, torch.from_numpy(member.units), values[key][torch.from_numpy(member.positions)])
     return total

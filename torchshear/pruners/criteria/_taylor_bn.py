@@ -6,7 +6,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency.groups._role_sets import NORM_ROLES
+from torchshear.dependency.groups._purposes import NORM_PURPOSES
 from torchshear.pruners.criteria._criterion import UnscorableError, criterion
 from torchshear.pruners.criteria._statistic_sums import row_sums, with_needs
 
@@ -29,6 +29,6 @@ def taylor_bn_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statist
     Reference: Molchanov et al., CVPR 2019, arXiv:1906.10771, where it is called Taylor-FO-BN.
     """
     seen = with_needs(statistics, "taylor_bn")
-    if not any(member.roles & NORM_ROLES and (member.name, member.dim) in seen.rows for member in group.members):
+    if not any(member.purposes & NORM_PURPOSES and (member.name, member.dim) in seen.rows for member in group.members):
         raise UnscorableError("taylor_bn: no norm with a scale among its layers")
-    return row_sums(group, {key: sums.squares for key, sums in seen.rows.items()}, NORM_ROLES)
+    return row_sums(group, {key: sums.squares for key, sums in seen.rows.items()}, NORM_PURPOSES)

@@ -37,7 +37,7 @@ def unipruning_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statis
 
 def makers(group: ChannelGroup) -> list[Member]:
     """Output dimensions of the layers that make the units of a group; those of depthwise ones where no other does."""
-    return [m for m in group.members if "out" in m.roles] or [m for m in group.members if "depthwise" in m.roles]
+    return [m for m in group.members if "out" in m.purposes] or [m for m in group.members if "depthwise" in m.purposes]
 
 
 def importance(member: Member, width: int, weights: Mapping[str, Tensor], use_gamma: bool = True) -> Tensor:

@@ -36,7 +36,7 @@ def wanda_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics:
     Reference: Sun et al., ICLR 2024, arXiv:2306.11695, for single weights; here summed over units.
     """
     seen = with_needs(statistics, "wanda")
-    if not any(member.roles & _LAYERS for member in group.members):
+    if not any(member.purposes & _LAYERS for member in group.members):
         raise UnscorableError("wanda: its units are made by no layer that multiplies inputs")
     return unit_sums(group, _Weighted(group, weights, seen), lambda weight: weight, _LAYERS)
 
@@ -45,7 +45,7 @@ class _Weighted(Mapping[str, Tensor]):
     """Sizes of weights times those of their inputs, computed when asked for."""
 
     def __init__(self, group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> None:
-        self.members = {m.name: m for m in group.members if m.name in weights and m.roles & _LAYERS}
+        self.members = {m.name: m for m in group.members if m.name in weights and m.purposes & _LAYERS}
         self.weights = weights
         self.statistics = statistics
         self.layers: dict[str, list[WeightCall]] = {}

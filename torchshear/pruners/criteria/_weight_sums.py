@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchshear.calibration._sums import wide
 from torchshear.dependency import ChannelGroup, Member
-from torchshear.dependency.groups._role_sets import OWN_ROLES
+from torchshear.dependency.groups._purposes import OWN_PURPOSES
 from torchshear.errors import WeightError
 
 _PIECE = 1 << 19  # elements that are worked on at a time: a few MB, which stay in the cache
@@ -17,17 +17,17 @@ def unit_sums(
     group: ChannelGroup,
     weights: Mapping[str, Tensor],
     value: Callable[[Tensor], Tensor],
-    roles: frozenset[str] = OWN_ROLES,
+    purposes: frozenset[str] = OWN_PURPOSES,
 ) -> Tensor:
     """Sum a function of every weight of a unit's own: not of biases, nor of what other layers read it with.
 
-    s_c = sum over members m with a role in `roles`, over all weights w of m that go with unit c, of value(w)
+    s_c = sum over members m with a purpose in `purposes`, over all weights w of m that go with unit c, of value(w)
 
     Args:
         group: the coupled dimensions; C = group.width units.
         weights: parameter name -> tensor, at least of the group's members.
         value: elementwise function of a floating tensor, in the weight's dtype or float32, whichever is wider.
-        roles: which members count. A group that has none of them is scored by all of its members.
+        purposes: which members count. A group that has none of them is scored by all of its members.
 
     Returns:
         Sums of shape (C,), float64, on the CPU.
@@ -36,7 +36,7 @@ def unit_sums(
         WeightError: a weight is missing, on the meta device, or not finite.
     """
     total = torch.zeros(group.width, dtype=torch.float64)
-    for member in scored_members(group, weights, roles):
+    for member in scored_members(group, weights, purposes):
         lines = position_sums(member, weights, value)
         total.index_add_(0, torch.from_numpy(member.units), lines[torch.from_numpy(member.positions)])
     return total
@@ -56,15 +56,15 @@ def position_sums(member: Member, weights: Mapping[str, Tensor], value: Callable
 
 
 def scored_members(
-    group: ChannelGroup, weights: Mapping[str, Tensor], roles: frozenset[str] = OWN_ROLES
+    group: ChannelGroup, weights: Mapping[str, Tensor], purposes: frozenset[str] = OWN_PURPOSES
 ) -> Iterator[Member]:
-    """Members with a role in `roles`; all members that are parameters if no member has one.
+    """Members with a purpose in `purposes`; all members that are parameters if no member has one.
 
     Raises:
         WeightError: `weights` holds no tensor for a member, and it is not a buffer.
     """
     known = [member for member in group.members if member.name in weights]
-    chosen = [member for member in known if member.roles & roles]
+    chosen = [member for member in known if member.purposes & purposes]
     if not known:
         raise WeightError(
             f"no weight of group {group.name!r} was given; expected at least one of "

@@ -62,7 +62,7 @@ def weights_of_heads(model: nn.Module, groups: ChannelGroups, chosen: list[Chann
     found: dict[str, MaskableLayer] = {}
     for member in (member for group in chosen for member in group.members):
         name, entry = member.name, groups.graph.state[member.name]
-        if entry.kind != "parameter" or not (member.roles & _MASKED or name in of_layers):
+        if entry.kind != "parameter" or not (member.purposes & _MASKED or name in of_layers):
             continue
         layer = known.get(name) or MaskableLayer(name, name, None, LayerWeight(bias=None), entry.tensor)
         if tuple(layer.tensor.shape) != entry.shape:

@@ -151,8 +151,8 @@ def _groups_with_mixing(groups: ChannelGroups) -> set[str]:
 def _find_removable(groups: ChannelGroups, group: ChannelGroup, weights: Tensors) -> tuple[Bools, Bools]:
     """Units that no layer reads, and units all of whose own parameters are zero. Buffers may be read with as well."""
     is_parameter = {name: entry.kind == "parameter" for name, entry in groups.graph.state.items()}
-    readers = [member for member in group.members if member.roles & _READS]
-    own = [member for member in group.members if not member.roles & _NOT_OWN and is_parameter[member.name]]
+    readers = [member for member in group.members if member.purposes & _READS]
+    own = [member for member in group.members if not member.purposes & _NOT_OWN and is_parameter[member.name]]
     return _all_zero(readers, weights, group.width), _all_zero(own, weights, group.width)
 
 
@@ -187,10 +187,10 @@ def _keeps_outputs(
     generator = torch.Generator().manual_seed(0)
     for name, units in goes.items():
         for member in groups[name].members:
-            if graph.state[member.name].kind != "parameter" or member.roles & _FACTORS:
+            if graph.state[member.name].kind != "parameter" or member.purposes & _FACTORS:
                 continue
             zeroed[member.name] = _replace_units(zeroed[member.name], member, units, None)
-            if not member.roles & _READS:
+            if not member.purposes & _READS:
                 drawn[member.name] = _replace_units(drawn[member.name], member, units & unread[name], generator)
     for leaves in _probe_inputs(graph):
         expected = _run(graph, state, state.weights, leaves)

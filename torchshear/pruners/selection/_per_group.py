@@ -132,8 +132,8 @@ class PerGroupRatio:
 
     def _patterns_of(self, group: ChannelGroup) -> list[str]:
         """Patterns that fit a layer which makes the group's units; layers that only read them do not count."""
-        makers = [member for member in group.members if member.roles & _MAKERS]
-        makers = makers or [member for member in group.members if member.roles != {"in"}] or list(group.members)
+        makers = [member for member in group.members if member.purposes & _MAKERS]
+        makers = makers or [member for member in group.members if member.purposes != {"in"}] or list(group.members)
         names = {alias for member in makers for alias in self._aliases.get(member.name, (member.name,))}
         return [key for key in self._patterns if any(matches(key, name) for name in names)]
 

@@ -137,7 +137,7 @@ def isomorphism_classes(groups: ChannelGroups) -> dict[str, str]:
     """Return the class of each group by name: groups whose operators and parameters form the same graph, sizes aside.
 
     The graph of a group holds every value along which its units run, labelled by operator or, for a parameter, by the
-    roles of its dimensions. Graphs are compared by Weisfeiler-Lehman hashes.
+    purposes of its dimensions. Graphs are compared by Weisfeiler-Lehman hashes.
 
     Args:
         groups: the analysed network.
@@ -154,10 +154,10 @@ def isomorphism_classes(groups: ChannelGroups) -> dict[str, str]:
 
 
 def _hash(group: ChannelGroup, values: Sequence[Value], by_name: Mapping[str, Value]) -> str:
-    roles = {(member.name, member.dim): ",".join(sorted(member.roles)) for member in group.members}
+    purposes = {(member.name, member.dim): ",".join(sorted(member.purposes)) for member in group.members}
     graph: nx.Graph[str] = nx.Graph()
     for value in values:
-        of = [role for (name, _), role in sorted(roles.items()) if name == value.state]
+        of = [purpose for (name, _), purpose in sorted(purposes.items()) if name == value.state]
         graph.add_node(value.name, label=f"{value.operator or value.kind}:{';'.join(of)}")
     for value in values:
         graph.add_edges_from((operand, value.name) for operand in value.operands if operand in graph)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup
-from torchshear.dependency.groups._role_sets import MAKING_ROLES, OWN_ROLES
+from torchshear.dependency.groups._purposes import MAKING_PURPOSES, OWN_PURPOSES
 from torchshear.errors import ArgumentError, TorchshearError
 from torchshear.pruners.criteria._criterion import Criterion, UnscorableError, is_of_whole_groups
 
@@ -77,7 +77,7 @@ def group_scores(
         UnscorableError: the criterion has nothing to say of the group.
     """
     together = None if is_of_whole_groups(criterion) else GROUP_REDUCTIONS[group_reduction]
-    filters = tuple(member for member in group.members if member.roles & MAKING_ROLES)
+    filters = tuple(member for member in group.members if member.purposes & MAKING_PURPOSES)
     if group_reduction == "filters" and filters:
         with suppress(UnscorableError):  # a criterion of norms has nothing to say of filters
             return _check_scores(
@@ -100,7 +100,7 @@ def _scores_by_member(
 ) -> Iterator[Floats]:
     """Scores by one member after another; NaN for units of which it has nothing."""
     known = [member for member in group.members if member.name in weights]
-    own = [member for member in known if member.roles & OWN_ROLES] or known
+    own = [member for member in known if member.purposes & OWN_PURPOSES] or known
     nothing: UnscorableError | None = None
     n_scored = 0
     for member in own:

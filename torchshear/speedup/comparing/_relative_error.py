@@ -62,7 +62,7 @@ def _error_of_value(expected: Any, actual: Any, other: Any) -> float:
     same = (wanted == found) | (wanted.isnan() & found.isnan())  # masks of -inf are equal, and so is NaN beside numbers
     if bool(same.all()):
         return float("inf") if bool(wanted.isnan().all()) else 0.0
-    scale = ordinary_scale(wanted, beside if beside.shape == wanted.shape else wanted)
+    scale = typical_magnitude(wanted, beside if beside.shape == wanted.shape else wanted)
     error = float(((wanted - found).abs() / (wanted.abs() + scale)).masked_fill(same, 0).max())
     return error if error == error else float("inf")
 
@@ -74,7 +74,7 @@ def _as_float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64)
 
 
-def ordinary_scale(values: Tensor, others: Tensor) -> float:
+def typical_magnitude(values: Tensor, others: Tensor) -> float:
     """Return the median magnitude of ordinary values: those that vary with the input, without fillers.
 
     Args:

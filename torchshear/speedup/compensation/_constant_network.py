@@ -174,9 +174,9 @@ class ConstantNetwork:
             tensor = self.state[name].clone()
             blocked = self.facts.blocked.get(name)
             for dim, axis in enumerate(self.facts.state_axes.get(name) or ()):
-                roles = self.facts.roles.get((name, dim), set())
+                purposes = self.facts.purposes.get((name, dim), set())
                 is_blocked = blocked is not None and blocked[0] == dim
-                makes_channels = bool(roles & _MAKING) or (tensor.ndim > 1 and not roles)
+                makes_channels = bool(purposes & _MAKING) or (tensor.ndim > 1 and not purposes)
                 if makes_channels and not is_blocked and self.cut.changes(axis):
                     index = torch.from_numpy(np.flatnonzero(~self.cut.keep(axis)))
                     tensor.index_fill_(dim, index.to(tensor.device), 0)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from torchshear.dependency.plans._form import Part, Scales
+from torchshear.dependency.plans._form import OutputFactors, OutputSlice
 
 
-class KeptScale:
+class OutputFactor:
     """A forward hook that multiplies the output of a module, or some positions of it, by a number.
 
     `shrink` registers it on the projection (or the norm) that queries or keys come from, where the code of attention
@@ -30,7 +30,7 @@ class KeptScale:
     """
 
     def __init__(self, factor: float, share: str | None = None) -> None:
-        """Make a hook; `keep_scale` registers it.
+        """Make a hook; `multiply_output` registers it.
 
         Args:
             factor: the number.
@@ -66,30 +66,32 @@ class KeptScale:
         RemovableHandle.next_id = max(RemovableHandle.next_id, self._key + 1)
 
 
-def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None]:
-    """Multiply part of the output of a module; a hook that does so already gets the product of both factors.
+def multiply_output(model: nn.Module, output: OutputSlice, factor: float) -> Callable[[], None]:
+    """Multiply a slice of the output of a module; a hook that does so already gets the product of both factors.
 
     Args:
         model: the model that has the module.
-        part: the module, and the positions of its output.
+        output: the slice: the module, and the positions of its output.
         factor: the number.
 
     Returns:
         A function that undoes it.
     """
-    module = model.get_submodule(part.module)
+    module = model.get_submodule(output.module)
     numbers = (p for owner in (module, model) for p in owner.parameters() if p.is_floating_point())
     like = next(numbers, torch.empty(0))
-    mask = _mask(part, like)
+    mask = _mask(output, like)
     for hook in module._forward_hooks.values():
-        if isinstance(hook, KeptScale) and _is_same(None if hook.share is None else getattr(module, hook.share), mask):
+        if isinstance(hook, OutputFactor) and _is_same(
+            None if hook.share is None else getattr(module, hook.share), mask
+        ):
             return _multiply_factor(hook, factor)
     if mask is None:
-        return KeptScale(factor).register(module).remove
-    names = chain(["kept_scale"], (f"kept_scale_{number}" for number in count(1)))
+        return OutputFactor(factor).register(module).remove
+    names = chain(["output_factor"], (f"output_factor_{number}" for number in count(1)))
     name = next(name for name in names if not hasattr(module, name))
     module.register_buffer(name, mask, persistent=False)
-    handle = KeptScale(factor, name).register(module)
+    handle = OutputFactor(factor, name).register(module)
 
     def undo() -> None:
         handle.remove()
@@ -98,19 +100,19 @@ def keep_scale(model: nn.Module, part: Part, factor: float) -> Callable[[], None
     return undo
 
 
-def _mask(part: Part, like: Tensor) -> Tensor | None:
+def _mask(output: OutputSlice, like: Tensor) -> Tensor | None:
     """Return 1 at the positions and 0 elsewhere, of a shape that broadcasts; None for the whole output.
 
     It has values also in a model on the meta device: no checkpoint would bring them.
     """
-    if part.positions is None:
+    if output.positions is None:
         return None
-    mask = torch.zeros(part.size, dtype=like.dtype, device="cpu" if like.is_meta else like.device)
-    mask[list(part.positions)] = 1
-    return mask.reshape(part.size, *[1] * (-part.dim - 1))
+    mask = torch.zeros(output.size, dtype=like.dtype, device="cpu" if like.is_meta else like.device)
+    mask[list(output.positions)] = 1
+    return mask.reshape(output.size, *[1] * (-output.dim - 1))
 
 
-def _multiply_factor(hook: KeptScale, factor: float) -> Callable[[], None]:
+def _multiply_factor(hook: OutputFactor, factor: float) -> Callable[[], None]:
     before = hook.factor
     hook.factor = before * factor
 
@@ -127,18 +129,18 @@ def _is_same(known: Tensor | None, mask: Tensor | None) -> bool:
 
 
 @contextmanager
-def apply_scales(model: nn.Module, scales: Scales) -> Iterator[None]:
-    """Multiply parts of the outputs of a model's modules for a while."""
+def multiply_outputs(model: nn.Module, factors: OutputFactors) -> Iterator[None]:
+    """Multiply slices of the outputs of a model's modules for a while."""
     with ExitStack() as stack:
-        for part, factor in scales.items():
-            stack.callback(keep_scale(model, part, factor))
+        for output, factor in factors.items():
+            stack.callback(multiply_output(model, output, factor))
         yield
 
 
-def explain_scales(scales: Scales) -> str:
+def describe_factors(factors: OutputFactors) -> str:
     """List the outputs that are multiplied, those of one name together."""
     counts: dict[str, int] = {}
-    for module in dict.fromkeys(part.module for part in scales):
+    for module in dict.fromkeys(output.module for output in factors):
         words = [word for word in module.split(".") if not word.isdigit()]
         name = ".".join(words[-2:])
         counts[name] = counts.get(name, 0) + 1
@@ -151,5 +153,5 @@ def share_names(model: nn.Module) -> set[str]:
         f"{name}.{hook.share}".lstrip(".")
         for name, module in model.named_modules()
         for hook in module._forward_hooks.values()
-        if isinstance(hook, KeptScale) and hook.share is not None
+        if isinstance(hook, OutputFactor) and hook.share is not None
     }

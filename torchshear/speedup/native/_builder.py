@@ -10,14 +10,14 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.plans._form import Scales, Sizes
+from torchshear.dependency.plans._form import OutputFactors, Sizes
 from torchshear.graph import Graph
 from torchshear.graph._location import canonical_module_names, locate
 from torchshear.graph._run import graph_values
 from torchshear.graph.model._caches import clear_caches
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.numerics._float64 import to_float64
-from torchshear.speedup.native._attention_scale import keep_scale
+from torchshear.speedup.native._attention_scale import multiply_output
 from torchshear.speedup.native._original import Original
 from torchshear.speedup.native._reference_run import ReferenceRuns
 from torchshear.speedup.native._size_attributes import assign_size
@@ -67,14 +67,14 @@ class NativeBuilder:
         constants = own_constants(original.model, graph)
         self._replacements |= {id(own): sliced[name] for name, own in constants if name in sliced}
 
-    def build(self, sizes: Sizes = _NOTHING, scales: Scales = _NOTHING) -> nn.Module:
+    def build(self, sizes: Sizes = _NOTHING, factors: OutputFactors = _NOTHING) -> nn.Module:
         """Copy the model with shrunk tensors, and with the integers that torch.nn's modules keep of their sizes.
 
         Wherever the original holds a tensor, the copy holds its shrunk version, so that ties stay ties.
 
         Args:
             sizes: integers elsewhere in the modules that change as well.
-            scales: factors on parts of the outputs of modules.
+            factors: factors on parts of the outputs of modules.
         """
         native = copy_model(self.original.model, dict(self._replacements))
         names = canonical_module_names(native)
@@ -94,8 +94,8 @@ class NativeBuilder:
         named = dict(native.named_modules())
         for slot, value in sizes.items():
             assign_size(named[slot.module], slot, value)
-        for part, factor in scales.items():
-            keep_scale(native, part, factor)
+        for part, factor in factors.items():
+            multiply_output(native, part, factor)
         clear_caches(native, self.original.caches)
         return native
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchshear.dependency.plans._form import Scales
+from torchshear.dependency.plans._form import OutputFactors
 from torchshear.errors import first_line
 from torchshear.graph._outputs import output_leaves
 from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.graph.model._state import in_mode
 from torchshear.graph.numerics._float64 import compute_in
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
-from torchshear.speedup.native._attention_scale import KeptScale, apply_scales
+from torchshear.speedup.native._attention_scale import OutputFactor, multiply_outputs
 from torchshear.speedup.native._reference_run import ReferenceRun, fingerprint
 
 # Beginnings of the names of files that are not the user's.
@@ -113,7 +113,7 @@ class _ModuleWatch:
                 before: Any = lambda _, args, kwargs, name=name: enter(name, args, kwargs)  # noqa: E731
                 after: Any = lambda _, __, output, name=name: leave(name, output)  # noqa: E731
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-                has_factor = any(isinstance(hook, KeptScale) for hook in module._forward_hooks.values())
+                has_factor = any(isinstance(hook, OutputFactor) for hook in module._forward_hooks.values())
                 handles.append(module.register_forward_hook(after, prepend=has_factor))  # the output without the factor
             yield
         finally:
@@ -199,11 +199,11 @@ def find_divergence(
     return Divergence(("",), watch.progress, message, "output of the model")
 
 
-def first_divergence(model: nn.Module, runs: Iterable[ReferenceRun], scales: Scales) -> Divergence | None:
+def first_divergence(model: nn.Module, runs: Iterable[ReferenceRun], factors: OutputFactors) -> Divergence | None:
     """Return the divergence in the first run in which a model, with factors on some outputs, does not agree."""
-    factors = tuple(set(scales.values()))
-    with apply_scales(model, scales):
-        found = (find_divergence(model, replace(run, factors=factors)) for run in runs)
+    distinct = tuple(set(factors.values()))
+    with multiply_outputs(model, factors):
+        found = (find_divergence(model, replace(run, factors=distinct)) for run in runs)
         return next((divergence for divergence in found if divergence is not None), None)
 
 

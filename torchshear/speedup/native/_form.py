@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.plans._form import Form, Scales, Sizes
+from torchshear.dependency.plans._form import Form, OutputFactors, Sizes
 from torchshear.errors import PlanError
 from torchshear.graph import ExampleInputs
 from torchshear.graph._location import locate
@@ -16,13 +16,13 @@ from torchshear.graph.capture._check import run_failure
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._meta import is_on_meta
 from torchshear.speedup.comparing._random_inputs import random_like
-from torchshear.speedup.native._attention_scale import apply_scales, explain_scales
+from torchshear.speedup.native._attention_scale import describe_factors, multiply_outputs
 from torchshear.speedup.native._builder import NativeBuilder
 from torchshear.speedup.native._divergence import Divergence, first_divergence
+from torchshear.speedup.native._factor_places import FactorPlacement
 from torchshear.speedup.native._original import Original
 from torchshear.speedup.native._reference_run import ReferenceRuns, RefusedDtypeError
 from torchshear.speedup.native._saved_config import find_config_sizes
-from torchshear.speedup.native._scale_places import ScalePlacement
 from torchshear.speedup.native._size_attributes import (
     SizeSlot,
     assign_sizes,
@@ -60,7 +60,7 @@ class _FormSearchResult:
     """Sizes, a divergence that is left, and factors on outputs of modules."""
 
     search: SizeSearchResult
-    scales: Scales
+    factors: OutputFactors
 
 
 def native_form(original: Original, cut: Cut, tensors: Mapping[str, Tensor], sliced: Mapping[str, Tensor]) -> Native:
@@ -81,9 +81,9 @@ def native_form(original: Original, cut: Cut, tensors: Mapping[str, Tensor], sli
     builder = NativeBuilder(original, cut, tensors, sliced)
     implied = implied_arguments(original.graph.fx_graph, cut.groups.facts, cut)
     dtypes = (torch.float64, builder.dtype)
-    placement = ScalePlacement(cut, [node for node, _ in implied], builder.run_rewritten, dtypes)
-    scales = next(iter(placement.for_implied()), None) if implied else {}
-    if scales is None:
+    placement = FactorPlacement(cut, [node for node, _ in implied], builder.run_rewritten, dtypes)
+    factors = next(iter(placement.for_implied()), None) if implied else {}
+    if factors is None:
         return Native(None, Form("traced", _explain_implied(implied)), locate(implied[0][0]).module)
     slots = find_size_slots(original.model, original.graph, cut)
     try:
@@ -91,25 +91,25 @@ def native_form(original: Original, cut: Cut, tensors: Mapping[str, Tensor], sli
     except Exception as error:  # a module that cannot be deep-copied says so with any exception
         return Native(None, Form("traced", f"the model cannot be copied: {type(error).__name__}: {error}"))
     try:
-        found = _search_form(builder, copy, slots, placement, scales)
+        found = _search_form(builder, copy, slots, placement, factors)
     except RefusedDtypeError as error:  # the proof of the traced form will name the call
         return Native(None, Form("traced", f"the rewritten graph does not run: {error}"))
-    divergence, sizes, scales = found.search.divergence, dict(found.search.sizes), found.scales
+    divergence, sizes, factors = found.search.divergence, dict(found.search.sizes), found.factors
     if divergence is not None:
         return Native(None, Form("traced", _explain_divergence(divergence, builder)), divergence.modules[0])
-    native = builder.build(sizes, scales)
+    native = builder.build(sizes, factors)
     failure = _training_failure(native, original)
     if failure is not None:
         return Native(None, Form("traced", failure))
     unread = unread_sizes(original.model, native, slots, sizes, original.example_in_training)
     sizes |= unread
-    native = builder.build(sizes, scales) if unread else native
+    native = builder.build(sizes, factors) if unread else native
     config = find_config_sizes(native, slots.get("", ()), original.example)
     sizes |= config or {}
-    native = builder.build(sizes, scales) if config else native
-    reason = f"{_describe_form(sizes, scales)}; equal to the rewritten graph on all inputs tried"
+    native = builder.build(sizes, factors) if config else native
+    reason = f"{_describe_form(sizes, factors)}; equal to the rewritten graph on all inputs tried"
     reason += "" if config is not None else _NO_CONFIG
-    return Native(native, Form("native", reason, sizes, scales))
+    return Native(native, Form("native", reason, sizes, factors))
 
 
 def recorded_form(
@@ -131,14 +131,14 @@ def recorded_form(
     """
     check_slots(original.model, form)
     builder = NativeBuilder(original, cut, tensors, sliced)
-    native = builder.build(form.sizes, form.scales)
+    native = builder.build(form.sizes, form.factors)
     if is_on_meta(original.model):
         return native
     copy, divergence = builder.build(form.sizes), None
     for dtype in (torch.float64, builder.dtype):
         try:
             runs = builder.reference_runs(dtype)
-            divergence = first_divergence(runs.twin(copy), runs, form.scales)
+            divergence = first_divergence(runs.twin(copy), runs, form.factors)
             if divergence is None or divergence.check or not original.refuses_float64:
                 break
         except RefusedDtypeError:
@@ -148,7 +148,7 @@ def recorded_form(
     if problem is not None:
         raise PlanError(
             f"the plan says that {type(whole_model(original.model)).__name__} has the native form, "
-            f"{_describe_form(form.sizes, form.scales)}; made so, it is not equal to the rewritten graph: {problem}. "
+            f"{_describe_form(form.sizes, form.factors)}; made so, it is not equal to the rewritten graph: {problem}. "
             f"Expected the same class, configuration and library versions as when the plan was made; make a new plan, "
             f"or take the traced form with "
             f'torchshear.speedup.shrink_to_form(model, plan, form="traced").'
@@ -160,8 +160,8 @@ def _search_form(
     builder: NativeBuilder,
     copy: nn.Module,
     slots: Mapping[str, Sequence[SizeSlot]],
-    placement: ScalePlacement,
-    scales: Scales,
+    placement: FactorPlacement,
+    factors: OutputFactors,
 ) -> _FormSearchResult:
     """Search in float64, and in the dtype of the model if its code refuses float64.
 
@@ -170,21 +170,21 @@ def _search_form(
         copy: a native form with the old sizes.
         slots: module -> slots that may hold sizes.
         placement: places of factors.
-        scales: factors that are known to be needed.
+        factors: factors that are known to be needed.
     """
     try:
-        found = _FormSearch(copy, slots, builder.reference_runs(torch.float64), placement).run(scales)
+        found = _FormSearch(copy, slots, builder.reference_runs(torch.float64), placement).run(factors)
         divergence = found.search.divergence
         if divergence is None or divergence.check or not builder.original.refuses_float64:
             return found
         runs = builder.reference_runs(builder.dtype)
         twin = runs.twin(copy)
         with assign_sizes(dict(twin.named_modules()), found.search.sizes):
-            if divergence.is_same_as(first_divergence(twin, [next(iter(runs))], found.scales)):
+            if divergence.is_same_as(first_divergence(twin, [next(iter(runs))], found.factors)):
                 return found  # float64 is not the reason why the code fails
     except RefusedDtypeError:
         pass
-    return _FormSearch(copy, slots, builder.reference_runs(builder.dtype), placement).run(scales)
+    return _FormSearch(copy, slots, builder.reference_runs(builder.dtype), placement).run(factors)
 
 
 class _FormSearch:
@@ -195,30 +195,30 @@ class _FormSearch:
         copy: nn.Module,
         slots: Mapping[str, Sequence[SizeSlot]],
         runs: ReferenceRuns,
-        placement: ScalePlacement,
+        placement: FactorPlacement,
     ) -> None:
         self.twin = runs.twin(copy)
         self.slots = slots
         self.runs = runs
         self.placement = placement
 
-    def run(self, scales: Scales) -> _FormSearchResult:
+    def run(self, factors: OutputFactors) -> _FormSearchResult:
         """Search sizes, and then factors as long as one gets the run further."""
-        if first_divergence(self.twin, self.runs, scales) is None:
-            return _FormSearchResult(SizeSearchResult({}, None), scales)
-        best = self._search_sizes(scales, {})
+        if first_divergence(self.twin, self.runs, factors) is None:
+            return _FormSearchResult(SizeSearchResult({}, None), factors)
+        best = self._search_sizes(factors, {})
         better: _FormSearchResult | None = best
         while better is not None:
-            best, better = better, self._search_scales(better)
+            best, better = better, self._search_factors(better)
         return best
 
-    def _search_sizes(self, scales: Scales, known: Sizes) -> _FormSearchResult:
-        factors = tuple(set(scales.values()))
-        runs = (replace(run, factors=factors, compares_inside=True) for run in self.runs)
-        with apply_scales(self.twin, scales):
-            return _FormSearchResult(SizeSearch(self.twin, self.slots, known).run(runs), scales)
+    def _search_sizes(self, factors: OutputFactors, known: Sizes) -> _FormSearchResult:
+        distinct = tuple(set(factors.values()))
+        runs = (replace(run, factors=distinct, compares_inside=True) for run in self.runs)
+        with multiply_outputs(self.twin, factors):
+            return _FormSearchResult(SizeSearch(self.twin, self.slots, known).run(runs), factors)
 
-    def _search_scales(self, found: _FormSearchResult) -> _FormSearchResult | None:
+    def _search_factors(self, found: _FormSearchResult) -> _FormSearchResult | None:
         """Place factors in the innermost module that goes wrong, and in all of its class; None if none helps.
 
         A factor changes numbers. It helps where they are wrong, not where the code does not run on the sizes.
@@ -230,9 +230,11 @@ class _FormSearch:
         for name in divergence.modules:
             twins = [other for other, module in modules.items() if type(module) is type(modules[name])]
             placements = self.placement.for_modules(twins)
-            kept = {p: c for p, c in found.scales.items() if not any(f"{p.module}.".startswith(f"{n}.") for n in twins)}
-            for scales in placements:
-                other = self._search_sizes({**kept, **scales}, found.search.sizes)
+            kept = {
+                p: c for p, c in found.factors.items() if not any(f"{p.module}.".startswith(f"{n}.") for n in twins)
+            }
+            for factors in placements:
+                other = self._search_sizes({**kept, **factors}, found.search.sizes)
                 if other.search.is_further_than(found.search):
                     return other
             if placements:
@@ -253,11 +255,15 @@ def _training_failure(native: nn.Module, original: Original) -> str | None:
     return f"its own forward does not run in train mode on the smaller tensors ({failure})"
 
 
-def _describe_form(sizes: Sizes, scales: Scales) -> str:
+def _describe_form(sizes: Sizes, factors: OutputFactors) -> str:
     """Say in what a native form differs from its original."""
     changed = f", with other values of {explain_sizes(sizes)}" if sizes else ""
-    kept = f", with the scale of attention kept by a factor on the output of {explain_scales(scales)}" if scales else ""
-    return f"its own module with smaller tensors{changed}{kept}"
+    kept = (
+        f", with the scale of attention kept by a factor on the output of {describe_factors(factors)}"
+        if factors
+        else ""
+    )
+    return f"its own module with smaller tensors{changed}{kept if factors else ''}"
 
 
 def _explain_implied(implied: Sequence[tuple[fx.Node, str]]) -> str:

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.plans._form import Part
+from torchshear.dependency.plans._form import OutputSlice
 from torchshear.graph._location import module_outputs
 from torchshear.graph.numerics._float64 import compute_in
 
 Pair = tuple[fx.Node, fx.Node]
 Run = Callable[[torch.dtype, Callable[[fx.Node, Any], Any]], Iterator[tuple[fx.Node, Any]]]
-Parts = frozenset[Part]
-Sides = tuple[Parts | None, Parts | None]
+Slices = frozenset[OutputSlice]
+Sides = tuple[Slices | None, Slices | None]
 _SAME = 1e-4  # relative difference of equal numbers; unequal ones, being random, differ by more
 _NOISE = 0.1  # what is added to parameters, of which many are zero at first
 _ZERO = 1e-9  # of the largest gradient
 
 
 def find_origins(pairs: Mapping[fx.Node, Sequence[Pair]], cut: Cut, run: Run, dtype: torch.dtype) -> dict[Pair, Sides]:
-    """For two operands of a product, find the parts of outputs that each is proportional to.
+    """For two operands of a product, find the slices of outputs that each is proportional to.
 
     Args:
         pairs: call -> left and right operand of each product in it.
@@ -37,7 +37,7 @@ def find_origins(pairs: Mapping[fx.Node, Sequence[Pair]], cut: Cut, run: Run, dt
         dtype: dtype to compute in.
 
     Returns:
-        The parts of both operands, none of which the other is made of as well; None where there are no such.
+        The slices of both operands, none of which the other is made of as well; None where there are no such.
     """
     return _OriginTracker(pairs, cut).run(run, dtype)
 
@@ -110,7 +110,7 @@ class _OriginTracker:
 
     def _sides(self, left: fx.Node, right: fx.Node) -> Sides:
         (total, of_left), (other, of_right) = self._gradients(left.name), self._gradients(right.name)
-        return self._parts(total, of_left, of_right), self._parts(other, of_right, of_left)
+        return self._slices(total, of_left, of_right), self._slices(other, of_right, of_left)
 
     def _gradients(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a random sum over an operand, and its gradient for each output that has one."""
@@ -121,27 +121,27 @@ class _OriginTracker:
         found = torch.autograd.grad(total, list(leaves.values()), retain_graph=True, allow_unused=True)
         return total, {end: grad for end, grad in zip(leaves, found, strict=True) if grad is not None}
 
-    def _parts(self, total: Tensor, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Parts | None:
-        """Return the parts of outputs, all or one, that belong to one operand alone and that it is proportional to."""
-        apart = {name: self._part(name, grad, other.get(name)) for name, grad in own.items()}
-        parts = {name: part for name, part in apart.items() if part is not None}
-        shares = {name: float((own[name] * self.leaves[name]).sum().detach()) for name in parts}
-        for names in (list(parts), *([name] for name in parts)):
+    def _slices(self, total: Tensor, own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Slices | None:
+        """Return the slices of outputs, all or one, that belong to one operand alone and that it is proportional to."""
+        apart = {name: self._slice(name, grad, other.get(name)) for name, grad in own.items()}
+        slices = {name: output for name, output in apart.items() if output is not None}
+        shares = {name: float((own[name] * self.leaves[name]).sum().detach()) for name in slices}
+        for names in (list(slices), *([name] for name in slices)):
             if abs(sum(shares[name] for name in names) - float(total.detach())) <= _SAME * abs(float(total.detach())):
-                return frozenset(parts[name] for name in names) or None
+                return frozenset(slices[name] for name in names) or None
         return None
 
-    def _part(self, name: str, own: Tensor, other: Tensor | None) -> Part | None:
+    def _slice(self, name: str, own: Tensor, other: Tensor | None) -> OutputSlice | None:
         """Return the positions of an output that one operand is made of, if the other is made of none of them."""
         module = self.modules[name]
         if other is None:
-            return Part(module)
+            return OutputSlice(module)
         axes = self.cut.groups.facts.axes[name]
         for dim, axis in enumerate(axes if isinstance(axes, tuple) else ()):
             mine, others = _nonzero_positions(own, dim), _nonzero_positions(other, dim)
             if self.cut.changes(axis) and not bool((mine & others).any()):
                 positions = tuple(mine.nonzero().flatten().tolist())
-                return Part(module, dim - own.ndim, own.shape[dim], positions)
+                return OutputSlice(module, dim - own.ndim, own.shape[dim], positions)
         return None
 
 

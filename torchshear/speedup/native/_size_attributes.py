@@ -66,7 +66,7 @@ def check_slots(model: nn.Module, form: Form) -> None:
         PlanError: a module is not there, or an attribute that holds an integer.
     """
     modules = dict(model.named_modules())
-    for name in (*(slot.module for slot in form.sizes), *(part.module for part in form.scales)):
+    for name in (*(slot.module for slot in form.sizes), *(part.module for part in form.factors)):
         if name not in modules:
             raise PlanError(f"the form that the plan records changes module {name!r}, which the model has not.")
     known = {slot for name in {slot.module for slot in form.sizes} for slot, _ in _integers(name, modules[name])}

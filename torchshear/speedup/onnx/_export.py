@@ -22,7 +22,7 @@ from torchshear.graph._outputs import drop_opaque_outputs
 from torchshear.graph.model._checks import check_module
 from torchshear.graph.model._process import run_exclusively, silence_torch
 from torchshear.graph.model._state import preserve_state
-from torchshear.speedup.comparing._relative_error import ordinary_scale
+from torchshear.speedup.comparing._relative_error import typical_magnitude
 from torchshear.speedup.latency._session import error_reason, open_session
 from torchshear.speedup.onnx._arguments import DynamicShapes, ExampleCall, check_limits, check_tensors
 from torchshear.speedup.onnx._decompositions import decompose
@@ -163,7 +163,7 @@ class _Tolerance:
             return 0.0
         wanted, got = (torch.from_numpy(array).to(torch.float64) for array in (expected, actual.astype(expected.dtype)))
         if expected.dtype.kind == "f":
-            scale = ordinary_scale(wanted, wanted)
+            scale = typical_magnitude(wanted, wanted)
             allowed = self.atol + self.rtol * (wanted.abs() + scale)
         else:
             scale, allowed = 1.0, torch.zeros_like(wanted)

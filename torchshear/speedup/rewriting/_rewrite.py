@@ -9,14 +9,14 @@ from torch import fx
 
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
-from torchshear.dependency.rules._findings import UNCHANGED, Edit, Facts, Scaled
+from torchshear.dependency.rules._findings import UNCHANGED, Edit, Facts, SizeFactor
 from torchshear.graph._operator_record import operator_of
 from torchshear.speedup.rewriting._slicing import is_touched
 
 
 @dataclass(frozen=True, slots=True)
 class _NewCall:
-    """A call after the cut. Arguments hold nodes of the original graph, and `_ScaledSize` for computed sizes."""
+    """A call after the cut. Arguments hold nodes of the original graph, and `_MultipliedSize` for computed sizes."""
 
     target: Any
     args: tuple[Any, ...]
@@ -24,11 +24,11 @@ class _NewCall:
 
 
 @dataclass(frozen=True, slots=True)
-class _ScaledSize:
+class _MultipliedSize:
     """A size that the graph computes at `node`, to be multiplied with new / old."""
 
     node: fx.Node
-    scale: Scaled
+    factor: SizeFactor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +72,9 @@ def _copy_argument(copy: fx.Graph, value: Any, copies: dict[fx.Node, fx.Node]) -
         return type(value)(_copy_argument(copy, item, copies) for item in value)
     if isinstance(value, dict):
         return {key: _copy_argument(copy, item, copies) for key, item in value.items()}
-    if isinstance(value, _ScaledSize):
-        product = copy.call_function(operator.mul, (copies[value.node], value.scale.new))
-        return copy.call_function(operator.floordiv, (product, value.scale.old))
+    if isinstance(value, _MultipliedSize):
+        product = copy.call_function(operator.mul, (copies[value.node], value.factor.new))
+        return copy.call_function(operator.floordiv, (product, value.factor.old))
     return fx.map_arg(value, lambda node: copies[node])
 
 
@@ -100,9 +100,9 @@ def _edit_arguments(node: fx.Node, edits: list[Edit], cut: Cut) -> _NewCall:
         value = edit.value(cut.keep)
         if value is UNCHANGED:
             continue
-        if isinstance(value, Scaled):
+        if isinstance(value, SizeFactor):
             old = bound[edit.name] if edit.index is None else bound[edit.name][edit.index]
-            value = _ScaledSize(old, value) if value.old != value.new else old
+            value = _MultipliedSize(old, value) if value.old != value.new else old
         if edit.index is None:
             bound[edit.name] = value
         else:
@@ -135,7 +135,7 @@ def _changed_integers_of(node: fx.Node, facts: Facts, cut: Cut) -> list[tuple[in
         given = bind_arguments(node)[edit.name]
         old = given if edit.index is None else given[edit.index]
         new = edit.value(cut.keep)
-        if isinstance(new, Scaled):
+        if isinstance(new, SizeFactor):
             old, new = new.old, new.new
         if isinstance(old, int) and isinstance(new, int):
             changes.append((old, new))

@@ -110,7 +110,7 @@ def _merge_forms(found: Mapping[str, Form]) -> Form:
         "traced" if reasons else "native",
         "; ".join(reasons) or "each part equals its rewritten graph",
         {slot: value for form in found.values() for slot, value in form.sizes.items()},
-        {part: factor for form in found.values() for part, factor in form.scales.items()},
+        {part: factor for form in found.values() for part, factor in form.factors.items()},
         kinds,
     )
 

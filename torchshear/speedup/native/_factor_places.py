@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.plans._form import Part, Scales
+from torchshear.dependency.plans._form import OutputFactors, OutputSlice
 from torchshear.graph._location import enclosing_modules
 from torchshear.speedup.native._operand_origins import Pair, Run, Sides, find_origins
 
@@ -45,7 +45,7 @@ class _TracedProduct:
     sides: Sides
 
 
-class ScalePlacement:
+class FactorPlacement:
     """Finds outputs of modules whose multiplication gives products of queries and keys their factor.
 
     Args:
@@ -65,13 +65,13 @@ class ScalePlacement:
         for node in cut.groups.graph:
             self._products[(enclosing_modules(node) or ("",))[-1]] += _products_of(node, cut, node in implied)
 
-    def for_implied(self) -> list[Scales]:
+    def for_implied(self) -> list[OutputFactors]:
         """Return placements for all calls that derive their scale; none if one of them cannot get its factor."""
         concerned = {name: some for name, some in self._products.items() if any(p.is_implied for p in some)}
         known = {p.node for some in concerned.values() for p in some if p.is_implied}
         return self._placements(concerned) if known == self._implied else []
 
-    def for_modules(self, names: Sequence[str]) -> list[Scales]:
+    def for_modules(self, names: Sequence[str]) -> list[OutputFactors]:
         """Return placements for the products in some modules, whether or not their code derives its scale.
 
         Args:
@@ -84,7 +84,7 @@ class ScalePlacement:
         }
         return self._placements(inside)
 
-    def _placements(self, by_module: Mapping[str, Sequence[Product]]) -> list[Scales]:
+    def _placements(self, by_module: Mapping[str, Sequence[Product]]) -> list[OutputFactors]:
         pairs: dict[fx.Node, list[Pair]] = defaultdict(list)
         for found in by_module.values():
             for each in found:
@@ -99,7 +99,9 @@ class ScalePlacement:
         ]
         if not all(options):
             return []
-        return [_merge_scales([some[min(i, len(some) - 1)] for some in options]) for i in range(max(map(len, options)))]
+        return [
+            _merge_factors([some[min(i, len(some) - 1)] for some in options]) for i in range(max(map(len, options)))
+        ]
 
     def _origins(self, pairs: Mapping[fx.Node, Sequence[Pair]]) -> dict[Pair, Sides]:
         """Return the origins of operands; none if the graph cannot be run with gradients."""
@@ -119,45 +121,47 @@ def _products_of(node: fx.Node, cut: Cut, is_implied: bool) -> Iterator[Product]
             yield Product(node, each.operands, factor, bool(each.batch), is_implied)
 
 
-def _module_placements(products: Sequence[Product], origins: Mapping[Pair, Sides]) -> Iterator[Scales]:
-    """Yield parts to be multiplied, so that each product gets its factor once: those that surely need it, then all."""
-    seen: list[Scales] = []
+def _module_placements(products: Sequence[Product], origins: Mapping[Pair, Sides]) -> Iterator[OutputFactors]:
+    """Yield slices to be multiplied, so that each product gets its factor once: those that surely need it, then all."""
+    seen: list[OutputFactors] = []
     implied = [p for p in products if p.is_implied]
     attention = [p for p in products if p.is_attention]
     for needing, others in ((implied, products), (attention, [p for p in products if not p.is_attention])):
         must = [_TracedProduct(p.factor, origins[p.operands]) for p in needing]
         rest = [_TracedProduct(p.factor, origins[p.operands]) for p in others if p not in needing]
-        for scales in _exact_choices(must, rest):
-            if scales and scales not in seen:
-                seen.append(scales)
-                yield scales
+        for factors in _exact_choices(must, rest):
+            if factors and factors not in seen:
+                seen.append(factors)
+                yield factors
 
 
-def _exact_choices(must: Sequence[_TracedProduct], rest: Sequence[_TracedProduct]) -> Iterator[dict[Part, float]]:
+def _exact_choices(
+    must: Sequence[_TracedProduct], rest: Sequence[_TracedProduct]
+) -> Iterator[dict[OutputSlice, float]]:
     """Yield choices of one operand of each product, preferably the left one, that have no effect on the rest."""
     distinct = {(each.sides, each.factor): each for each in must}.values()
-    untouched = [part for each in rest for parts in each.sides for part in parts or ()]
+    untouched = [output for each in rest for slices in each.sides for output in slices or ()]
     for choice in islice(product((0, 1), repeat=len(distinct)), _MOST_TRIED):
-        chosen: dict[Part, float] = {}
+        chosen: dict[OutputSlice, float] = {}
         for each, side in zip(distinct, choice, strict=True):
             chosen |= dict.fromkeys(each.sides[side] or (), each.factor)
         is_exact = all(_total_factor(each, chosen) == each.factor for each in distinct)
-        if is_exact and not any(part.meets(other) for part in untouched for other in chosen):
+        if is_exact and not any(output.meets(other) for output in untouched for other in chosen):
             yield chosen
 
 
-def _total_factor(traced: _TracedProduct, chosen: Scales) -> float:
+def _total_factor(traced: _TracedProduct, chosen: OutputFactors) -> float:
     """Return the factor that a product gets in all; 0 if an operand is multiplied unevenly."""
     total = 1.0
-    for parts in traced.sides:
-        factors = {chosen.get(part, 1.0) for part in parts or ()}
+    for slices in traced.sides:
+        factors = {chosen.get(output, 1.0) for output in slices or ()}
         is_even = len(factors) <= 1 and not any(
-            part.meets(other) and part != other for part in parts or () for other in chosen
+            output.meets(other) and output != other for output in slices or () for other in chosen
         )
         total *= next(iter(factors), 1.0) if is_even else 0.0
     return total
 
 
-def _merge_scales(each: Sequence[Scales]) -> Scales:
+def _merge_factors(each: Sequence[OutputFactors]) -> OutputFactors:
     """Merge the factors of all modules; where two modules share a projection, one stands for both."""
-    return {part: factor for scales in each for part, factor in scales.items()}
+    return {output: factor for factors in each for output, factor in factors.items()}
