@@ -227,7 +227,6 @@ CALLS: dict[str, Call] = {
     ),
     "parse_config": Call(configs.parse_config, lambda g: {"config": CONFIG}),
     "load_config": Call(configs.load_config, lambda g: {"path": g.folder / "config.yaml"}),
-    "find_criterion": Call(pruners.find_criterion, lambda g: {"name": "l1"}),
     "check_recalibration": Call(check_recalibration, lambda g: {"model": g.model, "batches": 1}),
     "shrink_to_form": Call(
         speedup.shrink_to_form, lambda g: {"model": g.model, "plan": g.plan, "form": "native", "verify": False}
@@ -291,8 +290,6 @@ CALLS: dict[str, Call] = {
         Alignment.allowed_widths, lambda g: {"self": Alignment(8, 4, "own"), "width": 20, "multiplicity": 1}
     ),
     "describe_groups": Call(inspection.describe_groups, lambda g: {"groups": g.groups}),
-    "find_group": Call(inspection.find_group, lambda g: {"groups": g.groups, "text": "0"}),
-    "render_page": Call(inspection.render_page, lambda g: {"groups": g.groups}),
     "write_page": Call(inspection.write_page, lambda g: {"groups": g.groups, "path": g.folder / "page.html"}),
     "fold_constants": Call(
         speedup.fold_constants,
@@ -321,7 +318,6 @@ CALLS: dict[str, Call] = {
         torchshear.compensate,
         lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "method": "refit"} | samples(g),
     ),
-    "resolve_alignment": Call(speedup.resolve_alignment, lambda g: {"align": 8}),
 }
 
 CALLBACKS = ("criterion", "evaluate", "loss_fn", "progress", "score")

@@ -16,7 +16,8 @@ from torchshear import api
 from torchshear.comparison import _compare
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Refit, RefittedLayer, SkippedLayer, TracedModule, refit
+from torchshear.speedup import Refit, TracedModule, refit
+from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 
 X = (image(size=6),)
 METHODS = ("refit", "statistics", "means", "constants")

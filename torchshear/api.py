@@ -29,7 +29,8 @@ from torchshear.pruners import Criterion, Ratio, WeightSource
 from torchshear.pruners._planning import plan_units
 from torchshear.pruners.selection._request import Request
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Fold, Refit, Shrunk, Verification, resolve_alignment, shrink_to_form
+from torchshear.speedup import Fold, Refit, Shrunk, Verification, shrink_to_form
+from torchshear.speedup.latency._profiles import resolve_alignment
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
 

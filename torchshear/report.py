@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.table import Table
 
 from torchshear._tables import Cell, html_lines, html_table, kind_of_reason, lines_by_reason
-from torchshear.dependency import ChannelGroup, ChannelGroups, GroupPlan, OutputPlan
+from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._cut import Cut, dense_cost, part_costs
-from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.dependency.plans._outputs import OutputPlan
+from torchshear.dependency.plans._plan import GroupPlan, PruningPlan
 from torchshear.graph import Cost
 from torchshear.speedup import Refit
 from torchshear.speedup.compensation._refit_text import REFIT_HEADINGS, refit_lines, refit_rows, refit_title
 
-__all__ = ["GroupReport", "OutputReport", "PartReport", "PruningReport"]
+__all__ = ["PruningReport"]
 
 _HEADINGS = ("group", "role", "before", "after", "kept", "note")
 _NUMBERS = ("before", "after", "kept", "error before", "error after")

@@ -20,8 +20,8 @@ from tests.processes import end_together
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import DataError
-from torchshear.pruners import find_criterion, registered_criteria
-from torchshear.pruners.criteria._criterion import needs_of
+from torchshear.pruners import registered_criteria
+from torchshear.pruners.criteria._criterion import find_criterion, needs_of
 
 
 def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:

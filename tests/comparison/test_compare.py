@@ -12,8 +12,9 @@ from torch.nn import functional
 
 import torchshear
 from tests.networks import Classifier, LooksAtValues, image, labelled
-from torchshear.comparison import Comparison, Row, _compare, _picture, compare
+from torchshear.comparison import Comparison, _compare, _picture, compare
 from torchshear.comparison._record import render_comparison
+from torchshear.comparison._row import Row
 from torchshear.errors import ArgumentError, DataError, OutputError, PlanError
 from torchshear.pruners import random_criterion
 from torchshear.pruners.criteria._criterion import needs_of

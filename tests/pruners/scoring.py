@@ -13,7 +13,8 @@ from tests.networks import randomise
 from tests.networks.plain import ManyLayers
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups
-from torchshear.pruners import UnscorableError, find_criterion, registered_criteria
+from torchshear.pruners import UnscorableError, registered_criteria
+from torchshear.pruners.criteria._criterion import find_criterion
 from torchshear.pruners.selection._scoring import group_scores
 
 

@@ -15,10 +15,10 @@ from torchshear.calibration._statistics import ALL_SUMS
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._purposes import OWN_PURPOSES
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.pruners import criterion, find_criterion, plan_from_kept, random_criterion
+from torchshear.pruners import criterion, plan_from_kept, random_criterion
 from torchshear.pruners.criteria import _criterion as _registry
 from torchshear.pruners.criteria import _fpgm
-from torchshear.pruners.criteria._criterion import needs_of
+from torchshear.pruners.criteria._criterion import find_criterion, needs_of
 from torchshear.pruners.criteria._weight_sums import unit_sums
 
 MODELS = {

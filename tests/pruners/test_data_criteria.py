@@ -13,8 +13,8 @@ from tests.networks.plain import GroupedBranch
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import UnscorableError, find_criterion, registered_criteria
-from torchshear.pruners.criteria._criterion import needs_of
+from torchshear.pruners import UnscorableError, registered_criteria
+from torchshear.pruners.criteria._criterion import find_criterion, needs_of
 from torchshear.pruners.selection._scoring import group_scores
 
 GRADIENTS = ("taylor", "taylor_bn", "group_fisher", "snip", "snip_momentum", "gradient")

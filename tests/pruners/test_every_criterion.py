@@ -25,8 +25,8 @@ from tests.pruners.scoring import collected, images, is_scored, mixed, score
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS, Statistics
 from torchshear.dependency import ChannelGroups, Member
 from torchshear.errors import ArgumentError
-from torchshear.pruners import UnscorableError, find_criterion, plan_from_kept, registered_criteria
-from torchshear.pruners.criteria._criterion import declared_needs
+from torchshear.pruners import UnscorableError, plan_from_kept, registered_criteria
+from torchshear.pruners.criteria._criterion import declared_needs, find_criterion
 from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 CRITERIA = registered_criteria()

@@ -18,7 +18,8 @@ from tests.pruners.scoring import score, weights_of
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups, operator_rule, unregister
 from torchshear.dependency.rules._choosing import grouped_product
-from torchshear.pruners import UnscorableError, find_criterion
+from torchshear.pruners import UnscorableError
+from torchshear.pruners.criteria._criterion import find_criterion
 from torchshear.pruners.selection._scoring import group_scores
 
 STEPS, INPUTS, HIDDEN = 4, 5, 3

@@ -9,8 +9,9 @@ from torchshear.calibration import Statistics, _run
 from torchshear.calibration._sums import products_of
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import UnscorableError, find_criterion, reconstruction_errors
+from torchshear.pruners import UnscorableError, reconstruction_errors
 from torchshear.pruners.criteria import _reconstruction
+from torchshear.pruners.criteria._criterion import find_criterion
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

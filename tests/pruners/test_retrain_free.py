@@ -10,8 +10,9 @@ import torchshear
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import criterion, find_criterion
+from torchshear.pruners import criterion
 from torchshear.pruners.criteria import _criterion as _registry
+from torchshear.pruners.criteria._criterion import find_criterion
 from torchshear.pruners.criteria._retrain_free import exchange_units
 
 

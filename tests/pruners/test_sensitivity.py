@@ -12,7 +12,8 @@ from tests.networks.attention import EncoderBlock
 from tests.networks.feed_forward import GatedFeedForward
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
-from torchshear.pruners import UnscorableError, find_criterion
+from torchshear.pruners import UnscorableError
+from torchshear.pruners.criteria._criterion import find_criterion
 
 
 def seen(model: nn.Module, *shape: int) -> tuple[ChannelGroups, Statistics]:

@@ -15,7 +15,9 @@ from tests.zoo import zoo
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners import SCOPES, UnscorableError, find_criterion, registered_criteria
+from torchshear.pruners import UnscorableError, registered_criteria
+from torchshear.pruners.criteria._criterion import find_criterion
+from torchshear.pruners.selection._request import SCOPES
 
 pytestmark = pytest.mark.zoo
 NAMES = ("torchvision:resnet18", "torchvision:mobilenet_v2", "transformers:vit", "transformers:bert")

@@ -2,14 +2,10 @@
 
 from torchshear.calibration._dense_loss import Loss
 from torchshear.calibration._progress import Progress
-from torchshear.calibration._statistics import GateSums, RowSums, Statistics, ValueSums, WeightSums
+from torchshear.calibration._statistics import Statistics
 
 __all__ = [
-    "GateSums",
     "Loss",
     "Progress",
-    "RowSums",
     "Statistics",
-    "ValueSums",
-    "WeightSums",
 ]

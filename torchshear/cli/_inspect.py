@@ -18,8 +18,8 @@ from torchshear.cli._shared_options import Submodules
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._cut import dense_cost
-from torchshear.inspection import Constraint, GroupDetail, MemberDetail, describe_groups, write_page
-from torchshear.inspection._details import find_group
+from torchshear.inspection import GroupDetail, describe_groups, write_page
+from torchshear.inspection._details import Constraint, MemberDetail, find_group
 from torchshear.inspection._document import groups_document
 
 _WHERE: Final = re.compile(r"^aten\.(\w+)\.\w+(?: in module '(.*?)')?")

@@ -13,7 +13,9 @@ import typer
 import torchshear
 from torchshear.cli._data import LOSS_NAMES, NamedLoader, load_loss
 from torchshear.errors import ArgumentError
-from torchshear.pruners import GROUP_REDUCTIONS, SCOPES, registered_criteria
+from torchshear.pruners import registered_criteria
+from torchshear.pruners.selection._request import SCOPES
+from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 
 def _check_ratio(given: list[str] | None) -> list[str] | None:

@@ -2,6 +2,5 @@
 
 from torchshear.comparison._compare import compare
 from torchshear.comparison._record import Comparison
-from torchshear.comparison._row import Row
 
-__all__ = ["Comparison", "Row", "compare"]
+__all__ = ["Comparison", "compare"]

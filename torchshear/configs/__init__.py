@@ -3,11 +3,10 @@
 from torchshear.configs._dialects import parse_config
 from torchshear.configs._files import ConfigList, load_config
 from torchshear.configs._resolve import resolve
-from torchshear.configs._resolved import ConfigRow, ResolvedConfig
+from torchshear.configs._resolved import ResolvedConfig
 
 __all__ = [
     "ConfigList",
-    "ConfigRow",
     "ResolvedConfig",
     "load_config",
     "parse_config",

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from torchshear.calibration import Statistics, WeightSums
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import WeightSums
 from torchshear.configs._entry import Entry
 from torchshear.configs._layers import find_maskable_weights
 from torchshear.configs._resolved import ResolvedConfig

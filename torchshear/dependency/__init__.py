@@ -3,9 +3,7 @@
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.algebra._axis import Algebra, Axes, Axis
 from torchshear.dependency.groups import _forecast as _forecast  # provides what parts of a model would save
-from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
-from torchshear.dependency.plans._outputs import OutputPlan
-from torchshear.dependency.plans._plan import GroupPlan
+from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups, Member
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._registry import operator_rule, registered_operators, unregister
 from torchshear.dependency.rules._role_evidence import ROLES
@@ -22,13 +20,10 @@ __all__ = [
     "Call",
     "ChannelGroup",
     "ChannelGroups",
-    "FixedDimension",
-    "GroupPlan",
     "MaskedCall",
     "Member",
     "Norm",
     "Operator",
-    "OutputPlan",
     "Product",
     "Recurrence",
     "masked_operator",

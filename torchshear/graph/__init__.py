@@ -1,9 +1,8 @@
 """Capture: a model becomes a torch.fx graph of ATen operators, with shapes, parameter names and source lines."""
 
 from torchshear.graph._cost import Cost
-from torchshear.graph._graph import Graph, StateTensor
+from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._location import Location
 from torchshear.graph.masked import _operators as _masked_operators  # registers the masked forms of the ATen operators
 from torchshear.graph.model._meta import parameters_on_meta
 
@@ -13,7 +12,5 @@ __all__ = [
     "Cost",
     "ExampleInputs",
     "Graph",
-    "Location",
-    "StateTensor",
     "parameters_on_meta",
 ]

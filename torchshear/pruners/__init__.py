@@ -7,31 +7,20 @@ from torchshear.calibration._weight_source import WeightSource
 from torchshear.pruners import masks
 from torchshear.pruners._collecting import channel_means
 from torchshear.pruners._planning import plan_from_kept
-from torchshear.pruners.criteria._criterion import (
-    Criterion,
-    UnscorableError,
-    criterion,
-    find_criterion,
-    registered_criteria,
-)
+from torchshear.pruners.criteria._criterion import Criterion, UnscorableError, criterion, registered_criteria
 from torchshear.pruners.criteria._random import random_criterion
 from torchshear.pruners.criteria._reconstruction import reconstruction_errors
 from torchshear.pruners.criteria._weight_sums import unit_sums
 from torchshear.pruners.selection._per_group import Ratio
 from torchshear.pruners.selection._pools import isomorphism_classes
-from torchshear.pruners.selection._request import SCOPES
-from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 __all__ = [
-    "GROUP_REDUCTIONS",
-    "SCOPES",
     "Criterion",
     "Ratio",
     "UnscorableError",
     "WeightSource",
     "channel_means",
     "criterion",
-    "find_criterion",
     "isomorphism_classes",
     "masks",
     "plan_from_kept",

@@ -4,11 +4,11 @@ from torchshear.speedup._result import Shrunk
 from torchshear.speedup._shrink import shrink_to_form
 from torchshear.speedup.checkpoints._stream import ShrunkCheckpoint
 from torchshear.speedup.compensation._fold import fold_constants
-from torchshear.speedup.compensation._fold_record import Fold, FoldedConstants, SkippedConstants
+from torchshear.speedup.compensation._fold_record import Fold
 from torchshear.speedup.compensation._refit import refit
-from torchshear.speedup.compensation._refit_record import Refit, RefittedLayer, SkippedLayer
-from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult
-from torchshear.speedup.latency._profiles import detect_profile, profiles, resolve_alignment
+from torchshear.speedup.compensation._refit_record import Refit
+from torchshear.speedup.latency._compare import LatencyComparison
+from torchshear.speedup.latency._profiles import profiles
 from torchshear.speedup.native._attention_scale import OutputFactor
 from torchshear.speedup.onnx._export import OnnxFile
 from torchshear.speedup.rewriting._traced import TracedModule
@@ -16,23 +16,16 @@ from torchshear.speedup.verification._verify import Verification
 
 __all__ = [
     "Fold",
-    "FoldedConstants",
     "LatencyComparison",
-    "LatencyResult",
     "OnnxFile",
     "OutputFactor",
     "Refit",
-    "RefittedLayer",
     "Shrunk",
     "ShrunkCheckpoint",
-    "SkippedConstants",
-    "SkippedLayer",
     "TracedModule",
     "Verification",
-    "detect_profile",
     "fold_constants",
     "profiles",
     "refit",
-    "resolve_alignment",
     "shrink_to_form",
 ]

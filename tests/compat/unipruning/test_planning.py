@@ -14,7 +14,7 @@ from tests.networks import Grouped, image, randomise
 from torchshear.compat.unipruning import plan_from_unipruning_mask, plan_unipruning, write_unipruning_mask
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.pruners import find_criterion
+from torchshear.pruners.criteria._criterion import find_criterion
 
 STEP = 4
 

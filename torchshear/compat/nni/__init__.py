@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from torchshear._other_tools import answering
-from torchshear.compat.nni._dependency_aware import DependencyAwarePlan, LayerMask, plan_dependency_aware
+from torchshear.compat.nni._dependency_aware import DependencyAwarePlan, plan_dependency_aware
 from torchshear.compat.nni._named import (
     ActivationAPoZRankFilterPruner,
     ActivationAPoZRankPruner,
@@ -34,7 +34,6 @@ __all__ = [
     "L1NormPruner",
     "L2FilterPruner",
     "L2NormPruner",
-    "LayerMask",
     "LevelPruner",
     "Pruner",
     "SlimPruner",

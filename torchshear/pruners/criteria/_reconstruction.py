@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from torchshear._arguments import check_kind
-from torchshear.calibration import Statistics, ValueSums
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import ValueSums
 from torchshear.calibration._sums import wide
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.dependency.groups._purposes import READING_PURPOSES

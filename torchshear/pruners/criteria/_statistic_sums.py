@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from torchshear.calibration import Statistics, ValueSums, WeightSums
-from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import SUMS_OF_GRADIENTS, ValueSums, WeightSums
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency.groups._purposes import OWN_PURPOSES
 from torchshear.errors import ArgumentError
