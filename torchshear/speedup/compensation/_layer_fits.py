@@ -1,7 +1,6 @@
 """Fits of single layers, from what the original and the smaller network hold where the layer stands."""
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
@@ -12,7 +11,6 @@ from torchshear.calibration._processes import is_distributed
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
-from torchshear.dependency.rules._weights import unwrap_moves
 from torchshear.graph._location import locate
 from torchshear.graph._operator_record import Norm, operator_of
 from torchshear.speedup.compensation._channel_form import expand_weight, fit_channels
@@ -24,6 +22,7 @@ from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
 from torchshear.speedup.compensation._shared_layer import SharedLayer
+from torchshear.speedup.compensation._stored_parts import StoredParts
 from torchshear.speedup.compensation._sum_shortfall import SumBehind, find_sum, shortfall
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 
@@ -39,6 +38,7 @@ class LayerFits:
     Args:
         groups: the analysed original.
         cut: the units that were removed.
+        smaller: nodes of the smaller network.
         dense: canonical name -> tensor of the original.
         small: canonical name -> tensor of the smaller network, as it is by now.
         split: samples of the batches.
@@ -52,17 +52,17 @@ class LayerFits:
         self,
         groups: ChannelGroups,
         cut: Cut,
+        smaller: Iterable[fx.Node],
         dense: Mapping[str, Tensor],
         small: Mapping[str, Tensor],
         split: SampleSplit,
     ) -> None:
         self.groups, self.cut, self.dense, self.small = groups, cut, dense, small
         self.split = split
-        self.n_reads = _count_reads(groups.graph)
-        self._n_layers = _count_reads(node for node in groups.graph if operator_of(node).product is not None)
+        self._parts = StoredParts(groups.graph.fx_graph.nodes, smaller, small)
         self.layers: list[RefittedLayer] = []
         self.skipped: list[SkippedLayer] = []
-        self._shared: dict[str, SharedLayer] = {}
+        self._shared: dict[tuple[str, str], SharedLayer] = {}
         self._is_settled = False
         self._generator = torch.Generator().manual_seed(0)
         self._batch_hint = groups.graph.batch_hint
@@ -80,16 +80,17 @@ class LayerFits:
         if norm is not None:
             assert present is not None, "computed for norms"
             return self._fit_norm(original, norm, frontier, present)
-        layer = linear_layer(original, node, self.groups.facts.carriers, self.n_reads, self._batch_hint)
+        layer = linear_layer(original, node, self.groups.facts.carriers, self._parts, self._batch_hint)
         if isinstance(layer, str):
             if layer:
                 self.skipped.append(SkippedLayer(_module_of(original), layer))
             return {}
-        if self._n_layers[layer.weight] < self.n_reads[layer.weight]:
-            reason = f"{layer.weight!r} is read by {self.n_reads[layer.weight]} calls, not all of which are layers"
+        n_reads = self._parts.n_reads(layer.weight)
+        if self._parts.n_layers(layer.weight) < n_reads:
+            reason = f"{layer.weight.tensor!r} is read by {n_reads} calls, not all of which are layers"
             self.skipped.append(SkippedLayer(_module_of(original), reason))
             return {}
-        if self.n_reads[layer.weight] > 1:
+        if n_reads > 1:
             self._add_use(original, layer, frontier)
             return {}
         return self._fit_linear(original, layer, frontier)
@@ -98,9 +99,9 @@ class LayerFits:
         """Sum up the rows of one of several calls that read a weight, until that was fitted."""
         if self._is_settled:
             return
-        weight = layer.to_matrix(self.small[layer.weight].detach())
-        first = SharedLayer(_module_of(original), layer, self.n_reads[layer.weight])
-        shared = self._shared.setdefault(layer.weight, first)
+        weight = layer.to_matrix(layer.weight.read(self.small))
+        first = SharedLayer(_module_of(original), layer, self._parts.n_reads(layer.weight))
+        shared = self._shared.setdefault(layer.weight.key, first)
         if weight.shape[2] <= MAX_UNKNOWNS and shared.has_form_of(layer):
             shared.add(self._moments(original, layer, frontier, weight))
 
@@ -120,19 +121,19 @@ class LayerFits:
             if isinstance(fit, str):
                 self.skipped.append(SkippedLayer(shared.module, fit))
             else:
-                found |= self._record(shared.module, shared.layer, fit, shared.layer.bias)
+                found |= self._record(shared.module, shared.layer, fit, found=found)
         if not found:
             self.layers, self.skipped = [*self.layers, *layers], [*self.skipped, *skipped]
         return found
 
     def _fit_linear(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> dict[str, Tensor]:
         """Fit weight and bias of a linear layer; the mean of a batch norm behind it stands in for a missing bias."""
-        weight = layer.to_matrix(self.small[layer.weight].detach())
-        norm_behind = "" if layer.bias else self._batch_norm_behind(original)
+        weight = layer.to_matrix(layer.weight.read(self.small))
+        norm_behind = self._batch_norm_behind(original) if layer.bias is None else ""
         bias = weight.new_zeros(weight.shape[:2])
-        if layer.bias:
-            bias = self.small[layer.bias].detach().reshape(bias.shape)
-        has_bias = bool(layer.bias or norm_behind)
+        if layer.bias is not None:
+            bias = layer.bias.read(self.small).reshape(bias.shape)
+        has_bias = layer.bias is not None or bool(norm_behind)
         if weight.shape[2] > MAX_UNKNOWNS:
             fit = self._fit_wide(original, layer, frontier, weight, bias, has_bias)
         else:
@@ -141,26 +142,36 @@ class LayerFits:
         if fit is None:
             self.skipped.append(SkippedLayer(_module_of(original), _NO_VALUES))
             return {}
-        return self._record(_module_of(original), layer, fit, layer.bias or norm_behind)
+        return self._record(_module_of(original), layer, fit, norm_behind)
 
-    def _record(self, module: str, layer: LinearLayer, fit: LinearFit, offset: str) -> dict[str, Tensor]:
+    def _record(
+        self,
+        module: str,
+        layer: LinearLayer,
+        fit: LinearFit,
+        norm_behind: str = "",
+        found: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Record the fit of a linear layer, and return its new tensors.
 
         Args:
             module: name of its module.
             layer: the layer.
             fit: the fit.
-            offset: its bias, or the mean of a batch norm that takes its place; "" for neither.
+            norm_behind: the mean of a batch norm that takes the place of its bias; "" for none.
+            found: tensors that are new already; parts of them may be those of this layer.
         """
         if not fit.method or fit.error_before < _SAME:
             self.layers.append(RefittedLayer(module, "linear", fit.error_before, fit.error_before, ""))
             return {}
         self.layers.append(RefittedLayer(module, "linear", fit.error_before, fit.error_after, fit.method))
-        found = {layer.weight: layer.to_weight(fit.weight, self.small[layer.weight])}
-        if offset:
-            shift = fit.bias.reshape(-1)
-            found[offset] = shift if offset == layer.bias else self.small[offset].double() - shift
-        return found
+        new = dict(found or {})
+        layer.weight.write(self.small, new, layer.to_weight(fit.weight, layer.weight.read(self.small)))
+        if layer.bias is not None:
+            layer.bias.write(self.small, new, fit.bias)
+        if norm_behind:
+            new[norm_behind] = self.small[norm_behind].double() - fit.bias.reshape(-1)
+        return new
 
     def _moments(
         self, original: fx.Node, layer: LinearLayer, frontier: Frontier, weight: Tensor
@@ -185,7 +196,7 @@ class LayerFits:
             n_rows: how many rows to draw at most, of all batches together.
         """
         wanted = self._wanted(original, frontier, number)
-        kernel = self.small[layer.weight].shape
+        kernel = layer.weight.read(self.small).shape
         taps = [kernel[dim] for dim in layer.order][2:] if layer.n_dims else []
         share = -(-n_rows // len(self.split.sizes))
         operand = frontier.small[layer.operand][number]
@@ -200,8 +211,8 @@ class LayerFits:
         for number in range(len(self.split.sizes)):
             rows.add(*self._rows(original, layer, frontier, number, WideRows.count_for(weight.shape[2])))
         candidates: dict[str, tuple[Tensor, Tensor]] = {}
-        n_taps = math.prod(self.small[layer.weight].shape[dim] for dim in layer.order[2:])
-        if layer.n_dims and layer.n_groups == 1 and weight.shape[2] // n_taps <= MAX_UNKNOWNS:
+        n_taps = math.prod(layer.weight.read(self.small).shape[dim] for dim in layer.order[2:])
+        if layer.weight.is_whole and layer.n_dims and layer.n_groups == 1 and weight.shape[2] // n_taps <= MAX_UNKNOWNS:
             found = self._fold_channels(original, layer, frontier)
             if found is not None:
                 candidates["channel form"] = found[0], bias.double() + found[1] if has_bias else bias.double()
@@ -209,7 +220,8 @@ class LayerFits:
 
     def _fold_channels(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> tuple[Tensor, Tensor] | None:
         """Express the channels that a convolution read by those that are left, and fold that into its weight."""
-        axes, places = self.groups.facts.state_axes[layer.weight], layer.order[:2]
+        tensor, places = layer.weight.tensor, layer.order[:2]
+        axes = self.groups.facts.state_axes[tensor]
         out_dim, in_dim = places if layer.kind == "convolution" else reversed(places)
         kept_in, kept_out = (torch.from_numpy(self.cut.keep(axes[dim]).copy()) for dim in (in_dim, out_dim))
         fit = fit_channels(
@@ -222,7 +234,7 @@ class LayerFits:
         )
         if fit is None:
             return None
-        dense = layer.to_matrix(self.dense[layer.weight].detach())[0][kept_out.to(self.dense[layer.weight].device)]
+        dense = layer.to_matrix(self.dense[tensor].detach())[0][kept_out.to(self.dense[tensor].device)]
         return expand_weight(dense, fit)
 
     def _batch_norm_behind(self, node: fx.Node) -> str:
@@ -235,7 +247,7 @@ class LayerFits:
         mean = given.get(norm.mean)
         if given.get(norm.input) is not node or given.get(norm.own) or not isinstance(mean, fx.Node):
             return ""
-        return str(mean.target) if mean.op == "get_attr" and self.n_reads[str(mean.target)] == 1 else ""
+        return str(mean.target) if mean.op == "get_attr" and self._parts.n_reads_of(str(mean.target)) == 1 else ""
 
     def _fit_norm(self, original: fx.Node, norm: Norm, frontier: Frontier, present: Values) -> dict[str, Tensor]:
         """Fit scale and shift of a norm, or renew its running statistics, whichever does better."""
@@ -243,7 +255,7 @@ class LayerFits:
         roles = {"scale": norm.scale, "shift": norm.shift, "mean": norm.mean, "variance": norm.variance}
         held = {role: given[argument] for role, argument in roles.items() if isinstance(given.get(argument), fx.Node)}
         tensors = {role: str(node.target) for role, node in held.items()}
-        if any(one.op != "get_attr" or self.n_reads[str(one.target)] > 1 for one in held.values()):
+        if any(one.op != "get_attr" or self._parts.n_reads_of(str(one.target)) > 1 for one in held.values()):
             self.skipped.append(SkippedLayer(module, "its scale or shift is computed, or read by several calls"))
             return {}
         if not tensors or given.get(norm.own):
@@ -291,8 +303,8 @@ class LayerFits:
         known = operator_of(node)
         if known.product is None and known.norm is None:
             return False
-        bases = [unwrap_moves(operand)[0] for operand in node.all_input_nodes]
-        if any(base.op == "get_attr" and self._n_layers[str(base.target)] > 1 for base in bases):
+        held = [self._parts.behind(operand) for operand in node.all_input_nodes]
+        if any(part is not None and self._parts.n_layers(part) > 1 for part in held):
             return True
         rest = self._rest_of_sum(node, frontier)
         return rest is not None and frontier.dense[rest.other.name] is not frontier.small[rest.other.name]
@@ -320,13 +332,6 @@ class LayerFits:
         axes = self.groups.facts.axes.get(node.name) if isinstance(node, fx.Node) else None
         found: Any = map_axes(lambda tensor, own: select_kept(tensor, own, self.cut), value, axes)
         return found
-
-
-def _count_reads(nodes: Iterable[fx.Node]) -> Counter[str]:
-    """Count the calls that read each tensor of the model, whether or not its dimensions are moved before."""
-    readers = [node for node in nodes if unwrap_moves(node)[0] is node]
-    bases = [unwrap_moves(operand)[0] for node in readers for operand in node.all_input_nodes]
-    return Counter(str(base.target) for base in bases if base.op == "get_attr")
 
 
 def _module_of(node: fx.Node) -> str:

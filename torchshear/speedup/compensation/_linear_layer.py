@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._weights import weight_behind
-from torchshear.graph._nodes import is_from_state, tensor_operands
+from torchshear.graph._nodes import is_from_state, shape_of, tensor_operands
 from torchshear.graph._operator_record import operator_name, operator_of
 from torchshear.speedup.compensation._samples import batch_dimension, sample_numbers
+from torchshear.speedup.compensation._stored_parts import StoredPart, StoredParts
 
 MAX_UNKNOWNS: Final = 4608
 """The largest system that is solved, in unknowns for each output."""
@@ -25,9 +26,9 @@ class LinearLayer:
     Attributes:
         node: name of the call.
         operand: name of the node that it reads.
-        weight: canonical name of its weight.
-        bias: canonical name of its bias, or "".
-        order: dimensions of the weight in the order in which the call reads them.
+        weight: its weight.
+        bias: its bias, or None.
+        order: dimensions of a whole weight in the order in which the call reads them.
         kind: "dense"; "batched", one weight for each entry of dimension 0; "single", a batch of one weight;
             "convolution" or "transposed".
         is_rows_first: the weight has outputs before inputs, as that of `linear`.
@@ -38,8 +39,8 @@ class LinearLayer:
 
     node: str
     operand: str
-    weight: str
-    bias: str
+    weight: StoredPart
+    bias: StoredPart | None
     order: tuple[int, ...]
     kind: str
     is_rows_first: bool
@@ -173,7 +174,7 @@ def linear_layer(
     node: fx.Node,
     smaller: fx.Node,
     carriers: Mapping[str, fx.Node],
-    n_reads: Mapping[str, int],
+    parts: StoredParts,
     batch_hint: int | None,
 ) -> LinearLayer | str:
     """Return the linear layer that a call is, "" for another call, or the reason why a layer cannot be refitted.
@@ -182,7 +183,7 @@ def linear_layer(
         node: the call in the captured graph.
         smaller: the same call in the smaller network.
         carriers: name of a node that computes a weight -> the tensor of the model that it stands for.
-        n_reads: canonical name -> how often the graph reads that tensor.
+        parts: the tensors that calls of the network read.
         batch_hint: the free batch of the capture; None if it is fixed.
     """
     product = operator_of(node).product
@@ -193,34 +194,40 @@ def linear_layer(
     bias = given.get(product.bias) if product.bias else None
     if not isinstance(operand, fx.Node) or not isinstance(factor, fx.Node) or weight_behind(operand, carriers):
         return _reason_for_no_layer(node)
-    behind = weight_behind(factor, {})
-    if behind is None:
-        return "its weight is computed of parameters, or a part of one" if is_from_state(factor) else ""
-    held, places = behind
-    order = tuple(int(place) for place in places if place is not None)
-    if len(order) != held.meta["val"].ndim or len(order) != len(places):
-        return "its weight is read in another shape"
-    summed = product.contracted[1] % len(order)  # dimension of the weight
+    weight = parts.behind(factor)
+    if weight is None:
+        if weight_behind(factor, {}) is not None:
+            return "its weight is read in another shape"
+        return "its weight is computed of parameters" if is_from_state(factor) else ""
+    shape = shape_of(factor)
+    summed = product.contracted[1] % len(shape)
     kind = "dense"
     if "stride" in given:
         kind = "convolution" if summed == 1 else "transposed"
-    elif len(order) == 3 and operand.meta["val"].ndim == 3:
-        kind = "single" if held.meta["val"].shape[order[0]] == 1 else "batched"
-    elif len(order) != 2:
+    elif len(shape) == 3 and operand.meta["val"].ndim == 3:
+        kind = "single" if shape[0] == 1 else "batched"
+    elif len(shape) != 2:
         return "its weight is multiplied in another form than that of a matrix"
-    problem = _find_obstacle(node, (operand, factor, bias), held, kind, n_reads)
+    problem = weight.problem or _find_obstacle(node, (operand, factor, bias), kind, parts)
     return problem or LinearLayer(
         node=node.name,
         operand=operand.name,
-        weight=str(held.target),
-        bias=str(bias.target) if isinstance(bias, fx.Node) else "",
-        order=order,
+        weight=weight,
+        bias=parts.behind(bias) if isinstance(bias, fx.Node) else None,
+        order=_order_of(factor, weight),
         kind=kind,
         is_rows_first=summed == 1,
-        n_dims=len(order) - 2 if "stride" in given else 0,
+        n_dims=len(shape) - 2 if "stride" in given else 0,
         batch_dim=batch_dimension(operand, batch_hint) or 0,
         given=bind_arguments(smaller),
     )
+
+
+def _order_of(factor: fx.Node, weight: StoredPart) -> tuple[int, ...]:
+    """Return the dimensions of a weight in the order in which an operand has them; a part has them in its own."""
+    behind = weight_behind(factor, {}) if weight.is_whole else None
+    places = behind[1] if behind is not None else range(len(shape_of(factor)))
+    return tuple(place for place in places if place is not None)
 
 
 def _reason_for_no_layer(node: fx.Node) -> str:
@@ -235,19 +242,16 @@ def _reason_for_no_layer(node: fx.Node) -> str:
     return ""
 
 
-def _find_obstacle(
-    node: fx.Node, known: tuple[Any, ...], weight: fx.Node, kind: str, n_reads: Mapping[str, int]
-) -> str:
+def _find_obstacle(node: fx.Node, known: tuple[Any, ...], kind: str, parts: StoredParts) -> str:
     """Say why a layer cannot be refitted; "" if it can.
 
     Args:
         node: the call.
         known: its input, weight and bias.
-        weight: the tensor of the model that is its weight.
         kind: see `LinearLayer`.
-        n_reads: canonical name -> how often the graph reads that tensor.
+        parts: the tensors that calls of the network read.
     """
-    given, bias = bind_arguments(node), known[2]
+    given, (_, weight, bias) = bind_arguments(node), known
     if not weight.meta["val"].is_floating_point():
         return "its weight is not of real numbers"
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
@@ -255,9 +259,10 @@ def _find_obstacle(
     if any(operand not in known for operand in node.all_input_nodes):
         return "it reads more than an input, a weight and a bias"
     if isinstance(bias, fx.Node):
-        if bias.op != "get_attr" or bias.meta["val"].ndim != 1 or kind in ("batched", "single"):
+        own = parts.behind(bias)
+        if own is None or own.problem or bias.meta["val"].ndim != 1 or kind in ("batched", "single"):
             return "its bias is computed, or not one number for each output"
-        counts = [n_reads[str(tensor.target)] for tensor in (weight, bias)]
+        counts = [parts.n_reads(part) for part in (parts.behind(weight), own) if part is not None]
         if counts[0] != counts[1]:
             return f"its weight is read by {counts[0]} calls, and its bias by {counts[1]}"
     return ""

@@ -5,7 +5,7 @@ each node. At a linear layer the smaller network knows its inputs, all layers be
 knows the output that is wanted: one linear system. Errors of earlier layers are so corrected by later ones.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torchshear.calibration._progress import Progress, with_progress
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
-from torchshear.graph._nodes import is_only_read, is_written
+from torchshear.graph._nodes import is_from_state, is_only_read, is_written
 from torchshear.graph._operator_record import operator_of
 from torchshear.graph._run import interpret
 from torchshear.speedup.compensation._frontier import Frontier, Values
@@ -60,7 +60,7 @@ class RefitPass:
         self.dense_state, self.small_state = dense, small
         self.batches, self.memory, self.progress = batches, memory, progress
         self.split = SampleSplit.of(groups.graph, batches)
-        self.fits = LayerFits(groups, cut, dense, small, self.split)
+        self.fits = LayerFits(groups, cut, self.smaller.nodes, dense, small, self.split)
         self._inputs = [node for node in groups.graph if node.op == "placeholder"]
         self._sources = [node for node in self.smaller.nodes if node.op == "get_attr"]
 
@@ -84,7 +84,7 @@ class RefitPass:
         order = {node.name: number for number, node in enumerate(nodes)}
         last: dict[str, int] = {}
         for reader in readers:
-            for operand in reader.all_input_nodes:
+            for operand in (each for own in reader.all_input_nodes for each in _with_sources(own)):
                 last[operand.name] = max(last.get(operand.name, 0), order[reader.name])
         leaves = [leaf for leaves in self.batches for leaf in leaves if isinstance(leaf, Tensor)]
         state = (*leaves, *self.dense_state.values(), *self.small_state.values())
@@ -195,9 +195,9 @@ class RefitPass:
         stale = [node for node in self._sources if str(node.target) == name and node.name in small]
         for source in stale:
             small[source.name] = Values(self.small_state[name] for _ in self.batches)
-        while stale:  # calls that moved the dimensions of a weight before its layer reads it
+        while stale:  # calls that move the dimensions of a weight, or take a part of it, before its layer reads it
             for user in stale.pop().users:
-                if user.name in small:
+                if user.name in small and is_from_state(user):
                     small[user.name] = self._call_all(user, small, frontier)
                     stale.append(user)
 
@@ -207,6 +207,14 @@ def _call(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], number: 
     if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
         torch.manual_seed(crc32(f"{node.name} {number}".encode()))
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _with_sources(operand: fx.Node) -> Iterator[fx.Node]:
+    """Give an operand and, if it is a part of a tensor of the model, all that it is taken out of."""
+    yield operand
+    while is_from_state(operand) and len(operand.all_input_nodes) == 1:
+        (operand,) = operand.all_input_nodes
+        yield operand
 
 
 def _value_of(node: Any, values: Mapping[str, Values], number: int) -> Any:

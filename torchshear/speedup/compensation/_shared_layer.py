@@ -24,11 +24,7 @@ class SharedLayer:
 
     def has_form_of(self, layer: LinearLayer) -> bool:
         """Check that another call reads weight and bias in the same way."""
-        own = self.layer
-        return (own.bias, own.kind, own.order, own.is_rows_first, own.n_groups) == (
-            *(layer.bias, layer.kind, layer.order),
-            *(layer.is_rows_first, layer.n_groups),
-        )
+        return _form_of(self.layer) == _form_of(layer)
 
     def add(self, moments: tuple[Moments, Moments]) -> None:
         """Add the sums of a call, of samples to fit to and of samples held out."""
@@ -45,14 +41,21 @@ class SharedLayer:
         Args:
             state: canonical name -> tensor of the smaller network.
         """
-        name, layer = self.layer.weight, self.layer
+        layer = self.layer
         if self._n_calls < self.n_reads or self._moments is None:
+            name = layer.weight.tensor
             return f"{name!r} is read by {self.n_reads} calls, {self._n_calls} of which could be fitted together"
         fitting, held_out = self._moments
         if not fitting.n or not held_out.n:
             return "no sample gives it finite values"
-        weight = layer.to_matrix(state[name].detach())
-        bias = (
-            state[layer.bias].detach().reshape(weight.shape[:2]) if layer.bias else weight.new_zeros(weight.shape[:2])
-        )
-        return fit_linear(fitting, held_out, weight, bias, bool(layer.bias))
+        weight = layer.to_matrix(layer.weight.read(state))
+        bias = weight.new_zeros(weight.shape[:2])
+        if layer.bias is not None:
+            bias = layer.bias.read(state).reshape(bias.shape)
+        return fit_linear(fitting, held_out, weight, bias, layer.bias is not None)
+
+
+def _form_of(layer: LinearLayer) -> tuple[object, ...]:
+    """Return all that calls of one weight must have in common to make one system."""
+    bias = None if layer.bias is None else (layer.bias.key, layer.bias.form)
+    return bias, layer.weight.form, layer.kind, layer.order, layer.is_rows_first, layer.n_groups
