@@ -45,7 +45,7 @@ LAYERS = (
 INNER_LAYERS = {
     "torchshear.dependency": (("algebra",), ("rules",), ("groups",), ("plans",)),
     "torchshear.graph": (("model",), ("numerics", "masked"), ("capture",)),
-    "torchshear.pruners": (("criteria", "masks"), ("selection",)),
+    "torchshear.pruners": (("criteria", "masks", "allocation"), ("selection",)),
     "torchshear.speedup": (
         ("rewriting",),
         ("comparing", "checkpoints"),

@@ -1,0 +1,1 @@
+"""Allocation of widths to groups within budgets, solved exactly."""
