@@ -1,7 +1,7 @@
 """Fits of single layers, from what the original and the smaller network hold where the layer stands."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -18,6 +18,8 @@ from torchshear.speedup.compensation._frontier import Frontier, Values
 from torchshear.speedup.compensation._least_squares import LinearFit, Moments, fit_linear, sum_apart
 from torchshear.speedup.compensation._least_squares_wide import WideRows, fit_wide
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
+from torchshear.speedup.compensation._logits import Logits, find_logits
+from torchshear.speedup.compensation._logits_layers import LogitsFit
 from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
@@ -52,7 +54,7 @@ class LayerFits:
         self,
         groups: ChannelGroups,
         cut: Cut,
-        smaller: Iterable[fx.Node],
+        smaller: Sequence[fx.Node],
         dense: Mapping[str, Tensor],
         small: Mapping[str, Tensor],
         split: SampleSplit,
@@ -60,6 +62,9 @@ class LayerFits:
         self.groups, self.cut, self.dense, self.small = groups, cut, dense, small
         self.split = split
         self._parts = StoredParts(groups.graph.fx_graph.nodes, smaller, small)
+        self._smaller = {node.name: node for node in smaller}
+        found = {node.name: find_logits(node, groups.facts, cut) for node in groups.graph}
+        self._logits = {name: one for name, one in found.items() if one}
         self.layers: list[RefittedLayer] = []
         self.skipped: list[SkippedLayer] = []
         self._shared: dict[tuple[str, str], SharedLayer] = {}
@@ -94,6 +99,28 @@ class LayerFits:
             self._add_use(original, layer, frontier)
             return {}
         return self._fit_linear(original, layer, frontier)
+
+    def fit_logits(self, original: fx.Node, frontier: Frontier) -> dict[str, Tensor]:
+        """Fit the layers of queries and keys to their product, if a call is one, and return their new tensors."""
+        logits = self._logits.get(original.name)
+        if logits is None:
+            return {}
+        fit: Any = logits
+        if isinstance(logits, Logits):
+            fit = LogitsFit(
+                *(logits, self.groups, self.cut, self._parts, self.small, self.split, frontier, self._smaller)
+            ).run()
+        if isinstance(fit, str):
+            self.skipped.append(SkippedLayer(_module_of(original), fit))
+            return {}
+        found, errors = fit
+        self.layers.append(RefittedLayer(_module_of(original), "logits", *errors))
+        return dict(found)
+
+    def logits_of(self, name: str) -> Logits | None:
+        """Return the product that a call is, if its layers are fitted to it."""
+        found = self._logits.get(name)
+        return found if isinstance(found, Logits) else None
 
     def _add_use(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> None:
         """Sum up the rows of one of several calls that read a weight, until that was fitted."""

@@ -60,8 +60,9 @@ class RefitPass:
         self.dense_state, self.small_state = dense, small
         self.batches, self.memory, self.progress = batches, memory, progress
         self.split = SampleSplit.of(groups.graph, batches)
-        self.fits = LayerFits(groups, cut, self.smaller.nodes, dense, small, self.split)
+        self.fits = LayerFits(groups, cut, list(self.smaller.nodes), dense, small, self.split)
         self._inputs = [node for node in groups.graph if node.op == "placeholder"]
+        self._nodes = {node.name: node for node in self.smaller.nodes}
         self._sources = [node for node in self.smaller.nodes if node.op == "get_attr"]
 
     def run(self) -> tuple[list[Any], list[Any]]:
@@ -86,6 +87,12 @@ class RefitPass:
         for reader in readers:
             for operand in (each for own in reader.all_input_nodes for each in _with_sources(own)):
                 last[operand.name] = max(last.get(operand.name, 0), order[reader.name])
+        for node in originals.values():
+            logits = self.fits.logits_of(node.name)
+            if logits is not None:
+                again = [operand.name for name in logits.recomputed() for operand in self._nodes[name].all_input_nodes]
+                for name in (*logits.needed(), *again):
+                    last[name] = max(last.get(name, 0), order[node.name])
         leaves = [leaf for leaves in self.batches for leaf in leaves if isinstance(leaf, Tensor)]
         state = (*leaves, *self.dense_state.values(), *self.small_state.values())
         with Frontier(self.memory, last, state) as frontier:
@@ -137,12 +144,22 @@ class RefitPass:
             dense[node.name] = small[node.name] = self._call_all(original, dense, frontier)
         else:
             dense[node.name] = self._call_all(original, dense, frontier)
+            self._fit_logits(original, frontier)
             present = self._call_all(node, small, frontier) if operator_of(original).norm is not None else None
             fitted = self.fits.fit(original, node, frontier, present)
             for name, value in fitted.items():
                 self._set(name, value, frontier)
             is_known = present is not None and not fitted
             small[node.name] = present if is_known and present else self._call_all(node, small, frontier)
+
+    def _fit_logits(self, original: fx.Node, frontier: Frontier) -> None:
+        """Fit the layers in front of a product of queries and keys to it, and compute anew what they give."""
+        fitted = self.fits.fit_logits(original, frontier)
+        for name, value in fitted.items():
+            self._set(name, value, frontier)
+        logits = self.fits.logits_of(original.name)
+        for name in logits.recomputed() if fitted and logits is not None else ():
+            frontier.small[name] = self._call_all(self._nodes[name], frontier.small, frontier)
 
     def _call_all(self, node: fx.Node, values: Mapping[str, Values], frontier: Frontier) -> Values:
         """Compute a call in every batch."""

@@ -9,13 +9,14 @@ class RefittedLayer:
 
     Attributes:
         name: name of its module.
-        kind: "linear" or "norm".
+        kind: "linear", "norm", or "logits" for the layers of queries and keys, fitted together to their products.
         error_before: squared error of its output on samples held out, relative to the variance of the output in the
             original model, with its weights as they were and all layers before it refitted. In front of a sum the
             output counts with what the rest of the sum lacks.
         error_after: the same after the refit; equal where it stayed as it was.
         method: how it was fitted: "least squares" or, with many inputs, the steps that helped ("channel form", ...); a
-            norm by "statistics" or "affine"; "" where it stayed as it was.
+            norm by "statistics" or "affine", logits by "closed form" or "alternating least squares"; "" where it
+            stayed as it was.
     """
 
     name: str

@@ -14,7 +14,7 @@ from torchshear.dependency.rules._weights import unwrap_moves, weight_behind
 from torchshear.graph._nodes import is_from_state, shape_of
 from torchshear.graph._operator_record import operator_name, operator_of
 
-_SPLITS: Final = frozenset(
+SPLITS: Final = frozenset(
     f"aten.{name}"
     for name in (
         *("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_chunk", "unsafe_split", "unbind"),
@@ -178,14 +178,14 @@ def _is_taken(node: fx.Node) -> bool:
         return _is_taken(node.all_input_nodes[0])
     if unwrap_moves(node)[0] is not node:
         return True
-    return operator_of(node).passes == "layout" or ".".join(operator_name(node).split(".")[:2]) in _SPLITS
+    return operator_of(node).passes == "layout" or ".".join(operator_name(node).split(".")[:2]) in SPLITS
 
 
 def _take(calls: Iterable[fx.Node], tensor: Tensor) -> Tensor:
     """Make calls that take a part out of a tensor; conversions are left out."""
     value = tensor
     for node in calls:
-        if not operator_of(node).keeps_positions:
+        if operator_of(node).passes != "conversion":
             value = node.target(value, *node.args[1:], **node.kwargs)  # type: ignore[operator]
     return value
 
