@@ -16,11 +16,13 @@ from torch.nn.functional import cross_entropy
 import torchshear
 from tests.blocks import Source
 from tests.hostile_values import FAILS, PLACES, VALUES
+from tests.speedup.latency.making_tables import joined, probes_of, table_of_probes
 from torchshear import comparison, configs, dependency, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import TorchshearError
 from torchshear.pruners import masks
+from torchshear.speedup import latency
 from torchshear.speedup.compensation._recalibrate import check_recalibration
 
 CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
@@ -56,6 +58,7 @@ class Given:
     pruner: Any
     compared: Any
     measured: Any
+    table: Any
     folder: Path
 
     @classmethod
@@ -85,7 +88,10 @@ class Given:
         save_file(model.state_dict(), folder / "src" / "model.safetensors")
         torch.manual_seed(0)
         made = (groups.graph, groups, result.plan, result.model, statistics, grams)
-        return cls(model, x, *made, laid, second, pruner, compared, measured, folder)
+        analyzed = joined()[2]
+        table = table_of_probes(analyzed, probes_of(analyzed))
+        table.save(folder / "table.json")
+        return cls(model, x, *made, laid, second, pruner, compared, measured, table, folder)
 
 
 class Call(NamedTuple):
@@ -181,6 +187,20 @@ CALLS: dict[str, Call] = {
             **{"warmup": 1, "min_seconds": 1e-4, "confidence": 0.9, "seed": 0},
         },
     ),
+    "measure_table": Call(
+        latency.measure_table,
+        lambda g: {
+            **{"model": g.model, "args": (g.x,), "kwargs": {}, "device": latency.Device(batch=2), "align": 4},
+            **{"probes": 4, "use_cache": False, "progress": False},
+        },
+    ),
+    "LatencyTable.predict_ms": Call(
+        latency.LatencyTable.predict_ms, lambda g: {"self": g.table, "widths": {"stem.weight[0]": 8}}
+    ),
+    "LatencyTable.save": Call(
+        latency.LatencyTable.save, lambda g: {"self": g.table, "path": g.folder / "table copy.json"}
+    ),
+    "LatencyTable.load": Call(latency.LatencyTable.load, lambda g: {"path": g.folder / "table.json"}),
     "load_checkpoint": Call(torchshear.load_checkpoint, lambda g: {"model": Network(), "source": g.folder / "src"}),
     "shrink_checkpoint": Call(
         torchshear.shrink_checkpoint,

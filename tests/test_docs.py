@@ -35,6 +35,7 @@ def code_of(page: str) -> str:
 @pytest.mark.parametrize("page", PAGES)
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHSHEAR_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "page.py"
     file.write_text(code_of(page))
     operators, criteria = set(registered_operators()), set(_registry._CRITERIA)

@@ -18,11 +18,12 @@ from tests.hostile_values import VALUES
 from torchshear import comparison, configs, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
+from torchshear.speedup import latency
 
 # Of these a call that succeeds takes half a second or more; `benchmarks/fuzz_inputs.py --section calls` makes many.
 SLOW = (
     *("compare", "compare_latency", "export_onnx", "prune", "prune by a config", "shrink", "fold_constants"),
-    *("refit", "compensate"),
+    *("refit", "compensate", "measure_table"),
 )
 
 # Of these many wrong arguments are taken, and many calls so made take long together.
@@ -40,7 +41,7 @@ INNER_METHODS = {
     *("OutputFactor.register", "Mask.forward", "Mask.right_inverse", "TracedModule.forward"),
     "LatencyComparison.speedup_interval",
 }
-MODULES = (torchshear, configs, pruners, masks, speedup, nni, unipruning, comparison, inspection)
+MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection)
 
 
 @pytest.fixture(scope="module")

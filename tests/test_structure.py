@@ -49,8 +49,9 @@ INNER_LAYERS = {
     "torchshear.speedup": (
         ("rewriting",),
         ("comparing", "checkpoints"),
-        ("native", "latency"),
+        ("native",),
         ("shrinking", "onnx"),
+        ("latency",),
         ("verification",),
         ("compensation",),
     ),

@@ -14,8 +14,9 @@ from torchshear import comparison, configs, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
 from torchshear.pruners.criteria._criterion import needs_of
+from torchshear.speedup import latency
 
-MODULES = (torchshear, configs, pruners, masks, speedup, nni, unipruning, comparison, inspection)
+MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection)
 X = torch.randn(2, 4)
 Use = Callable[[nn.Module, Any, Path], Any]
 
@@ -79,7 +80,13 @@ def use_compensate(model: nn.Module, args: Any, _: Path) -> Any:
     return outputs(torchshear.compensate(model, small, plan, data, args=args, batches=1, progress=False))
 
 
+def use_table(model: nn.Module, args: Any, _: Path) -> Any:
+    table = latency.measure_table(model, args, align=1, probes=4, use_cache=False, progress=False)
+    return table.fingerprint, [point.widths for point in table.points]
+
+
 USES: dict[str, Use] = {
+    "measure_table": use_table,
     "refit": use_refit,
     "compensate": use_compensate,
     "trace": lambda model, args, _: torchshear.trace(model, args).fingerprint,

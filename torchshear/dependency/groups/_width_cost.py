@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torchshear.dependency.algebra._axis import Axis
 from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._groups import ChannelGroups
+from torchshear.dependency.groups._width_form import NO_GROUP, WidthForm, groups_of_units, terms_of_axis
 from torchshear.graph import Cost
 from torchshear.graph._cost import node_macs
 from torchshear.graph._nodes import shape_of, tensor_operands
@@ -28,8 +29,6 @@ class _Size:
 
 
 _Sizes = tuple[_Size, ...] | tuple[tuple[_Size, ...], ...]  # the latter of several values, as `chunk` gives
-
-_NONE = -1  # the group of a position that no group cuts; its share is always 1
 
 
 class WidthCost:
@@ -48,9 +47,7 @@ class WidthCost:
     def __init__(self, groups: ChannelGroups) -> None:
         self._groups = groups
         self._widths = np.array([group.width for group in groups], np.float64)
-        self._group_of = np.full(len(groups.algebra.store), _NONE, np.int64)
-        for number, group in enumerate(groups):
-            self._group_of[group.atoms] = number
+        self._group_of = groups_of_units(groups)
         self._numbers: dict[int, int] = {}
         self._held: list[Axis] = []  # so that the identities of their arrays stay theirs
         self._terms: list[tuple[Ids, Ids]] = []
@@ -59,7 +56,7 @@ class WidthCost:
         self._parameters = [self._state[name] for name in parameters]
         self._calls = [self._call(node) for node in groups.graph if _has_macs(node)]
         depth = max((of.shape[1] for of, _ in self._terms), default=0)
-        padded = [np.pad(of, ((0, 0), (0, depth - of.shape[1])), constant_values=_NONE) for of, _ in self._terms]
+        padded = [np.pad(of, ((0, 0), (0, depth - of.shape[1])), constant_values=NO_GROUP) for of, _ in self._terms]
         self._of = np.concatenate([*padded, np.zeros((0, depth), np.int64)])
         self._counts = np.concatenate([*(counts for _, counts in self._terms), np.zeros(0, np.int64)])
         self._axis_of = np.repeat(np.arange(len(self._terms)), [len(counts) for _, counts in self._terms])
@@ -72,13 +69,23 @@ class WidthCost:
         """
         shares = np.append(np.asarray(widths, np.float64) / self._widths, 1.0)
         terms = self._counts * shares[self._of].prod(1)
-        sizes = np.bincount(self._axis_of, terms, len(self._terms)).astype(np.float64)
+        n_params, macs = self._sums(np.bincount(self._axis_of, terms, len(self._terms)).tolist())
+        return Cost(round(n_params), round(macs) // (self._groups.graph.batch_hint or 1))
+
+    def forms(self) -> tuple[WidthForm, WidthForm]:
+        """Return parameters, and operations of a sample, as polynomials in the shares of units that groups keep."""
+        n_params, macs = self._sums([WidthForm.of_terms(of, counts) for of, counts in self._terms])
+        none = WidthForm({})
+        return none + n_params, (none + macs) / (self._groups.graph.batch_hint or 1)
+
+    def _sums(self, sizes: list[Any]) -> tuple[Any, Any]:
+        """Return parameters and operations of the whole batch, from the size of every axis."""
         n_params = sum(prod(_values(one, sizes)) for one in self._parameters)
         macs = sum(
             node_macs(target, [_values(one, sizes) for one in given], _values(made, sizes))
             for target, given, made in self._calls
         )
-        return Cost(round(n_params), round(macs) // (self._groups.graph.batch_hint or 1))
+        return n_params, macs
 
     def _call(self, node: fx.Node) -> tuple[str, list[_Sizes], _Sizes]:
         return str(node.target), [self._value(n) for n in tensor_operands(node)], self._value(node)
@@ -116,19 +123,8 @@ class WidthCost:
         if known is None:
             known = self._numbers[id(axis.units)] = len(self._terms)
             self._held.append(axis)
-            self._terms.append(self._terms_of(axis))
+            self._terms.append(terms_of_axis(self._groups, self._group_of, axis))
         return known
-
-    def _terms_of(self, axis: Axis) -> tuple[Ids, Ids]:
-        """Groups that positions of an axis depend on, shape (n_terms, k), and how many positions there are of each."""
-        rows = self._groups.algebra.store.resolve(axis.units)
-        if rows.shape[1] == 0:
-            return np.zeros((1, 0), np.int64), np.array([axis.size])
-        of = np.sort(self._group_of[rows], 1)
-        if rows.shape[1] == 1 and (of == of[0]).all():
-            return of[:1], np.array([len(of)])
-        terms, counts = np.unique(of, axis=0, return_counts=True)
-        return terms, counts
 
 
 def _has_macs(node: fx.Node) -> bool:
@@ -140,8 +136,8 @@ def _has_macs(node: fx.Node) -> bool:
     return bool(operands) and node_macs(str(node.target), [shape_of(n) for n in operands], shape_of(node)) > 0
 
 
-def _values(shape: Any, sizes: Floats) -> Any:
-    """Numbers in the structure of sizes."""
+def _values(shape: Any, sizes: list[Any]) -> Any:
+    """Numbers or polynomials in the structure of sizes."""
     if isinstance(shape, _Size):
-        return float(sizes[shape.number]) / shape.divisor
+        return sizes[shape.number] / shape.divisor
     return tuple(_values(one, sizes) for one in shape)

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency._alignment import Alignment
+from torchshear.dependency.groups._aligned_widths import aligned_widths
 from torchshear.errors import PlanError
 
 Indices = npt.NDArray[np.int64]
@@ -56,12 +57,10 @@ def allowed_widths(group: ChannelGroup, alignment: Alignment, limits: Limits) ->
     """
     if not group.is_prunable:
         return np.array([group.width])
-    peer = group.width // group.n_peers
-    allowed = alignment.allowed_widths(peer, group.multiplicity) * group.n_peers
-    cut = group.width - allowed
-    most = group.max_cut if limits.max_ratio is None else min(group.max_cut, n_removed(group.width, limits.max_ratio))
-    fits = (cut % group.n_blocks == 0) & (cut <= most) & (allowed >= min(limits.min_width, peer) * group.n_peers)
-    found = np.asarray(allowed[fits], np.int64)
+    allowed = aligned_widths(group, alignment)
+    most = group.width if limits.max_ratio is None else n_removed(group.width, limits.max_ratio)
+    least = min(limits.min_width, group.width // group.n_peers) * group.n_peers
+    found = allowed[(group.width - allowed <= most) & (allowed >= least)]
     enough = found[found <= group.width - n_removed(group.width, limits.min_ratio)]
     if not len(enough):
         raise PlanError(

@@ -4,7 +4,6 @@ import gc
 import io
 import math
 import os
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,8 @@ from torchshear._arguments import check_count, check_kind, quote
 from torchshear.calibration import Progress
 from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.errors import ArgumentError, LatencyError
-from torchshear.speedup.latency._session import check_inputs, error_reason, make_inputs, open_session
+from torchshear.speedup.latency._device import cpu_name
+from torchshear.speedup.onnx._session import check_inputs, error_reason, make_inputs, open_session
 
 _RESAMPLES: Final = 2000
 _NOISY_IQR: Final = 0.1  # share of the median, as torch.utils.benchmark.Measurement warns
@@ -284,7 +284,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
         name: LatencyResult(name, Path(models[name]), tuple(times_ms[name]), runs[name], confidence, seed)
         for name in names
     }
-    return LatencyComparison(results, names[0], inferences[names[0]].batch, threads, cpu=_cpu_name())
+    return LatencyComparison(results, names[0], inferences[names[0]].batch, threads, cpu=cpu_name())
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,16 +383,6 @@ def _percentile_interval(values: np.ndarray, confidence: float) -> tuple[float, 
     """Return the central interval that holds a share `confidence` of the values."""
     low, high = np.quantile(values, ((1 - confidence) / 2, (1 + confidence) / 2))
     return float(low), float(high)
-
-
-def _cpu_name() -> str:
-    """Return the processor's name as the system reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [value.strip() for key, _, value in (line.partition(":") for line in lines) if key.strip() == "model name"]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _format_interval(interval: tuple[float, float], digits: int) -> str:

@@ -23,9 +23,9 @@ from torchshear.graph.model._checks import check_module
 from torchshear.graph.model._process import run_exclusively, silence_torch
 from torchshear.graph.model._state import preserve_state
 from torchshear.speedup.comparing._relative_error import typical_magnitude
-from torchshear.speedup.latency._session import error_reason, open_session
 from torchshear.speedup.onnx._arguments import DynamicShapes, ExampleCall, check_limits, check_tensors
 from torchshear.speedup.onnx._decompositions import decompose
+from torchshear.speedup.onnx._session import error_reason, open_session
 from torchshear.speedup.rewriting._traced import showing_signature
 from torchshear.storage._reading import as_path
 from torchshear.storage._writing import DRAFT, atomic_path

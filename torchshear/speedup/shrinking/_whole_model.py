@@ -90,6 +90,23 @@ def shrink_whole(
     return UnprovedModel(copy_modes(traced, model), form, plan, training)
 
 
+def make_unproved_traced(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
+    """Make the traced form in eval mode alone, without a proof: enough to measure how fast it runs.
+
+    Args:
+        model: the original, captured whole.
+        groups: its analysis.
+        plan: the plan.
+
+    Raises:
+        PlanError: the plan does not fit the groups.
+    """
+    job, graph = PreparedCut.of(model, groups, plan), groups.graph
+    rewritten = {"eval": rewrite_graph(graph.fx_graph, groups.facts, job.cut)}
+    call = TracedCall.of(rewritten, _call_spec(model, {"eval": graph}, rewritten), "it was made to be measured.")
+    return TracedModule(_state_entries(model, graph, job.sliced), [call]).eval()
+
+
 def make_native(
     job: PreparedCut, recorded: Form | None, kind: FormKind | None, tradeoff: NativeTradeoff | None = None
 ) -> tuple[PreparedCut, Native]:
