@@ -165,22 +165,40 @@ def _run_layers(node: fx.Node, given: dict[str, Any], see: See) -> tuple[Tensor,
             own = given["params"][number * n_each : (number + 1) * n_each]
             first = [state[number : number + 1].contiguous() for state in states]
             is_backward = number % n_directions == 1
-            out, *last = _one(node, given, x.flip(time) if is_backward else x, first, own)
+            out, *last = run_pass(node, given, x.flip(time) if is_backward else x, first, own)
             out = see(f"{node.name}:{number}", out.flip(time) if is_backward else out)
-            start = first[0].transpose(0, 1) if time else first[0]
-            steps = out.shape[time]
-            after = out.narrow(time, 1 if is_backward else 0, steps - 1)
-            see(f"{node.name}:before {number}", torch.cat([start, after], time))
-            ends.append([out.select(time, 0 if is_backward else steps - 1)[None], *last[1:]])
+            see(f"{node.name}:before {number}", states_before(first[0], out, time, is_backward))
+            ends.append([out.select(time, 0 if is_backward else out.shape[time] - 1)[None], *last[1:]])
             results.append(out)
         x = torch.cat(results, 2) if is_both else results[0]
     return (x, *(torch.cat(state) for state in zip(*ends, strict=True)))
 
 
-def _one(
+def states_before(start: Tensor, out: Tensor, time: int, is_backward: bool) -> Tensor:
+    """The states that the steps of a layer in one direction read, in the shape of what it gives.
+
+    Args:
+        start: the initial state, shape (1, batch, out).
+        out: what it gives at all steps.
+        time: dimension of the steps.
+        is_backward: whether it begins with the last step. The initial state comes first all the same.
+    """
+    after = out.narrow(time, 1 if is_backward else 0, out.shape[time] - 1)
+    return torch.cat([start.transpose(0, 1) if time else start, after], time)
+
+
+def run_pass(
     node: fx.Node, given: dict[str, Any], x: Tensor, states: list[Tensor], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """One layer in one direction."""
+    """The results of one layer in one direction.
+
+    Args:
+        node: the call that it is a part of.
+        given: arguments of the call by name.
+        x: what the layer reads, its steps in the order in which it takes them.
+        states: initial states, each of shape (1, batch, width).
+        weights: its weights and biases.
+    """
     hx = states if isinstance(given["hx"], list | tuple) else states[0]
     is_train = torch.is_grad_enabled()  # without dropout it is the same, and cuDNN gives gradients in train mode only
     rest = (given["has_biases"], 1, 0.0, is_train, False, given["batch_first"])

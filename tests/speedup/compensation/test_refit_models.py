@@ -301,7 +301,6 @@ def test_everything_left_alone_is_named_once() -> None:
     _, _, record = fitted(prepared(lambda: Modules(call, **layers)), SEQUENCE)
     assert [(one.name, one.reason) for one in record.skipped] == [
         ("norm", "its scale has several dimensions"),
-        ("lstm", "it is recurrent"),
         ("einsum", "aten.einsum is not refitted in this form"),
         ("linear_3", "its weight is computed of parameters"),
         ("bilinear", "aten.bilinear is not refitted in this form"),

@@ -21,6 +21,7 @@ from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLa
 from torchshear.speedup.compensation._logits import Logits, find_logits
 from torchshear.speedup.compensation._logits_layers import LogitsFit
 from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
+from torchshear.speedup.compensation._recurrent_fit import RecurrentFit, recurrent_obstacle
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
 from torchshear.speedup.compensation._shared_layer import SharedLayer
@@ -85,6 +86,8 @@ class LayerFits:
         if norm is not None:
             assert present is not None, "computed for norms"
             return self._fit_norm(original, norm, frontier, present)
+        if operator_of(original).recurrence is not None:
+            return self._fit_recurrent(original, node, frontier)
         layer = linear_layer(original, node, self.groups.facts.carriers, self._parts, self._batch_hint)
         if isinstance(layer, str):
             if layer:
@@ -121,6 +124,16 @@ class LayerFits:
         """Return the product that a call is, if its layers are fitted to it."""
         found = self._logits.get(name)
         return found if isinstance(found, Logits) else None
+
+    def _fit_recurrent(self, original: fx.Node, node: fx.Node, frontier: Frontier) -> dict[str, Tensor]:
+        """Fit all layers and directions of a recurrent call."""
+        problem = recurrent_obstacle(original, self._parts)
+        if problem:
+            self.skipped.append(SkippedLayer(_module_of(original), problem))
+            return {}
+        found, records = RecurrentFit(original, node, self.groups, self.cut, self.small, self.split, frontier).run()
+        self.layers += records
+        return found
 
     def _add_use(self, original: fx.Node, layer: LinearLayer, frontier: Frontier) -> None:
         """Sum up the rows of one of several calls that read a weight, until that was fitted."""

@@ -233,8 +233,6 @@ def _order_of(factor: fx.Node, weight: StoredPart) -> tuple[int, ...]:
 def _reason_for_no_layer(node: fx.Node) -> str:
     """Return the reason why a call that multiplies with tensors of the model is not refitted; "" for any other call."""
     known, name = operator_of(node), ".".join(operator_name(node).split(".")[:2])
-    if known.recurrence:
-        return "it is recurrent"
     operands = tensor_operands(node)
     is_product = known.product is not None or name in ("aten.einsum", "aten.bilinear")
     if is_product and any(map(is_from_state, operands)) and not all(map(is_from_state, operands)):

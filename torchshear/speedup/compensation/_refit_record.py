@@ -8,8 +8,9 @@ class RefittedLayer:
     """A layer whose weights or statistics were fitted, or stayed as they were because that did better.
 
     Attributes:
-        name: name of its module.
-        kind: "linear", "norm", or "logits" for the layers of queries and keys, fitted together to their products.
+        name: name of its module; of a recurrent layer, of the weight for inputs of each of its layers and directions.
+        kind: "linear", "norm", "recurrent", or "logits" for the layers of queries and keys, fitted together to their
+            products.
         error_before: squared error of its output on samples held out, relative to the variance of the output in the
             original model, with its weights as they were and all layers before it refitted. In front of a sum the
             output counts with what the rest of the sum lacks.
