@@ -120,6 +120,11 @@ CALLS: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[int, ...], 
     "transposed, grouped": (
         lambda x, w, b: functional.conv_transpose1d(x, w, b, 2, 1, 0, 2), (4, 6, 7), (6, 2, 4), 4
     ),
+    "einsum": (lambda x, w, b: torch.einsum("btd,do->bto", x, w), (4, 3, 6), (6, 5), 0),
+    "einsum to heads": (lambda x, w, b: torch.einsum("btd,hed->bhte", x, w), (4, 3, 6), (2, 5, 6), 0),
+    "einsum of heads": (lambda x, w, b: torch.einsum("hed,bhte->btd", w, x), (4, 2, 3, 5), (2, 5, 6), 0),
+    "einsum by head": (lambda x, w, b: torch.einsum("b...hd,hde->b...eh", x, w), (4, 3, 2, 6), (2, 6, 5), 0),
+    "einsum, implicit": (lambda x, w, b: torch.einsum("ba,ca", x, w), (4, 6), (5, 6), 0),
     "one sample": (lambda x, w, b: functional.conv1d(x, w, b), (6, 9), (5, 6, 3), 5),
 }  # fmt: skip
 

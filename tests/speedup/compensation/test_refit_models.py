@@ -291,7 +291,7 @@ def test_everything_left_alone_is_named_once() -> None:
     def call(m: Any, x: Tensor) -> Any:
         x = m.lstm(m.twice(m.twice(m.norm(m.one(x)))))[0]
         w = (m.both * 1).split(12)[0]
-        return m.head(m.bilinear(torch.einsum("btc,cd->btd", x, m.w), functional.linear(x, w)))
+        return m.head(m.bilinear(torch.einsum("btc,cd->bd", x, m.w).unsqueeze(1) + x, functional.linear(x, w)))
 
     layers = {
         "one": nn.Linear(8, 12), "norm": nn.LayerNorm([5, 12]), "twice": nn.Linear(12, 12),

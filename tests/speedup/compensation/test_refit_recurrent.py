@@ -214,5 +214,6 @@ def test_fits_that_make_it_worse_are_not_kept(monkeypatch: pytest.MonkeyPatch) -
     cut, small, record = halved(model, "ffn", batches(model))
     layers = of_kind(record, "recurrent")
     assert [layer.method for layer in layers] == [""] * 4
+    assert record.error_after == record.error_before
     assert all(layer.error_after == layer.error_before > 0 for layer in layers)
     assert all(torch.equal(value, small.layer.state_dict()[key]) for key, value in cut.layer.state_dict().items())

@@ -25,7 +25,7 @@ from torchshear.speedup.compensation._recurrent_fit import RecurrentFit, recurre
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
 from torchshear.speedup.compensation._shared_layer import SharedLayer
-from torchshear.speedup.compensation._stored_parts import StoredParts
+from torchshear.speedup.compensation._stored_parts import StoredParts, is_einsum
 from torchshear.speedup.compensation._sum_shortfall import SumBehind, find_sum, shortfall
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept
 
@@ -281,13 +281,21 @@ class LayerFits:
         """Return the running mean of a batch norm that alone reads a layer, or ""."""
         users = list(node.users)
         norm = operator_of(users[0]).norm if len(users) == 1 else None
-        if norm is None or norm.over != "batch":
+        if norm is None or norm.over != "batch" or not self._has_channels_first(node):
             return ""
         given = bind_arguments(users[0])
         mean = given.get(norm.mean)
         if given.get(norm.input) is not node or given.get(norm.own) or not isinstance(mean, fx.Node):
             return ""
         return str(mean.target) if mean.op == "get_attr" and self._parts.n_reads_of(str(mean.target)) == 1 else ""
+
+    @staticmethod
+    def _has_channels_first(node: fx.Node) -> bool:
+        """Check that the outputs of a layer lie along the dimension that a batch norm has for channels, and that alone.
+
+        Those of a linear layer lie along the last one.
+        """
+        return "stride" in bind_arguments(node) or (node.meta["val"].ndim == 2 and not is_einsum(node))
 
     def _fit_norm(self, original: fx.Node, norm: Norm, frontier: Frontier, present: Values) -> dict[str, Tensor]:
         """Fit scale and shift of a norm, or renew its running statistics, whichever does better."""
@@ -341,7 +349,7 @@ class LayerFits:
         It can make up for what the rest of a sum behind it lacks, or its weight is read by other calls as well.
         """
         known = operator_of(node)
-        if known.product is None and known.norm is None:
+        if known.product is None and known.norm is None and not is_einsum(node):
             return False
         held = [self._parts.behind(operand) for operand in node.all_input_nodes]
         if any(part is not None and self._parts.n_layers(part) > 1 for part in held):

@@ -12,8 +12,9 @@ from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._nodes import is_from_state, shape_of, tensor_operands
 from torchshear.graph._operator_record import operator_name, operator_of
+from torchshear.speedup.compensation._einsum_form import EinsumForm
 from torchshear.speedup.compensation._samples import batch_dimension, sample_numbers
-from torchshear.speedup.compensation._stored_parts import StoredPart, StoredParts
+from torchshear.speedup.compensation._stored_parts import StoredPart, StoredParts, is_einsum
 
 MAX_UNKNOWNS: Final = 4608
 """The largest system that is solved, in unknowns for each output."""
@@ -30,11 +31,12 @@ class LinearLayer:
         bias: its bias, or None.
         order: dimensions of a whole weight in the order in which the call reads them.
         kind: "dense"; "batched", one weight for each entry of dimension 0; "single", a batch of one weight;
-            "convolution" or "transposed".
+            "convolution" or "transposed"; "einsum".
         is_rows_first: the weight has outputs before inputs, as that of `linear`.
         n_dims: spatial dimensions of a convolution.
         batch_dim: the dimension of what it reads that holds the batch.
         given: arguments of the call in the smaller network, by name.
+        einsum: dimensions of an einsum by what they are for.
     """
 
     node: str
@@ -47,6 +49,7 @@ class LinearLayer:
     n_dims: int
     batch_dim: int
     given: Mapping[str, Any]
+    einsum: EinsumForm | None = None
 
     @property
     def n_groups(self) -> int:
@@ -56,6 +59,8 @@ class LinearLayer:
     def to_matrix(self, weight: Tensor) -> Tensor:
         """Return the weight as W of shape (G, O, K)."""
         weight = weight.permute(self.order)
+        if self.einsum is not None:
+            return self.einsum.to_matrix(weight)
         if self.kind in ("batched", "single"):  # (E, in, out)
             return weight.mT
         if self.kind == "dense":
@@ -70,7 +75,9 @@ class LinearLayer:
     def to_weight(self, matrix: Tensor, like: Tensor) -> Tensor:
         """Return a matrix of shape (G, O, K) as a weight of the model's shape and type."""
         shape = [like.shape[dim] for dim in self.order]
-        if self.kind in ("batched", "single"):
+        if self.einsum is not None:
+            value = self.einsum.to_weight(matrix, shape)
+        elif self.kind in ("batched", "single"):
             value = matrix.mT
         elif self.kind == "dense":
             value = matrix[0] if self.is_rows_first else matrix[0].mT
@@ -101,6 +108,12 @@ class LinearLayer:
             generator: draws them.
             n_samples: number of samples in the batch.
         """
+        if self.einsum is not None:
+            inputs, outputs = self.einsum.rows(operand, output)
+            chosen = draw_positions(inputs.shape[1], n_rows, generator)
+            samples = sample_numbers(operand.shape[self.batch_dim], n_samples)
+            places = self.einsum.numbers_along(self.batch_dim, operand.shape)[chosen]
+            return Rows(inputs[:, chosen], outputs[:, chosen], samples[places])
         if self.kind == "batched":
             chosen = draw_positions(operand.shape[1], n_rows, generator)
             return Rows(operand[:, chosen], output[:, chosen], sample_numbers(operand.shape[1], n_samples)[chosen])
@@ -186,6 +199,8 @@ def linear_layer(
         parts: the tensors that calls of the network read.
         batch_hint: the free batch of the capture; None if it is fixed.
     """
+    if is_einsum(node):
+        return _einsum_layer(node, smaller, carriers, parts, batch_hint)
     product = operator_of(node).product
     if product is None or not operator_name(node).startswith("aten."):
         return _reason_for_no_layer(node)
@@ -220,6 +235,44 @@ def linear_layer(
         n_dims=len(shape) - 2 if "stride" in given else 0,
         batch_dim=batch_dimension(operand, batch_hint) or 0,
         given=bind_arguments(smaller),
+    )
+
+
+def _einsum_layer(
+    node: fx.Node, smaller: fx.Node, carriers: Mapping[str, fx.Node], parts: StoredParts, batch_hint: int | None
+) -> LinearLayer | str:
+    """Return the linear layer that an einsum of a value and a weight is; see `linear_layer`."""
+    operands = tensor_operands(node)
+    held = [weight_behind(operand, carriers) is not None or is_from_state(operand) for operand in operands]
+    if all(held) or not any(held):
+        return ""
+    reason = "aten.einsum is not refitted in this form"
+    if len(operands) != 2:
+        return reason
+    place = held.index(True)
+    operand, factor = operands[1 - place], operands[place]
+    weight = parts.behind(factor)
+    if weight is None:
+        return "its weight is computed of parameters"
+    given, shapes = bind_arguments(node), (shape_of(operands[0]), shape_of(operands[1]))
+    form = EinsumForm.of(given["equation"], shapes, place)
+    batch_dim = batch_dimension(operand, batch_hint) or 0
+    if form is None or batch_dim not in form.operand[1] or weight.problem:
+        return weight.problem or reason
+    if not factor.meta["val"].is_floating_point():
+        return "its weight is not of real numbers"
+    return LinearLayer(
+        node=node.name,
+        operand=operand.name,
+        weight=weight,
+        bias=None,
+        order=_order_of(factor, weight),
+        kind="einsum",
+        is_rows_first=False,
+        n_dims=0,
+        batch_dim=batch_dim,
+        given=bind_arguments(smaller),
+        einsum=form,
     )
 
 

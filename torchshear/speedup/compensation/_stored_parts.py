@@ -100,7 +100,7 @@ class StoredParts:
                 part = self._by_operand.get(operand.name)
                 if part is not None:
                     self._reads[part.key] += 1
-                    self._layers[part.key] += operator_of(node).product is not None
+                    self._layers[part.key] += operator_of(node).product is not None or is_einsum(node)
                     self._of_tensor[part.tensor] += 1
 
     def behind(self, operand: fx.Node) -> StoredPart | None:
@@ -139,6 +139,11 @@ class StoredParts:
         for name, part in self._by_operand.items():
             if part.key in problems:
                 self._by_operand[name] = replace(part, problem=problems[part.key])
+
+
+def is_einsum(node: fx.Node) -> bool:
+    """Check that a call is an einsum."""
+    return node.op == "call_function" and operator_name(node) == "aten.einsum.default"
 
 
 def _part_behind(operand: fx.Node, by_name: Mapping[str, fx.Node], state: Mapping[str, Tensor]) -> StoredPart | None:
