@@ -327,6 +327,7 @@ def test_a_config_prints_what_it_means(columns: int) -> None:
         ),
         (("--data", "data_nets:loader"), "data is given, and no criterion looks at it (l1)"),
         (("--compensate", "refit"), "--compensate 'refit' runs data; give batches as --data, or write 'constants'"),
+        (("--memory", "1000"), "--memory is what a refit may take; give it with --compensate 'refit'"),
         (("--compensate", "refits"), "--compensate 'refits'; expected one of 'none', 'refit', 'statistics'"),
         (
             ("--loss", "cros_entropy"),
@@ -385,7 +386,9 @@ def test_compare_prints_and_writes(columns: int) -> None:
     pytest.importorskip("matplotlib", exc_type=ImportError)
     options = ("--criteria", "l1", "--criteria", "taylor", "--target-macs", "0.5", "--target-macs", "0.3")
     code, text, errors = run(
-        *COMPARE, *options, *DATA, "--compensate", "refit", "--scope", "global", "--output", "new/out", columns=columns
+        *(*COMPARE, *options, *DATA, "--compensate", "refit", "--memory", "100000", "--scope", "global"),
+        *("--output", "new/out"),
+        columns=columns,
     )
     assert (code, errors) == (0, "")
     assert max(map(len, text.splitlines())) <= columns

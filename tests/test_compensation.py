@@ -15,8 +15,10 @@ from tests.networks import Classifier, LooksAtValues, image, labelled
 from torchshear import api
 from torchshear.comparison import _compare
 from torchshear.errors import ArgumentError, DataError, VerificationError
+from torchshear.pruners import plan_from_kept
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Refit, TracedModule, refit
+from torchshear.speedup.compensation import _frontier, _refit_pass
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
 
 X = (image(size=6),)
@@ -301,3 +303,67 @@ def test_data_that_does_not_fit_ends_a_comparison(model: nn.Module) -> None:
             progress=lambda done, total, what: said.append(what),
         )  # fmt: skip
     assert not any("l1" in line for line in said)
+
+
+@pytest.mark.parametrize("given", [None, 1, 12_345])
+def test_memory_is_what_a_refit_may_take(model: nn.Module, given: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[int] = []
+
+    class Watched(_frontier.Frontier):
+        def __init__(self, limit: int, *rest: Any) -> None:
+            limits.append(limit)
+            super().__init__(limit, *rest)
+
+    monkeypatch.setattr(_refit_pass, "Frontier", Watched)
+    result = torchshear.prune(model, X, memory=given, **words_of("refit"))
+    expected = torchshear.prune(model, X, **words_of("refit"))
+    assert_equal(result.model, expected.model, slack=1e-5)
+    torchshear.comparison.compare(
+        model, lambda one: 1.0, X, criteria=["l1"], seeds=(0,), memory=given, progress=False, **words_of("refit")
+    )
+    wanted = 2 * 10**9 if given is None else given
+    assert limits == [wanted, 2 * 10**9, *[wanted] * (len(limits) - 2)]
+    assert len(limits) > 3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"memory": 10**6}, "memory= is what a refit may take; give it with compensate='refit'"),
+        ({"memory": 10**6, **words_of("constants")}, "memory= is what a refit may take"),
+        ({"memory": 0, **words_of("refit")}, "memory must be a whole number"),
+        ({"memory": "2GB", **words_of("refit")}, "memory must be a whole number"),
+        ({"memory": 2**63, **words_of("refit")}, "memory"),
+    ],
+)
+def test_memory_that_says_nothing(model: nn.Module, words: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        torchshear.prune(model, X, **words)
+
+
+def test_frozen_norms_that_get_new_statistics_are_named() -> None:
+    """Layers in front of them give a constant more than before, which statistics alone can make up for."""
+    torch.manual_seed(0)
+    given: tuple[dict[str, Any], ...] = ({"momentum": 0.0}, {}, {"momentum": None})
+    norms = [nn.BatchNorm2d(3, affine=False, **words) for words in given]
+    shifts = [nn.Parameter(torch.zeros(1, 3, 1, 1)) for _ in norms]
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms, self.shifts = nn.ModuleList(norms), nn.ParameterList(shifts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for norm, shift in zip(self.norms, self.shifts, strict=True):
+                x = norm(x + shift)
+            return x
+
+    model = torchshear.recalibrate(Shifted().eval(), images(), 3, frozen=True, progress=False)
+    plan = plan_from_kept(torchshear.analyze(torchshear.trace(model, X)), {})
+    spoiled: Any = torchshear.shrink(model, plan)
+    with torch.no_grad():
+        for shift in spoiled.shifts:
+            shift += 1
+    record = refit(model, spoiled, plan, images(), batches=3, progress=False)[1]
+    methods = {layer.name: layer.method for layer in record.layers if layer.kind == "norm"}
+    assert methods == {"norms.0": "statistics, though frozen", "norms.1": "statistics", "norms.2": "statistics"}

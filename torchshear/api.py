@@ -196,6 +196,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     loss_fn: Loss | None = None,
     batches: int | None = None,
     compensate: Compensation = "none",
+    memory: int | None = None,
     form: Form = "auto",
 ) -> PruneResult:
     """Prune a model in one call: trace, analyze, plan, shrink, verify, compensate.
@@ -235,6 +236,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
             "statistics" gives batch norms new statistics of the data; "means" lets a removed channel count for what it
             is on average over the data, and "constants" for what it holds without input, rather than for zero. "none":
             not at all. `torchshear.compensate` does one after another; see docs/compensation.md.
+        memory: bytes that a refit may hold of activations in memory; those beyond go to files. None: 2 GB.
         form: form of the result. "native": a copy of the model's own class; where only whole groups give that, they
             stay whole at any cost. "traced": the rewritten graphs. "auto": native where leaving groups whole costs at
             most a tenth of what the cut saves, in parameters and MACs; traced elsewhere.
@@ -281,7 +283,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         has_criterion=criterion is not None,
         config=config,
         submodules=submodules,
-        calibration=CalibrationOptions.parse(data, loss_fn, batches, compensate),
+        calibration=CalibrationOptions.parse(data, loss_fn, batches, compensate, memory),
         compensate=compensate,
         form=form,
     )

@@ -80,8 +80,8 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
             f"method={method!r} {'runs data; give batches as loader' if loader is None else 'runs no data'}=; leave "
             f"loader= away for 'constants' alone."
         )
-    data = CalibrationOptions(loader, batches=batches)
-    return compensate_by(method, model, small, plan, data, args, kwargs, memory, progress).model
+    data = CalibrationOptions(loader, batches=batches, memory=memory)
+    return compensate_by(method, model, small, plan, data, args, kwargs, progress).model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +94,7 @@ class Compensated:
 
 
 @outside_inference_mode()
-def compensate_by(  # noqa: PLR0913 - what all methods together take
+def compensate_by(
     method: Compensation,
     model: nn.Module,
     small: nn.Module,
@@ -102,7 +102,6 @@ def compensate_by(  # noqa: PLR0913 - what all methods together take
     data: CalibrationOptions,
     args: tuple[Any, ...] | Tensor | None,
     kwargs: Mapping[str, Any] | None,
-    memory: int = DEFAULT_MEMORY,
     progress: Progress = False,
 ) -> Compensated:
     """Compensate by a method, see `compensate`; for "none" the shrunk model comes back as it is.
@@ -110,7 +109,7 @@ def compensate_by(  # noqa: PLR0913 - what all methods together take
     Raises:
         TorchshearError: as `compensate`.
     """
-    loader, batches = () if data.loader is None else data.loader, data.batches
+    loader, batches, memory = () if data.loader is None else data.loader, data.batches, data.memory
     if method == "none":
         return Compensated(small)
     if method == "refit":

@@ -29,6 +29,7 @@ from torchshear.pruners._planning import check_request, plan_units
 from torchshear.pruners.criteria._criterion import needs_of
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._targets import choose_targets
+from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY, MOST_MEMORY
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
 Form = Literal["auto", "native", "traced"]
@@ -81,23 +82,35 @@ class CalibrationOptions:
         loader: gives batches, once or more often; None without data.
         loss_fn: the loss, or None.
         batches: how many to run.
+        memory: bytes that a refit may hold of activations in memory.
     """
 
     loader: Iterable[Any] | None
     loss_fn: Loss | None = None
     batches: int = DEFAULT_BATCHES
+    memory: int = DEFAULT_MEMORY
 
     @classmethod
     def parse(
-        cls, data: object, loss_fn: Loss | None, batches: int | None, compensate: Compensation
+        cls,
+        data: object,
+        loss_fn: Loss | None,
+        batches: int | None,
+        compensate: Compensation,
+        memory: int | None = None,
     ) -> "CalibrationOptions":
         """Check the data that is given; take the batches of an iterator, which runs out, now.
 
         Raises:
             ArgumentError: the compensation is unknown, or needs data that is not given; a loss or a number of batches
-                is given without data; the data gives no batches, or not a whole number of them.
+                is given without data; the data gives no batches, or not a whole number of them; memory is given, and
+                nothing is refitted.
         """
         check_one_of("compensate", compensate, get_args(Compensation))
+        if memory is not None and compensate != "refit":
+            raise ArgumentError("memory= is what a refit may take; give it with compensate='refit', or leave it away.")
+        size = DEFAULT_MEMORY if memory is None else memory
+        check_count("memory", size, most=MOST_MEMORY)
         if data is None:
             if runs_data(compensate):
                 raise ArgumentError(
@@ -113,7 +126,7 @@ class CalibrationOptions:
             raise ArgumentError(
                 f"data is {type(data).__name__}; expected something that gives batches, as a DataLoader."
             )
-        return cls(list(islice(data, count)) if isinstance(data, Iterator) else data, loss_fn, count)
+        return cls(list(islice(data, count)) if isinstance(data, Iterator) else data, loss_fn, count, size)
 
     def missing_for(self, criterion: str | Criterion) -> str:
         """Return what a criterion needs and is not given, with advice, or "".

@@ -26,7 +26,7 @@ _ASKED: Final = (
     "prunable_outputs",
     "submodules",
 )
-_SIGHT: Final = ("data", "loss_fn", "batches", "compensate")
+_SIGHT: Final = ("data", "loss_fn", "batches", "compensate", "memory")
 _Numbers = list[float] | None
 
 

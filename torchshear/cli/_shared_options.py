@@ -83,6 +83,11 @@ _COMPENSATE = typer.Option(
     "Default: none.",
 )
 
+_MEMORY = typer.Option(
+    metavar="BYTES",
+    help="Memory that --compensate refit may take for activations; those beyond go to files. Default: 2000000000.",
+)
+
 _SUBMODULE = typer.Option(
     "--submodule",
     metavar="NAME",
@@ -119,6 +124,7 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "loss_fn": _Option(Annotated[str | None, _LOSS], load_loss),
     "batches": _Option(Annotated[int | None, _BATCHES], int),
     "compensate": _Option(Annotated[str | None, _COMPENSATE], str),
+    "memory": _Option(Annotated[int | None, _MEMORY], int),
     "form": _Option(Annotated[str | None, _FORM], str),
 }
 EVERY: Final = tuple(_OPTIONS)

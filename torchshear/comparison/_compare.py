@@ -53,6 +53,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     loss_fn: Loss | None = None,
     batches: int | None = None,
     compensate: Compensation = "none",
+    memory: int | None = None,
     progress: Progress = True,
 ) -> Comparison:
     """Prune a model by several criteria at the same budgets, and score what comes out.
@@ -92,6 +93,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         batches: how many batches to run; None: 32.
         compensate: compensation after which each model is scored once more: "refit", "statistics", "means" or
             "constants"; see `torchshear.prune`.
+        memory: bytes that a refit may hold of activations in memory; None: 2 GB.
         progress: see `torchshear.collect`; what is done are criteria at budgets.
 
     Returns:
@@ -108,7 +110,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     """
     check_progress(progress)
     check_kind("evaluate", evaluate, Callable, "a function of a model that gives a number")  # type: ignore[arg-type]
-    calibration = CalibrationOptions.parse(data, loss_fn, batches, compensate)
+    calibration = CalibrationOptions.parse(data, loss_fn, batches, compensate, memory)
     contenders, left_out = contenders_of(criteria, random_criteria(seeds), calibration)
     scoring = [one.criteria[0] for one in contenders if not one.is_control]
     calibration.check_used(scoring, compensate)

@@ -13,6 +13,8 @@ from torchshear.errors import OutputError, first_line
 
 DEFAULT_MEMORY: Final = 2 * 10**9
 """Bytes that activations may take in memory, unless a call says something else."""
+MOST_MEMORY: Final = 2**63 - 1
+"""The largest number of bytes that can be asked for."""
 
 
 class Values(Sequence[Any]):

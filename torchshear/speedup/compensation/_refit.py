@@ -1,6 +1,7 @@
 """Refit of a shrunk model on data: its checks, its errors, and the proof that weights went where they belong."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torchshear.graph.model._meta import is_on_meta
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.graph.model._state import in_mode
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
-from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY
+from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY, MOST_MEMORY
 from torchshear.speedup.compensation._output_error import output_error
 from torchshear.speedup.compensation._refit_pass import RefitPass
 from torchshear.speedup.compensation._refit_record import Refit
@@ -82,7 +83,7 @@ def refit(  # noqa: PLR0913 - independent options, given by name
     present weights on inputs of the pruned network as in Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580.
     """
     check_count("batches", batches)
-    check_count("memory", memory, most=2**63 - 1)
+    check_count("memory", memory, most=MOST_MEMORY)
     check_progress(progress)
     check_kind("small", small, nn.Module, "the shrunk model")
     groups = analyze_planned(model, plan, args, kwargs)
@@ -109,7 +110,7 @@ def refit(  # noqa: PLR0913 - independent options, given by name
         before = run.outputs_of(small_state)
         wanted, after = run.run()
         errors = [output_error(graph, wanted, got, run.split) for got in (before, after)]
-        record = run.record(*errors)
+        record = _name_frozen(run.record(*errors), model)
         result = copy_model(small)
         if not record.is_kept:
             return result, record
@@ -123,6 +124,18 @@ def refit(  # noqa: PLR0913 - independent options, given by name
                 "state that the graph does not hold. Nothing is returned."
             )
     return result, record
+
+
+def _name_frozen(record: Refit, model: nn.Module) -> Refit:
+    """Say of batch norms with momentum 0, as converters from other frameworks leave them, that they were frozen."""
+    frozen = {name for name, module in model.named_modules() if getattr(module, "momentum", None) == 0}
+    layers = (
+        replace(layer, method=f"{layer.method}, though frozen")
+        if layer.kind == "norm" and layer.method == "statistics" and layer.name in frozen
+        else layer
+        for layer in record.layers
+    )
+    return replace(record, layers=tuple(layers))
 
 
 def _make_pass(

@@ -16,8 +16,8 @@ class RefittedLayer:
             output counts with what the rest of the sum lacks.
         error_after: the same after the refit; equal where it stayed as it was.
         method: how it was fitted: "least squares" or, with many inputs, the steps that helped ("channel form", ...); a
-            norm by "statistics" or "affine", logits by "closed form" or "alternating least squares"; "" where it
-            stayed as it was.
+            norm by "statistics" ("statistics, though frozen" with momentum=0.0) or "affine", logits by "closed form" or
+            "alternating least squares"; "" where it stayed as it was.
     """
 
     name: str
