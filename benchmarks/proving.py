@@ -45,7 +45,7 @@ from tests.zoo import zoo
 from tests.zoo.torchvision_models import load_torchvision
 from torchshear import api
 from torchshear.graph import _run
-from torchshear.graph._parts import PartRun
+from torchshear.graph._graph import PartRun
 from torchshear.speedup import TracedModule
 from torchshear.speedup import _shrink as _apply
 

@@ -19,7 +19,7 @@ from torchshear.speedup import Fold, Refit, refit
 from torchshear.speedup.compensation._fold import fold_in_place
 from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY
 from torchshear.speedup.compensation._recalibrate import check_recalibration, recalibrate_for
-from torchshear.speedup.shrinking._check_model import analyze_planned
+from torchshear.speedup.shrinking._prepared_cut import analyze_planned
 
 
 @checked_call

@@ -9,10 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from torchshear._tables import Cell, html_lines, html_table, kind_of_reason, lines_by_reason
-from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut, dense_cost, part_costs
-from torchshear.dependency.plans._outputs import OutputPlan
-from torchshear.dependency.plans._plan import GroupPlan, PruningPlan
+from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph import Cost
 from torchshear.speedup import Refit
 from torchshear.speedup.compensation._refit_text import REFIT_HEADINGS, refit_lines, refit_rows, refit_title
@@ -162,9 +161,30 @@ def make_report(
     groups = plan.analysis
     assert groups is not None, "a plan that was loaded has no analysis"
     cut = Cut(groups, plan.kept)
-    rows = tuple(_row(group, plan_of) for group, plan_of in zip(groups, plan.groups, strict=True))
+    rows = tuple(
+        GroupReport(
+            group.name,
+            group.width,
+            len(of.kept),
+            group.is_cross_channel,
+            len(group.members),
+            of.note,
+            group.where,
+            group.role,
+            of.ratio,
+        )
+        for group, of in zip(groups, plan.groups, strict=True)
+    )
+    # A row for each output; a single one for an output that is alike in both modes.
+    outputs: dict[tuple[Any, ...], OutputReport] = {}
+    for o in plan.outputs:
+        name = f"{o.name} in train mode" if o.mode == "train" else o.name
+        outputs.setdefault((o.name, o.shape, o.shape_after), OutputReport(name, o.shape, o.shape_after, o.note))
     requested, achieved = _ratios(groups, plan)
     before = dense_cost(groups.graph)
+    # Targets as numbers of MACs and parameters.
+    whole = {"target_macs": before.macs, "target_params": before.n_params}
+    targets = {name: plan.request[name] for name in whole if plan.request.get(name) is not None}
     return PruningReport(
         requested_ratio=requested,
         achieved_ratio=achieved,
@@ -173,32 +193,16 @@ def make_report(
         groups=rows,
         refused=_by_weight(plan.refused, groups),
         form=form,
-        outputs=_outputs(plan.outputs),
+        outputs=tuple(outputs.values()),
         parts=tuple(
             PartReport(name, groups.graph.parts.calls.count(name), before, after, (part_forms or {}).get(name, ""))
             for name, (before, after) in part_costs(cut).items()
             if groups.graph.parts is not None
         ),
-        target=_targets(plan, before),
+        target={name: int(share * whole[name]) if share <= 1 else int(share) for name, share in targets.items()},
         statistics=tuple(plan.request.get("statistics", ())),
         refit=refit,
     )
-
-
-def _outputs(plans: Sequence[OutputPlan]) -> tuple[OutputReport, ...]:
-    """Make a row for each output; a single one for an output that is alike in both modes."""
-    rows: dict[tuple[Any, ...], OutputReport] = {}
-    for o in plans:
-        name = f"{o.name} in train mode" if o.mode == "train" else o.name
-        rows.setdefault((o.name, o.shape, o.shape_after), OutputReport(name, o.shape, o.shape_after, o.note))
-    return tuple(rows.values())
-
-
-def _targets(plan: PruningPlan, dense: Cost) -> dict[str, int]:
-    """Return the targets of a plan as numbers of MACs and parameters."""
-    whole = {"target_macs": dense.macs, "target_params": dense.n_params}
-    asked = {name: plan.request[name] for name in whole if plan.request.get(name) is not None}
-    return {name: int(share * whole[name]) if share <= 1 else int(share) for name, share in asked.items()}
 
 
 def _by_weight(refused: Mapping[str, str], groups: ChannelGroups) -> dict[str, str]:
@@ -225,20 +229,6 @@ def _ratios(groups: ChannelGroups, plan: PruningPlan) -> tuple[float | None, flo
     ratios = {ratio for _, ratio in asked}
     mean = sum(ratio * of.width for of, ratio in asked) / total
     return (ratios.pop() if len(ratios) == 1 else mean), achieved
-
-
-def _row(group: ChannelGroup, plan_of: GroupPlan) -> GroupReport:
-    return GroupReport(
-        group.name,
-        group.width,
-        len(plan_of.kept),
-        group.is_cross_channel,
-        len(group.members),
-        plan_of.note,
-        group.where,
-        group.role,
-        plan_of.ratio,
-    )
 
 
 def render_report(report: PruningReport, width: int = 120) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 
 import torchshear
 from torchshear.dependency.plans._cut import Cut, dense_cost
-from torchshear.graph._cost import node_macs
+from torchshear.graph._operator_record import node_macs
 
 
 @pytest.mark.parametrize(

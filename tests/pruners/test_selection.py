@@ -10,7 +10,7 @@ from tests.networks import Grouped, Residual, image, randomise
 from torchshear.dependency import ChannelGroup, Member
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.pruners.selection._exact_units import choose_units
+from torchshear.pruners.selection._unit_selector import choose_units
 from torchshear.pruners.selection._widths import Limits, choose_width
 
 

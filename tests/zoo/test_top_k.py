@@ -7,7 +7,7 @@ import torchshear
 from tests.zoo.rt_detr import build_rt_detr
 from tests.zoo.transformers_models import is_installed
 from torchshear.graph._outputs import output_leaves
-from torchshear.graph.capture._check import run_graph
+from torchshear.graph._run import run_graph
 from torchshear.graph.numerics._float64 import compute_in, to_float64
 from torchshear.graph.numerics._ties import TieBreaker
 

@@ -29,8 +29,8 @@ from torchshear.calibration._weight_calls import find_weight_calls
 from torchshear.calibration._weight_source import weights_to_score
 from torchshear.calibration._weight_sums import WeightAccumulators
 from torchshear.dependency import ChannelGroups
-from torchshear.dependency.groups._computed_weights import computed_weights
 from torchshear.dependency.groups._purposes import HEADS, OWN_PURPOSES, READING_PURPOSES
+from torchshear.dependency.groups._weights import computed_weights
 from torchshear.errors import DataError, first_line
 from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_written, shape_of

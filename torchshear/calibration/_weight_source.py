@@ -7,12 +7,12 @@ from os import PathLike
 import torch
 from torch import Tensor, fx
 
+from torchshear._arguments import close_names
 from torchshear.dependency import ChannelGroups
-from torchshear.dependency.groups._computed_weights import computed_weights
+from torchshear.dependency.groups._weights import computed_weights
 from torchshear.dependency.rules._read_values import differing_value
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph
-from torchshear.graph._names import close_names
 from torchshear.graph._nodes import compute_from_state
 from torchshear.storage._checkpoint import match_names, open_checkpoint
 
@@ -36,10 +36,21 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
             and so is the lack of a buffer that a weight is computed of. Or it has other values of a buffer that the
             groups rest on.
     """
-    graph = groups.graph
+    held: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor] = {}
     if source is None:
-        held = {name: entry.tensor for name, entry in graph.state.items() if entry.kind == "parameter"}
-        return _with_computed(groups, held, {})
+        held = {name: entry.tensor for name, entry in groups.graph.state.items() if entry.kind == "parameter"}
+    else:
+        held, buffers = _given_weights(groups, source)
+    nodes = {name: found[0] for name, found in computed_weights(groups).items()}
+    return _ComputedWeights(held, buffers, nodes, groups.graph) if nodes else held
+
+
+def _given_weights(
+    groups: ChannelGroups, source: Mapping[str, Tensor] | str | PathLike[str]
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """Return parameters and buffers of a source by canonical name; the errors are those of `weights_to_score`."""
+    graph = groups.graph
     if isinstance(source, str | PathLike):
         source = open_checkpoint(source)
     if not isinstance(source, Mapping) or not all(isinstance(name, str) for name in source):
@@ -60,7 +71,7 @@ def weights_to_score(groups: ChannelGroups, source: WeightSource) -> Mapping[str
                     f"no weight {member.name!r} of group {group.name!r} was given; expected every parameter that can "
                     f"shrink. Give the weights of this model, with the names of its state_dict."
                 )
-    return _with_computed(groups, parameters, buffers)
+    return parameters, buffers
 
 
 def _names(source: Mapping[str, Tensor], graph: Graph) -> dict[str, str]:
@@ -80,14 +91,6 @@ def _check_values(groups: ChannelGroups, source: Mapping[str, Tensor], names: Ma
             f"channels go together. Give the model the buffers of these weights (load_state_dict with strict=False "
             f"takes a dictionary of these alone), then trace and analyze it again."
         )
-
-
-def _with_computed(
-    groups: ChannelGroups, held: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
-) -> Mapping[str, Tensor]:
-    """Weights with computed ones in place of those that they stand for."""
-    nodes = {name: found[0] for name, found in computed_weights(groups).items()}
-    return _ComputedWeights(held, buffers, nodes, groups.graph) if nodes else held
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ from typing import Any, Final
 from torch import Tensor, nn
 from torch.nn import functional
 
+from torchshear._arguments import close_names
 from torchshear.calibration._dense_loss import DENSE, Loss, LossFunction
 from torchshear.cli._example import call, failure_of, find_object, kind_of
 from torchshear.errors import ArgumentError, DataError, TorchshearError
-from torchshear.graph._names import close_names
 
 _EXPECTED: Final = "a function without arguments that returns an iterable of batches, or such an iterable"
 

@@ -5,11 +5,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, Final
 
-from torchshear._arguments import quote
+from torchshear._arguments import close_names, quote
 from torchshear.configs import _neural_compressor, _nni
 from torchshear.configs._entry import Entry
 from torchshear.errors import ArgumentError
-from torchshear.graph._names import close_names
 
 _PARSERS: Final[Mapping[str, tuple[Callable[[object], tuple[Entry, ...]], frozenset[str]]]] = MappingProxyType(
     {

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from torchshear._arguments import close_names
 from torchshear.configs._entry import CHANNEL_PATTERNS, Entry, Where
 from torchshear.configs._values import (
     Reader,
@@ -18,7 +19,6 @@ from torchshear.configs._values import (
     text,
 )
 from torchshear.errors import ArgumentError
-from torchshear.graph._names import close_names
 
 _CRITERIA: Final = {
     "magnitude": "l1",

@@ -6,10 +6,10 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
+from torchshear._arguments import close_names
 from torchshear.configs._entry import Entry, Where
 from torchshear.configs._layers import ConfigLayer
 from torchshear.errors import ArgumentError
-from torchshear.graph._names import close_names
 
 # Words of Neural Compressor that stand for several classes.
 _FAMILIES: Final = MappingProxyType({"Conv": frozenset({"_ConvNd", "Conv1D"}), "Linear": frozenset({"Linear"})})

@@ -4,8 +4,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from torchshear._arguments import close_names
 from torchshear.errors import ArgumentError
-from torchshear.graph._names import close_names
 
 Reader = Callable[[str, Any], Any]
 """(place, value) -> checked value; the place is as "config_list[1]: sparsity"."""

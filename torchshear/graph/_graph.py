@@ -1,4 +1,4 @@
-"""The captured graph: operators, shapes, outputs and the tensors of the model by name. Read only after capture."""
+"""The captured graph: operators, shapes, outputs, and the tensors of the model, or of parts of it, by name."""
 
 import hashlib
 import inspect
@@ -7,22 +7,77 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from torchshear._arguments import close_names, matches, parse_names
 from torchshear.errors import ArgumentError
 from torchshear.graph._function_call import FunctionCall
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._names import close_names, matches, parse_names
 from torchshear.graph._nodes import format_arguments, shape_of
 from torchshear.graph._operator_record import operator_of
 from torchshear.graph._outputs import output_names
-from torchshear.graph._parts import Parts
 from torchshear.graph.model._state import Mode
 
 Shape = tuple[int, ...]
 Dim = int | tuple[int, int]  # a dimension of a tensor, or the number of one of several tensors and its dimension
 _ANY_CALL = inspect.signature(lambda *args, **kwargs: None)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The modules that are captured in place of their model.
+
+    Attributes:
+        calls: name of the part for each captured call, in the order of the run; a part that is called with several
+            signatures (other shapes, other options) is listed once for each.
+        pinned: canonical name of a parameter or buffer of a part -> the reason why it must stay whole: something
+            outside the parts holds or reads it.
+    """
+
+    calls: tuple[str, ...]
+    pinned: Mapping[str, str]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parts, each once, in order of their first call."""
+        return tuple(dict.fromkeys(self.calls))
+
+    def of(self, name: str) -> "Parts":
+        """Return one of the parts alone, with all of its calls."""
+        return Parts(tuple(call for call in self.calls if call == name), self.pinned)
+
+
+class PartRun(nn.Module):
+    """A module that makes the captured calls of a model's parts.
+
+    Its modules, parameters and buffers are the model's own, under their own names. Its forward takes `(args, kwargs)`
+    for each captured call and returns the results of all of them.
+    """
+
+    def __init__(self, model: nn.Module, parts: Parts) -> None:
+        super().__init__()
+        for name in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "training"):
+            vars(self)[name] = getattr(model, name)
+        self._origin = (model,)  # a tuple, so that it is no child: its modules have their names already
+        self.parts = parts
+
+    def forward(self, *calls: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[Any, ...]:
+        """Return the results of the calls, in order."""
+        results = []
+        for name, (args, kwargs) in zip(self.parts.calls, calls, strict=True):
+            results.append(self._origin[0].get_submodule(name)(*args, **kwargs))
+        return tuple(results)
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """Return the model that a `PartRun` belongs to; any other module itself. A copied `PartRun` belongs to the copy."""
+    return model._origin[0] if isinstance(model, PartRun) else model
+
+
+def is_in_parts(name: str, parts: Parts | None) -> bool:
+    """Return whether a qualified name lies in one of the parts; True for any name where there are no parts."""
+    return parts is None or any(name == part or name.startswith(f"{part}.") for part in parts.names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +136,20 @@ def affine_size(sizes: tuple[int, int], batches: tuple[int, int]) -> AffineSize 
     plus = sizes[0] - times * batches[0]
     crosses_zero = (times + plus) * times < 0
     return None if rest or not times or crosses_zero else AffineSize(times, plus)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Size and work of a model.
+
+    Attributes:
+        n_params: number of parameter elements, tied ones counted once.
+        macs: multiply-accumulate operations of one sample (of the whole example where the batch is not free);
+            convolutions and matrix products only, biases, norms and activations not counted.
+    """
+
+    n_params: int
+    macs: int
 
 
 @dataclass(frozen=True, slots=True)

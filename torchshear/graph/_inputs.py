@@ -140,7 +140,14 @@ def _describe(value: Any) -> Any:
         TypeError: it is not made of tensors, numbers, text, lists, tuples and dictionaries.
     """
     if isinstance(value, Tensor):
-        return _describe_tensor(value)
+        entry: Json = {"tensor": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if value.is_floating_point() or value.is_complex() or value.is_meta or not value.numel():
+            return entry
+        # The values of integers: all on one line, or their range if they are many.
+        numbers = value.detach().to("cpu", torch.int64).flatten()
+        if len(numbers) <= _MAX_LISTED:
+            return {**entry, "values": " ".join(map(str, numbers.tolist()))}
+        return {**entry, "low": int(numbers.min()), "high": int(numbers.max())}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": repr(value)}
     if value is None or isinstance(value, bool | int | float | str):
@@ -151,17 +158,6 @@ def _describe(value: Any) -> Any:
         kind = "dict" if type(value) is dict else "ordered_dict"
         return {kind: {key: _describe(item) for key, item in value.items()}}
     raise TypeError(f"cannot describe {type(value).__name__}")
-
-
-def _describe_tensor(tensor: Tensor) -> Json:
-    """Describe a tensor as JSON, and the values of integers: all on one line, or their range if they are many."""
-    entry: Json = {"tensor": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or not tensor.numel():
-        return entry
-    numbers = tensor.detach().to("cpu", torch.int64).flatten()
-    if len(numbers) <= _MAX_LISTED:
-        return {**entry, "values": " ".join(map(str, numbers.tolist()))}
-    return {**entry, "low": int(numbers.min()), "high": int(numbers.max())}
 
 
 class _InputBuilder:

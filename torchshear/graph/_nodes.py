@@ -12,18 +12,15 @@ from torchshear.graph._operator_record import operator_of
 _IS_FROM_STATE = "is_from_state"  # key in the meta of a node
 
 
-def shape_of(node: fx.Node) -> Any:
-    """Return the shape of a node's value at capture.
+def shape_of(value: Any) -> Any:
+    """Return the shape of a value at capture, given by its node.
 
     Returns:
         A tuple of ints, 0 for sizes that depend on data; a tuple of shapes for several values; None for no tensor.
     """
-    return _shape(node.meta.get("val"))
-
-
-def _shape(value: Any) -> Any:
+    value = value.meta.get("val") if isinstance(value, fx.Node) else value
     if isinstance(value, list | tuple):
-        return tuple(_shape(item) for item in value)
+        return tuple(shape_of(item) for item in value)
     if not isinstance(value, Tensor):
         return None
     # A symbol has a hint unless it depends on data.

@@ -178,6 +178,21 @@ def operator_named(name: str) -> Operator:
     return _OPERATORS.get(name) or _OPERATORS.get(".".join(name.split(".")[:2]), _UNKNOWN)
 
 
+def node_macs(target: str, operands: Sequence[Shape], result: Any) -> int:
+    """Count the multiply-accumulate operations of one operator call.
+
+    Args:
+        target: operator name, as in "aten.conv2d.default".
+        operands: shapes of the tensor operands in order.
+        result: shape of the result; a tuple of shapes for several results.
+
+    Returns:
+        The count for the whole batch; 0 for operators that are neither convolutions nor matrix products.
+    """
+    formula = operator_named(target).macs
+    return formula(operands, result) if formula is not None else 0
+
+
 def operator_of(node: fx.Node) -> Operator:
     """Look up the operator that a node calls. Elementwise ones that nobody described are known by torch's tag."""
     if node.op != "call_function":

@@ -18,13 +18,7 @@ _PLAIN = (Tensor, bool, int, float, complex, str, bytes, torch.dtype, torch.devi
 
 def output_leaves(output: Any) -> list[Any]:
     """Return the flat outputs of a model, with None for opaque objects."""
-    return pytree.tree_leaves(_without_opaque(output))
-
-
-def flatten_output(output: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """Return the flat outputs of a model, with None for opaque objects, and the structure that they are taken from."""
-    leaves, spec = pytree.tree_flatten(_without_opaque(output))
-    return list(leaves), spec
+    return pytree.tree_leaves(without_opaque(output))
 
 
 def register_dataclasses(value: Any) -> None:
@@ -35,7 +29,7 @@ def register_dataclasses(value: Any) -> None:
             register_dataclasses(leaf)
 
 
-def _without_opaque(output: Any) -> Any:
+def without_opaque(output: Any) -> Any:
     """Return an output with None in place of opaque objects."""
     register_dataclasses(output)
     return pytree.tree_map(lambda leaf: leaf if isinstance(leaf, _PLAIN) else None, output)
@@ -51,7 +45,7 @@ def drop_opaque_outputs(model: nn.Module) -> Iterator[list[str]]:
     dropped: list[str] = []
 
     def drop(_: nn.Module, __: Any, output: Any) -> Any:
-        plain = _without_opaque(output)
+        plain = without_opaque(output)
         leaves, spec = pytree.tree_flatten(output)
         names = [""] if spec.is_leaf() else output_names(spec)
         dropped[:] = [
@@ -77,18 +71,13 @@ def output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
     Args:
         spec: structure of the outputs.
     """
-    return tuple(".".join(path) or "0" for path in _paths(spec))
-
-
-def _paths(spec: pytree.TreeSpec) -> Iterator[tuple[str, ...]]:
-    """Yield the path to each leaf of a structure."""
     if spec.is_leaf():
-        yield ()
-        return
+        return ("0",)
     children = spec.children()
+    names: list[str] = []
     for name, child in zip(_child_names(spec, len(children)), children, strict=True):
-        for path in _paths(child):
-            yield (name, *path)
+        names += [name] if child.is_leaf() else [f"{name}.{inner}" for inner in output_names(child)]
+    return tuple(names)
 
 
 class _Mark:

@@ -1,12 +1,17 @@
-"""Running a captured graph node by node."""
+"""Running a captured graph node by node, and the model that it was captured of."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
+from torchshear.errors import first_line
+from torchshear.graph._graph import Graph
+from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._nodes import is_only_read
+from torchshear.graph.model._state import Mode, in_mode, preserve_state
 
 Load = Callable[[str], Tensor]
 Apply = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -91,3 +96,28 @@ def graph_output(
     for _, latest in graph_values(graph, state, leaves, replace):
         value = latest
     return value
+
+
+def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:
+    """Return the outputs of a model without gradients; its state is put back."""
+    own = inputs.copy()
+    with torch.no_grad(), preserve_state(model):
+        return model(*own.args, **own.kwargs)
+
+
+def run_graph(graph: Graph, inputs: ExampleInputs) -> Any:
+    """Return the outputs of a graph without gradients, computed with the tensors of the model."""
+    own = inputs.copy()
+    state = {name: entry.tensor for name, entry in graph.state.items()}
+    with torch.no_grad():
+        return graph_output(graph.fx_graph, state, pytree.tree_leaves((own.args, own.kwargs)))
+
+
+def run_failure(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> str | None:
+    """Return the error that a run of a model in a mode raises, in a line; None if it runs. The model is restored."""
+    with in_mode(model, mode):
+        try:
+            run_model(model, inputs)
+        except Exception as error:  # a forward may raise anything
+            return f"{type(error).__name__}: {first_line(error)[:160]}"
+    return None

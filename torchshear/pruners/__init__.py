@@ -11,8 +11,8 @@ from torchshear.pruners.criteria._criterion import Criterion, UnscorableError, c
 from torchshear.pruners.criteria._random import random_criterion
 from torchshear.pruners.criteria._reconstruction import reconstruction_errors
 from torchshear.pruners.criteria._weight_sums import unit_sums
-from torchshear.pruners.selection._per_group import Ratio
 from torchshear.pruners.selection._pools import isomorphism_classes
+from torchshear.pruners.selection._request import Ratio
 
 __all__ = [
     "Criterion",

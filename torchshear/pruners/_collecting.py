@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torchshear._arguments import check_count, check_kind, quote
+from torchshear._arguments import check_count, check_kind, parse_names, quote
 from torchshear.calibration import Loss, Progress, Statistics
 from torchshear.calibration._batches import read_graph_inputs
 from torchshear.calibration._dense_loss import DENSE
@@ -17,7 +17,6 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError, WeightError
 from torchshear.graph import Graph
-from torchshear.graph._names import parse_names
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.pruners.criteria._criterion import Criterion, declared_needs, needs_of
 from torchshear.pruners.selection._targets import choose_targets

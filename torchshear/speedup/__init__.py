@@ -1,7 +1,6 @@
 """Making a plan real: shrinking, proof, compensation, ONNX export, latency, alignment to devices."""
 
-from torchshear.speedup._result import Shrunk
-from torchshear.speedup._shrink import shrink_to_form
+from torchshear.speedup._shrink import Shrunk, shrink_to_form
 from torchshear.speedup.checkpoints._stream import ShrunkCheckpoint
 from torchshear.speedup.compensation._fold import fold_constants
 from torchshear.speedup.compensation._fold_record import Fold

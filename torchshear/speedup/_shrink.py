@@ -1,24 +1,66 @@
-"""Shrinking a model, or parts of it, by a plan, and proving the result."""
+"""Shrinking a model, or parts of it, by a plan, proving the result, and returning it with form and proof."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchshear._arguments import check_flag, check_one_of
-from torchshear.dependency.plans._form import FormKind
+from torchshear.dependency.plans._form import Form, FormKind
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs
 from torchshear.graph.model._meta import is_on_meta
 from torchshear.graph.model._process import run_exclusively
-from torchshear.speedup._result import Shrunk
-from torchshear.speedup.shrinking._check_model import analyze_planned
+from torchshear.speedup.compensation._fold_record import Fold
 from torchshear.speedup.shrinking._parts import shrink_parts
+from torchshear.speedup.shrinking._prepared_cut import analyze_planned
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 from torchshear.speedup.shrinking._whole_model import shrink_whole
-from torchshear.speedup.verification._verify import verify_analyzed
+from torchshear.speedup.verification._verify import Verification, verify_analyzed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shrunk:
+    """A shrunk model with its form.
+
+    Attributes:
+        model: the smaller model.
+        made_by: its form, as a plan records it.
+        plan: the plan that it was made by: the one that was given, or one that leaves some of its groups whole.
+        verification: how closely it agrees with the masked model; None if that was not asked for, or if the model is on
+            the meta device.
+        fold: the folded constants of removed channels, from `fold_constants`; None if they count as zero.
+    """
+
+    model: nn.Module
+    made_by: Form
+    plan: PruningPlan
+    verification: Verification | None = None
+    fold: Fold | None = None
+
+    def __repr__(self) -> str:
+        return f"<Shrunk: {self.form} {type(self.model).__name__}>"
+
+    @property
+    def form(self) -> FormKind:
+        """The kind of its form: "native", a smaller copy of the original module; "traced", the rewritten graphs."""
+        return self.made_by.kind
+
+    @property
+    def reason(self) -> str:
+        """The reason for its form."""
+        return self.made_by.reason
+
+    @property
+    def parts(self) -> Mapping[str, FormKind]:
+        """Name of each shrunk part -> its form; empty if the whole model was shrunk.
+
+        In a copy of the original, parts in traced form then replace the original modules; `form` is "traced" if any
+        does.
+        """
+        return self.made_by.parts
 
 
 def shrink(

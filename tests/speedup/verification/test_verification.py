@@ -17,9 +17,8 @@ from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup.comparing._relative_error import relative_error
-from torchshear.speedup.verification._gradients import compare_gradients
 from torchshear.speedup.verification._masked_network import MaskedNetwork
-from torchshear.speedup.verification._runs import run_module
+from torchshear.speedup.verification._runs import compare_gradients, run_module
 from torchshear.speedup.verification._state_cut import StateCut
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from torchshear._arguments import check_kind, quote
+from torchshear._arguments import check_kind, close_names, parse_names, quote
 from torchshear._tables import Cell
 from torchshear.calibration import Statistics
 from torchshear.calibration._weight_calls import find_weight_calls
@@ -22,11 +22,10 @@ from torchshear.dependency.groups._groups import check_groups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import ArgumentError
-from torchshear.graph._cost import node_macs
-from torchshear.graph._names import close_names, parse_names
 from torchshear.graph._nodes import tensor_operands
+from torchshear.graph._operator_record import node_macs
 from torchshear.pruners.criteria._criterion import Criterion, UnscorableError, find_criterion
-from torchshear.pruners.selection._per_group import check_ratio, layer_of
+from torchshear.pruners.selection._request import check_ratio, layer_of
 from torchshear.pruners.selection._scoring import group_scores
 from torchshear.pruners.selection._widths import n_removed
 

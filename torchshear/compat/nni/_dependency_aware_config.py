@@ -5,7 +5,7 @@ from torchshear.compat.nni._dependency_aware import DependencyAwarePlan, plan_de
 from torchshear.configs import ResolvedConfig
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
-from torchshear.pruners.selection._per_group import owner_of
+from torchshear.pruners.selection._request import owner_of
 
 _MAKING = frozenset({"out", "depthwise"})
 

@@ -23,7 +23,7 @@ from torchshear.configs._planning import Widths, mask_weights, plan_config
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._analyze import analyze
-from torchshear.dependency.groups._computed_weights import computed_weights
+from torchshear.dependency.groups._weights import computed_weights
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph._nodes import compute_from_state

@@ -11,14 +11,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from torchshear._arguments import check_kind
+from torchshear._arguments import check_kind, close_names
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.dependency.groups._groups import check_groups
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.graph._names import close_names
 from torchshear.pruners._planning import plan_from_kept
-from torchshear.pruners.selection._per_group import layer_of
+from torchshear.pruners.selection._request import layer_of
 from torchshear.storage._reading import UnreadableError, as_path, read_json, shorten
 from torchshear.storage._writing import atomic_path
 

@@ -17,8 +17,8 @@ from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners.criteria._unipruning import importance, makers
 from torchshear.pruners.selection._budget import Budget
-from torchshear.pruners.selection._exact_units import removal_order
 from torchshear.pruners.selection._request import Request
+from torchshear.pruners.selection._unit_selector import removal_order
 from torchshear.pruners.selection._widths import Limits, allowed_widths
 
 Indices = npt.NDArray[np.int64]

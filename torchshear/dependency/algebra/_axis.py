@@ -1,7 +1,7 @@
 """Axes: a dimension of a value as a row of positions, each with the set of units that it depends on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import numpy as np
@@ -31,11 +31,15 @@ class Axis:
 Axes = tuple[Axis, ...]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Algebra:
-    """The operations on axes: join, cut, repeat, tie, split into factors and merge again."""
+    """The operations on axes: join, cut, repeat, tie, split into factors and merge again.
 
-    def __init__(self, store: UnitStore | None = None) -> None:
-        self.store = store or UnitStore()
+    Attributes:
+        store: the units, to which operations add.
+    """
+
+    store: UnitStore = field(default_factory=UnitStore)
 
     def copy(self) -> "Algebra":
         """Return a copy of all relations, to which more can be added."""

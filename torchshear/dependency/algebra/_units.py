@@ -50,7 +50,13 @@ class UnitStore:
     def fresh(self, count: int) -> Ids:
         """Make `count` new units, of a family of their own. Shape of the result: (count,)."""
         start, stop = self._size, self._size + count
-        self._reserve(stop)
+        capacity = len(self._parent)
+        if stop > capacity:  # room for twice as many, so that making units one by one takes linear time
+            for name, fill in (("_parent", 0), ("_composite", -1), ("_reason", -1), ("_family", 0)):
+                known = getattr(self, name)
+                grown = np.full(max(stop, 2 * capacity), fill, known.dtype)
+                grown[:capacity] = known
+                setattr(self, name, grown)
         ids = np.arange(start, stop)
         self._parent[start:stop] = ids
         self._family[start:stop] = len(self._family_parent)
@@ -67,17 +73,6 @@ class UnitStore:
             self._reasons.append(reason)
             self._reason[known] = len(self._reasons) - 1
         return known
-
-    def _reserve(self, size: int) -> None:
-        capacity = len(self._parent)
-        if size <= capacity:
-            return
-        grown = max(size, 2 * capacity)
-        for name, fill in (("_parent", 0), ("_composite", -1), ("_reason", -1), ("_family", 0)):
-            known = getattr(self, name)
-            array = np.full(grown, fill, known.dtype)
-            array[:capacity] = known
-            setattr(self, name, array)
 
     def find(self, ids: Ids) -> Ids:
         """Return the representatives of the classes of `ids`; any shape."""
@@ -114,7 +109,11 @@ class UnitStore:
             if not (sets >= 0).any():
                 break
             rows = self._expand(rows, sets)
-        return _tidy(np.where(self._reason[rows] >= 0, PAD, rows))
+        rows = _drop_empty_columns(np.where(self._reason[rows] >= 0, PAD, rows))
+        for j in range(1, rows.shape[1]):  # blank the second mention of a unit in a row
+            for i in range(j):
+                rows[:, j] = np.where(rows[:, i] == rows[:, j], PAD, rows[:, j])
+        return _drop_empty_columns(rows) if rows.shape[1] > 1 else rows
 
     def _expand(self, rows: Ids, sets: _Small) -> Ids:
         parts = np.zeros((*rows.shape, self._sets.shape[1]), np.int64)
@@ -155,7 +154,11 @@ class UnitStore:
 
     def union(self, left: Ids, right: Ids) -> None:
         """Make atoms equal, pair by pair. Both: (n,), representatives of atoms."""
-        self._union_families(self._family[left], self._family[right])
+        of_left, of_right, n_families = self._family[left], self._family[right], len(self._family_parent)
+        apart = of_left != of_right
+        for code in np.unique(of_left[apart].astype(np.int64) * n_families + of_right[apart]):  # each pair once
+            one, other = (self._find_family(int(family)) for family in divmod(code, n_families))
+            self._family_parent[max(one, other)] = min(one, other)
         while True:
             differ = left != right
             if not differ.any():
@@ -163,14 +166,6 @@ class UnitStore:
             left, right = left[differ], right[differ]
             np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
             left, right = self.find(left), self.find(right)
-
-    def _union_families(self, left: _Small, right: _Small) -> None:
-        differ = left != right
-        if not differ.any():
-            return
-        for code in np.unique(left[differ].astype(np.int64) * len(self._family_parent) + right[differ]):
-            a, b = (self._find_family(int(family)) for family in divmod(code, len(self._family_parent)))
-            self._family_parent[max(a, b)] = min(a, b)
 
     def equate(self, left: Ids, right: Ids, reason: Reason) -> None:
         """Demand that position i of `left` is kept exactly when position i of `right` is.
@@ -193,7 +188,10 @@ class UnitStore:
             a, b = a[differ], b[differ]
             left, right = left[differ], right[differ]
             n_a, n_b = (a != PAD).sum(1), (b != PAD).sum(1)
-            if self._fix_against_fixed(left, right, a, b, n_a, n_b, reason):
+            if (n_a == 0).any() or (n_b == 0).any():
+                # The partner of a fixed row is fixed, for the same reason if there is one.
+                for source, rows, is_fixed in ((left, b, n_a == 0), (right, a, n_b == 0)):
+                    self.fix(rows[is_fixed], self.first_reason(source[is_fixed]) or reason)
                 continue
             single = (n_a == 1) & (n_b == 1)
             if single.any():
@@ -220,15 +218,6 @@ class UnitStore:
             return False
         self.union(a, b)
         return True
-
-    def _fix_against_fixed(self, left: Ids, right: Ids, a: Ids, b: Ids, n_a: Ids, n_b: Ids, reason: Reason) -> bool:
-        """Fix rows whose partner is fixed, for the partner's reason if it has one; return True if there were any."""
-        done = False
-        for source, rows, empty in ((left, b, n_a == 0), (right, a, n_b == 0)):
-            if empty.any():
-                self.fix(rows[empty], self.first_reason(source[empty]) or reason)
-                done = True
-        return done
 
     def _compose(self, single: Ids, sets: Ids, where: npt.NDArray[np.bool_], reason: Reason) -> None:
         """Replace atoms by sets of atoms, the first set of each; the caller comes back for the others."""
@@ -302,15 +291,6 @@ class UnitStore:
                 self._compose(a[first][:, [i]], b[first][:, inside], np.ones(len(first), bool), reason)
                 return True
         return False
-
-
-def _tidy(rows: Ids) -> Ids:
-    """Blank the second mention of a unit in a row, and drop columns that are blank throughout."""
-    rows = _drop_empty_columns(rows)
-    for j in range(1, rows.shape[1]):
-        for i in range(j):
-            rows[:, j] = np.where(rows[:, i] == rows[:, j], PAD, rows[:, j])
-    return _drop_empty_columns(rows) if rows.shape[1] > 1 else rows
 
 
 def _drop_empty_columns(rows: Ids) -> Ids:

@@ -5,20 +5,20 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
-from torchshear._arguments import check_kind
+from torchshear._arguments import check_kind, matches
 from torchshear.dependency import rules as _rules  # registers the rules of the ATen operators
 from torchshear.dependency.algebra._axis import Algebra
-from torchshear.dependency.groups._balance import settle_balances
-from torchshear.dependency.groups._computed_weights import carrier_of
+from torchshear.dependency.groups._constraints import settle_balances
 from torchshear.dependency.groups._grouping import form_groups
 from torchshear.dependency.groups._groups import ChannelGroups
+from torchshear.dependency.groups._weights import carrier_of
 from torchshear.dependency.rules._call import Call
 from torchshear.dependency.rules._findings import Facts, Result
 from torchshear.dependency.rules._registry import Rule, find_position_rule, find_rule
 from torchshear.graph import Graph
 from torchshear.graph._graph import check_outputs, output_nodes
-from torchshear.graph._names import matches
 from torchshear.graph._nodes import has_data_dependent_shape, shape_of
 
 assert _rules
@@ -111,18 +111,13 @@ def relate(graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Colle
             facts.axes[node.name] = facts.state_axes[name]
         elif node.op == "output":
             _fix_outputs(graph, algebra, facts, prunable_outputs)
-        elif _gives_tensors(node) or str(node.target) == "aten.sym_size.int":
+        elif str(node.target) == "aten.sym_size.int" or any(
+            isinstance(value, Tensor) for value in pytree.tree_leaves(node.meta.get("val"))
+        ):
             facts.axes[node.name] = _apply_rule(Call(node, graph, algebra, facts), facts)
             carrier = carrier_of(node, algebra, facts)
             if carrier is not None:
                 facts.carriers[node.name] = carrier
-
-
-def _gives_tensors(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) or (
-        isinstance(value, list | tuple) and any(isinstance(item, Tensor) for item in value)
-    )
 
 
 def _fix_outputs(graph: Graph, algebra: Algebra, facts: Facts, prunable_outputs: Collection[str]) -> None:
@@ -156,7 +151,13 @@ def _apply_rule(call: Call, facts: Facts) -> Result:
         return call.refuse("operator without a rule")
     try:
         result = _apply_with_positions(call, rule, facts)
-        _check_sizes(call, result)
+        if result is not None:
+            parts = result if isinstance(result, list) else [result]
+            shapes = call.out_shape if isinstance(result, list) else (call.out_shape,)
+            for axes, shape in zip(parts, shapes, strict=True):
+                sizes = tuple(axis.size for axis in axes)
+                if shape is not None and sizes != tuple(shape):
+                    raise ValueError(f"it gives axes of sizes {sizes} for a result of shape {tuple(shape)}")
     except _MISFITS as error:  # a call that its rule does not foresee is as good as unknown, and reported as such
         facts.edits.pop(node.name, None)
         if any(has_data_dependent_shape(one) for one in (node, *call.tensor_args)):
@@ -180,15 +181,3 @@ def _apply_with_positions(call: Call, rule: Rule, facts: Facts) -> Result:
         call.fix(axes, "positions along it are values that this operator computes with")
         return rule(call)
     return special(call, axes[0], rule)
-
-
-def _check_sizes(call: Call, result: Result) -> None:
-    """Raise ValueError for axes of other sizes than the result of the call has."""
-    if result is None:
-        return
-    parts = result if isinstance(result, list) else [result]
-    shapes = call.out_shape if isinstance(result, list) else (call.out_shape,)
-    for axes, shape in zip(parts, shapes, strict=True):
-        sizes = tuple(axis.size for axis in axes)
-        if shape is not None and sizes != tuple(shape):
-            raise ValueError(f"it gives axes of sizes {sizes} for a result of shape {tuple(shape)}")

@@ -2,18 +2,24 @@
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from torchshear.dependency.algebra._axis import Algebra, Axis
 from torchshear.dependency.algebra._units import PAD, Ids
-from torchshear.dependency.groups._balance import blocks_repeat, is_plain, refine_labels, tie_blocks
-from torchshear.dependency.groups._computed_weights import assign_factor_roles
+from torchshear.dependency.groups._constraints import (
+    blocks_repeat,
+    fix_unclear_minimums,
+    is_plain,
+    keep_crossings,
+    minimum_units,
+    refine_labels,
+    tie_blocks,
+)
 from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups, FixedDimension, Member
-from torchshear.dependency.groups._minimums import fix_unclear_minimums, keep_crossings, minimum_units
-from torchshear.dependency.groups._norm_scales import assign_norm_scales
 from torchshear.dependency.groups._roles import assign_roles
+from torchshear.dependency.groups._weights import assign_factor_roles, assign_norm_scales
 from torchshear.dependency.rules._findings import Facts
 from torchshear.graph import Graph
 from torchshear.graph._location import locate
@@ -32,16 +38,16 @@ class _Dimension:
     layer: str
 
 
+@dataclass(frozen=True, slots=True)
 class _Shared:
     """Equal arrays as one: the layers of a deep network are alike, and so are most positions and units of members."""
 
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, bytes], Ids] = {}
+    known: dict[tuple[int, bytes], Ids] = field(default_factory=dict)
 
     def one(self, array: Ids) -> Ids:
         """The first array with these values that was given."""
         array = np.ascontiguousarray(array)
-        return self._known.setdefault((len(array), hashlib.blake2b(array.data, digest_size=16).digest()), array)
+        return self.known.setdefault((len(array), hashlib.blake2b(array.data, digest_size=16).digest()), array)
 
 
 def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | None) -> ChannelGroups:
@@ -57,15 +63,28 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
         if labels is not None and not fix_unclear_minimums(algebra, facts, group_of):
             break
     members = _members(facts, dimensions, group_of)
-    joint, min_units = _joint_groups(algebra, facts, group_of), minimum_units(algebra, facts, group_of)
+    # Groups whose units are shared out among several dimensions, with the number of those.
+    joint: dict[int, int] = {}
+    for balance in facts.balances:
+        rows = algebra.store.resolve(balance.axis.units)
+        if balance.is_joint and rows.shape[1] and is_plain(rows):
+            joint[int(group_of[rows.max()])] = balance.n_blocks
+    min_units = minimum_units(algebra, facts, group_of)
     keep_crossings(algebra, (dimension.axis for dimension in dimensions), group_of, min_units, joint)
-    mixed = _cross_channel_groups(algebra, facts, group_of)
-    users = _first_users(graph)
+    # Groups whose units an operator computes with over a whole axis, as norms and softmax do.
+    mixed = [algebra.store.resolve(axis.units) for axes in facts.cross_channel.values() for axis in axes]
+    cross_channel = {group for rows in mixed for group in group_of[rows[rows != PAD]].tolist()}
+    read = [node for node in graph if node.op == "get_attr" and node.users]
+    first_users = {str(node.target): str(locate(next(iter(node.users)))) for node in read}
     groups: list[ChannelGroup] = []
-    names: dict[str, int] = defaultdict(int)
+    names: dict[str, int] = defaultdict(int)  # how many groups have a name already
     shared = _Shared()
     for index in range(n_groups):
-        made = _group(index, members[index], labels, index in mixed, names, users, joint, shared)
+        first = members[index][0][0]
+        name = f"{first.name}[{first.dim}]"
+        names[name] += 1
+        name = name if names[name] == 1 else f"{name}#{names[name]}"
+        made = _group(index, name, members[index], labels, index in cross_channel, first_users, joint, shared)
         groups.append(replace(made, min_units=min_units.get(index, 1)))
     analysed = [(graph, facts)]
     if graph.training is not None and training is not None:
@@ -157,16 +176,6 @@ def _join(algebra: Algebra, facts: Facts, atoms: Ids, keys: "np.ndarray[tuple[in
             keys[np.concatenate(where)] = keys[where[0][0]]
 
 
-def _joint_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> dict[int, int]:
-    """Groups whose units are shared out among several dimensions, with the number of those."""
-    found: dict[int, int] = {}
-    for balance in facts.balances:
-        rows = algebra.store.resolve(balance.axis.units)
-        if balance.is_joint and rows.shape[1] and is_plain(rows):
-            found[int(group_of[rows.max()])] = balance.n_blocks
-    return found
-
-
 def _hash(values: "np.ndarray[tuple[int], np.dtype[np.uint64]]") -> "np.ndarray[tuple[int], np.dtype[np.uint64]]":
     """SplitMix64 (Steele et al., OOPSLA 2014): well mixed 64-bit values of small integers."""
     mixed = values * np.uint64(0x9E3779B97F4A7C15)
@@ -216,26 +225,16 @@ def _members(
     return members
 
 
-def _cross_channel_groups(algebra: Algebra, facts: Facts, group_of: Ids) -> set[int]:
-    mixed: set[int] = set()
-    for axes in facts.cross_channel.values():
-        for axis in axes:
-            rows = algebra.store.resolve(axis.units)
-            mixed |= set(group_of[rows[rows != PAD]].tolist())
-    return mixed
-
-
 def _group(
     index: int,
+    name: str,
     members: list[tuple[_Dimension, frozenset[str], Ids, Ids]],
     labels: dict[int, dict[int, int]],
     is_cross_channel: bool,
-    names: dict[str, int],
     users: dict[str, str],
     joint: dict[int, int],
     shared: _Shared,
 ) -> ChannelGroup:
-    first = members[0][0]
     # The first dimension holds all units, but of a group that is shared out among several.
     atoms = np.concatenate([atoms for _, _, _, atoms in (members if index in joint else members[:1])])
     _, where, _ = _counted(atoms)
@@ -264,7 +263,7 @@ def _group(
     )
     where_used = tuple(dict.fromkeys(users[member.name] for member in made if member.name in users))
     return ChannelGroup(
-        name=_numbered_name(f"{first.name}[{first.dim}]", names),
+        name=name,
         width=len(ordered),
         members=made,
         balance=None if block is None else np.array([block[int(atom)] for atom in ordered], np.int64),
@@ -273,18 +272,6 @@ def _group(
         where=where_used[:4],
         n_peers=joint.get(index, 1),
     )
-
-
-def _numbered_name(name: str, names: dict[str, int]) -> str:
-    """A name that no group has yet; counts how often it was asked for."""
-    names[name] += 1
-    return name if names[name] == 1 else f"{name}#{names[name]}"
-
-
-def _first_users(graph: Graph) -> dict[str, str]:
-    return {
-        str(node.target): str(locate(next(iter(node.users)))) for node in graph if node.op == "get_attr" and node.users
-    }
 
 
 def _fixed_dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> tuple[FixedDimension, ...]:
@@ -297,18 +284,12 @@ def _fixed_dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> tuple[Fix
             reason = str(algebra.store.first_reason(axis.units) or "fixed")
             if graph.state[name].kind == "parameter" and not reason.startswith("size of a kernel"):
                 found.append(FixedDimension(name, dim, axis.size, reason))
-    return (*found, *_unread(graph))
-
-
-def _unread(graph: Graph) -> list[FixedDimension]:
-    """Parameters that no operator reads, of the parts where only parts are captured."""
+    # Parameters that no operator reads; where only parts are captured, those of the parts.
     captured = (graph, graph.training) if graph.training is not None else (graph,)
     read = {str(node.target) for one in captured for node in one if node.op == "get_attr"}
     inside = tuple(f"{name}." for name in graph.parts.names) if graph.parts is not None else ("",)
-    return [
-        FixedDimension(name, dim, size, "no operator reads it")
-        for name, entry in graph.state.items()
-        if entry.kind == "parameter" and name not in read and name.startswith(inside)
-        for dim, size in enumerate(entry.shape)
-        if size > 1
-    ]
+    for name, entry in graph.state.items():
+        if entry.kind == "parameter" and name not in read and name.startswith(inside):
+            sizes = enumerate(entry.shape)
+            found += [FixedDimension(name, dim, size, "no operator reads it") for dim, size in sizes if size > 1]
+    return tuple(found)

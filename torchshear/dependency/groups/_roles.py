@@ -8,9 +8,9 @@ follows from sums of different branches, from weights that are applied again and
 layers.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -26,6 +26,10 @@ from torchshear.graph._nodes import tensor_operands
 from torchshear.graph._operator_record import operator_of
 
 _NORMS = frozenset({"norm", "statistic"})
+# Words about groups that take part in products of values, and about those that a layer makes or reads; of tokens, as
+# learned queries are, there is one of the former and none of the latter.
+_OF_PRODUCTS = frozenset({"outer", "scored"})
+_OF_LAYERS = frozenset({"carried", "convolved", "inner", "looked up", "made", "read", "state"})
 
 
 def assign_roles(
@@ -51,7 +55,7 @@ class _Evidence:
         self.groups = groups
         self.declared: dict[int, str] = {}
         self.beside: dict[int, set[int]] = defaultdict(set)
-        self._words: dict[int, set[str]] = defaultdict(set)
+        self.words: dict[int, set[str]] = defaultdict(set)
         self._algebra = algebra
         self._group_of = np.full(len(algebra.store), -1, np.int64)
         for number, group in enumerate(groups):
@@ -61,16 +65,16 @@ class _Evidence:
 
     def along(self, axes: Axes) -> frozenset[int]:
         """Return the numbers of the groups whose units stand along any of the axes."""
-        return frozenset().union(*(self._along_one(axis) for axis in axes))
-
-    def _along_one(self, axis: Axis) -> frozenset[int]:
-        known = self._seen.get(id(axis.units))
-        if known is None:
-            rows = self._algebra.store.resolve(axis.units)
-            found = np.unique(self._group_of[rows[rows != PAD]])
-            known = (axis, frozenset(int(number) for number in found if number >= 0))
-            self._seen[id(axis.units)] = known
-        return known[1]
+        found: set[int] = set()
+        for axis in axes:
+            known = self._seen.get(id(axis.units))
+            if known is None:
+                rows = self._algebra.store.resolve(axis.units)
+                numbers = np.unique(self._group_of[rows[rows != PAD]])
+                known = (axis, frozenset(int(number) for number in numbers if number >= 0))
+                self._seen[id(axis.units)] = known
+            found |= known[1]
+        return frozenset(found)
 
     def are_same(self, axis: Axis, others: Axes) -> bool:
         """Return True if an axis holds the same units as one of others."""
@@ -80,18 +84,11 @@ class _Evidence:
     def add(self, word: str, groups: Iterable[int]) -> None:
         """Note a word about groups."""
         for number in groups:
-            self._words[number].add(word)
+            self.words[number].add(word)
 
     def has(self, number: int, *words: str) -> bool:
         """Return True if all of the words were noted about a group."""
-        return self._words[number].issuperset(words)
-
-    def is_of_tokens(self, number: int) -> bool:
-        """Return True if a group takes part in products of values, and no layer makes or reads it."""
-        words = self._words[number]
-        return bool(words & {"outer", "scored"}) and not words & {
-            *("carried", "convolved", "inner", "looked up", "made", "read", "state"),
-        }
+        return self.words[number].issuperset(words)
 
     def is_inside_experts(self, number: int) -> bool:
         """Return True if all weights in which a group stands hold one slice for each expert."""
@@ -107,40 +104,46 @@ class _Evidence:
 _T = TypeVar("_T")
 
 
-def _operator(node: fx.Node) -> str:
-    """Return the name of an operator without its overload."""
-    return str(node.target).rpartition(".")[0]
-
-
 def _union(known: Mapping[fx.Node, frozenset[_T]], nodes: Sequence[fx.Node]) -> frozenset[_T]:
     """Return everything that is known of any of the nodes."""
     empty: frozenset[_T] = frozenset()
     return empty.union(*(known.get(node, empty) for node in nodes))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Reader:
     """Walks one graph and collects evidence.
 
-    Of each value it keeps where it comes from: the layers and sums whose results reach it through nothing but
-    elementwise operators, norms and changes of layout; whether any input of the model reaches it; whether it is made of
-    a product of two computed values, and whether that product is one of queries and keys; and for a parameter of which
-    computed indices choose a part, the groups along which they choose.
+    Attributes:
+        graph: the captured graph.
+        facts: what rules noted of it.
+        evidence: added to.
+        origins: value -> where it comes from: the layers and sums whose results reach it through nothing but
+            elementwise operators, norms and changes of layout.
+        computed: values that an input of the model reaches.
+        lookups: values looked up in tables.
+        products: values that are made of a product of two computed values.
+        scores: those of which that product is one of queries and keys.
+        sources: value that no input reaches -> the tensors of the model that it is computed of.
+        chosen: value -> groups along which computed indices choose a part of a parameter.
+        weights: names of the tensors that layers multiply with.
+        met: pairs of groups, one summed over in a product and one beside it.
+        turns: weight and group -> how often the weight is applied to the group and makes it again.
     """
 
-    def __init__(self, graph: Graph, facts: Facts, evidence: _Evidence) -> None:
-        self.graph = graph
-        self.facts = facts
-        self.evidence = evidence
-        self._origins: dict[fx.Node, frozenset[fx.Node]] = {}
-        self._computed: set[fx.Node] = set()
-        self._lookups: set[fx.Node] = set()
-        self._products: set[fx.Node] = set()
-        self._scores: set[fx.Node] = set()
-        self._sources: dict[fx.Node, frozenset[str]] = {}
-        self._chosen: dict[fx.Node, frozenset[int]] = {}
-        self._weights: set[str] = set()
-        self._met: list[tuple[int, int]] = []
-        self._turns: dict[tuple[fx.Node, int], int] = defaultdict(int)
+    graph: Graph
+    facts: Facts
+    evidence: _Evidence
+    origins: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
+    computed: set[fx.Node] = field(default_factory=set)
+    lookups: set[fx.Node] = field(default_factory=set)
+    products: set[fx.Node] = field(default_factory=set)
+    scores: set[fx.Node] = field(default_factory=set)
+    sources: dict[fx.Node, frozenset[str]] = field(default_factory=dict)
+    chosen: dict[fx.Node, frozenset[int]] = field(default_factory=dict)
+    weights: set[str] = field(default_factory=set)
+    met: list[tuple[int, int]] = field(default_factory=list)
+    turns: Counter[tuple[fx.Node, int]] = field(default_factory=Counter)
 
     def read(self) -> None:
         """Collect all evidence that the graph holds."""
@@ -149,30 +152,42 @@ class _Reader:
                 self.evidence.declared[number] = role
         for node in self.graph:
             if node.op == "placeholder":
-                self._computed.add(node)
-                self._origins[node] = frozenset({node})
+                self.computed.add(node)
+                self.origins[node] = frozenset({node})
             elif node.op == "get_attr":
-                self._sources[node] = frozenset({str(node.target)})
+                self.sources[node] = frozenset({str(node.target)})
             elif node.op == "call_function":
                 self._call(node)
-        self._states()
-        for (_, number), turns in self._turns.items():
-            if turns > 1:
-                self.evidence.add("repeated", [number])
+        # State-space layers are told from attention by a parameter that is no layer's weight and spans state and
+        # channels: the decay, one number for each channel and each entry of its state.
+        for number, other in set(self.met):
+            mine, others = self._loose(number), self._loose(other)
+            if any(others.get(name, dim) != dim for name, dim in mine.items()):
+                self.evidence.add("state", [number])
+                self.evidence.add("inner", [other])
+        self.evidence.add("repeated", [number for (_, number), turns in self.turns.items() if turns > 1])
 
     def _call(self, node: fx.Node) -> None:
         operands = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor | list | tuple)]
         if operator_of(node).passes is not None:  # of other operands it reads the shape, the type, or positions
             operands = operands[:1]
-        if any(operand in self._computed for operand in operands):
-            self._computed.add(node)
+        if any(operand in self.computed for operand in operands):
+            self.computed.add(node)
         else:
-            self._sources[node] = _union(self._sources, operands)
-        for marked in (self._products, self._scores):
+            self.sources[node] = _union(self.sources, operands)
+        for marked in (self.products, self.scores):
             if any(operand in marked for operand in operands):
                 marked.add(node)
-        self._origins[node] = _union(self._origins, operands)
-        self._chosen[node] = _union(self._chosen, operands) | self._chosen_by(node)
+        self.origins[node] = _union(self.origins, operands)
+        # Groups along the dimensions of a parameter from which computed indices pick.
+        picks: frozenset[int] = frozenset()
+        if str(node.target).startswith("aten.index.") and len(node.args) > 1:
+            source, indices = node.args[:2]
+            axes = self.facts.axes.get(source.name) if isinstance(source, fx.Node) else None
+            if isinstance(axes, tuple) and source not in self.computed and isinstance(indices, list | tuple):
+                pairs = zip(axes, indices, strict=False)
+                picks = self.evidence.along(tuple(axis for axis, index in pairs if index in self.computed))
+        self.chosen[node] = _union(self.chosen, operands) | picks
         contractions = self.facts.contractions.get(node.name, [])
         for contraction in contractions:
             self._contraction(node, contraction)
@@ -186,11 +201,11 @@ class _Reader:
             return
         tensors = tensor_operands(node)
         is_sum = operator_of(node).is_sum and len(tensors) == 2
-        if is_sum and all(tensor in self._computed for tensor in tensors):
-            left, right = (self._origins[tensor] for tensor in tensors)
-            if left - right and right - left and not left | right <= self._lookups:
+        if is_sum and all(tensor in self.computed for tensor in tensors):
+            left, right = (self.origins[tensor] for tensor in tensors)
+            if left - right and right - left and not left | right <= self.lookups:
                 self.evidence.add("summed", self.evidence.along(axes))
-                self._origins[node] = frozenset({node})
+                self.origins[node] = frozenset({node})
         if operator_of(node).is_pointwise or node.name in self.facts.cross_channel:
             self.evidence.add("changed", self.evidence.along(axes))
 
@@ -198,23 +213,23 @@ class _Reader:
         if found.kind == "depthwise":
             self.evidence.add("changed", self.evidence.along(found.columns))
             return
-        values = [operand is node or operand in self._computed for operand in found.operands]
-        self._weights |= _union(self._sources, found.operands)
-        self._origins[node] = frozenset({node})
+        values = [operand is node or operand in self.computed for operand in found.operands]
+        self.weights.update(_union(self.sources, found.operands))
+        self.origins[node] = frozenset({node})
         if found.kind == "lookup":
-            self._lookups.add(node)
+            self.lookups.add(node)
         if found.kind == "product" and (all(values) or self._has_learned_queries(node, found, values)):
             self._of_values(node, found)
         elif not self._mixes_heads(found, values):
             self._with_weight(found, is_weight_left=not values[0])
-            self._products.discard(node)
-            self._scores.discard(node)
+            self.products.discard(node)
+            self.scores.discard(node)
 
     def _has_learned_queries(self, node: fx.Node, found: Contraction, values: Sequence[bool]) -> bool:
         """Return True if a parameter is queries or keys and no weight: a softmax runs over an axis that it lacks."""
         if operator_of(node).has_softmax:  # one of its own, as attention has
             return True
-        if any(operand in self._scores for operand in found.operands):  # heads that talk
+        if any(operand in self.scores for operand in found.operands):  # heads that talk
             return False
         others = found.rows if values[0] else found.columns
         reached = [node]
@@ -227,22 +242,10 @@ class _Reader:
                     reached.append(user)
         return False
 
-    def _chosen_by(self, node: fx.Node) -> frozenset[int]:
-        """Return the groups along the dimensions of a parameter from which computed indices pick."""
-        indices = node.args[1] if _operator(node) == "aten.index" and len(node.args) > 1 else ()
-        source = node.args[0] if node.args else None
-        if not isinstance(source, fx.Node) or source in self._computed or not isinstance(indices, list | tuple):
-            return frozenset()
-        axes = self.facts.axes.get(source.name)
-        if not isinstance(axes, tuple):
-            return frozenset()
-        chosen = (axis for axis, index in zip(axes, indices, strict=False) if index in self._computed)
-        return self.evidence.along(tuple(chosen))
-
     def _mixes_heads(self, found: Contraction, values: Sequence[bool]) -> bool:
         """Return True if scores of heads are made into scores of other heads, and note that these are heads then."""
         heads = self.evidence.along(found.contracted)
-        of_scores = any(operand in self._scores for operand in found.operands)
+        of_scores = any(operand in self.scores for operand in found.operands)
         if not of_scores or not heads or not all(self.evidence.has(number, "batched") for number in heads):
             return False
         self.evidence.add("batched", self.evidence.along(found.columns if values[0] else found.rows))
@@ -258,10 +261,10 @@ class _Reader:
         if found.kind == "convolution":
             evidence.add("convolved", read | written)
         if found.kind == "product" and any(axis.size > 1 for axis in found.batch):
-            evidence.add("expert", evidence.along(found.batch) | self._chosen.get(found.operands[weight], frozenset()))
+            evidence.add("expert", evidence.along(found.batch) | self.chosen.get(found.operands[weight], frozenset()))
             evidence.add("in experts", read | written)
         for number in read & written:
-            self._turns[found.operands[weight], number] += 1
+            self.turns[found.operands[weight], number] += 1
 
     def _of_values(self, node: fx.Node, found: Contraction) -> None:
         """Note the groups of a product of two computed values: of queries and keys, or of scores and values."""
@@ -274,12 +277,12 @@ class _Reader:
         sides = [evidence.along(found.rows) - contracted - batch, evidence.along(found.columns) - contracted - batch]
         for mine, other in ((0, 1), (1, 0)):
             evidence.add(self._word(node, found.operands[mine], found.operands[other], bool(contracted)), sides[mine])
-        of_product = [operand is node or operand in self._products for operand in found.operands]
-        self._products.add(node)
-        self._scores.discard(node)
+        of_product = [operand is node or operand in self.products for operand in found.operands]
+        self.products.add(node)
+        self.scores.discard(node)
         if contracted and not any(of_product):
-            self._scores.add(node)
-        self._met += [(number, other) for number in contracted for other in sides[0] | sides[1] | batch]
+            self.scores.add(node)
+        self.met.extend((number, other) for number in contracted for other in sides[0] | sides[1] | batch)
 
     def _word(self, node: fx.Node, mine: fx.Node, other: fx.Node, has_contracted: bool) -> str:
         """Return the word for an axis that only the operand `mine` of a product has.
@@ -287,28 +290,17 @@ class _Reader:
         Scores times values: the values' axis is carried, and what scores have beside their tokens are heads of one key.
         Where keys met values first, that product is read by queries, and its other axis is carried.
         """
-        is_product = {operand: operand is node or operand in self._products for operand in (mine, other)}
+        is_product = {operand: operand is node or operand in self.products for operand in (mine, other)}
         if has_contracted:
             return "carried" if is_product[mine] else "outer"
         if is_product[other] and not is_product[mine]:
             return "carried"
-        return "batched" if mine in self._scores and not is_product[other] else "outer"
-
-    def _states(self) -> None:
-        """Tell state-space layers from attention: a parameter that is no layer's weight spans state and channels.
-
-        It is the decay, one number for each channel and each entry of its state.
-        """
-        for number, other in set(self._met):
-            mine, others = self._loose(number), self._loose(other)
-            if any(others.get(name, dim) != dim for name, dim in mine.items()):
-                self.evidence.add("state", [number])
-                self.evidence.add("inner", [other])
+        return "batched" if mine in self.scores and not is_product[other] else "outer"
 
     def _loose(self, number: int) -> dict[str, int]:
         """Return the dimension of the group in each parameter that is no layer's weight."""
         members = self.evidence.groups[number].members
-        loose = [m for m in members if m.name not in self._weights and m.name in self.graph.state]
+        loose = [m for m in members if m.name not in self.weights and m.name in self.graph.state]
         return {m.name: m.dim for m in loose if self.graph.state[m.name].kind == "parameter"}
 
 
@@ -316,10 +308,11 @@ def _role(evidence: _Evidence, number: int) -> str:
     """Return the role that the evidence speaks for, the most telling first."""
     if number in evidence.declared:
         return evidence.declared[number]
-    if evidence.is_of_tokens(number):
+    words = evidence.words[number]
+    if words & _OF_PRODUCTS and not words & _OF_LAYERS:
         return "queries"
-    for words, role in _TELLING:
-        if evidence.has(number, *words) and (role != "expert_ffn" or evidence.is_inside_experts(number)):
+    for telling, role in _TELLING:
+        if evidence.has(number, *telling) and (role != "expert_ffn" or evidence.is_inside_experts(number)):
             return _kind_of_heads(evidence, number) if role == "heads" else role
     return "other"
 

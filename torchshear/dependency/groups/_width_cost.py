@@ -14,8 +14,8 @@ from torchshear.dependency.algebra._units import Ids
 from torchshear.dependency.groups._groups import ChannelGroups
 from torchshear.dependency.groups._width_form import NO_GROUP, WidthForm, groups_of_units, terms_of_axis
 from torchshear.graph import Cost
-from torchshear.graph._cost import node_macs
 from torchshear.graph._nodes import shape_of, tensor_operands
+from torchshear.graph._operator_record import node_macs
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._cut import Bools, Cut
-from torchshear.dependency.plans._state_plan import StatePlan
+from torchshear.dependency.plans._tensor_plans import StatePlan
 from torchshear.errors import PlanError
 
 Indices = npt.NDArray[np.int64]

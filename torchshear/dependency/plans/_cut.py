@@ -8,15 +8,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from torchshear.dependency.algebra._axis import Axes, Axis
+from torchshear.dependency.algebra._axis import Axis
 from torchshear.dependency.algebra._units import PAD, Ids
 from torchshear.dependency.groups._groups import ChannelGroups
 from torchshear.errors import PlanError
 from torchshear.graph import Cost, Graph
-from torchshear.graph._cost import node_macs
+from torchshear.graph._graph import is_in_parts
 from torchshear.graph._location import locate
 from torchshear.graph._nodes import shape_of, tensor_operands
-from torchshear.graph._parts import is_in_parts
+from torchshear.graph._operator_record import node_macs
 
 Bools = npt.NDArray[np.bool_]
 
@@ -42,8 +42,19 @@ class Cut:
         for name, indices in kept.items():
             if name not in by_name:
                 raise PlanError(f"channel group {name!r} is not in this network; the plan is of another model.")
-            self._masks[name] = _as_mask(name, by_name[name].width, indices)
-            gone = by_name[name].atoms[~self._masks[name]]
+            indices, width = np.asarray(indices), by_name[name].width
+            if indices.size and (indices.min() < 0 or indices.max() >= width):
+                raise PlanError(
+                    f"kept units {int(indices.min())}..{int(indices.max())} of group {name!r}; expected indices below "
+                    f"its width {width}. The plan is damaged or of another model."
+                )
+            mask = self._masks[name] = np.zeros(width, bool)
+            mask[indices.astype(np.int64)] = True
+            if mask.sum() != indices.size:
+                raise PlanError(f"kept units of group {name!r} are named twice; the plan is damaged.")
+            if not mask.any():
+                raise PlanError(f"group {name!r} would keep no unit; keep at least one.")
+            gone = by_name[name].atoms[~mask]
             self._cut[groups.algebra.store.resolve(gone[:, None])] = True
         self._cut[PAD] = False
         self._check()
@@ -123,12 +134,12 @@ class Cut:
         axes = self.groups.facts.axes.get(node.name)
         if node.op == "get_attr":
             return self.state_shape(str(node.target))
-        if isinstance(axes, list):
-            return tuple(self._sizes(part) for part in axes)
-        return self._sizes(axes) if axes is not None else shape_of(node)
-
-    def _sizes(self, axes: Axes) -> tuple[int, ...]:
-        return tuple(int(self.keep(axis).sum()) for axis in axes)
+        if axes is None:
+            return shape_of(node)
+        sizes = [
+            tuple(int(self.keep(axis).sum()) for axis in part) for part in (axes if isinstance(axes, list) else [axes])
+        ]
+        return tuple(sizes) if isinstance(axes, list) else sizes[0]
 
     def cost(self) -> Cost:
         """Parameters and multiply-accumulate operations after the cut."""
@@ -186,19 +197,3 @@ def part_costs(cut: Cut) -> dict[str, tuple[Cost, Cost]]:
         name: (cost(name, shape_of, lambda key: graph.state[key].shape), cost(name, cut.shape, cut.state_shape))
         for name in parts.names
     }
-
-
-def _as_mask(name: str, width: int, indices: Ids) -> Bools:
-    indices = np.asarray(indices)
-    if indices.size and (indices.min() < 0 or indices.max() >= width):
-        raise PlanError(
-            f"kept units {int(indices.min())}..{int(indices.max())} of group {name!r}; expected indices below its "
-            f"width {width}. The plan is damaged or of another model."
-        )
-    mask = np.zeros(width, bool)
-    mask[indices.astype(np.int64)] = True
-    if mask.sum() != indices.size:
-        raise PlanError(f"kept units of group {name!r} are named twice; the plan is damaged.")
-    if not mask.any():
-        raise PlanError(f"group {name!r} would keep no unit; keep at least one.")
-    return mask

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from torchshear.dependency.plans._plan_file import IndexReader, IndexWriter
-from torchshear.dependency.plans._state_plan import are_ascending
+from torchshear.dependency.plans._tensor_plans import are_ascending
 
 FormKind = Literal["native", "traced"]
 

@@ -18,7 +18,6 @@ from torchshear.dependency.groups._groups import ChannelGroups
 from torchshear.dependency.plans._composition import compose_units
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._form import Form, read_form, write_form
-from torchshear.dependency.plans._outputs import OutputPlan, output_plans, read_outputs, write_outputs
 from torchshear.dependency.plans._plan_file import (
     IndexReader,
     IndexWriter,
@@ -28,10 +27,20 @@ from torchshear.dependency.plans._plan_file import (
     read_size,
     write_document,
 )
-from torchshear.dependency.plans._state_plan import StatePlan, are_ascending, make_state_plan, read_state, write_state
+from torchshear.dependency.plans._tensor_plans import (
+    OutputPlan,
+    StatePlan,
+    are_ascending,
+    make_state_plan,
+    output_plans,
+    read_outputs,
+    read_state,
+    write_outputs,
+    write_state,
+)
 from torchshear.errors import PlanError
 from torchshear.graph import ExampleInputs
-from torchshear.graph._parts import Parts
+from torchshear.graph._graph import Parts
 
 Indices = npt.NDArray[np.int64]
 
@@ -203,17 +212,12 @@ def make_plan(
     state = {name: entry for name, entry in made.items() if entry is not None}
     refused = {group.name: group.reason for group in groups if group.reason}
     refused |= {f"{fixed.name}[{fixed.dim}]": fixed.reason for fixed in groups.fixed}
+    units = {g.name: np.sort(np.asarray(kept.get(g.name, np.arange(g.width)), np.int64)) for g in groups}
+    for array in units.values():
+        array.flags.writeable = False
     return PruningPlan(
         groups=tuple(
-            GroupPlan(
-                g.name,
-                g.width,
-                _indices(kept.get(g.name, np.arange(g.width))),
-                notes.get(g.name, ""),
-                g.role,
-                ratios.get(g.name),
-            )
-            for g in groups
+            GroupPlan(g.name, g.width, units[g.name], notes.get(g.name, ""), g.role, ratios.get(g.name)) for g in groups
         ),
         state=state,
         whole={name: entry.shape for name, entry in graph.state.items() if entry.is_saved and name not in state},
@@ -230,12 +234,6 @@ def make_plan(
         parts=graph.parts,
         analysis=groups,
     )
-
-
-def _indices(kept: Indices) -> Indices:
-    kept = np.sort(np.asarray(kept, np.int64))
-    kept.flags.writeable = False
-    return kept
 
 
 def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:

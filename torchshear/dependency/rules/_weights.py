@@ -51,12 +51,10 @@ def weight_behind(operand: fx.Node, carriers: Mapping[str, fx.Node]) -> tuple[fx
 def unwrap_moves(operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """Return the value behind all calls that only move dimensions, and these calls, the last first."""
     calls: list[fx.Node] = []
-    while _moves_dimensions(operand) and operand.args and isinstance(operand.args[0], fx.Node):
+    while operand.args and isinstance(operand.args[0], fx.Node):
+        known = operator_of(operand)
+        if not known.keeps_positions and known.source_dims is None:
+            break
         calls.append(operand)
         operand = operand.args[0]
     return operand, calls
-
-
-def _moves_dimensions(node: fx.Node) -> bool:
-    known = operator_of(node)
-    return known.keeps_positions or known.source_dims is not None

@@ -9,9 +9,8 @@ from torchshear.graph._graph import Graph
 from torchshear.graph._inputs import ExampleInputs
 from torchshear.graph._outputs import drop_opaque_outputs
 from torchshear.graph.capture._replay import can_run_without_values, replay
-from torchshear.graph.model._caches import clear_caches, find_caches
 from torchshear.graph.model._process import silence_torch
-from torchshear.graph.model._state import in_mode
+from torchshear.graph.model._state import clear_caches, find_caches, in_mode
 
 Place = tuple[int, int]  # number of a tensor among the inputs, and a dimension of it
 

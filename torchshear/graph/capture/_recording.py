@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError, CaptureError, first_line
+from torchshear.graph._graph import PartRun, Parts
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._parts import PartRun, Parts
-from torchshear.graph.capture._check import run_model
+from torchshear.graph._run import run_model
 from torchshear.graph.model._checks import check_module
 from torchshear.graph.model._meta import buffers_on_meta, is_on_meta
 from torchshear.graph.model._state import in_mode

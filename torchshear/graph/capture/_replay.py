@@ -6,7 +6,7 @@ Anything else is left to torch.export, which takes several times as long.
 """
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -140,16 +140,25 @@ def _record_run(model: nn.Module, inputs: ExampleInputs) -> _Run:
     return _Run(state, leaves, recorder.calls, output)
 
 
+@dataclass(frozen=True, slots=True)
 class _GraphBuilder:
-    """Makes the graph of a second run: a node for each node of the first."""
+    """Makes the graph of a second run: a node for each node of the first.
 
-    def __init__(self, first: Graph, run: _Run) -> None:
-        self._first = first
-        self._run = run
-        self._graph = fx.Graph()
-        self._twins: dict[fx.Node, fx.Node] = {}
-        self._by_tensor: dict[int, fx.Node] = {}  # by the identity of a tensor: the node of its latest value
-        self._by_memory: dict[int, fx.Node] = {}  # by the identity of their memory: results of calls without operands
+    Attributes:
+        first: the first capture.
+        run: the second run.
+        graph: the graph of the second run.
+        twins: node of the first graph -> its node in this one.
+        by_tensor: by the identity of a tensor: the node of its latest value.
+        by_memory: by the identity of their memory: results of calls without operands.
+    """
+
+    first: Graph
+    run: _Run
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    twins: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    by_tensor: dict[int, fx.Node] = field(default_factory=dict)
+    by_memory: dict[int, fx.Node] = field(default_factory=dict)
 
     def build(self) -> fx.Graph:
         """Return the graph.
@@ -157,20 +166,20 @@ class _GraphBuilder:
         Raises:
             _OtherCallsError: the second run does not make the calls of the first.
         """
-        leaves, calls = iter(self._run.leaves), iter(self._run.calls)
-        for node in self._first:
+        leaves, calls = iter(self.run.leaves), iter(self.run.calls)
+        for node in self.first:
             if node.op == "placeholder":
                 self._add(node, (), {}, next(leaves))
             elif node.op == "get_attr":
                 name = str(node.target)  # a constant is the same tensor in both runs
-                self._add(node, (), {}, self._run.state.get(name, self._first.state[name].tensor))
+                self._add(node, (), {}, self.run.state.get(name, self.first.state[name].tensor))
             elif isinstance(node.meta.get("val"), int):
                 continue  # a size that is computed from the batch
             elif node.op == "output":
-                pairs = zip(node.args[0], pytree.tree_leaves(self._run.output), strict=True)  # type: ignore[arg-type]
-                self._graph.output(tuple(self._operands(one, two) for one, two in pairs))
+                pairs = zip(node.args[0], pytree.tree_leaves(self.run.output), strict=True)  # type: ignore[arg-type]
+                self.graph.output(tuple(self._operands(one, two) for one, two in pairs))
             elif node.target is operator.getitem:
-                source, position = self._twins[node.args[0]], node.args[1]  # type: ignore[index]
+                source, position = self.twins[node.args[0]], node.args[1]  # type: ignore[index]
                 self._add(node, (source, position), {}, source.meta["val"][position])
             elif isinstance(node.target, torch._ops.OpOverload):
                 call = next(calls, None)
@@ -182,23 +191,26 @@ class _GraphBuilder:
                 args = self._operands(node.args, call.args)
                 self._add(node, args, self._operands(node.kwargs, call.kwargs), call.result)
             else:  # switches of gradients and autocast, of which no argument is a size
-                args, kwargs = fx.map_arg((node.args, node.kwargs), self._twins.__getitem__)
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self.twins.__getitem__)
                 self._add(node, args, kwargs, node.meta.get("val"))
         if next(calls, None) is not None:
             raise _OtherCallsError
-        return self._graph
+        return self.graph
 
     def _add(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> None:
-        twin = self._graph.create_node(node.op, node.target, args, kwargs, node.name)
+        twin = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
         twin.meta = {**node.meta, "val": value}
-        self._twins[node] = twin
+        self.twins[node] = twin
         if isinstance(value, Tensor):
-            self._by_tensor[id(value)] = twin
+            self.by_tensor[id(value)] = twin
             if node.op == "call_function" and not twin.all_input_nodes:
-                self._by_memory[_memory_of(value)] = twin
+                self.by_memory[_memory_of(value)] = twin
 
     def _operands(self, one: Any, two: Any) -> Any:
         """Return arguments of a call with nodes in place of tensors.
+
+        `torch.arange` and the like return another object than the operator inside did, in the same memory. A constant
+        has the node of the equal constant in the first capture.
 
         Args:
             one: the arguments in the graph of the first run.
@@ -208,28 +220,21 @@ class _GraphBuilder:
             _OtherCallsError: no node is known for a tensor.
         """
         if isinstance(two, Tensor):
-            return self._node_of(two, one)
+            node = self.by_tensor.get(id(two)) or self.by_memory.get(_memory_of(two))
+            if node is not None:
+                return node
+            entry = self.first.state.get(str(one.target)) if isinstance(one, fx.Node) else None
+            known = entry.tensor if entry is not None and one.op == "get_attr" else None
+            is_alike = known is not None and known.shape == two.shape and known.dtype == two.dtype
+            if known is None or not is_alike or not torch.equal(known, two):
+                raise _OtherCallsError
+            return self.twins[one]
         if isinstance(two, list | tuple):
             beside = one if isinstance(one, list | tuple) and len(one) == len(two) else [None] * len(two)
             return type(two)([self._operands(a, b) for a, b in zip(beside, two, strict=True)])
         if isinstance(two, dict):
             return {name: self._operands(one.get(name), value) for name, value in two.items()}
         return two
-
-    def _node_of(self, tensor: Tensor, beside: Any) -> fx.Node:
-        """Return the node of a tensor; for a constant, the node of the equal constant in the first capture.
-
-        `torch.arange` and the like return another object than the operator inside did, in the same memory.
-        """
-        node = self._by_tensor.get(id(tensor)) or self._by_memory.get(_memory_of(tensor))
-        if node is not None:
-            return node
-        entry = self._first.state.get(str(beside.target)) if isinstance(beside, fx.Node) else None
-        known = entry.tensor if entry is not None and beside.op == "get_attr" else None
-        is_equal = known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype
-        if known is None or not is_equal or not torch.equal(known, tensor):
-            raise _OtherCallsError
-        return self._twins[beside]
 
 
 def _memory_of(tensor: Tensor) -> int:

@@ -6,24 +6,33 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from torchshear.errors import CaptureError
-from torchshear.graph._graph import Graph
+from torchshear.graph._graph import Graph, is_in_parts, output_nodes
 from torchshear.graph._inputs import ExampleInputs
-from torchshear.graph._outputs import drop_opaque_outputs
-from torchshear.graph._parts import is_in_parts
+from torchshear.graph._nodes import shape_of
+from torchshear.graph._outputs import drop_opaque_outputs, without_opaque
+from torchshear.graph._run import run_model
 from torchshear.graph.capture._backwards import compare_backwards
-from torchshear.graph.capture._check import agrees_with_model, outputs_differ_in_training
-from torchshear.graph.capture._dynamic_batch import free_batch, hides_batch, probe_prime, second_batch
+from torchshear.graph.capture._dynamic_batch import (
+    agrees_with_model,
+    free_batch,
+    hides_batch,
+    probe_prime,
+    second_batch,
+)
 from torchshear.graph.capture._export import RefusedBranches, capture_error, export, find_origin, without_stack_traces
 from torchshear.graph.capture._part_advice import advise_parts
 from torchshear.graph.capture._recording import record_parts
 from torchshear.graph.capture._replay import read_state_names, replay
-from torchshear.graph.model._caches import clear_caches, find_caches
 from torchshear.graph.model._checks import check_model
 from torchshear.graph.model._process import run_exclusively
-from torchshear.graph.model._state import Mode, in_mode
+from torchshear.graph.model._state import Mode, clear_caches, find_caches, in_mode
+
+# Structure of outputs, with the shapes of those that are tensors.
+_Structure = tuple[pytree.TreeSpec, list[tuple[int, ...] | None]]
 
 
 @run_exclusively()
@@ -205,3 +214,44 @@ def _capture_with_free_batch(
     except Exception:  # any failure here only means that another batch does not suit the model
         return None
     return graph if graph is not None and agrees_with_model(graph, model) else None
+
+
+def outputs_differ_in_training(graph: Graph, model: nn.Module) -> bool:
+    """Return whether a model's outputs have another structure or other shapes in train mode than in its eval graph.
+
+    Args:
+        graph: the model captured in eval mode.
+        model: the model.
+    """
+    batch = 1 if graph.dynamic_shapes is not None else graph.inputs.batch_size()
+    inputs = graph.inputs.with_batch(1) if batch == 1 else graph.inputs
+    trained = _structure(model, inputs, "train")
+    expected = _captured_structure(graph, batch or 1) or _structure(model, inputs, "eval")
+    if trained is None and batch == 1:  # batch norms need two values a channel
+        two = graph.inputs.with_batch(2)
+        trained, expected = (_structure(model, two, mode) for mode in ("train", "eval"))
+    return None not in (trained, expected) and trained != expected
+
+
+def _structure(model: nn.Module, inputs: ExampleInputs, mode: Mode) -> _Structure | None:
+    """Return structure and shapes of the model's outputs in a mode; None if it does not run."""
+    with in_mode(model, mode):
+        try:
+            leaves, spec = pytree.tree_flatten(without_opaque(run_model(model, inputs)))
+        except Exception:  # the model's own code may not run in this mode
+            return None
+    return spec, [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]
+
+
+def _captured_structure(graph: Graph, batch: int) -> _Structure | None:
+    """Return structure and shapes of the captured outputs at a batch; None if a size is no simple function of it."""
+    shapes: list[tuple[int, ...] | None] = []
+    for _, node in output_nodes(graph):
+        shape = shape_of(node) if isinstance(node, fx.Node) else None
+        if shape is not None and graph.dynamic_shapes is not None:
+            formulas = [graph.batch_formula(node, dim) for dim in range(len(shape))]
+            if any(formula is None and graph.is_dynamic(node, dim) for dim, formula in enumerate(formulas)):
+                return None
+            shape = tuple(f.at(batch) if f is not None else size for f, size in zip(formulas, shape, strict=True))
+        shapes.append(shape)
+    return graph.out_spec, shapes

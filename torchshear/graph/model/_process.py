@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -95,16 +96,16 @@ def set_exporting_flag(value: Any = True) -> Iterator[None]:
                 setattr(torch.compiler, name, old)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _RecordingFlag:
     """A false flag that records the file of the code that reads it."""
 
-    def __init__(self, readers: list[str]) -> None:
-        self._readers = readers
+    readers: list[str]
 
     def __bool__(self) -> bool:
         reader = sys._getframe(1).f_code.co_filename
         if not reader.startswith(_FLAG_READERS):
-            self._readers.append(reader)
+            self.readers.append(reader)
         return False
 
 

@@ -1,6 +1,6 @@
 """Computing in float64 throughout, also where code casts to narrower types or weights are narrower."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -68,9 +68,7 @@ class _WideDtypes(TorchFunctionMode):
     and widened again when it reads them; saved wide, all weights of a network would be there twice more.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # operands of the call under way, and the same in float64
+    _pairs: Sequence[tuple[Tensor, Tensor]] = ()  # operands of the call under way, and the same in float64
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

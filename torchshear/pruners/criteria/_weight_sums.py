@@ -1,6 +1,6 @@
 """Sums over the weights that go with each unit of a group."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -35,42 +35,41 @@ def unit_sums(
     Raises:
         WeightError: a weight is missing, on the meta device, or not finite.
     """
+    known = [member for member in group.members if member.name in weights]
+    if not known:
+        raise WeightError(
+            f"no weight of group {group.name!r} was given; expected at least one of "
+            f"{', '.join(member.name for member in group.members[:4])}."
+        )
     total = torch.zeros(group.width, dtype=torch.float64)
-    for member in scored_members(group, weights, purposes):
+    for member in [member for member in known if member.purposes & purposes] or known:
         lines = position_sums(member, weights, value)
         total.index_add_(0, torch.from_numpy(member.units), lines[torch.from_numpy(member.positions)])
     return total
 
 
 def position_sums(member: Member, weights: Mapping[str, Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
-    """The sum at each position of a member; its weight is let go before another is read.
+    """The sum at each position of a member, in float64; blocks of a blocked weight come one after another.
+
+    The weight is let go before another is read.
 
     Raises:
         WeightError: the weight is on the meta device, or not finite.
     """
     weight = readable(member, weights[member.name])
-    lines = _per_position(member, weight, lambda piece: value(wide(piece)))
+    others = [dim for dim in range(weight.ndim) if dim != member.dim]
+    if member.n_blocks:
+        blocks = value(wide(weight)).reshape(member.n_blocks, -1, *weight.shape[1:]).movedim(member.dim + 1, 1)
+        lines = blocks.flatten(2).sum(2, dtype=torch.float64).flatten().cpu()
+    elif not others:
+        lines = value(wide(weight)).to("cpu", torch.float64)
+    else:  # in pieces, so that no temporary is as large as the weight
+        rows = max(1, _PIECE // max(1, weight.numel() // weight.shape[member.dim]))
+        pieces = torch.split(weight, rows, member.dim)
+        lines = torch.cat([value(wide(piece)).sum(others, dtype=torch.float64) for piece in pieces]).cpu()
     if not bool(torch.isfinite(lines).all()):
         raise not_finite(member, weight)
     return lines
-
-
-def scored_members(
-    group: ChannelGroup, weights: Mapping[str, Tensor], purposes: frozenset[str] = OWN_PURPOSES
-) -> Iterator[Member]:
-    """Members with a purpose in `purposes`; all members that are parameters if no member has one.
-
-    Raises:
-        WeightError: `weights` holds no tensor for a member, and it is not a buffer.
-    """
-    known = [member for member in group.members if member.name in weights]
-    chosen = [member for member in known if member.purposes & purposes]
-    if not known:
-        raise WeightError(
-            f"no weight of group {group.name!r} was given; expected at least one of "
-            f"{', '.join(member.name for member in group.members[:4])}."
-        )
-    yield from chosen or known
 
 
 def readable(member: Member, weight: Tensor) -> Tensor:
@@ -95,17 +94,3 @@ def not_finite(member: Member, weight: Tensor) -> WeightError:
         f"{member.name!r} holds {what}; expected finite weights. Train or load the model again: scores of such weights "
         f"would be meaningless."
     )
-
-
-def _per_position(member: Member, weight: Tensor, value: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum over all dimensions but the member's, in float64; blocks of a blocked weight one after another."""
-    if member.n_blocks:
-        blocks = value(weight).reshape(member.n_blocks, -1, *weight.shape[1:]).movedim(member.dim + 1, 1)
-        return blocks.flatten(2).sum(2, dtype=torch.float64).flatten().cpu()
-    others = [dim for dim in range(weight.ndim) if dim != member.dim]
-    if not others:
-        return value(weight).to("cpu", torch.float64)
-    # In pieces, so that no temporary is as large as the weight.
-    rows = max(1, _PIECE // max(1, weight.numel() // weight.shape[member.dim]))
-    pieces = [value(piece).sum(others, dtype=torch.float64) for piece in torch.split(weight, rows, member.dim)]
-    return torch.cat(pieces).cpu()

@@ -6,10 +6,9 @@ from typing import Final, Literal
 
 from torch import Tensor, nn
 
-from torchshear._arguments import check_kind, check_one_of, check_share
+from torchshear._arguments import check_kind, check_one_of, check_share, close_names, parse_names
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph._names import close_names, parse_names
 from torchshear.pruners.masks._candidates import Candidate, layer_candidate
 from torchshear.pruners.masks._heads import head_candidate, head_groups, is_default, weights_of_heads
 from torchshear.pruners.masks._layers import MaskableLayer, find_maskable_layers

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from torchshear.dependency import Member
-from torchshear.dependency.plans._state_plan import StatePlan
+from torchshear.dependency.plans._tensor_plans import StatePlan
 
 
 def by_position(member: Member, tensor: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
-from torchshear._arguments import check_one_of
+from torchshear._arguments import check_one_of, close_names
 from torchshear.errors import ArgumentError, MaskError
-from torchshear.graph._names import close_names
 from torchshear.graph.model._checks import check_module
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.pruners.masks._masks import Masks

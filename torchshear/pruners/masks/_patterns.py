@@ -8,8 +8,8 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
+from torchshear._arguments import close_names
 from torchshear.errors import ArgumentError
-from torchshear.graph._names import close_names
 from torchshear.pruners.masks._selection import ranks
 
 Reduce = Literal["mean", "sum", "max"]

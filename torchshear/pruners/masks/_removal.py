@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from torchshear._arguments import close_names
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.dependency.algebra._units import PAD
-from torchshear.dependency.groups._computed_weights import computed_weights
 from torchshear.dependency.groups._groups import check_groups
+from torchshear.dependency.groups._weights import computed_weights
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.graph import Graph
-from torchshear.graph._names import close_names
 from torchshear.graph._nodes import compute_from_state, is_from_state
 from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import graph_output

@@ -7,8 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from torchshear._arguments import close_names
 from torchshear.errors import ArgumentError, WeightError
-from torchshear.graph._names import close_names
 from torchshear.pruners.masks._layers import MaskableLayer, dense_values
 
 WeightScore = Callable[[str, Tensor], Tensor]

@@ -80,11 +80,9 @@ def group_scores(
     filters = tuple(member for member in group.members if member.purposes & MAKING_PURPOSES)
     if group_reduction == "filters" and filters:
         with suppress(UnscorableError):  # a criterion of norms has nothing to say of filters
-            return _check_scores(
-                group, _call_criterion(replace(group, members=filters), criterion, weights, statistics)
-            )
+            return _checked_scores(replace(group, members=filters), criterion, weights, statistics)
     if together is None:
-        return _check_scores(group, _call_criterion(group, criterion, weights, statistics))
+        return _checked_scores(group, criterion, weights, statistics)
     rows = list(_scores_by_member(group, criterion, weights, statistics))
     scores = np.stack(rows)
     if group_reduction == "geometric" and (scores < 0).any():
@@ -105,9 +103,7 @@ def _scores_by_member(
     n_scored = 0
     for member in own:
         try:
-            scores = _check_scores(
-                group, _call_criterion(replace(group, members=(member,)), criterion, weights, statistics)
-            )
+            scores = _checked_scores(replace(group, members=(member,)), criterion, weights, statistics)
         except UnscorableError as error:
             nothing = error
             continue
@@ -118,20 +114,17 @@ def _scores_by_member(
         raise nothing or UnscorableError("no weight of the group was given")
 
 
-def _call_criterion(
+def _checked_scores(
     group: ChannelGroup, criterion: Criterion, weights: Mapping[str, Tensor], statistics: Statistics | None
-) -> Tensor:
-    """Call a criterion; an error of a user's own function is passed on with a note."""
+) -> Floats:
+    """Call a criterion and check what it gives; an error of a user's own function is passed on with a note."""
     try:
-        return criterion(group, weights, statistics)
+        given = criterion(group, weights, statistics)
     except Exception as error:
         if not isinstance(error, TorchshearError | UnscorableError):
             name = getattr(criterion, "__name__", type(criterion).__name__)
             error.add_note(f"the criterion {name!r} was called with group {group.name!r}, weights and statistics")
         raise
-
-
-def _check_scores(group: ChannelGroup, given: Tensor) -> Floats:
     expected = f"expected a tensor of {group.width} finite numbers, one a unit."
     if not isinstance(given, Tensor):
         raise ArgumentError(f"the criterion gave {type(given).__name__} for group {group.name!r}; {expected}")

@@ -7,20 +7,20 @@ from typing import Final
 
 import numpy as np
 
+from torchshear._arguments import close_names, matches, parse_names
 from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._groups import Member
 from torchshear.errors import ArgumentError
-from torchshear.graph._names import close_names, matches, parse_names
-from torchshear.pruners.selection._per_group import (
+from torchshear.pruners.selection._request import (
     PerGroupRatio,
     Ratio,
+    Request,
     check_ratio,
     known_names,
     names_of,
     narrower,
     roles_here,
 )
-from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._widths import Limits
 
 _MOST_OF_A_POOL: Final = 0.98  # of a group, where others may lose less for it; so that no layer vanishes

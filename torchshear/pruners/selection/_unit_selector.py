@@ -23,7 +23,6 @@ from torchshear.pruners.criteria._criterion import (
     rearrangement_of,
 )
 from torchshear.pruners.selection._budget import Budget, BudgetSolver, check_feasible, solve_exactly
-from torchshear.pruners.selection._exact_units import choose_units, rearranged_units, removal_order
 from torchshear.pruners.selection._pools import WidthSteps, isomorphism_classes, rank, take_share
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._scoring import group_scores
@@ -77,7 +76,19 @@ class UnitSelector:
 
     def choose(self) -> SelectedUnits:
         """Select the units that stay in each group."""
-        return self._select_by_ratio() if self.is_by_ratio else self._select_by_pools()
+        if not self.is_by_ratio:
+            return self._select_by_pools()
+        # Each group loses its share, rounded to the nearest width that it may have.
+        widths = self._widths()
+        shrinking = [group for group in self.groups if widths[group.name].kept < group.width]
+        scores = self._scores(shrinking)
+        kept = {}
+        for group in shrinking:
+            if group.name in scores:
+                chosen = choose_units(group, scores[group.name], widths[group.name].kept)
+                kept[group.name] = rearranged_units(group, chosen, self.criterion, self.statistics)
+        notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
+        return SelectedUnits(kept, notes, self.ratios)
 
     def check(self) -> None:
         """Raise what makes the request impossible whatever the scores, before anything is scored or run."""
@@ -85,19 +96,6 @@ class UnitSelector:
             self._widths()
         else:
             self._check_reachable(self._make_width_steps(), *self._budget())
-
-    def _select_by_ratio(self) -> SelectedUnits:
-        """Remove from each group its share, rounded to the nearest width that it may have."""
-        widths = self._widths()
-        shrinking = [group for group in self.groups if widths[group.name].kept < group.width]
-        scores = self._scores(shrinking)
-        kept = {
-            group.name: self._rearrange(group, choose_units(group, scores[group.name], widths[group.name].kept))
-            for group in shrinking
-            if group.name in scores
-        }
-        notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
-        return SelectedUnits(kept, notes, self.ratios)
 
     def _widths(self) -> dict[str, Width]:
         """Return the number of units that stay, by group.
@@ -222,16 +220,20 @@ class UnitSelector:
         for one, n in zip(width_steps, taken, strict=True):
             if n:
                 assert one.order is not None
-                kept[one.group.name] = self._rearrange(one.group, np.sort(one.order[one.group.width - one.widths[n] :]))
+                chosen = np.sort(one.order[one.group.width - one.widths[n] :])
+                kept[one.group.name] = rearranged_units(one.group, chosen, self.criterion, self.statistics)
         return kept
-
-    def _rearrange(self, group: ChannelGroup, kept: Indices) -> Indices:
-        """Exchange units as the criterion asks once their number is known."""
-        return rearranged_units(group, kept, rearrangement_of(self.criterion), self.statistics)
 
     def _scores(self, shrinking: Sequence[ChannelGroup]) -> dict[str, Floats]:
         """Score groups by name; a group that the criterion cannot score is noted, and stays whole."""
-        check_statistics(self.groups, self.statistics)
+        known, own = self.statistics, self.groups.graph.fingerprint
+        if known is not None and not isinstance(known, Statistics):
+            raise ArgumentError(f"statistics is {type(known).__name__}; expected what torchshear.collect gives.")
+        if known is not None and known.fingerprint != own:
+            raise ArgumentError(
+                f"the statistics are of a network with graph {known.fingerprint[:12]}, the groups of one with "
+                f"{own[:12]}. Collect them with the network that is planned."
+            )
         tensors: Mapping[str, Tensor] = weights_to_score(self.groups, self.weights)
         scores: dict[str, Floats] = {}
         for group in shrinking:
@@ -248,17 +250,6 @@ class UnitSelector:
         return scores
 
 
-def check_statistics(groups: ChannelGroups, statistics: Statistics | None) -> None:
-    """Raise ArgumentError for what is no statistics, or of another network."""
-    if statistics is not None and not isinstance(statistics, Statistics):
-        raise ArgumentError(f"statistics is {type(statistics).__name__}; expected what torchshear.collect gives.")
-    if statistics is not None and statistics.fingerprint != groups.graph.fingerprint:
-        raise ArgumentError(
-            f"the statistics are of a network with graph {statistics.fingerprint[:12]}, the groups of one with "
-            f"{groups.graph.fingerprint[:12]}. Collect them with the network that is planned."
-        )
-
-
 def _explain_no_removal(groups: tuple[ChannelGroup, ...], request: Request, limits: Mapping[str, Limits]) -> str:
     """Return an error that names the smallest ratio which removes a unit, tried in steps of a hundredth."""
     alignment = request.alignment
@@ -273,3 +264,75 @@ def _explain_no_removal(groups: tuple[ChannelGroup, ...], request: Request, limi
         f"{widest.width} units) can lose a unit under alignment {alignment.name!r} and min_width={request.min_width}; "
         f"{advice}."
     )
+
+
+def choose_units(group: ChannelGroup, scores: npt.NDArray[np.float64], kept: int) -> Indices:
+    """The units that stay: exactly `kept` of them, those with the highest scores.
+
+    Among equal scores the later unit goes first. In a balanced group each block loses equally many.
+
+    Args:
+        group: the group; C = group.width units.
+        scores: shape (C,), bigger = keep.
+        kept: number of units to keep; C - kept is a multiple of the number of blocks.
+
+    Returns:
+        Indices of the units that stay, ascending, shape (kept,).
+    """
+    return np.sort(removal_order(group, scores)[group.width - kept :])
+
+
+def rearranged_units(
+    group: ChannelGroup, kept: Indices, criterion: Criterion, statistics: Statistics | None
+) -> Indices:
+    """The units that stay after a criterion has exchanged some of those that its scores chose.
+
+    Args:
+        group: the group.
+        kept: units chosen by scores, ascending.
+        criterion: the criterion; most exchange none.
+        statistics: what was seen on data.
+
+    Raises:
+        ArgumentError: it gave other than as many units of each block.
+    """
+    rearrange = rearrangement_of(criterion)
+    if rearrange is None:
+        return kept
+    given = np.sort(np.asarray(rearrange(group, kept.copy(), statistics)).reshape(-1))
+    is_choice = given.dtype.kind in "iu" and len(np.unique(given)) == len(given) == len(kept)
+    if (
+        not is_choice
+        or not np.isin(given, np.arange(group.width)).all()
+        or _shares(group, given) != _shares(group, kept)
+    ):
+        raise ArgumentError(
+            f"the criterion rearranged the units of group {group.name!r} to {given.tolist()[:8]}; expected "
+            f"{len(kept)} different ones below {group.width}, of each block as many as it was given."
+        )
+    return given.astype(np.int64)
+
+
+def _shares(group: ChannelGroup, units: Indices) -> list[int]:
+    """Count units by balanced block."""
+    blocks = np.zeros(group.width, np.int64) if group.balance is None else group.balance
+    return [int(count) for count in np.bincount(blocks[units], minlength=group.n_blocks)]
+
+
+def removal_order(group: ChannelGroup, scores: npt.NDArray[np.float64], left: Indices | None = None) -> Indices:
+    """Units in the order in which they go: by score, of balanced blocks one of each in turn.
+
+    Args:
+        group: the group; C = group.width units.
+        scores: shape (C,), bigger = keep.
+        left: units that are left, ascending; None for all.
+
+    Returns:
+        All units that are left, in order.
+    """
+    units = np.arange(group.width) if left is None else left
+    blocks = np.zeros(len(units), np.int64) if group.balance is None else group.balance[units]
+    order = np.lexsort((-units, scores[units], blocks))
+    starts = np.concatenate([[0], np.cumsum(np.bincount(blocks))[:-1]])
+    rank = np.arange(len(units)) - starts[blocks[order]]
+    return units[order[np.argsort(rank, kind="stable")]]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torchshear.dependency.plans._plan import PruningPlan
-from torchshear.dependency.plans._state_plan import StatePlan
+from torchshear.dependency.plans._tensor_plans import StatePlan
 from torchshear.dependency.rules._read_values import differing_value
 from torchshear.errors import CheckpointError
 from torchshear.storage._checkpoint import Checkpoint, match_names

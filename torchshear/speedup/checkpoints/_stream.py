@@ -20,9 +20,8 @@ from torch import Tensor
 from torchshear._arguments import check_one_of
 from torchshear.calibration import Progress
 from torchshear.calibration._progress import Report, check_progress, reporting
-from torchshear.dependency.plans._consistency import check_consistency
 from torchshear.dependency.plans._plan import PruningPlan
-from torchshear.dependency.plans._state_plan import StatePlan
+from torchshear.dependency.plans._tensor_plans import StatePlan, check_consistency
 from torchshear.errors import ArgumentError, CheckpointError, OutputError
 from torchshear.speedup.checkpoints._manifest import (
     NAME,
@@ -138,7 +137,7 @@ def _checked_plan(plan: PruningPlan | str | PathLike[str]) -> PruningPlan:
     if not isinstance(plan, PruningPlan):
         raise ArgumentError(f"plan is {type(plan).__name__}; expected a PruningPlan or the path of its file.")
     if plan.analysis is not None:
-        check_consistency(plan, plan.analysis)
+        check_consistency(plan.kept, plan.state, plan.analysis)
     return plan
 
 

@@ -45,26 +45,29 @@ def relative_error(expected: Sequence[Any], actual: Sequence[Any], others: Seque
     if len(expected) != len(actual):
         return float("inf")
     others = expected if others is None or len(others) != len(expected) else others
-    return max((_error_of_value(a, b, c) for a, b, c in zip(expected, actual, others, strict=True)), default=0.0)
-
-
-def _error_of_value(expected: Any, actual: Any, other: Any) -> float:
-    """Compare one flat output; see `relative_error`."""
-    if not isinstance(expected, Tensor) or not isinstance(actual, Tensor):
-        return 0.0 if type(expected) is type(actual) else float("inf")
-    if expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return float("inf")
-    if expected.is_meta or actual.is_meta or expected.numel() == 0:
-        return 0.0
-    if not expected.is_floating_point() and not expected.is_complex():
-        return 0.0 if torch.equal(expected, actual) else float("inf")
-    wanted, found, beside = _as_float64(expected), _as_float64(actual), _as_float64(other)
-    same = (wanted == found) | (wanted.isnan() & found.isnan())  # masks of -inf are equal, and so is NaN beside numbers
-    if bool(same.all()):
-        return float("inf") if bool(wanted.isnan().all()) else 0.0
-    scale = typical_magnitude(wanted, beside if beside.shape == wanted.shape else wanted)
-    error = float(((wanted - found).abs() / (wanted.abs() + scale)).masked_fill(same, 0).max())
-    return error if error == error else float("inf")
+    largest = 0.0
+    for a, b, c in zip(expected, actual, others, strict=True):
+        is_of_tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+        if type(a) is not type(b) and not is_of_tensors:
+            return float("inf")
+        if not is_of_tensors:
+            continue
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return float("inf")
+        if a.is_meta or b.is_meta or a.numel() == 0:
+            continue
+        if not a.is_floating_point() and not a.is_complex():
+            largest = largest if torch.equal(a, b) else float("inf")
+            continue
+        wanted, found, beside = _as_float64(a), _as_float64(b), _as_float64(c)
+        same = (wanted == found) | (wanted.isnan() & found.isnan())  # masks of -inf are equal, so is NaN beside numbers
+        if bool(same.all()):
+            largest = float("inf") if bool(wanted.isnan().all()) else largest
+            continue
+        scale = typical_magnitude(wanted, beside if beside.shape == wanted.shape else wanted)
+        error = float(((wanted - found).abs() / (wanted.abs() + scale)).masked_fill(same, 0).max())
+        largest = max(largest, error if error == error else float("inf"))
+    return largest
 
 
 def _as_float64(tensor: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import VerificationError, WeightError
 from torchshear.graph import ExampleInputs
+from torchshear.graph._graph import PartRun, whole_model
 from torchshear.graph._outputs import output_leaves
-from torchshear.graph._parts import PartRun, whole_model
 from torchshear.graph.model._meta import is_on_meta
 from torchshear.graph.model._process import run_exclusively
-from torchshear.speedup._result import Shrunk
-from torchshear.speedup.comparing._random_inputs import random_like
+from torchshear.speedup._shrink import Shrunk
+from torchshear.speedup.comparing._random_values import random_like
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.compensation._constant_network import ConstantNetwork, ReadValue
 from torchshear.speedup.compensation._fold_record import Fold
@@ -29,7 +29,7 @@ from torchshear.speedup.compensation._fold_search import (
     read_before_write,
 )
 from torchshear.speedup.rewriting._slicing import is_touched, slice_state, writes_to_operand
-from torchshear.speedup.shrinking._check_model import analyze_planned
+from torchshear.speedup.shrinking._prepared_cut import analyze_planned
 from torchshear.speedup.verification._runs import (
     copy_inputs,
     copy_without_caches,

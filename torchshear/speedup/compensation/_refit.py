@@ -27,7 +27,7 @@ from torchshear.speedup.compensation._output_error import output_error
 from torchshear.speedup.compensation._refit_pass import RefitPass
 from torchshear.speedup.compensation._refit_record import Refit
 from torchshear.speedup.rewriting._slicing import slice_state
-from torchshear.speedup.shrinking._check_model import analyze_planned
+from torchshear.speedup.shrinking._prepared_cut import analyze_planned
 from torchshear.speedup.verification._state_cut import StateCut
 
 

@@ -14,12 +14,11 @@ from torchshear.dependency.plans._form import OutputFactors, Sizes
 from torchshear.graph import Graph
 from torchshear.graph._location import canonical_module_names, locate
 from torchshear.graph._run import graph_values
-from torchshear.graph.model._caches import clear_caches
 from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._state import clear_caches
 from torchshear.graph.numerics._float64 import to_float64
 from torchshear.speedup.native._attention_scale import multiply_output
-from torchshear.speedup.native._original import Original
-from torchshear.speedup.native._reference_run import ReferenceRuns
+from torchshear.speedup.native._reference_run import Original, ReferenceRuns
 from torchshear.speedup.native._size_attributes import assign_size
 from torchshear.speedup.rewriting._rewrite import changed_integers, rewrite_graph
 

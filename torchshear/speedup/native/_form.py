@@ -10,19 +10,16 @@ from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._form import Form, OutputFactors, Sizes
 from torchshear.errors import PlanError
 from torchshear.graph import ExampleInputs
+from torchshear.graph._graph import whole_model
 from torchshear.graph._location import locate
-from torchshear.graph._parts import whole_model
-from torchshear.graph.capture._check import run_failure
+from torchshear.graph._run import run_failure
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._meta import is_on_meta
-from torchshear.speedup.comparing._random_inputs import random_like
-from torchshear.speedup.native._attention_scale import describe_factors, multiply_outputs
+from torchshear.speedup.comparing._random_values import random_like
+from torchshear.speedup.native._attention_scale import FactorPlacement, describe_factors, multiply_outputs
 from torchshear.speedup.native._builder import NativeBuilder
 from torchshear.speedup.native._divergence import Divergence, first_divergence
-from torchshear.speedup.native._factor_places import FactorPlacement
-from torchshear.speedup.native._original import Original
-from torchshear.speedup.native._reference_run import ReferenceRuns, RefusedDtypeError
-from torchshear.speedup.native._saved_config import find_config_sizes
+from torchshear.speedup.native._reference_run import Original, ReferenceRuns, RefusedDtypeError
 from torchshear.speedup.native._size_attributes import (
     SizeSlot,
     assign_sizes,
@@ -31,7 +28,7 @@ from torchshear.speedup.native._size_attributes import (
     find_size_slots,
 )
 from torchshear.speedup.native._size_search import SizeSearch, SizeSearchResult
-from torchshear.speedup.native._unread_attributes import unread_sizes
+from torchshear.speedup.native._unread_sizes import find_config_sizes, unread_sizes
 from torchshear.speedup.rewriting._rewrite import implied_arguments
 
 _NO_CONFIG = (
@@ -173,7 +170,8 @@ def _search_form(
         factors: factors that are known to be needed.
     """
     try:
-        found = _FormSearch(copy, slots, builder.reference_runs(torch.float64), placement).run(factors)
+        runs = builder.reference_runs(torch.float64)
+        found = _FormSearch(runs.twin(copy), slots, runs, placement).run(factors)
         divergence = found.search.divergence
         if divergence is None or divergence.check or not builder.original.refuses_float64:
             return found
@@ -184,23 +182,25 @@ def _search_form(
                 return found  # float64 is not the reason why the code fails
     except RefusedDtypeError:
         pass
-    return _FormSearch(copy, slots, builder.reference_runs(builder.dtype), placement).run(factors)
+    runs = builder.reference_runs(builder.dtype)
+    return _FormSearch(runs.twin(copy), slots, runs, placement).run(factors)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _FormSearch:
-    """A search for sizes, and for factors where sizes are not enough, by runs in one dtype."""
+    """A search for sizes, and for factors where sizes are not enough, by runs in one dtype.
 
-    def __init__(
-        self,
-        copy: nn.Module,
-        slots: Mapping[str, Sequence[SizeSlot]],
-        runs: ReferenceRuns,
-        placement: FactorPlacement,
-    ) -> None:
-        self.twin = runs.twin(copy)
-        self.slots = slots
-        self.runs = runs
-        self.placement = placement
+    Attributes:
+        twin: a native form with the old sizes, as the runs compute with it.
+        slots: module -> slots that may hold sizes.
+        runs: the runs.
+        placement: places of factors.
+    """
+
+    twin: nn.Module
+    slots: Mapping[str, Sequence[SizeSlot]]
+    runs: ReferenceRuns
+    placement: FactorPlacement
 
     def run(self, factors: OutputFactors) -> _FormSearchResult:
         """Search sizes, and then factors as long as one gets the run further."""

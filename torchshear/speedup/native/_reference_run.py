@@ -1,10 +1,11 @@
-"""Reference runs: what the rewritten graph computes on some inputs, and a native form has to compute as well."""
+"""Reference runs: values of the rewritten graph on some inputs of the original, which a native form must give, too."""
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,27 +13,83 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear.errors import first_line
-from torchshear.graph import ExampleInputs
+from torchshear.graph import ExampleInputs, Graph
 from torchshear.graph._outputs import output_leaves
-from torchshear.graph._run import graph_values
+from torchshear.graph._run import graph_values, run_failure
 from torchshear.graph.model._copy import copy_model
+from torchshear.graph.model._process import set_exporting_flag
+from torchshear.graph.model._state import Cache, find_caches
 from torchshear.graph.numerics._float64 import compute_in, to_float64
-from torchshear.speedup.comparing._random_inputs import gives_numbers, random_inputs, smaller_inputs, table_sizes
-from torchshear.speedup.comparing._random_weights import SharedWeights
-from torchshear.speedup.native._original import Original
+from torchshear.speedup.comparing._random_values import (
+    SharedWeights,
+    gives_numbers,
+    random_inputs,
+    smaller_inputs,
+    table_sizes,
+)
 
 Fingerprint = tuple[float, float]  # mean of weighted elements, mean magnitude
 _ROW = 4096  # elements that are summed with one row of weights
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """A model as it is before a cut, with facts that hold for all cuts of it.
+
+    Attributes:
+        model: the model, or the calls of its parts; not changed.
+        graph: its capture.
+    """
+
+    model: nn.Module
+    graph: Graph
+
+    @cached_property
+    def example(self) -> ExampleInputs:
+        """The example; at most four samples of it where the batch is free, which the graph is known to run on."""
+        inputs = self.graph.inputs
+        batch = inputs.batch_size()
+        return inputs.with_batch(4) if self.graph.batch_hint is not None and batch and batch > 4 else inputs
+
+    @cached_property
+    def example_in_training(self) -> ExampleInputs:
+        """The example, with two samples where it has one and the batch is free: batch norms need two values each."""
+        is_single = self.graph.batch_hint is not None and self.example.batch_size() == 1
+        return self.example.with_batch(2) if is_single else self.example
+
+    @cached_property
+    def caches(self) -> tuple[Cache, ...]:
+        """Attributes in which the model keeps values computed from its weights."""
+        return find_caches(self.model, self.graph.inputs)
+
+    @cached_property
+    def runs_as_exported(self) -> bool:
+        """True if it runs when it believes that it is being exported."""
+        with set_exporting_flag():
+            return run_failure(self.model, self.example, "eval") is None
+
+    @cached_property
+    def refuses_float64(self) -> bool:
+        """True if it runs in its own dtype but not in float64, which some fast kernels do not take."""
+        wide, inputs = copy_model(self.model, {}).to(torch.float64), to_float64(self.example)
+        for branch in (nullcontext, set_exporting_flag):
+            with branch():
+                if run_failure(self.model, self.example, "eval") is None:
+                    with compute_in(torch.float64):
+                        if run_failure(wide, inputs, "eval") is not None:
+                            return True
+        return False
 
 
 class RefusedDtypeError(Exception):
     """The rewritten graph does not run in a dtype; says what torch says."""
 
 
+@dataclass(slots=True, eq=False)
 class ExpectedValues:
     """Values of the rewritten graph on some inputs; it is run when they are first read, once more for fingerprints.
 
-    Args:
+    Attributes:
         inputs: inputs of the run, in the dtype to compute in.
         dtype: dtype to compute in.
         rewritten: the graph after the cut.
@@ -40,16 +97,13 @@ class ExpectedValues:
         seed: seed of random values of these weights; None for the model's own.
     """
 
-    def __init__(
-        self, inputs: ExampleInputs, dtype: torch.dtype, rewritten: fx.Graph, weights: SharedWeights, seed: int | None
-    ) -> None:
-        self.inputs = inputs
-        self.dtype = dtype
-        self.weights = weights
-        self.seed = seed
-        self._rewritten = rewritten
-        self._outputs: list[Any] | None = None
-        self._fingerprints: dict[tuple[int, ...], list[Fingerprint]] | None = None
+    inputs: ExampleInputs
+    dtype: torch.dtype
+    rewritten: fx.Graph
+    weights: SharedWeights
+    seed: int | None
+    _outputs: list[Any] | None = field(default=None, init=False)
+    _fingerprints: dict[tuple[int, ...], list[Fingerprint]] | None = field(default=None, init=False)
 
     @property
     def outputs(self) -> list[Any]:
@@ -80,7 +134,7 @@ class ExpectedValues:
         self.weights.set_values(self.seed)
         try:
             with torch.no_grad(), compute_in(self.dtype), torch.random.fork_rng(devices=[]):
-                for _, value in graph_values(self._rewritten, self.weights.tensors, leaves):
+                for _, value in graph_values(self.rewritten, self.weights.tensors, leaves):
                     note(value)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise RefusedDtypeError(f"{type(error).__name__}: {first_line(error)[:160]}") from error
@@ -149,18 +203,15 @@ class ReferenceRuns:
         if self._on_example.export_queries and self._original.runs_as_exported:
             yield replace(self._on_example, exporting=True)
         if self._on_random is None:
-            self._on_random = self._make_random()
+            model, graph, example = self._original.model, self._original.graph, self._original.example
+            inputs, batch = smaller_inputs(graph, model), example.batch_size()
+            inputs = inputs.with_batch(batch + 1) if graph.batch_hint is not None and batch else inputs
+            inputs = random_inputs(inputs, table_sizes(graph), partial(gives_numbers, model, example=example), seed=1)
+            self._on_random = self._make(inputs, 1)
+            outputs = [out for out in self._on_random.expected.outputs if isinstance(out, Tensor)]
+            if not all(bool(out.isfinite().all()) for out in outputs):  # random weights give no numbers
+                self._on_random = self._make(inputs, None)
         yield self._on_random
-
-    def _make_random(self) -> ReferenceRun:
-        """Make a run with random inputs and weights; with the model's own weights if others give no numbers."""
-        model, graph, example = self._original.model, self._original.graph, self._original.example
-        inputs, batch = smaller_inputs(graph, model), example.batch_size()
-        inputs = inputs.with_batch(batch + 1) if graph.batch_hint is not None and batch else inputs
-        inputs = random_inputs(inputs, table_sizes(graph), partial(gives_numbers, model, example=example), seed=1)
-        run = self._make(inputs, 1)
-        is_finite = all(bool(out.isfinite().all()) for out in run.expected.outputs if isinstance(out, Tensor))
-        return run if is_finite else self._make(inputs, None)
 
     def _make(self, inputs: ExampleInputs, seed: int | None) -> ReferenceRun:
         own = to_float64(inputs) if self.dtype is torch.float64 else inputs.copy()

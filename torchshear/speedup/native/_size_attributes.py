@@ -102,7 +102,22 @@ def find_size_slots(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[
         graph: the captured model.
         cut: the units that are removed.
     """
-    sizes, words = _changed_sizes(graph, cut, canonical_module_names(model))
+    # By module: sizes that change, before -> after, and names on the lines of source that made its calls.
+    sizes: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    words: dict[str, set[str]] = defaultdict(set)
+    changed: dict[fx.Node, set[tuple[int, int]]] = defaultdict(set)
+    for change in changed_integers(graph.fx_graph, cut.groups.facts, cut):
+        changed[change.node].add((change.old, change.new))
+    first = canonical_module_names(model)
+    for node in graph:
+        if node.op == "call_function":
+            here = _sizes_at(node, graph, cut) | changed[node]
+            named = set(_WORD.findall(node.meta.get("stack_trace") or ""))
+            for module_name in dict.fromkeys(first.get(name, name) for name in enclosing_modules(node)):
+                words[module_name] |= named
+                for old, new in here:
+                    sizes[module_name][old].add(new)
+    # Integers of each module that are such a size before the cut.
     found: dict[str, list[SizeSlot]] = {}
     for name, module in model.named_modules():
         changes = sizes.get(name, {})
@@ -114,27 +129,6 @@ def find_size_slots(model: nn.Module, graph: Graph, cut: Cut) -> dict[str, list[
         if likely:
             found[name] = sorted(likely, key=lambda c: (not c.is_named, isinstance(c.slot.item, str)))
     return found
-
-
-def _changed_sizes(
-    graph: Graph, cut: Cut, first: Mapping[str, str]
-) -> tuple[dict[str, dict[int, set[int]]], dict[str, set[str]]]:
-    """Return module -> size before -> sizes after, and module -> names on the lines of source that made its calls."""
-    pairs: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-    words: dict[str, set[str]] = defaultdict(set)
-    changed: dict[fx.Node, set[tuple[int, int]]] = defaultdict(set)
-    for change in changed_integers(graph.fx_graph, cut.groups.facts, cut):
-        changed[change.node].add((change.old, change.new))
-    for node in graph:
-        if node.op != "call_function":
-            continue
-        here = _sizes_at(node, graph, cut) | changed[node]
-        named = set(_WORD.findall(node.meta.get("stack_trace") or ""))
-        for module in dict.fromkeys(first.get(name, name) for name in enclosing_modules(node)):
-            words[module] |= named
-            for old, new in here:
-                pairs[module][old].add(new)
-    return pairs, words
 
 
 def _sizes_at(node: fx.Node, graph: Graph, cut: Cut) -> set[tuple[int, int]]:

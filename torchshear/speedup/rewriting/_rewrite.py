@@ -121,29 +121,27 @@ def _edit_arguments(node: fx.Node, edits: list[Edit], cut: Cut) -> _NewCall:
 
 def changed_integers(graph: fx.Graph, facts: Facts, cut: Cut) -> list[Change]:
     """Return the integer arguments that the cut changes, and the numbers of channels of norms, with their calls."""
-    return [Change(node, old, new) for node in graph.nodes for old, new in _changed_integers_of(node, facts, cut)]
-
-
-def _changed_integers_of(node: fx.Node, facts: Facts, cut: Cut) -> list[tuple[int, int]]:
-    changes: list[tuple[int, int]] = []
-    axes = facts.axes.get(node.name)
-    for edit in facts.edits.get(node.name, []) if is_touched(node, facts, cut) else []:
-        if edit.name == "call":  # a split: sizes of its results, and of what is split
-            own = [axis for part in axes for axis in part] if isinstance(axes, list) else []
-            changes += sorted({(axis.size, int(cut.keep(axis).sum())) for axis in own})
-            continue
-        given = bind_arguments(node)[edit.name]
-        old = given if edit.index is None else given[edit.index]
-        new = edit.value(cut.keep)
-        if isinstance(new, SizeFactor):
-            old, new = new.old, new.new
-        if isinstance(old, int) and isinstance(new, int):
-            changes.append((old, new))
-    norm = operator_of(node).norm
-    if norm is not None and norm.over in ("batch", "space") and isinstance(axes, tuple):
-        channels = axes[norm.channels]  # a number that modules keep, and that no argument tells
-        changes.append((channels.size, int(cut.keep(channels).sum())))
-    return [(old, new) for old, new in changes if old != new]
+    changes: list[Change] = []
+    for node in graph.nodes:
+        axes = facts.axes.get(node.name)
+        for edit in facts.edits.get(node.name, []) if is_touched(node, facts, cut) else []:
+            if edit.name == "call":  # a split: sizes of its results, and of what is split
+                own = [axis for part in axes for axis in part] if isinstance(axes, list) else []
+                sizes = sorted({(axis.size, int(cut.keep(axis).sum())) for axis in own})
+                changes += [Change(node, old, new) for old, new in sizes]
+                continue
+            given = bind_arguments(node)[edit.name]
+            old = given if edit.index is None else given[edit.index]
+            new = edit.value(cut.keep)
+            if isinstance(new, SizeFactor):
+                old, new = new.old, new.new
+            if isinstance(old, int) and isinstance(new, int):
+                changes.append(Change(node, old, new))
+        norm = operator_of(node).norm
+        if norm is not None and norm.over in ("batch", "space") and isinstance(axes, tuple):
+            channels = axes[norm.channels]  # a number that modules keep, and that no argument tells
+            changes.append(Change(node, channels.size, int(cut.keep(channels).sum())))
+    return [change for change in changes if change.old != change.new]
 
 
 def implied_arguments(graph: fx.Graph, facts: Facts, cut: Cut) -> list[tuple[fx.Node, str]]:

@@ -1,6 +1,6 @@
 """Kept and cut positions of tensors: slicing parameters and buffers, selecting or zeroing positions of values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,13 @@ from torch import Tensor, fx, nn
 
 from torchshear.dependency import Axes, Axis
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.plans._state_plan import StatePlan, make_state_plan
+from torchshear.dependency.plans._tensor_plans import StatePlan, make_state_plan
 from torchshear.dependency.rules._findings import Facts
 
 Bools = npt.NDArray[np.bool_]
 
 
-def slice_state(cut: Cut, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def slice_state(cut: Cut, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Slice parameters and buffers to their kept positions.
 
     Args:
@@ -33,23 +33,19 @@ def slice_state(cut: Cut, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
             value = tensor.detach()
             if plan is not None:
-                value = _with_order_of(tensor, slice_tensor(value, plan))
+                value = slice_tensor(value, plan)
+                # Dimensions lie in memory in the order that they had, as channels last.
+                places = [(-stride, -size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
+                order = sorted(range(tensor.ndim), key=places.__getitem__)
+                if 0 not in tensor.stride() and order != list(range(tensor.ndim)):
+                    inverse = [order.index(dim) for dim in range(tensor.ndim)]
+                    value = value.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
             value = value.clone() if value.data_ptr() == tensor.data_ptr() or value.is_meta else value
         if isinstance(tensor, nn.Parameter):
             sliced[name] = nn.Parameter(value, requires_grad=tensor.requires_grad)
         else:
             sliced[name] = value.requires_grad_(tensor.requires_grad)
     return sliced
-
-
-def _with_order_of(tensor: Tensor, value: Tensor) -> Tensor:
-    """Return a value whose dimensions lie in memory in the order that they have in a tensor of the same rank."""
-    strides = tensor.stride()
-    order = sorted(range(tensor.ndim), key=lambda dim: (-strides[dim], -tensor.shape[dim]))
-    if 0 in strides or order == list(range(tensor.ndim)):
-        return value
-    inverse = [order.index(dim) for dim in range(tensor.ndim)]
-    return value.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 def slice_tensor(value: Tensor, plan: StatePlan) -> Tensor:

@@ -15,12 +15,12 @@ from torchshear.dependency.plans._form import Form, FormKind
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import CaptureError, PlanError
 from torchshear.graph import ExampleInputs, Graph
-from torchshear.graph._parts import PartRun, Parts, whole_model
+from torchshear.graph._graph import PartRun, Parts, whole_model
 from torchshear.graph.capture._trace import trace_inputs
 from torchshear.graph.model._checks import signature_of
 from torchshear.graph.model._copy import copy_model
 from torchshear.speedup.native._builder import own_constants
-from torchshear.speedup.native._original import Original
+from torchshear.speedup.native._reference_run import Original
 from torchshear.speedup.rewriting._lost_backwards import check_backwards, explain_lost_backwards, explain_untrainable
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._slicing import slice_state
@@ -81,7 +81,7 @@ def _shrink_each_part(job: PreparedCut, kinds: Mapping[str, FormKind], whole: Fo
     parts = job.cut.groups.graph.parts
     assert parts is not None
     found: dict[str, Form] = {}
-    graph, model = job.cut.groups.graph, whole_model(job.run)
+    graph, model = job.cut.groups.graph, whole_model(job.original.model)
     memo: dict[int, Any] = {id(job.tensors[name]): tensor for name, tensor in job.sliced.items()}
     memo |= {id(own): job.sliced[name] for name, own in own_constants(model, graph) if name in job.sliced}
     for name in parts.names:
@@ -125,7 +125,7 @@ def _capture_calls(job: PreparedCut, name: str, calls: list[Any]) -> tuple[PartR
     """Capture some calls of one part by themselves; also return the cut in terms of their axes."""
     groups = job.cut.groups
     assert groups.graph.parts is not None
-    run = PartRun(whole_model(job.run), Parts((name,) * len(calls), groups.graph.parts.pinned))
+    run = PartRun(whole_model(job.original.model), Parts((name,) * len(calls), groups.graph.parts.pinned))
     graph = trace_inputs(run, ExampleInputs(tuple(calls), {}))
     return run, Cut(relate_graph(groups, graph), job.cut.kept)
 
@@ -142,7 +142,7 @@ def _make_native_part(
 
 def _make_traced_part(job: PreparedCut, name: str) -> TracedModule:
     """Return one part in traced form, with graphs for each of its captured calls."""
-    part = whole_model(job.run).get_submodule(name)
+    part = whole_model(job.original.model).get_submodule(name)
     entries = _part_entries(job, name)
     calls: list[TracedCall] = []
     for number, given in enumerate(_calls_of(job.cut.groups.graph, name)):
@@ -190,7 +190,7 @@ def _names_in_part(graph: Graph, part: str, suffix: str) -> dict[str, str]:
 
 def _part_entries(job: PreparedCut, part: str) -> list[StateEntry]:
     """Return the parameters and buffers of one part under all names that it has for them."""
-    prefix, graph, transient = f"{part}.", job.cut.groups.graph, nonpersistent_names(whole_model(job.run))
+    prefix, graph, transient = f"{part}.", job.cut.groups.graph, nonpersistent_names(whole_model(job.original.model))
     names: dict[str, list[str]] = defaultdict(list)
     for alias, name in graph.aliases.items():
         if alias.startswith(prefix):

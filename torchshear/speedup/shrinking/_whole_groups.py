@@ -75,7 +75,7 @@ class _WholeGroupSearch:
         self.tradeoff = tradeoff
         self.groups: ChannelGroups = job.cut.groups
         self.dense, self.cut = dense_cost(self.groups.graph), job.cut.cost()
-        self.modules = dict(job.run.named_modules())
+        self.modules = dict(job.original.model.named_modules())
         self.shrinking = {of.name for of in job.plan.groups if len(of.kept) < of.width}
         self.left = _MOST_TRIED if tradeoff.max_cost < 1 else _MOST_TRIED_AT_ANY_COST
         self.failed: set[frozenset[str]] = set()  # names of groups that were not enough
@@ -148,7 +148,7 @@ class _WholeGroupSearch:
         if module is None:
             return {}
         twins = [name for name, other in self.modules.items() if type(other) is type(self.modules[module])]
-        first: Mapping[str, str] = canonical_module_names(self.job.run)
+        first: Mapping[str, str] = canonical_module_names(self.job.original.model)
         around = {node.name: enclosing_modules(node) or ("",) for node in self.groups.graph}
         numbers: set[int] = set()
         for value in self.groups.describe():

@@ -119,7 +119,11 @@ def make_native(
         if recorded.kind == "traced":
             return job, Native(None, recorded)
         native = recorded_form(job.original, job.cut, job.tensors, job.sliced, recorded)
-        unseen = "; not compared again on the meta device, where there are no values" if is_on_meta(job.run) else ""
+        unseen = (
+            "; not compared again on the meta device, where there are no values"
+            if is_on_meta(job.original.model)
+            else ""
+        )
         return job, Native(native, replace(recorded, reason=f"{recorded.reason}{unseen}"))
     if kind == "traced":
         return job, Native(None, Form("traced", "asked for"))

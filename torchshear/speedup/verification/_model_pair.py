@@ -15,13 +15,11 @@ from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import VerificationError, WeightError, first_line
 from torchshear.graph import ExampleInputs
 from torchshear.graph._outputs import output_leaves
-from torchshear.graph._run import graph_output
-from torchshear.graph.capture._check import run_failure
+from torchshear.graph._run import graph_output, run_failure
 from torchshear.graph.masked._call import zeros_are_exact
-from torchshear.graph.model._caches import find_caches
-from torchshear.graph.model._state import Mode
+from torchshear.graph.model._state import Mode, find_caches
 from torchshear.graph.numerics._ties import TieBreaker
-from torchshear.speedup.comparing._random_inputs import (
+from torchshear.speedup.comparing._random_values import (
     check_examples,
     gives_numbers,
     n_outputs_with_nan,
@@ -31,6 +29,7 @@ from torchshear.speedup.comparing._random_inputs import (
 )
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attention_scale import share_names
+from torchshear.speedup.rewriting._slicing import slice_state
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.shrinking._whole_model import TrainingCut
 from torchshear.speedup.verification._runs import (
@@ -240,7 +239,7 @@ class ModelPair:
         """Run the shrunk model, with the kept positions of the probe's weights."""
         values = None
         if probe.state is not None:
-            values = self.state_cut.names_in(self.candidate, self.state_cut.slice(probe.state))
+            values = self.state_cut.names_in(self.candidate, slice_state(self.cut, probe.state))
         with use_values(self.candidate, values, self.caches[1]):
             select = (lambda _, gradient: gradient) if gradients else None
             return run_module(self.candidate, probe.inputs, probe.dtype, mode, select_gradient=select)

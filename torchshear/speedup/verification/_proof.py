@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,8 +12,6 @@ from torchshear.graph import ExampleInputs
 from torchshear.graph.model._state import Mode
 from torchshear.graph.numerics._ties import TieBreaker
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
-from torchshear.speedup.rewriting._traced import TracedModule
-from torchshear.speedup.verification._gradients import compare_gradients
 from torchshear.speedup.verification._model_pair import ModelPair, Probe
 from torchshear.speedup.verification._references import (
     ModuleReference,
@@ -21,7 +19,7 @@ from torchshear.speedup.verification._references import (
     Reference,
     describe_difference,
 )
-from torchshear.speedup.verification._runs import Run
+from torchshear.speedup.verification._runs import Run, compare_gradients
 
 Switch = tuple[str, str]  # name of a module, and of its attribute
 _ON = 0.37
@@ -44,21 +42,18 @@ class ProofResult:
     modes: tuple[Mode, ...]
 
 
+@dataclass(eq=False)
 class Proof:
     """Compares outputs on all probes, and outputs and gradients of both modes on the last.
-
-    Args:
-        pair: the models.
 
     Attributes:
         pair: the models.
         reference: what the shrunk model is compared with.
     """
 
-    def __init__(self, pair: ModelPair) -> None:
-        self.pair = pair
-        self.reference: Reference
-        self._small_runs: dict[Probe, Run] = {}
+    pair: ModelPair
+    reference: Reference = field(init=False)
+    _small_runs: dict[Probe, Run] = field(default_factory=dict, init=False)
 
     def run(self, extra: Sequence[ExampleInputs] = ()) -> ProofResult:
         """Make all comparisons.
@@ -182,8 +177,18 @@ class Proof:
             The largest difference of an output; nothing where no attribute is zero, or none has an effect.
         """
         pair, probe = self.pair, self.pair.last
-        switches = _find_switches(pair.original, pair.candidate)
-        if not switches or pair.graph.parts is not None:
+        if pair.is_traced or pair.graph.parts is not None:  # in a graph an attribute became a number, and stays so
+            return []
+        # Attributes of the user's modules that are the number 0.0 in both models, as in a warm-up.
+        others = dict(pair.candidate.named_modules())
+        switches = tuple(
+            (name, attribute)
+            for name, module in pair.original.named_modules()
+            if not type(module).__module__.startswith("torch.")
+            for attribute, value in vars(module).items()
+            if type(value) is float and value == 0 and vars(others.get(name, module)).get(attribute) == 0
+        )
+        if not switches:
             return []
         before = self._run_small_once(probe).outputs
         with suppress(Exception), _switched_on(pair.candidate, switches):  # if the original does not run is seen next
@@ -197,23 +202,6 @@ class Proof:
             return []
         with _switched_on(pair.candidate, switches):
             return [self._compare_outputs(probe, expected, self._run_small(probe), expected)]
-
-
-def _find_switches(original: nn.Module, candidate: nn.Module) -> tuple[Switch, ...]:
-    """Find attributes of the user's modules that are the number 0.0 in both models, as in a warm-up.
-
-    A traced model has none: an attribute became a number in its graphs, and stays so.
-    """
-    if any(isinstance(module, TracedModule) for module in candidate.modules()):
-        return ()
-    others = dict(candidate.named_modules())
-    return tuple(
-        (name, attribute)
-        for name, module in original.named_modules()
-        if not type(module).__module__.startswith("torch.")
-        for attribute, value in vars(module).items()
-        if type(value) is float and value == 0 and vars(others.get(name, module)).get(attribute) == 0
-    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,10 +19,9 @@ from torchshear.graph.capture._trace import capture_in_mode
 from torchshear.graph.model._state import Mode
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
-from torchshear.speedup.rewriting._slicing import map_axes, select_kept
+from torchshear.speedup.rewriting._slicing import map_axes, select_kept, slice_state
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.shrinking._whole_model import capture_training_cut
-from torchshear.speedup.verification._gradients import gradients_of
 from torchshear.speedup.verification._masked_network import MaskedNetwork
 from torchshear.speedup.verification._model_pair import ModelPair, Probe
 from torchshear.speedup.verification._runs import (
@@ -31,6 +30,7 @@ from torchshear.speedup.verification._runs import (
     detach_outputs,
     equal_conditions,
     flat_inputs,
+    gradients_of,
     run_module,
     slice_outputs,
 )
@@ -42,19 +42,21 @@ class Reference(ABC):
 
     Args:
         pair: the models.
-        is_graph: whether it computes by the captured graph.
 
     Attributes:
+        is_graph: whether it computes by the captured graph.
         pair: the models.
         excused: name of a call -> its place, for calls whose operator sees kept positions only.
         has_gradients: whether it can be run with gradients; an operator need not have a derivative.
     """
 
-    def __init__(self, pair: ModelPair, *, is_graph: bool) -> None:
+    is_graph: ClassVar[bool]
+
+    def __init__(self, pair: ModelPair) -> None:
         self.pair = pair
         self.excused: dict[str, str] = {}
         lost = pair.graph.lost_backwards
-        self.has_gradients = not (lost and (is_graph or pair.is_traced))
+        self.has_gradients = not (lost and (self.is_graph or pair.is_traced))
         if not self.has_gradients:
             pair.left_out.append(f"gradients: a graph does not hold the backward of {lost[0]}")
 
@@ -109,35 +111,10 @@ class Reference(ABC):
 class ModuleReference(Reference):
     """The user's own module with its cut parameters set to zero."""
 
-    def __init__(self, pair: ModelPair) -> None:
-        super().__init__(pair, is_graph=False)
+    is_graph = False
 
-    def run(self, probe: Probe) -> Run:
-        """Run in eval mode without gradients."""
-        return self._run(probe)
-
-    def run_probes(self) -> list[Run]:
-        """Run in eval mode on the three probes of the pair, on the last one with gradients."""
-        pair = self.pair
-        runs = [self.run(pair.first), self.run(pair.second)]
-        return [*runs, self.run_with_gradients(lambda gradients: self._run(pair.last, gradients=gradients))]
-
-    def run_in_training(self, in_eval: list[Run]) -> Run | None:
-        """Run in train mode on the last probe."""
-        in_eval.clear()
-        if not self.can_train():
-            return None
-        try:
-            return self._run(self.pair.last, "train", gradients=self.has_gradients)
-        except Exception as error:  # a forward may raise anything
-            self.pair.left_out.append(f"train mode: the original does not run in it: {first_line(error)[:160]}")
-            return None
-
-    def run_recaptured(self, probe: Probe) -> Run:
-        """Run as the original computes now."""
-        return self._run(probe)
-
-    def _run(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+    def run(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+        """Run in a mode, with gradients if that is asked for."""
         pair = self.pair
         is_masked = probe.state is not None and pair.cross_channel == "none"
         state = probe.state if is_masked else pair.state_cut.mask(probe.state or pair.state)
@@ -146,12 +123,32 @@ class ModuleReference(Reference):
         with pair.original_with(state):
             return run_module(pair.original, probe.inputs, probe.dtype, mode, outputs, gradient)
 
+    def run_probes(self) -> list[Run]:
+        """Run in eval mode on the three probes of the pair, on the last one with gradients."""
+        pair = self.pair
+        runs = [self.run(pair.first), self.run(pair.second)]
+        return [*runs, self.run_with_gradients(lambda gradients: self.run(pair.last, gradients=gradients))]
+
+    def run_in_training(self, in_eval: list[Run]) -> Run | None:
+        """Run in train mode on the last probe."""
+        in_eval.clear()
+        if not self.can_train():
+            return None
+        try:
+            return self.run(self.pair.last, "train", gradients=self.has_gradients)
+        except Exception as error:  # a forward may raise anything
+            self.pair.left_out.append(f"train mode: the original does not run in it: {first_line(error)[:160]}")
+            return None
+
+    def run_recaptured(self, probe: Probe) -> Run:
+        """Run as the original computes now."""
+        return self.run(probe)
+
 
 class NetworkReference(Reference):
     """The original graph with masked parameters, whose cross-channel operators see kept positions only."""
 
-    def __init__(self, pair: ModelPair) -> None:
-        super().__init__(pair, is_graph=True)
+    is_graph = True
 
     def run(self, probe: Probe) -> Run:
         """Run in eval mode without gradients."""
@@ -240,7 +237,7 @@ def describe_difference(pair: ModelPair, probe: Probe, error: float) -> str:
     inputs = copy_inputs(probe.inputs, probe.dtype)
     network = MaskedNetwork(graph, facts, cut, pair.state_cut.mask(state))
     with equal_conditions(probe.dtype):
-        small = graph_values(rewrite_graph(graph, facts, cut), pair.state_cut.slice(state), flat_inputs(inputs.copy()))
+        small = graph_values(rewrite_graph(graph, facts, cut), slice_state(cut, state), flat_inputs(inputs.copy()))
         actual = {node.name: value for node, value in _values_until_failure(small)}
         for node, (value,) in _values_until_failure(network.values([flat_inputs(inputs.copy())])):
             if node.name not in actual:

@@ -1,4 +1,4 @@
-"""Running a module under equal conditions: the same random numbers, given weights, outputs and gradients."""
+"""Running a module under equal conditions: the same random numbers and weights; its outputs, and gradients compared."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -8,18 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.errors import VerificationError
 from torchshear.graph import ExampleInputs
 from torchshear.graph._outputs import output_leaves
-from torchshear.graph.model._caches import Cache, clear_caches, find_caches
 from torchshear.graph.model._copy import copy_model
-from torchshear.graph.model._state import Mode, in_mode
+from torchshear.graph.model._state import Cache, Mode, clear_caches, find_caches, in_mode
 from torchshear.graph.numerics._dispatch import LeanDispatchMode
 from torchshear.graph.numerics._float64 import compute_in, to_float64
-from torchshear.speedup.verification._gradients import Gradients, SelectGradient, gradients_of
+from torchshear.speedup.verification._state_cut import StateCut
 
 SelectOutputs = Callable[[list[Any]], list[Any]]
+SelectGradient = Callable[[str, Tensor], Tensor]
+Gradients = dict[str, Tensor]
+
+# Relative differences that equal gradients may have, by dtype of the parameters: even those computed in float64 are
+# rounded to that dtype in the end, and sums over samples and positions cancel.
+_TOLERANCES = {torch.float64: 1e-7, torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float16: 2e-2}
+_TOLERANCE_BELOW_FLOAT64 = 1e-2  # where they are not computed in float64
+_FLOOR = 1e-2  # share of the largest mean gradient below which a gradient may be nothing but rounding
 
 _MEANS = {"rand": 0.5, "rand_like": 0.5, "randn": 0.1, "randn_like": 0.1, "normal_functional": 0.1}
 _IN_PLACE = {"uniform_": 0.5, "normal_": 0.1, "exponential_": 0.5}
@@ -196,3 +205,108 @@ def use_values(model: nn.Module, values: Mapping[str, Tensor] | None, caches: tu
         for tensor, data, _ in own:
             tensor.data = data
         clear_caches(model, caches)
+
+
+def gradients_of(outputs: list[object], parameters: Mapping[str, Tensor], select: SelectGradient) -> Gradients | None:
+    """Differentiate a weighted sum of all floating outputs, in which each element has another weight.
+
+    Only the selected part of each gradient is kept, so that no two whole gradients are in memory at once.
+
+    Args:
+        outputs: flat outputs.
+        parameters: name -> parameter; none has a gradient afterwards.
+        select: (name, gradient) -> the part of the gradient that is compared.
+
+    Returns:
+        Name -> selected gradient, zeros where a parameter has none; None if no output has a gradient.
+    """
+    total: Tensor | None = None
+    for value in outputs:
+        if isinstance(value, Tensor) and value.requires_grad:
+            real = torch.view_as_real(value) if value.is_complex() else value
+            places = torch.arange(1, real.numel() + 1, dtype=torch.float64, device=real.device)
+            weights = torch.cos(places * 2**0.5).reshape(real.shape).to(real.dtype)
+            finite = torch.where(real.isfinite(), real, 0)
+            total = (finite * weights).sum() + (0 if total is None else total)
+    if total is None or not parameters:
+        return None
+    found: Gradients = {}
+    for parameter in parameters.values():
+        parameter.grad = None  # a copy of a parameter of a class of its own may have one
+
+    def collect(name: str, parameter: Tensor) -> None:
+        gradient = parameter.grad if parameter.grad is not None else parameter.new_zeros(()).expand(parameter.shape)
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():  # keep the tensor's own class
+            found[name] = select(name, gradient)
+            parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: collect(name, p))  # type: ignore[no-untyped-call]
+        for name, parameter in parameters.items()
+    ]
+    try:
+        torch.autograd.backward(total, inputs=list(parameters.values()))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in parameters.values():
+            parameter.grad = None
+    for name in parameters.keys() - found.keys():
+        collect(name, parameters[name])
+    return {name: found[name] for name in parameters}
+
+
+def compare_gradients(
+    state_cut: StateCut, expected: Gradients | None, actual: Gradients | None, mode: Mode, *, is_float64: bool
+) -> float | None:
+    """Return the largest difference of any element of a gradient.
+
+    It is relative to that element plus the mean magnitude of its tensor.
+
+    Args:
+        state_cut: names of the parameters.
+        expected: name -> gradient of the masked model at the positions that are kept; None if it has no gradients.
+        actual: name -> gradient of the shrunk model.
+        mode: mode in which they were computed.
+        is_float64: whether they were computed in float64.
+
+    Returns:
+        The difference; None if the masked model has no gradients.
+
+    Raises:
+        VerificationError: it is too large, or the shrunk model has no gradients though the masked model has.
+    """
+    if expected is None:
+        return None
+    if actual is None:
+        raise VerificationError(f"in {mode} mode the shrunk model has no gradients, though the masked model has.")
+    by_name = {state_cut.canonical_name(name): gradient for name, gradient in expected.items()}
+    by_name = {name: gradient for name, gradient in by_name.items() if name in state_cut.groups.graph.state}
+    numbers = [g for g in by_name.values() if g.numel() and (g.is_floating_point() or g.is_complex())]
+    # Behind a norm some gradients, or nearly all, are zero but for rounding.
+    floor = _FLOOR * max(map(_mean_magnitude, numbers), default=0.0)
+    worst, name_of_worst = 0.0, ""
+    for name, gradient in actual.items():
+        wanted = by_name.get(state_cut.canonical_name(name))
+        if wanted is None or (wanted.shape == gradient.shape and not wanted.numel()):
+            continue
+        error = float("inf")
+        if wanted.shape == gradient.shape:
+            scale = wanted.abs() + _mean_magnitude(wanted) + floor
+            scale = scale.clamp_min(torch.finfo(scale.dtype).tiny)  # all may be zero, as outside of a quantised range
+            both_nan = wanted.isnan() & gradient.isnan()
+            found = float(((wanted - gradient).abs() / scale).masked_fill(both_nan, 0).max())
+            error = found if found == found else error
+        worst, name_of_worst = max((worst, name_of_worst), (error, name))
+    limit = max((_TOLERANCES.get(gradient.dtype, 0.0) for gradient in by_name.values()), default=0.0)
+    if worst > (limit if is_float64 else max(limit, _TOLERANCE_BELOW_FLOAT64)):
+        raise VerificationError(
+            f"in {mode} mode the gradient of {name_of_worst!r} differs from that of the masked model by {worst:.2g} "
+            f"relative, though the outputs do not: what the shrunk model computes has another derivative."
+        )
+    return worst
+
+
+def _mean_magnitude(gradient: Tensor) -> float:
+    """Return the mean magnitude of the elements that are numbers; 0.0 if there are none."""
+    return float(gradient.abs().nanmean().nan_to_num(0.0))

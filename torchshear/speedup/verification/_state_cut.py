@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
-from torchshear.dependency.plans._state_plan import StatePlan, make_state_plan
-from torchshear.speedup.comparing._random_weights import fill_randomly
-from torchshear.speedup.rewriting._slicing import slice_state, slice_tensor
+from torchshear.dependency.plans._tensor_plans import StatePlan, make_state_plan
+from torchshear.speedup.comparing._random_values import fill_randomly
+from torchshear.speedup.rewriting._slicing import slice_tensor
 
 State = Mapping[str, Tensor]
 
@@ -72,10 +72,6 @@ class StateCut:
                 is_cut[torch.from_numpy(kept)] = False
                 tensor.index_fill_(dim, is_cut.nonzero().flatten().to(tensor.device), 0)
         return masked
-
-    def slice(self, state: State) -> dict[str, Tensor]:
-        """Return the kept positions of each tensor."""
-        return slice_state(self.cut, dict(state))
 
     def slice_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """Return the kept positions of the gradient of a parameter, which may go by any of its names."""

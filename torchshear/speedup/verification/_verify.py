@@ -13,12 +13,12 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs
-from torchshear.graph._parts import PartRun, whole_model
-from torchshear.graph.capture._check import run_failure
+from torchshear.graph._graph import PartRun, whole_model
+from torchshear.graph._run import run_failure
 from torchshear.graph.model._checks import signature_of
 from torchshear.graph.model._process import run_exclusively
 from torchshear.graph.model._state import Mode
-from torchshear.speedup.shrinking._check_model import analyze_planned, planned_run
+from torchshear.speedup.shrinking._prepared_cut import analyze_planned, planned_run
 from torchshear.speedup.shrinking._whole_model import TrainingCut
 from torchshear.speedup.verification._model_pair import ModelPair
 from torchshear.speedup.verification._proof import Proof

@@ -1,5 +1,9 @@
-"""Weights that the network computes of its own tensors: under masks, weight norms and other parametrizations."""
+"""Weights of layers: those that the network computes of its own tensors, and the scales of the batch norms behind them.
 
+Weights are computed under masks, weight norms and other parametrizations.
+"""
+
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -8,8 +12,9 @@ from torch import Tensor, fx
 
 from torchshear.dependency.algebra._axis import Algebra
 from torchshear.dependency.groups._groups import ChannelGroup, ChannelGroups
+from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._findings import Facts
-from torchshear.dependency.rules._weights import unwrap_moves
+from torchshear.dependency.rules._weights import unwrap_moves, weight_behind
 from torchshear.graph import Graph
 from torchshear.graph._nodes import ancestors, format_arguments, is_from_state
 from torchshear.graph._operator_record import operator_of
@@ -98,5 +103,46 @@ def assign_factor_roles(graph: Graph, facts: Facts, groups: Sequence[ChannelGrou
     for group in groups:
         names = {member.name for member in group.members}
         members = (replace(m, purposes=factor) if names & beside.get(m.name, set()) else m for m in group.members)
+        found.append(replace(group, members=tuple(members)))
+    return tuple(found)
+
+
+def assign_norm_scales(graph: Graph, facts: Facts, groups: Sequence[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """Note at the outputs of each layer the scale of the only batch norm that reads its result.
+
+    Args:
+        graph: the captured network.
+        facts: results of the rules.
+        groups: its groups.
+    """
+    # Layers by the call that multiplies with their weight.
+    read: dict[fx.Node, list[fx.Node]] = {
+        node: [behind[0] for n in node.all_input_nodes if (behind := weight_behind(n, facts.carriers)) is not None]
+        for node in graph
+        if node.op == "call_function" and not is_from_state(node)
+    }
+    n_calls = Counter(weight for weights in read.values() for weight in weights)
+    # The batch norm that alone reads the result of a layer, which is called once.
+    scale_of: dict[str, str] = {}
+    for node in read:
+        norm = operator_of(node).norm
+        if norm is None or norm.over != "batch":
+            continue
+        given = bind_arguments(node)
+        source, scale = given.get(norm.input), given.get(norm.scale)
+        if isinstance(source, fx.Node) and isinstance(scale, fx.Node) and len(source.users) == 1:
+            weights = [weight for weight in read.get(source, ()) if len(graph.state[str(weight.target)].shape) > 1]
+            held = weight_behind(scale, facts.carriers)
+            if len(weights) == 1 and n_calls[weights[0]] == 1 and held is not None:
+                scale_of[str(weights[0].target)] = str(held[0].target)
+    # The scale goes with the outputs of the layer if it stands in the same group.
+    found = []
+    for group in groups:
+        norms = {member.name: member for member in group.members if "norm" in member.purposes}
+        members = []
+        for member in group.members:
+            found_norm = norms.get(scale_of.get(member.name, "")) if "out" in member.purposes else None
+            fits = found_norm is not None and found_norm.size == member.size
+            members.append(replace(member, norm_scale=found_norm.name) if found_norm is not None and fits else member)
         found.append(replace(group, members=tuple(members)))
     return tuple(found)

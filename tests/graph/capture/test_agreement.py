@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear.graph import Graph
-from torchshear.graph.capture import _check
+from torchshear.graph._run import run_graph
+from torchshear.graph.capture._dynamic_batch import _are_close, agrees_with_model
+from torchshear.graph.capture._trace import outputs_differ_in_training
 
 
 def traced(model: nn.Module, *args: Tensor) -> Graph:
@@ -24,7 +26,7 @@ def changed(model: nn.Module, *args: Tensor, by: float) -> bool:
     twin = type(model)()
     twin.load_state_dict(model.state_dict())
     next(twin.parameters()).data.flatten()[0].mul_(1 + by)
-    return _check.agrees_with_model(graph, twin.eval())
+    return agrees_with_model(graph, twin.eval())
 
 
 class Filled(nn.Module):
@@ -67,7 +69,7 @@ def test_top_k_is_compared_in_float64() -> None:
     model, x = Fused().eval(), torch.randn(1, 2000, 16, 8)
     graph = traced(model, x)
     with torch.no_grad():
-        difference = (_check.run_graph(graph, graph.inputs)[0] - model(x)).abs().max()
+        difference = (run_graph(graph, graph.inputs)[0] - model(x)).abs().max()
     assert difference > 1e-3, "float32 does not reorder anything; the test needs more tokens"
 
 
@@ -134,18 +136,18 @@ def test_a_model_that_refuses_float64_is_compared_in_its_own_dtype() -> None:
 def test_outputs_are_compared_one_by_one(change: Callable[[Tensor], Tensor], is_equal: bool, filler: float) -> None:
     values = torch.linspace(-2, 3, 100, dtype=torch.float64)
     one, two = (torch.cat([v, torch.full((50,), filler).double()]) for v in (values, change(values)))
-    assert _check._are_close([one], [two], 1e-9) == is_equal
+    assert _are_close([one], [two], 1e-9) == is_equal
     wide = [value.to(torch.complex128) for value in (one, two)]
-    assert _check._are_close(wide[:1], wide[1:], 1e-9) == is_equal
+    assert _are_close(wide[:1], wide[1:], 1e-9) == is_equal
 
 
 def test_numbers_that_count_are_compared_exactly() -> None:
     one = torch.tensor([1_000_000, 2])
-    assert _check._are_close([one], [one.clone()], 1e-3)
-    assert not _check._are_close([one], [torch.tensor([1_000_001, 2])], 1e-3)
-    assert not _check._are_close([one > 5], [one > 1], 1e-3)
-    assert not _check._are_close([one], [one, one], 1e-3)
-    assert not _check._are_close([one], [one[:1]], 1e-3)
+    assert _are_close([one], [one.clone()], 1e-3)
+    assert not _are_close([one], [torch.tensor([1_000_001, 2])], 1e-3)
+    assert not _are_close([one > 5], [one > 1], 1e-3)
+    assert not _are_close([one], [one, one], 1e-3)
+    assert not _are_close([one], [one[:1]], 1e-3)
 
 
 class Auxiliary(nn.Module):
@@ -181,7 +183,7 @@ def test_other_outputs_in_train_mode_are_captured_too(
         monkeypatch.setattr("torchshear.graph.capture._trace.probe_prime", lambda *_: None)
     graph = torchshear.trace(Auxiliary(more), (torch.randn(batch, 3, 8, 8),))
     assert (graph.batch_hint is not None) == is_free
-    assert _check.outputs_differ_in_training(graph, Auxiliary(more)) == differs
+    assert outputs_differ_in_training(graph, Auxiliary(more)) == differs
     assert (graph.training is not None) == (differs and (is_free or batch > 1))
 
 

@@ -1,25 +1,28 @@
-"""Inputs that exercise a model: random values of the kind that the example holds, and images of few pixels."""
+"""Inputs and weights that exercise a model: random values of the kind that it has, and images of few pixels.
 
-from collections.abc import Callable, Iterator
+Weights that a model has may hide a difference.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import sqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs, Graph
 from torchshear.graph._operator_record import operator_of
 from torchshear.graph._outputs import output_leaves
-from torchshear.graph._run import arguments_by_name, graph_output
-from torchshear.graph.capture._check import run_model
-from torchshear.graph.model._state import in_mode
+from torchshear.graph._run import arguments_by_name, run_graph, run_model
+from torchshear.graph.model._state import Cache, clear_caches, in_mode
 from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 
 Variant = Literal["random", "inverted masks", "permuted", "as given"]
 
 _TRUE_SHARE = 0.7  # share of a random mask that is true
 _LARGE_IMAGE, _SMALL_IMAGE = 128, 64  # rows and columns
+_PERIOD = 65537  # a prime, so that no two rows of a matrix are the same
 
 
 def check_examples(example: ExampleInputs) -> None:
@@ -132,7 +135,16 @@ def _random_tensor(tensor: Tensor, rows: int | None, generator: torch.Generator,
         return tensor.detach().clone()
     is_number = tensor.is_floating_point() or tensor.is_complex()
     if is_number and (variant in ("random", "inverted masks") or bool(tensor.isfinite().all())):
-        return _random_numbers(tensor, generator)
+        flat = tensor.detach().flatten()
+        if not tensor.is_complex() and flat.numel() > 2 and torch.unique(flat[:64]).numel() <= 2:
+            values: Tensor = torch.unique(flat)
+            if len(values) == 2:  # a mask: a random choice of its two values
+                return values[(torch.rand(tensor.shape, generator=generator) < _TRUE_SHARE).long().to(tensor.device)]
+        # Normal numbers with the spread of the example.
+        dtype = torch.complex128 if tensor.is_complex() else torch.float64
+        spread = float(flat.to(dtype).std(correction=0))
+        spread = spread if 0 < spread < float("inf") else 1.0
+        return (torch.randn(tensor.shape, generator=generator, dtype=dtype) * spread).to(tensor.device, tensor.dtype)
     if variant == "as given":
         return tensor.detach().clone()
     if variant == "permuted":
@@ -146,19 +158,6 @@ def _random_tensor(tensor: Tensor, rows: int | None, generator: torch.Generator,
         return (mask if variant == "random" else ~mask).to(tensor.device, tensor.dtype)
     low, high = (min(low, 0), rows - 1) if rows else (low, high)
     return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-
-
-def _random_numbers(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return normal numbers with the spread of a floating tensor, or a random choice of its values if it has two."""
-    flat = tensor.detach().flatten()
-    if not tensor.is_complex() and flat.numel() > 2 and torch.unique(flat[:64]).numel() <= 2:
-        values: Tensor = torch.unique(flat)
-        if len(values) == 2:
-            return values[(torch.rand(tensor.shape, generator=generator) < _TRUE_SHARE).long().to(tensor.device)]
-    dtype = torch.complex128 if tensor.is_complex() else torch.float64
-    spread = float(flat.to(dtype).std(correction=0))
-    spread = spread if 0 < spread < float("inf") else 1.0
-    return (torch.randn(tensor.shape, generator=generator, dtype=dtype) * spread).to(tensor.device, tensor.dtype)
 
 
 def gives_numbers(model: nn.Module, inputs: ExampleInputs, example: ExampleInputs) -> bool:
@@ -204,11 +203,88 @@ def smaller_inputs(graph: Graph, model: nn.Module, example: ExampleInputs | None
     if graph.parts is not None or shapes[0] == shapes[1]:
         return example
     one = small.with_batch(1) if graph.batch_hint is not None else small
-    state = {name: entry.tensor for name, entry in graph.state.items()}
     try:
-        with in_mode(model, "eval"), torch.no_grad():
-            found = output_leaves(graph_output(graph.fx_graph, state, pytree.tree_leaves((one.args, one.kwargs))))
+        with in_mode(model, "eval"):
+            found = output_leaves(run_graph(graph, one))
             expected = output_leaves(run_model(model, one))
     except Exception:  # the code, or a call in the graph, does not take this size, and may say so in any way
         return example
     return small if relative_error(expected, found) <= tolerance(expected) else example
+
+
+class SharedWeights:
+    """Tensors that a graph and a native form share, with the model's own values or with random ones.
+
+    Attention that is nearly even does not show that its heads have a wrong size, and a layer that is all zeros shows
+    nothing of the layers before it; after some training both would. Sharing them saves a copy.
+
+    Attributes:
+        tensors: canonical name -> tensor in the dtype to compute in; parameters are `nn.Parameter`s.
+
+    Args:
+        own: canonical name -> tensor of the model.
+        dtype: dtype to compute in.
+        random: names of the tensors that may get random values: floating parameters of at least one dimension.
+        caches: attributes in which a model keeps values computed from its weights.
+    """
+
+    def __init__(
+        self, own: Mapping[str, Tensor], dtype: torch.dtype, random: Sequence[str], caches: Sequence[Cache]
+    ) -> None:
+        self._own = own
+        self._random = random
+        self._caches = caches
+        self._seed: int | None = None
+        self.tensors: dict[str, Tensor] = {}
+        for name, tensor in own.items():
+            value = tensor.detach().to(dtype, copy=True) if tensor.is_floating_point() else tensor.detach()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            self.tensors[name] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+
+    def set_values(self, seed: int | None, model: nn.Module | None = None) -> None:
+        """Give the tensors the random values of a seed, or the model's own.
+
+        Args:
+            seed: seed of the values; None for the model's own.
+            model: the model that computes with them next; its caches are cleared.
+        """
+        if seed != self._seed:
+            with torch.no_grad():
+                generator = torch.Generator()
+                for name in self._random if seed is None else ():
+                    self.tensors[name].copy_(self._own[name])
+                if seed is not None:
+                    generator.manual_seed(seed)
+                    for name in self._random:
+                        fill_randomly(self.tensors[name], self._own[name], generator)
+            self._seed = seed
+        if model is not None and self._caches:
+            clear_caches(model, self._caches)
+
+
+def fill_randomly(tensor: Tensor, own: Tensor, generator: torch.Generator) -> None:
+    """Write random weights into a tensor, with which every layer has an effect on the output.
+
+    Matrices get normal numbers of variance 2 / fan-in, which keeps the size of activations; vectors change a little. In
+    a large tensor the random numbers repeat, since drawing them takes long.
+
+    Args:
+        tensor: a parameter; written to.
+        own: its values in the model, of the same shape.
+        generator: source of the numbers.
+    """
+    size = own.numel()
+    if not size:
+        return
+    if size <= _PERIOD:
+        noise = torch.randn(own.shape, generator=generator)
+    else:
+        period, n_whole = torch.randn(_PERIOD, generator=generator), size // _PERIOD
+        flat = torch.empty(size)
+        flat[: n_whole * _PERIOD].view(n_whole, _PERIOD).copy_(period)
+        flat[n_whole * _PERIOD :] = period[: size % _PERIOD]
+        noise = flat.view(own.shape)
+    if own.ndim > 1:
+        tensor.copy_(noise.mul_(sqrt(2 / max(1, own[0].numel()))))
+    else:
+        tensor.copy_(own).add_(noise.mul_(0.1).to(own.device))
