@@ -288,13 +288,25 @@ def test_worse_logits_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer.error_before == layer.error_after > 0.1
 
 
-def test_a_large_system_has_a_closed_form_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_closed_form_is_where_the_search_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = prepared(MODELS["grouped"])
     wanted = logits_layer(halved(model, noise(3, 5, 6), batches(48, 5, 6))[2])
-    monkeypatch.setattr(_logits_fit, "MAX_UNKNOWNS", 4 * 9 - 1)
+    monkeypatch.setattr(_logits_fit, "N_ALTERNATIONS", 0)
     layer = logits_layer(halved(model, noise(3, 5, 6), batches(48, 5, 6))[2])
     assert layer.method == "closed form"
     assert wanted.error_after < layer.error_after < 0.7 * layer.error_before
+
+
+def test_the_system_of_one_side_is_solved() -> None:
+    """The same as a dense system of Kronecker products gives."""
+    factors = [(noise(9, 5, 5, seed=seed), noise(9, 3, 3, seed=seed + 1)) for seed in (0, 2)]
+    pairs = [(one @ one.mT, other @ other.mT) for one, other in factors]
+    dense = sum(np.kron(a.numpy(), b.numpy()) for outer, inner in pairs for a, b in zip(outer, inner, strict=True))
+    right, start = noise(5, 3, seed=7), noise(3, 5, seed=8)
+    expected = np.linalg.solve(dense, right.numpy().ravel()).reshape(5, 3).T
+    found = _logits_fit._solve(pairs, right, start)
+    assert found is not None
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_masked_samples_do_not_count() -> None:

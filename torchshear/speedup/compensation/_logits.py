@@ -237,35 +237,33 @@ def keep_others(side: Side, value: Tensor, facts: Facts, cut: Cut) -> Tensor:
     return select_kept(value.movedim(side.dim, -1), rest, cut).movedim(-1, side.dim)
 
 
-def leaks(logits: Logits, linear: fx.Node, channels: Tensor, n_channels: int, start: Tensor, lookup: Lookup) -> bool:
+def leaks(logits: Logits, linear: fx.Node, channels: Tensor, shape: torch.Size, lookup: Lookup) -> bool:
     """Check that something else reads outputs of a layer that a product reads.
 
     Args:
         logits: the product.
         linear: the layer, in the captured network.
         channels: outputs of it that the product reads.
-        n_channels: how many outputs it has.
-        start: places in its result, in the shape of the result.
+        shape: of its result.
         lookup: returns a size that another call computed.
     """
     inside = {node for side in logits.sides for node in side.path} | {logits.node}
-    is_read = torch.zeros(n_channels, dtype=torch.bool)
+    is_read = torch.zeros(shape[-1], dtype=torch.bool)
     is_read[channels] = True
-
-    def touches(value: Any) -> bool:
-        parts = value if isinstance(value, list | tuple) else [value]
-        return any(bool(is_read[part % n_channels].any()) for part in parts)
-
-    waiting: list[tuple[fx.Node, Any]] = [(linear, start)]
+    waiting: list[tuple[fx.Node, Any]] = [(linear, is_read.expand(shape).contiguous())]
     while waiting:
         node, value = waiting.pop()
         for user, found in _users(node, value, lookup):
             if found is None:
-                if user not in inside and touches(value):
+                if user not in inside and _has_any(value):
                     return True
-            elif touches(found):
+            elif _has_any(found):
                 waiting.append((user, found))
     return False
+
+
+def _has_any(value: Any) -> bool:
+    return any(bool(part.any()) for part in (value if isinstance(value, list | tuple) else [value]))
 
 
 def _users(node: fx.Node, value: Any, lookup: Lookup) -> Iterator[tuple[fx.Node, Any]]:

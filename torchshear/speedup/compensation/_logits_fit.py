@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from torchshear.calibration._processes import is_distributed, sum_over_processes
-from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS
 
 N_ALTERNATIONS: Final = 2
 _RIDGE: Final = 1e-6
+_TOLERANCE: Final = 1e-9
+_MAX_STEPS: Final = 50
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,7 +57,7 @@ def fit_maps(heads: Sequence[HeadSums], width: int) -> Iterator[tuple[str, Maps]
         min over M_q, M_k of  sum over pairs || (q M_q^T) (k M_k^T)^T - Q K^T ||^2
 
     First those of the best approximation of rank D' where all pairs have the same second moments, which has a closed
-    form; then, unless that is too large a system, one side in turn by least squares for the other.
+    form; then one side in turn by least squares for the other.
 
     Args:
         heads: sums of each head.
@@ -71,8 +72,6 @@ def fit_maps(heads: Sequence[HeadSums], width: int) -> Iterator[tuple[str, Maps]
     if maps is None:
         return
     yield "closed form", maps
-    if width * heads[0].keys.shape[-1] > MAX_UNKNOWNS:
-        return
     for _ in range(N_ALTERNATIONS):
         queries = []
         for head, own in zip(heads, maps.queries, strict=True):
@@ -125,24 +124,43 @@ def _with_ridge(matrix: Tensor) -> Tensor:
 def _solve(pairs: Sequence[tuple[Tensor, Tensor]], right: Tensor, present: Tensor) -> Tensor | None:
     """Return the X^T next to the present one with  sum over n of  A_n X B_n = R;  None where it cannot be found.
 
+    By conjugate gradients, with the inverse of  X -> n mean(A) X mean(B)  in front: what the system is where all pairs
+    have the same second moments. Each step lowers the error of the products, so that an early end does no harm.
+
     Args:
         pairs: A, shape (n, P, P), and B, shape (n, D', D'), of each head.
         right: R, shape (P, D').
         present: X^T, shape (D', P).
     """
-    size = right.numel()
-    system = right.new_zeros(size, size)
-    for outer, inner in pairs:
-        product = outer.flatten(1).T @ inner.flatten(1)
-        shape = (*outer.shape[1:], *inner.shape[1:])
-        system += product.reshape(shape).permute(0, 2, 1, 3).reshape(size, size)
-    system, right = _total(system), _total(right)
-    rest = right.reshape(-1) - system @ present.T.reshape(-1)
-    factor, failed = torch.linalg.cholesky_ex(_with_ridge(system))
-    if bool(failed):
+    count = _total(torch.tensor(float(sum(len(outer) for outer, _ in pairs)), dtype=torch.float64))
+    means = [_total(torch.stack([pair[place].sum(0) for pair in pairs]).sum(0)) / count.item() for place in (0, 1)]
+    factors = [torch.linalg.cholesky_ex(_with_ridge(mean)) for mean in means]
+    if any(bool(failed) for _, failed in factors):
         return None
-    step = torch.cholesky_solve(rest.unsqueeze(1), factor).reshape(right.shape)
-    return present + step.T
+    ridge = _RIDGE * count.item() * float(means[0].diagonal().mean() * means[1].diagonal().mean())
+
+    def apply(x: Tensor) -> Tensor:
+        return _total(torch.stack([(outer @ x @ inner).sum(0) for outer, inner in pairs]).sum(0)) + ridge * x
+
+    def precondition(rest: Tensor) -> Tensor:
+        half = torch.cholesky_solve(rest, factors[0][0])
+        return torch.cholesky_solve(half.T, factors[1][0]).T / count.item()
+
+    right, x = _total(right), present.T
+    rest = right - apply(x) + ridge * x
+    enough = _TOLERANCE * float(right.norm())
+    found = direction = precondition(rest)
+    product = float((rest * found).sum())
+    for _ in range(_MAX_STEPS):
+        if float(rest.norm()) <= enough or not product > 0:
+            break
+        image = apply(direction)
+        length = product / float((direction * image).sum())
+        x, rest = x + length * direction, rest - length * image
+        found = precondition(rest)
+        product, last = float((rest * found).sum()), product
+        direction = found + product / last * direction
+    return x.T
 
 
 def product_error(q: Tensor, k: Tensor, dense_q: Tensor, dense_k: Tensor) -> Tensor:

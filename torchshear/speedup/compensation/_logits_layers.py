@@ -176,9 +176,8 @@ class LogitsFit:
             channels = [torch.cat(channels)] * 2
         for side, own in zip(sides, channels, strict=True):
             shape = values[side.linear.name][0].shape
-            start = torch.arange(shape.numel()).reshape(shape)
             try:
-                if leaks(self.logits, side.linear, own, shape[-1], start, self._values(values, 0)):
+                if leaks(self.logits, side.linear, own, shape, self._values(values, 0)):
                     return True
             except KeyError:  # a size of another branch is not known yet
                 return True
@@ -256,9 +255,8 @@ class LogitsFit:
 
     def _matrices(self, layer: LinearLayer, weight: Tensor, bias: Tensor, rows: Tensor, number: int) -> Tensor:
         """Return what a layer gives with some weights at some rows of a batch, shape (n, rows, outputs), float64."""
-        inputs = self.frontier.small[layer.operand][number].flatten(0, -2)
-        found: Tensor = inputs.double() @ weight.mT + bias
-        return found[rows.to(inputs.device)]
+        inputs: Tensor = self.frontier.small[layer.operand][number].flatten(0, -2)
+        return inputs[rows.to(inputs.device)].double() @ weight.mT + bias
 
     def _pairs(
         self, meetings: Sequence[Meeting], head: Tensor, is_held_out: bool
