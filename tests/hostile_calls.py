@@ -148,6 +148,13 @@ CALLS: dict[str, Call] = {
             **{"compensate": "statistics", "prunable_outputs": (), "submodules": None},
         },
     ),
+    "prune for a latency": Call(
+        torchshear.prune,
+        lambda g: {
+            **{"model": g.model, "args": (g.x,), "target_latency": 1.0, "device": latency.Device(batch=2)},
+            **{"align": 1, "must_be_faster": False},
+        },
+    ),
     "prune by a config": Call(
         torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "config": CONFIG, "criterion": "l1"}
     ),

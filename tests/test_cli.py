@@ -517,3 +517,18 @@ def test_usage_errors_end_with_2(arguments: tuple[str, ...]) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr
+
+
+def test_a_target_of_latency_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHSHEAR_CACHE", str(tmp_path / "cache"))
+    given = ("--target-latency", "0.95", "--threads", "2", "--batch", "3", "--align", "4", "--must-be-faster", "false")
+    text = succeed("prune", "shop.nets:wide", "--output", "out", *given)
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["request"]["target_latency"] == "0.95"
+    assert document["request"]["device"]["threads"] == 2
+    assert document["allocation"]["target_share"] == 0.95
+    assert document["latency"]["threads"] == 2
+    assert document["latency"]["batch"] == 3
+    assert "realised" in text
+    assert_fails("expected a share of the dense model's latency", "prune", "shop.nets:wide", "--output", "other",
+                 "--target-latency", "3.5")  # fmt: skip

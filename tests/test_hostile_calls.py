@@ -22,7 +22,16 @@ from torchshear.speedup import latency
 
 # Of these a call that succeeds takes half a second or more; `benchmarks/fuzz_inputs.py --section calls` makes many.
 SLOW = (
-    *("compare", "compare_latency", "export_onnx", "prune", "prune by a config", "shrink", "fold_constants"),
+    *(
+        "compare",
+        "compare_latency",
+        "export_onnx",
+        "prune",
+        "prune by a config",
+        "prune for a latency",
+        "shrink",
+        "fold_constants",
+    ),
     *("refit", "compensate", "measure_table"),
 )
 

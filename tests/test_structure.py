@@ -37,7 +37,7 @@ LAYERS = (
     ("pruners", "speedup"),
     ("configs",),
     ("options", "report"),
-    ("compensation", "distillation"),
+    ("compensation", "distillation", "latency_target"),
     ("api",),
     ("compat", "comparison", "inspection"),
     ("cli",),

@@ -16,10 +16,13 @@ from torchshear.dependency.plans._form import FormKind
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import outside_inference_mode
+from torchshear.latency_target import LatencyAllocation
+from torchshear.latency_target._planner import LatencyPlanner, measured_speed
 from torchshear.options import (
     CalibrationOptions,
     Compensation,
     Form,
+    LatencyOptions,
     Planner,
     PruneOptions,
     check_criterion,
@@ -29,7 +32,8 @@ from torchshear.pruners import Criterion, Ratio, WeightSource
 from torchshear.pruners._planning import plan_units
 from torchshear.pruners.selection._request import Request
 from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Fold, Refit, Shrunk, Verification, shrink_to_form
+from torchshear.speedup import Fold, LatencyComparison, Refit, Shrunk, Verification, shrink_to_form
+from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._profiles import resolve_alignment
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
@@ -52,6 +56,9 @@ class PruneResult:
         compensation: what brought the model nearer to its original, after all that was proved: the word that was given
             as `compensate`.
         refit: the errors of all layers before and after, with `compensate="refit"`; else None.
+        latency: times of the model that was given ("dense") and of the result ("pruned"), measured in the same rounds;
+            None without a target of latency, unless `must_be_faster`.
+        allocation: how the widths for a target of latency were found; else None. `str()` of it is a summary.
     """
 
     model: nn.Module
@@ -63,6 +70,8 @@ class PruneResult:
     config: ResolvedConfig | None = None
     compensation: Compensation = "none"
     refit: Refit | None = None
+    latency: LatencyComparison | None = None
+    allocation: LatencyAllocation | None = None
 
     def __repr__(self) -> str:
         proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"
@@ -181,6 +190,9 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     scope: str = "local",
     target_macs: float | None = None,
     target_params: float | None = None,
+    target_latency: float | str | None = None,
+    device: Device | LatencyTable | None = None,
+    must_be_faster: bool | None = None,
     min_ratio: Ratio = 0.0,
     max_ratio: Ratio | None = None,
     group_reduction: str = "sum",
@@ -213,6 +225,12 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
             in (0, 1], or a whole number of at least 2.
         target_params: parameters that may be left, likewise.
+        target_latency: time that may be left in onnxruntime on this machine, in place of a ratio: a share of the dense
+            model's in (0, 1], or milliseconds, as "3.5ms". Widths are chosen exactly by a table of measured times, the
+            result is measured, and the choice corrected; see docs/latency.md. Other targets may stand beside it.
+        device: how that is measured, or a table that was measured before; None: one thread, one sample.
+        must_be_faster: whether to refuse a result that is not measurably faster than the model; None: with a target of
+            latency.
         min_ratio: share that each group loses in any case; see `torchshear.plan`.
         max_ratio: largest share that a group may lose; see `torchshear.plan`.
         group_reduction: how scores of a group's members become one; see `torchshear.plan`.
@@ -224,7 +242,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
             `torchshear.trace`.
         config: a config list of NNI or Neural Compressor, or the path of a file of one, in place of a ratio, a target
             and all that says what may shrink; see docs/config-lists.md.
-        align: widths that the device runs well; see `torchshear.plan`.
+        align: widths that the device runs well; see `torchshear.plan`. With a target of latency None is "auto".
         min_width: the fewest units to keep in a group.
         data: batches for criteria that look at activations or gradients, and for `compensate`, which ignores targets
             in them; see `torchshear.collect` for their form.
@@ -252,6 +270,9 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         DataError: the data or the loss does not fit the model.
         CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
+        ExportError: the model cannot be exported, which a measurement needs.
+        LatencyError: onnxruntime does not run it.
+        NotFasterError: the result is not measurably faster, and must be.
         PlanError: the ratio or target cannot be reached; or `form="native"`, and there is no native form.
         VerificationError: the shrunk model is not equal to the masked one, or the compensated one does not compute what
             was fitted or folded; nothing is returned then.
@@ -263,19 +284,21 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         Linear(in_features=4, out_features=4, bias=True)
     """
     check_criterion(criterion)
+    measuring = LatencyOptions.parse(target_latency, device, must_be_faster)
     request = Request(
         criterion="l1" if criterion is None else criterion,
         ratio=ratio,
         scope=scope,
         target_macs=target_macs,
         target_params=target_params,
+        target_latency=target_latency,
         min_ratio=min_ratio,
         max_ratio=max_ratio,
         group_reduction=group_reduction,
         normalize=normalize,
         roles=roles,
         exclude=exclude,
-        alignment=resolve_alignment(align),
+        alignment=resolve_alignment("auto" if align is None and target_latency is not None else align),
         min_width=min_width,
     )
     options = PruneOptions.parse(
@@ -291,10 +314,15 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
     if criterion is None and compensate == "refit":
         options = options.with_reconstruction(groups)
-    planner = Planner.of(options, model, groups)
+    planner: Planner | LatencyPlanner
+    if target_latency is not None and measuring.given is not None:
+        planner = LatencyPlanner.of(options, model, groups, args, kwargs, measuring.given)
+    else:
+        planner = Planner.of(options, model, groups)
     shrunk, made = shrink_and_record(model, planner.plan(), args, kwargs, *options.form_of(planner))
     after = compensate_by(compensate, model, shrunk.model, made, options.calibration, args, kwargs)
-    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit)
+    latency = measured_speed(model, after.model, groups, args, kwargs, measuring)
+    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit, latency)
     return PruneResult(
         after.model,
         made,
@@ -305,6 +333,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         planner.resolved,
         compensate,
         after.refit,
+        latency,
+        planner.record(made) if isinstance(planner, LatencyPlanner) else None,
     )
 
 

@@ -12,6 +12,7 @@ __all__ = [
     "KeywordError",
     "LatencyError",
     "MaskError",
+    "NotFasterError",
     "OtherToolImportError",
     "OtherToolNameError",
     "OutputError",
@@ -76,6 +77,10 @@ class ExportError(TorchshearError):
 
 class LatencyError(TorchshearError):
     """An ONNX file could not be timed: it is missing, invalid, or holds an operator that onnxruntime does not run."""
+
+
+class NotFasterError(TorchshearError):
+    """The pruned model is not measurably faster than the one that was given; the message says what to change."""
 
 
 class OutputError(TorchshearError, OSError):

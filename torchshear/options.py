@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from numbers import Number
-from typing import Any, Final, Literal, ParamSpec, TypeVar, get_args
+from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar, get_args
 
 from torch import nn
 
-from torchshear._arguments import check_count, check_kind, check_one_of, quote
+from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, quote
 from torchshear._other_tools import unknown_keyword
 from torchshear.calibration import Loss, Statistics
 from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS
@@ -30,6 +30,7 @@ from torchshear.pruners.criteria._criterion import needs_of
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._targets import choose_targets
 from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY, MOST_MEMORY
+from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
 Form = Literal["auto", "native", "traced"]
@@ -174,6 +175,46 @@ class CalibrationOptions:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class LatencyOptions:
+    """Device on which latency is measured, and a demand on the result.
+
+    Attributes:
+        given: the device, or a table that was measured on one; None where nothing is measured.
+        must_be_faster: whether a result that is not measurably faster is refused.
+    """
+
+    given: Device | LatencyTable | None
+    must_be_faster: bool
+
+    @classmethod
+    def parse(cls, target: object, device: object, must_be_faster: bool | None) -> "LatencyOptions":
+        """Check what is given beside a target of latency, or in place of one.
+
+        Raises:
+            ArgumentError: the device is none, is given where nothing is measured, or `must_be_faster` is no flag.
+        """
+        if device is not None and not isinstance(device, Device | LatencyTable):
+            raise ArgumentError(
+                f"device={quote(device)}; expected a torchshear.speedup.latency.Device, or a LatencyTable of one."
+            )
+        if must_be_faster is not None:
+            check_flag("must_be_faster", must_be_faster)
+        must = target is not None if must_be_faster is None else must_be_faster
+        if target is None and not must:
+            if device is not None:
+                raise ArgumentError(
+                    "device= is given, and nothing is measured. Give target_latency=, or must_be_faster=True."
+                )
+            return cls(None, False)
+        return cls(Device() if device is None else device, must)
+
+    @property
+    def device(self) -> Device | None:
+        """The device on which the result is measured; None for no measurement."""
+        return self.given.device if isinstance(self.given, LatencyTable) else self.given
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PruneOptions:
     """Everything that a call of `prune` asks for.
@@ -235,13 +276,20 @@ class PruneOptions:
             return self
         return replace(self, request=replace(self.request, criterion="reconstruction"))
 
-    def form_of(self, planner: "Planner") -> tuple[FormKind | None, NativeTradeoff | None]:
+    def form_of(self, planner: "MakesPlans") -> tuple[FormKind | None, NativeTradeoff | None]:
         """Return the form that the result must have, None for any; and which groups may stay whole for a native one."""
         if self.form == "traced":
             return "traced", None
         if self.form == "native":
             return "native", NativeTradeoff(planner.plan, max_cost=1.0)
         return None, NativeTradeoff(planner.plan)
+
+
+class MakesPlans(Protocol):
+    """Something that makes plans of one model, with some groups left whole if that is asked for."""
+
+    def plan(self, whole: Collection[str] = ()) -> PruningPlan:
+        """Choose the units that stay."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

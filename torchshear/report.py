@@ -13,7 +13,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut, dense_cost, part_costs
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph import Cost
-from torchshear.speedup import Refit
+from torchshear.speedup import LatencyComparison, Refit
 from torchshear.speedup.compensation._refit_text import REFIT_HEADINGS, refit_lines, refit_rows, refit_title
 
 __all__ = ["PruningReport"]
@@ -104,6 +104,9 @@ class PruningReport:
             `after` are then those of the whole model, MACs those of the parts.
         statistics: notes on the statistics that units were scored by.
         refit: errors of layers and outputs before and after a refit; None without one.
+        target_latency: latency that may be left, as it was asked for; None if it was not.
+        latency: "dense_ms", "pruned_ms" and "speedup" with its interval from "speedup_low" to "speedup_high"; empty
+            where nothing was measured.
     """
 
     requested_ratio: float | None
@@ -118,6 +121,8 @@ class PruningReport:
     target: Mapping[str, int] = field(default_factory=dict)
     statistics: tuple[str, ...] = ()
     refit: Refit | None = None
+    target_latency: float | str | None = None
+    latency: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -148,7 +153,11 @@ class PruningReport:
 
 
 def make_report(
-    plan: PruningPlan, form: str = "", part_forms: Mapping[str, str] | None = None, refit: Refit | None = None
+    plan: PruningPlan,
+    form: str = "",
+    part_forms: Mapping[str, str] | None = None,
+    refit: Refit | None = None,
+    latency: LatencyComparison | None = None,
 ) -> PruningReport:
     """Put a report together from a plan made in this process.
 
@@ -157,6 +166,7 @@ def make_report(
         form: form of the shrunk model and the reason for it.
         part_forms: form of each part, where the plan is for parts.
         refit: record of a refit of the shrunk model.
+        latency: times of the dense model and of the result, as "dense" and "pruned".
     """
     groups = plan.analysis
     assert groups is not None, "a plan that was loaded has no analysis"
@@ -202,7 +212,15 @@ def make_report(
         target={name: int(share * whole[name]) if share <= 1 else int(share) for name, share in targets.items()},
         statistics=tuple(plan.request.get("statistics", ())),
         refit=refit,
+        target_latency=plan.request.get("target_latency"),
+        latency={} if latency is None else _speed(latency),
     )
+
+
+def _speed(latency: LatencyComparison) -> dict[str, float]:
+    low, high = latency.speedup_interval("pruned")
+    times = {f"{name}_ms": latency[name].median_ms for name in ("dense", "pruned")}
+    return times | {"speedup": latency.speedup("pruned"), "speedup_low": low, "speedup_high": high}
 
 
 def _by_weight(refused: Mapping[str, str], groups: ChannelGroups) -> dict[str, str]:
@@ -279,12 +297,14 @@ def _nothing_shrank(report: PruningReport) -> str:
 
 def _summary(report: PruningReport) -> str:
     asked = "given units" if report.requested_ratio is None else f"{report.requested_ratio:.1%} requested"
-    asked = "by a target" if report.target else asked
+    asked = "by a target" if report.target or report.target_latency is not None else asked
     lines = [
         f"channels    {report.achieved_ratio:.1%} removed ({asked})",
         _line("parameters", report.before.n_params, report.after.n_params, report.target.get("target_params")),
         _line("MACs", report.before.macs, report.after.macs, report.target.get("target_macs")),
     ]
+    if report.latency:
+        lines.append(_latency_line(report))
     lines += [
         f"part        {part.name}: {_changes(part.before, part.after)}{f', {part.form}' if part.form else ''}"
         for part in report.parts
@@ -296,6 +316,16 @@ def _summary(report: PruningReport) -> str:
     if report.refused:
         lines += lines_by_reason("cannot shrink", report.refused.items(), ".refused")
     return "\n".join(lines)
+
+
+def _latency_line(report: PruningReport) -> str:
+    """Write both times, and by how much the result is faster."""
+    found = report.latency
+    interval = f"{found['speedup']:.2f} ({found['speedup_low']:.2f} to {found['speedup_high']:.2f})"
+    verdict = "" if found["speedup_low"] > 1 else ", not measurably faster"
+    asked = "" if report.target_latency is None else f", at most {report.target_latency} requested"
+    times = f"{found['dense_ms']:.3f} -> {found['pruned_ms']:.3f} ms"
+    return f"latency     {times}: speed-up {interval}{verdict}{asked}"
 
 
 def _output_line(output: OutputReport) -> str:

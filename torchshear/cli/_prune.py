@@ -24,13 +24,14 @@ from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.configs._resolved import render_config
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile, Verification
+from torchshear.speedup.latency import Device
 from torchshear.storage._writing import atomic_path
 
 Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
 
 
 @takes_choice(*EVERY)
-def prune(
+def prune(  # noqa: PLR0913 - options of the command line, given by name
     target: Target,
     output: Annotated[
         Path,
@@ -50,6 +51,8 @@ def prune(
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of onnxruntime where latency is measured.")] = 1,
+    batch: Annotated[int, typer.Option(help="Samples of one inference where latency is measured.")] = 1,
     bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
     force: Force = False,
     *,
@@ -69,6 +72,9 @@ def prune(
     with output_folder(output, "prune", force) as draft, status("pruning and verifying") as say:
         if "data" in choice:
             choice["data"].say = say
+        device = Device(threads=threads, batch=batch)
+        if "target_latency" in choice or choice.get("must_be_faster"):
+            choice["device"] = device
         result = torchshear.prune(
             model,
             args,
@@ -85,7 +91,7 @@ def prune(
     console = stdout_console()
     _print_result(console, result)
     if bench:
-        document["latency"] = _measure_files(console, output, list(pairs))
+        document["latency"] = _measure_files(console, output, list(pairs), device)
         with output_folder(output, "prune", force, adds=True) as draft:
             (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
@@ -125,11 +131,14 @@ def _proof(result: torchshear.PruneResult) -> Verification:
     return result.verification
 
 
-def _measure_files(console: Console, output: Path, suffixes: list[str]) -> dict[str, Any]:
+def _measure_files(console: Console, output: Path, suffixes: list[str], device: Device) -> dict[str, Any]:
     """Latency of each pair of ONNX files, printed; of the whole model, or by the name of the part."""
     kinds = ("dense", "pruned")
     files = {suffix: {f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in kinds} for suffix in suffixes}
-    comparisons = {suffix: torchshear.compare_latency(pair) for suffix, pair in files.items()}
+    comparisons = {
+        suffix: torchshear.compare_latency(pair, threads=device.threads, batch=device.batch)
+        for suffix, pair in files.items()
+    }
     for comparison in comparisons.values():
         print_latency(console, comparison)
     times = {suffix.removeprefix("-"): comparison.to_dict() for suffix, comparison in comparisons.items()}
@@ -138,6 +147,8 @@ def _measure_files(console: Console, output: Path, suffixes: list[str]) -> dict[
 
 def _steps_after(result: torchshear.PruneResult) -> Iterator[str]:
     """Name the steps after the proof."""
+    if result.allocation is not None:
+        yield from str(result.allocation).splitlines()
     if result.fold is not None:
         n_folded, n_skipped = (
             sum(o.n_channels for o in places) for places in (result.fold.folded, result.fold.skipped)
@@ -177,5 +188,6 @@ def _report_document(target: str, result: torchshear.PruneResult, files: Mapping
         "fold": None if result.fold is None else asdict(result.fold) | {"dtype": str(result.fold.dtype)},
         "compensation": result.compensation,
         "onnx": {name: asdict(file) | {"path": file.path.name} for name, file in files.items()},
+        "allocation": None if result.allocation is None else result.allocation.to_dict(),
         "latency": None,
     }

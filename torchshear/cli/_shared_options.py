@@ -52,6 +52,25 @@ _MACS = typer.Option(
     metavar="AMOUNT", help="MACs that may be left, in place of a ratio: a share of the dense model's, or a number."
 )
 _PARAMS = typer.Option(metavar="AMOUNT", help="Parameters that may be left, in place of a ratio; likewise.")
+_LATENCY = typer.Option(
+    metavar="AMOUNT",
+    help="Time in onnxruntime that may be left, in place of a ratio: a share of the dense model's, or milliseconds, as "
+    "3.5ms. Measured on this machine, with --threads and --batch.",
+)
+_WORDS_OF_TRUTH: Final = {"true": True, "false": False}
+
+
+def _check_truth(given: str | None) -> str | None:
+    if given is not None and given.lower() not in _WORDS_OF_TRUTH:
+        raise typer.BadParameter(f"{given!r} is neither true nor false.")
+    return given
+
+
+_FASTER = typer.Option(
+    metavar="[true|false]",
+    callback=_check_truth,
+    help="Whether to refuse a result that is not measurably faster. Default: true with --target-latency, else false.",
+)
 _LEAST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Share that each group loses in any case.")
 _MOST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Largest share that a group may lose.")
 _OUTPUT = typer.Option("--prunable-output", metavar="NAME", help="Output that may shrink; once or more. Default: none.")
@@ -111,6 +130,8 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "scope": _Option(Annotated[str | None, _SCOPE], str),
     "target_macs": _Option(Annotated[float | None, _MACS], float),
     "target_params": _Option(Annotated[float | None, _PARAMS], float),
+    "target_latency": _Option(Annotated[str | None, _LATENCY], str),
+    "must_be_faster": _Option(Annotated[str | None, _FASTER], lambda given: _WORDS_OF_TRUTH[given.lower()]),
     "min_ratio": _Option(Annotated[list[str] | None, _LEAST], lambda given: parse_ratio(given)),
     "max_ratio": _Option(Annotated[list[str] | None, _MOST], lambda given: parse_ratio(given)),
     "group_reduction": _Option(Annotated[str | None, _GROUP_REDUCTION], str),

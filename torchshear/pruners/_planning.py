@@ -1,6 +1,7 @@
 """From groups and a request to a plan."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,10 @@ from torchshear.dependency.groups._groups import check_groups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import PlanError, first_line
+from torchshear.pruners.allocation._problem import Levels
+from torchshear.pruners.criteria._criterion import is_comparable
+from torchshear.pruners.selection._losses import levels_of
+from torchshear.pruners.selection._pools import WidthSteps
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._unit_selector import UnitSelector
 
@@ -47,6 +52,55 @@ def plan_units(
     chosen = UnitSelector(groups, request, weights, statistics, whole).choose()
     said = request.to_json() | statistics_notes(statistics)
     return make_plan(Cut(groups, chosen.kept), chosen.kept, said, chosen.notes, chosen.ratios)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RankedGroups:
+    """Groups that may shrink, each with its units in the order in which they go.
+
+    Attributes:
+        selector: what chose and scored them.
+        steps: the groups.
+    """
+
+    selector: UnitSelector
+    steps: tuple[WidthSteps, ...]
+
+    @classmethod
+    def of(
+        cls,
+        groups: ChannelGroups,
+        request: Request,
+        statistics: Statistics | None,
+        with_scores: bool = True,
+    ) -> "RankedGroups":
+        """Score units as `plan_units` does; without scores nothing is looked at but the widths that groups may have."""
+        selector = UnitSelector(groups, request, None, statistics)
+        return cls(selector, tuple(selector.rank() if with_scores else selector.width_steps()))
+
+    def leaving_whole(self, whole: Collection[str]) -> "RankedGroups":
+        """Return the same with some groups whole, so that the model keeps its own class."""
+        one = self.selector
+        selector = UnitSelector(one.groups, one.request, None, one.statistics, whole)
+        selector.unscored |= one.unscored
+        return RankedGroups(selector, tuple(steps for steps in self.steps if steps.group.name not in whole))
+
+    def levels(self) -> list[Levels]:
+        """Return the widths that each group may have, and what it loses at each."""
+        comparable = is_comparable(self.selector.criterion)
+        return [levels_of(one, comparable) for one in self.steps]
+
+    def plan(self, widths: Mapping[str, int], said: Mapping[str, Any]) -> PruningPlan:
+        """Make a plan that keeps the best units of each group, as many as widths say.
+
+        Args:
+            widths: name of a group -> its width; one for each group that may shrink.
+            said: what the plan says of how the widths were chosen, beside the request.
+        """
+        selector = self.selector
+        chosen = selector.keep_widths(self.steps, widths)
+        request = selector.request.to_json() | statistics_notes(selector.statistics) | dict(said)
+        return make_plan(Cut(selector.groups, chosen.kept), chosen.kept, request, chosen.notes)
 
 
 def statistics_notes(statistics: Statistics | None) -> dict[str, list[str]]:

@@ -14,6 +14,7 @@ from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.rules._role_evidence import FAMILIES
 from torchshear.errors import ArgumentError
 from torchshear.pruners.criteria._criterion import Criterion
+from torchshear.pruners.selection._latency import check_latency
 from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 SCOPES: Final[Mapping[str, str]] = {
@@ -44,6 +45,7 @@ class Request:
     scope: str = "local"
     target_macs: float | None = None
     target_params: float | None = None
+    target_latency: float | str | None = None
     min_ratio: Ratio = 0.0
     max_ratio: Ratio | None = None
     alignment: Alignment = _ANY_WIDTH
@@ -75,7 +77,9 @@ class Request:
                     f"{name}={target!r}; expected what may be left: a share of the dense model in (0, 1], or a whole "
                     f"number of at least 2."
                 )
-        if self.has_budget and self.ratio is not None and not isinstance(self.ratio, Mapping):
+        if self.target_latency is not None:
+            check_latency(self.target_latency, ratio=self.ratio, scope=self.scope, normalize=self.normalize)
+        elif self.has_budget and self.ratio is not None and not isinstance(self.ratio, Mapping):
             raise ArgumentError(
                 f"ratio={self.ratio} and a target of MACs or parameters both say how much is to go; give one. A "
                 f"mapping of ratios may stand beside a target, and says how fast groups shrink beside each other."
@@ -101,7 +105,7 @@ class Request:
             "alignment": self.alignment.name,
             "min_width": self.min_width,
         }
-        if self.ratio is not None or not self.has_budget:
+        if self.ratio is not None or not (self.has_budget or self.target_latency is not None):
             said["ratio"] = _plain(self.shares)
         for field in fields(self):
             value = getattr(self, field.name)

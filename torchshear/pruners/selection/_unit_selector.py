@@ -72,7 +72,8 @@ class UnitSelector:
         self.statistics = statistics
         self.weights = weights
         self.unscored: dict[str, str] = {}
-        self.is_by_ratio = request.scope == "local" and not request.has_budget
+        self.is_by_latency = request.target_latency is not None
+        self.is_by_ratio = request.scope == "local" and not request.has_budget and not self.is_by_latency
 
     def choose(self) -> SelectedUnits:
         """Select the units that stay in each group."""
@@ -94,8 +95,30 @@ class UnitSelector:
         """Raise what makes the request impossible whatever the scores, before anything is scored or run."""
         if self.is_by_ratio:
             self._widths()
+        elif self.is_by_latency:
+            self.width_steps()
         else:
-            self._check_reachable(self._make_width_steps(), *self._budget())
+            self._check_reachable(self.width_steps(), *self._budget())
+
+    def rank(self) -> list[WidthSteps]:
+        """Score the groups that may shrink, and put the units of each into the order in which they go."""
+        width_steps = self.width_steps()
+        scores = self._scores([one.group for one in width_steps])
+        return [
+            replace(one, order=removal_order(one.group, found), scores=found)
+            for one in width_steps
+            if (found := scores.get(one.group.name)) is not None
+        ]
+
+    def keep_widths(self, width_steps: Sequence[WidthSteps], widths: Mapping[str, int]) -> SelectedUnits:
+        """Keep as many units of ranked groups as widths say."""
+        taken = np.array([list(one.widths).index(widths[one.group.name]) for one in width_steps], np.int64)
+        return SelectedUnits(self._kept_units(width_steps, taken), self._whole_notes() | self.unscored)
+
+    def _whole_notes(self) -> dict[str, str]:
+        """Return why groups stay whole, by name."""
+        notes = {name: f"stays whole: {target.reason}" for name, target in self.targets.items() if target.reason}
+        return notes | {group.name: group.reason for group in self.groups if group.reason}
 
     def _widths(self) -> dict[str, Width]:
         """Return the number of units that stay, by group.
@@ -118,11 +141,10 @@ class UnitSelector:
 
     def _select_by_pools(self) -> SelectedUnits:
         """Remove units in the order of their pools, until a share of each pool has gone or a budget is met."""
-        width_steps = self._make_width_steps()
+        width_steps = self.width_steps()
         budget, dense = self._budget()
         self._check_reachable(width_steps, budget, dense)
-        notes = {name: f"stays whole: {target.reason}" for name, target in self.targets.items() if target.reason}
-        notes |= {group.name: group.reason for group in self.groups if group.reason}
+        notes = self._whole_notes()
         if not width_steps:
             return SelectedUnits({}, notes, self.ratios)
         scores = self._scores([one.group for one in width_steps])
@@ -150,7 +172,7 @@ class UnitSelector:
         kept = self._kept_units(width_steps, taken)
         return SelectedUnits(kept, notes | self.unscored, {} if budget else self.ratios)
 
-    def _make_width_steps(self) -> list[WidthSteps]:
+    def width_steps(self) -> list[WidthSteps]:
         """Return the steps of each group that may shrink, from its own width down."""
         chosen = [group for group in self.groups.prunable if self.targets[group.name].ratio]
         classes = isomorphism_classes(self.groups) if self.request.scope == "isomorphic" else {}

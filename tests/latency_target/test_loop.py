@@ -1,0 +1,249 @@
+"""The closed loop on a device of a known law that its table does not tell the truth about."""
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import torchshear
+from tests.speedup.latency.making_tables import ALIGNMENT, Joined, joined, probes_of, table_of_probes, total_ms
+from torchshear.dependency.groups._width_cost import WidthCost
+from torchshear.errors import ArgumentError, NotFasterError, PlanError
+from torchshear.latency_target import _planner as planner
+from torchshear.latency_target._budgets import budget_of
+from torchshear.pruners.allocation._problem import Levels
+from torchshear.pruners.criteria._criterion import find_criterion
+from torchshear.speedup.latency import Device
+from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult
+
+LAYERS = ("stem", "left", "right", "mix")
+DENSE = {"stem.weight[0]": 24, "left.weight[0]": 32, "right.weight[0]": 16, "mix.weight[0]": 40}
+
+
+class Pretended:
+    """A device whose times are those of the law, to a power, with a spread; it exports nothing."""
+
+    power, spread, measured = 1.0, 0.0, 0
+
+    def __init__(self, model: nn.Module, *_: Any) -> None:
+        self.dense, self.widths = Path("dense"), {"dense": self._of_model(model)}
+
+    def _of_model(self, model: nn.Module) -> dict[str, int]:
+        return {f"{name}.weight[0]": len(model.get_parameter(f"{name}.weight")) for name in LAYERS}
+
+    def export(self, model: nn.Module, name: str) -> Path:
+        self.widths[name] = self._of_model(model)
+        return Path(name)
+
+    def export_plan(self, plan: torchshear.PruningPlan, name: str) -> Path:
+        type(self).measured += 1
+        self.widths[name] = {group.name: len(group.kept) for group in plan.groups}
+        return Path(name)
+
+    def ms(self, path: Path) -> float:
+        return 3.0 * ((total_ms(self.widths[path.name]) + 0.1) / (total_ms(DENSE) + 0.1)) ** self.power
+
+    def compare(self, path: Path, rounds: int = 5) -> LatencyComparison:
+        noise = 1 + self.spread * np.linspace(-1, 1, 5)
+        times = {"dense": self.ms(self.dense) * noise, "pruned": self.ms(path) * noise}
+        return LatencyComparison({n: LatencyResult(n, path, tuple(t.tolist())) for n, t in times.items()}, "dense")
+
+    def profile(self, path: Path) -> SimpleNamespace:
+        return SimpleNamespace(total_ms=self.ms(path) / 2)
+
+
+@pytest.fixture(autouse=True)
+def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
+    monkeypatch.setattr(planner, "Candidates", Pretended)
+    monkeypatch.setattr(planner, "table_of", lambda model, groups, *_: table_of_probes(groups, probes_of(groups)))
+    for name, value in {"power": 1.0, "spread": 0.0, "measured": 0}.items():
+        monkeypatch.setattr(Pretended, name, value)
+    return Pretended
+
+
+def prune(**options: Any) -> torchshear.PruneResult:
+    model, args, _ = joined()
+    return torchshear.prune(model, args, **({"align": ALIGNMENT, "target_latency": 0.6} | options))
+
+
+def share_of(widths: Mapping[str, int], power: float = 1.0) -> float:
+    return float(((total_ms(DENSE | dict(widths)) + 0.1) / (total_ms(DENSE) + 0.1)) ** power)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.8, 1.3])
+@pytest.mark.parametrize("target", [0.7, 0.5])
+def test_the_target_is_met_closely_though_the_table_is_wrong(power: float, target: float) -> None:
+    Pretended.power = power
+    result = prune(target_latency=target)
+    found = result.allocation
+    assert found is not None
+    assert result.latency is not None
+    assert found.round.measured_share == pytest.approx(share_of(found.widths, power))
+    assert 0.95 * target <= 1 / result.latency.speedup("pruned") <= target
+    assert 1 <= len(found.rounds) <= 5
+    assert found.gap <= 0.005 + 1e-9
+    assert found.realised_share == pytest.approx(found.macs_share / found.round.measured_share)
+    assert {group.name: len(group.kept) for group in result.plan.groups} == dict(found.widths)
+    assert all(width % 4 == 0 for width in found.widths.values())
+    assert result.plan.request["target_latency"] == target
+    assert result.plan.request["device"] == {"threads": 1, "batch": 1, "runtime": "onnxruntime"} | {
+        "provider": "CPUExecutionProvider"
+    }
+    assert result.verification is not None
+    assert result.verification.max_error < 1e-9
+
+
+def test_no_other_widths_lose_less_within_the_budget() -> None:
+    """All combinations of widths, one after another, by the criterion's own scores."""
+    result = prune(target_latency=0.6)
+    assert result.allocation is not None
+    groups, (one,) = result.plan.analysis, result.allocation.rounds
+    scores = {g.name: np.sort(find_criterion("l1")(g, weights_of(groups), None).numpy()) for g in groups}
+
+    def loss(widths: Mapping[str, int]) -> float:
+        kept = {
+            name: scores[name][len(scores[name]) - width :].sum() / scores[name].sum() for name, width in widths.items()
+        }
+        return float(-np.log(list(kept.values())).sum())
+
+    choices = np.stack(np.meshgrid(*(np.arange(4, width + 1, 4) for width in DENSE.values())), -1).reshape(-1, 4)
+    vectors = [dict(zip(DENSE, choice.tolist(), strict=True)) for choice in choices]
+    best = min(loss(widths) for widths in vectors if share_of(widths) <= 0.6 * planner._AIM)
+    assert one.loss == pytest.approx(loss(one.widths), rel=1e-6)
+    assert best <= one.loss <= best / (1 - 0.006)
+    assert one.bound <= best + 1e-9
+
+
+def weights_of(groups: Any) -> dict[str, torch.Tensor]:
+    return {name: entry.tensor for name, entry in groups.graph.state.items()}
+
+
+def test_milliseconds_are_a_share_of_what_the_dense_model_takes() -> None:
+    result = prune(target_latency="1.8 ms")
+    assert result.allocation is not None
+    assert result.allocation.target_share == pytest.approx(0.6)
+    assert result.allocation.measured_ms <= 1.8
+    assert "target      0.600 of 3.000 ms" in str(result.allocation)
+    assert result.allocation.to_dict()["measured_ms"] == result.allocation.measured_ms
+
+
+def test_where_runs_are_disturbed_least_times_of_kernels_count() -> None:
+    Pretended.spread = 0.3
+    result = prune()
+    assert result.allocation is not None
+    assert not any(one.is_quiet for one in result.allocation.rounds)
+    assert result.allocation.round.measured_share == pytest.approx(share_of(result.allocation.widths))
+
+
+def test_what_cannot_be_reached_is_said_before_anything_is_shrunk() -> None:
+    least = share_of(dict.fromkeys(DENSE, 4))
+    with pytest.raises(PlanError, match=rf"the fastest possible is {least:.3g}, {least * 3:.4g} ms, with 4 groups"):
+        prune(target_latency=least * 0.9, criterion=never_called)
+    assert Pretended.measured == 0
+    with pytest.raises(PlanError, match="with 1 groups that may shrink"):
+        prune(target_latency=0.3, exclude=["stem", "left", "right"])
+
+
+def never_called(group: Any, weights: Any, statistics: Any) -> torch.Tensor:
+    raise AssertionError("scored before the target was checked")
+
+
+def test_other_budgets_hold_beside_it() -> None:
+    alone, both = prune(), prune(target_params=0.4)
+    assert both.report.after.n_params <= 0.4 * both.report.before.n_params < alone.report.after.n_params
+    assert both.allocation is not None
+    assert both.allocation.round.measured_share <= 0.6
+
+
+def test_limits_hold() -> None:
+    result = prune(target_latency=0.8, exclude="right", min_ratio={"left": 0.5}, min_width=12)
+    widths = {group.name: len(group.kept) for group in result.plan.groups}
+    assert widths["right.weight[0]"] == 16
+    assert widths["left.weight[0]"] <= 16
+    assert min(widths.values()) >= 12
+
+
+def test_a_result_that_is_not_faster_is_refused_unless_that_is_accepted() -> None:
+    Pretended.power = -0.1
+    with pytest.raises(NotFasterError, match=r"not measurably faster: its speed-up over the dense one is 0.9"):
+        prune(target_latency=0.5)
+    result = prune(target_latency=0.5, must_be_faster=False)
+    assert result.latency is not None
+    assert not result.latency.is_faster("pruned")
+    with pytest.raises(NotFasterError, match="align='auto'"):
+        prune(target_latency=None, ratio=0.5, must_be_faster=True)
+
+
+def test_a_target_that_is_missed_is_said() -> None:
+    Pretended.power = 0.2
+    result = prune(target_latency=0.5, must_be_faster=False)
+    assert result.allocation is not None
+    assert any(note.startswith("The target was missed:") for note in result.allocation.notes)
+    assert "The target was missed" in str(result.allocation)
+
+
+def test_a_table_stands_for_its_device() -> None:
+    _, _, groups = joined()
+    identity = dict(Device().identity()) | {"inputs": ["float32[3, 8, 8]"]}
+    assert prune(device=table_of_probes(groups, probes_of(groups), identity)).allocation is not None
+    with pytest.raises(ArgumentError, match="of another device"):
+        prune(device=table_of_probes(groups, probes_of(groups), identity | {"cpu": "another"}))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_latency": -0.5}, r"target_latency=-0.5; expected a share .* in \(0, 1\], as 0.5, or milliseconds"),
+        ({"target_latency": 3.5}, "milliseconds with their unit, as '3.5ms'"),
+        ({"target_latency": 0}, "target_latency=0;"),
+        ({"target_latency": "fast"}, "target_latency='fast'"),
+        ({"target_latency": "-1ms"}, "target_latency='-1ms'"),
+        ({"target_latency": "nan"}, "target_latency='nan'"),
+        ({"target_latency": True}, "target_latency=True"),
+        ({"target_latency": "3ms"}, "the dense model takes 3 ms here already"),
+        ({"ratio": 0.5}, "ratio=0.5 beside target_latency=0.6"),
+        ({"scope": "global"}, "scope='global' beside target_latency=0.6"),
+        ({"device": "cpu"}, "device='cpu'; expected a torchshear.speedup.latency.Device"),
+        ({"must_be_faster": "yes"}, "must_be_faster"),
+        ({"target_latency": None, "device": Device()}, "nothing is measured"),
+        ({"config": [{"op_types": ["Conv2d"], "sparsity": 0.5}]}, "config= says which layers lose how much"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ArgumentError, match=match):
+        prune(**options)
+
+
+class Itself(nn.Module):
+    """A layer whose outputs are added to its inputs, so that the width of one group counts twice in its work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.stem(x).relu()
+        return self.head((h + self.inner(h)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("model", [Joined(), Itself()], ids=["joined", "itself"])
+def test_tables_of_budgets_are_the_polynomial_at_every_choice(model: nn.Module) -> None:
+    groups = torchshear.analyze(torchshear.trace(model.eval(), (torch.randn(1, 3, 8, 8),)))
+    forms = dict(zip(("n_params", "macs"), WidthCost(groups).forms(), strict=True))
+    levels = [Levels(group.name, (group.width, group.width // 4), (0.0, 1.0)) for group in groups[:2]]
+
+    def share(number: int, width: int) -> float:
+        return float(width / groups[number].width)
+
+    for name, form in forms.items():
+        budget = budget_of(name, 1.0, form, groups, levels, share)
+        for choice in product(range(2), repeat=len(levels)):
+            chosen = {one.name: one.widths[level] for one, level in zip(levels, choice, strict=True)}
+            cost = WidthCost(groups)(np.array([chosen.get(group.name, group.width) for group in groups]))
+            assert budget.cost(levels, choice) == pytest.approx(getattr(cost, name), abs=1)
