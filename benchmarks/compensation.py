@@ -1,11 +1,14 @@
-"""Accuracy without training: networks of real digits, cut and then compensated, over several seeds.
+"""Accuracy without training: networks of digits and of text, cut and then compensated, over several seeds.
 
-    python benchmarks/compensation.py [--networks cnn vit] [--seeds 5] [--write]
+    python benchmarks/compensation.py [--networks cnn vit text] [--seeds 5] [--write]
 
 Each seed trains a network, cuts it by L1, at random and by what remains after a refit, and scores it after the cut,
 with new statistics of its batch norms, and refitted from 256 and from 1,024 unlabelled images. Nothing is trained after
 the cut. Beside it, where it is installed (`make bench-setup`), Torch-Pruning by L1 with widths in the same multiples:
 after the cut, with new statistics, and trained for two epochs with labels.
+
+The third network writes text and is scored by its perplexity (`compensation_of_text.py`). `--write` changes the
+sections of the networks that were measured, and no other.
 """
 
 import argparse
@@ -23,6 +26,7 @@ from torch import nn
 import torchshear
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from compensation_of_text import measure_text
 from criteria_digits import KINDS
 from digits import Digits, accuracy, fit, load_data
 
@@ -40,7 +44,11 @@ CUTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
         "25% left, ranked globally": {"target_macs": 0.25, "scope": "global"},
     },
 }
-TITLES: Final = {"cnn": "The demo's residual CNN", "vit": "The vision transformer of `examples/digits_vit.py`"}
+TITLES: Final = {
+    "cnn": "The demo's residual CNN",
+    "vit": "The vision transformer of `examples/digits_vit.py`",
+    "text": "The language model of `examples/language_model.py`: perplexity of a character, less is better",
+}
 CRITERIA: Final = ("l1", "random", "reconstruction")
 RESULTS = Path(__file__).with_name("results") / "compensation.md"
 Scores = dict[tuple[str, str], list[float]]
@@ -48,6 +56,9 @@ Scores = dict[tuple[str, str], list[float]]
 
 def measure(network: str, seed: int, found: Scores) -> None:
     """Train a network, and score it after each cut and compensation."""
+    if network == "text":
+        measure_text(seed, lambda row, column, score: found[row, column].append(score))
+        return
     torch.manual_seed(seed)
     data, kind = load_data(seed), KINDS[network]
     model = kind.build()
@@ -99,48 +110,57 @@ def measure_rival(
     score(row, "two epochs with labels", small)
 
 
-def table(network: str, found: Scores) -> str:
-    """Return means and ranges as a table in Markdown."""
+def section(network: str, seeds: int, found: Scores) -> str:
+    """Return means and ranges as a section in Markdown."""
     columns = list(dict.fromkeys(column for _, column in found if column))
     rows = list(dict.fromkeys(row for row, column in found if column))
+    digits = 2 if network == "text" else 1
+    cells = [[_cell(found.get((row, one), []), digits) for one in columns] for row in rows]
     lines = [
         f"## {TITLES[network]}",
         "",
-        f"Dense: {_cell(found['dense', ''])}.",
+        f"Dense: {_cell(found['dense', ''], digits)}. `--networks {network} --seeds {seeds}`",
         "",
         "| cut | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    lines += [f"| {row} | " + " | ".join(_cell(found.get((row, one), [])) for one in columns) + " |" for row in rows]
+    lines += [f"| {row} | " + " | ".join(own) + " |" for row, own in zip(rows, cells, strict=True)]
     return "\n".join(lines) + "\n"
 
 
-def _cell(scores: list[float]) -> str:
-    return f"{statistics.fmean(scores):.1f} ({min(scores):.1f} to {max(scores):.1f})" if scores else "-"
+def _cell(scores: list[float], digits: int) -> str:
+    if not scores:
+        return "-"
+    return f"{statistics.fmean(scores):.{digits}f} ({min(scores):.{digits}f} to {max(scores):.{digits}f})"
+
+
+def write(sections: dict[str, str]) -> None:
+    """Put sections in the place of those of the same titles, or behind the others."""
+    parts = RESULTS.read_text().split("\n## ")
+    for network, text in sections.items():
+        known = [number for number, part in enumerate(parts) if part.startswith(f"{TITLES[network]}\n")]
+        at = slice(known[0], known[0] + 1) if known else slice(len(parts), None)
+        parts[at] = [text.removeprefix("## ")]
+    RESULTS.write_text("\n## ".join(parts))
 
 
 def main() -> None:
     """Measure, print, and write if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=list(CUTS), default=list(CUTS))
+    parser.add_argument("--networks", nargs="+", choices=list(TITLES), default=list(TITLES))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tables = []
+    sections = {}
     for network in options.networks:
         found: Scores = defaultdict(list)
         for seed in range(options.seeds):
             measure(network, seed, found)
-            print(table(network, found), flush=True)
-        tables.append(table(network, found))
-    page = (
-        f"# Accuracy without training\n\n`python benchmarks/compensation.py --seeds {options.seeds} --write`: networks "
-        f"of real digits, per cent of the test images that are right; means over {options.seeds} seeds, ranges in "
-        f"brackets. Nothing is trained after the cut and no labels are used, but in the column that says so.\n\n"
-    )
+            sections[network] = section(network, seed + 1, found)
+            print(sections[network], flush=True)
     if options.write:
-        RESULTS.write_text(page + "\n".join(tables))
+        write(sections)
 
 
 if __name__ == "__main__":
