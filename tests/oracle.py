@@ -93,23 +93,14 @@ def assert_outputs_of_same_form(actual: object, expected: object) -> None:
 
 
 def assert_equals_masked(
-    model: nn.Module,
-    small: nn.Module,
-    plan: object,
-    args: tuple,
-    kwargs: dict | None = None,
-    rtol: float = 1e-9,
+    model: nn.Module, small: nn.Module, plan: object, args: tuple, kwargs: dict | None = None, rtol: float = 1e-9
 ) -> None:
     """Assert that `small` computes what `model` computes with the cut positions zeroed, in eval mode and float64."""
     assert_same_function(masked_copy(model, plan.masks()), small, args, kwargs, rtol)
 
 
 def assert_same_function(
-    reference: Callable[..., object],
-    small: nn.Module,
-    args: tuple,
-    kwargs: dict | None = None,
-    rtol: float = 1e-9,
+    reference: Callable[..., object], small: nn.Module, args: tuple, kwargs: dict | None = None, rtol: float = 1e-9
 ) -> None:
     """Assert that both give the same outputs on the example inputs and on fresh random ones."""
     small = copy.deepcopy(small).double().eval()

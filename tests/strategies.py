@@ -128,9 +128,6 @@ def networks(draw: Callable[..., Any]) -> Description:
     return describe_network(HypothesisSource(draw))
 
 
-# --- kept sets --------------------------------------------------------------------------------------------------------
-
-
 def kept_sets(groups: Iterable[Any], seed: int) -> dict[str, np.ndarray]:
     """A random kept set for every prunable group: one unit at least is kept, every block of a group loses as many.
 

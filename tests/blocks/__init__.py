@@ -5,16 +5,6 @@ from tests.blocks._base import BLOCKS, Shape
 from tests.blocks._choices import Description, HypothesisSource, RandomSource, Recorder, Replay, Source
 
 __all__ = [
-    "BLOCKS",
-    "Description",
-    "HypothesisSource",
-    "RandomSource",
-    "Recorder",
-    "Replay",
-    "Shape",
-    "Source",
-    "language",
-    "map_weights",
-    "maps",
-    "sequences",
-]
+    "BLOCKS", "Description", "HypothesisSource", "RandomSource", "Recorder", "Replay", "Shape", "Source",
+    "language", "map_weights", "maps", "sequences",
+]  # fmt: skip

@@ -14,7 +14,7 @@ RECURRENT = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
 
 
-@block("tokens", lambda s: s[1] <= 64)
+@block("tokens", lambda s: s[1] <= 16)
 def recurrent(pick: Picker, s: Shape) -> nn.Module:
     kind, reads = pick.choice("cell", sorted(RECURRENT)), pick.choice("reads", ["sequence", "last", "states"])
     layers, both_ways = pick.integer("layers", 1, 3), pick.choice("bidirectional", [False, True])

@@ -5,18 +5,7 @@ without axes (one implicit channel index, matched by position) cannot prune corr
 Torch-Pruning 1.6.1 and its issue threads.
 """
 
-from tests.networks import (
-    attention,
-    feed_forward,
-    gates,
-    layers,
-    norms,
-    plain,
-    recurrent,
-    routing,
-    signatures,
-    weights,
-)
+from tests.networks import attention, feed_forward, gates, layers, norms, plain, recurrent, routing, signatures, weights
 from tests.networks._base import (
     REGISTERED,
     Between,
@@ -31,6 +20,7 @@ from tests.networks._base import (
     noise,
     picture,
     randomise,
+    zero,
 )
 from tests.networks.attention import Attention, FusedAttention, Separate, ViTBlock
 from tests.networks.feed_forward import FeedForward, TwoReaders
@@ -53,40 +43,8 @@ def tagged(tag: str) -> tuple[Network, ...]:
 
 
 __all__ = [
-    "NETWORKS",
-    "Attention",
-    "Between",
-    "Chunked",
-    "Classifier",
-    "FeedForward",
-    "FusedAttention",
-    "Grouped",
-    "LooksAtValues",
-    "Net",
-    "Network",
-    "Residual",
-    "Separate",
-    "Tied",
-    "TwoReaders",
-    "ViTBlock",
-    "analyzed",
-    "attention",
-    "classified",
-    "feed_forward",
-    "gates",
-    "image",
-    "labelled",
-    "layers",
-    "named",
-    "network",
-    "noise",
-    "norms",
-    "picture",
-    "plain",
-    "randomise",
-    "recurrent",
-    "routing",
-    "signatures",
-    "tagged",
-    "weights",
-]
+    "NETWORKS", "Attention", "Between", "Chunked", "Classifier", "FeedForward", "FusedAttention", "Grouped",
+    "LooksAtValues", "Net", "Network", "Residual", "Separate", "Tied", "TwoReaders", "ViTBlock", "analyzed",
+    "attention", "classified", "feed_forward", "gates", "image", "labelled", "layers", "named", "network", "noise",
+    "norms", "picture", "plain", "randomise", "recurrent", "routing", "signatures", "tagged", "weights", "zero",
+]  # fmt: skip

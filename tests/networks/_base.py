@@ -46,21 +46,22 @@ class Network:
 REGISTERED: dict[str, Network] = {}
 
 
-def register(name: str, note: str, tags: tuple[str, ...], widths: tuple[int, ...], build: Callable[[], tuple]) -> None:
+def register(name: str, note: str, tags: str, widths: tuple[int, ...], build: Callable[[], tuple]) -> None:
     """Register a network; its weights are made random and float64 here, and no random state is touched."""
 
     def built() -> Built:
         with torch.random.fork_rng(devices=[]):
             model, args, *rest = build()
+        args = args if isinstance(args, tuple) else (args,)
         return randomise(model.double().eval(), seed=sum(name.encode())), args, rest[0] if rest else {}
 
     assert name not in REGISTERED
-    assert TAGS.issuperset(tags), name
-    REGISTERED[name] = Network(name, built, note, frozenset(tags), widths)
+    assert TAGS.issuperset(tags.split()), name
+    REGISTERED[name] = Network(name, built, note, frozenset(tags.split()), widths)
 
 
-def network(note: str, *tags: str, widths: tuple[int, ...]) -> Callable:
-    """Register the function that builds a model, its arguments and its keyword arguments, if any, under its name."""
+def network(note: str, tags: str, *, widths: tuple[int, ...]) -> Callable:
+    """Register a function under its name that builds a model, its arguments (or the only one), and those by name."""
 
     def registered(build: Callable[[], tuple]) -> Callable[[], tuple]:
         register(build.__name__, note, tags, widths, build)
@@ -104,7 +105,7 @@ class LooksAtValues(nn.Module):
         self.part = part
 
     def forward(self, *args: Any) -> Tensor:
-        y: Tensor = self.part(*args)
+        y = self.part(*args)
         return y if y.sum() > 0 else -y
 
 
@@ -133,6 +134,13 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
                 values = 0.3 * normal(tensor)
             tensor.copy_(values)
     return model
+
+
+def zero(*places: Tensor) -> None:
+    """Write zeros into tensors, as into rows of parameters."""
+    with torch.no_grad():
+        for place in places:
+            place.zero_()
 
 
 def analyzed(model: nn.Module, *args: Any) -> ChannelGroups:

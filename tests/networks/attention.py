@@ -37,26 +37,24 @@ def _attention_net(taking: str, is_explicit: bool) -> tuple:
         x = m.stem(x)
         return m.last(x + m.attention(x))
 
-    return Net(run, stem=nn.Linear(10, 24), attention=attention, last=nn.Linear(24, 5)), (noise(2, 7, 10),)
+    return Net(run, stem=nn.Linear(10, 24), attention=attention, last=nn.Linear(24, 5)), noise(2, 7, 10)
 
 
 @network(
     "fused qkv, reshape and unbind, SDPA: heads and head dimensions are separate groups",
-    "attention",
-    "residual",
-    "traced",
+    "attention residual traced",
     widths=(4, 6, 24),
 )
 def qkv_unbind_sdpa():
     return _attention_net("unbind", is_explicit=False)
 
 
-@network("fused qkv taken by index, explicit softmax", "attention", "residual", "traced", widths=(4, 6, 24))
+@network("fused qkv taken by index, explicit softmax", "attention residual traced", widths=(4, 6, 24))
 def qkv_select_explicit():
     return _attention_net("index", is_explicit=True)
 
 
-@network("fused qkv, unbind, explicit softmax", "attention", "residual", "traced", widths=(4, 6, 24))
+@network("fused qkv, unbind, explicit softmax", "attention residual traced", widths=(4, 6, 24))
 def qkv_unbind_explicit():
     return _attention_net("unbind", is_explicit=True)
 
@@ -75,12 +73,7 @@ class ViTBlock(nn.Module):
 
 @network(
     "Vision Transformer: patches, class token, positions, pre-norm block",
-    "attention",
-    "residual",
-    "norm",
-    "parameters",
-    "cross_channel",
-    "traced",
+    "attention residual norm parameters cross_channel traced",
     widths=(4, 6, 24, 96),
 )
 def vit():
@@ -97,10 +90,10 @@ def vit():
         block=ViTBlock(24, 4),
         norm=nn.LayerNorm(24),
         head=nn.Linear(24, 10),
-    ), (picture(),)
+    ), picture()
 
 
-@network("attention whose values are wider than its keys", "attention", "traced", widths=(2, 4, 6))
+@network("attention whose values are wider than its keys", "attention traced", widths=(2, 4, 6))
 def attention_unequal_widths():
     def run(m, x, context):
         b, n, _ = x.shape
@@ -122,7 +115,7 @@ def einsum_cross():
         return m.out(torch.bmm(q, state))
 
     layers = {"q": nn.Linear(10, 8), "k": nn.Linear(10, 8), "v": nn.Linear(10, 12), "out": nn.Linear(12, 5)}
-    return Net(run, **layers), (noise(2, 6, 10),)
+    return Net(run, **layers), noise(2, 6, 10)
 
 
 @network("MLP-Mixer without norms: tokens and channels are mixed in turn", "residual", widths=(20, 24, 48))
@@ -141,10 +134,10 @@ def mixer():
         channel1=nn.Linear(24, 48),
         channel2=nn.Linear(48, 24),
         head=nn.Linear(24, 10),
-    ), (picture(),)
+    ), picture()
 
 
-@network("MLP-Mixer as published", "residual", "norm", "cross_channel", widths=(20, 24))
+@network("MLP-Mixer as published", "residual norm cross_channel", widths=(20, 24))
 def mixer_normed():
     def run(m, x):
         x = m.patches(x).flatten(2).transpose(1, 2)
@@ -159,7 +152,7 @@ def mixer_normed():
         token2=nn.Linear(20, 16),
         norm2=nn.LayerNorm(24),
         head=nn.Linear(24, 10),
-    ), (picture(),)
+    ), picture()
 
 
 def _grouped_query(repeat: Callable[[Tensor], Tensor]) -> tuple:
@@ -171,19 +164,17 @@ def _grouped_query(repeat: Callable[[Tensor], Tensor]) -> tuple:
         return m.out(x.transpose(1, 2).reshape(b, n, 24))
 
     layers = {"q": nn.Linear(10, 24), "k": nn.Linear(10, 12), "v": nn.Linear(10, 12), "out": nn.Linear(24, 5)}
-    return Net(run, **layers), (noise(2, 7, 10),)
+    return Net(run, **layers), noise(2, 7, 10)
 
 
-@network("grouped-query attention by repeat_interleave", "attention", "copied", "traced", widths=(2, 2, 6, 6))
+@network("grouped-query attention by repeat_interleave", "attention copied traced", widths=(2, 2, 6, 6))
 def gqa_repeat():
     return _grouped_query(lambda x: x.repeat_interleave(2, dim=1))
 
 
 @network(
     "grouped-query attention by expand and reshape, as Hugging Face does",
-    "attention",
-    "copied",
-    "traced",
+    "attention copied traced",
     widths=(2, 2, 6, 6),
 )
 def gqa_expand():
@@ -194,7 +185,7 @@ def gqa_expand():
     return _grouped_query(repeat)
 
 
-@network("attention by nn.MultiheadAttention", "attention", "residual", "traced", widths=(4, 6, 24))
+@network("attention by nn.MultiheadAttention", "attention residual traced", widths=(4, 6, 24))
 def multihead_attention():
     attention = nn.MultiheadAttention(24, 4, batch_first=True)
 
@@ -202,7 +193,7 @@ def multihead_attention():
         x = m.stem(x)
         return m.last(x + m.attention(x, x, x, need_weights=False)[0] / math.sqrt(2))
 
-    return Net(run, stem=nn.Linear(10, 24), attention=attention, last=nn.Linear(24, 5)), (noise(2, 7, 10),)
+    return Net(run, stem=nn.Linear(10, 24), attention=attention, last=nn.Linear(24, 5)), noise(2, 7, 10)
 
 
 class Attention(nn.Module):
@@ -215,7 +206,6 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as the input, (batch, tokens, width)."""
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
@@ -234,7 +224,6 @@ class Separate(nn.Module):
         self.out = nn.Linear(heads * inner, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as the input, (batch, tokens, width)."""
         b, n, _ = x.shape
         q = self.q(x).reshape(b, n, self.heads, self.inner).transpose(1, 2)
         k, v = (layer(x).reshape(b, n, self.kv_heads, self.inner).transpose(1, 2) for layer in (self.k, self.v))
@@ -243,9 +232,9 @@ class Separate(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
 
 
-@network("layers for queries, keys and values; two queries share a key", "attention", "copied", widths=(2, 2, 6, 6))
+@network("layers for queries, keys and values; two queries share a key", "attention copied", widths=(2, 2, 6, 6))
 def separate_projections():
-    return Separate(kv_heads=2), (noise(2, 5, 16),)
+    return Separate(kv_heads=2), noise(2, 5, 16)
 
 
 class EncoderBlock(nn.Module):
@@ -269,11 +258,7 @@ class EncoderBlock(nn.Module):
 
 
 @network(
-    "an encoder block whose query heads share keys, and a classifier",
-    "attention",
-    "residual",
-    "traced",
-    widths=(2, 3, 4, 20),
+    "an encoder block whose query heads share keys, and a classifier", "attention residual traced", widths=(2, 3, 4, 20)
 )
 def encoder_block():
-    return EncoderBlock(2), (noise(2, 5, 12),)
+    return EncoderBlock(2), noise(2, 5, 12)

@@ -17,20 +17,19 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(16, 24) if is_gated else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as the input, (batch, tokens, 16)."""
         y = self.norm(x)
         hidden = F.gelu(self.up(y)) if self.gate is None else F.silu(self.gate(y)) * self.up(y)
         return x + self.down(hidden)
 
 
-@network("a feed-forward block beside a residual stream", "residual", "norm", widths=(24,))
+@network("a feed-forward block beside a residual stream", "residual norm", widths=(24,))
 def feed_forward():
-    return FeedForward(), (noise(2, 5, 16),)
+    return FeedForward(), noise(2, 5, 16)
 
 
-@network("a gated feed-forward block beside a residual stream", "residual", "norm", "gate", widths=(24,))
+@network("a gated feed-forward block beside a residual stream", "residual norm gate", widths=(24,))
 def feed_forward_gated():
-    return FeedForward(is_gated=True), (noise(2, 5, 16),)
+    return FeedForward(is_gated=True), noise(2, 5, 16)
 
 
 class TwoReaders(nn.Module):
@@ -42,7 +41,6 @@ class TwoReaders(nn.Module):
         self.other = other
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of shape (batch, 5)."""
         hidden = torch.relu(self.up(x))
         if self.other == "sum":
             return self.down(hidden) + hidden.sum(-1, keepdim=True)
@@ -65,9 +63,9 @@ class Experts(nn.Module):
         return self.head((y * self.router(x).softmax(-1).permute(0, 2, 1)[..., None]).sum(1))
 
 
-@network("weights of all experts in one tensor, and a router", "experts", "cross_channel", "layer", widths=(4, 6, 9))
+@network("weights of all experts in one tensor, and a router", "experts cross_channel layer", widths=(4, 6, 9))
 def experts():
-    return Experts(), (noise(3, 4, 6),)
+    return Experts(), noise(3, 4, 6)
 
 
 class GatedFeedForward(nn.Module):
@@ -83,4 +81,4 @@ class GatedFeedForward(nn.Module):
 
 @network("two layers that make the same units, one a gate", "gate", widths=(9,))
 def gated_units():
-    return GatedFeedForward(), (noise(3, 12),)
+    return GatedFeedForward(), noise(3, 12)

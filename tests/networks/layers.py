@@ -69,12 +69,10 @@ LAYERS: dict[str, tuple[str, tuple[int, ...], Tensor, Callable[[], list[nn.Modul
 def _built(layers: Callable[[], list[nn.Module]], x: Tensor) -> Callable[[], tuple]:
     def build() -> tuple:
         made = layers()
-        return made[0] if len(made) == 1 else nn.Sequential(*made), (x,)
+        return made[0] if len(made) == 1 else nn.Sequential(*made), x
 
     return build
 
 
 for _name, (_tags, _widths, _x, _layers) in LAYERS.items():
-    register(
-        _name, f"{_name.replace('_', ' ')} between others", ("layer", *_tags.split()), _widths, _built(_layers, _x)
-    )
+    register(_name, f"{_name.replace('_', ' ')} between others", f"layer {_tags}", _widths, _built(_layers, _x))

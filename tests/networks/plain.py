@@ -12,7 +12,7 @@ from tests.networks._base import Net, conv, conv_bn, head, network, noise, pictu
 @network("plain VGG-like stack", "plain", widths=(16, 24, 32))
 def sequential():
     body = [conv_bn(3, 16), nn.MaxPool2d(2), conv_bn(16, 24), nn.Dropout(0.2), conv_bn(24, 32), head(32)]
-    return nn.Sequential(*body), (picture(),)
+    return nn.Sequential(*body), picture()
 
 
 class BasicBlock(nn.Module):
@@ -34,7 +34,7 @@ class BasicBlock(nn.Module):
 
 @network("ResNet with in-place sums and relu", "residual", widths=(16, 16, 32, 32))
 def residual():
-    return nn.Sequential(conv_bn(3, 16), BasicBlock(16, 16), BasicBlock(16, 32, 2), head(32)), (picture(),)
+    return nn.Sequential(conv_bn(3, 16), BasicBlock(16, 16), BasicBlock(16, 32, 2), head(32)), picture()
 
 
 @network("DenseNet block and transition", "concatenation", widths=(8, 8, 8, 16, 20, 32, 32, 32))
@@ -49,7 +49,7 @@ def dense():
         nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), conv(c, 32, 1), nn.BatchNorm2d(32), nn.ReLU(), conv(32, 8))
         for c in (16, 24, 32)
     )
-    return Net(run, stem=conv(3, 16), layers=layers, transition=conv(40, 20, 1), head=head(20)), (picture(),)
+    return Net(run, stem=conv(3, 16), layers=layers, transition=conv(40, 20, 1), head=head(20)), picture()
 
 
 @network("four branches of different width", "concatenation", widths=(4, 8, 8, 8, 12, 16, 16))
@@ -65,10 +65,10 @@ def inception():
         "c": nn.Sequential(conv_bn(16, 4, 1), conv_bn(4, 8, 5)),
         "d": conv_bn(16, 8, 1),
     }
-    return Net(run, stem=conv_bn(3, 16), head=head(40), **parts), (picture(),)
+    return Net(run, stem=conv_bn(3, 16), head=head(40), **parts), picture()
 
 
-@network("MobileNetV2 inverted residual", "grouped", "residual", widths=(16, 64))
+@network("MobileNetV2 inverted residual", "grouped residual", widths=(16, 64))
 def inverted_residual():
     def run(m, x):
         x = m.stem(x)
@@ -81,38 +81,36 @@ def inverted_residual():
         depthwise=conv_bn(64, 64, groups=64),
         project=nn.Sequential(conv(64, 16, 1, bias=False), nn.BatchNorm2d(16)),
         head=head(16),
-    ), (picture(),)
+    ), picture()
 
 
-@network("ResNeXt bottleneck", "grouped", "residual", widths=(16, 32, 32))
+@network("ResNeXt bottleneck", "grouped residual", widths=(16, 32, 32))
 def grouped_bottleneck():
     def run(m, x):
         x = m.stem(x)
         return m.head(F.relu(x + m.c(m.b(m.a(x)))))
 
     parts = {"a": conv_bn(16, 32, 1), "b": conv_bn(32, 32, groups=4), "c": conv(32, 16, 1)}
-    return Net(run, stem=conv_bn(3, 16), head=head(16), **parts), (picture(),)
+    return Net(run, stem=conv_bn(3, 16), head=head(16), **parts), picture()
 
 
 @network("conv, flatten (channels first), Linear", "reshaped", widths=(12, 40))
 def flatten_head():
     body = [conv(3, 12), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(12 * 16, 40), nn.ReLU(), nn.Linear(40, 10)]
-    return nn.Sequential(*body), (picture(),)
+    return nn.Sequential(*body), picture()
 
 
-@network(
-    "generator: Linear, view as a map, transposed convolutions", "reshaped", "transposed", "traced", widths=(16, 32)
-)
+@network("generator: Linear, view as a map, transposed convolutions", "reshaped transposed traced", widths=(16, 32))
 def generator():
     def run(m, z):
         x = m.fc(z).view(-1, 32, 4, 4)
         return torch.tanh(m.b(F.relu(m.norm(m.a(x)))))
 
     a, b = nn.ConvTranspose2d(32, 16, 4, 2, 1), nn.ConvTranspose2d(16, 3, 4, 2, 1)
-    return Net(run, fc=nn.Linear(20, 512), a=a, norm=nn.BatchNorm2d(16), b=b), (noise(2, 20),)
+    return Net(run, fc=nn.Linear(20, 512), a=a, norm=nn.BatchNorm2d(16), b=b), noise(2, 20)
 
 
-@network("LayerScale of shape (C,) and (C, 1, 1)", "parameters", "residual", widths=(24,))
+@network("LayerScale of shape (C,) and (C, 1, 1)", "parameters residual", widths=(24,))
 def layer_scale():
     def run(m, x):
         x = m.stem(x)
@@ -120,9 +118,7 @@ def layer_scale():
         return m.head(x + (m.beta * m.b(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
 
     gamma, beta = nn.Parameter(torch.zeros(24, 1, 1)), nn.Parameter(torch.zeros(24))
-    return Net(run, stem=conv(3, 24), a=conv(24, 24), b=conv(24, 24), gamma=gamma, beta=beta, head=head(24)), (
-        picture(),
-    )
+    return Net(run, stem=conv(3, 24), a=conv(24, 24), b=conv(24, 24), gamma=gamma, beta=beta, head=head(24)), picture()
 
 
 @network("one convolution applied three times, PReLU", "shared_weights", widths=(16,))
@@ -133,15 +129,15 @@ def shared_module():
             x = m.act(m.body(x))
         return m.head(x)
 
-    return Net(run, stem=conv(3, 16), body=conv(16, 16), act=nn.PReLU(16), head=head(16)), (picture(),)
+    return Net(run, stem=conv(3, 16), body=conv(16, 16), act=nn.PReLU(16), head=head(16)), picture()
 
 
 @network("parameters that no output depends on", "parameters", widths=(16,))
 def unused_parameters():
     unused = nn.Parameter(torch.zeros(7, 3))
-    return Net(lambda m, x: m.b(F.relu(m.a(x))), a=conv(3, 16), b=conv(16, 4), unused=unused, idle=conv(5, 9)), (
-        picture(),
-    )
+    return Net(
+        lambda m, x: m.b(F.relu(m.a(x))), a=conv(3, 16), b=conv(16, 4), unused=unused, idle=conv(5, 9)
+    ), picture()
 
 
 @network("up-sampling by interpolation", "plain", widths=(12, 16))
@@ -151,10 +147,10 @@ def interpolate():
         x = F.interpolate(x, scale_factor=2, mode="nearest")
         return m.c(F.interpolate(x, size=(24, 24), mode="bilinear", align_corners=False))
 
-    return Net(run, a=conv(3, 12), b=conv(12, 16), c=conv(16, 3)), (picture(),)
+    return Net(run, a=conv(3, 12), b=conv(12, 16), c=conv(16, 3)), picture()
 
 
-@network("MLP with skips and BatchNorm1d", "residual", "concatenation", widths=(8, 32, 48))
+@network("MLP with skips and BatchNorm1d", "residual concatenation", widths=(8, 32, 48))
 def mlp_skips():
     def run(m, x):
         x = F.relu(m.norm(m.stem(x)))
@@ -162,7 +158,7 @@ def mlp_skips():
         return m.last(torch.cat([x, m.c(x)], -1))
 
     parts = {"a": nn.Linear(32, 48), "b": nn.Linear(48, 32), "c": nn.Linear(32, 8), "last": nn.Linear(40, 10)}
-    return Net(run, stem=nn.Linear(16, 32), norm=nn.BatchNorm1d(32), **parts), (noise(4, 16),)
+    return Net(run, stem=nn.Linear(16, 32), norm=nn.BatchNorm1d(32), **parts), noise(4, 16)
 
 
 class Residual(nn.Module):
@@ -178,7 +174,6 @@ class Residual(nn.Module):
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (batch, 5)."""
         x = torch.relu(self.norm(self.stem(x)))
         x = x + self.two(torch.relu(self.one(x)))
         return self.head(self.drop(x.mean((2, 3))))
@@ -186,7 +181,7 @@ class Residual(nn.Module):
 
 @network("a residual block with a norm in front, dropout and a classifier", "residual", widths=(8, 16))
 def residual_dropout():
-    return Residual(), (picture(size=8),)
+    return Residual(), picture(size=8)
 
 
 class Classifier(nn.Module):
@@ -200,14 +195,13 @@ class Classifier(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (batch, 4)."""
         y = self.two(self.norm(self.one(x)).relu()).relu().mean((2, 3))
         return self.out(self.activation(self.three(y)))
 
 
 @network("a norm in the first group alone, activations of two kinds", "plain", widths=(8, 10, 12))
 def classifier():
-    return Classifier(torch.sigmoid), (picture(size=6),)
+    return Classifier(torch.sigmoid), picture(size=6)
 
 
 class GroupedBranch(nn.Module):
@@ -228,9 +222,9 @@ class GroupedBranch(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@network("a branch with a grouped convolution beside a residual stream", "residual", "grouped", widths=(8, 12))
+@network("a branch with a grouped convolution beside a residual stream", "residual grouped", widths=(8, 12))
 def grouped_branch():
-    return GroupedBranch(), (picture(size=6),)
+    return GroupedBranch(), picture(size=6)
 
 
 class ManyLayers(nn.Module):
@@ -251,10 +245,7 @@ class ManyLayers(nn.Module):
 
 
 @network(
-    "norms, a residual sum, grouped and depthwise convolutions, a flattened map",
-    "residual",
-    "grouped",
-    widths=(8, 9, 12),
+    "norms, a residual sum, grouped and depthwise convolutions, a flattened map", "residual grouped", widths=(8, 9, 12)
 )
 def many_layers():
-    return ManyLayers(), (picture(size=5),)
+    return ManyLayers(), picture(size=5)

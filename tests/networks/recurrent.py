@@ -7,7 +7,7 @@ from tests.networks._base import Net, network, noise
 
 
 def _recurrent(layer: nn.Module) -> tuple:
-    return Net(lambda m, x: m.fc(m.rnn(x)[0]), rnn=layer, fc=nn.Linear(16, 5)), (noise(2, 3, 8),)
+    return Net(lambda m, x: m.fc(m.rnn(x)[0]), rnn=layer, fc=nn.Linear(16, 5)), noise(2, 3, 8)
 
 
 @network("nn.LSTM: gate blocks of the weights go with the hidden units", "recurrent", widths=(16,))
@@ -34,4 +34,4 @@ def lstm_final_states():
         return m.fc(torch.cat([state[-2], state[-1]], 1))
 
     layer = nn.LSTM(8, 16, num_layers=2, bidirectional=True, proj_size=6)
-    return Net(run, rnn=layer, fc=nn.Linear(12, 5)), (noise(3, 2, 8),)
+    return Net(run, rnn=layer, fc=nn.Linear(12, 5)), noise(3, 2, 8)

@@ -8,7 +8,7 @@ from tests.networks._base import Net, conv, conv_bn, head, network, noise, pictu
 
 @network("returns (logits, None)", "signature", widths=(16,))
 def returns_none():
-    return Net(lambda m, x: (m.b(m.a(x)), None), a=conv_bn(3, 16), b=head(16)), (picture(),)
+    return Net(lambda m, x: (m.b(m.a(x)), None), a=conv_bn(3, 16), b=head(16)), picture()
 
 
 class SeveralInputs(nn.Module):

@@ -17,15 +17,15 @@ def raw_parameters():
         return x @ m.W + m.b
 
     shapes = {"kernel": (16, 3, 3, 3), "shift": (16,), "weight": (24, 16), "W": (24, 5), "b": (5,)}
-    return Net(run, **{k: nn.Parameter(torch.zeros(v)) for k, v in shapes.items()}), (picture(),)
+    return Net(run, **{k: nn.Parameter(torch.zeros(v)) for k, v in shapes.items()}), picture()
 
 
 @network("a parameter of the shape of the map is added", "parameters", widths=(16,))
 def position_map():
     position = nn.Parameter(torch.zeros(1, 16, 16, 16))
-    return Net(lambda m, x: m.head(F.relu(m.a(x) + m.position)), a=conv(3, 16), position=position, head=head(16)), (
-        picture(),
-    )
+    return Net(
+        lambda m, x: m.head(F.relu(m.a(x) + m.position)), a=conv(3, 16), position=position, head=head(16)
+    ), picture()
 
 
 @network("a buffer with a channel dimension", "buffers", widths=(20,))
@@ -34,7 +34,7 @@ def buffer_mean():
         return m.b((m.a((x - m.mean) / 2.0) - m.hidden_mean).abs())
 
     parts = {"mean": torch.zeros(1, 3, 1, 1), "hidden_mean": torch.zeros(1, 20, 1, 1)}
-    return Net(run, a=conv(3, 20), b=conv(20, 5), **parts), (picture(),)
+    return Net(run, a=conv(3, 20), b=conv(20, 5), **parts), picture()
 
 
 class FrozenBatchNorm(nn.Module):
@@ -50,15 +50,15 @@ class FrozenBatchNorm(nn.Module):
         return x * scale + (self.bias.reshape(1, -1, 1, 1) - self.running_mean.reshape(1, -1, 1, 1) * scale)
 
 
-@network("FrozenBatchNorm2d", "buffers", "norm", widths=(24, 32))
+@network("FrozenBatchNorm2d", "buffers norm", widths=(24, 32))
 def frozen_batch_norm():
     body = [conv(3, 24, bias=False), FrozenBatchNorm(24), nn.ReLU(), conv(24, 32), FrozenBatchNorm(32), head(32)]
-    return nn.Sequential(*body), (picture(),)
+    return nn.Sequential(*body), picture()
 
 
 @network("DnCNN: the last layer is subtracted from the input", "residual", widths=(24, 24))
 def dncnn():
-    return Net(lambda m, x: x - m.c(m.b(m.a(x))), a=conv_bn(3, 24), b=conv_bn(24, 24), c=conv(24, 3)), (picture(),)
+    return Net(lambda m, x: x - m.c(m.b(m.a(x))), a=conv_bn(3, 24), b=conv_bn(24, 24), c=conv(24, 3)), picture()
 
 
 @network("a frozen backbone beside a trained branch", "frozen", widths=(16, 24))
@@ -67,23 +67,23 @@ def frozen_branch():
         return m.head(F.relu(m.frozen(x) + m.trained(x)))
 
     frozen = nn.Sequential(conv_bn(3, 16), conv(16, 24)).requires_grad_(False)
-    return Net(run, frozen=frozen, trained=conv_bn(3, 24), head=head(24)), (picture(),)
+    return Net(run, frozen=frozen, trained=conv_bn(3, 24), head=head(24)), picture()
 
 
-@network("a backbone frozen whole", "frozen", "residual", widths=(16, 16, 32))
+@network("a backbone frozen whole", "frozen residual", widths=(16, 16, 32))
 def frozen_backbone():
     backbone = nn.Sequential(conv_bn(3, 16), BasicBlock(16, 16), conv_bn(16, 32)).requires_grad_(False)
-    return nn.Sequential(backbone, head(32)), (picture(),)
+    return nn.Sequential(backbone, head(32)), picture()
 
 
-@network("a gate is detached from the graph", "gate", "detached", widths=(24,))
+@network("a gate is detached from the graph", "gate detached", widths=(24,))
 def detached_gate():
     def run(m, x):
         x = F.relu(m.stem(x))
         gate = m.fc(x.mean((2, 3))).sigmoid().detach()
         return m.head(x * gate[:, :, None, None])
 
-    return Net(run, stem=conv(3, 24), fc=nn.Linear(24, 24), head=head(24)), (picture(),)
+    return Net(run, stem=conv(3, 24), fc=nn.Linear(24, 24), head=head(24)), picture()
 
 
 @network("a part runs under torch.no_grad", "detached", widths=(16, 24))
@@ -93,7 +93,7 @@ def no_grad_part():
             x = m.b(F.relu(m.a(x)))
         return m.head(F.relu(x))
 
-    return Net(run, a=conv(3, 16), b=conv(16, 24), head=head(24)), (picture(),)
+    return Net(run, a=conv(3, 16), b=conv(16, 24), head=head(24)), picture()
 
 
 @network("the head is the embedding", "shared_weights", widths=(24, 40))
@@ -113,7 +113,7 @@ def tied_transpose():
     def run(m, x):
         return F.linear(F.relu(m.encoder(x)), m.encoder.weight.t(), m.bias)
 
-    return Net(run, encoder=nn.Linear(12, 30), bias=nn.Parameter(torch.zeros(12))), (noise(3, 12),)
+    return Net(run, encoder=nn.Linear(12, 30), bias=nn.Parameter(torch.zeros(12))), noise(3, 12)
 
 
 @network("two convolutions of one weight", "shared_weights", widths=(16,))
@@ -140,40 +140,35 @@ class StandardizedConv2d(nn.Conv2d):
 
 @network(
     "standardised weights: statistics of a kernel run over its input channels",
-    "computed_weights",
-    "cross_channel",
+    "computed_weights cross_channel",
     widths=(16, 24),
 )
 def standardized_weights():
     layers = [StandardizedConv2d(a, b, 3) for a, b in ((3, 16), (16, 24), (24, 5))]
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), (picture(),)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), picture()
 
 
 @network(
-    "weight_norm: the norm of a kernel runs over its input channels",
-    "computed_weights",
-    "cross_channel",
-    widths=(16, 24),
+    "weight_norm: the norm of a kernel runs over its input channels", "computed_weights cross_channel", widths=(16, 24)
 )
 def weight_norm():
     layers = [parametrizations.weight_norm(conv(a, b)) for a, b in ((3, 16), (16, 24), (24, 5))]
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), (picture(),)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), picture()
 
 
 @network("spectral_norm: the norm is a product with two buffers", "computed_weights", widths=(16, 24))
 def spectral_norm():
     layers = [parametrizations.spectral_norm(nn.Linear(a, b)) for a, b in ((10, 16), (16, 24), (24, 5))]
-    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), (noise(4, 10),)
+    return nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2]), noise(4, 10)
 
 
 @network(
     "an orthogonal weight: a matrix that is decomposed as a whole has no part to cut",
-    "computed_weights",
-    "refused",
+    "computed_weights refused",
     widths=(),
 )
 def linalg_householder_product():
-    return nn.Sequential(parametrizations.orthogonal(nn.Linear(16, 10)), nn.ReLU(), nn.Linear(10, 5)), (noise(4, 16),)
+    return nn.Sequential(parametrizations.orthogonal(nn.Linear(16, 10)), nn.ReLU(), nn.Linear(10, 5)), noise(4, 16)
 
 
 class Tied(nn.Module):
@@ -188,7 +183,6 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of shape (batch, tokens, 11)."""
         x = self.embedding(tokens)
         return self.head(x + self.back(torch.relu(self.hidden(x))))
 
@@ -207,8 +201,6 @@ class Tokens(nn.Module):
         return self.head(self.norm(x * self.scale)[:, 0])
 
 
-@network(
-    "a class token, positions and a scale of channels", "parameters", "norm", "cross_channel", "layer", widths=(8,)
-)
+@network("a class token, positions and a scale of channels", "parameters norm cross_channel layer", widths=(8,))
 def parameters_of_no_layer():
-    return Tokens(), (noise(3, 4, 6),)
+    return Tokens(), noise(3, 4, 6)

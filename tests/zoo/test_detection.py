@@ -13,10 +13,7 @@ from tests.oracle import assert_same_function, fingerprint, masked_copy
 from tests.zoo.detection import DETECTORS, build_detector, targets
 from tests.zoo.torchvision_models import is_installed
 
-pytestmark = [
-    pytest.mark.zoo,
-    pytest.mark.skipif(not is_installed(), reason="needs torchvision: make zoo-setup"),
-]
+pytestmark = [pytest.mark.zoo, pytest.mark.skipif(not is_installed(), reason="needs torchvision: make zoo-setup")]
 
 
 def shapes(outputs: Any) -> list[tuple[int, ...]]:

@@ -57,7 +57,6 @@ def test_feed_forward_layers_in_a_generation_loop(use_cache: bool) -> None:
     parts = [f"language_model.model.layers.{layer}.mlp" for layer in range(2)]
     result = torchshear.prune(model, (TOKENS,), submodules=parts)
     assert result.form == "native"
-    assert result.plan.parts is not None
     assert len(result.plan.parts.calls) == (4 if use_cache else 10)
     assert [group.width for group in result.plan.groups] == [48, 48]
     assert result.model(TOKENS).shape == (2, 8)
@@ -68,7 +67,6 @@ def test_feed_forward_layers_in_a_generation_loop(use_cache: bool) -> None:
 def test_the_decoder_of_a_generation_loop() -> None:
     model = generation(use_cache=False)
     result = torchshear.prune(model, (TOKENS,), submodules=["language_model.model"])
-    assert result.plan.parts is not None
     assert len(result.plan.parts.calls) == 5
     assert result.report.parts[0].after.n_params < result.report.parts[0].before.n_params
     assert result.verification.max_error < 1e-4  # its norms compute in float32

@@ -6,10 +6,7 @@ import torch
 from tests.zoo.torchvision_models import build, is_installed
 from torchshear.compat import nni
 
-pytestmark = [
-    pytest.mark.zoo,
-    pytest.mark.skipif(not is_installed(), reason="needs torchvision: make zoo-setup"),
-]
+pytestmark = [pytest.mark.zoo, pytest.mark.skipif(not is_installed(), reason="needs torchvision: make zoo-setup")]
 
 
 def agree(masked: torch.nn.Module, small: torch.nn.Module, *args: torch.Tensor) -> bool:

@@ -54,14 +54,7 @@ FAMILIES = {
     "Llama": (
         "ForCausalLM",
         SHARED,
-        {
-            "residual": [64],
-            "kv_heads": [2, 2],
-            "q_heads": [2, 2],
-            "qk_dim": [8],
-            "v_dim": [16, 16],
-            "ffn": [128, 128],
-        },
+        {"residual": [64], "kv_heads": [2, 2], "q_heads": [2, 2], "qk_dim": [8], "v_dim": [16, 16], "ffn": [128, 128]},
     ),
     "ViT": (
         "ForImageClassification",

@@ -21,7 +21,6 @@ pytestmark = [
 def test_rt_detr_has_a_free_batch_and_is_pruned() -> None:
     model, inputs = build_rt_detr()
     result = torchshear.prune(model, (), inputs, ratio=0.3)
-    assert result.plan.analysis is not None
     assert result.plan.analysis.graph.batch_hint is not None
     assert result.verification.dtype == torch.float64
 

@@ -8,10 +8,7 @@ import torch
 import torchshear
 from tests.zoo.torchvision_models import NAMES, build, is_installed
 
-pytestmark = [
-    pytest.mark.zoo,
-    pytest.mark.skipif(not is_installed(), reason="needs torchvision: make zoo-setup"),
-]
+pytestmark = [pytest.mark.zoo, pytest.mark.skipif(not is_installed(), reason="needs torchvision: make zoo-setup")]
 
 # Share of the parameters that may be left when half of every channel group goes: a quarter where all widths are free,
 # more where few are (ShuffleNet's halves are tied to each other by its shuffles).

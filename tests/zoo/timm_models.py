@@ -10,27 +10,11 @@ from tests.zoo.torchvision_models import load_torchvision
 from tests.zoo.weights import spread_weights
 
 NAMES = (
-    "cait_xxs24_224",
-    "convmixer_768_32",
-    "cs3darknet_focus_s",
-    "davit_tiny",
-    "deit_tiny_patch16_224",
-    "dla46x_c",
-    "edgenext_xx_small",
-    "efficientformer_l1",
-    "ghostnet_050",
-    "gmlp_ti16_224",
-    "hrnet_w18_small",
-    "levit_128s",
-    "mobilevit_xxs",
-    "poolformerv2_s12",
-    "pvt_v2_b0",
-    "res2next50",
-    "resnetv2_18",
-    "test_mambaout",
-    "twins_svt_small",
-    "xcit_nano_12_p8_224",
-)
+    "cait_xxs24_224", "convmixer_768_32", "cs3darknet_focus_s", "davit_tiny", "deit_tiny_patch16_224", "dla46x_c",
+    "edgenext_xx_small", "efficientformer_l1", "ghostnet_050", "gmlp_ti16_224", "hrnet_w18_small", "levit_128s",
+    "mobilevit_xxs", "poolformerv2_s12", "pvt_v2_b0", "res2next50", "resnetv2_18", "test_mambaout",
+    "twins_svt_small", "xcit_nano_12_p8_224",
+)  # fmt: skip
 
 
 def is_installed() -> bool:

@@ -11,30 +11,12 @@ from torch import nn
 from tests.zoo.weights import spread_weights
 
 NAMES = (
-    "vgg16_bn",
-    "resnet18",
-    "resnet50",
-    "resnext50_32x4d",
-    "densenet121",
-    "googlenet",
-    "mobilenet_v2",
-    "mobilenet_v3_small",
-    "shufflenet_v2_x1_0",
-    "efficientnet_b0",
-    "regnet_y_400mf",
-    "convnext_tiny",
-)
+    "vgg16_bn", "resnet18", "resnet50", "resnext50_32x4d", "densenet121", "googlenet", "mobilenet_v2",
+    "mobilenet_v3_small", "shufflenet_v2_x1_0", "efficientnet_b0", "regnet_y_400mf", "convnext_tiny",
+)  # fmt: skip
 
 # The rest of the zoo that is pruned whole.
-ALL = (
-    "alexnet",
-    *NAMES,
-    "squeezenet1_1",
-    "vit_b_16",
-    "swin_t",
-    "maxvit_t",
-    "lraspp_mobilenet_v3_large",
-)
+ALL = ("alexnet", *NAMES, "squeezenet1_1", "vit_b_16", "swin_t", "maxvit_t", "lraspp_mobilenet_v3_large")
 
 # Operators that torchvision registers from its compiled library. On a CPU build of torch that library does not load;
 # declared here, the Python part of the package imports, and models that do not call them run.

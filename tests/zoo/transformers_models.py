@@ -15,48 +15,17 @@ from torchshear.graph._outputs import output_leaves
 
 # Tasks in the order in which they are looked for: the models whose outputs leave the residual stream free.
 _TASKS = (
-    "SpeechSeq2Seq",
-    "Seq2SeqLM",
-    "CausalLM",
-    "MaskedLM",
-    "SemanticSegmentation",
-    "ImageClassification",
-    "CTC",
-    "AudioClassification",
-    "SequenceClassification",
-    "ObjectDetection",
-    "DepthEstimation",
-    "VideoClassification",
-    "ImageTextToText",
-    "PreTraining",
-    "TimeSeriesPrediction",
-    "QuestionAnswering",
-)
+    "SpeechSeq2Seq", "Seq2SeqLM", "CausalLM", "MaskedLM", "SemanticSegmentation", "ImageClassification", "CTC",
+    "AudioClassification", "SequenceClassification", "ObjectDetection", "DepthEstimation", "VideoClassification",
+    "ImageTextToText", "PreTraining", "TimeSeriesPrediction", "QuestionAnswering",
+)  # fmt: skip
 # Classes of families that no task knows.
 _CLASSES = {"patchtst": "PatchTSTForPrediction", "time_series_transformer": "TimeSeriesTransformerForPrediction"}
 _MOST_PARAMS = 150_000_000
 NAMES = (
-    "bert",
-    "distilbert",
-    "albert",
-    "deberta-v2",
-    "gpt2",
-    "opt",
-    "llama",
-    "qwen3",
-    "gemma2",
-    "phi3",
-    "falcon",
-    "mixtral",
-    "t5",
-    "bart",
-    "vit",
-    "dinov2",
-    "swin",
-    "segformer",
-    "whisper",
-    "mamba",
-)
+    "bert", "distilbert", "albert", "deberta-v2", "gpt2", "opt", "llama", "qwen3", "gemma2", "phi3", "falcon",
+    "mixtral", "t5", "bart", "vit", "dinov2", "swin", "segformer", "whisper", "mamba",
+)  # fmt: skip
 
 
 def is_installed() -> bool:
