@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
+from tests.networks import Net
 from torchshear.errors import DataError
 from torchshear.graph import ExampleInputs
 from torchshear.pruners import channel_means
@@ -30,15 +31,9 @@ class Scaled(nn.Module):
         return self.two(torch.relu(self.norm(self.one(x))))
 
 
-class OfDictionary(nn.Module):
+def of_dictionary() -> Net:
     """A model whose argument is a dictionary."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = Scaled()
-
-    def forward(self, features: dict[str, Tensor]) -> Tensor:
-        return self.inner(features["x"], features["shift"])
+    return Net(lambda m, features: m.inner(features["x"], features["shift"]), inner=Scaled())
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -145,7 +140,7 @@ def test_a_dictionary_is_the_argument_where_the_example_is_one(read: Read) -> No
     features = {"x": X, "shift": SHIFT}
     call: Call = ({"x": torch.randn(4, 3), "shift": torch.randn(4, 3)},), {}
     batches = [(features, TARGET), features, (features,), ((features,), TARGET)]
-    assert_alike(read(OfDictionary().eval(), call, batches))
+    assert_alike(read(of_dictionary().eval(), call, batches))
 
 
 @each_entry

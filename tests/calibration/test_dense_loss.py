@@ -59,8 +59,7 @@ def test_criteria_of_gradients_need_no_labels() -> None:
     def scored(data: list[Any], loss_fn: Any) -> list[int]:
         statistics = torchshear.collect(graph, data, loss_fn, 3, criteria="taylor", progress=False)
         plan = torchshear.plan(torchshear.analyze(graph), "taylor", 0.5, statistics=statistics)
-        kept: list[int] = plan.groups[0].kept.tolist()
-        return kept
+        return plan.groups[0].kept.tolist()
 
     kept = scored(inputs, "dense")
     assert kept == scored(labelled, functional.cross_entropy)

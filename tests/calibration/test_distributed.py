@@ -1,8 +1,7 @@
 """Two processes that collect together sum what one process would on the data of both; none waits for one that ended."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,26 +23,20 @@ from torchshear.pruners import registered_criteria
 from torchshear.pruners.criteria._criterion import find_criterion, needs_of
 
 
-def _collect(rank: int, folder: str, counts: tuple[int, int]) -> None:
-    data = batches(4)[2 * rank : 2 * rank + counts[rank]]
-
-    def run(groups: ChannelGroups) -> dict[str, Any]:
-        found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2, criteria=ON_DATA)
-        heads = _heads(classified(3, 5, 12)[2 * rank : 2 * rank + 2])
-        return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)} | heads
-
-    _saved(rank, folder, run)
-
-
-def _saved(rank: int, folder: str, run: Callable[[ChannelGroups], dict[str, Any]]) -> None:
-    """Save what a function gives, or its error, in a group of two processes."""
+def _process(rank: int, folder: str) -> None:
+    """One of two that collect together, and then meet failures; what each gives is saved."""
     limit = timedelta(hours=1)  # of waiting for the other process
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=limit)
-    try:
-        torch.save(run(analysed(randomise(GroupedBranch()).eval())), _file(folder, rank))
-    except Exception as error:
-        torch.save({"error": f"{type(error).__name__}: {error}"}, _file(folder, rank))
+    groups = analysed(randomise(GroupedBranch()).eval())
+    torch.save({"sums": _collected(rank, groups), "errors": _errors(rank, groups)}, f"{folder}/{rank}.pt")
     end_together(folder)
+
+
+def _collected(rank: int, groups: ChannelGroups) -> dict[str, Any]:
+    data = batches(4)[2 * rank : 2 * rank + 2]
+    found: Any = torchshear.collect(groups, data, functional.cross_entropy, 2, criteria=ON_DATA)
+    heads = _heads(classified(3, 5, 12)[2 * rank : 2 * rank + 2])
+    return {"numbers": _numbers(found), "scores": _scores(groups, found), "kept": _kept(groups, found)} | heads
 
 
 def _broken_loader() -> Iterator[Any]:
@@ -88,27 +81,20 @@ FAILURES: dict[str, dict[str, Any]] = {
     "argument": {"batches": 0},
     "criteria": {"criteria": "apoz"},
     "length": {"batches": 1},
+    "data": {"loader": batches(1)},
 }
 
 
-def _fail(rank: int, folder: str, others: tuple[str, ...]) -> None:
+def _errors(rank: int, groups: ChannelGroups) -> dict[str, str]:
     """Collect once for each failure, which the second process meets."""
-
-    def run(groups: ChannelGroups) -> dict[str, Any]:
-        errors: dict[str, Any] = {}
-        for how in others:
-            options = {"loader": batches(2), "loss_fn": functional.cross_entropy, "batches": 2}
-            try:
-                torchshear.collect(groups, **(options | (FAILURES[how] if rank else {})))
-            except Exception as error:
-                errors[how] = f"{type(error).__name__}: {error}"
-        return errors
-
-    _saved(rank, folder, run)
-
-
-def _file(folder: str, rank: int) -> str:
-    return f"{folder}/{rank}.pt"
+    errors: dict[str, str] = {}
+    for how, failing in FAILURES.items():
+        options = {"loader": batches(2), "loss_fn": functional.cross_entropy, "batches": 2}
+        try:
+            torchshear.collect(groups, **(options | (failing if rank else {})))
+        except Exception as error:
+            errors[how] = f"{type(error).__name__}: {error}"
+    return errors
 
 
 def _numbers(statistics: Statistics) -> dict[str, Any]:
@@ -122,13 +108,16 @@ def _numbers(statistics: Statistics) -> dict[str, Any]:
     }
 
 
-def _both(folder: Path, argument: Any, function: Callable[..., None] = _collect) -> list[dict[str, Any]]:
-    mp.spawn(function, (str(folder), argument), nprocs=2)
-    return [torch.load(_file(str(folder), rank), weights_only=True) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of the two gave."""
+    folder = tmp_path_factory.mktemp("processes")
+    mp.spawn(_process, (str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
-def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> None:
-    first, second = _both(tmp_path, (2, 2))
+def test_two_processes_equal_one_on_the_union_of_their_data(processes: list[dict[str, Any]]) -> None:
+    first, second = (found["sums"] for found in processes)
     groups = analysed(randomise(GroupedBranch()).eval())
     alone = torchshear.collect(groups, batches(4), functional.cross_entropy, 4, criteria=ON_DATA)
     torch.testing.assert_close(first["numbers"], second["numbers"], rtol=0, atol=0)
@@ -146,15 +135,8 @@ def test_two_processes_equal_one_on_the_union_of_their_data(tmp_path: Path) -> N
     assert first["kept"] == kept
 
 
-def test_every_process_says_that_one_has_too_little_data(tmp_path: Path) -> None:
-    errors = [found["error"] for found in _both(tmp_path, (2, 1))]
-    own = errors[1].removeprefix("DataError: ")
-    assert errors == [f"DataError: process 1 could not collect: {own}", f"DataError: {own}"]
-    assert "ended after 1 of 2 batches" in errors[1]
-
-
-def test_whatever_stops_one_process_stops_both(tmp_path: Path) -> None:
-    first, second = _both(tmp_path, tuple(FAILURES), _fail)
+def test_whatever_stops_one_process_stops_both(processes: list[dict[str, Any]]) -> None:
+    first, second = (found["errors"] for found in processes)
     assert second["loader"] == "OSError: disk gone"
     assert first["loader"] == "DataError: process 1 could not collect: OSError: disk gone"
     assert second["loss"] == "KeyError: 'no such class'"
@@ -165,6 +147,9 @@ def test_whatever_stops_one_process_stops_both(tmp_path: Path) -> None:
     assert first["criteria"].startswith("DataError: processes collect for different networks or criteria")
     assert first["length"] == second["length"]
     assert first["length"].startswith("DataError: processes ran [2, 1] batches; expected equally many on each")
+    assert second["data"].startswith("DataError: ")
+    assert "ended after 1 of 2 batches" in second["data"]
+    assert first["data"] == f"DataError: process 1 could not collect: {second['data'].removeprefix('DataError: ')}"
 
 
 def test_one_process_needs_no_group() -> None:

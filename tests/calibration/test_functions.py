@@ -15,11 +15,7 @@ from tests.networks import randomise
 from torchshear.calibration._statistics import Statistics
 from torchshear.errors import DataError
 
-OF_WEIGHTS = {
-    "taylor": lambda w, g: (w * g) ** 2,
-    "snip": lambda w, g: (w * g).abs(),
-    "gradient": lambda w, g: g.abs(),
-}
+OF_WEIGHTS = {"taylor": lambda w, g: (w * g) ** 2, "snip": lambda w, g: (w * g).abs(), "gradient": lambda w, g: g.abs()}
 
 
 def samples(n_classes: int, shape: tuple[int, ...] = (5, 6)) -> list[tuple[Tensor, Tensor]]:
@@ -107,9 +103,6 @@ def test_a_function_with_the_derivative_is_not_called_again(monkeypatch: pytest.
     graph = torchshear.trace(Swishing(Swish.apply).eval(), (images()[0][0],))
     monkeypatch.setattr(Swish, "forward", None)
     assert torchshear.collect(graph, images(), functional.cross_entropy, 2).weights
-
-
-# -- what cannot be had -----------------------------------------------------------------------------------------------
 
 
 class Weighted(nn.Module):

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import torchshear
+from tests.networks import Net
 from torchshear.calibration._progress import with_progress
 from torchshear.errors import ArgumentError
 from torchshear.pruners import channel_means
@@ -92,13 +93,10 @@ def test_an_end_before_the_last_item_takes_the_bar_away(clock: list[float]) -> N
     assert screen.getvalue().endswith("\x1b[2K")
 
 
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.norm, self.two = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.norm(self.one(x)).relu())
+def normed() -> Net:
+    return Net(
+        lambda m, x: m.two(m.norm(m.one(x)).relu()), one=nn.Linear(3, 8), norm=nn.BatchNorm1d(8), two=nn.Linear(8, 2)
+    )
 
 
 def collected(model: nn.Module, loader: Any, progress: Any) -> None:
@@ -116,11 +114,11 @@ def recalibrated(model: nn.Module, loader: Any, progress: Any) -> None:
 @pytest.mark.parametrize("work", [collected, averaged, recalibrated], ids=lambda work: work.__name__)
 def test_all_work_on_data_reports_alike(work: Any) -> None:
     told: Told = []
-    work(Normed(), [torch.randn(4, 3)] * 2, lambda *args: told.append(args))
+    work(normed(), [torch.randn(4, 3)] * 2, lambda *args: told.append(args))
     assert [(done, total) for done, total, _ in told] == [(1, 2), (2, 2)]
     assert {what for _, _, what in told} == {"recalibrating" if work is recalibrated else "collecting"}
     with pytest.raises(ArgumentError, match="progress='bar'; expected True, False, or a function"):
-        work(Normed(), [torch.randn(4, 3)], "bar")
+        work(normed(), [torch.randn(4, 3)], "bar")
 
 
 @pytest.mark.parametrize("work", [collected, recalibrated], ids=lambda work: work.__name__)
@@ -129,4 +127,4 @@ def test_what_the_function_raises_is_raised(work: Any) -> None:
         raise KeyboardInterrupt(f"{done} of {total}")
 
     with pytest.raises(KeyboardInterrupt, match="1 of 2"):
-        work(Normed(), [torch.randn(4, 3)] * 2, stop)
+        work(normed(), [torch.randn(4, 3)] * 2, stop)

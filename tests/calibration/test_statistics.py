@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any
 
 import pytest
 import torch
@@ -10,42 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.calibration.sums import analysed, batches, collected, gradients
-from tests.networks import Residual, image, randomise
+from tests.calibration.sums import analysed, batches, collected
+from tests.networks import Net, Residual, image, randomise
 from tests.networks.plain import GroupedBranch
 from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS, SUMS_OF_WEIGHTS
 from torchshear.calibration._taps import find_taps
 from torchshear.calibration._weight_sums import WeightAccumulators
-from torchshear.errors import ArgumentError, DataError, WeightError
+from torchshear.errors import ArgumentError, WeightError
 
 
 @pytest.fixture
 def net() -> nn.Module:
     return randomise(GroupedBranch()).eval()
-
-
-def test_activations_are_those_behind_the_activation(net: nn.Module) -> None:
-    seen: list[Tensor] = []
-
-    def remember(x: Tensor) -> Tensor:
-        seen.append(functional.relu(x).detach())
-        return functional.relu(x)
-
-    _, statistics = collected(net, loss_fn=None)
-    assert not statistics.weights
-    assert not statistics.gates
-    net.act = remember  # type: ignore[assignment]
-    with torch.no_grad():
-        for x, _ in batches():
-            net(x)
-    values = torch.stack([torch.cat(seen[i::3]).double() for i in (1,)])[0]
-    (tap,) = statistics.taps["up.weight[0]"]
-    sums = statistics.values[tap.node, tap.dim]
-    assert sums.count == values.numel() // 12
-    torch.testing.assert_close(sums.zeros, (values == 0).double().sum((0, 2, 3)))
-    torch.testing.assert_close(sums.total, values.sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.squares, values.square().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.magnitude, values.abs().sum((0, 2, 3)), rtol=1e-5, atol=1e-5)
 
 
 def test_a_residual_stream_is_seen_behind_the_sum(net: nn.Module) -> None:
@@ -70,20 +45,15 @@ def weight_sums(net: nn.Module, found: Iterable[Mapping[str, Tensor | None]]) ->
     return sums
 
 
-class TwoHeads(nn.Module):
+def test_a_gradient_that_is_not_there_is_zero() -> None:
     """A layer with two outputs, of which a loss may leave one out."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm, self.one, self.two = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3), nn.Linear(8, 3)
+    def run(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = functional.relu(m.norm(m.stem(x)))
+        return m.one(x), m.two(x)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = functional.relu(self.norm(self.stem(x)))
-        return self.one(x), self.two(x)
-
-
-def test_a_gradient_that_is_not_there_is_zero() -> None:
-    net = randomise(TwoHeads()).eval()
+    net = Net(run, stem=nn.Linear(6, 8), norm=nn.LayerNorm(8), one=nn.Linear(8, 3), two=nn.Linear(8, 3))
+    net = randomise(net).eval()
     data = [(torch.randn(4, 6), keep) for keep in (True, False, True, False)]
 
     def loss(outputs: tuple[Tensor, Tensor], keep: bool) -> Tensor:
@@ -119,61 +89,19 @@ def test_a_chain_of_a_thousand_calls() -> None:
     assert len(statistics.layers) == 451
 
 
-def test_gradients_are_those_of_each_batch(net: nn.Module) -> None:
-    groups, statistics = collected(net)
-    named = {name: p.detach() for name, p in net.named_parameters()}
-    expected = weight_sums(net, gradients(net))
-    for name in named:
-        for word, sums in expected.items():
-            torch.testing.assert_close(getattr(statistics.weights[name], word), sums[name])
-    alone = torchshear.collect(groups, batches(), functional.cross_entropy, 3, criteria="snip")
-    for name in named:
-        torch.testing.assert_close(alone.weights[name].saliency, expected["saliency"][name])
-    rows = sum(
-        ((named["norm.weight"] * g["norm.weight"] + named["norm.bias"] * g["norm.bias"]) ** 2 for g in gradients(net)),
-        torch.zeros(8),
-    )
-    torch.testing.assert_close(statistics.rows["norm.weight", 0].squares, rows.double(), rtol=1e-5, atol=1e-9)
-
-
-def test_a_gate_stands_behind_every_layer_of_a_group_for_every_sample(net: nn.Module) -> None:
-    _, statistics = collected(net)
-    squares, each = torch.zeros(8, dtype=torch.float64), []
-    for x, target in batches():
-        gate = torch.ones(len(x), 8, requires_grad=True)
-        wide = gate[:, :, None, None]
-        y = functional.relu(net.norm(net.stem(x) * wide))
-        z = functional.relu(net.up_norm(net.up(y)))
-        out = net.head(functional.relu(y + net.down(z) * wide).mean((2, 3)))
-        (found,) = torch.autograd.grad(functional.cross_entropy(out, target), [gate])
-        squares += found.double().square().sum(0)
-        each.append(found.sum(0))
-    torch.testing.assert_close(statistics.gates["stem.weight[0]"].squares, squares, rtol=1e-5, atol=1e-9)
-    torch.testing.assert_close(
-        statistics.gates["stem.weight[0]"].batches, torch.stack(each, 1).double(), rtol=1e-4, atol=1e-7
-    )
-
-
-class InPlace(nn.Module):
+def test_gates_on_results_that_are_overwritten() -> None:
     """Layers whose results are overwritten, at once and by a view of them."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 7, 1), nn.Linear(7, 5)
-
-    def forward(self, x: Tensor, gates: tuple[Tensor, ...] | None = None) -> Tensor:
-        y = self.one(x)
+    def run(m: Net, x: Tensor, gates: tuple[Tensor, ...] | None = None) -> Tensor:
+        y = m.one(x)
         y = y if gates is None else y * gates[0][:, :, None, None]
         y = functional.silu(y, inplace=True)
-        z = functional.dropout(self.two(y), 0.5, self.training)
+        z = functional.dropout(m.two(y), 0.5, m.training)
         z = z if gates is None else z * gates[1][:, :, None, None]
-        wide = z.flatten(2)
-        wide.mul_(2)
-        return self.head(torch.tanh(z).mean((2, 3)))
+        z.flatten(2).mul_(2)
+        return m.head(torch.tanh(z).mean((2, 3)))
 
-
-def test_gates_on_results_that_are_overwritten() -> None:
-    net = randomise(InPlace()).eval()
+    net = randomise(Net(run, one=nn.Conv2d(3, 6, 1), two=nn.Conv2d(6, 7, 1), head=nn.Linear(7, 5))).eval()
     _, statistics = collected(net, criteria="group_fisher")
     squares = [torch.zeros(6, dtype=torch.float64), torch.zeros(7, dtype=torch.float64)]
     for x, target in batches():
@@ -184,40 +112,28 @@ def test_gates_on_results_that_are_overwritten() -> None:
         torch.testing.assert_close(statistics.gates[name].squares, expected, rtol=1e-5, atol=1e-10)
 
 
-class Turned(nn.Module):
-    """Linear layers that read sequences with the batch behind the time, and with both in one dimension."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(6, 7), nn.Linear(7, 5)
-
-    def forward(self, x: Tensor, gates: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        y = self.one(x.transpose(0, 1))  # (time, batch, width)
-        y = y if gates is None else y * gates[0]
-        y = torch.tanh(y).transpose(0, 1)
-        z = self.two(y.reshape(-1, 6))
-        z = z if gates is None else z * gates[1].repeat_interleave(x.shape[1], 0)
-        return self.head(torch.tanh(z).reshape(*x.shape[:2], 7).mean(1))
-
-
 def test_inputs_without_a_common_batch_have_gates() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.head = nn.Linear(3, 6), nn.Linear(4, 6), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return self.head(torch.tanh(self.one(x)).sum(0) * torch.tanh(self.two(y)).sum(0))
-
+    parts = {"one": nn.Linear(3, 6), "two": nn.Linear(4, 6), "head": nn.Linear(6, 2)}
+    pair = Net(lambda m, x, y: m.head(torch.tanh(m.one(x)).sum(0) * torch.tanh(m.two(y)).sum(0)), **parts)
     data = (torch.randn(5, 3), torch.randn(3, 4))
-    groups = torchshear.analyze(torchshear.trace(randomise(Pair()).eval(), data))
+    groups = torchshear.analyze(torchshear.trace(randomise(pair).eval(), data))
     statistics = torchshear.collect(groups, [data], lambda output, _: output.sum(), 1)
     assert all(bool((sums.squares > 0).all()) for sums in statistics.gates.values())
 
 
 @pytest.mark.parametrize("size", [4, 8])
 def test_gates_find_the_samples_in_any_dimension(size: int) -> None:
-    net = randomise(Turned()).eval()
+    """Linear layers that read sequences with the batch behind the time, and with both in one dimension."""
+
+    def run(m: Net, x: Tensor, gates: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        y = m.one(x.transpose(0, 1))  # (time, batch, width)
+        y = y if gates is None else y * gates[0]
+        y = torch.tanh(y).transpose(0, 1)
+        z = m.two(y.reshape(-1, 6))
+        z = z if gates is None else z * gates[1].repeat_interleave(x.shape[1], 0)
+        return m.head(torch.tanh(z).reshape(*x.shape[:2], 7).mean(1))
+
+    net = randomise(Net(run, one=nn.Linear(3, 6), two=nn.Linear(6, 7), head=nn.Linear(7, 5))).eval()
     groups = torchshear.analyze(torchshear.trace(net, (torch.zeros(2, 8, 3),)))
     x = torch.randn(size, 8, 3, generator=torch.Generator().manual_seed(5))
     target = torch.arange(size) % 5
@@ -271,85 +187,6 @@ def test_nothing_of_the_model_changes(net: nn.Module) -> None:
     assert net.training
     assert all(parameter.grad is None for parameter in net.parameters())
     assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda x, t: (x, t),
-        lambda x, t: [x, t],
-        lambda x, t: ((x,), t),
-    ],
-)
-def test_batches_come_in_the_forms_that_loaders_give(net: nn.Module, form: Any) -> None:
-    groups = analysed(net)
-    one = torchshear.collect(groups, [form(*b) for b in batches()], functional.cross_entropy, batches=3)
-    assert one.loss == collected(net)[1].loss
-    assert one.n_samples == 12
-
-
-def test_keyword_batches_of_a_dictionary() -> None:
-    class Keywords(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = randomise(GroupedBranch())
-
-        def forward(self, *, image: Tensor) -> Tensor:
-            return self.net(image)
-
-    graph = torchshear.trace(Keywords().eval(), (), {"image": torch.zeros(2, 3, 6, 6)})
-    loader = [{"image": x, "label": t} for x, t in batches()]
-    statistics = torchshear.collect(graph, loader, lambda out, batch: functional.cross_entropy(out, batch["label"]), 3)
-    assert statistics.n_batches == 3
-
-
-def test_half_precision_is_summed_in_float32(net: nn.Module) -> None:
-    groups = torchshear.analyze(torchshear.trace(net.to(torch.bfloat16), (torch.zeros(2, 3, 6, 6).bfloat16(),)))
-    statistics = torchshear.collect(groups, batches(), lambda out, t: functional.cross_entropy(out.float(), t), 3)
-    assert statistics.weights["stem.weight"].taylor.dtype == torch.float32
-    assert "float32" in statistics.notes[0]
-
-
-def _nan_loss(output: Tensor, target: Tensor) -> Tensor:
-    return functional.cross_entropy(output, target) * float("nan")
-
-
-@pytest.mark.parametrize(
-    ("loader", "loss_fn", "count", "words"),
-    [
-        ([], None, 3, "gave no batch"),
-        (None, None, 3, "the loader is NoneType"),
-        (batches(2), None, 3, "ended after 2 of 3 batches"),
-        ([torch.zeros(2, 4, 6, 6)], None, 1, r"\(2, 4, 6, 6\)"),
-        ([{"z": 1}], None, 1, "is a dictionary with z; x missing"),
-        ([{"x": 1}], None, 1, "holds int; the model was captured with"),
-        ([(1, 2, 3)], None, 1, "tuple"),
-        ([(1, 2)], None, 1, "batch 0 holds int; the model was captured with a tensor"),
-        (batches(1), lambda out, t: out, 1, "expected a scalar"),
-        (batches(1), lambda out, t: 1.0, 1, "loss of batch 0 is float"),
-        (batches(1), lambda out, t: out.detach().sum(), 1, "does not depend"),
-        (batches(1), _nan_loss, 1, "loss of batch 0 is nan"),
-        (batches(1), lambda out, t: (out * 0).sum().sqrt(), 1, "NaN or infinite at"),
-    ],
-)
-def test_data_that_does_not_fit_is_refused(net: nn.Module, loader: Any, loss_fn: Any, count: int, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        torchshear.collect(analysed(net), loader, loss_fn, count)
-
-
-def test_a_loss_that_does_not_reach_a_group_is_refused() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Conv2d(3, 4, 1)
-            self.a, self.b = nn.Sequential(nn.Conv2d(4, 6, 1), nn.Conv2d(6, 2, 1)), nn.Conv2d(4, 2, 1)
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            x = self.stem(x)
-            return self.a(x), self.b(x)
-
-    with pytest.raises(DataError, match=r"reaches group 'a.0.weight\[0\]'"):
-        torchshear.collect(analysed(Two().eval()), batches(1), lambda out, t: out[1].sum(), 1)
 
 
 def test_arguments_are_checked(net: nn.Module) -> None:

@@ -28,7 +28,6 @@ class Exponential(nn.Module):
     """A weight that is always positive."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Of the same shape."""
         return weight.exp()
 
 
@@ -36,7 +35,6 @@ class Standardised(nn.Module):
     """Rows of mean 0 and variance 1."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Of the same shape."""
         rows = weight.flatten(1)
         return ((rows - rows.mean(1, keepdim=True)) / rows.var(1, keepdim=True).sqrt()).reshape(weight.shape)
 
@@ -52,7 +50,6 @@ class Adapted(nn.Module):
         self.down = nn.Parameter(torch.randn(2, rows.shape[1], generator=generator).to(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Of the same shape."""
         return weight + (self.up @ self.down).reshape(weight.shape)
 
 
@@ -274,7 +271,6 @@ class Twice(nn.Module):
         self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
         return self.last(self.shared(self.shared(self.first(x)).relu()).relu())
 
 

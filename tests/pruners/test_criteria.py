@@ -94,40 +94,7 @@ def test_scores_are_made_of_what_is_deleted(word: str, name: str) -> None:
         np.testing.assert_allclose(scores.detach(), expected(naive_norms(groups, group, power)), rtol=1e-6)
 
 
-def test_scores_by_hand() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[3.0, -4.0], [0.0, 0.5], [1.0, 1.0]]))
-    groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 2),)))
-    assert find_criterion("l1")(groups[0], weights_of(groups), None).tolist() == [7.0, 0.5, 2.0]
-    assert find_criterion("l2")(groups[0], weights_of(groups), None).tolist() == pytest.approx([5.0, 0.5, 2**0.5])
-
-
 OF_WEIGHTS = ["fpgm", "l1", "l2", "lamp"]  # others look at data, or at some groups only: test_data_criteria.py
-
-
-@pytest.mark.parametrize("word", OF_WEIGHTS)
-@pytest.mark.parametrize("name", MODELS)
-def test_permuting_channels_permutes_scores_and_nothing_else(word: str, name: str) -> None:
-    groups = analysed(name)
-    score = find_criterion(word)
-    weights = weights_of(groups)
-    for index, group in enumerate(groups):
-        if group.balance is not None or any(m.multiplicity != 1 or m.n_blocks for m in group.members):
-            continue
-        order = torch.randperm(group.width, generator=torch.Generator().manual_seed(index))
-        permuted = dict(weights)
-        for member in group.members:
-            if member.name in permuted and member.size == group.width:
-                to = torch.from_numpy(member.positions[np.argsort(member.units)])
-                moved = permuted[member.name].clone()
-                source = permuted[member.name].index_select(member.dim, to[order])
-                moved.index_copy_(member.dim, to, source)
-                permuted[member.name] = moved.detach()
-        torch.testing.assert_close(score(group, permuted, None), score(group, weights, None)[order])
-        for other in groups:
-            if other is not group:
-                torch.testing.assert_close(score(other, permuted, None), score(other, weights, None))
 
 
 @pytest.mark.parametrize("word", OF_WEIGHTS)
@@ -178,14 +145,6 @@ def test_unknown_and_double_names() -> None:
     assert "l1" in _registry._CRITERIA
 
 
-def test_a_function_is_a_criterion_and_bad_scores_are_refused() -> None:
-    groups = analysed("residual")
-    first = torchshear.plan(groups, criterion=lambda group, weights, statistics: -torch.arange(group.width))
-    assert first.kept["stem.weight[0]"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(ArgumentError, match=r"shape \(1,\) .*'stem.weight.0.'; expected .* 8 "):
-        torchshear.plan(groups, criterion=lambda group, weights, statistics: torch.zeros(1))
-
-
 @pytest.mark.parametrize("group_reduction", ["sum", "mean"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool])
 def test_scores_of_any_real_type_count(dtype: torch.dtype, group_reduction: str) -> None:
@@ -200,6 +159,7 @@ def test_scores_of_any_real_type_count(dtype: torch.dtype, group_reduction: str)
     ("made", "said"),
     [
         (lambda n: None, "gave NoneType"),
+        (lambda n: torch.zeros(1), r"shape \(1,\)"),
         (lambda n: [1.0] * n, "gave list"),
         (lambda n: np.ones(n), "gave ndarray"),
         (lambda n: torch.ones(n, device="meta"), "on meta"),
@@ -235,8 +195,7 @@ def test_random_scores_need_no_weights_and_follow_seed_and_name() -> None:
 
 def test_lamp_by_hand() -> None:
     model = nn.Sequential(nn.Linear(1, 5, bias=False), nn.ReLU(), nn.Linear(5, 1))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[2.0], [0.0], [1.0], [-2.0], [3.0]]))
+    model[0].weight.data.copy_(torch.tensor([[2.0], [0.0], [1.0], [-2.0], [3.0]]))
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 1),)))
     # squares 4, 0, 1, 4, 9 go in the order 0, 1, the later 4, the earlier 4, 9
     found = find_criterion("lamp")(groups[0], weights_of(groups), None)

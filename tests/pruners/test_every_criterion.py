@@ -36,9 +36,6 @@ SCOPES = ("local", "global", "isomorphic")
 DIGITS = {"fpgm": 1e-5}  # its distances are worked out in float32
 
 
-# -- what each says of itself -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", CRITERIA)
 def test_docstring_says_formula_shape_direction_data_and_source(name: str) -> None:
     said = find_criterion(name).__doc__ or ""
@@ -49,9 +46,6 @@ def test_docstring_says_formula_shape_direction_data_and_source(name: str) -> No
     data = "gradients:" if needs & SUMS_OF_GRADIENTS else "activations:" if needs else "no data."
     assert f"Needs {data}" in " ".join(said.split())
     assert re.search(r"^ +Reference: \w", said, re.MULTILINE)
-
-
-# -- against the definitions ------------------------------------------------------------------------------------------
 
 
 class Adversarial(naive.Residual):
@@ -103,9 +97,6 @@ def test_scores_are_the_definition(name: str, net: str) -> None:
     for group in groups:
         expected = naive.scores(name, seen, TOYS[net].parts[group.name])
         np.testing.assert_allclose(score(name, groups, group, statistics), expected, rtol=DIGITS.get(name, 1e-8))
-
-
-# -- permutation and order --------------------------------------------------------------------------------------------
 
 
 def permuted(member: Member, weight: Tensor, order: np.ndarray) -> Tensor:
@@ -209,9 +200,6 @@ def mixed_again() -> tuple[ChannelGroups, Statistics]:
     return mixed.__wrapped__()[1:]
 
 
-# -- every kind of layer ----------------------------------------------------------------------------------------------
-
-
 def output_loss(output: Tensor, _: Tensor) -> Tensor:
     """Another weight for each number of a sample, so that no gradient is the same everywhere."""
     return (torch.linspace(-1, 2, output[0].numel(), dtype=output.dtype) * output.flatten(1).square()).mean()
@@ -282,9 +270,6 @@ def test_scores_are_finite_unless_a_criterion_has_nothing_to_say(name: str, kind
             torchshear.plan(groups, name, 0.5, statistics=statistics)
 
 
-# -- shrunk models ----------------------------------------------------------------------------------------------------
-
-
 def sequences() -> list[tuple[Tensor, Tensor]]:
     """Sequences of four vectors, of three classes."""
     generator = torch.Generator().manual_seed(0)
@@ -299,11 +284,6 @@ class Mean(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(1)
-
-
-def cells() -> nn.LSTM:
-    """Two layers in both directions."""
-    return nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True)
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], list[Any]]] = {

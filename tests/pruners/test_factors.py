@@ -1,25 +1,23 @@
 """Channels and a multiplier of theirs: what was asked is taken from the channels, once."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import torchshear
-from tests.networks import Between
+from tests.networks import Between, Net
 
 X = torch.randn(2, 3, 8, 8)
 
 
-class Multiplied(nn.Module):
+def multiplied() -> Net:
     """Two depthwise convolutions, each with twice as many outputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3)
-        self.one, self.two = nn.Conv2d(16, 32, 3, groups=16), nn.Conv2d(32, 64, 3, groups=32)
-        self.last = nn.Conv2d(64, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.two(self.one(self.stem(x).relu()).relu()).relu())
+    return Net(
+        lambda m, x: m.last(m.two(m.one(m.stem(x).relu()).relu()).relu()),
+        stem=nn.Conv2d(3, 16, 3),
+        one=nn.Conv2d(16, 32, 3, groups=16),
+        two=nn.Conv2d(32, 64, 3, groups=32),
+        last=nn.Conv2d(64, 5, 1),
+    )
 
 
 def widths(model: nn.Module) -> list[int]:
@@ -27,16 +25,16 @@ def widths(model: nn.Module) -> list[int]:
 
 
 def test_a_multiplier_stays_whole_where_what_it_multiplies_shrinks() -> None:
-    result = torchshear.prune(Multiplied().eval(), (X,), ratio=0.5)
+    result = torchshear.prune(multiplied().eval(), (X,), ratio=0.5)
     assert widths(result.model) == [8, 16, 32, 5]
     notes = [group.note for group in result.report.groups]
     assert notes == ["", *["stays whole: a factor of channels that shrink with 'stem.weight[0]'"] * 2]
 
 
 def test_a_multiplier_shrinks_where_it_is_named_or_alone() -> None:
-    named = torchshear.prune(Multiplied().eval(), (X,), ratio={"one.weight[0]": 0.5, "*": 0.5})
+    named = torchshear.prune(multiplied().eval(), (X,), ratio={"one.weight[0]": 0.5, "*": 0.5})
     assert widths(named.model) == [8, 8, 16, 5]
-    alone = torchshear.prune(Multiplied().eval(), (X,), ratio=0.5, exclude="stem")
+    alone = torchshear.prune(multiplied().eval(), (X,), ratio=0.5, exclude="stem")
     assert widths(alone.model) == [16, 16, 32, 5]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import randomise
+from tests.networks import Net, randomise
 from tests.networks.experts import CHOSEN, INNER, TOKENS, WIDTH, Mixture
 from tests.pruners.naive_recurrent import RECURRENT, Read, Steps, loss_of, root_mean_squares, variance
 from tests.pruners.scoring import score, weights_of
@@ -28,9 +28,6 @@ STEPS, INPUTS, HIDDEN = 4, 5, 3
 def random_data(*shape: int) -> list[tuple[Tensor]]:
     generator = torch.Generator().manual_seed(0)
     return [(torch.randn(shape, generator=generator, dtype=torch.float64),) for _ in range(3)]
-
-
-# -- recurrent layers -------------------------------------------------------------------------------------------------
 
 
 KINDS: dict[str, Callable[[], nn.RNNBase]] = {
@@ -94,27 +91,26 @@ def test_a_recurrent_call_gives_the_same_when_it_is_looked_into(kind: str) -> No
     assert statistics.loss == pytest.approx(sum(seen.losses) / len(seen.losses), rel=1e-12)
 
 
-class Cells(nn.Module):
+def cell_network(cell: nn.RNNCellBase) -> Net:
     """A cell that is called once a step."""
 
-    def __init__(self, cell: nn.RNNCellBase) -> None:
-        super().__init__()
-        self.cell, self.head = cell, nn.Linear(HIDDEN, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def run(m: Net, x: Tensor) -> Tensor:
         state: Any = None
         found = []
         for step in x.unbind(1):
-            state = self.cell(step, state)
+            state = m.cell(step, state)
             found.append(state[0] if isinstance(state, tuple) else state)
-        return self.head(torch.stack(found, 1).mean(1))
+        return m.head(torch.stack(found, 1).mean(1))
+
+    return Net(run, cell=cell, head=nn.Linear(HIDDEN, 3))
 
 
 @pytest.mark.parametrize("name", ["mean_activation", "activation_variance", "wanda", "fpgm"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_cells_are_scored_like_layers(kind: type[nn.RNNBase], name: str) -> None:
     layer = randomise(Read(kind(INPUTS, HIDDEN, batch_first=True))).double().eval()
-    cells = Cells({nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell, nn.RNN: nn.RNNCell}[kind](INPUTS, HIDDEN)).double().eval()
+    cell = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell, nn.RNN: nn.RNNCell}[kind](INPUTS, HIDDEN)
+    cells = cell_network(cell).double().eval()
     cells.cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.layer.state_dict().items()})
     data = random_data(3, STEPS, INPUTS)
     groups = torchshear.analyze(torchshear.trace(cells, data[0]))
@@ -122,9 +118,6 @@ def test_cells_are_scored_like_layers(kind: type[nn.RNNBase], name: str) -> None
     (group,) = groups.prunable
     expected = [RECURRENT[name](Steps(layer, data), "l0", c) for c in range(HIDDEN)]
     np.testing.assert_allclose(score(name, groups, group, statistics), expected, rtol=1e-5 if name == "fpgm" else 1e-8)
-
-
-# -- expert tensors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -234,9 +227,6 @@ def test_what_picked_experts_make_is_seen_and_not_their_weights(name: str) -> No
     np.testing.assert_allclose(score(name, groups, group, statistics), expected[name], rtol=1e-8)
 
 
-# -- layers whose units are not the rows of one matrix ----------------------------------------------------------------
-
-
 def test_fpgm_compares_the_filters_of_a_grouped_transposed_convolution() -> None:
     model = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), nn.Conv2d(6, 4, 1))
     model = randomise(model).double().eval()
@@ -248,19 +238,17 @@ def test_fpgm_compares_the_filters_of_a_grouped_transposed_convolution() -> None
     np.testing.assert_allclose(found, [sum(math.dist(one, other) for other in made) for one in made], rtol=1e-5)
 
 
-class Twice(nn.Module):
+def twice() -> Net:
     """One matrix that two products read, of which one sees numbers a hundred times as large."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared, self.head = nn.Linear(3, 4, bias=False), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.shared(x)) + torch.tanh(self.shared(100 * x)))
+    return Net(
+        lambda m, x: m.head(torch.tanh(m.shared(x)) + torch.tanh(m.shared(100 * x))),
+        shared=nn.Linear(3, 4, bias=False),
+        head=nn.Linear(4, 2),
+    )
 
 
 def test_wanda_means_what_all_calls_read() -> None:
-    model, data = randomise(Twice()).double().eval(), random_data(3, 3)
+    model, data = randomise(twice()).double().eval(), random_data(3, 3)
     groups = torchshear.analyze(torchshear.trace(model, data[0]))
     statistics = torchshear.collect(groups, data, batches=3)
     (group,) = groups.prunable

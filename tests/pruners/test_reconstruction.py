@@ -77,9 +77,8 @@ def test_errors_are_those_of_least_squares_and_the_least_goes_first() -> None:
 def test_units_that_are_looked_at_together_go_in_the_same_order(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 90), nn.ReLU(), nn.Linear(90, 12))
-    with torch.no_grad():
-        model[0].weight[60:] = model[0].weight[:30]  # a pair of copies must not go at once
-        model[0].bias[60:] = model[0].bias[:30]
+    model[0].weight.data[60:] = model[0].weight[:30]  # a pair of copies must not go at once
+    model[0].bias.data[60:] = model[0].bias[:30]
     groups, statistics = analysed(model, noise(2, 6), [noise(400, 6)])
     (together,) = reconstruction_errors(groups, statistics).values()
     monkeypatch.setattr(_reconstruction, "_POOL", 1)
@@ -116,9 +115,8 @@ def test_products_are_taken_of_places_all_over_a_value() -> None:
 def test_copies_go_first_whatever_their_weights() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 3))
-    with torch.no_grad():
-        model[0].weight[4:] = 5 * model[0].weight[:2]
-        model[0].bias[4:] = 5 * model[0].bias[:2]
+    model[0].weight.data[4:] = 5 * model[0].weight[:2]
+    model[0].bias.data[4:] = 5 * model[0].bias[:2]
     model.double()
     loader = [noise(8, 3, 6, 6, seed=number) for number in range(2)]
     groups, statistics = analysed(model, noise(2, 3, 6, 6), loader)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import torchshear
-from tests.networks import Grouped, Residual, image, randomise
-from torchshear.dependency import ChannelGroup, Member
+from tests.networks import Grouped, Residual, analyzed, image, randomise
+from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.pruners.selection._unit_selector import choose_units
@@ -75,35 +75,31 @@ def test_notes_say_what_moved_a_width() -> None:
 
 
 def test_alignment_and_balance_hold_together() -> None:
-    model = randomise(Grouped())
-    groups = torchshear.analyze(torchshear.trace(model, (image(),)))
+    groups = analyzed(randomise(Grouped()), image())
     plan = torchshear.plan(groups, ratio=0.4, align=6)
     assert all(len(kept) == 6 for kept in plan.kept.values())
     assert all(np.bincount(kept // 4).tolist() == [2, 2, 2] for kept in plan.kept.values())
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan"), "half", True])
-def test_a_ratio_outside_the_range_is_refused(ratio: object) -> None:
-    groups = torchshear.analyze(torchshear.trace(Residual(), (image(),)))
-    with pytest.raises(ArgumentError, match=r"ratio=.*; expected a number in \[0, 1\)"):
-        torchshear.plan(groups, ratio=ratio)  # type: ignore[arg-type]
+@pytest.fixture(scope="module")
+def groups() -> ChannelGroups:
+    return analyzed(Residual(), image())
 
 
-@pytest.mark.parametrize("min_width", [0, -3, 1.5, True])
-def test_a_minimum_below_one_is_refused(min_width: object) -> None:
-    groups = torchshear.analyze(torchshear.trace(Residual(), (image(),)))
-    with pytest.raises(ArgumentError, match=r"min_width=.*; expected an integer of at least 1"):
-        torchshear.plan(groups, min_width=min_width)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("word", "given", "expected"),
+    [
+        *(("ratio", given, r"a number in \[0, 1\)") for given in (-0.1, 1.0, 1.5, float("nan"), "half", True)),
+        *(("min_width", given, "an integer of at least 1") for given in (0, -3, 1.5, True)),
+    ],
+)
+def test_a_number_outside_the_range_is_refused(groups: ChannelGroups, word: str, given: object, expected: str) -> None:
+    with pytest.raises(ArgumentError, match=f"{word}=.*; expected {expected}"):
+        torchshear.plan(groups, **{word: given})  # type: ignore[arg-type]
 
 
-def test_a_ratio_that_moves_nothing_says_which_would() -> None:
-    groups = torchshear.analyze(torchshear.trace(Residual(), (image(),)))
+def test_a_ratio_that_moves_nothing_says_which_would(groups: ChannelGroups) -> None:
     with pytest.raises(ArgumentError, match=r"ratio=0.01 .*'one.weight\[0\]' with 16 units.*ratio=0.07"):
         torchshear.plan(groups, ratio=0.01)
     with pytest.raises(ArgumentError, match="use a smaller alignment"):
         torchshear.plan(groups, ratio=0.5, align=64)
-
-
-def test_ratio_zero_keeps_everything() -> None:
-    groups = torchshear.analyze(torchshear.trace(Residual(), (image(),)))
-    assert torchshear.plan(groups, ratio=0).n_cut == 0

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import Attention, Between, classified
+from tests.networks import Attention, Between, Net, classified
 from tests.networks.attention import EncoderBlock
-from tests.networks.feed_forward import GatedFeedForward
 from torchshear.calibration._statistics import Statistics
 from torchshear.dependency import ChannelGroups
 from torchshear.pruners import UnscorableError
@@ -73,40 +72,13 @@ def naive_rows(model: nn.Module, layers: list[str], inputs: list[tuple[Tensor, T
     return total
 
 
-def test_rows_are_scored_with_their_bias() -> None:
-    torch.manual_seed(0)
-    model = EncoderBlock().double().eval()
-    groups, statistics = seen(model, 3, 5, 12)
-    np.testing.assert_allclose(
-        score(groups, statistics, "ffn"), naive_rows(model, ["up"], classified(3, 5, 12)), rtol=1e-9
-    )
-
-
-def test_layers_of_a_group_add_up() -> None:
-    torch.manual_seed(0)
-    model = GatedFeedForward().double().eval()
-    groups, statistics = seen(model, 3, 12)
-    np.testing.assert_allclose(
-        score(groups, statistics, "ffn"), naive_rows(model, ["gate", "up"], classified(3, 12)), rtol=1e-9
-    )
-
-
-class Transposed(nn.Module):
-    """A weight with its inputs first, as in GPT-2, whose bias is an operand before it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Module(), nn.Linear(9, 5)
-        self.up.weight, self.up.bias = nn.Parameter(torch.randn(12, 9)), nn.Parameter(torch.randn(9))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(torch.tanh(torch.addmm(self.up.bias, x, self.up.weight)))
-
-
 def test_rows_lie_along_any_dimension() -> None:
+    """A weight with its inputs first, as in GPT-2, whose bias is an operand before it."""
     torch.manual_seed(0)
-    model = Transposed().double().eval()
-    groups, statistics = seen(model, 3, 12)
+    up = nn.Module()
+    up.weight, up.bias = nn.Parameter(torch.randn(12, 9)), nn.Parameter(torch.randn(9))
+    model = Net(lambda m, x: m.down(torch.tanh(torch.addmm(m.up.bias, x, m.up.weight))), up=up, down=nn.Linear(9, 5))
+    groups, statistics = seen(model.double().eval(), 3, 12)
     np.testing.assert_allclose(
         score(groups, statistics, "ffn"), naive_rows(model, ["up"], classified(3, 12), 1), rtol=1e-9
     )
@@ -130,19 +102,10 @@ def test_rows_of_blocks_come_one_after_another(piece: int, monkeypatch: pytest.M
     np.testing.assert_allclose(found, torch.stack(gates).abs().sum(0), rtol=1e-9)
 
 
-class Product(nn.Module):
-    """Parameters that are multiplied with one another, and are no layer's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.head = nn.Parameter(torch.randn(12, 7)), nn.Parameter(torch.randn(7)), nn.Linear(12, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(x * (self.one * self.two).mean())
-
-
 def test_units_without_rows_cannot_be_scored() -> None:
-    groups, statistics = seen(Product().double().eval(), 3, 12)
+    parts = {"one": nn.Parameter(torch.randn(12, 7)), "two": nn.Parameter(torch.randn(7)), "head": nn.Linear(12, 5)}
+    model = Net(lambda m, x: m.head(x * (m.one * m.two).mean()), **parts)  # multiplied with one another, and no layer's
+    groups, statistics = seen(model.double().eval(), 3, 12)
     assert {member.name for group in groups for member in group.members} == {"one", "two"}
     for group in groups.prunable:
         with pytest.raises(UnscorableError, match="^sensitivity: "):

@@ -136,8 +136,7 @@ def test_gradual_share_of_groups() -> None:
 def test_level() -> None:
     layer = nn.Linear(5, 2, bias=False)
     assert (~m.choose_masks(layer, ratio=0.35).tensors["weight"]).sum() == 3
-    with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[1.0, 1, 1, 2, 2], [2, 2, 2, 2, 2]]))
+    layer.weight.data.copy_(torch.tensor([[1.0, 1, 1, 2, 2], [2, 2, 2, 2, 2]]))
     assert (~m.choose_masks(layer, ratio=0.1).tensors["weight"]).nonzero().tolist() == [[0, 2]]
 
 
@@ -186,8 +185,7 @@ def test_global_ranks_layers_against_one_another() -> None:
 
 def test_global_limits_of_n_of_m_are_in_weights() -> None:
     net = randomise(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16)))
-    with torch.no_grad():
-        net[0].weight.mul_(1e-3)
+    net[0].weight.data.mul_(1e-3)
     masks = m.choose_masks(net, "2:4", 0.25, scope="global")
     assert [layer.achieved for layer in masks.layers] == [0.5, 0.0], "all groups of the first are switched"
     masks = m.choose_masks(net, "2:4", 0.25, scope="global", max_ratio=0.375)

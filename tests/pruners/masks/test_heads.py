@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Attention, Residual, Separate, image, randomise
+from tests.networks import Attention, Net, Residual, Separate, image, randomise
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks as m
 
@@ -48,8 +48,7 @@ def test_score_and_masks_as_by_hand(is_fused: bool) -> None:
 def test_other_reductions_and_scores() -> None:
     net = randomise(Separate(4, 4, 6))
     groups = analysed(net)
-    with torch.no_grad():
-        net.v.weight[13, 2] = 100.0  # of head 2
+    net.v.weight.data[13, 2] = 100.0  # of head 2
     for reduce in ("max", "sum"):
         masks = m.choose_masks(net, "heads", 0.75, groups=groups, reduce=reduce)
         assert masks.tensors["v.weight"].any(1).nonzero().flatten().tolist() == list(range(12, 18))
@@ -94,15 +93,13 @@ def test_query_heads_go_with_what_they_read_unless_named() -> None:
 
 
 def test_module_of_torch() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x, x, x, need_weights=False)[0]
-
-    net = randomise(Net()).eval()
+    net = randomise(
+        Net(
+            lambda m, x: m.attention(x, x, x, need_weights=False)[0],
+            attention=nn.MultiheadAttention(16, 4, batch_first=True),
+        )
+    ).eval()
     masks = m.choose_masks(net, "heads", 0.25, groups=analysed(net))
     assert sorted(masks.tensors) == ["attention.in_proj_bias", "attention.in_proj_weight", "attention.out_proj.weight"]
     twin = copy.deepcopy(net)

@@ -14,6 +14,7 @@ from tests.networks import (
     Between,
     FeedForward,
     Grouped,
+    Net,
     Residual,
     Separate,
     Tied,
@@ -21,6 +22,7 @@ from tests.networks import (
     analyzed,
     image,
     randomise,
+    zero,
 )
 from tests.oracle import assert_outputs_equal, fresh_inputs
 from tests.strategies import RandomNetwork, example_input, random_description
@@ -49,6 +51,13 @@ def removed(net: nn.Module, x: Tensor, masks: m.Masks) -> tuple[dict[str, int], 
         for one, output in zip(inputs, expected, strict=True):
             assert_outputs_equal(small(one), output.detach(), 1e-9)
     return {group.name: group.width - len(group.kept) for group in plan.groups}, small
+
+
+def ended(net: nn.Module, x: Tensor) -> torchshear.PruningPlan:
+    """The plan of what has ended in a network, which shrunk computes the same."""
+    plan = m.plan_from_masks(analyzed(net, x))
+    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+    return plan
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Tensor, str, dict[str, int]]] = {
@@ -86,8 +95,7 @@ def test_heads(make: Callable[[], nn.Module]) -> None:
 
 def test_the_width_of_a_head_stays_where_queries_and_keys_read_it() -> None:
     net = ready(Attention(16, 4))
-    with torch.no_grad():
-        net.proj.weight.view(16, 4, 4)[:, :, 1] = 0
+    zero(net.proj.weight.view(16, 4, 4)[:, :, 1])
     found = m.plan_from_masks(analyzed(net, TOKENS))
     assert found.n_cut == 0
 
@@ -105,17 +113,11 @@ def test_units_that_something_else_reads_stay(other: str, is_alive: bool) -> Non
 
 @pytest.mark.parametrize("is_alive", [True, False])
 def test_units_that_a_buffer_reads_stay(is_alive: bool) -> None:
-    class WithBuffer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 5)
-            self.register_buffer("fixed", torch.ones(5, 12))
+    def run(m: Net, x: Tensor) -> Tensor:
+        hidden = torch.relu(m.up(x))
+        return m.down(hidden) + torch.nn.functional.linear(hidden, m.fixed)
 
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = torch.relu(self.up(x))
-            return self.down(hidden) + torch.nn.functional.linear(hidden, self.fixed)
-
-    net = ready(WithBuffer())
+    net = ready(Net(run, up=nn.Linear(6, 12), down=nn.Linear(12, 5), fixed=torch.ones(5, 12)))
     with torch.no_grad():
         net.down.weight[:, :6] = 0
         if not is_alive:
@@ -123,16 +125,13 @@ def test_units_that_a_buffer_reads_stay(is_alive: bool) -> None:
     x = torch.randn(3, 6).double()
     assert m.plan_from_masks(analyzed(net, x)).n_cut == 0
     net.fixed[:, :6] = 0
-    plan = m.plan_from_masks(analyzed(net, x))
-    assert plan.n_cut == 6
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+    assert ended(net, x).n_cut == 6
 
 
 def test_the_trial_finds_readers_of_units_that_are_silent_on_every_example() -> None:
     net = ready(TwoReaders("sum"))
-    with torch.no_grad():
-        net.down.weight[:, :6] = 0
-        net.up.bias[:6] = -1e6
+    net.down.weight.data[:, :6] = 0
+    net.up.bias.data[:6] = -1e6
     groups = analyzed(net, torch.randn(3, 6).double())
     state = _State.of(groups, {name: entry.tensor.detach() for name, entry in groups.graph.state.items()})
     goes = {"up.weight[0]": np.arange(12) < 6}
@@ -143,15 +142,10 @@ def test_the_trial_finds_readers_of_units_that_are_silent_on_every_example() -> 
 def test_a_group_that_fails_does_not_hold_back_others() -> None:
     net = ready(nn.Sequential(nn.Linear(6, 8), nn.Sigmoid(), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)))
     x = torch.randn(3, 6).double()
-    with torch.no_grad():
-        net[0].weight[4:] = 0
-        net[0].bias[4:] = 0
-        net[4].weight[:, 3:] = 0
-    expected = net(x)
-    plan = m.plan_from_masks(analyzed(net, x))
+    zero(net[0].weight[4:], net[0].bias[4:], net[4].weight[:, 3:])
+    plan = ended(net, x)
     assert {group.name: len(group.kept) for group in plan.groups} == {"0.weight[0]": 8, "2.weight[0]": 3}
     assert plan.groups[0].note == "stays whole: its masked units still change the outputs"
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), expected, 1e-9)
 
 
 @pytest.mark.parametrize(
@@ -159,9 +153,7 @@ def test_a_group_that_fails_does_not_hold_back_others() -> None:
 )
 def test_rows_of_zeros_go_only_if_they_stay_zero(activation: nn.Module, n_cut: int) -> None:
     net = ready(nn.Sequential(nn.Linear(6, 8), activation, nn.Linear(8, 3)))
-    with torch.no_grad():
-        net[0].weight[4:] = 0
-        net[0].bias[4:] = 0
+    zero(net[0].weight[4:], net[0].bias[4:])
     assert m.plan_from_masks(analyzed(net, torch.randn(3, 6).double())).n_cut == n_cut
 
 
@@ -174,26 +166,20 @@ def test_rows_of_zeros_before_a_norm(has_bias: bool) -> None:
             net[0].bias[4:] = 0
     x = image().double()
     assert m.plan_from_masks(analyzed(net, x)).n_cut == 0, "the norm shifts zeros"
-    with torch.no_grad():
-        net[1].weight[4:] = 0
+    zero(net[1].weight[4:])
     assert m.plan_from_masks(analyzed(net, x)).n_cut == 0
-    with torch.no_grad():
-        net[1].bias[4:] = 0
-    plan = m.plan_from_masks(analyzed(net, x))
+    zero(net[1].bias[4:])
+    plan = ended(net, x)
     assert plan.kept["0.weight[0]"].tolist() == [0, 1, 2, 3]
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
     plain = ready(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 4, 1)))
-    with torch.no_grad():
-        plain[0].weight[4:] = 0
-        plain[0].bias[4:] = 0
+    plain[0].weight.data[4:] = 0
+    plain[0].bias.data[4:] = 0
     assert m.plan_from_masks(analyzed(plain, x)).n_cut == 0, "the norm takes its mean from zeros"
 
 
 def test_a_stream_with_a_norm_stays_whole() -> None:
     net = ready(nn.Sequential(nn.Linear(6, 16), FeedForward(), nn.Linear(16, 3)))
-    with torch.no_grad():
-        net[1].up.weight[:, :8] = 0
-        net[2].weight[:, :8] = 0
+    zero(net[1].up.weight[:, :8], net[2].weight[:, :8])
     plan = m.plan_from_masks(analyzed(net, torch.randn(2, 4, 6).double()))
     assert plan.n_cut == 0
     assert plan.groups[0].note == "stays whole: a norm, softmax or mean runs over it"
@@ -203,35 +189,17 @@ def test_one_unit_is_left_of_a_group_that_ended_whole() -> None:
     net = ready(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
     nn.init.zeros_(net[2].weight)
     x = torch.randn(3, 6).double()
-    plan = m.plan_from_masks(analyzed(net, x))
+    plan = ended(net, x)
     assert plan.kept["0.weight[0]"].tolist() == [7]
     assert plan.groups[0].note == "1 masked units stay: blocks keep equally many, and a least number stays"
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
 
 def test_blocks_keep_equally_many() -> None:
     net = ready(Grouped())
-    with torch.no_grad():
-        net.two.weight[:4, 0] = 0  # inputs 0 and 1 of the first group of four, 1 of the second, 3 of the third
-        net.two.weight[:4, 1] = 0
-        net.two.weight[4:8, 1] = 0
-        net.two.weight[8:, 3] = 0
+    zero(net.two.weight[:4, 0], net.two.weight[:4, 1], net.two.weight[4:8, 1], net.two.weight[8:, 3])
     x = image().double()
-    plan = m.plan_from_masks(analyzed(net, x))
+    plan = ended(net, x)
     assert plan.kept["one.weight[0]"].tolist() == [1, 2, 3, 4, 6, 7, 8, 9, 10]
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
-
-
-class TwoFilterGroups(nn.Module):
-    """Eight channels that a convolution reads in two filter groups."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two, self.three = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Conv2d(6, 4, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A map of 4 channels."""
-        return self.three(torch.relu(self.two(torch.relu(self.one(x)))))
 
 
 @pytest.mark.parametrize(
@@ -243,47 +211,34 @@ class TwoFilterGroups(nn.Module):
     ],
 )
 def test_filter_groups_lose_as_many_as_the_one_that_ended_least(masked: list[int], goes: list[int], left: int) -> None:
-    net, x = ready(TwoFilterGroups()), image().double()
-    with torch.no_grad():
-        net.one.weight[masked] = 0
-        net.one.bias[masked] = 0
-    plan = m.plan_from_masks(analyzed(net, x))
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), nn.Conv2d(6, 4, 1)]
+    net, x = ready(nn.Sequential(*layers)), image().double()
+    net[0].weight.data[masked] = 0
+    net[0].bias.data[masked] = 0
+    plan = ended(net, x)
     (group,) = [group for group in plan.groups if group.width == 8]
     assert sorted(set(range(8)) - set(group.kept.tolist())) == goes
     assert group.note.startswith(f"{left} masked units stay") is bool(left)
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
 
 def test_coupled_layers_keep_what_any_of_them_keeps() -> None:
-    class Sum(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(torch.relu(self.one(x) + self.two(x)))
-
-    net, x = ready(Sum()), image().double()
+    parts = {"one": nn.Conv2d(3, 4, 1), "two": nn.Conv2d(3, 4, 1), "head": nn.Conv2d(4, 2, 1)}
+    net, x = ready(Net(lambda m, x: m.head(torch.relu(m.one(x) + m.two(x))), **parts)), image().double()
     with torch.no_grad():
         for layer, kept in ((net.one, [1, 0, 0, 1]), (net.two, [1, 1, 0, 0])):
             layer.weight *= torch.tensor(kept)[:, None, None, None]
             layer.bias *= torch.tensor(kept)
-    plan = m.plan_from_masks(analyzed(net, x))
+    plan = ended(net, x)
     assert plan.kept["one.weight[0]"].tolist() == [0, 1, 3]
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
 
 
 def test_recurrent_units() -> None:
     net = ready(Between(lambda results: results[0], nn.LSTM(5, 8, batch_first=True), nn.Linear(8, 3)))
     x = torch.randn(2, 4, 5).double()
-    with torch.no_grad():
-        net.two.weight[:, 5:] = 0
+    zero(net.two.weight[:, 5:])
     assert m.plan_from_masks(analyzed(net, x)).n_cut == 0, "the next step reads them"
-    with torch.no_grad():
-        net.one.weight_hh_l0[:, 5:] = 0
-    plan = m.plan_from_masks(analyzed(net, x))
-    assert plan.n_cut == 3
-    assert_outputs_equal(torchshear.shrink(net, plan)(x), net(x), 1e-9)
+    zero(net.one.weight_hh_l0[:, 5:])
+    assert ended(net, x).n_cut == 3
 
 
 def test_tied_weights() -> None:
@@ -345,8 +300,7 @@ def test_sums_in_another_order_are_the_same_sums(monkeypatch: pytest.MonkeyPatch
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
-    with torch.no_grad():
-        model[2].weight[:, :100] = 0
+    model[2].weight.data[:, :100] = 0
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(16, 64),)))
     with Turned():
         plan = m.plan_from_masks(groups)

@@ -87,8 +87,7 @@ def test_without_cuda_the_error_says_so() -> None:
 
 def test_what_is_refused() -> None:
     net, masks = network()
-    with torch.no_grad():
-        net[0].weight.fill_(1)
+    net[0].weight.data.fill_(1)
     with pytest.raises(MaskError, match="'0.weight' is not zero"):
         m.to_semi_structured(net, masks)
     with pytest.raises(MaskError, match="the masks are of no layer of this model"):
