@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import Chunked, Residual, image, randomise
+from tests.networks import Chunked, Net, Residual, analyzed, image, randomise
 from tests.plan_files import edit_plan
 from torchshear import PruneResult, PruningPlan
 from torchshear.errors import PlanError, VerificationError
@@ -65,7 +65,7 @@ def tokens() -> tuple[Tensor]:
     return (torch.randint(40, (2, 7), generator=torch.Generator().manual_seed(0)),)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pruned() -> PruneResult:
     return torchshear.prune(randomise(Tokens()).eval(), tokens(), ratio=0.5)
 
@@ -94,7 +94,6 @@ def no_search(*_: Any) -> Any:
 def test_a_fresh_model_becomes_what_prune_gave(
     pruned: PruneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert pruned.plan.form is not None
     assert {slot.attribute for slot in pruned.plan.form.sizes} >= {"settings", "shape"}
     assert len(pruned.plan.form.factors) == 2
     plan = from_file(pruned.plan, tmp_path)
@@ -102,7 +101,6 @@ def test_a_fresh_model_becomes_what_prune_gave(
     again = shrink_to_form(randomise(Tokens(), 9).train(), plan)
     assert (again.form, again.reason) == (pruned.form, pruned.plan.form.reason)
     assert again.model.training
-    assert again.verification is not None
     assert again.verification.max_error <= 1e-9
     again.model.eval().load_state_dict(pruned.model.state_dict())
     assert attributes(again.model) == attributes(pruned.model)
@@ -120,10 +118,8 @@ def test_zeros_in_place_of_weights_change_nothing(pruned: PruneResult, tmp_path:
 
 
 def test_the_same_model_is_not_searched_again(pruned: PruneResult, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomise(Tokens()).eval()
-    result = torchshear.prune(model, tokens(), ratio=0.5)
     monkeypatch.setattr(_job, "native_form", no_search)
-    assert attributes(torchshear.shrink(model, result.plan)) == attributes(result.model)
+    assert attributes(torchshear.shrink(randomise(Tokens()).eval(), pruned.plan)) == attributes(pruned.model)
 
 
 @pytest.mark.parametrize(
@@ -180,31 +176,22 @@ def test_on_the_meta_device_the_recorded_form_is_made_without_comparison(pruned:
     assert torch.equal(shrunk.model(*tokens()), pruned.model(*tokens()))
 
 
-def test_a_plan_given_to_shrink_is_not_changed() -> None:
-    model = randomise(Residual()).eval()
-    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (image(),))), ratio=0.5)
-    torchshear.shrink(model, plan)
-    assert plan.form is None
-
-
-class Pair(nn.Module):
+def pair() -> Net:
     """One part with sizes in attributes and factors, and one that cannot be native."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer, self.chunked = Layer(Settings()), Chunked()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        left, right = self.layer(x).mean((1, 2)), self.chunked(y).sum((1, 2, 3))
+    def run(m: Net, x: Tensor, y: Tensor) -> Tensor:
+        left, right = m.layer(x).mean((1, 2)), m.chunked(y).sum((1, 2, 3))
         return left + right if right.sum() > 0 else left - right
+
+    return Net(run, layer=Layer(Settings()), chunked=Chunked())
 
 
 @pytest.mark.parametrize("names", [["layer"], ["layer", "chunked"]])
 def test_parts_replay_each_in_its_form(names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = (torch.randn(2, 5, 12), image())
-    result = torchshear.prune(randomise(Pair()).eval(), inputs, submodules=names)
+    result = torchshear.prune(randomise(pair()).eval(), inputs, submodules=names)
     monkeypatch.setattr(_job, "native_form", no_search)
-    again = shrink_to_form(randomise(Pair(), 9).eval(), from_file(result.plan, tmp_path))
+    again = shrink_to_form(randomise(pair(), 9).eval(), from_file(result.plan, tmp_path))
     kinds = {"layer": "native", "chunked": "traced"}
     assert dict(again.parts) == {name: kinds[name] for name in names}
     assert f"{again.form}: {again.reason}" == result.report.form
@@ -214,10 +201,7 @@ def test_parts_replay_each_in_its_form(names: list[str], tmp_path: Path, monkeyp
     assert torch.equal(again.model(*inputs), result.model(*inputs))
 
 
-# -- proof -------------------------------------------------------------------------------------------------------------
-
-
-def test_shrink_proves_what_it_gives_unless_told_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shrink_proves_what_it_gives_unless_told_not_to(pruned: PruneResult, monkeypatch: pytest.MonkeyPatch) -> None:
     model = randomise(Residual()).eval()
     plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (image(),))), ratio=0.5)
     assert shrink_to_form(model, plan, verify=False).verification is None
@@ -228,52 +212,31 @@ def test_shrink_proves_what_it_gives_unless_told_not_to(monkeypatch: pytest.Monk
     monkeypatch.setattr(_apply, "verify_analyzed", refuse)
     with pytest.raises(VerificationError, match="not equal"):
         torchshear.shrink(model, plan)
+    with pytest.raises(VerificationError, match="not equal"):  # nor does a recorded form give way to another
+        torchshear.shrink(randomise(Tokens(), 9), pruned.plan)
     assert sum(p.numel() for p in torchshear.shrink(model, plan, verify=False).parameters()) < sum(
         p.numel() for p in model.parameters()
     )
 
 
-def test_a_recorded_form_that_fails_the_proof_gives_way_to_no_other(
-    pruned: PruneResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise VerificationError("not equal")
-
-    monkeypatch.setattr(_apply, "verify_analyzed", refuse)
-    with pytest.raises(VerificationError, match="not equal"):
-        torchshear.shrink(randomise(Tokens(), 9), pruned.plan)
-
-
-def test_prune_proves_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[nn.Module] = []
-    prove = _apply.verify_analyzed
-
-    def count(*args: Any, **kwargs: Any) -> Any:
-        seen.append(args[1])
-        return prove(*args, **kwargs)
-
-    monkeypatch.setattr(_apply, "verify_analyzed", count)
-    result = torchshear.prune(randomise(Residual()).eval(), (image(),))
-    assert len(seen) == 1
-    assert seen[0] is result.model
-
-
-def test_given_inputs_are_those_that_it_is_proved_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_proved_and_on_what(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     prove = _apply.verify_analyzed
 
     def look(*args: Any, **kwargs: Any) -> Any:
-        seen.append(args[4])
+        seen.append(args)
         return prove(*args, **kwargs)
 
     monkeypatch.setattr(_apply, "verify_analyzed", look)
-    model = randomise(Residual()).eval()
-    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (image(),))), ratio=0.5)
-    given = (image(3),)
+    model, given = randomise(Residual()).eval(), (image(3),)
+    result = torchshear.prune(model, (image(),))
+    assert [args[1] for args in seen] == [result.model], "once"
+    plan = torchshear.plan(analyzed(model, image()), ratio=0.5)
     torchshear.shrink(model, plan, given)
     torchshear.shrink(model, plan)
-    assert seen[0].args[0] is given[0]
-    assert seen[1] is None, "those of the plan"
+    assert plan.form is None, "it is not changed"
+    assert seen[1][4].args[0] is given[0]
+    assert seen[2][4] is None, "inputs of the plan"
 
 
 def test_a_model_without_values_is_pruned_without_a_proof() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import randomise
+from tests.networks import Net, randomise
 from tests.oracle import assert_equals_masked, n_elements
 from torchshear.errors import ArgumentError
 
@@ -26,7 +26,6 @@ class OfTorch(nn.Module):
         self.attention = nn.MultiheadAttention(16, 4, **built)
 
     def forward(self, x: Tensor, hidden: Tensor | None = None) -> Any:
-        """Four features of each token."""
         t = self.stem(x)
         keys = x if self.attention.kdim == 3 else t
         y, weights = self.attention(t, keys, keys, key_padding_mask=hidden, **self.called)
@@ -76,7 +75,6 @@ class Pooling(nn.Module):
         self.query = nn.Parameter(torch.randn(1, 1, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four features of each sample."""
         t = self.stem(x)
         return self.out(self.attention(self.query.expand(len(t), 1, 16), t, t)[0])
 
@@ -129,21 +127,12 @@ def test_a_sample_that_is_padding_throughout_is_no_reason_to_refuse() -> None:
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_an_encoder_with_padding_is_cut(norm_first: bool) -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first)
-            self.stem, self.encoder, self.out = (
-                nn.Linear(3, 16),
-                nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
-                nn.Linear(16, 4),
-            )
-
-        def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
-            return self.out(self.encoder(self.stem(x), src_key_padding_mask=hidden))
-
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=norm_first)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    parts = {"stem": nn.Linear(3, 16), "encoder": encoder, "out": nn.Linear(16, 4)}
+    model = Net(lambda m, x, hidden: m.out(m.encoder(m.stem(x), src_key_padding_mask=hidden)), **parts)
     hidden = torch.tensor([[False, False, False, True, True], [False, False, False, False, True]])
-    model = randomise(Encoder().double()).eval()
+    model = randomise(model.double()).eval()
     small = torchshear.prune(model, (TOKENS, hidden), ratio=0.5).model
     assert n_elements(small) < 0.3 * n_elements(model)
 
@@ -159,7 +148,6 @@ class ByHand(nn.Module):
         self.split, self.scaled, self.multiply = split, scaled, multiply
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four features of each token."""
         b, n, _ = x.shape
         t = self.stem(x)
         q, k, v = (self.split(layer(t), self.heads, self.width) for layer in (self.q, self.k, self.v))

@@ -27,7 +27,6 @@ class Permuted(nn.Module):
         self.register_buffer("order", order, persistent)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values of shape (batch, 4)."""
         return self.two(self.one(x).relu()[:, self.order if self.literal is None else self.literal])
 
 

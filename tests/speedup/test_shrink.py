@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Between, Chunked, Grouped, Residual, image, randomise
+from tests.networks import Between, Chunked, Grouped, Net, Residual, image, randomise
 from torchshear.errors import ArgumentError, CaptureError, PlanError
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import TracedModule, shrink_to_form
@@ -63,19 +63,13 @@ def test_the_native_form_pickles(model: nn.Module) -> None:
 
 
 def test_a_size_that_only_training_reads_is_followed_by_the_traced_form() -> None:
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.width = nn.Linear(3, 8), nn.Linear(8, 2), 8
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.one(x)
+        if m.training:
+            y = y + torch.full((x.shape[0], m.width), 0.1)
+        return m.two(y)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.one(x)
-            if self.training:
-                y = y + torch.full((x.shape[0], self.width), 0.1)
-            out: Tensor = self.two(y)
-            return out
-
-    model = randomise(Noisy())
+    model = randomise(Net(run, one=nn.Linear(3, 8), two=nn.Linear(8, 2), width=8))
     small = shrink_to_form(model, made(model, torch.randn(2, 3)))
     assert small.form == "traced"
     assert "does not run in train mode" in small.reason
@@ -95,16 +89,11 @@ def test_saturated_activations_do_not_hide_a_difference() -> None:
 
 
 def test_parameters_that_only_training_reads_shrink_too() -> None:
-    class Auxiliary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.aux = nn.Linear(3, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+    def run(m: Net, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        h = torch.relu(m.one(x))
+        return (m.two(h), m.aux(h)) if m.training else m.two(h)
 
-        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            h = torch.relu(self.one(x))
-            return (self.two(h), self.aux(h)) if self.training else self.two(h)
-
-    model = randomise(Auxiliary())
+    model = randomise(Net(run, one=nn.Linear(3, 8), two=nn.Linear(8, 2), aux=nn.Linear(8, 2)))
     for form in FORMS:
         small = shrink_to_form(model, made(model, torch.randn(2, 3)), form=form).model
         assert small.get_parameter("aux.weight").shape == (2, 4)
@@ -239,15 +228,6 @@ def test_outputs_of_training_alone_keep_their_shapes() -> None:
     assert [group.width for group in result.plan.groups] == [8]
     assert result.report.refused["two.weight[0]"] == "model output 1 in train mode"
     assert result.model.train()(x)[1].shape == (1, 6)
-
-
-def test_weights_on_meta_shrink_by_shape() -> None:
-    with torch.device("meta"):
-        model = Residual()
-    groups = torchshear.analyze(torchshear.trace(model, (torch.empty(2, 3, 8, 8, device="meta"),)))
-    small = torchshear.shrink(model, plan_from_kept(groups, {"one.weight[0]": list(range(4))}))
-    assert small.get_parameter("one.weight").shape == (4, 8, 3, 3)
-    assert small.get_parameter("one.weight").is_meta
 
 
 @pytest.mark.gpu

@@ -31,7 +31,6 @@ class Mixed(nn.Module):
         self.one.to(DTYPES[first]), self.norm.to(DTYPES[first]), self.two.to(DTYPES[second])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four numbers a picture, in float32 whatever is in between."""
         first, second, last = self.casts
         y = self.norm(self.one(getattr(x, first)())).relu().mean((2, 3))
         return self.out(getattr(self.two(getattr(y, second)()).relu(), last)())
@@ -81,7 +80,6 @@ class Layouts(nn.Module):
         self.head.weight = nn.Parameter(self.head.weight.detach().t().contiguous().t())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four numbers a picture."""
         return self.head(self.body(x).mean((2, 3)))
 
 

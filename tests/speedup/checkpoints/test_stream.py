@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -80,8 +81,10 @@ def network() -> Network:
     return model
 
 
-def plan_of(model: nn.Module, ratio: float = 0.5) -> PruningPlan:
-    return torchshear.plan(torchshear.analyze(torchshear.trace(model, (TOKENS,))), ratio=ratio)
+@cache
+def plan_of(ratio: float = 0.5) -> PruningPlan:
+    """The plan of the network."""
+    return torchshear.plan(torchshear.analyze(torchshear.trace(network(), (TOKENS,))), ratio=ratio)
 
 
 def saved(model: nn.Module) -> dict[str, Tensor]:
@@ -133,7 +136,7 @@ def source(model: Network, tmp_path: Path) -> Path:
 
 
 def test_the_result_loads_into_the_model_shrunk_on_meta(model: Network, source: Path, tmp_path: Path) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     before = files_of(source)
     steps: list[tuple[int, int, str]] = []
     result = shrink_checkpoint(plan, source, tmp_path / "small", progress=lambda *step: steps.append(step))
@@ -157,7 +160,7 @@ def test_the_result_loads_into_the_model_shrunk_on_meta(model: Network, source: 
 
 
 def test_the_shards_are_of_the_same_kind(model: Network, source: Path, tmp_path: Path) -> None:
-    shrink_checkpoint(plan_of(model), source, tmp_path / "small")
+    shrink_checkpoint(plan_of(), source, tmp_path / "small")
     index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
     tensors = read_shards(tmp_path / "small")
@@ -177,7 +180,7 @@ def test_the_shards_are_of_the_same_kind(model: Network, source: Path, tmp_path:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn])
 def test_types_are_kept_bit_for_bit(model: Network, tmp_path: Path, dtype: torch.dtype) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in saved(model).items()}
     (tmp_path / "source").mkdir()
     save_file(tensors, tmp_path / "source" / "model.safetensors")
@@ -194,7 +197,7 @@ def test_types_are_kept_bit_for_bit(model: Network, tmp_path: Path, dtype: torch
 
 
 def test_names_may_be_those_of_ties_or_lack_a_prefix(model: Network, tmp_path: Path) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     shrink_checkpoint(plan, write_shards(saved(model), tmp_path / "plain"), tmp_path / "small")
     expected = read_shards(tmp_path / "small")
     tied = saved(model)
@@ -212,7 +215,7 @@ def test_names_may_be_those_of_ties_or_lack_a_prefix(model: Network, tmp_path: P
 def test_unknown_tensors_are_refused_copied_or_dropped(model: Network, tmp_path: Path) -> None:
     extra = torch.randn(3, 8)
     source = write_shards(saved(model) | {"old.inv_freq": extra}, tmp_path / "source")
-    plan = plan_of(model)
+    plan = plan_of()
     with pytest.raises(CheckpointError, match=r"'old.inv_freq', .*Network"):
         shrink_checkpoint(plan, source, tmp_path / "small")
     assert not (tmp_path / "small").exists()
@@ -238,7 +241,7 @@ def test_another_checkpoint_is_refused(model: Network, tmp_path: Path, edit, mes
     edit(tensors)
     source = write_shards(tensors, tmp_path / "source")
     with pytest.raises(CheckpointError, match=message):
-        shrink_checkpoint(plan_of(model), source, tmp_path / "small")
+        shrink_checkpoint(plan_of(), source, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
@@ -267,29 +270,25 @@ def damage_index(source: Path, edit) -> None:  # type: ignore[no-untyped-def]
         (lambda s: shutil.rmtree(s), "is not there"),
     ],
 )
-def test_a_damaged_source_is_named(model: Network, source: Path, tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
-    plan = plan_of(model)
+def test_a_damaged_source_is_named(source: Path, tmp_path: Path, damage, message: str) -> None:  # type: ignore[no-untyped-def]
+    plan = plan_of()
     damage(source)
     with pytest.raises(CheckpointError, match=message):
         shrink_checkpoint(plan, source, tmp_path / "small")
     assert not (tmp_path / "small").exists()
 
 
-class StopHereError(Exception):
-    pass
-
-
 def interrupted(plan: PruningPlan, source: Path, destination: Path, after: int) -> None:
     def stop(done: int, total: int, what: str) -> None:
         if done == after:
-            raise StopHereError
+            raise KeyboardInterrupt
 
-    with pytest.raises(StopHereError):
+    with pytest.raises(KeyboardInterrupt):
         shrink_checkpoint(plan, source, destination, progress=stop)
 
 
 def test_a_run_cut_short_is_taken_up(model: Network, source: Path, tmp_path: Path) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     shrink_checkpoint(plan, source, tmp_path / "whole")
     expected = files_of(tmp_path / "whole")
     total = len(saved(model))
@@ -310,13 +309,13 @@ def test_a_run_cut_short_is_taken_up(model: Network, source: Path, tmp_path: Pat
 
 
 def test_a_destination_of_something_else_is_refused(model: Network, source: Path, tmp_path: Path) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     small = tmp_path / "small"
     interrupted(plan, source, small, 8)
     before = files_of(small)
     other = write_shards({**saved(model), "extra": torch.zeros(2)}, tmp_path / "other")
     for message, call in (
-        ("holds what was made with another plan", lambda: shrink_checkpoint(plan_of(model, 0.25), source, small)),
+        ("holds what was made with another plan", lambda: shrink_checkpoint(plan_of(0.25), source, small)),
         ("holds what was made with another source", lambda: shrink_checkpoint(plan, other, small, "refuse")),
         ("holds what was made with unknown='refuse'", lambda: shrink_checkpoint(plan, source, small, "drop")),
     ):
@@ -332,7 +331,7 @@ def test_a_destination_of_something_else_is_refused(model: Network, source: Path
 
 
 def test_a_finished_shard_must_be_that_of_this_source(model: Network, source: Path, tmp_path: Path) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     shrink_checkpoint(plan, source, tmp_path / "small")
     first = source / "model-00001-of-00004.safetensors"
     os.utime(first, (1, 1))  # written anew with the same content: still the same source
@@ -344,7 +343,7 @@ def test_a_finished_shard_must_be_that_of_this_source(model: Network, source: Pa
 
 
 def test_a_finished_shard_that_was_changed_is_not_taken(model: Network, source: Path, tmp_path: Path) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     shrink_checkpoint(plan, source, tmp_path / "small")
     shard = tmp_path / "small" / "model-00003-of-00004.safetensors"
     good = shard.read_bytes()
@@ -360,10 +359,8 @@ def test_a_finished_shard_that_was_changed_is_not_taken(model: Network, source: 
         shrink_checkpoint(plan, source, tmp_path / "small")
 
 
-def test_a_full_disk_is_said_and_survived(
-    model: Network, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_of(model)
+def test_a_full_disk_is_said_and_survived(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of()
     calls: list[Path] = []
 
     def full(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
@@ -381,14 +378,14 @@ def test_a_full_disk_is_said_and_survived(
     assert len(shrink_checkpoint(plan, source, tmp_path / "small").resumed) == 2
 
 
-def test_bad_arguments(model: Network, source: Path, tmp_path: Path) -> None:
+def test_bad_arguments(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="plan is int"):
         shrink_checkpoint(5, source, tmp_path / "small")  # type: ignore[arg-type]
     with pytest.raises(ArgumentError, match="unknown='ignore'.*'refuse', 'copy', 'drop'"):
-        shrink_checkpoint(plan_of(model), source, tmp_path / "small", unknown="ignore")  # type: ignore[arg-type]
+        shrink_checkpoint(plan_of(), source, tmp_path / "small", unknown="ignore")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write into"):
-        shrink_checkpoint(plan_of(model), source, tmp_path / "file")
+        shrink_checkpoint(plan_of(), source, tmp_path / "file")
 
 
 # A process that shrinks slowly enough to be killed at any point.
@@ -414,7 +411,7 @@ def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.zoo) for seed in range(1, 4))])
 def test_a_killed_process_leaves_nothing_broken(model: Network, source: Path, tmp_path: Path, seed: int) -> None:
-    plan = plan_of(model)
+    plan = plan_of()
     shrink_checkpoint(plan, source, tmp_path / "whole")
     expected = files_of(tmp_path / "whole")
     plan.save(tmp_path / "plan.json")

@@ -18,7 +18,6 @@ class Lookup(nn.Module):
         self.tokens, self.places, self.out = nn.Embedding(50, 8), nn.Embedding(7, 8), nn.Linear(8, 3)
 
     def forward(self, tokens: Tensor, places: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
-        """Three values a sample."""
         x = self.tokens(tokens.view(-1, 7)) + self.places(places.to(torch.long))
         return self.out((x * mask.unsqueeze(-1)).sum(1) / lengths.unsqueeze(-1))
 

@@ -4,6 +4,8 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 import torchshear
+from tests.networks import LooksAtValues, Net
 from torchshear.graph._location import module_outputs
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup import OutputFactor, TracedModule, shrink_to_form
@@ -152,29 +155,25 @@ class Normed(Fused):
         return self.q_norm(q), self.k_norm(k), v
 
 
-class Net(nn.Module):
-    def __init__(self, kind: type[nn.Module], depth: int = 2) -> None:
-        super().__init__()
-        self.first = nn.Linear(7, WIDTH)
-        self.blocks = nn.ModuleList(kind() for _ in range(depth))
-        self.last = nn.Linear(WIDTH, 3)
+def _residual_blocks(m: Net, x: Tensor) -> Tensor:
+    x = m.first(x)
+    for block in m.blocks:
+        x = x + block(x)
+    return m.last(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for block in self.blocks:
-            x = x + block(x)
-        return self.last(x)
+
+def made(kind: Callable[[], nn.Module], depth: int = 2) -> nn.Module:
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(kind() for _ in range(depth))
+    return Net(_residual_blocks, first=nn.Linear(7, WIDTH), blocks=blocks, last=nn.Linear(WIDTH, 3)).eval()
 
 
 X = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
 
 
-def made(kind: type[nn.Module], depth: int = 2) -> nn.Module:
-    torch.manual_seed(0)
-    return Net(kind, depth).eval()
-
-
+@cache
 def pruned(kind: type[nn.Module], ratio: float = 0.5) -> Any:
+    """Of a network with blocks of a kind; not to be changed."""
     return torchshear.prune(made(kind), (X,), ratio=ratio)
 
 
@@ -203,8 +202,7 @@ def factor_hooks(model: nn.Module) -> dict[str, OutputFactor]:
     ],
 )
 def test_the_scale_is_kept_by_a_factor_on_what_queries_or_keys_come_from(kind: type[nn.Module], child: str) -> None:
-    model = made(kind)
-    result = torchshear.prune(model, (X,), ratio=0.5)
+    model, result = made(kind), pruned(kind)
     assert result.form == "native", result.report.form
     assert f"scale of attention kept by a factor on the output of blocks.{child} (2)" in result.report.form
     assert result.verification.max_error < 1e-12
@@ -312,7 +310,7 @@ def test_a_hook_from_a_file_is_not_overwritten_by_hooks_of_another_process(monke
 
 @pytest.mark.parametrize("kind", [Attention, Fused])
 def test_the_dtype_that_the_model_gets_later_is_followed(kind: type[nn.Module]) -> None:
-    small = pruned(kind).model
+    small = copy.deepcopy(pruned(kind).model)
     with torch.autocast("cpu", torch.bfloat16):
         for name in factor_hooks(small):
             assert small.get_submodule(name)(torch.ones(1, small.first.out_features)).dtype == torch.bfloat16
@@ -329,7 +327,7 @@ def test_a_model_in_bfloat16_is_proved_in_float64() -> None:
 
 
 def test_the_factor_trains_along() -> None:
-    small = pruned(HeadsFirst).model.train()
+    small = copy.deepcopy(pruned(HeadsFirst).model).train()
     optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
     losses = []
     for _ in range(5):
@@ -376,21 +374,9 @@ def test_factors_for_a_while_leave_nothing_behind() -> None:
 
 
 def test_outputs_of_modules_are_found_call_by_call() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Sequential(nn.Linear(4, 4))
-            self.two = Two()
-
-        def forward(self, x: Tensor) -> Tensor:
-            a, b = self.two(self.inner(self.inner(x)))
-            return a + b
-
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x + 1, x + 2
-
-    outputs = module_outputs(torchshear.trace(Twice(), (torch.randn(2, 4),)))
+    two = Net(lambda m, x: (x + 1, x + 2))
+    twice = Net(lambda m, x: sum(m.two(m.inner(m.inner(x)))), inner=nn.Sequential(nn.Linear(4, 4)), two=two)
+    outputs = module_outputs(torchshear.trace(twice, (torch.randn(2, 4),)))
     assert list(outputs.values()) == ["inner", "inner"]
 
 
@@ -405,15 +391,6 @@ def test_different_positions_of_one_output_get_a_hook_each() -> None:
 
 
 def test_parts_of_a_model_keep_their_scale_too() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = made(Fused)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.net(x)
-            return y if y.sum() > 1e9 else y + 1
-
-    result = torchshear.prune(Outer().eval(), (X,), ratio=0.5, submodules=["net"])
+    result = torchshear.prune(LooksAtValues(made(Fused)).eval(), (X,), ratio=0.5, submodules=["part"])
     assert result.form == "native", result.report.form
-    assert set(factor_hooks(result.model)) == {"net.blocks.0.qkv", "net.blocks.1.qkv"}
+    assert set(factor_hooks(result.model)) == {"part.blocks.0.qkv", "part.blocks.1.qkv"}

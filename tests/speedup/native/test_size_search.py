@@ -1,6 +1,7 @@
 """Sizes that modules keep in attributes are found, whatever they are called; nothing else of a model is changed."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.networks import Net
 from torchshear.speedup import shrink_to_form
 from torchshear.speedup.native import _size_search
 from torchshear.speedup.native._divergence import find_divergence
@@ -63,19 +65,14 @@ class Configured(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Sliced(nn.Module):
+def sliced() -> Net:
     """A tuple of sizes, and one that the parent hands to the child."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes = (10, 6)
-        self.up = nn.Linear(24, 16)
-        self.down = nn.Linear(16, 24)
-        self.left = nn.Linear(10, 10)
+    def run(m: Net, x: Tensor) -> Tensor:
+        a, b = m.up(x).split(m.sizes, -1)
+        return m.down(torch.cat([m.left(a).relu(), b], -1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.up(x).split(self.sizes, -1)
-        return self.down(torch.cat([self.left(a).relu(), b], -1))
+    return Net(run, sizes=(10, 6), up=nn.Linear(24, 16), down=nn.Linear(16, 24), left=nn.Linear(10, 10))
 
 
 class Sequence(nn.Module):
@@ -114,22 +111,18 @@ def test_sizes_are_found_whatever_their_names() -> None:
     assert result.model(torch.randn(3, 9, 7)).shape == (3, 9, 3)
 
 
-class Faint(nn.Module):
+def faint() -> Net:
     """Attention that is all but even: heads of a wrong size change little of what it gives."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.cherry = 6
-        self.all = nn.Linear(24, 72)
-        self.out = nn.Linear(24, 24)
+    def run(m: Net, x: Tensor) -> Tensor:
+        q, k, v = (t.view(*x.shape[:2], -1, m.cherry).transpose(1, 2) for t in m.all(x).chunk(3, -1))
+        return m.out(functional.scaled_dot_product_attention(q, k, v, scale=1e-8).transpose(1, 2).flatten(2))
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.view(*x.shape[:2], -1, self.cherry).transpose(1, 2) for t in self.all(x).chunk(3, -1))
-        return self.out(functional.scaled_dot_product_attention(q, k, v, scale=1e-8).transpose(1, 2).flatten(2))
+    return Net(run, cherry=6, all=nn.Linear(24, 72), out=nn.Linear(24, 24))
 
 
 def test_sizes_are_found_where_wrong_ones_change_little() -> None:
-    result = pruned(Sequence(Faint(), Faint()), X)
+    result = pruned(Sequence(faint(), faint()), X)
     assert result.form == "native"
     assert [block.cherry for block in result.model.blocks] == [3, 3]
 
@@ -150,9 +143,8 @@ class Dead(Attention):
 
 def test_what_the_weights_hide_is_found_with_other_weights() -> None:
     model = Sequence(Dead(24, 4)).eval()
-    with torch.no_grad():
-        model.blocks[0].all.weight.zero_()  # so that no module inside gives anything that tells sizes apart
-        model.blocks[0].all.bias.zero_()
+    model.blocks[0].all.weight.data.zero_()  # so that no module inside gives anything that tells sizes apart
+    model.blocks[0].all.bias.data.zero_()
     small = torchshear.shrink(model, torchshear.plan(torchshear.analyze(torchshear.trace(model, (X,))), ratio=0.5))
     assert small.blocks[0].cherry == 3
     assert small.blocks[0].gain.eq(0).all()
@@ -191,7 +183,7 @@ class Narrow(Attention):
 
 
 def test_sizes_are_found_in_a_model_that_refuses_float64_after_the_first_of_them() -> None:
-    result = pruned(Sequence(Sliced(), Narrow(24, 4)), X)
+    result = pruned(Sequence(sliced(), Narrow(24, 4)), X)
     assert result.form == "native"
     assert result.model.blocks[0].sizes == (5, 3)
     assert (result.model.blocks[1].banana, result.model.blocks[1].cherry) == (2, 3)
@@ -282,55 +274,32 @@ def test_a_shared_object_of_settings_is_copied_before_it_is_changed() -> None:
     assert result.model.blocks[0].settings is not result.model.blocks[1].settings
 
 
-def test_a_tuple_of_sizes_is_changed_where_it_has_to_be() -> None:
-    result = pruned(Sequence(Sliced()), X)
-    assert result.form == "native"
-    assert result.model.blocks[0].sizes == (5, 3)
-
-
-class Folded(nn.Module):
+def folded() -> Net:
     """The number of heads stands nowhere but beside the batch."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads, self.width = 4, 6
-        self.all, self.out = nn.Conv1d(24, 72, 1), nn.Conv1d(24, 24, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def run(m: Net, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
-        q, k, v = self.all(x.mT).reshape(batch * self.heads, 3 * self.width, length).split(self.width, 1)
+        q, k, v = m.all(x.mT).reshape(batch * m.heads, 3 * m.width, length).split(m.width, 1)
         y = (q.mT @ k * 0.4).softmax(-1) @ v.mT
-        return self.out(y.mT.reshape(batch, -1, length)).mT
+        return m.out(y.mT.reshape(batch, -1, length)).mT
+
+    return Net(run, heads=4, width=6, all=nn.Conv1d(24, 72, 1), out=nn.Conv1d(24, 24, 1))
 
 
 def test_a_size_that_stands_nowhere_but_beside_the_batch_is_found() -> None:
-    result = pruned(Sequence(Folded()), X)
+    result = pruned(Sequence(folded()), X)
     assert result.form == "native"
     assert (result.model.blocks[0].heads, result.model.blocks[0].width) == (2, 3)
 
 
-class Borrowing(nn.Module):
+def borrowing(attention: nn.Module, position: nn.Module) -> Net:
     """Calls modules that the model holds under a name of its own."""
-
-    def __init__(self, attention: nn.Module, position: nn.Module) -> None:
-        super().__init__()
-        self.attention, self.position = attention, position
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x) + self.position(x.mT).mT
+    return Net(lambda m, x: m.attention(x) + m.position(x.mT).mT, attention=attention, position=position)
 
 
 def test_modules_with_several_names_are_mended_under_any_of_them() -> None:
-    class Lending(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention, self.position = Attention(24, 4), nn.Conv1d(24, 24, 3, padding=1, groups=24)
-            self.body = Sequence(*(Borrowing(self.attention, self.position) for _ in range(2)))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x)
-
-    result = pruned(Lending(), X)
+    lent = {"attention": Attention(24, 4), "position": nn.Conv1d(24, 24, 3, padding=1, groups=24)}
+    result = pruned(Net(lambda m, x: m.body(x), **lent, body=Sequence(*(borrowing(**lent) for _ in range(2)))), X)
     assert result.form == "native"
     assert (result.model.attention.banana, result.model.position.groups) == (2, 12)
     assert result.model.attention is result.model.body.blocks[1].attention
@@ -354,22 +323,19 @@ def test_where_no_attribute_helps_the_reason_names_module_and_line() -> None:
     assert result.verification.max_error < 1e-12
 
 
-class Branching(nn.Module):
+def branching() -> Net:
     """Has one way for running and another for being exported, and keeps a size for each."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.running, self.exported = 12, 12
-        self.up, self.down = nn.Linear(24, 24), nn.Linear(24, 24)
+    def run(m: Net, x: Tensor) -> Tensor:
+        size = m.exported if torch.compiler.is_exporting() else m.running
+        a, b = m.up(x).split(size, -1)
+        return m.down(torch.cat([a, b], -1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        size = self.exported if torch.compiler.is_exporting() else self.running
-        a, b = self.up(x).split(size, -1)
-        return self.down(torch.cat([a, b], -1))
+    return Net(run, running=12, exported=12, up=nn.Linear(24, 24), down=nn.Linear(24, 24))
 
 
 def test_the_branch_that_export_takes_is_right_as_well(tmp_path: Any) -> None:
-    result = pruned(Sequence(Branching()), X)
+    result = pruned(Sequence(branching()), X)
     assert result.form == "native"
     assert (result.model.blocks[0].running, result.model.blocks[0].exported) == (6, 6)
     assert torchshear.export_onnx(result.model, tmp_path / "small.onnx", (X,)).dynamic_batch
@@ -411,43 +377,34 @@ def test_watching_makes_no_classes_and_changes_none() -> None:
     assert not any("__getattribute__" in vars(cls) for cls in (Shared, Configured, nn.Linear, Sequence))
 
 
-def test_casts_to_float32_inside_do_not_blunt_the_proof() -> None:
+@pytest.mark.parametrize(
+    "cast", [lambda x: x.to(torch.float32).to(x.dtype), lambda x: x / torch.sqrt(torch.tensor(3, dtype=torch.float32))]
+)
+def test_casts_and_numbers_made_inside_do_not_blunt_the_proof(cast: Callable[[Tensor], Tensor]) -> None:
     class Casting(Attention):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x.to(torch.float32).to(x.dtype))
+            return super().forward(cast(x))
 
     result = pruned(Sequence(Casting(24, 4)), X)
+    assert result.form == "native", result.report.form
     assert result.verification.dtype == torch.float64
     assert result.verification.max_error < 1e-12
 
 
-def test_numbers_made_inside_do_not_blunt_the_proof() -> None:
-    class Rooting(Attention):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x / torch.sqrt(torch.tensor(3, dtype=torch.float32)))
-
-    result = pruned(Sequence(Rooting(24, 4)), X)
-    assert result.form == "native", result.report.form
-    assert result.verification.max_error < 1e-12
-
-
-class Refusing(nn.Module):
+def refusing() -> Net:
     """Refuses float64, and keeps a size."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 24
-        self.up, self.down = nn.Linear(24, 48), nn.Linear(24, 24)
-
-    def forward(self, x: Tensor) -> Tensor:
+    def run(m: Net, x: Tensor) -> Tensor:
         if x.dtype == torch.float64:
             raise RuntimeError("expected Float, got Double")
-        one, two = self.up(x).split(self.size, -1)
-        return self.down(one * two)
+        one, two = m.up(x).split(m.size, -1)
+        return m.down(one * two)
+
+    return Net(run, size=24, up=nn.Linear(24, 48), down=nn.Linear(24, 24))
 
 
 def test_a_module_that_refuses_float64_is_mended_though_it_comes_after_one_that_is_wrong() -> None:
-    result = pruned(Sequence(Attention(24, 4), Refusing()), X)
+    result = pruned(Sequence(Attention(24, 4), refusing()), X)
     assert result.form == "native", result.report.form
     assert (result.model.blocks[0].cherry, result.model.blocks[1].size) == (3, 12)
 

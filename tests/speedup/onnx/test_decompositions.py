@@ -7,27 +7,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.networks import Net
 from torchshear import export_onnx
 from torchshear.speedup.onnx._decompositions import _grouped_product, _histogram, _padding
 
 
-class Windows(nn.Module):
+def windows(masked: bool) -> Net:
     """Attention inside windows: five dimensions."""
 
-    def __init__(self, masked: bool) -> None:
-        super().__init__()
-        self.masked = masked
-        self.qkv = nn.Linear(8, 24)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).view(x.shape[0], 3, 4, 2, 12).transpose(2, 3).chunk(3, -1)
-        mask = torch.ones(4, 4, dtype=torch.bool, device=x.device).tril() if self.masked else None
+    def run(m: Net, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).view(x.shape[0], 3, 4, 2, 12).transpose(2, 3).chunk(3, -1)
+        mask = torch.ones(4, 4, dtype=torch.bool, device=x.device).tril() if m.masked else None
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+
+    return Net(run, masked=masked, qkv=nn.Linear(8, 24))
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_five_dimensions(tmp_path: Path, masked: bool) -> None:
-    file = export_onnx(Windows(masked), tmp_path / "model.onnx", torch.randn(2, 12, 8))
+    file = export_onnx(windows(masked), tmp_path / "model.onnx", torch.randn(2, 12, 8))
     assert file.dynamic_batch
     assert file.max_error < 1e-5
 

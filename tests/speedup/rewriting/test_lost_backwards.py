@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.functions import Adversarial, Quantized, Reversed, Swish
-from tests.networks import randomise
+from tests.networks import Net, randomise
 from torchshear.errors import CaptureError
 from torchshear.graph import parameters_on_meta
 from torchshear.speedup import shrink_to_form
@@ -71,43 +71,33 @@ def test_a_native_form_trains_with_the_gradients_of_the_masked_model(name: str) 
     assert expected.any()
 
 
-class Trained(nn.Module):
+def trained() -> Net:
     """Reverses gradients in train mode only; with attention, so that its form is traced."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.attention, self.two = (
-            nn.Linear(6, 8),
-            nn.MultiheadAttention(8, 2, batch_first=True),
-            nn.Linear(8, 3),
-        )
+    def run(m: Net, x: Tensor) -> Tensor:
+        h = torch.relu(m.one(x))
+        h = h + m.attention(h, h, h, need_weights=False)[0]
+        return m.two(Reversed.apply(h, 1.0) if m.training else h)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.one(x))
-        h = h + self.attention(h, h, h, need_weights=False)[0]
-        return self.two(Reversed.apply(h, 1.0) if self.training else h)
+    return Net(run, one=nn.Linear(6, 8), attention=nn.MultiheadAttention(8, 2, batch_first=True), two=nn.Linear(8, 3))
 
 
 def test_a_function_that_only_training_calls_forbids_training_only() -> None:
-    small = torchshear.prune(randomise(Trained()).eval(), (example(),), ratio=0.5).model
+    small = torchshear.prune(randomise(trained()).eval(), (example(),), ratio=0.5).model
     total(small(example())).backward()
     with pytest.raises(CaptureError, match="train mode: .*Reversed"):
         small.train()(example())
 
 
-class Part(nn.Module):
+def part() -> Net:
     """A part with a function in it, behind code that looks at values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = Quantized(attends=True), nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x if x.sum() > 1e9 else x * 1))
+    return Net(
+        lambda m, x: m.head(m.body(x if x.sum() > 1e9 else x * 1)), body=Quantized(attends=True), head=nn.Linear(3, 2)
+    )
 
 
 def test_parts_in_traced_form_are_not_trained_either() -> None:
-    result = torchshear.prune(randomise(Part()).eval(), (example(),), ratio=0.5, submodules=["body"])
+    result = torchshear.prune(randomise(part()).eval(), (example(),), ratio=0.5, submodules=["body"])
     assert result.form == "traced"
     assert "part 'body' is traced" in result.report.form
     assert "does not hold the backward of Rounded" in result.report.form

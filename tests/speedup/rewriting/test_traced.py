@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchshear
-from tests.networks import randomise
+from tests.networks import Net, randomise
 from torchshear.errors import ArgumentError, OutputError
 from torchshear.speedup import TracedModule
 
@@ -43,18 +43,16 @@ class Padding(Mixing):
         return super().forward(nn.functional.pad(x, (0, x.shape[3] % 2)), scale)
 
 
-class Masked(nn.Module):
+def masked() -> Net:
     """Two inputs that share the length of a sequence."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.table, self.leave = nn.Embedding(20, 16), nn.Linear(16, 3)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        x = self.table(tokens) * mask[..., None]
+    def run(m: Net, tokens: Tensor, mask: Tensor) -> Tensor:
+        x = m.table(tokens) * mask[..., None]
         if x.shape[2] != 16:
             raise ValueError("16 channels")
-        return self.leave(x).cumsum(1)
+        return m.leave(x).cumsum(1)
+
+    return Net(run, table=nn.Embedding(20, 16), leave=nn.Linear(16, 3))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +142,7 @@ def test_a_size_that_the_code_asks_for_is_not_another() -> None:
 
 def test_sequences_of_other_lengths_in_all_inputs_at_once() -> None:
     tokens, mask = torch.arange(14).reshape(2, 7), torch.ones(2, 7)
-    small = torchshear.prune(randomise(Masked().eval(), 3), (tokens, mask)).model
+    small = torchshear.prune(randomise(masked().eval(), 3), (tokens, mask)).model
     assert isinstance(small, TracedModule)
     longer = torch.arange(11)[None]
     short = small(longer[:, :7], mask[:1])

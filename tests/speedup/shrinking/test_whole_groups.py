@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Between, randomise
+from tests.networks import Between, analyzed, randomise
 from tests.oracle import assert_equals_masked, assert_is_slice
+from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._form import Form
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.speedup import TracedModule, shrink_to_form
@@ -65,15 +66,27 @@ def result(model: Detector) -> torchshear.PruneResult:
     return torchshear.prune(model, (IMAGE,))
 
 
+@pytest.fixture(scope="module")
+def traced(model: Detector) -> torchshear.PruneResult:
+    return torchshear.prune(model, (IMAGE,), form="traced")
+
+
+@pytest.fixture(scope="module")
+def groups(model: Detector) -> ChannelGroups:
+    return analyzed(model, IMAGE)
+
+
 def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_a_class_is_kept_at_little_cost(model: Detector, result: torchshear.PruneResult) -> None:
+def test_a_class_is_kept_at_little_cost(
+    model: Detector, result: torchshear.PruneResult, traced: torchshear.PruneResult
+) -> None:
     assert type(result.model) is Detector
     assert_equals_masked(model, result.model, result.plan, (IMAGE,))
     assert_is_slice(model, result.model, result.plan)
-    smallest = size(torchshear.prune(model, (IMAGE,), form="traced").model)
+    smallest = size(traced.model)
     assert smallest < size(result.model) <= smallest + 0.1 * (size(model) - smallest)
 
 
@@ -130,10 +143,9 @@ def test_native_insists_whatever_it_costs() -> None:
     assert_equals_masked(small, result.model, result.plan, (IMAGE,))
 
 
-def test_traced_insists_on_the_graph(model: Detector) -> None:
-    result = torchshear.prune(model, (IMAGE,), form="traced")
-    assert isinstance(result.model, TracedModule)
-    assert all(len(group.kept) == group.width // 2 for group in result.plan.groups if group.width > 1)
+def test_traced_insists_on_the_graph(traced: torchshear.PruneResult) -> None:
+    assert isinstance(traced.model, TracedModule)
+    assert all(len(group.kept) == group.width // 2 for group in traced.plan.groups if group.width > 1)
 
 
 def test_native_that_cannot_be_is_refused() -> None:
@@ -154,9 +166,9 @@ def test_a_native_form_found_at_once_is_not_searched(monkeypatch: pytest.MonkeyP
     assert torchshear.prune(plain.eval(), (IMAGE,)).form == "native"
 
 
-def test_what_was_planned_is_shrunk_as_it_was_planned(model: Detector) -> None:
+def test_what_was_planned_is_shrunk_as_it_was_planned(model: Detector, groups: ChannelGroups) -> None:
     """Only `prune` may choose other groups; a plan says what to keep."""
-    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (IMAGE,))))
+    plan = torchshear.plan(groups)
     shrunk = shrink_to_form(model, plan)
     assert (shrunk.form, shrunk.plan) == ("traced", plan)
 
@@ -183,8 +195,7 @@ class Searched:
 
 
 @pytest.fixture
-def searched(model: Detector, monkeypatch: pytest.MonkeyPatch) -> Searched:
-    groups = torchshear.analyze(torchshear.trace(model, (IMAGE,)))
+def searched(model: Detector, groups: ChannelGroups, monkeypatch: pytest.MonkeyPatch) -> Searched:
     search = Searched(PreparedCut.of(model, groups, torchshear.plan(groups)), [], 7)
 
     def native(job: PreparedCut) -> Native:
