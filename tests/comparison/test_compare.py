@@ -262,9 +262,6 @@ def test_unknown_words(model: nn.Module) -> None:
         compare(model, evaluate, X, config=[])  # type: ignore[call-arg]
 
 
-# -- table and picture ------------------------------------------------------------------------------------------------
-
-
 def made(*rows: Row, before: float = 0.9) -> Comparison:
     return Comparison("Net", before, ("b",), rows, (0, 1), compensation="statistics")
 

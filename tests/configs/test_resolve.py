@@ -79,16 +79,6 @@ def test_a_coupled_layer_that_is_not_configured_keeps_the_group_whole() -> None:
     assert row_of(found, "stem").only_masked == 0.5
 
 
-def test_depthwise_layers_and_norms_follow() -> None:
-    found = resolved(Heads(), [{"op_names": ["conv"], "sparsity": 0.5}])
-    assert found.ratios == {"conv.weight[0]": 0.5}
-    excluded = [
-        {"op_names": ["conv", "conv2"], "sparsity": 0.5},
-        {"op_names": ["deep"], "exclude": True},
-    ]
-    assert resolved(Heads(), excluded).ratios == {"conv2.weight[0]": 0.5}
-
-
 @pytest.mark.parametrize(("place", "conv"), [(0, 0.5), (1, None), (2, None)])
 def test_exclusion_holds_for_the_entries_before_it(place: int, conv: float | None) -> None:
     """As in NNI 1 and 2, where the last entry that means a layer counts."""
@@ -98,21 +88,6 @@ def test_exclusion_holds_for_the_entries_before_it(place: int, conv: float | Non
     assert found.ratios == {"conv2.weight[0]": 0.25, **({} if conv is None else {"conv.weight[0]": conv})}
     idle = "config_list[0]: excludes nothing: entries behind it select its layers again, and these count"
     assert found.notes == (() if place else (idle,))
-
-
-def test_an_entry_behind_an_exclusion_takes_its_layer_back() -> None:
-    config = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_types": ["Conv2d"], "exclude": True}]
-    config.append({"op_names": ["conv2"], "sparsity": 0.25})
-    with pytest.raises(ArgumentError, match=r"config_list\[0\] is left without layers"):
-        resolved(Heads(), config)
-    assert resolved(Heads(), config[1:]).ratios == {"conv2.weight[0]": 0.25}
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_exclusion_holds_wherever_it_stands_in_version_3(place: int) -> None:
-    config = [{"op_types": ["Conv2d"], "sparse_ratio": 0.5}]
-    config.insert(place, {"op_names": ["conv"], "exclude": True})
-    assert resolved(Heads(), config).ratios == {"conv2.weight[0]": 0.5}
 
 
 @pytest.mark.parametrize("group", [1, "1", 0])
@@ -130,46 +105,60 @@ def test_norms_are_layers_of_their_own() -> None:
     assert row_of(found, "norm").criterion == "bn_scale"
 
 
-def test_order_of_entries_of_nni() -> None:
-    broad, exact = {"op_types": ["Conv2d"]}, {"op_names": ["conv2"]}
-    old = [{**broad, "sparsity": 0.5}, {**exact, "sparsity": 0.25}]
-    new = [{**exact, "sparse_ratio": 0.25}, {**broad, "sparse_ratio": 0.5}]
-    for config in (old, new):
-        assert resolved(Heads(), config).ratios == {"conv.weight[0]": 0.5, "conv2.weight[0]": 0.25}
-        message = "layer 'conv2' is claimed by config_list\\[0\\] and config_list\\[1\\]"
-        with pytest.raises(ArgumentError, match=message):
-            resolved(Heads(), config[::-1])
+CONVS, CONV2, NORMS = {"op_types": ["Conv2d"]}, {"op_names": ["conv2"]}, {"op_types": ["BatchNorm2d"]}
+BROAD = [{**CONVS, "sparsity": 0.5}, {**CONV2, "sparsity": 0.25}]
+EXACT = [{**CONV2, "sparse_ratio": 0.25}, {**CONVS, "sparse_ratio": 0.5}]
+WITHOUT = {"op_names": ["conv"], "exclude": True}
+# What a config asks of the groups of convolutions and of the hidden layer.
+RATIOS = {
+    "depthwise layers and norms follow": ([{"op_names": ["conv"], "sparsity": 0.5}], {"conv": 0.5}),
+    "a group with an excluded layer": (
+        [{"op_names": ["conv", "conv2"], "sparsity": 0.5}, {"op_names": ["deep"], "exclude": True}],
+        {"conv2": 0.5},
+    ),
+    "an entry behind an exclusion": ([{**CONVS, "exclude": True}, BROAD[1]], {"conv2": 0.25}),
+    "an exclusion of version 3 in front": ([WITHOUT, EXACT[1]], {"conv2": 0.5}),
+    "an exclusion of version 3 behind": ([EXACT[1], WITHOUT], {"conv2": 0.5}),
+    "the last entry counts": (BROAD, {"conv": 0.5, "conv2": 0.25}),
+    "the first entry counts in version 3": (EXACT, {"conv": 0.5, "conv2": 0.25}),
+    "a smaller selection is an override too": (
+        [{"op_types": ["Conv2d", "Linear"], "sparsity": 0.5}, {"op_types": ["Linear"], "sparsity": 0.25},
+         {"op_names": ["fc"], "exclude": True}],
+        {"conv": 0.5, "conv2": 0.5, "fc1": 0.25},
+    ),
+    "two claims that ask the same": (
+        [{"op_partial_names": ["conv"], "sparsity": 0.5}, BROAD[0]],
+        {"conv": 0.5, "conv2": 0.5},
+    ),
+    "an excluded norm follows convolutions": ([BROAD[0], {**NORMS, "exclude": True}], {"conv": 0.5, "conv2": 0.5}),
+    "excluded convolutions follow a norm": (
+        [{"op_names": ["norm"], "sparsity": 0.5}, {**CONVS, "exclude": True}],
+        {"conv": 0.5},
+    ),
+}  # fmt: skip
 
 
-def test_a_smaller_selection_is_an_override_too() -> None:
-    config = [{"op_types": ["Conv2d", "Linear"], "sparsity": 0.5}, {"op_types": ["Linear"], "sparsity": 0.25}]
-    assert resolved(Heads(), config).ratios["fc1.weight[0]"] == 0.25
-    config = [{"op_partial_names": ["conv"], "sparsity": 0.5}, {"op_partial_names": ["n"], "sparsity": 0.25}]
-    with pytest.raises(ArgumentError, match="is claimed by"):
-        resolved(Heads(), config)
-
-
-def test_two_claims_that_ask_the_same_are_one() -> None:
-    config = [{"op_partial_names": ["conv"], "sparsity": 0.5}, {"op_types": ["Conv2d"], "sparsity": 0.5}]
-    assert resolved(Heads(), config).ratios == {"conv.weight[0]": 0.5, "conv2.weight[0]": 0.5}
-
-
-def test_pruners_of_neural_compressor_share_no_layer() -> None:
-    config = [{"op_names": ["conv.*"], "target_sparsity": 0.5}, {"op_names": ["conv2"], "target_sparsity": 0.4}]
-    with pytest.raises(ArgumentError, match=r"'conv2' .*pruning_configs\[0\] and pruning_configs\[1\]"):
-        resolved(Heads(), config)
-
-
-def test_patterns_fit_whole_names() -> None:
-    config = {"op_names": ["fc"], "pattern": "1xchannel"}
-    with pytest.raises(ArgumentError, match="'fc': fc.weight\\[0\\] is fixed: model output 0"):
-        resolved(Heads(), config)
-    config = {"op_names": ["onv"], "pattern": "1xchannel"}
-    with pytest.raises(ArgumentError, match="the pattern 'onv' fits no layer.*only part of 'conv'"):
-        resolved(Heads(), config)
+@pytest.mark.parametrize("name", RATIOS)
+def test_ratios_of_groups(name: str) -> None:
+    config, expected = RATIOS[name]
+    assert resolved(Heads(), config).ratios == {f"{layer}.weight[0]": ratio for layer, ratio in expected.items()}
 
 
 UNMATCHED = [
+    ([BROAD[0], {**CONVS, "exclude": True}, BROAD[1]], r"config_list\[0\] is left without layers"),
+    (BROAD[::-1], r"layer 'conv2' is claimed by config_list\[0\] and config_list\[1\]"),
+    (EXACT[::-1], r"'conv2' is claimed by config_list\[0\] and config_list\[1\]"),
+    ([{"op_partial_names": [n], "sparsity": r} for n, r in (("conv", 0.5), ("n", 0.25))], "is claimed by"),
+    (
+        [{"op_names": [n], "target_sparsity": r} for n, r in (("conv.*", 0.5), ("conv2", 0.4))],
+        r"'conv2' .*pruning_configs\[0\] and pruning_configs\[1\]",
+    ),
+    (
+        [{"op_names": ["conv"], "sparsity": 0.5}, {"op_partial_names": ["conv"], "exclude": True}],
+        r"_list\[0\] .*_list\[1\]",
+    ),
+    ({"op_names": ["fc"], "pattern": "1xchannel"}, r"'fc': fc.weight\[0\] is fixed: model output 0"),
+    ({"op_names": ["onv"], "pattern": "1xchannel"}, "the pattern 'onv' fits no layer.*only part of 'conv'"),
     ({"op_types": ["Conv2D"], "sparsity": 0.5}, r"config_list\[0\]: the type 'Conv2D'.*Close to it: Conv2d"),
     ({"op_names": ["conv22"], "sparsity": 0.5}, r"the name 'conv22' fits no layer.*Close to it: conv2"),
     ({"op_partial_names": ["block"], "sparsity": 0.5}, r"the part of a name 'block' fits no layer"),
@@ -183,10 +172,10 @@ UNMATCHED = [
 ]
 
 
-@pytest.mark.parametrize(("entry", "message"), UNMATCHED, ids=[message for _, message in UNMATCHED])
-def test_words_that_fit_nothing(entry, message) -> None:
+@pytest.mark.parametrize(("config", "message"), UNMATCHED, ids=[message for _, message in UNMATCHED])
+def test_words_that_fit_nothing_or_contradict(config, message) -> None:
     with pytest.raises(ArgumentError, match=message):
-        resolved(Heads(), [entry])
+        resolved(Heads(), config if isinstance(config, list) else [config])
 
 
 def test_names_of_modules_that_hold_others() -> None:
@@ -195,12 +184,6 @@ def test_names_of_modules_that_hold_others() -> None:
         resolved(model, [{"op_names": ["0"], "sparsity": 0.5}])
     with pytest.raises(ArgumentError, match="has no parameters"):
         resolved(model, [{"op_names": ["0.1"], "sparsity": 0.5}])
-
-
-def test_an_entry_of_which_all_is_taken() -> None:
-    config = [{"op_names": ["conv"], "sparsity": 0.5}, {"op_partial_names": ["conv"], "exclude": True}]
-    with pytest.raises(ArgumentError, match=r"config_list\[0\] .*config_list\[1\]"):
-        resolved(Heads(), config)
 
 
 def test_input_channels_are_those_of_the_layer_before() -> None:
@@ -266,13 +249,6 @@ def test_layers_that_masks_do_not_know_are_skipped() -> None:
     assert "its weight is computed" in row_of(found, "head").reason
     tied = resolve(Tied(), parse_config([{"op_names": ["head"], "sparsity": 0.5}]), pattern="1x1")
     assert tied.weight_ratios == {"head.weight": 0.5}
-
-
-def test_an_excluded_norm_follows_where_convolutions_are_asked_for() -> None:
-    config = [{"op_types": ["Conv2d"], "sparsity": 0.5}, {"op_types": ["BatchNorm2d"], "exclude": True}]
-    assert resolved(Heads(), config).ratios.keys() == {"conv.weight[0]", "conv2.weight[0]"}
-    two = [{"op_names": ["norm"], "sparsity": 0.5}, {"op_types": ["Conv2d"], "exclude": True}]
-    assert resolved(Heads(), two).ratios.keys() == {"conv.weight[0]"}
 
 
 def test_a_pattern_that_is_a_name_is_that_name() -> None:

@@ -41,12 +41,7 @@ def test_none_allows_every_width():
     assert Alignment.none().allowed_widths(5).tolist() == [1, 2, 3, 4, 5]
 
 
-@given(
-    granule=st.integers(1, 8),
-    factor=st.integers(1, 8),
-    width=st.integers(1, 300),
-    multiplicity=st.integers(1, 64),
-)
+@given(granule=st.integers(1, 8), factor=st.integers(1, 8), width=st.integers(1, 300), multiplicity=st.integers(1, 64))
 def test_widths_follow_the_definition(granule, factor, width, multiplicity):
     alignment = Alignment(granule * factor, granule, "any")
     whole = {k for k in range(1, width) if k * multiplicity % alignment.block == 0}

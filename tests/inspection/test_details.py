@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.networks import Attention, Grouped, Residual, analyzed, image
+from tests.networks import Attention, Grouped, Net, Residual, analyzed, image
 from torchshear.errors import ArgumentError
 from torchshear.inspection import describe_groups
 from torchshear.inspection._details import find_group
@@ -53,15 +53,13 @@ def test_balance_names_the_operator_that_demands_it() -> None:
 
 
 def test_a_group_of_one_unit_a_block_says_that_it_is_fixed() -> None:
-    class Each(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1, groups=4)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.two(self.one(x)).sum((2, 3))
-
-    detail = describe_groups(analyzed(Each(), image()))
+    detail = describe_groups(
+        analyzed(
+            Net(lambda m, x: m.two(m.one(x)).sum((2, 3)), one=nn.Conv2d(3, 4, 1), two=nn.Conv2d(4, 8, 1, groups=4)),
+            image(),
+        )
+    )
     for group in detail:
         assert group.is_prunable == (group.constraints[0].kind == "minimum")
         if not group.is_prunable:

@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.browser import EXECUTABLE, Browser
 from tests.inspection.hostile import NAMES, hostile_groups
-from tests.networks import Attention, Residual, analyzed, image
+from tests.networks import Attention, Net, Residual, analyzed, image
 from torchshear.errors import OutputError
 from torchshear.inspection import _page, write_page
 from torchshear.inspection._page import render_page
@@ -32,21 +32,16 @@ class Block(nn.Module):
         self.up, self.norm, self.down = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Same shape as the input."""
         return x + self.down(torch.relu(self.norm(self.up(x))))
 
 
-class Deep(nn.Module):
+def deep(depth: int = 55) -> Net:
     """Many blocks in two stages: well over 1,000 nodes."""
-
-    def __init__(self, depth: int = 55) -> None:
-        super().__init__()
-        self.stages = nn.Sequential(*(nn.Sequential(*(Block() for _ in range(depth))) for _ in range(2)))
-        self.head = nn.Linear(8, 2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Two values a sample."""
-        return self.head(self.stages(torch.cat([x, x], 1)))
+    return Net(
+        lambda m, x: m.head(m.stages(torch.cat([x, x], 1))),
+        stages=nn.Sequential(*(nn.Sequential(*(Block() for _ in range(depth))) for _ in range(2))),
+        head=nn.Linear(8, 2),
+    )
 
 
 def data_of(page: str) -> dict[str, Any]:
@@ -68,7 +63,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_page(analyzed(Residual(), image()), folder / "residual.html")
     write_page(analyzed(Attention(), torch.randn(2, 5, 24)), folder / "attention.html")
     write_page(analyzed(nn.Linear(4, 3), torch.randn(2, 4)), folder / "linear.html")
-    write_page(analyzed(Deep(), torch.randn(2, 4)), folder / "deep.html")
+    write_page(analyzed(deep(), torch.randn(2, 4)), folder / "deep.html")
     write_page(hostile_groups(folder), folder / "hostile.html")
     return folder
 

@@ -135,9 +135,8 @@ def test_slim_leaves_a_hundredth_of_each_norm(
     a: tuple[float, float], b: tuple[float, float], width: int, left: int
 ) -> None:
     model = TwoNorms(width).eval()
-    with torch.no_grad():
-        model.norm_a.weight.copy_(torch.linspace(*a, width))
-        model.norm_b.weight.copy_(torch.linspace(*b, width))
+    model.norm_a.weight.data.copy_(torch.linspace(*a, width))
+    model.norm_b.weight.data.copy_(torch.linspace(*b, width))
     config = [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}]
     kept = nni.SlimPruner(model, config, args=(image(),)).plan.kept
     small, large = sorted(kept.values(), key=len)
@@ -147,9 +146,8 @@ def test_slim_leaves_a_hundredth_of_each_norm(
 
 def test_slim_ranks_all_norms_together() -> None:
     model = TwoNorms(3).eval()
-    with torch.no_grad():
-        model.norm_a.weight.copy_(torch.tensor([0.1, 0.5, -0.9]))
-        model.norm_b.weight.copy_(torch.tensor([0.2, -0.3, 0.8]))
+    model.norm_a.weight.data.copy_(torch.tensor([0.1, 0.5, -0.9]))
+    model.norm_b.weight.data.copy_(torch.tensor([0.2, -0.3, 0.8]))
     config = [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}]
     pruner = nni.SlimPruner(model, config, args=(image(),))
     result = pruner.shrink()
@@ -215,8 +213,7 @@ def test_a_pool_keeps_to_its_layers_and_bounds() -> None:
 
 def test_a_bound_holds_where_one_layer_would_lose_nearly_all() -> None:
     model = double(Residual(16))
-    with torch.no_grad():
-        model.one.weight *= 1e-6
+    model.one.weight.data *= 1e-6
     config = [{"op_types": ["Conv2d"], "total_sparsity": 0.5, "max_sparsity_per_layer": 0.6}]
     result = nni.TaylorFOWeightPruner(
         model, config, args=(image().double(),), data=[(x.double(), y) for x, y in batches()],
@@ -244,8 +241,7 @@ def test_level_masks_the_least_weights_without_a_trace() -> None:
 )
 def test_level_masks_exactly_as_many_as_asked(weights: tuple[float, ...], ratio: float, masked: list[int]) -> None:
     model = nn.Sequential(nn.Linear(len(weights), 1, bias=False))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([weights]))
+    model[0].weight.data.copy_(torch.tensor([weights]))
     pruner = nni.LevelPruner(model, [{"op_types": ["Linear"], "sparsity": ratio}])
     pruner.compress()
     assert (~pruner.masks.tensors["0.weight"][0]).nonzero().flatten().tolist() == masked
@@ -253,9 +249,8 @@ def test_level_masks_exactly_as_many_as_asked(weights: tuple[float, ...], ratio:
 
 def test_level_removes_what_its_zeros_leave_without_effect() -> None:
     model, args = double(Plain()), (image().double(),)
-    with torch.no_grad():
-        model.two.weight[3:] *= 1e-9
-        model.two.bias[3:] = 0
+    model.two.weight.data[3:] *= 1e-9
+    model.two.bias.data[3:] = 0
     config = [{"op_names": ["two"], "sparsity": 0.75}]
     pruner = nni.LevelPruner(model, config, args=args)
     result = pruner.shrink()

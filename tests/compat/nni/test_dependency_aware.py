@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import image, randomise
+from tests.networks import Net, image, randomise
 from torchshear.compat.nni import DependencyAwarePlan, plan_dependency_aware
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
@@ -24,7 +24,6 @@ class Branches(nn.Module):
         self.head = nn.Conv2d(width, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map of 4 channels."""
         both = torch.relu(self.one(x) + self.two(torch.relu(self.before(x))))
         return self.head(torch.relu(self.grouped(both)))
 
@@ -137,7 +136,7 @@ def test_the_extra_part_can_be_dropped() -> None:
 
 def test_layers_of_a_recurrent_call_are_counted_by_their_own_units() -> None:
     model = nn.LSTM(3, 8, num_layers=2, batch_first=True)
-    groups = torchshear.analyze(torchshear.trace(Last(model), (torch.randn(2, 4, 3),)))
+    groups = torchshear.analyze(torchshear.trace(last(model), (torch.randn(2, 4, 3),)))
     plan = plan_dependency_aware(groups, {"cells.weight_ih_l0": 0.5, "cells.weight_hh_l1": 0.25})
     row = {one.layer: one for one in plan.layers}["cells.weight_ih_l0"]
     assert (row.width, row.common, row.extra, row.note) == (8, 0, 4, "")
@@ -145,21 +144,14 @@ def test_layers_of_a_recurrent_call_are_counted_by_their_own_units() -> None:
     assert (~plan.masks["cells.weight_ih_l0"]).sum() == row.params
 
 
-class Last(nn.Module):
+def last(cells: nn.Module) -> Net:
     """The last value of recurrent cells, and a classifier."""
-
-    def __init__(self, cells: nn.Module) -> None:
-        super().__init__()
-        self.cells = cells
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.cells(x)[0][:, -1])
+    return Net(lambda m, x: m.head(m.cells(x)[0][:, -1]), cells=cells, head=nn.Linear(8, 3))
 
 
 @pytest.mark.parametrize("ratios", [None, [], 0.5, {3: 0.5}])
 def test_ratios_that_are_no_mapping_of_names_are_refused(ratios: object) -> None:
-    groups = torchshear.analyze(torchshear.trace(Last(nn.LSTM(3, 8, batch_first=True)), (torch.randn(2, 4, 3),)))
+    groups = torchshear.analyze(torchshear.trace(last(nn.LSTM(3, 8, batch_first=True)), (torch.randn(2, 4, 3),)))
     with pytest.raises(ArgumentError, match="ratios.*expected"):
         plan_dependency_aware(groups, ratios)  # type: ignore[arg-type]
 

@@ -15,9 +15,8 @@ from torchshear.errors import MaskError
 def with_loud_norm() -> nn.Module:
     """Its norm has scales that would decide alone, were they counted."""
     model = randomise(Plain()).double().eval()
-    with torch.no_grad():
-        model.norm.weight.copy_(torch.arange(8, 0, -1) * 100.0)
-        model.one.weight.mul_(torch.arange(1, 9).reshape(-1, 1, 1, 1))
+    model.norm.weight.data.copy_(torch.arange(8, 0, -1) * 100.0)
+    model.one.weight.data.mul_(torch.arange(1, 9).reshape(-1, 1, 1, 1))
     return model
 
 
@@ -72,7 +71,6 @@ class CoupledNorms(nn.Module):
         self.head = nn.Conv2d(8, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A map of 4 channels."""
         x = self.norm_a(self.a(x))
         x = torch.relu(x + self.norm_b(self.b(torch.relu(x))))
         return self.head(torch.relu(self.norm_c(self.c(x))))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from tests.networks import Grouped, image, randomise
+from tests.networks import Grouped, Net, image, randomise
 from torchshear.compat.unipruning import plan_from_unipruning_mask, plan_unipruning, write_unipruning_mask
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, PlanError
@@ -32,7 +32,6 @@ class Stages(nn.Module):
         self.head = nn.Linear(24, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of shape (batch, 5)."""
         x = torch.relu(self.norm_one(self.one(x)))
         x = torch.relu(self.norm_two(self.two(x)))
         x = x + self.three(x)
@@ -95,9 +94,8 @@ def test_selection_is_the_definition(
 @pytest.mark.parametrize(("use_gamma", "kept"), [(True, [1, 3]), (False, [0, 2])])
 def test_importance_is_the_norm_of_a_channel_times_its_scale(use_gamma: bool, kept: list[int]) -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1))
-    with torch.no_grad():
-        model[0].weight.copy_(torch.tensor([[3.0, 4], [0, 1], [6, 8], [2, 0]])[:, :, None, None])  # norms 5, 1, 10, 2
-        model[1].weight.copy_(torch.tensor([0.1, -4, -0.2, 3]))  # with these 0.5, 4, 2, 6
+    model[0].weight.data.copy_(torch.tensor([[3.0, 4], [0, 1], [6, 8], [2, 0]])[:, :, None, None])  # norms 5, 1, 10, 2
+    model[1].weight.data.copy_(torch.tensor([0.1, -4, -0.2, 3]))  # with these 0.5, 4, 2, 6
     groups = torchshear.analyze(torchshear.trace(model.eval(), (torch.randn(2, 2, 4, 4),)))
     if use_gamma:
         weights = {name: entry.tensor for name, entry in groups.graph.state.items()}
@@ -108,8 +106,7 @@ def test_importance_is_the_norm_of_a_channel_times_its_scale(use_gamma: bool, ke
 
 def test_a_run_that_weighs_nothing_goes_first() -> None:
     model = randomise(Stages())
-    with torch.no_grad():
-        model.one.weight[3:7] = 0
+    model.one.weight.data[3:7] = 0
     plan = plan_unipruning(groups_of(model), 0.99, STEP, 1)
     assert sorted(set(range(20)) - set(plan.kept["one.weight[0]"].tolist())) == [3, 4, 5, 6]
 
@@ -137,17 +134,14 @@ def test_balanced_blocks_lose_equally_many() -> None:
     assert torchshear.shrink(model.eval(), plan)(image()).shape == model(image()).shape
 
 
-class Blocks(nn.Module):
+def blocks() -> Net:
     """Two convolutions in two filter groups each, whose results are added."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = (nn.Conv2d(4, 16, 3, padding=1, groups=2) for _ in range(2))
-        self.head = nn.Conv2d(16, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A map of 3 channels."""
-        return self.head(torch.relu(self.one(x) + self.two(x)))
+    return Net(
+        lambda m, x: m.head(torch.relu(m.one(x) + m.two(x))),
+        one=nn.Conv2d(4, 16, 3, padding=1, groups=2),
+        two=nn.Conv2d(4, 16, 3, padding=1, groups=2),
+        head=nn.Conv2d(16, 3, 1),
+    )
 
 
 def reference_of_blocks(model: nn.Module, n_runs: int) -> list[int]:
@@ -168,7 +162,7 @@ def reference_of_blocks(model: nn.Module, n_runs: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("n_runs", [1, 2, 3])
 def test_runs_of_coupled_layers_in_blocks_are_those_of_what_is_left(n_runs: int, seed: int) -> None:
-    model = randomise(Blocks(), seed).eval()
+    model = randomise(blocks(), seed).eval()
     groups = torchshear.analyze(torchshear.trace(model, (torch.randn(2, 4, 8, 8),)))
     dense, width = 2 * (2 * 9 + 1) * 16 + 3 * 16 + 3, 16 - 4 * n_runs
     share = (2 * (2 * 9 + 1) * width + 3 * width + 3) / dense
@@ -228,24 +222,21 @@ class Recurrent(nn.Module):
         return self.head(self.cells(self.table(x))[0])
 
 
-class Projections(nn.Module):
+def projections() -> Net:
     """Attention that keeps three projections in one module, whose rows are products of heads and their widths."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 16)
-        self.attention = nn.MultiheadAttention(16, 4, batch_first=True, kdim=6, vdim=6)
-        self.last = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.attention(self.first(x), x, x, need_weights=False)[0])
+    return Net(
+        lambda m, x: m.last(m.attention(m.first(x), x, x, need_weights=False)[0]),
+        first=nn.Linear(6, 16),
+        attention=nn.MultiheadAttention(16, 4, batch_first=True, kdim=6, vdim=6),
+        last=nn.Linear(16, 3),
+    )
 
 
 @pytest.mark.parametrize(
     ("model", "x", "names"),
     [
         (Recurrent(), torch.zeros(2, 3, dtype=torch.long), {"cells.weight_ih_l0", "cells.weight_hh_l0_reverse"}),
-        (Projections(), torch.randn(2, 5, 6), {"attention.q_proj_weight", "attention.v_proj_weight"}),
+        (projections(), torch.randn(2, 5, 6), {"attention.q_proj_weight", "attention.v_proj_weight"}),
     ],
 )
 def test_masks_of_modules_with_several_weights(model: nn.Module, x: Tensor, names: set[str], tmp_path: Path) -> None:

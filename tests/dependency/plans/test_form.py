@@ -34,7 +34,6 @@ def plan() -> PruningPlan:
 
 
 def same(form: Form | None) -> Any:
-    assert form is not None
     return form.kind, form.reason, list(form.sizes.items()), list(form.factors.items()), dict(form.parts)
 
 

@@ -157,11 +157,6 @@ def test_a_changed_tensor_file_is_damage(plan: PruningPlan, tmp_path: Path, monk
         PruningPlan.load(tmp_path / "plan.json")
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match=r"plan file .*nowhere.json' cannot be read: No such file"):
-        PruningPlan.load(tmp_path / "nowhere.json")
-
-
 def test_a_pickle_is_not_run(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     with pytest.raises(PlanError, match="not whole JSON"):
@@ -213,7 +208,6 @@ class SharedHeads(nn.Module):
         self.o = nn.Linear(6 * 4, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values of shape (batch, tokens, 5)."""
         x = self.inputs(x)
         q, k, v = (part(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for part in (self.q, self.k, self.v))
         k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)

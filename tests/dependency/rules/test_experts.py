@@ -9,17 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import torchshear
-from tests.networks.experts import (
-    CHOSEN,
-    CHOSEN_GROUPS,
-    DISPATCHES,
-    EXPERTS,
-    GROUPS,
-    ROUTINGS,
-    TOKENS,
-    WIDTH,
-    Mixture,
-)
+from tests.networks.experts import CHOSEN, CHOSEN_GROUPS, DISPATCHES, EXPERTS, GROUPS, ROUTINGS, TOKENS, WIDTH, Mixture
 from torchshear.dependency import ChannelGroups, masked_operator, operator_rule, unregister
 from torchshear.dependency.rules._choosing import grouped_product
 from torchshear.pruners import plan_from_kept

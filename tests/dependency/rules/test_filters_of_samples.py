@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from tests.networks import randomise
+from tests.networks import Net, randomise
 from tests.oracle import assert_equals_masked
 
 N_IN, N_OUT = 12, 10
@@ -40,7 +40,6 @@ class Filtered(nn.Module):
             self.style, self.weight = nn.Linear(3, N_IN), nn.Parameter(torch.randn(*size, *kernel))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four channels a place."""
         h, context = self.one(x).relu(), x.flatten(2).mean(2)
         if self.keeps_batch:
             assert len(x) == 2
@@ -118,22 +117,20 @@ def test_filters_of_each_sample_are_cut(filters: str, n: int, keeps_batch: bool)
 
 @pytest.mark.parametrize("is_depthwise", [False, True], ids=["one map", "depthwise"])
 def test_the_features_of_a_template_are_filters(is_depthwise: bool) -> None:
-    class Tracker(nn.Module):
+    def run(m: Net, template: Tensor, x: Tensor) -> Any:
         """Where a template is found in a picture, as Siamese trackers tell it."""
+        z, x = (m.two(m.one(one).relu()) for one in (template, x))
+        b, c, h, w = x.shape
+        if not is_depthwise:
+            return functional.conv2d(x.view(1, b * c, h, w), z, groups=b).transpose(0, 1)
+        y = functional.conv2d(x.view(1, b * c, h, w), z.view(b * c, 1, *z.shape[2:]), groups=b * c)
+        return m.out(y.view(b, c, *y.shape[2:]))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two, self.out = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 8, 1), nn.Conv2d(8, 4, 1)
-
-        def forward(self, template: Tensor, x: Tensor) -> Any:
-            z, x = (self.two(self.one(one).relu()) for one in (template, x))
-            b, c, h, w = x.shape
-            if not is_depthwise:
-                return functional.conv2d(x.view(1, b * c, h, w), z, groups=b).transpose(0, 1)
-            y = functional.conv2d(x.view(1, b * c, h, w), z.view(b * c, 1, *z.shape[2:]), groups=b * c)
-            return self.out(y.view(b, c, *y.shape[2:]))
-
-    small = _pruned(Tracker(), _example()[:, :, :3, :3].contiguous(), _example()).model
+    small = _pruned(
+        Net(run, one=nn.Conv2d(3, 12, 3, padding=1), two=nn.Conv2d(12, 8, 1), out=nn.Conv2d(8, 4, 1)),
+        _example()[:, :, :3, :3].contiguous(),
+        _example(),
+    ).model
     assert (small.one.out_channels, small.two.out_channels) == (6, 4)
 
 

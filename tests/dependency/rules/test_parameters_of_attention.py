@@ -25,8 +25,7 @@ class Pooled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.stem(x)
         pooled = self.read(self.latents, self.k(tokens), self.v(tokens))
-        y: Tensor = self.head(scaled_dot_product_attention(self.q2(tokens), self.k2(pooled), self.v2(pooled)))
-        return y
+        return self.head(scaled_dot_product_attention(self.q2(tokens), self.k2(pooled), self.v2(pooled)))
 
 
 def expanded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -69,8 +68,7 @@ def test_a_router_is_no_attention() -> None:
             self.stem, self.table, self.head = nn.Linear(8, 16), nn.Parameter(torch.randn(16, 7)), nn.Linear(7, 5)
 
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.head((self.stem(x) @ self.table).softmax(-1))
-            return y
+            return self.head((self.stem(x) @ self.table).softmax(-1))
 
     groups = torchshear.analyze(torchshear.trace(Routed().eval(), (torch.randn(2, 9, 8),)))
     assert {group.width: group.role for group in groups} == {16: "rank", 7: "ffn"}
@@ -89,8 +87,7 @@ class Chosen(nn.Module):
         h = self.stem(x)
         best = self.router(h).argmax(-1)
         inner = (torch.bmm(h[:, None], self.up[best]) + self.up_bias[best][:, None]).relu()
-        y: Tensor = self.head(h + (inner.bmm(self.down[best]) + self.down_bias[best][:, None])[:, 0])
-        return y
+        return self.head(h + (inner.bmm(self.down[best]) + self.down_bias[best][:, None])[:, 0])
 
 
 def test_experts_that_indices_choose() -> None:

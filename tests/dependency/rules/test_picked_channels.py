@@ -29,7 +29,6 @@ class Picking(nn.Module):
         self.register_buffer("pairs", PAIRS.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four numbers."""
         return self.two(self.pick(self, self.one(self.first(x).relu())).tanh())
 
 
@@ -104,7 +103,6 @@ class Pairing(nn.Module):
         self.register_buffer("columns", pairs[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Four numbers."""
         return self.two(self.pick(self, self.one(self.first(x).relu())).tanh())
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
+from tests.networks import Net
 
 EXPERTS, READ, MADE = 3, 4, 5
 
@@ -77,21 +78,18 @@ def test_a_scale_or_a_sum_is_no_layer(equation: str) -> None:
     assert not any(name == "weight" for name, _ in groups.facts.purposes)
 
 
-class NamedNorm(nn.Module):
+def named_norm() -> Net:
     """A batch norm under the name of its operator, which its parameters carry too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one = nn.Conv2d(3, 8, 1, bias=False)
-        self.batch_norm = nn.BatchNorm2d(8)
-        self.two = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(self.batch_norm(self.one(x)).relu())
+    return Net(
+        lambda m, x: m.two(m.batch_norm(m.one(x)).relu()),
+        one=nn.Conv2d(3, 8, 1, bias=False),
+        batch_norm=nn.BatchNorm2d(8),
+        two=nn.Conv2d(8, 2, 1),
+    )
 
 
 def test_a_norm_may_be_called_as_its_operator_is() -> None:
-    groups = torchshear.analyze(torchshear.trace(NamedNorm().eval(), (torch.randn(2, 3, 4, 4),)))
+    groups = torchshear.analyze(torchshear.trace(named_norm().eval(), (torch.randn(2, 3, 4, 4),)))
     (group,) = groups.prunable
     assert {member.name: member.norm_scale for member in group.members if member.norm_scale} == {
         "one.weight": "batch_norm.weight"
