@@ -49,7 +49,6 @@ class Sample(nn.Module):
         self.register_buffer("order", torch.tensor([3, 1, 0, 2, 7, 6, 5, 4]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values of shape (batch, 4)."""
         return self.two(self.one(x).relu()[:, self.order])
 
 
@@ -74,9 +73,6 @@ def written(write: Callable[[Path], object]) -> Files:
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
         return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-
-
-# -- kinds of files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -312,9 +308,7 @@ KINDS: Final[Mapping[str, Kind]] = {
         lambda s: _checkpoint_files(), _one("model.safetensors.index.json", damaged_bytes), _use_checkpoint
     ),
     "checkpoint index, entries": Kind(
-        lambda s: _checkpoint_files(),
-        _one("model.safetensors.index.json", _as_json(damaged_document)),
-        _use_checkpoint,
+        lambda s: _checkpoint_files(), _one("model.safetensors.index.json", _as_json(damaged_document)), _use_checkpoint
     ),
     "record of a shrunk checkpoint": Kind(
         lambda s: _record_files(),

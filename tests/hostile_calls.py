@@ -37,8 +37,7 @@ class Network(nn.Module):
         self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
-        return y
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,149 +127,73 @@ def semi_structured() -> dict[str, Any]:
 CALLS: dict[str, Call] = {
     "trace": Call(torchshear.trace, lambda g: {"model": g.model, "args": (g.x,), "kwargs": {}, "submodules": None}),
     "analyze": Call(torchshear.analyze, lambda g: {"graph": g.graph, "prunable_outputs": ()}),
-    "plan": Call(
-        torchshear.plan,
-        lambda g: {
-            **{"groups": g.groups, "criterion": "l1", "ratio": 0.5, "align": None, "min_width": 1, "roles": None},
-            **{"exclude": (), "weights": None, "statistics": None, "scope": "local", "min_ratio": 0.0},
-            **{"max_ratio": None, "group_reduction": "sum", "normalize": "auto"},
-        },
-    ),
-    "plan for a target": Call(
-        torchshear.plan,
-        lambda g: {"groups": g.groups, "scope": "global", "target_macs": 0.7, "target_params": None},
-    ),
-    "prune": Call(
-        torchshear.prune,
-        lambda g: {
-            **{"model": g.model, "args": (g.x,), "kwargs": None, "criterion": "taylor", "ratio": 0.5, "align": None},
-            **{"min_width": 1, "data": data(g), "loss_fn": cross_entropy, "batches": 1},
-            **{"compensate": "statistics", "prunable_outputs": (), "submodules": None},
-        },
-    ),
-    "prune for a latency": Call(
-        torchshear.prune,
-        lambda g: {
-            **{"model": g.model, "args": (g.x,), "target_latency": 1.0, "device": latency.Device(batch=2)},
-            **{"align": 1, "must_be_faster": False},
-        },
-    ),
-    "prune by a config": Call(
-        torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "config": CONFIG, "criterion": "l1"}
-    ),
-    "shrink": Call(
-        torchshear.shrink,
-        lambda g: {"model": g.model, "plan": g.plan, "args": (g.x,), "kwargs": {}, "verify": True},
-    ),
-    "verify": Call(
-        torchshear.verify,
-        lambda g: {
-            **{"model": g.model, "small": g.small, "plan": g.plan, "args": (g.x,), "kwargs": {}, "seed": 0},
-            **{"data": data(g), "batches": 1},
-        },
-    ),
-    "collect": Call(
-        torchshear.collect,
-        lambda g: {
-            **{"network": g.groups, "loader": data(g), "loss_fn": cross_entropy, "batches": 1, "progress": False},
-            **{"criteria": "taylor", "exclude": ()},
-        },
-    ),
-    "recalibrate": Call(
-        torchshear.recalibrate,
-        lambda g: {"model": g.model, "loader": data(g), "batches": 1, "progress": False},
-    ),
-    "export_onnx": Call(
-        torchshear.export_onnx,
-        lambda g: {
-            **{"model": g.model, "path": g.folder / "small.onnx", "args": (g.x,), "kwargs": {}},
-            **{"check_batches": (1,), "rtol": 2e-4, "atol": 1e-6},
-        },
-    ),
-    "compare_latency": Call(
-        torchshear.compare_latency,
-        lambda g: {
-            **{"models": {"dense": g.folder / "dense.onnx"}, "inputs": None, "batch": 1, "threads": 1, "rounds": 2},
-            **{"warmup": 1, "min_seconds": 1e-4, "confidence": 0.9, "seed": 0},
-        },
-    ),
-    "measure_table": Call(
-        latency.measure_table,
-        lambda g: {
-            **{"model": g.model, "args": (g.x,), "kwargs": {}, "device": latency.Device(batch=2), "align": 4},
-            **{"probes": 4, "use_cache": False, "progress": False},
-        },
-    ),
-    "LatencyTable.predict_ms": Call(
-        latency.LatencyTable.predict_ms, lambda g: {"self": g.table, "widths": {"stem.weight[0]": 8}}
-    ),
-    "LatencyTable.save": Call(
-        latency.LatencyTable.save, lambda g: {"self": g.table, "path": g.folder / "table copy.json"}
-    ),
+    "plan": Call(torchshear.plan, lambda g: {"groups": g.groups, "criterion": "l1", "ratio": 0.5, "align": None,
+        "min_width": 1, "roles": None, "exclude": (), "weights": None, "statistics": None, "scope": "local",
+        "min_ratio": 0.0, "max_ratio": None, "group_reduction": "sum", "normalize": "auto"}),
+    "plan for a target": Call(torchshear.plan, lambda g: {"groups": g.groups, "scope": "global", "target_macs": 0.7,
+        "target_params": None}),
+    "prune": Call(torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "kwargs": None, "criterion": "taylor",
+        "ratio": 0.5, "align": None, "min_width": 1, "data": data(g), "loss_fn": cross_entropy, "batches": 1,
+        "compensate": "statistics", "prunable_outputs": (), "submodules": None}),
+    "prune for a latency": Call(torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "target_latency": 1.0,
+        "device": latency.Device(batch=2), "align": 1, "must_be_faster": False}),
+    "prune by a config": Call(torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "config": CONFIG,
+        "criterion": "l1"}),
+    "shrink": Call(torchshear.shrink, lambda g: {"model": g.model, "plan": g.plan, "args": (g.x,), "kwargs": {},
+        "verify": True}),
+    "verify": Call(torchshear.verify, lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "args": (g.x,),
+        "kwargs": {}, "seed": 0, "data": data(g), "batches": 1}),
+    "collect": Call(torchshear.collect, lambda g: {"network": g.groups, "loader": data(g), "loss_fn": cross_entropy,
+        "batches": 1, "progress": False, "criteria": "taylor", "exclude": ()}),
+    "recalibrate": Call(torchshear.recalibrate, lambda g: {"model": g.model, "loader": data(g), "batches": 1,
+        "progress": False}),
+    "export_onnx": Call(torchshear.export_onnx, lambda g: {"model": g.model, "path": g.folder / "small.onnx",
+        "args": (g.x,), "kwargs": {}, "check_batches": (1,), "rtol": 2e-4, "atol": 1e-6}),
+    "compare_latency": Call(torchshear.compare_latency, lambda g: {"models": {"dense": g.folder / "dense.onnx"},
+        "inputs": None, "batch": 1, "threads": 1, "rounds": 2, "warmup": 1, "min_seconds": 1e-4, "confidence": 0.9,
+        "seed": 0}),
+    "measure_table": Call(latency.measure_table, lambda g: {"model": g.model, "args": (g.x,), "kwargs": {},
+        "device": latency.Device(batch=2), "align": 4, "probes": 4, "use_cache": False, "progress": False}),
+    "LatencyTable.predict_ms": Call(latency.LatencyTable.predict_ms, lambda g: {"self": g.table,
+        "widths": {"stem.weight[0]": 8}}),
+    "LatencyTable.save": Call(latency.LatencyTable.save, lambda g: {"self": g.table,
+        "path": g.folder / "table copy.json"}),
     "LatencyTable.load": Call(latency.LatencyTable.load, lambda g: {"path": g.folder / "table.json"}),
     "load_checkpoint": Call(torchshear.load_checkpoint, lambda g: {"model": Network(), "source": g.folder / "src"}),
-    "shrink_checkpoint": Call(
-        torchshear.shrink_checkpoint,
-        lambda g: {"plan": g.plan, "source": g.folder / "src", "destination": g.folder / "out", "unknown": "refuse"},
-    ),
+    "shrink_checkpoint": Call(torchshear.shrink_checkpoint, lambda g: {"plan": g.plan, "source": g.folder / "src",
+        "destination": g.folder / "out", "unknown": "refuse"}),
     "PruningPlan.load": Call(torchshear.PruningPlan.load, lambda g: {"path": g.folder / "plan.json"}),
     "PruningPlan.save": Call(torchshear.PruningPlan.save, lambda g: {"self": g.plan, "path": g.folder / "p.json"}),
     "PruningPlan.then": Call(torchshear.PruningPlan.then, lambda g: {"self": g.plan, "second": g.second}),
-    "L1NormPruner": Call(
-        nni.L1NormPruner,
-        lambda g: {
-            **{"model": g.model, "config_list": CONFIG, "args": (g.x,), "kwargs": None, "dependency_aware": False},
-            **{"align": None, "min_width": 1},
-        },
-    ),
-    "ActivationAPoZRankPruner": Call(
-        nni.ActivationAPoZRankPruner,
-        lambda g: {"model": g.model, "config_list": CONFIG, "args": (g.x,), "data": data(g), "batches": 1},
-    ),
-    "SlimPruner": Call(
-        nni.SlimPruner,
-        lambda g: {"model": g.model, "config_list": [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}], "args": (g.x,)},
-    ),
+    "L1NormPruner": Call(nni.L1NormPruner, lambda g: {"model": g.model, "config_list": CONFIG, "args": (g.x,),
+        "kwargs": None, "dependency_aware": False, "align": None, "min_width": 1}),
+    "ActivationAPoZRankPruner": Call(nni.ActivationAPoZRankPruner, lambda g: {"model": g.model, "config_list": CONFIG,
+        "args": (g.x,), "data": data(g), "batches": 1}),
+    "SlimPruner": Call(nni.SlimPruner, lambda g: {"model": g.model,
+        "config_list": [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}], "args": (g.x,)}),
     "LevelPruner": Call(nni.LevelPruner, lambda g: {"model": g.model, "config_list": CONFIG, "args": ()}),
-    "Pruner.export_model": Call(
-        nni.Pruner.export_model,
-        lambda g: {
-            **{"self": g.pruner, "model_path": g.folder / "model.safetensors", "mask_path": g.folder / "m.safetensors"},
-            **{"onnx_path": None},
-        },
-    ),
+    "Pruner.export_model": Call(nni.Pruner.export_model, lambda g: {"self": g.pruner,
+        "model_path": g.folder / "model.safetensors", "mask_path": g.folder / "m.safetensors", "onnx_path": None}),
     "reconstruction_errors": Call(pruners.reconstruction_errors, lambda g: {"groups": g.groups, "statistics": g.grams}),
-    "channel_means": Call(
-        pruners.channel_means, lambda g: {"network": g.groups, "loader": data(g), "batches": 1, "progress": False}
-    ),
+    "channel_means": Call(pruners.channel_means, lambda g: {"network": g.groups, "loader": data(g), "batches": 1,
+        "progress": False}),
     "plan_from_kept": Call(pruners.plan_from_kept, lambda g: {"groups": g.groups, "kept": dict(g.plan.kept)}),
-    "plan_dependency_aware": Call(
-        nni.plan_dependency_aware,
-        lambda g: {"groups": g.groups, "ratios": {"conv": 0.5}, "criterion": "l1", "extra": "apply"},
-    ),
-    "plan_unipruning": Call(
-        unipruning.plan_unipruning,
-        lambda g: {"groups": g.groups, "target_params": 0.8, "run": 1, "min_width": 1},
-    ),
+    "plan_dependency_aware": Call(nni.plan_dependency_aware, lambda g: {"groups": g.groups, "ratios": {"conv": 0.5},
+        "criterion": "l1", "extra": "apply"}),
+    "plan_unipruning": Call(unipruning.plan_unipruning, lambda g: {"groups": g.groups, "target_params": 0.8, "run": 1,
+        "min_width": 1}),
     "parse_config": Call(configs.parse_config, lambda g: {"config": CONFIG}),
     "load_config": Call(configs.load_config, lambda g: {"path": g.folder / "config.yaml"}),
     "check_recalibration": Call(check_recalibration, lambda g: {"model": g.model, "batches": 1}),
-    "shrink_to_form": Call(
-        speedup.shrink_to_form, lambda g: {"model": g.model, "plan": g.plan, "form": "native", "verify": False}
-    ),
-    "plan_from_unipruning_mask": Call(
-        unipruning.plan_from_unipruning_mask,
-        lambda g: {"groups": g.groups, "path": g.folder / "mask.json"},
-    ),
-    "write_unipruning_mask": Call(
-        unipruning.write_unipruning_mask,
-        lambda g: {"plan": g.plan, "path": g.folder / "written.json"},
-    ),
+    "shrink_to_form": Call(speedup.shrink_to_form, lambda g: {"model": g.model, "plan": g.plan, "form": "native",
+        "verify": False}),
+    "plan_from_unipruning_mask": Call(unipruning.plan_from_unipruning_mask, lambda g: {"groups": g.groups,
+        "path": g.folder / "mask.json"}),
+    "write_unipruning_mask": Call(unipruning.write_unipruning_mask, lambda g: {"plan": g.plan,
+        "path": g.folder / "written.json"}),
     "read_unipruning_config": Call(unipruning.read_unipruning_config, lambda g: {"config": {"target_sparsity": 0.5}}),
-    "resolve": Call(
-        configs.resolve,
-        lambda g: {"model": g.model, "entries": configs.parse_config(CONFIG), "groups": g.groups},
-    ),
+    "resolve": Call(configs.resolve, lambda g: {"model": g.model, "entries": configs.parse_config(CONFIG),
+        "groups": g.groups}),
     "random_criterion": Call(pruners.random_criterion, lambda g: {"seed": 0}),
     "choose_masks": Call(masks.choose_masks, lambda g: {"model": g.model, "pattern": "1x1", "ratio": 0.5}),
     "apply": Call(masks.apply, lambda g: {"model": Network(), "masks": g.masks}),
@@ -279,73 +202,41 @@ CALLS: dict[str, Call] = {
     "pattern_lock": Call(masks.pattern_lock, lambda g: {"model": g.model, "layers": None}),
     "plan_from_masks": Call(masks.plan_from_masks, lambda g: {"groups": g.groups, "masks": g.masks}),
     "to_semi_structured": Call(masks.to_semi_structured, lambda g: semi_structured()),
-    "Masks.of": Call(
-        masks.Masks.of, lambda g: {"tensors": {"fc.weight": torch.ones(4, 8, dtype=torch.bool)}, "pattern": "1x1"}
-    ),
+    "Masks.of": Call(masks.Masks.of, lambda g: {"tensors": {"fc.weight": torch.ones(4, 8, dtype=torch.bool)},
+        "pattern": "1x1"}),
     "Masks.save": Call(masks.Masks.save, lambda g: {"self": g.masks, "path": g.folder / "saved.safetensors"}),
     "Masks.load": Call(masks.Masks.load, lambda g: {"path": g.folder / "masks.safetensors"}),
     "report": Call(masks.report, lambda g: {"masks": g.masks, "width": 100}),
-    "compare": Call(
-        comparison.compare,
-        lambda g: {
-            **{"model": g.model, "evaluate": lambda model: 0.5, "args": (g.x,), "kwargs": None, "criteria": ["l1"]},
-            **{"seeds": (0,), "target_macs": 0.5, "scope": "local"},
-        },
-    ),
-    "Comparison.row": Call(
-        comparison.Comparison.row,
-        lambda g: {"self": g.compared, "criterion": "l1", "budget": g.compared.budgets[0]},
-    ),
-    "Comparison.ranked": Call(
-        comparison.Comparison.ranked, lambda g: {"self": g.compared, "budget": g.compared.budgets[0]}
-    ),
-    "Comparison.draw": Call(
-        comparison.Comparison.draw, lambda g: {"self": g.compared, "path": g.folder / "picture.png"}
-    ),
-    "LatencyComparison.speedup": Call(
-        speedup.LatencyComparison.speedup, lambda g: {"self": g.measured, "name": "same"}
-    ),
-    "LatencyComparison.is_faster": Call(
-        speedup.LatencyComparison.is_faster, lambda g: {"self": g.measured, "name": "same"}
-    ),
+    "compare": Call(comparison.compare, lambda g: {"model": g.model, "evaluate": lambda model: 0.5, "args": (g.x,),
+        "kwargs": None, "criteria": ["l1"], "seeds": (0,), "target_macs": 0.5, "scope": "local"}),
+    "Comparison.row": Call(comparison.Comparison.row, lambda g: {"self": g.compared, "criterion": "l1",
+        "budget": g.compared.budgets[0]}),
+    "Comparison.ranked": Call(comparison.Comparison.ranked, lambda g: {"self": g.compared,
+        "budget": g.compared.budgets[0]}),
+    "Comparison.draw": Call(comparison.Comparison.draw, lambda g: {"self": g.compared,
+        "path": g.folder / "picture.png"}),
+    "LatencyComparison.speedup": Call(speedup.LatencyComparison.speedup, lambda g: {"self": g.measured,
+        "name": "same"}),
+    "LatencyComparison.is_faster": Call(speedup.LatencyComparison.is_faster, lambda g: {"self": g.measured,
+        "name": "same"}),
     "ChannelGroups.describe": Call(dependency.ChannelGroups.describe, lambda g: {"self": g.groups, "mode": "eval"}),
-    "ChannelGroups.to_networkx": Call(
-        dependency.ChannelGroups.to_networkx, lambda g: {"self": g.groups, "mode": "train"}
-    ),
+    "ChannelGroups.to_networkx": Call(dependency.ChannelGroups.to_networkx, lambda g: {"self": g.groups,
+        "mode": "train"}),
     "Alignment": Call(Alignment, lambda g: {"block": 8, "granule": 4, "name": "own"}),
-    "Alignment.allowed_widths": Call(
-        Alignment.allowed_widths, lambda g: {"self": Alignment(8, 4, "own"), "width": 20, "multiplicity": 1}
-    ),
+    "Alignment.allowed_widths": Call(Alignment.allowed_widths, lambda g: {"self": Alignment(8, 4, "own"), "width": 20,
+        "multiplicity": 1}),
     "describe_groups": Call(inspection.describe_groups, lambda g: {"groups": g.groups}),
     "write_page": Call(inspection.write_page, lambda g: {"groups": g.groups, "path": g.folder / "page.html"}),
-    "fold_constants": Call(
-        speedup.fold_constants,
-        lambda g: {"model": g.model, "shrunk": speedup.shrink_to_form(g.model, g.plan), "plan": g.plan},
-    ),
-    "refit": Call(
-        speedup.refit,
-        lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "args": (g.x,), "kwargs": {}} | samples(g),
-    ),
-    "distill": Call(
-        torchshear.distill,
-        lambda g: {
-            **{
-                "small": g.small,
-                "model": g.model,
-                "loader": 2 * data(g),
-                "steps": 2,
-                "plan": g.plan,
-                "progress": False,
-            },
-            **{"learning_rate": 1e-3, "weight_decay": 0.0, "temperature": 1.0, "layer_weight": 1.0},
-            **{"checkpoint": None},
-        },
-    ),
-    "compensate": Call(
-        torchshear.compensate,
-        lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "method": "refit"} | samples(g),
-    ),
-}
+    "fold_constants": Call(speedup.fold_constants, lambda g: {"model": g.model,
+        "shrunk": speedup.shrink_to_form(g.model, g.plan), "plan": g.plan}),
+    "refit": Call(speedup.refit, lambda g: {"model": g.model, "small": g.small, "plan": g.plan, "args": (g.x,),
+        "kwargs": {}} | samples(g)),
+    "distill": Call(torchshear.distill, lambda g: {"small": g.small, "model": g.model, "loader": 2 * data(g),
+        "steps": 2, "plan": g.plan, "progress": False, "learning_rate": 1e-3, "weight_decay": 0.0, "temperature": 1.0,
+        "layer_weight": 1.0, "checkpoint": None}),
+    "compensate": Call(torchshear.compensate, lambda g: {"model": g.model, "small": g.small, "plan": g.plan,
+        "method": "refit"} | samples(g)),
+}  # fmt: skip
 
 CALLBACKS = ("criterion", "evaluate", "loss_fn", "progress", "score")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -178,22 +177,28 @@ from torchshear.cli import _folder
 rename, count = Path.rename, [0]
 def counted(path, target):
     count[0] += 1
-    if count[0] > int(sys.argv[1]):
+    if count[0] > n_renames:
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(path, target)
 Path.rename = counted
-with _folder.output_folder(Path("out"), "prune") as draft:
-    for name in "abc":
-        (draft / f"{name}.txt").write_text("new")
+for n_renames in map(int, sys.argv[1:]):
+    if os.fork():
+        assert os.WTERMSIG(os.wait()[1]) == signal.SIGKILL
+        continue
+    with _folder.output_folder(Path(str(n_renames)), "prune") as draft:
+        for name in "abc":
+            (draft / f"{name}.txt").write_text("new")
 """
 
 
-@pytest.mark.parametrize("n_renames", [0, 2, 3, 5])
-def test_a_process_that_is_killed_leaves_no_mixture(n_renames: int) -> None:
-    fill(Path("out"), a_txt="old", b_txt="old", c_txt="old")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(n_renames)], env=os.environ, check=False)
-    assert done.returncode == -signal.SIGKILL
-    left = {path.read_text() for path in Path("out").glob("*.txt")}
-    assert len(left) < 2, "files of two runs stand side by side"
-    fill(Path("out"), a_txt="3", b_txt="3")  # the next run knows what is there
-    assert {path.name: path.read_text() for path in Path("out").glob("*.txt")} == {"a.txt": "3", "b.txt": "3"}
+def test_a_process_that_is_killed_leaves_no_mixture() -> None:
+    """Killed before the first, third, fourth and sixth renaming."""
+    folders = [Path(n_renames) for n_renames in "0235"]
+    for folder in folders:
+        fill(folder, a_txt="old", b_txt="old", c_txt="old")
+    subprocess.run([sys.executable, "-c", KILLED, *map(str, folders)], env=os.environ, check=True)
+    for folder in folders:
+        left = {path.read_text() for path in folder.glob("*.txt")}
+        assert len(left) < 2, f"{folder}: files of two runs stand side by side"
+        fill(folder, a_txt="3", b_txt="3")  # the next run knows what is there
+        assert {path.name: path.read_text() for path in folder.glob("*.txt")} == {"a.txt": "3", "b.txt": "3"}

@@ -34,8 +34,7 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.conv(x)).relu().mean((2, 3))
-        out: Tensor = self.head(self.wide(x).relu())
-        return out
+        return self.head(self.wide(x).relu())
 
 
 def data(n_batches: int = 5) -> list[tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import torchshear
+from tests.networks import analyzed
 from torchshear.errors import ArgumentError, OutputError
 from torchshear.speedup.onnx import _export as onnx
 from torchshear.storage import _writing as _files
@@ -108,11 +109,16 @@ def test_saving_over_a_plan_touches_no_other_file(tmp_path: Path, monkeypatch: p
     assert torchshear.PruningPlan.load(tmp_path / "plan.json") == plans[1]
 
 
-def test_a_shrunk_checkpoint_is_as_private_as_its_source(tmp_path: Path) -> None:
+@pytest.fixture
+def plan(tmp_path: Path) -> torchshear.PruningPlan:
+    """A plan for the checkpoint in the folder "src"."""
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (torch.randn(2, 6),))))
     (tmp_path / "src").mkdir()
     save_file(model.state_dict(), tmp_path / "src" / "model.safetensors")
+    return torchshear.plan(analyzed(model, torch.randn(2, 6)))
+
+
+def test_a_shrunk_checkpoint_is_as_private_as_its_source(plan: torchshear.PruningPlan, tmp_path: Path) -> None:
     (tmp_path / "src" / "config.json").write_text("{}")
     for file in (tmp_path / "src").iterdir():
         file.chmod(0o600)
@@ -121,11 +127,9 @@ def test_a_shrunk_checkpoint_is_as_private_as_its_source(tmp_path: Path) -> None
         assert (tmp_path / "small" / name).stat().st_mode & 0o777 == 0o600
 
 
-def test_what_looks_like_a_draft_is_not_deleted_from_a_folder_of_the_users(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, (torch.randn(2, 6),))))
-    (tmp_path / "src").mkdir()
-    save_file(model.state_dict(), tmp_path / "src" / "model.safetensors")
+def test_what_looks_like_a_draft_is_not_deleted_from_a_folder_of_the_users(
+    plan: torchshear.PruningPlan, tmp_path: Path
+) -> None:
     for name in (".shrink-draft-mine", ".torchshear-draft-mine"):
         (tmp_path / "used" / name).mkdir(parents=True)
         (tmp_path / "used" / name / "thesis.txt").write_text("mine")

@@ -67,22 +67,14 @@ class Depth(nn.Module):
             self.low.register_forward_hook(hooks[kind])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two maps of half the size."""
         high = self.two(self.high(self.low(x)))
         return self.out(torch.relu(functional.interpolate(high, scale_factor=2.0) + self.one(self.read())))
 
 
 KINDS = [
-    "the module",
-    "its dictionary",
-    "a default argument",
-    "a function that does",
-    "a partial function",
-    "an object",
-    "the user's dictionary",
-    "a hook before",
-    "a patched forward",
-]
+    "the module", "its dictionary", "a default argument", "a function that does", "a partial function", "an object",
+    "the user's dictionary", "a hook before", "a patched forward",
+]  # fmt: skip
 
 
 def _by_hand(model: nn.Module, x: Tensor, masks: dict[str, Tensor]) -> Tensor:

@@ -23,7 +23,6 @@ class Pair(nn.Module):
         self.between = between
 
     def forward(self, x: Tensor) -> Tensor:
-        """Five features."""
         return self.two(self.between(self, self.one(x)))
 
 
@@ -92,8 +91,7 @@ def test_the_traced_form_refuses_sizes_that_it_holds_as_constants() -> None:
 def test_a_train_method_with_side_effects_is_not_called() -> None:
     class Merging(Pair):
         def train(self, mode: bool = True) -> "Merging":
-            with torch.no_grad():
-                self.one.weight.mul_(2)
+            self.one.weight.data.mul_(2)
             return super().train(mode)
 
     model = randomise(Merging(lambda m, h: h.relu()))
@@ -129,14 +127,6 @@ def test_casts_and_extremes_inside_are_no_obstacle(between: Callable[[Pair, Tens
     x = torch.randn(3, 6)
     result = torchshear.prune(model, (x,))
     assert torch.isfinite(result.model(x)).all()
-
-
-def test_a_transformer_layer_is_checked_where_heads_and_batch_share_a_dimension() -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    model = randomise(nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 5))).eval()
-    result = torchshear.prune(model, (torch.randn(2, 5, 6),))
-    assert result.verification.max_error < 1e-12
-    assert result.report.achieved_ratio > 0.4
 
 
 def test_a_forward_with_random_numbers_of_torch_is_proved_on_equal_ones() -> None:

@@ -21,8 +21,7 @@ class Pair(nn.Module):
         self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.two(self.one(x).relu())
-        return y
+        return self.two(self.one(x).relu())
 
 
 def pair(**attributes: Any) -> nn.Module:
@@ -119,11 +118,7 @@ def test_layers_of_no_width_run() -> None:
             ArgumentError,
             "'table' is of torch.float8_e4m3fn",
         ),
-        (
-            lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)),
-            ArgumentError,
-            "'0.weight' is lazy",
-        ),
+        (lambda: nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 3)), ArgumentError, "'0.weight' is lazy"),
         (lambda: torch.jit.script(pair()), ArgumentError, "model is a ScriptModule"),
         (
             lambda: nn.Sequential(nn.Linear(6, 8), torch.jit.script(nn.Linear(8, 3))),

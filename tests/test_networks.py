@@ -21,15 +21,27 @@ from torchshear.errors import TorchshearError
 
 PRUNABLE = [one for one in NETWORKS if "refused" not in one.tags]
 REFUSED = [one for one in NETWORKS if "refused" in one.tags]
-over = pytest.mark.parametrize("network", PRUNABLE, ids=lambda one: one.name)
+Pruned = tuple[torch.nn.Module, tuple, dict, torchshear.PruneResult]
 
 
-@over
-def test_half_is_pruned(network: Network) -> None:
+@pytest.fixture(scope="module", params=PRUNABLE, ids=lambda one: one.name)
+def network(request: pytest.FixtureRequest) -> Network:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def pruned(network: Network) -> Pruned:
+    """A network, its inputs, and what is left of it."""
     model, args, kwargs = network.build()
-    before, sizes = fingerprint(model), {name: parameter.numel() for name, parameter in model.named_parameters()}
+    before = fingerprint(model)
     result = torchshear.prune(model, args=args, kwargs=kwargs, ratio=0.5)
     assert fingerprint(model) == before
+    return model, args, kwargs, result
+
+
+def test_half_is_pruned(network: Network, pruned: Pruned) -> None:
+    model, args, kwargs, result = pruned
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     groups = result.plan.analysis
     assert tuple(sorted(group.width for group in groups.prunable)) == network.widths
     for group in result.plan.groups:
@@ -47,14 +59,11 @@ def test_half_is_pruned(network: Network) -> None:
     assert_outputs_of_same_form(result.model(*args, **kwargs), model(*args, **kwargs))
 
 
-@over
-def test_random_units_are_cut(network: Network) -> None:
-    model, args, kwargs = network.build()
-    groups = torchshear.analyze(torchshear.trace(model, args=args, kwargs=kwargs))
+def test_random_units_are_cut(network: Network, pruned: Pruned) -> None:
+    model, args, kwargs, result = pruned
+    mixes = "cross_channel" in network.tags
     for kept_seed in range(2):
-        check_random_pruning(
-            model, args, kwargs, kept_seed, is_cross_channel="cross_channel" in network.tags, groups=groups
-        )
+        check_random_pruning(model, args, kwargs, kept_seed, is_cross_channel=mixes, groups=result.plan.analysis)
 
 
 @pytest.mark.parametrize("network", REFUSED, ids=lambda one: one.name)

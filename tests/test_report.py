@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import torchshear
 import torchshear.comparison
+from tests.networks import Net, analyzed
 from torchshear.report import PruningReport, make_report, render_report
 
 
@@ -16,8 +17,7 @@ def attention(net: nn.Module, h: Tensor) -> Tensor:
     """Self-attention with 4 heads, written so that no attribute holds a head's width and the form must be traced."""
     b, n, c = h.shape
     q, k, v = (layer(h).view(b, n, 4, c // 4).transpose(1, 2) for layer in (net.q, net.k, net.v))
-    y: Tensor = net.o(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
-    return y
+    return net.o(((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).flatten(2))
 
 
 class Attention(nn.Module):
@@ -67,19 +67,9 @@ def test_a_missing_train_mode_is_told() -> None:
 
 
 def test_parameters_that_nothing_reads_are_told() -> None:
-    class Encoder(nn.Module):
-        """Of a deeper encoder only the first layers are used."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.head = nn.Linear(8, 32), nn.Linear(32, 5)
-            self.deep = nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 512))
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.head(self.used(x).relu())
-            return y
-
-    report = torchshear.prune(Encoder().eval(), (X,)).report
+    deep = nn.Sequential(nn.Linear(32, 512), nn.ReLU(), nn.Linear(512, 512))  # of an encoder only the first are used
+    model = Net(lambda m, x: m.head(m.used(x).relu()), used=nn.Linear(8, 32), head=nn.Linear(32, 5), deep=deep)
+    report = torchshear.prune(model.eval(), (X,)).report
     unread = [name for name, reason in report.refused.items() if reason == "no operator reads it"]
     assert unread == [f"deep.{name}" for name in ("0.weight[0]", "0.weight[1]", "0.bias[0]")] + [
         f"deep.2.{name}" for name in ("weight[0]", "weight[1]", "bias[0]")
@@ -94,18 +84,12 @@ def test_parameters_that_nothing_reads_are_told() -> None:
 def test_reasons_are_counted_in_the_terms_of_a_user() -> None:
     """Channels are dealt out to two branches by a shuffle that leaves one alone on its way."""
 
-    class Dealt(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.other = nn.Linear(8, 7), nn.Linear(8, 3)
-            self.left, self.right = nn.Linear(4, 5), nn.Linear(6, 5)
+    def dealt(m: Net, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        return m.left(torch.cat([h[..., :1], m.other(x)], -1)) + m.right(h[..., 1:])
 
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.stem(x)
-            y: Tensor = self.left(torch.cat([h[..., :1], self.other(x)], -1)) + self.right(h[..., 1:])
-            return y
-
-    report = make_report(torchshear.plan(torchshear.analyze(torchshear.trace(Dealt().eval(), (X,)))))
+    parts = {"stem": nn.Linear(8, 7), "other": nn.Linear(8, 3), "left": nn.Linear(4, 5), "right": nn.Linear(6, 5)}
+    report = make_report(torchshear.plan(analyzed(Net(dealt, **parts).eval(), X)))
     alone = next(group.name for group in report.groups if group.width == 1)
     assert report.refused[alone] == (
         "the only one of its layer that splits or shuffles send this way; the last of a part stays"
@@ -113,36 +97,24 @@ def test_reasons_are_counted_in_the_terms_of_a_user() -> None:
     text = str(report)
     assert "  4 x model output 0\n      left.weight[0], left.bias[0], right.weight[0], right.bias[0]\n" in text
 
-    class Single(nn.Module):
+    def single(m: Net, x: Tensor) -> Tensor:
         """Sums over flips and rolls make one unit of all 4 positions."""
+        h = m.stem(x)
+        return m.head((h + h.flip(-1) + h.roll(1, -1)) * m.gain.view(4))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem, self.gain, self.head = nn.Linear(8, 4), nn.Parameter(torch.ones(4, 1)), nn.Linear(4, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            h = self.stem(x)
-            y: Tensor = self.head((h + h.flip(-1) + h.roll(1, -1)) * self.gain.view(4))
-            return y
-
-    report = make_report(torchshear.plan(torchshear.analyze(torchshear.trace(Single().eval(), (X,)))))
+    model = Net(single, stem=nn.Linear(8, 4), gain=nn.Parameter(torch.ones(4, 1)), head=nn.Linear(4, 5))
+    report = make_report(torchshear.plan(analyzed(model.eval(), X)))
     assert "all 4 are tied to one another, so that none goes alone" in report.refused.values()
 
 
 def test_reasons_of_one_kind_stand_together_wherever_they_are() -> None:
-    layers = [nn.Linear(8, 8) for _ in range(30)]
+    def run(m: Net, x: Tensor) -> Tensor:
+        for layer in m.layers:
+            x = layer(x).sort(-1).values
+        return x
 
-    class Many(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(layers)
-
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = layer(x).sort(-1).values
-            return x
-
-    report = make_report(torchshear.plan(torchshear.analyze(torchshear.trace(Many().eval(), (X,))), min_ratio=0))
+    many = Net(run, layers=nn.ModuleList(nn.Linear(8, 8) for _ in range(30))).eval()
+    report = make_report(torchshear.plan(analyzed(many, X), min_ratio=0))
     shown = str(report).partition("cannot shrink")[2].splitlines()[1:]
     assert len(report.refused) > 60
     assert len(shown) < 16
@@ -152,18 +124,13 @@ def test_reasons_of_one_kind_stand_together_wherever_they_are() -> None:
 
 @pytest.fixture(scope="module")
 def long_names() -> PruningReport:
-    class Deep(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            inner = nn.ModuleDict({"feed_forward_network": nn.Linear(8, 16), "projection": nn.Linear(16, 8)})
-            self.transformer_encoder_layers = nn.ModuleDict({"intermediate_blocks": inner})
+    def run(m: Net, x: Tensor) -> Tensor:
+        block = m.transformer_encoder_layers["intermediate_blocks"]
+        return block["projection"](block["feed_forward_network"](x).relu())
 
-        def forward(self, x: Tensor) -> Tensor:
-            block = self.transformer_encoder_layers["intermediate_blocks"]
-            y: Tensor = block["projection"](block["feed_forward_network"](x).relu())
-            return y
-
-    return make_report(torchshear.plan(torchshear.analyze(torchshear.trace(Deep().eval(), (X,)))))
+    inner = nn.ModuleDict({"feed_forward_network": nn.Linear(8, 16), "projection": nn.Linear(16, 8)})
+    deep = Net(run, transformer_encoder_layers=nn.ModuleDict({"intermediate_blocks": inner})).eval()
+    return make_report(torchshear.plan(analyzed(deep, X)))
 
 
 @pytest.mark.parametrize("width", [70, 80, 100, 200])
@@ -232,15 +199,8 @@ def test_notebooks_show_tables() -> None:
 
 
 def test_text_in_tables_of_notebooks_is_escaped() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleDict({"<b>&": nn.Linear(8, 16), "out": nn.Linear(16, 4)})
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.layers["out"](self.layers["<b>&"](x).relu())
-            return out
-
-    report = torchshear.prune(Net().eval(), X).report
+    layers = nn.ModuleDict({"<b>&": nn.Linear(8, 16), "out": nn.Linear(16, 4)})
+    model = Net(lambda m, x: m.layers["out"](m.layers["<b>&"](x).relu()), layers=layers)
+    report = torchshear.prune(model.eval(), X).report
     assert "<b>&." not in report._repr_html_()
     assert "&lt;b&gt;&amp;.weight[0]" in report._repr_html_()

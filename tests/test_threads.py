@@ -10,22 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 import torchshear
+from tests.networks import Residual
 from torchshear.graph.model._process import run_exclusively, silence_torch
-
-
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
-        self.drop, self.head = nn.Dropout(0.5), nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.drop(self.norm(self.conv(x)).relu().mean((2, 3))))
-        return y
-
 
 IMAGES = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -71,10 +59,10 @@ def process_state() -> list[Any]:
 @pytest.mark.parametrize("shared", [False, True], ids=["own-models", "one-model"])
 def test_threads_get_what_one_gets(shared: bool) -> None:
     torch.manual_seed(0)
-    model = Network()
+    model = Residual()
     flags = [module.training for module in model.modules()]
     alone_result = torchshear.prune(model, (IMAGES,))
-    models = [model if shared else Network() for _ in range(4)]
+    models = [model if shared else Residual() for _ in range(4)]
     for other in models:
         other.load_state_dict(model.state_dict())
     before = process_state()
@@ -90,7 +78,7 @@ def test_threads_get_what_one_gets(shared: bool) -> None:
 
 def test_data_is_collected_in_threads() -> None:
     torch.manual_seed(0)
-    groups = torchshear.analyze(torchshear.trace(Network().eval(), (IMAGES,)))
+    groups = torchshear.analyze(torchshear.trace(Residual().eval(), (IMAGES,)))
     before = process_state()
     results = in_threads([lambda: torchshear.collect(groups, [(IMAGES,)] * 20, batches=20, progress=False)] * 2)
     assert process_state() == before
