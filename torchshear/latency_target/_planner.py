@@ -155,7 +155,6 @@ class LatencyPlanner:
         """
         levels, rounds = self.ranked.levels(), list[LatencyRound]()
         budget_share = self.target_share * _AIM
-        dense_quiet = candidates.profile(candidates.dense).total_ms
         for _ in range(ROUNDS):
             found = self._solve(levels, max(budget_share, least))
             if any(one.widths == found.widths for one in rounds):
@@ -164,7 +163,7 @@ class LatencyPlanner:
                 budget_share *= 1 - TOLERANCE / 2  # the same again; a little less gives others, if there are any
                 continue
             path = candidates.export_plan(self.ranked.plan(found.widths, self._said()), "candidate")
-            share, is_quiet = _measured_share(candidates, path, dense_quiet)
+            share, is_quiet = _measured_share(candidates, path)
             predicted = self.table.predict_ms(found.widths) / self.table.dense_ms
             rounds.append(
                 LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, predicted, share, is_quiet)
@@ -248,12 +247,13 @@ def _other_budgets(groups: ChannelGroups, levels: list[Levels], request: Request
     return [budget_of(name, limit, form, groups, levels, share) for name, limit, form in asked if limit is not None]
 
 
-def _measured_share(candidates: Candidates, path: Path, dense_quiet: float) -> tuple[float, bool]:
+def _measured_share(candidates: Candidates, path: Path) -> tuple[float, bool]:
     """Return the time of a candidate as a share of the dense model's, and whether whole runs were steady enough."""
     comparison = candidates.compare(path)
     if all(result.iqr_ms / result.median_ms <= _STEADY for result in comparison.results.values()):
         return 1 / comparison.speedup("pruned"), True
-    return candidates.profile(path).total_ms / dense_quiet, False
+    dense, pruned = (candidates.profile(one).total_ms for one in (candidates.dense, path))
+    return pruned / dense, False
 
 
 def _choose(rounds: list[LatencyRound], target_share: float) -> int:

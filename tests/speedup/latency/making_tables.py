@@ -66,7 +66,8 @@ def probes_of(groups: ChannelGroups, count: int = 8) -> list[Probe]:
     wanted = choose_probes(groups, ALIGNMENT, axis_forms(groups), count)
     dense = total_ms(wanted[0]) + 0.1
     return [
-        Probe(widths, (total_ms(widths) + 0.1) / dense, dense, Profile(kernels_at(widths), 0.1)) for widths in wanted
+        Probe(widths, (total_ms(widths) + 0.1) / dense, dense, Profile(kernels_at(widths), 0.1), dense)
+        for widths in wanted
     ]
 
 

@@ -52,12 +52,24 @@ def test_times_that_were_disturbed_are_left_out_and_said() -> None:
     assert "2 times of kernels were disturbed, and left out." in table.notes
 
 
+def test_a_spell_in_which_all_kernels_are_slower_changes_nothing() -> None:
+    _, _, groups = joined()
+    probes = probes_of(groups)
+    for number, slowdown in ((2, 1.3), (5, 1.1)):
+        probes[number] = probes[number].at_speed(probes[number].reference_ms * slowdown)
+    table, widths = table_of_probes(groups, probes), fresh_widths(groups, 4)
+    assert table.predict_ms(widths) == pytest.approx(total_ms(widths) + 0.1, rel=1e-3)
+    assert table.n_disturbed == 0
+
+
 def test_a_slow_spell_of_the_machine_is_said() -> None:
     _, _, groups = joined()
     probes = probes_of(groups)
     probes[2] = replace(probes[2], dense_ms=probes[2].dense_ms * 1.5)
     table = table_of_probes(groups, probes)
     assert table.noise == pytest.approx(0.5)
+    widths = fresh_widths(groups, 5)
+    assert table.predict_ms(widths) == pytest.approx(total_ms(widths) + 0.1, rel=1e-3)
     assert any("The machine is noisy: the dense model took up to 1.50 times" in note for note in table.notes)
 
 

@@ -18,7 +18,7 @@ from torchshear.storage._reading import UnreadableError, read_json
 from torchshear.storage._writing import atomic_path
 
 FOLDER_VARIABLE: Final = "TORCHSHEAR_CACHE"
-_FORMAT = 1
+_FORMAT = 2
 _LARGEST = 1 << 28  # bytes
 
 
@@ -37,6 +37,7 @@ class ProbeFile:
     @classmethod
     def of(cls, key: Mapping[str, Any]) -> "ProbeFile":
         """Name the file of a key."""
+        key = {"format": _FORMAT, **key}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return cls(cache_folder() / f"{digest[:32]}.json", key)
 
@@ -46,7 +47,7 @@ class ProbeFile:
             return [], ""
         try:
             document = read_json(self.path, _LARGEST)
-            if document["format"] != _FORMAT or document["key"] != json.loads(json.dumps(self.key)):
+            if document["key"] != json.loads(json.dumps(self.key)):
                 raise ValueError("it is of something else")
             return [Probe.from_json(entry) for entry in document["probes"]], ""
         except (UnreadableError, LookupError, TypeError, ValueError, AttributeError) as error:
@@ -58,7 +59,7 @@ class ProbeFile:
         Raises:
             OutputError: the folder cannot be written to.
         """
-        document = {"format": _FORMAT, "key": dict(self.key), "probes": [probe.to_json() for probe in probes]}
+        document = {"key": dict(self.key), "probes": [probe.to_json() for probe in probes]}
         with atomic_path(self.path) as temporary:
             temporary.write_text(json.dumps(document), encoding="utf-8")
 

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._width_form import WidthForm, axis_forms
 from torchshear.speedup.latency._kernels import KernelTime, Shape
-from torchshear.speedup.latency._probes import Probe, normalised, shares_of
+from torchshear.speedup.latency._probes import NOISY, Probe, normalised, shares_of, spread_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,7 +52,8 @@ class Fit:
             quiet machine.
         kernels: the kernels that the formula is made of.
         known_share: their share of the time of all kernels of the dense model.
-        quiet_ms: sums of times at the probes, with the formula in place of times that were disturbed.
+        quiet_ms: times at the probes that the factor and the constant were fitted to: of whole runs on a steady
+            machine, else sums over kernels, with the formula in place of times that were disturbed.
         n_disturbed: how many times were.
     """
 
@@ -91,14 +92,17 @@ def fit_times(groups: ChannelGroups, probes: Sequence[Probe], block: int) -> Fit
     for a convolution that is a constant plus a term linear in (blocks in) x (blocks out). No coefficient is negative.
     Kernels of the same operator, types and fixed sizes share one formula. Which sizes follow which widths is read off
     the shapes that the runtime reports in each probe. The model takes a factor of the sum of its kernels, and a
-    constant: both stand for kernels that cannot be followed, and are fitted to sums of quiet times, which other
-    programs disturb little. Times of whole runs, which they do disturb, give one factor more.
+    constant, which stand for kernels that cannot be followed as well. On a steady machine these two are fitted to whole
+    runs. Elsewhere they are fitted to sums of least times, which other programs disturb little; what they do to all
+    kernels alike is taken out by the dense model's kernels of the same spell, and whole runs give one factor more.
 
     Args:
         groups: the analysed network.
         probes: what was measured.
         block: positions that the device computes together.
     """
+    usual_ms = float(np.median([probe.reference_ms for probe in probes]))
+    probes = [probe.at_speed(usual_ms) for probe in probes]
     shares = shares_of(groups, [probe.widths for probe in probes], block)
     known = _find_kernels(groups, probes, block)
     by_kind: dict[tuple[object, ...], list[_Kernel]] = defaultdict(list)
@@ -118,9 +122,12 @@ def fit_times(groups: ChannelGroups, probes: Sequence[Probe], block: int) -> Fit
             n_disturbed += int(excluded.sum())
             error = np.abs(np.where(excluded, 0.0, gaps) / np.maximum(kernel.times, 1e-3)).max()
             fits.append(KernelFit(kernel.name, kernel.operator, float(kernel.times[0]), float(error)))
+    slowdown = float(np.median([probe.share * probe.dense_ms for probe in probes] / quiet))
+    if spread_of(probes) <= NOISY:
+        shares_of_dense = np.array([probe.share for probe in probes])
+        quiet = shares_of_dense * float(np.median(quiet / shares_of_dense))
     design = np.stack([total.at(shares), np.ones(len(probes))], 1) / quiet[:, None]
     (factor, constant), _ = nnls(design, np.ones(len(probes)))
-    slowdown = float(np.median([probe.share * probe.dense_ms for probe in probes] / quiet))
     known_share = sum(kernel.dense_ms for kernel in fits) / sum(kernel.ms for kernel in probes[0].profile.kernels)
     form = (total * float(factor) + float(constant)) * slowdown
     return Fit(form, slowdown, tuple(fits), known_share, quiet, n_disturbed)

@@ -109,7 +109,9 @@ def _measure(candidates: Candidates, widths: Mapping[str, int], is_dense: bool) 
     path = candidates.dense if is_dense else candidates.export_widths(widths, "probe")
     comparison = candidates.compare(path)
     dense_ms = quiet_ms(comparison, "dense")
-    return Probe(widths, quiet_ms(comparison, "pruned") / dense_ms, dense_ms, candidates.profile(path))
+    share, reference = quiet_ms(comparison, "pruned") / dense_ms, candidates.profile(candidates.dense)
+    profile = reference if is_dense else candidates.profile(path)
+    return Probe(widths, share, dense_ms, profile, reference.total_ms)
 
 
 def input_identity(args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

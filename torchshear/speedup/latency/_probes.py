@@ -1,8 +1,8 @@
 """Probes: a model measured whole and kernel by kernel at some widths of its groups."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ Indices = npt.NDArray[np.int64]
 _NARROWEST, _WIDEST = 0.15, 1.0  # mean shares of the probes
 _SPREAD = 0.35  # of the shares of the groups of one probe, around its mean
 _TRIES = 200
+NOISY: Final = 0.05  # spread of the dense model's times, above which a machine is called noisy
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,20 @@ class Probe:
         share: time of the whole model as a share of the dense one's, taken in the same rounds.
         dense_ms: time of the dense model in these rounds.
         profile: times of the kernels, taken right after.
+        reference_ms: sum of the least times of the dense model's kernels, taken right before.
     """
 
     widths: Mapping[str, int]
     share: float
     dense_ms: float
     profile: Profile
+    reference_ms: float
+
+    def at_speed(self, reference_ms: float) -> "Probe":
+        """Return the probe as in a spell in which the dense model's kernels take another time."""
+        scale = reference_ms / self.reference_ms
+        kernels = tuple(replace(kernel, ms=kernel.ms * scale) for kernel in self.profile.kernels)
+        return replace(self, profile=Profile(kernels, self.profile.overhead_ms * scale), reference_ms=reference_ms)
 
     def to_json(self) -> dict[str, Any]:
         """Return the probe as plain data."""
@@ -44,6 +53,7 @@ class Probe:
             "widths": dict(self.widths),
             "share": self.share,
             "dense_ms": self.dense_ms,
+            "reference_ms": self.reference_ms,
             "overhead_ms": self.profile.overhead_ms,
             "kernels": kernels,
         }
@@ -64,8 +74,9 @@ class Probe:
             float(entry["share"]),
             float(entry["dense_ms"]),
             Profile(kernels, float(entry["overhead_ms"])),
+            float(entry["reference_ms"]),
         )
-        times = [probe.share, probe.dense_ms, probe.profile.total_ms, 1 + probe.profile.overhead_ms]
+        times = [probe.share, probe.reference_ms, probe.dense_ms, probe.profile.total_ms, 1 + probe.profile.overhead_ms]
         if min([*times, *(1 + kernel.ms for kernel in kernels)]) <= 0:
             raise ValueError("a probe without times")
         return probe
@@ -77,6 +88,12 @@ def _plain(shapes: Sequence[tuple[str, tuple[int, ...]]]) -> list[list[Any]]:
 
 def _shapes(entry: Sequence[Sequence[Any]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((str(kind), tuple(int(size) for size in shape)) for kind, shape in entry)
+
+
+def spread_of(probes: Sequence[Probe]) -> float:
+    """Return how far the times of the dense model's whole runs are apart: (largest - smallest) / smallest."""
+    dense = [probe.dense_ms for probe in probes]
+    return (max(dense) - min(dense)) / min(dense)
 
 
 def choose_probes(

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,11 +15,10 @@ from torchshear.dependency.groups._width_form import WidthForm
 from torchshear.errors import ArgumentError, LatencyError
 from torchshear.speedup.latency._device import Device
 from torchshear.speedup.latency._fit import KernelFit, fit_times
-from torchshear.speedup.latency._probes import Probe, blocked_share, shares_of
+from torchshear.speedup.latency._probes import NOISY, Probe, blocked_share, shares_of, spread_of
 from torchshear.storage._reading import UnreadableError, as_path, read_json
 from torchshear.storage._writing import atomic_path
 
-NOISY: Final = 0.05  # spread of repeated medians of one model, above which a machine is called noisy
 _LARGEST = 1 << 26  # bytes of a file
 _FORMAT = 1
 
@@ -46,7 +45,8 @@ class TablePoint:
     Attributes:
         widths: name of each group that may shrink -> width.
         share: time of the whole model as a share of the dense one's, without the profiler.
-        quiet_share: the same from the quiet times of all kernels, which other programs disturb little.
+        quiet_share: what the formula was fitted to: the same on a steady machine, else that of the least times of all
+            kernels, which other programs disturb little.
         predicted_share: by the formula.
         unseen_share: by a formula that was fitted without this point; as `predicted_share` for the dense one.
     """
@@ -255,7 +255,6 @@ def make_table(
             unseen = float(form.at(shares[:, number]) / form.at(shares[:, 0]))
         quiet = float(fit.quiet_ms[number] / fit.quiet_ms[0])
         points.append(TablePoint(dict(probe.widths), probe.share, quiet, share, unseen))
-    dense = [probe.dense_ms for probe in probes]
     return LatencyTable(
         device=device,
         identity=dict(identity),
@@ -269,7 +268,7 @@ def make_table(
         known_share=fit.known_share,
         kernels=fit.kernels,
         points=tuple(points),
-        noise=(max(dense) - min(dense)) / min(dense),
+        noise=spread_of(probes),
         n_disturbed=fit.n_disturbed,
         remarks=remarks,
     )

@@ -1,0 +1,204 @@
+"""Targets of latency: what is reached, and how much less an exact choice of widths loses than the usual ones.
+
+    OMP_NUM_THREADS=1 python benchmarks/latency_target.py [--models demo torchvision:resnet18 ...] [--targets 0.7 0.5]
+                                                          [--choices-only] [--output benchmarks/results]
+
+For each model, with random weights, one thread and a batch of 1: the table is measured or read from the cache. Then,
+for each target, widths are chosen from the same table, levels and losses ("l1") by
+
+  exact    the allocation of the library, with its gap,
+  uniform  the same share of every group, the largest that is within the budget,
+  greedy   from dense widths, step by step the narrowing of one group with the least loss for the time that it saves,
+  halp     knapsacks over single groups whose costs are those at the widths of the round before, under a budget that
+           falls from dense to the target in 30 rounds (HALP, arXiv:2110.10811),
+
+and their losses are compared. Unless --choices-only is given, the model is pruned for each target from end to end: time
+measured by the target, rounds, realised share (speed-up by the ratio of operations), and seconds of the whole call.
+"""
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torchshear
+from tests.zoo import zoo
+from torchshear.errors import TorchshearError
+from torchshear.latency_target._planner import _latency_budget
+from torchshear.pruners._planning import RankedGroups
+from torchshear.pruners.allocation._problem import CostBudget, CostTerm, Levels
+from torchshear.pruners.allocation._solve import allocate
+from torchshear.pruners.selection._request import Request
+from torchshear.speedup.latency import Device, LatencyTable
+from torchshear.speedup.latency._measure_table import table_of
+from torchshear.speedup.latency._profiles import resolve_alignment
+
+MODELS = (
+    "demo",
+    "torchvision:resnet18",
+    "torchvision:mobilenet_v2",
+    "torchvision:efficientnet_b0",
+    "torchvision:resnet50",
+)
+HALP_ROUNDS = 30
+
+Choice = list[int]  # number of the level of each group; 0 is the widest
+
+
+def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    """A model with random weights in eval mode, and its example arguments; "demo" has six layers for 64x64 pixels."""
+    if name != "demo":
+        model, args, _ = zoo.build(name)
+        return model, args
+    torch.manual_seed(0)
+    widths, layers = (3, 64, 64, 128, 128, 256, 256), []
+    for number, (read, made) in enumerate(pairwise(widths)):
+        stride = 2 if number in (2, 4) else 1
+        layers += [nn.Conv2d(read, made, 3, stride, 1, bias=False), nn.BatchNorm2d(made), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+    return model.eval(), (torch.randn(1, 3, 64, 64),)
+
+
+def choose_exact(levels: list[Levels], budget: CostBudget) -> tuple[Choice, float]:
+    """Return the choice of the library, and its gap."""
+    found = allocate(levels, [budget])
+    return [one.widths.index(found.widths[one.name]) for one in levels], found.gap
+
+
+def choose_uniform(levels: list[Levels], budget: CostBudget) -> Choice:
+    """Give every group the widest level below one share of its width, the largest share that the budget allows."""
+    for share in np.linspace(1, 0, 401):
+        at = [next((n for n, w in enumerate(o.widths) if w <= share * o.widths[0]), len(o.widths) - 1) for o in levels]
+        if budget.cost(levels, at) <= budget.limit:
+            return at
+    raise TorchshearError("no uniform share is within the budget")
+
+
+def choose_greedily(levels: list[Levels], budget: CostBudget) -> Choice:
+    """Narrow one group after another, each time the one that loses least for the time that it saves."""
+    at = [0] * len(levels)
+    cost = budget.cost(levels, at)
+    while cost > budget.limit:
+        steps = []
+        for group, one in enumerate(levels):
+            for level in range(at[group] + 1, len(one.widths)):
+                narrower = [*at[:group], level, *at[group + 1 :]]
+                saved = cost - budget.cost(levels, narrower)
+                if saved > 0:
+                    steps.append(((one.losses[level] - one.losses[at[group]]) / saved, narrower))
+                    break
+        _, at = min(steps, key=lambda step: step[0])
+        cost = budget.cost(levels, at)
+    return at
+
+
+def choose_as_halp(levels: list[Levels], budget: CostBudget) -> Choice:
+    """Solve knapsacks whose costs are those of one group at a time, at the widths of the round before."""
+    at = [0] * len(levels)
+    dense = budget.cost(levels, at)
+    for number in range(1, 3 * HALP_ROUNDS):
+        share = min(number / HALP_ROUNDS, 1.0)
+        limit = float(np.exp(share * np.log(budget.limit) + (1 - share) * np.log(dense)))
+        left = [Levels(o.name, o.widths[n:], o.losses[n:]) for o, n in zip(levels, at, strict=True)]
+        now, terms = budget.cost(levels, at), []
+        for group, one in enumerate(left):
+            costs = [
+                budget.cost(levels, [*at[:group], at[group] + n, *at[group + 1 :]]) - now
+                for n in range(len(one.widths))
+            ]
+            terms.append(CostTerm((one.name,), np.array(costs)))
+        least = now + sum(float(term.table.min()) for term in terms)
+        found = allocate(left, [CostBudget("ms", max(limit, least + 1e-9 * now), tuple(terms), now)], gap=0.0)
+        at = [one.widths.index(found.widths[one.name]) for one in levels]
+        if number >= HALP_ROUNDS and budget.cost(levels, at) <= budget.limit:
+            break
+    return at
+
+
+CHOICES: Mapping[str, Callable[[list[Levels], CostBudget], Choice]] = {
+    "uniform": choose_uniform,
+    "greedy": choose_greedily,
+    "halp": choose_as_halp,
+}
+
+
+def compare_choices(model: nn.Module, args: tuple[Any, ...], target: float) -> dict[str, Any]:
+    """Loss of each way to choose widths within a share of the dense model's time, by the table."""
+    groups = torchshear.analyze(torchshear.trace(model, args))
+    alignment = resolve_alignment("auto")
+    table: LatencyTable = table_of(model, groups, args, None, Device(), alignment)
+    levels = RankedGroups.of(groups, Request(target_latency=target, alignment=alignment), None).levels()
+    budget = _latency_budget(groups, levels, table, target)
+    start = time.perf_counter()
+    exact, gap = choose_exact(levels, budget)
+    row: dict[str, Any] = {
+        "groups": len(levels),
+        "table error, median and largest": table.errors,
+        "seconds": time.perf_counter() - start,
+        "gap": gap,
+        "exact": loss_of(levels, exact),
+    }
+    for name, choose in CHOICES.items():
+        found = choose(levels, budget)
+        assert budget.cost(levels, found) <= budget.limit * (1 + 1e-6)
+        row[name] = loss_of(levels, found)
+    return row
+
+
+def loss_of(levels: list[Levels], at: Choice) -> float:
+    """Sum the losses of a choice."""
+    return float(sum(one.losses[level] for one, level in zip(levels, at, strict=True)))
+
+
+def prune_for(model: nn.Module, args: tuple[Any, ...], target: float) -> dict[str, Any]:
+    """Prune from end to end for a target, and say what was measured."""
+    start = time.perf_counter()
+    result = torchshear.prune(model, args, target_latency=target, must_be_faster=False)
+    assert result.latency is not None
+    assert result.allocation is not None
+    share = 1 / result.latency.speedup("pruned")
+    return {
+        "measured share": share,
+        "by the target": share / target,
+        "rounds": len(result.allocation.rounds),
+        "steady rounds": sum(one.is_quiet for one in result.allocation.rounds),
+        "realised": result.allocation.macs_share / share,
+        "seconds of the call": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    """Run all models and targets, and print and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--targets", nargs="+", type=float, default=(0.7, 0.5, 0.35))
+    parser.add_argument("--choices-only", action="store_true")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    rows = []
+    for name in options.models:
+        for target in options.targets:
+            model, args = build(name)
+            row = {"model": name, "target": target} | compare_choices(model, args, target)
+            row |= {} if options.choices_only else prune_for(model, args, target)
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if options.output is not None:
+        (options.output / "latency_target.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
