@@ -334,7 +334,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         compensate,
         after.refit,
         latency,
-        planner.record(made) if isinstance(planner, LatencyPlanner) else None,
+        planner.record(made, latency) if isinstance(planner, LatencyPlanner) else None,
     )
 
 

@@ -188,6 +188,23 @@ def test_a_target_that_is_missed_is_said() -> None:
     assert "The target was missed" in str(result.allocation)
 
 
+def test_a_result_that_is_slower_than_its_candidate_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    compare = Pretended.compare
+
+    def slower_at_the_end(self: Pretended, path: Path, rounds: int = 5) -> LatencyComparison:
+        found = compare(self, path, rounds)
+        if path.name != "pruned":
+            return found
+        times = tuple(1.1 * time for time in found["pruned"].times_ms)
+        return LatencyComparison({**found.results, "pruned": LatencyResult("pruned", path, times)}, "dense")
+
+    monkeypatch.setattr(Pretended, "compare", slower_at_the_end)
+    result = prune()
+    assert result.allocation is not None
+    assert result.allocation.round.measured_share <= 0.6
+    assert any(note.startswith("The target was missed: 0.6") for note in result.allocation.notes)
+
+
 def test_a_table_stands_for_its_device() -> None:
     _, _, groups = joined()
     identity = dict(Device().identity()) | {"inputs": ["float32[3, 8, 8]"]}

@@ -118,15 +118,16 @@ class LatencyPlanner:
         budget_share = self.target_share * _AIM / self.correction
         return ranked.plan(self._solve(ranked.levels(), budget_share).widths, self._said())
 
-    def record(self, plan: PruningPlan) -> LatencyAllocation:
-        """Return how the widths of the plan of the result were found."""
+    def record(self, plan: PruningPlan, latency: LatencyComparison | None) -> LatencyAllocation:
+        """Return how the widths of the plan of the result were found; `latency` is that of the result itself."""
         widths = {group.name: len(group.kept) for group in plan.groups if group.name in self.rounds[self.chosen].widths}
         macs = float(WidthCost(self.groups)(np.array([len(group.kept) for group in plan.groups], np.int64)).macs)
         notes = list(self.table.notes)
         taken = self.rounds[self.chosen]
-        if taken.measured_share > self.target_share:
+        share = max(taken.measured_share, 0.0 if latency is None else 1 / latency.speedup("pruned"))
+        if share > self.target_share:
             notes.append(
-                f"The target was missed: {taken.measured_share:.3f} of the dense model's time was measured, and "
+                f"The target was missed: {share:.3f} of the dense model's time was measured, and "
                 f"{self.target_share:.3f} asked for."
             )
         if widths != dict(taken.widths):
