@@ -443,7 +443,7 @@ def test_compare_without_matplotlib_writes_the_rest(monkeypatch: pytest.MonkeyPa
         ("scored", ("--loss", "mse"), "--loss is given without data"),
         ("scored", ("--target-macs", "0.5", "--ratio", "0.5"), "expected one kind of budget"),
         ("scored", ("--target-macs", "0.0001"), "the best possible is"),
-        ("scored", ("--scope", "lokal"), "--scope 'lokal'; expected one of local, global, isomorphic"),
+        ("scored", ("--scope", "lokal"), "--scope 'lokal'; expected one of auto, local, global, isomorphic"),
         ("scored", ("--align", "wide"), "wide"),
         ("scored", ("--seed", "1", "--seed", "1"), "each once"),
     ],

@@ -13,6 +13,7 @@ from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._cut import Cut, dense_cost
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.pruners import isomorphism_classes, plan_from_kept
+from torchshear.pruners.criteria import _criterion
 from torchshear.report import make_report
 
 
@@ -191,7 +192,7 @@ def test_what_cannot_be_reached_is_said_before_anything_is_scored(
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"scope": "globe"}, r"scope='globe'; expected one of local, global, isomorphic.*Close to it: global"),
+        ({"scope": "globe"}, r"scope='globe'; expected one of auto, local, global, isomorphic.*Close to it: global"),
         (
             {"group_reduction": "median"},
             "group_reduction='median'; expected one of sum, filters, mean, max, normalized, geometric",
@@ -256,3 +257,37 @@ def test_members_are_combined_as_asked(group_reduction: str) -> None:
     plan = torchshear.plan(groups, "l1", 0.5, group_reduction=group_reduction)
     stem = plan.kept["stem.weight[0]"]
     assert sorted(stem.tolist()) == sorted(torch.argsort(expected, descending=True)[:4].tolist())
+
+
+@pytest.mark.parametrize("budget", ["target_macs", "target_params"])
+def test_scores_that_are_losses_are_weighed_against_what_a_unit_costs(
+    monkeypatch: pytest.MonkeyPatch, budget: str
+) -> None:
+    """A channel of a map costs some hundred times the MACs of a hidden unit behind the pooling, and fewer weights."""
+    for table in ("_CRITERIA", "_NEEDS"):
+        monkeypatch.setattr(_criterion, table, dict(getattr(_criterion, table)))
+    for table in ("_COMPARABLE", "_PER_COST"):
+        monkeypatch.setattr(_criterion, table, set(getattr(_criterion, table)))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 20),
+    )  # fmt: skip
+    groups = groups_of(model, torch.randn(2, 3, 20, 20))
+
+    @_criterion.criterion("as_losses", needs=(), comparable=True, per_cost=True)
+    def as_losses(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: object) -> Tensor:
+        return torch.linspace(1, 1.5, group.width, dtype=torch.float64)
+
+    @_criterion.criterion("as_scores", needs=(), comparable=True)
+    def as_scores(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: object) -> Tensor:
+        return as_losses(group, weights, statistics)
+
+    def shrunk(criterion: str, **asked: object) -> list[str]:
+        plan = torchshear.plan(groups, criterion, **{budget: 0.9}, **asked)
+        return [group.name for group in plan.groups if len(group.kept) < group.width]
+
+    first = ["2.weight[0]"] if budget == "target_macs" else ["5.weight[0]"]
+    assert shrunk("as_losses") == shrunk("as_losses", scope="global") == first
+    assert shrunk("as_losses", scope="local") != first
+    assert shrunk("as_losses", ratio={"*": 0.5}) != first  # a mapping says how fast groups shrink
+    assert shrunk("as_scores", scope="global") != first

@@ -102,6 +102,7 @@ def all_reduced(statistics: Statistics) -> Statistics:
             for name, sums in statistics.gates.items()
         },
         heads={name: sum_over_processes(total) for name, total in statistics.heads.items()},
+        output_gradients={name: sum_over_processes(one) / world for name, one in statistics.output_gradients.items()},
         loss=loss,
     )
 

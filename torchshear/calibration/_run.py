@@ -12,9 +12,11 @@ from torchshear.calibration._batches import describe
 from torchshear.calibration._dense_loss import DenseLoss, Loss, LossFunction
 from torchshear.calibration._functions import Functions
 from torchshear.calibration._gates import Gates
+from torchshear.calibration._output_gradients import OutputGradients
 from torchshear.calibration._processes import n_processes
 from torchshear.calibration._recurrent import is_recurrent
 from torchshear.calibration._recurrent import run as run_recurrent
+from torchshear.calibration._samples import batch_dimension
 from torchshear.calibration._statistics import (
     MAX_GRAM,
     SUMS_OF_GRADIENTS,
@@ -57,15 +59,18 @@ class Run:
         self.sums = sums
         self.whole = whole
         self.loss_fn: LossFunction | None = None
-        if loss_fn is not None and sums & SUMS_OF_GRADIENTS:
+        if loss_fn is not None and sums & (SUMS_OF_GRADIENTS | {"output_gradients"}):
             self.loss_fn = DenseLoss() if isinstance(loss_fn, str) else loss_fn
-        self.n_batches = self.n_samples = 0
+        self._is_optional = not sums & SUMS_OF_GRADIENTS  # then sums are worth something without gradients as well
+        self.n_batches = self.n_samples = self._n_here = 0
         self.total_loss = 0.0
         taps = find_taps(groups)
         self.shown = {name: one.visible for name, one in taps.items()}
         self.by_layer = {name: found for one in taps.values() for name, found in one.by_layer.items()}
         self._activations = {node.name: node for node in self.graph if node.op == "call_function"}
         self.layers = tuple(find_weight_calls(groups))
+        of_layers = self.layers if "output_gradients" in sums and self.loss_fn else ()
+        self.output_gradients = OutputGradients(groups, of_layers, not isinstance(self.loss_fn, DenseLoss))
         self.values = self._value_sums()
         self.watched: dict[str, list[tuple[ValueAccumulator, str]]] = {}
         for (name, _), accumulator in self.values.items():
@@ -104,7 +109,12 @@ class Run:
                 node = self._activations.get(layer.source)
                 if "grams" in self.sums and layer.weight in pruned and node is not None:
                     asked |= {"grams"} if shape_of(node)[layer.dim] <= MAX_GRAM else {"squares", "total"}
-        return {key: ValueAccumulator(key[1], sums, key in nonnegative) for key, sums in wanted.items() if sums}
+        found = {}
+        for (name, dim), sums in wanted.items():
+            batch_dim = batch_dimension(self._activations[name], self.graph.batch_hint) if "grams" in sums else None
+            if sums:
+                found[name, dim] = ValueAccumulator(dim, sums, (name, dim) in nonnegative, batch_dim or 0)
+        return found
 
     def _read_state(self) -> None:
         """Find the tensors of the model that calls read: those to differentiate by, and those that stay as they are."""
@@ -153,10 +163,12 @@ class Run:
     def batch(self, leaves: list[Any], target: Any) -> None:
         """Run one batch forward, and backward where there is a loss."""
         size = len(leaves[self._source[0]]) if self._source is not None else 1
-        with run_exclusively(), torch.set_grad_enabled(self.loss_fn is not None), torch.random.fork_rng(devices=[]):
+        takes_gradients = self.loss_fn is not None and not (self._is_optional and self.output_gradients.is_enough)
+        with run_exclusively(), torch.set_grad_enabled(takes_gradients), torch.random.fork_rng(devices=[]):
             held: dict[str, Tensor] = {}
             if not size:
                 raise DataError(f"batch {self.n_batches} holds no sample; expected at least one.")
+            self._n_here = size
             self.gates.start(size)
             output: Any = None
             for _, value in interpret(
@@ -167,9 +179,12 @@ class Run:
                 lambda node, value: self._follow(node, value, held),
             ):
                 output = value
-            if self.loss_fn is not None:
-                result = pytree.tree_unflatten(pytree.tree_leaves(output), self.graph.out_spec)
+            result = pytree.tree_unflatten(pytree.tree_leaves(output), self.graph.out_spec)
+            if takes_gradients and self._is_optional:
+                self.output_gradients.take(lambda: self._loss(result, target), result, list(held.values()), size)
+            elif takes_gradients:
                 self._backward(self._loss(result, target), held)
+                self.output_gradients.finish(size)
             if self.functions is not None:
                 self.functions.finish()
         self.n_batches += 1
@@ -216,8 +231,10 @@ class Run:
     def _observe(self, node: fx.Node, name: str, value: Tensor) -> Tensor:
         """Count a value in where it is to be; gives the value to go on with."""
         value = self.gates.watch(name, value)
+        self.output_gradients.watch(name, value, self._n_here)
         for accumulator, through in self.watched.get(name, ()):
-            accumulator.add(self._apply_activation(through, value) if through else value)
+            seen = self._apply_activation(through, value) if through else value
+            accumulator.add(seen, self.n_samples, self._n_here)
             self._check_values(node, accumulator)
         return value
 
@@ -284,7 +301,7 @@ class Run:
 
     def check(self) -> None:
         """Raise DataError if the data said nothing: gradients that are all zero, at each weight and in each batch."""
-        if self.loss_fn is not None and self.parameters and not self.weights.has_gradient:
+        if self.loss_fn is not None and self.parameters and not (self._is_optional or self.weights.has_gradient):
             raise DataError(
                 f"the gradients of the loss are zero at all weights, in all of {self.n_batches} batches, so that no "
                 f"unit can be told from another. Check the loss, and that the model gives more than constants."
@@ -313,8 +330,11 @@ class Run:
             taps=self.shown,
             by_layer=self.by_layer,
             layers=self.layers,
+            output_gradients=self.output_gradients.result(),
             sums=self.sums,
-            loss=self.total_loss / self.n_batches if self.loss_fn and self.n_batches else None,
+            loss=self.total_loss / self.n_batches
+            if self.loss_fn and self.n_batches and not self._is_optional
+            else None,
             notes=tuple(self._notes()),
         )
 
@@ -324,3 +344,5 @@ class Run:
         }
         if halves:
             yield f"the model computes in {', '.join(sorted(halves))}; sums are float32"
+        if self.output_gradients.problem:
+            yield self.output_gradients.problem

@@ -16,6 +16,7 @@ Sum = Literal[
     "means",  # what layers read itself; of no criterion, but for what is folded into biases
     "grams",  # products of what layers read, each number with each other; for criteria that name them
     "taylor", "saliency", "momentum", "gradient",  # of gradients: attributes of WeightSums
+    "output_gradients",  # squared gradients by what layers give; for criteria that name them
     "rows",  # RowSums
     "heads",  # gates on what layers read of attention heads
     "gates",  # GateSums
@@ -24,8 +25,8 @@ SUMS_OF_VALUES: frozenset[Sum] = frozenset({"zeros", "total", "magnitude", "squa
 SUMS_OF_WEIGHTS: frozenset[Sum] = frozenset({"taylor", "saliency", "momentum", "gradient"})
 SUMS_OF_GRADIENTS: frozenset[Sum] = SUMS_OF_WEIGHTS | {"rows", "heads", "gates"}  # those that need a loss
 SUM_OF_MEANS: frozenset[Sum] = frozenset({"means"})
-SUM_OF_GRAMS: frozenset[Sum] = frozenset({"grams"})  # costs much, and is taken only where it is asked for
-ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum)) - SUM_OF_MEANS - SUM_OF_GRAMS  # those of criteria
+NAMED_SUMS: frozenset[Sum] = frozenset({"grams", "output_gradients"})  # cost much; taken only where asked for by name
+ALL_SUMS: frozenset[Sum] = frozenset(get_args(Sum)) - SUM_OF_MEANS - NAMED_SUMS  # those of criteria
 MAX_GRAM = 4608  # numbers of which products are summed at most: 170 MB
 MOMENTUM = 0.9  # weight of what was seen before, in the criterion |W g| with momentum
 
@@ -43,8 +44,9 @@ class ValueSums:
         total: their sum, shape (P,).
         magnitude: sum of their absolute values, shape (P,).
         squares: sum of their squares, shape (P,).
-        grams: sum of products of the numbers at a place and a one behind them, pair by pair, over some of all places;
-            shape (P + 1, P + 1).
+        grams: sum of products of the numbers at a place and a one behind them, pair by pair, over some of all places of
+            three in four samples; shape (P + 1, P + 1).
+        held_out: the same over the fourth samples.
     """
 
     count: int
@@ -53,6 +55,7 @@ class ValueSums:
     magnitude: Tensor
     squares: Tensor
     grams: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    held_out: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +120,8 @@ class Statistics:
         heads: name of a group of attention heads -> sum over batches of |dL_b/dxi|, xi multiplying what the layers that
             read a head read of it; shape (C,), float64, on the CPU; likewise.
         taps: name of a group -> where its units show: behind its activations, or behind its layers if it has none.
+        output_gradients: name of a call that layers of a group make -> squared gradient of the loss of a sample by each
+            channel of what it gives, summed over positions, mean over samples; shape (O,), float64, on the CPU.
         layers: calls that read a weight.
         by_layer: canonical name of a weight -> where what its layer alone makes shows; see `GroupTaps`.
         sums: what was summed.
@@ -135,6 +140,7 @@ class Statistics:
     taps: Mapping[str, tuple[Tap, ...]]
     layers: tuple[WeightCall, ...]
     by_layer: Mapping[str, tuple[Tap, ...]] = field(default_factory=dict)
+    output_gradients: Mapping[str, Tensor] = field(default_factory=dict)
     sums: frozenset[Sum] = ALL_SUMS
     loss: float | None = None
     notes: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from torchshear.calibration._samples import HELD_OUT, sample_numbers
 from torchshear.calibration._statistics import GateSums, RowSums, Sum, ValueSums
 
 ROWS_PER_NUMBER = 4  # places of a batch of which products are taken, for each number at a place
@@ -40,28 +41,50 @@ class ValueAccumulator:
         dim: that dimension, from 0.
         wanted: which sums to take.
         is_nonnegative: whether no number is below zero, so that sizes add up to what the numbers do.
+        batch_dim: the dimension that holds the batch, for products of samples that are held out.
     """
 
-    def __init__(self, dim: int, wanted: Collection[Sum], is_nonnegative: bool) -> None:
+    def __init__(self, dim: int, wanted: Collection[Sum], is_nonnegative: bool, batch_dim: int = 0) -> None:
         self.count = 0
-        self._dim = dim
-        self._grams = nothing() if "grams" in wanted else None
+        self._dim, self._batch_dim = dim, batch_dim
+        self._grams = self._held_out = nothing() if "grams" in wanted else None
         self._totals: dict[Sum, Tensor | int] = dict.fromkeys([word for word in _SUMS if word in wanted], 0)
         self._copied = is_nonnegative and {"total", "magnitude"} <= self._totals.keys()
         self._is_nonnegative = is_nonnegative
 
-    def add(self, value: Tensor) -> None:
-        """Count another value in; half precision is summed in float32, and all batches together in float64."""
+    def add(self, value: Tensor, first: int = 0, n_samples: int = 1) -> None:
+        """Count another value in; half precision is summed in float32, and all batches together in float64.
+
+        Args:
+            value: the value.
+            first: number of its first sample.
+            n_samples: how many samples it is of.
+        """
         value = value.detach()
-        if self._grams is not None:
-            found = products_of(value.movedim(self._dim, -1)).cpu()
-            self._grams = self._grams + found if len(self._grams) else found
+        if self._grams is not None and self._held_out is not None:
+            held_out, rest = self._products_apart(value, first, n_samples)
+            self._grams = self._grams + rest if len(self._grams) else rest
+            self._held_out = self._held_out + held_out if len(self._held_out) else held_out
         for piece in pieces_of(value, 1 if self._dim == 0 else 0) if self._totals else ():
             numbers = wide(piece)
             for word in self._totals:
                 if word != "magnitude" or not self._copied:
                     self._totals[word] = self._totals[word] + self._sum(word, numbers)
         self.count += math.prod(value.shape) // value.shape[self._dim]
+
+    def _products_apart(self, value: Tensor, first: int, n_samples: int) -> tuple[Tensor, Tensor]:
+        """Return products over samples that are held out, and over all others."""
+        if self._batch_dim == self._dim:  # one sample, without a batch
+            found = products_of(value.unsqueeze(0)).cpu()
+            return torch.zeros_like(found), found
+        samples = sample_numbers(value.shape[self._batch_dim], n_samples) + first
+        is_held_out = samples % HELD_OUT == HELD_OUT - 1
+        parts = (
+            value.index_select(self._batch_dim, one.nonzero().squeeze(1).to(value.device))
+            for one in (is_held_out, ~is_held_out)
+        )
+        held_out, rest = (products_of(part.movedim(self._dim, -1)).cpu() for part in parts)
+        return held_out, rest
 
     @property
     def is_finite(self) -> bool:
@@ -79,8 +102,9 @@ class ValueAccumulator:
         totals = {word: total.cpu() for word, total in self._totals.items() if isinstance(total, Tensor)}
         if self._copied:
             totals["magnitude"] = totals["total"].clone()
-        grams = nothing() if self._grams is None else self._grams
-        return ValueSums(self.count, **{word: totals.get(word, nothing()) for word in _SUMS}, grams=grams)
+        grams, held_out = (nothing() if one is None else one for one in (self._grams, self._held_out))
+        found = {word: totals.get(word, nothing()) for word in _SUMS}
+        return ValueSums(self.count, **found, grams=grams, held_out=held_out)
 
 
 def products_of(value: Tensor) -> Tensor:

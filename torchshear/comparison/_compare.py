@@ -38,7 +38,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
     target_params: float | Sequence[float] | None = None,
     ratio: float | Sequence[float] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
-    scope: str = "local",
+    scope: str = "auto",
     min_ratio: Ratio = 0.0,
     max_ratio: Ratio | None = None,
     group_reduction: str = "sum",

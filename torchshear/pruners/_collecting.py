@@ -12,7 +12,7 @@ from torchshear.calibration._dense_loss import DENSE
 from torchshear.calibration._processes import agree, all_reduced
 from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.calibration._run import Run
-from torchshear.calibration._statistics import ALL_SUMS, SUM_OF_GRAMS, SUM_OF_MEANS, SUMS_OF_GRADIENTS, Sum
+from torchshear.calibration._statistics import ALL_SUMS, NAMED_SUMS, SUM_OF_MEANS, SUMS_OF_GRADIENTS, Sum
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError, WeightError
@@ -89,7 +89,7 @@ def collect(
         patterns = parse_names("exclude", exclude)
         targets = choose_targets(groups, _ANY, None, patterns) if patterns else {}
         whole = frozenset(name for name, target in targets.items() if target.ratio is None)
-        return Run(groups, loss_fn, _sums_for(criteria, loss_fn), whole)
+        return Run(groups, DENSE if loss_fn is None else loss_fn, _sums_for(criteria, loss_fn), whole)
 
     return _run_data(make_run, loader, batches, progress)
 
@@ -157,9 +157,10 @@ def _groups_with_weights(network: Graph | ChannelGroups) -> ChannelGroups:
 
 def _sums_for(criteria: str | Criterion | Collection[str | Criterion] | None, loss_fn: Loss | None) -> frozenset[Sum]:
     """Return the sums that criteria need; for criteria that declare no needs, all sums that the loss allows."""
-    allowed = ALL_SUMS | SUM_OF_GRAMS if loss_fn is not None else (ALL_SUMS | SUM_OF_GRAMS) - SUMS_OF_GRADIENTS
+    known = ALL_SUMS | NAMED_SUMS
+    allowed = known if loss_fn is not None else known - SUMS_OF_GRADIENTS
     if criteria is None:
-        return allowed - SUM_OF_GRAMS
+        return allowed - NAMED_SUMS
     named = [criteria] if isinstance(criteria, str) or callable(criteria) else criteria
     if not isinstance(named, Collection) or isinstance(named, Tensor):
         raise ArgumentError(f"criteria={quote(criteria)}; expected names of criteria or functions, or None for all.")

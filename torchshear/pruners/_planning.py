@@ -17,7 +17,6 @@ from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import PlanError, first_line
 from torchshear.pruners.allocation._problem import Levels
-from torchshear.pruners.criteria._criterion import is_comparable
 from torchshear.pruners.selection._losses import levels_of
 from torchshear.pruners.selection._pools import WidthSteps
 from torchshear.pruners.selection._request import Request
@@ -87,8 +86,7 @@ class RankedGroups:
 
     def levels(self) -> list[Levels]:
         """Return the widths that each group may have, and what it loses at each."""
-        comparable = is_comparable(self.selector.criterion)
-        return [levels_of(one, comparable) for one in self.steps]
+        return [levels_of(one, self.selector.criterion) for one in self.steps]
 
     def plan(self, widths: Mapping[str, int], said: Mapping[str, Any]) -> PruningPlan:
         """Make a plan that keeps the best units of each group, as many as widths say.

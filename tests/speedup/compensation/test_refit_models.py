@@ -13,13 +13,13 @@ from torch.utils import _pytree as pytree
 
 import torchshear
 from tests.networks import noise
+from torchshear.calibration._samples import SampleSplit, sample_numbers
 from torchshear.errors import PlanError, VerificationError
 from torchshear.pruners import plan_from_kept
 from torchshear.speedup.compensation import _layer_fits
 from torchshear.speedup.compensation._least_squares import Moments, fit_linear, sum_apart
 from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit
-from torchshear.speedup.compensation._samples import SampleSplit, sample_numbers
 
 
 class Chain(nn.Module):

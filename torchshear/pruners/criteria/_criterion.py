@@ -8,7 +8,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from torchshear.calibration import Statistics
-from torchshear.calibration._statistics import ALL_SUMS, SUM_OF_GRAMS, Sum
+from torchshear.calibration._statistics import ALL_SUMS, NAMED_SUMS, Sum
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError, TorchshearError
 
@@ -24,6 +24,7 @@ class UnscorableError(TorchshearError):
 _CRITERIA: dict[str, Criterion] = {}
 _NEEDS: dict[str, frozenset[Sum]] = {}
 _COMPARABLE: set[Criterion] = set()
+_PER_COST: set[Criterion] = set()
 _OF_WHOLE_GROUPS: set[Criterion] = set()
 _REARRANGEMENTS: dict[Criterion, Rearrangement] = {}
 
@@ -33,6 +34,7 @@ def criterion(
     needs: tuple[Sum, ...] | None = None,
     comparable: bool = False,
     whole: bool = False,
+    per_cost: bool = False,
     rearrange: Rearrangement | None = None,
 ) -> Callable[[Criterion], Criterion]:
     """Register a criterion: a function `(group, weights, statistics) -> scores`.
@@ -50,10 +52,13 @@ def criterion(
     Args:
         name: the word that users choose it by.
         needs: names of the sums that it reads from `statistics`, see `torchshear.calibration.Statistics.sums`; empty
-            if it reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything but "grams".
+            if it reads none. `torchshear.collect(..., criteria=name)` sums these alone. None: everything but "grams"
+            and "output_gradients".
         comparable: whether scores of units of different groups mean the same, as an estimate of the loss does. Those of
             other criteria are divided by their mean over the group where groups are ranked together.
         whole: whether it scores a group as a whole, also where members are to be scored one by one.
+        per_cost: whether scores say what a removal costs in loss, so that groups that are ranked together under a
+            budget give way by their scores for each operation or parameter that goes.
         rearrange: called as `rearrange(group, kept, statistics)` when it is known how many units of a group stay, with
             those that have the highest scores, ascending. It gives as many units that shall stay instead, in a
             balanced group as many of each block; for criteria to which units matter together, not one by one.
@@ -61,7 +66,7 @@ def criterion(
     Raises:
         ArgumentError: the name is taken, or a sum is unknown.
     """
-    known = ALL_SUMS | SUM_OF_GRAMS
+    known = ALL_SUMS | NAMED_SUMS
     unknown = sorted(set(needs or ()) - known)
     if unknown:
         raise ArgumentError(f"needs={unknown} of criterion {name!r}; expected some of {', '.join(sorted(known))}.")
@@ -75,6 +80,8 @@ def criterion(
             _COMPARABLE.add(function)
         if whole:
             _OF_WHOLE_GROUPS.add(function)
+        if per_cost:
+            _PER_COST.add(function)
         if rearrange is not None:
             _REARRANGEMENTS[function] = rearrange
         return function
@@ -126,6 +133,11 @@ def declared_needs(name: str | Criterion) -> frozenset[Sum]:
 def is_comparable(function: Criterion) -> bool:
     """Return whether scores of a criterion can be compared between groups as they are."""
     return function in _COMPARABLE
+
+
+def is_per_cost(function: Criterion) -> bool:
+    """Return whether a criterion's scores are weighed against what units cost, where a budget is asked for."""
+    return function in _PER_COST
 
 
 def is_of_whole_groups(function: Criterion) -> bool:

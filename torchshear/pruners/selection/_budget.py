@@ -13,6 +13,7 @@ from torchshear.graph import Cost
 from torchshear.pruners.selection._pools import Steps, WidthSteps
 
 Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 _ROUNDS = 20  # of a tighter budget, each below the excess of the one before
 
@@ -79,6 +80,23 @@ class BudgetSolver:
         widths = self._widths.copy()
         widths[self._numbers] = [one.widths[n] for one, n in zip(self._width_steps, taken, strict=True)]
         return self._cost(widths)
+
+    def unit_costs(self, budget: Budget) -> Floats:
+        """Return what a unit of each group costs while the others are whole, as a share of the budget's dense costs.
+
+        That is the mean over an eighth of its units; with budgets of both kinds the sum of both shares.
+        """
+        whole = self._cost(self._widths)
+        found = []
+        for number in self._numbers:
+            widths = self._widths.copy()
+            n_gone = max(1, int(widths[number]) // 8)
+            widths[number] -= n_gone
+            less = self._cost(widths)
+            macs = (whole.macs - less.macs) / max(whole.macs, 1) if budget.macs is not None else 0.0
+            n_params = (whole.n_params - less.n_params) / max(whole.n_params, 1) if budget.n_params is not None else 0.0
+            found.append((macs + n_params) / n_gone)
+        return np.array(found)
 
     def smallest(self) -> Cost:
         """Return the cost with every group at its narrowest."""

@@ -45,7 +45,7 @@ def check_latency(target: object, *, ratio: object, scope: str, normalize: str) 
     is_plain = ratio is None or isinstance(ratio, Mapping)
     for name, value, is_free in (
         ("ratio", ratio, is_plain),
-        ("scope", scope, scope == "local"),
+        ("scope", scope, scope in ("auto", "local")),
         ("normalize", normalize, normalize == "auto"),
     ):
         if not is_free:

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from torchshear.pruners.allocation._problem import Levels
+from torchshear.pruners.criteria._criterion import Criterion, is_comparable, is_per_cost
 from torchshear.pruners.selection._pools import WidthSteps
 
 Floats = npt.NDArray[np.float64]
@@ -12,36 +13,39 @@ MOST_LEVELS = 16
 _LEAST_KEPT = 1e-6  # share of the scores, below which all is lost
 
 
-def levels_of(steps: WidthSteps, is_comparable: bool, most: int = MOST_LEVELS) -> Levels:
+def levels_of(steps: WidthSteps, criterion: Criterion, most: int = MOST_LEVELS) -> Levels:
     """Return widths of a group, and what it loses at each.
 
         loss(w) = -S log(kept scores(w) / all scores)
 
     What the layers of a network hand on passes through one after another, so that shares of what is kept multiply, and
     their logarithms add up. S is the sum of all scores where these can be compared between groups, so that a small
-    removal loses the scores that go; elsewhere it is 1. No width loses less than a wider one.
+    removal loses the scores that go; elsewhere it is 1. Scores that say what a removal costs in loss are added up as
+    they are. No width loses less than a wider one.
 
     Args:
         steps: the group, its widths, and its units in the order in which they go, with scores; without scores every
             width loses nothing.
-        is_comparable: whether scores can be compared between groups.
+        criterion: what the scores are of.
         most: how many widths are looked at; the widest and the narrowest, and others evenly between them.
     """
     widths = steps.widths[steps.n_forced :]
     widths = widths[np.unique(np.linspace(0, len(widths) - 1, min(most, len(widths))).round().astype(int))]
-    losses = np.zeros(len(widths)) if steps.scores is None else _losses(steps, widths, is_comparable)
+    losses = np.zeros(len(widths)) if steps.scores is None else _losses(steps, widths, criterion)
     return Levels(steps.group.name, tuple(widths.tolist()), tuple(losses.tolist()))
 
 
-def _losses(steps: WidthSteps, widths: npt.NDArray[np.int64], is_comparable: bool) -> Floats:
+def _losses(steps: WidthSteps, widths: npt.NDArray[np.int64], criterion: Criterion) -> Floats:
     assert steps.scores is not None
     assert steps.order is not None
     scores = steps.scores[steps.order]
     scores = scores - min(float(scores.min()), 0.0)
     total = float(scores.sum())
+    is_weighed = bool(total) and is_comparable(criterion)
     if not total:
         scores, total = np.ones(len(scores)), float(len(scores))
-        is_comparable = False
     gone = np.concatenate([[0.0], np.cumsum(scores)])[steps.group.width - widths]
-    weight = total if is_comparable else 1.0
+    if is_weighed and is_per_cost(criterion):
+        return np.maximum.accumulate(gone)
+    weight = total if is_weighed else 1.0
     return np.maximum.accumulate(-weight * np.log(np.maximum(1 - gone / total, _LEAST_KEPT)))

@@ -13,11 +13,12 @@ from torchshear.dependency import ROLES, ChannelGroup, ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.rules._role_evidence import FAMILIES
 from torchshear.errors import ArgumentError
-from torchshear.pruners.criteria._criterion import Criterion
+from torchshear.pruners.criteria._criterion import Criterion, find_criterion, is_per_cost
 from torchshear.pruners.selection._latency import check_latency
 from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
 
 SCOPES: Final[Mapping[str, str]] = {
+    "auto": "global under a target of MACs or parameters where scores say what a removal costs in loss, else local",
     "local": "every group loses its own share",
     "global": "units of all groups are ranked together",
     "isomorphic": "units of groups with the same operators around them are ranked together",
@@ -42,7 +43,7 @@ class Request:
 
     criterion: str | Criterion = "l1"
     ratio: Ratio | None = None
-    scope: str = "local"
+    scope: str = "auto"
     target_macs: float | None = None
     target_params: float | None = None
     target_latency: float | str | None = None
@@ -91,6 +92,17 @@ class Request:
     def has_budget(self) -> bool:
         """True if a target of MACs or parameters is given."""
         return self.target_macs is not None or self.target_params is not None
+
+    @property
+    def pooling(self) -> str:
+        """The scope, "local", "global" or "isomorphic", that "auto" stands for here."""
+        if self.scope != "auto":
+            return self.scope
+        return (
+            "global"
+            if self.has_budget and self.ratio is None and is_per_cost(find_criterion(self.criterion))
+            else "local"
+        )
 
     @property
     def shares(self) -> Ratio:

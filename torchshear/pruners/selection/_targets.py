@@ -171,7 +171,7 @@ def limits_of(groups: ChannelGroups, request: Request, targets: Mapping[str, Tar
 
 def default_max_ratio(request: Request) -> float | None:
     """Return the largest share that a group may lose where `max_ratio` is not given; None for no limit."""
-    return None if request.scope == "local" and request.target_latency is None else _MOST_OF_A_POOL
+    return None if request.pooling == "local" and request.target_latency is None else _MOST_OF_A_POOL
 
 
 def _shares_by_group(

@@ -20,6 +20,7 @@ from torchshear.pruners.criteria._criterion import (
     UnscorableError,
     find_criterion,
     is_comparable,
+    is_per_cost,
     rearrangement_of,
 )
 from torchshear.pruners.selection._budget import Budget, BudgetSolver, check_feasible, solve_exactly
@@ -73,7 +74,7 @@ class UnitSelector:
         self.weights = weights
         self.unscored: dict[str, str] = {}
         self.is_by_latency = request.target_latency is not None
-        self.is_by_ratio = request.scope == "local" and not request.has_budget and not self.is_by_latency
+        self.is_by_ratio = request.pooling == "local" and not request.has_budget and not self.is_by_latency
 
     def choose(self) -> SelectedUnits:
         """Select the units that stay in each group."""
@@ -148,9 +149,14 @@ class UnitSelector:
         if not width_steps:
             return SelectedUnits({}, notes, self.ratios)
         scores = self._scores([one.group for one in width_steps])
-        is_local = self.request.scope == "local"  # a group's share of units gone ranks its steps, and not their scores
+        costs = self._unit_costs(width_steps, budget)
+        is_local = (
+            self.request.pooling == "local"
+        )  # a group's share of units gone ranks its steps, and not their scores
         width_steps = [
-            replace(one, order=removal_order(one.group, found), scores=None if is_local else found)
+            replace(
+                one, order=removal_order(one.group, found), scores=None if is_local else found / costs[one.group.name]
+            )
             for one in width_steps
             if (found := scores.get(one.group.name)) is not None
         ]
@@ -175,14 +181,14 @@ class UnitSelector:
     def width_steps(self) -> list[WidthSteps]:
         """Return the steps of each group that may shrink, from its own width down."""
         chosen = [group for group in self.groups.prunable if self.targets[group.name].ratio]
-        classes = isomorphism_classes(self.groups) if self.request.scope == "isomorphic" else {}
+        classes = isomorphism_classes(self.groups) if self.request.pooling == "isomorphic" else {}
         width_steps = []
         for group in chosen:
             target = self.targets[group.name]
             allowed = allowed_widths(group, self.request.alignment, self.limits[group.name])[::-1]
             is_forced = allowed[0] < group.width
             widths = np.concatenate([[group.width], allowed]) if is_forced else allowed
-            own = {"local": group.name, "global": "", "isomorphic": classes.get(group.name, "")}[self.request.scope]
+            own = {"local": group.name, "global": "", "isomorphic": classes.get(group.name, "")}[self.request.pooling]
             pool = f"{target.key}|{own}"
             width_steps.append(WidthSteps(group, widths, n_forced=int(is_forced), pool=pool, speed=target.ratio or 1.0))
         return width_steps
@@ -199,6 +205,15 @@ class UnitSelector:
                 f"already, with {dense.macs:,} MACs and {dense.n_params:,} parameters. Ask for less."
             )
         return budget, dense
+
+    def _unit_costs(self, width_steps: Sequence[WidthSteps], budget: Budget | None) -> dict[str, float]:
+        """Return what scores are divided by, for each group: what a unit costs, if the criterion is weighed by that."""
+        names = [one.group.name for one in width_steps]
+        if budget is None or not is_per_cost(self.criterion):
+            return dict.fromkeys(names, 1.0)
+        found = BudgetSolver(self.groups, width_steps).unit_costs(budget)
+        least = found[found > 0].min(initial=1.0)  # a unit that saves nothing goes last
+        return dict(zip(names, np.where(found > 0, found, least * 1e-3).tolist(), strict=True))
 
     def _check_reachable(self, width_steps: Sequence[WidthSteps], budget: Budget | None, dense: Cost) -> None:
         """Raise PlanError, with the best that is possible, where the limits forbid the ratio or target."""

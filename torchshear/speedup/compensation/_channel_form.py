@@ -6,9 +6,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from torchshear.calibration._samples import SampleSplit, sample_numbers
 from torchshear.speedup.compensation._least_squares import LinearFit, fit_linear, sum_apart
 from torchshear.speedup.compensation._linear_layer import draw_positions
-from torchshear.speedup.compensation._samples import SampleSplit, sample_numbers
 
 _MIN_POSITIONS: Final = 32768
 _POSITIONS_PER_CHANNEL: Final = 8

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.calibration._processes import is_distributed
+from torchshear.calibration._samples import SampleSplit, batch_dimension, sample_numbers
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
@@ -23,7 +24,6 @@ from torchshear.speedup.compensation._logits_layers import LogitsFit
 from torchshear.speedup.compensation._norm_fit import AffineSums, fit_norm
 from torchshear.speedup.compensation._recurrent_fit import RecurrentFit, recurrent_obstacle
 from torchshear.speedup.compensation._refit_record import RefittedLayer, SkippedLayer
-from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, sample_numbers
 from torchshear.speedup.compensation._shared_layer import SharedLayer
 from torchshear.speedup.compensation._stored_parts import StoredParts, is_einsum
 from torchshear.speedup.compensation._sum_shortfall import SumBehind, find_sum, shortfall

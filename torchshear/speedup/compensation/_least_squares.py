@@ -52,13 +52,15 @@ class Moments:
             y: outputs that are wanted, shape (G, rows, O).
         """
         u, y = u.double(), y.double()
-        is_finite = u.isfinite().all(2).all(0) & y.isfinite().all(2).all(0)  # a softmax over nothing gives NaN
-        if not bool(is_finite.all()):
+        sums = u.sum(1), y.sum(1)
+        if not all(bool(one.isfinite().all()) for one in sums):  # a softmax over nothing gives NaN
+            is_finite = u.isfinite().all(2).all(0) & y.isfinite().all(2).all(0)
             u, y = u[:, is_finite], y[:, is_finite]
+            sums = u.sum(1), y.sum(1)
         self.n += u.shape[1]
-        self.u += u.sum(1)
-        self.y += y.sum(1)
-        self.yy += y.square().sum(1)
+        self.u += sums[0]
+        self.y += sums[1]
+        self.yy += torch.linalg.vecdot(y, y, dim=1)
         self.uu += u.mT @ u
         self.uy += u.mT @ y
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from torchshear.calibration._samples import batch_dimension, sample_numbers
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.dependency.rules._weights import weight_behind
 from torchshear.graph._nodes import is_from_state, shape_of, tensor_operands
 from torchshear.graph._operator_record import operator_name, operator_of
 from torchshear.speedup.compensation._einsum_form import EinsumForm
-from torchshear.speedup.compensation._samples import batch_dimension, sample_numbers
 from torchshear.speedup.compensation._stored_parts import StoredPart, StoredParts, is_einsum
 
 MAX_UNKNOWNS: Final = 4608

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from torchshear.calibration._processes import is_distributed, sum_over_processes
+from torchshear.calibration._samples import SampleSplit, sample_numbers
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
@@ -18,7 +19,6 @@ from torchshear.speedup.compensation._least_squares import LinearFit, fit_linear
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, LinearLayer, linear_layer
 from torchshear.speedup.compensation._logits import Logits, Side, keep_others, leaks, places
 from torchshear.speedup.compensation._logits_fit import HeadSums, Maps, fit_maps, product_error, relative_error
-from torchshear.speedup.compensation._samples import SampleSplit, sample_numbers
 from torchshear.speedup.compensation._stored_parts import StoredParts
 
 MIN_ROWS: Final = 32768

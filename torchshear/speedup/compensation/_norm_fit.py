@@ -18,11 +18,15 @@ class AffineSums:
 
     def add(self, x: Tensor, y: Tensor, inner: Tensor) -> None:
         """Add values of shape (C, n)."""
-        is_finite = (x.isfinite() & y.isfinite() & inner.isfinite()).all(0)
-        if not bool(is_finite.all()):
-            x, y, inner = x[:, is_finite], y[:, is_finite], inner[:, is_finite]
-        found = torch.stack([v.sum(1) for v in (x, y, x * x, x * y, y * y, inner, inner * inner)])
-        self.n += x.shape[1]
+        values = torch.stack([torch.ones_like(x), x, y, inner], 1)  # (C, 4, n)
+        products = values @ values.mT
+        if not bool(products.isfinite().all()):
+            values = values[:, :, values.isfinite().all(1).all(0)]
+            products = values @ values.mT
+        one, x_, y_, z = range(4)
+        places = ((one, x_), (one, y_), (x_, x_), (x_, y_), (y_, y_), (one, z), (z, z))
+        found = torch.stack([products[:, row, column] for row, column in places])
+        self.n += values.shape[2]
         self.sums = found if self.sums is None else self.sums + found
 
     def reduce(self) -> None:

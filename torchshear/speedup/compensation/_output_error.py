@@ -8,9 +8,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.calibration._processes import is_distributed, sum_over_processes
+from torchshear.calibration._samples import SampleSplit, batch_dimension, output_nodes, sample_numbers
 from torchshear.graph import Graph
 from torchshear.graph._nodes import has_data_dependent_shape
-from torchshear.speedup.compensation._samples import SampleSplit, batch_dimension, output_nodes, sample_numbers
 
 
 def output_error(graph: Graph, wanted: Sequence[Any], got: Sequence[Any], split: SampleSplit) -> float:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from torchshear.calibration._processes import is_distributed, sum_over_processes
 from torchshear.calibration._recurrent import Pass, passes, run, run_pass, states_before
+from torchshear.calibration._samples import SampleSplit, sample_numbers
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.rules._call import bind_arguments
@@ -17,7 +18,6 @@ from torchshear.speedup.compensation._frontier import Frontier
 from torchshear.speedup.compensation._least_squares import LinearFit, fit_linear, sum_apart
 from torchshear.speedup.compensation._linear_layer import MAX_UNKNOWNS, draw_positions
 from torchshear.speedup.compensation._refit_record import RefittedLayer
-from torchshear.speedup.compensation._samples import SampleSplit, sample_numbers
 from torchshear.speedup.compensation._stored_parts import StoredParts
 
 _MIN_ROWS: Final = 32768

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.calibration._progress import Progress, with_progress
+from torchshear.calibration._samples import HELD_OUT, SampleSplit, output_nodes
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.graph._nodes import is_from_state, is_only_read, is_written
@@ -22,7 +23,6 @@ from torchshear.graph._run import interpret
 from torchshear.speedup.compensation._frontier import Frontier, Values
 from torchshear.speedup.compensation._layer_fits import LayerFits
 from torchshear.speedup.compensation._refit_record import Refit
-from torchshear.speedup.compensation._samples import HELD_OUT, SampleSplit, output_nodes
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
 
 State = dict[str, Tensor]
