@@ -54,6 +54,10 @@ LAYERS: dict[str, tuple[str, tuple[int, ...], Tensor, Callable[[], list[nn.Modul
     "root_mean_square_norm": (
         "norm cross_channel", (9,), WORDS, lambda: [nn.Linear(6, 9, bias=False), nn.RMSNorm(9), nn.Linear(9, 4)],
     ),
+    "batch_norm_of_steps": (
+        "cross_channel", (9,), WORDS,
+        lambda: [nn.Linear(6, 9), nn.BatchNorm1d(4), nn.GELU(), nn.Linear(9, 4)],
+    ),
     "bidirectional_lstm": (
         "recurrent", (28,), WORDS,
         lambda: [nn.LSTM(6, 7, 2, batch_first=True, bidirectional=True), Steps(), nn.Linear(14, 3)],

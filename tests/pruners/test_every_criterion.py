@@ -230,6 +230,7 @@ REFUSED: dict[str, dict[str, tuple[str, ...]]] = {
     "root_mean_square_norm": {"0.weight[0]": NO_ZEROS},
     "embedding": {"embedding.weight[1]": NO_ZEROS + NO_NORM, "hidden.weight[0]": NO_NORM},
     "parameters_of_no_layer": {"token[2]": NO_ZEROS + NO_READER},  # it reads the same token of every sample
+    "batch_norm_of_steps": {"0.weight[0]": NO_ZEROS + NO_NORM},
     "bidirectional_lstm": {"0.weight_ih_l0[0]": NO_ZEROS + NO_NORM},
     "rnn_with_relu": {"0.weight_ih_l0[0]": NO_NORM},
     "experts": {"up[0]": NO_NORM + NO_READER, "up[2]": NO_NORM, "down[2]": NO_ZEROS + NO_NORM},

@@ -35,8 +35,7 @@ def _per_channel(call: Call) -> Axes:
     _tie_parameters(call, x[1:2])
     if call.arg("training"):
         call.mix(x[0])
-    if call.arg("training") or call.arg("use_input_stats"):
-        call.mix(*x[2:])
+    call.mix(*x[2:])  # with running statistics in train mode only, in which the result must hold as well
     return x
 
 

@@ -228,9 +228,13 @@ def _group_norm(call: MaskedCall) -> Tensor:
 
 @masked_operator("aten.batch_norm", "aten.instance_norm")
 def _batch_norm(call: MaskedCall) -> Tensor:
-    """Normalise by statistics of the input, over space and, for batch norms, samples."""
+    """Normalise by statistics of the input, over space and, for batch norms, samples; or by running statistics."""
     x: Tensor = call.arg("input")
-    first = 0 if "batch_norm" in str(call.node.target) else 2
+    is_over_batch = "batch_norm" in str(call.node.target)
+    if not call.arg("training" if is_over_batch else "use_input_stats"):
+        whole: Tensor = call.run()
+        return whole
+    first = 0 if is_over_batch else 2
     dims = [dim for dim in range(first, x.ndim) if dim != 1]
     kept = call.select_kept("input", dims)
     kept = kept - kept.mean(dims, keepdim=True)
