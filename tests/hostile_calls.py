@@ -134,7 +134,7 @@ CALLS: dict[str, Call] = {
         "target_params": None}),
     "prune": Call(torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "kwargs": None, "criterion": "taylor",
         "ratio": 0.5, "align": None, "min_width": 1, "data": data(g), "loss_fn": cross_entropy, "batches": 1,
-        "compensate": "statistics", "prunable_outputs": (), "submodules": None}),
+        "compensate": "statistics", "prunable_outputs": (), "submodules": None, "progress": False}),
     "prune for a latency": Call(torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "target_latency": 1.0,
         "device": latency.Device(batch=2), "align": 1, "must_be_faster": False}),
     "prune by a config": Call(torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "config": CONFIG,

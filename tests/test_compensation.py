@@ -367,3 +367,17 @@ def test_frozen_norms_that_get_new_statistics_are_named() -> None:
     record = refit(model, spoiled, plan, images(), batches=3, progress=False)[1]
     methods = {layer.name: layer.method for layer in record.layers if layer.kind == "norm"}
     assert methods == {"norms.0": "statistics, though frozen", "norms.1": "statistics", "norms.2": "statistics"}
+
+
+def test_prune_says_how_far_its_data_has_been_run(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[tuple[int, int, str]] = []
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = [torch.randn(16, 4) for _ in range(2)]
+    asked: dict[str, Any] = {"data": data, "batches": 2, "compensate": "refit"}
+    torchshear.prune(model, data[0], progress=lambda *step: said.append(step), **asked)
+    whats = list(dict.fromkeys(what for _, _, what in said))
+    assert whats[0] == "collecting"
+    assert len(whats) == 2
+    assert all(done <= total for done, total, _ in said)
+    torchshear.prune(model, data[0], progress=False, **asked)
+    assert capsys.readouterr() == ("", "")

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchshear.calibration import Loss, Statistics
+from torchshear.calibration import Loss, Progress, Statistics
+from torchshear.calibration._progress import check_progress
 from torchshear.compensation import check_compensation, compensate_by
 from torchshear.configs import ConfigList, ResolvedConfig
 from torchshear.dependency import ChannelGroups
@@ -84,7 +85,7 @@ def plan(  # noqa: PLR0913 - independent options, given by name
     criterion: str | Criterion = "l1",
     ratio: Ratio | None = None,
     *,
-    scope: str = "local",
+    scope: str = "auto",
     target_macs: float | None = None,
     target_params: float | None = None,
     min_ratio: Ratio = 0.0,
@@ -111,7 +112,8 @@ def plan(  # noqa: PLR0913 - independent options, given by name
         scope: the units that are ranked against one another. "local": those of one group, which loses its own ratio.
             "global": those of all groups, or of all that one key of `ratio` decides; scores that cannot be compared
             between groups are divided by their mean over the group. "isomorphic": those of groups with the same
-            operators around them (arXiv:2407.04616).
+            operators around them (arXiv:2407.04616). "auto": "global" for a criterion whose scores say what a removal
+            costs in loss (`reconstruction`) under a target of MACs or parameters, "local" otherwise.
         target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
             in (0, 1], or a whole number of at least 2. The result is at most that, and as near as widths allow. Within
             a local scope all groups lose the same share, or shares in proportion to a mapping of ratios.
@@ -187,7 +189,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     *,
     criterion: str | Criterion | None = None,
     ratio: Ratio | None = None,
-    scope: str = "local",
+    scope: str = "auto",
     target_macs: float | None = None,
     target_params: float | None = None,
     target_latency: float | str | None = None,
@@ -209,6 +211,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     batches: int | None = None,
     compensate: Compensation = "none",
     memory: int | None = None,
+    progress: Progress = True,
     form: Form = "auto",
 ) -> PruneResult:
     """Prune a model in one call: trace, analyze, plan, shrink, verify, compensate.
@@ -255,6 +258,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
             is on average over the data, and "constants" for what it holds without input, rather than for zero. "none":
             not at all. `torchshear.compensate` does one after another; see docs/compensation.md.
         memory: bytes that a refit may hold of activations in memory; those beyond go to files. None: 2 GB.
+        progress: how runs over `data` are shown; see `torchshear.collect`.
         form: form of the result. "native": a copy of the model's own class; where only whole groups give that, they
             stay whole at any cost. "traced": the rewritten graphs. "auto": native where leaving groups whole costs at
             most a tenth of what the cut saves, in parameters and MACs; traced elsewhere.
@@ -284,6 +288,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         Linear(in_features=4, out_features=4, bias=True)
     """
     check_criterion(criterion)
+    check_progress(progress)
     measuring = LatencyOptions.parse(target_latency, device, must_be_faster)
     request = Request(
         criterion="l1" if criterion is None else criterion,
@@ -306,7 +311,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         has_criterion=criterion is not None,
         config=config,
         submodules=submodules,
-        calibration=CalibrationOptions.parse(data, loss_fn, batches, compensate, memory),
+        calibration=replace(CalibrationOptions.parse(data, loss_fn, batches, compensate, memory), progress=progress),
         compensate=compensate,
         form=form,
     )

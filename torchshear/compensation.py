@@ -1,7 +1,7 @@
 """Compensation of a cut: a shrunk model comes nearer to its original, by any of the methods."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -81,7 +81,7 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
             f"loader= away for 'constants' alone."
         )
     data = CalibrationOptions(loader, batches=batches, memory=memory)
-    return compensate_by(method, model, small, plan, data, args, kwargs, progress).model
+    return compensate_by(method, model, small, plan, replace(data, progress=progress), args, kwargs).model
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,7 +102,6 @@ def compensate_by(
     data: CalibrationOptions,
     args: tuple[Any, ...] | Tensor | None,
     kwargs: Mapping[str, Any] | None,
-    progress: Progress = False,
 ) -> Compensated:
     """Compensate by a method, see `compensate`; for "none" the shrunk model comes back as it is.
 
@@ -110,6 +109,7 @@ def compensate_by(
         TorchshearError: as `compensate`.
     """
     loader, batches, memory = () if data.loader is None else data.loader, data.batches, data.memory
+    progress = data.progress
     if method == "none":
         return Compensated(small)
     if method == "refit":

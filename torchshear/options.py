@@ -13,7 +13,7 @@ from torch import nn
 
 from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, quote
 from torchshear._other_tools import unknown_keyword
-from torchshear.calibration import Loss, Statistics
+from torchshear.calibration import Loss, Progress, Statistics
 from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS
 from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
 from torchshear.configs._entry import DEFAULT_PATTERN, Entry
@@ -84,12 +84,14 @@ class CalibrationOptions:
         loss_fn: the loss, or None.
         batches: how many to run.
         memory: bytes that a refit may hold of activations in memory.
+        progress: how runs over the data are shown.
     """
 
     loader: Iterable[Any] | None
     loss_fn: Loss | None = None
     batches: int = DEFAULT_BATCHES
     memory: int = DEFAULT_MEMORY
+    progress: Progress = False
 
     @classmethod
     def parse(
@@ -331,7 +333,7 @@ class Planner:
             targets = choose_targets(groups, request.shares, request.roles, request.exclude)
             whole = [name for name, target in targets.items() if target.ratio is None]
         statistics = collect(
-            groups, data.loader, data.loss_fn, data.batches, progress=False, criteria=on_data, exclude=whole
+            groups, data.loader, data.loss_fn, data.batches, data.progress, criteria=on_data, exclude=whole
         )
         return cls(request, groups, resolved, statistics)
 
