@@ -1,7 +1,7 @@
 """A run over batches: the graph is interpreted, and sums are taken of its values and gradients."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torchshear.calibration._output_gradients import OutputGradients
 from torchshear.calibration._processes import n_processes
 from torchshear.calibration._recurrent import is_recurrent
 from torchshear.calibration._recurrent import run as run_recurrent
-from torchshear.calibration._samples import batch_dimension
+from torchshear.calibration._samples import SampleSplit, batch_dimension, count_samples, hold_out_alike
 from torchshear.calibration._statistics import (
     MAX_GRAM,
     SUMS_OF_GRADIENTS,
@@ -63,6 +63,8 @@ class Run:
             self.loss_fn = DenseLoss() if isinstance(loss_fn, str) else loss_fn
         self._is_optional = not sums & SUMS_OF_GRADIENTS  # then sums are worth something without gradients as well
         self.n_batches = self.n_samples = self._n_here = 0
+        self._split: SampleSplit | None = None
+        self._is_held_out: Tensor | None = None
         self.total_loss = 0.0
         taps = find_taps(groups)
         self.shown = {name: one.visible for name, one in taps.items()}
@@ -160,6 +162,11 @@ class Run:
                     self._lines.setdefault(member.name, {})[member.dim] = member.n_blocks
         return found
 
+    def hold_out(self, batches: Sequence[Sequence[Any]]) -> None:
+        """Choose the samples that are held out of products of what layers read, from the inputs of all batches."""
+        sizes = tuple(count_samples(self.graph, leaves) for leaves in batches)
+        self._split = SampleSplit(sizes, hold_out_alike(self.graph, batches, sizes))
+
     def batch(self, leaves: list[Any], target: Any) -> None:
         """Run one batch forward, and backward where there is a loss."""
         size = len(leaves[self._source[0]]) if self._source is not None else 1
@@ -169,6 +176,8 @@ class Run:
             if not size:
                 raise DataError(f"batch {self.n_batches} holds no sample; expected at least one.")
             self._n_here = size
+            if self._split is not None:
+                self._is_held_out = self._split.is_held_out(torch.arange(size), self.n_batches)
             self.gates.start(size)
             output: Any = None
             for _, value in interpret(
@@ -234,7 +243,7 @@ class Run:
         self.output_gradients.watch(name, value, self._n_here)
         for accumulator, through in self.watched.get(name, ()):
             seen = self._apply_activation(through, value) if through else value
-            accumulator.add(seen, self.n_samples, self._n_here)
+            accumulator.add(seen, self._is_held_out)
             self._check_values(node, accumulator)
         return value
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from torchshear.calibration._samples import HELD_OUT, sample_numbers
+from torchshear.calibration._samples import sample_numbers
 from torchshear.calibration._statistics import GateSums, RowSums, Sum, ValueSums
 
 ROWS_PER_NUMBER = 4  # places of a batch of which products are taken, for each number at a place
@@ -52,17 +52,16 @@ class ValueAccumulator:
         self._copied = is_nonnegative and {"total", "magnitude"} <= self._totals.keys()
         self._is_nonnegative = is_nonnegative
 
-    def add(self, value: Tensor, first: int = 0, n_samples: int = 1) -> None:
+    def add(self, value: Tensor, is_held_out: Tensor | None = None) -> None:
         """Count another value in; half precision is summed in float32, and all batches together in float64.
 
         Args:
             value: the value.
-            first: number of its first sample.
-            n_samples: how many samples it is of.
+            is_held_out: for each sample that it is of whether it is held out; None: none is.
         """
         value = value.detach()
         if self._grams is not None and self._held_out is not None:
-            held_out, rest = self._products_apart(value, first, n_samples)
+            held_out, rest = self._products_apart(value, is_held_out)
             self._grams = self._grams + rest if len(self._grams) else rest
             self._held_out = self._held_out + held_out if len(self._held_out) else held_out
         for piece in pieces_of(value, 1 if self._dim == 0 else 0) if self._totals else ():
@@ -72,13 +71,13 @@ class ValueAccumulator:
                     self._totals[word] = self._totals[word] + self._sum(word, numbers)
         self.count += math.prod(value.shape) // value.shape[self._dim]
 
-    def _products_apart(self, value: Tensor, first: int, n_samples: int) -> tuple[Tensor, Tensor]:
+    def _products_apart(self, value: Tensor, is_held_out: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return products over samples that are held out, and over all others."""
-        if self._batch_dim == self._dim:  # one sample, without a batch
+        if is_held_out is None or self._batch_dim == self._dim:  # the latter of one sample, without a batch
             found = products_of(value.unsqueeze(0)).cpu()
             return torch.zeros_like(found), found
-        samples = sample_numbers(value.shape[self._batch_dim], n_samples) + first
-        is_held_out = samples % HELD_OUT == HELD_OUT - 1
+        samples = sample_numbers(value.shape[self._batch_dim], len(is_held_out)) % len(is_held_out)
+        is_held_out = is_held_out[samples]
         parts = (
             value.index_select(self._batch_dim, one.nonzero().squeeze(1).to(value.device))
             for one in (is_held_out, ~is_held_out)

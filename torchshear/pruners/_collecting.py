@@ -134,9 +134,11 @@ def _run_data(make_run: Callable[[], Run], loader: Iterable[Any], batches: int, 
         check_progress(progress)
         check_count("batches", batches)
         run = make_run()
-        for leaves, target in with_progress(
-            read_graph_inputs(loader, batches, run.graph), batches, "collecting", progress
-        ):
+        read: Iterable[tuple[list[Any], Any]] = read_graph_inputs(loader, batches, run.graph)
+        if "grams" in run.sums:  # some samples are held out, which all are looked at for
+            read = list(read)
+            run.hold_out([leaves for leaves, _ in read])
+        for leaves, target in with_progress(read, batches, "collecting", progress):
             run.batch(leaves, target)
         run.check()
     except Exception as failure:  # the other processes wait for this one to say so
