@@ -162,6 +162,17 @@ class Run:
                     self._lines.setdefault(member.name, {})[member.dim] = member.n_blocks
         return found
 
+    def count_samples(self, leaves: Sequence[Any], number: int) -> int:
+        """Return the number of samples in a batch.
+
+        Raises:
+            DataError: there is none.
+        """
+        size = len(leaves[self._source[0]]) if self._source is not None else 1
+        if not size:
+            raise DataError(f"batch {number} holds no sample; expected at least one.")
+        return size
+
     def hold_out(self, batches: Sequence[Sequence[Any]]) -> None:
         """Choose the samples that are held out of products of what layers read, from the inputs of all batches."""
         sizes = tuple(count_samples(self.graph, leaves) for leaves in batches)
@@ -169,12 +180,10 @@ class Run:
 
     def batch(self, leaves: list[Any], target: Any) -> None:
         """Run one batch forward, and backward where there is a loss."""
-        size = len(leaves[self._source[0]]) if self._source is not None else 1
+        size = self.count_samples(leaves, self.n_batches)
         takes_gradients = self.loss_fn is not None and not (self._is_optional and self.output_gradients.is_enough)
         with run_exclusively(), torch.set_grad_enabled(takes_gradients), torch.random.fork_rng(devices=[]):
             held: dict[str, Tensor] = {}
-            if not size:
-                raise DataError(f"batch {self.n_batches} holds no sample; expected at least one.")
             self._n_here = size
             if self._split is not None:
                 self._is_held_out = self._split.is_held_out(torch.arange(size), self.n_batches)

@@ -136,8 +136,12 @@ def _run_data(make_run: Callable[[], Run], loader: Iterable[Any], batches: int, 
         run = make_run()
         read: Iterable[tuple[list[Any], Any]] = read_graph_inputs(loader, batches, run.graph)
         if "grams" in run.sums:  # some samples are held out, which all are looked at for
-            read = list(read)
-            run.hold_out([leaves for leaves, _ in read])
+            known: list[tuple[list[Any], Any]] = []
+            for leaves, target in read:
+                run.count_samples(leaves, len(known))
+                known.append((leaves, target))
+            run.hold_out([leaves for leaves, _ in known])
+            read = known
         for leaves, target in with_progress(read, batches, "collecting", progress):
             run.batch(leaves, target)
         run.check()
