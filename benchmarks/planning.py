@@ -99,10 +99,10 @@ CHECKS = Timer()
 AGAIN = Timer(CHECKS)
 CHECKS.watch(torchshear.graph.capture._trace, "agrees_with_model")
 CHECKS.watch(torchshear.graph.capture._trace, "outputs_differ_in_training")
-CHECKS.watch(torchshear.speedup.native._form._Making, "find")
-CHECKS.watch(torchshear.speedup.native._scale_places.Scaling, "of_implied")
-CHECKS.watch(torchshear.speedup.native._form, "_failure_in_training")
-AGAIN.watch(torchshear.speedup.shrinking._whole_model, "capture")
+CHECKS.watch(torchshear.speedup.native._form._FormSearch, "run")
+CHECKS.watch(torchshear.speedup.native._attention_scale.FactorPlacement, "for_implied")
+CHECKS.watch(torchshear.speedup.native._form, "_training_failure")
+AGAIN.watch(torchshear.speedup.shrinking._whole_model, "capture_training_cut")
 
 
 def ours(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> dict[str, float]:

@@ -31,7 +31,7 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class ComparedTarget:
     """One number of one word that says how much may be left."""
 
     word: str
@@ -39,7 +39,7 @@ class Budget:
 
     @property
     def text(self) -> str:
-        """Budget in words."""
+        """ComparedTarget in words."""
         if self.word == "ratio":
             return f"ratio {self.value:g}"
         of = "MACs" if self.word == "target_macs" else "parameters"
@@ -93,7 +93,7 @@ def _name(criterion: str | Criterion) -> str:
     return criterion if isinstance(criterion, str) else getattr(criterion, "__name__", type(criterion).__name__)
 
 
-def budgets_of(amounts: Mapping[str, Any]) -> list[Budget]:
+def budgets_of(amounts: Mapping[str, Any]) -> list[ComparedTarget]:
     """Return the budgets to compare at; half of the MACs if none is given.
 
     Args:
@@ -109,7 +109,9 @@ def budgets_of(amounts: Mapping[str, Any]) -> list[Budget]:
     values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     is_number = [isinstance(one, Real) and not isinstance(one, bool) for one in values]
     budgets = (
-        [Budget(word, float(one) if isinstance(one, Fraction) else one) for one in values] if all(is_number) else []
+        [ComparedTarget(word, float(one) if isinstance(one, Fraction) else one) for one in values]
+        if all(is_number)
+        else []
     )
     if not budgets or len({budget.text for budget in budgets}) < len(budgets):
         raise ArgumentError(f"{word}={quote(value)}; expected a number, or several different ones.")
@@ -117,7 +119,11 @@ def budgets_of(amounts: Mapping[str, Any]) -> list[Budget]:
 
 
 def request_of(
-    one: Contender, criterion: str | Criterion, budget: Budget, limits: Mapping[str, Any], ranking: Mapping[str, Any]
+    one: Contender,
+    criterion: str | Criterion,
+    budget: ComparedTarget,
+    limits: Mapping[str, Any],
+    ranking: Mapping[str, Any],
 ) -> Request:
     """Make the request of one criterion at one budget; the uniform control takes the same share of all groups.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torchshear.api import shrink_and_record
 from torchshear.calibration import Statistics
-from torchshear.comparison._contenders import Budget, Contender
+from torchshear.comparison._contenders import ComparedTarget, Contender
 from torchshear.comparison._row import Row
 from torchshear.compensation import compensate_by
 from torchshear.dependency import ChannelGroups
@@ -41,7 +41,7 @@ class Trial:
     compensate: Compensation
     calibration: CalibrationOptions
     before: float = math.nan
-    whole: dict[Budget, set[str]] = field(default_factory=dict)
+    whole: dict[ComparedTarget, set[str]] = field(default_factory=dict)
     first_error: TorchshearError | None = None
 
     def score_dense(self) -> None:
@@ -50,7 +50,7 @@ class Trial:
         if not math.isfinite(self.before):
             raise ArgumentError(f"evaluate gave {self.before} for the dense model; expected a finite number.")
 
-    def row(self, one: Contender, budget: Budget, asked: Sequence[Request]) -> Row:
+    def row(self, one: Contender, budget: ComparedTarget, asked: Sequence[Request]) -> Row:
         """Prune by a contender, once for each of its criteria, and score what comes out."""
         row = Row(one.name, budget.text, one.is_control, self.before)
         if one.lacks:
@@ -77,7 +77,7 @@ class Trial:
     def _score_models(
         self,
         row: Row,
-        budget: Budget,
+        budget: ComparedTarget,
         plans: Sequence[PruningPlan],
         models: tuple[Sequence[nn.Module], Sequence[nn.Module]],
         seconds: float,
@@ -104,7 +104,7 @@ class Trial:
             note=self._note_unscored(budget, plans[0]).replace(f": {row.criterion}: ", ": "),
         )
 
-    def _note_unscored(self, budget: Budget, plan: PruningPlan) -> str:
+    def _note_unscored(self, budget: ComparedTarget, plan: PruningPlan) -> str:
         """Note the groups that stay whole under this criterion, but not under the first control, which scores all."""
         notes = {group.name: group.note for group in plan.groups if group.note.startswith(_WHOLE)}
         known = self.whole.setdefault(budget, set(notes))

@@ -12,7 +12,7 @@ from torchshear.dependency import Alignment, ChannelGroups
 from torchshear.dependency.groups._width_form import axis_forms
 from torchshear.speedup.latency._device import Device
 from torchshear.speedup.latency._kernels import KernelTime, Profile
-from torchshear.speedup.latency._probes import Probe, choose_probes
+from torchshear.speedup.latency._probes import WidthProbe, choose_probes
 from torchshear.speedup.latency._table import LatencyTable, make_table
 
 ALIGNMENT = Alignment(4, 4, "small")
@@ -61,18 +61,18 @@ def total_ms(widths: Mapping[str, int]) -> float:
     return sum(kernel.ms for kernel in kernels_at(widths))
 
 
-def probes_of(groups: ChannelGroups, count: int = 8) -> list[Probe]:
+def probes_of(groups: ChannelGroups, count: int = 8) -> list[WidthProbe]:
     """Probes of a quiet device, with a tenth of a millisecond beside the kernels."""
     wanted = choose_probes(groups, ALIGNMENT, axis_forms(groups), count)
     dense = total_ms(wanted[0]) + 0.1
     return [
-        Probe(widths, (total_ms(widths) + 0.1) / dense, dense, Profile(kernels_at(widths), 0.1), dense)
+        WidthProbe(widths, (total_ms(widths) + 0.1) / dense, dense, Profile(kernels_at(widths), 0.1), dense)
         for widths in wanted
     ]
 
 
 def table_of_probes(
-    groups: ChannelGroups, probes: Sequence[Probe], identity: Mapping[str, Any] | None = None
+    groups: ChannelGroups, probes: Sequence[WidthProbe], identity: Mapping[str, Any] | None = None
 ) -> LatencyTable:
     here = dict(Device().identity()) if identity is None else dict(identity)
     return make_table(groups, probes, Device(), here, (ALIGNMENT.name, ALIGNMENT.block))

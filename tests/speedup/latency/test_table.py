@@ -21,7 +21,7 @@ from torchshear.dependency.groups._width_form import axis_forms
 from torchshear.errors import ArgumentError, LatencyError
 from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._kernels import KernelTime, Profile
-from torchshear.speedup.latency._probes import Probe, choose_probes
+from torchshear.speedup.latency._probes import WidthProbe, choose_probes
 from torchshear.speedup.latency._table import check_table
 
 
@@ -166,9 +166,9 @@ def test_probes_are_plain_data() -> None:
     _, _, groups = joined()
     probe = probes_of(groups)[1]
     entry = json.loads(json.dumps(probe.to_json()))
-    assert Probe.from_json(entry) == probe
+    assert WidthProbe.from_json(entry) == probe
     with pytest.raises(ValueError, match="without times"):
-        Probe.from_json(entry | {"share": 0.0})
+        WidthProbe.from_json(entry | {"share": 0.0})
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from torchshear.errors import OutputError
-from torchshear.speedup.latency._probes import Probe
+from torchshear.speedup.latency._probes import WidthProbe
 from torchshear.storage._reading import UnreadableError, read_json
 from torchshear.storage._writing import atomic_path
 
@@ -41,7 +41,7 @@ class ProbeFile:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return cls(cache_folder() / f"{digest[:32]}.json", key)
 
-    def read(self) -> tuple[list[Probe], str]:
+    def read(self) -> tuple[list[WidthProbe], str]:
         """Return the probes that are there, and a sentence if the file is damaged, else ""."""
         if not self.path.exists():
             return [], ""
@@ -49,11 +49,11 @@ class ProbeFile:
             document = read_json(self.path, _LARGEST)
             if document["key"] != json.loads(json.dumps(self.key)):
                 raise ValueError("it is of something else")
-            return [Probe.from_json(entry) for entry in document["probes"]], ""
+            return [WidthProbe.from_json(entry) for entry in document["probes"]], ""
         except (UnreadableError, LookupError, TypeError, ValueError, AttributeError) as error:
             return [], f"The file of earlier measurements, {str(self.path)!r}, was damaged ({error}); measured again."
 
-    def write(self, probes: Sequence[Probe]) -> None:
+    def write(self, probes: Sequence[WidthProbe]) -> None:
         """Write probes over those that are there.
 
         Raises:

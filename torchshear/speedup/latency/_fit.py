@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._width_form import WidthForm, axis_forms
 from torchshear.speedup.latency._kernels import KernelTime, Shape
-from torchshear.speedup.latency._probes import NOISY, Probe, normalised, shares_of, spread_of
+from torchshear.speedup.latency._probes import NOISY, WidthProbe, normalised, shares_of, spread_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -85,7 +85,7 @@ class _Kernel:
     times: Floats
 
 
-def fit_times(groups: ChannelGroups, probes: Sequence[Probe], block: int) -> Fit:
+def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -> Fit:
     """Fit the time of a model to what was measured, the first probe being the dense model.
 
     The time of a kernel is a constant, and as much for each value that it reads, that it writes, and for each product:
@@ -162,7 +162,7 @@ def _fit_kind(alike: Sequence[_Kernel], shares: Floats, tolerance: float) -> tup
     return np.asarray(found / scale, np.float64), is_out.reshape(len(alike), -1)
 
 
-def _find_kernels(groups: ChannelGroups, probes: Sequence[Probe], block: int) -> list[_Kernel]:
+def _find_kernels(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -> list[_Kernel]:
     """Find the kernels that all probes have and whose sizes all follow widths in a known way."""
     sizes = _Sizes.of(groups, [probe.widths for probe in probes], block)
     named = [{kernel.name: kernel for kernel in probe.profile.kernels} for probe in probes]

@@ -18,7 +18,7 @@ from torchshear.graph.capture._trace import trace
 from torchshear.speedup.latency._cache import ProbeFile, only_measurement
 from torchshear.speedup.latency._candidates import Candidates, quiet_ms
 from torchshear.speedup.latency._device import Device
-from torchshear.speedup.latency._probes import Probe, choose_probes
+from torchshear.speedup.latency._probes import WidthProbe, choose_probes
 from torchshear.speedup.latency._profiles import resolve_alignment
 from torchshear.speedup.latency._table import LatencyTable, make_table
 
@@ -104,14 +104,14 @@ def table_of(  # noqa: PLR0913 - what is measured, where, and how much of it
     return make_table(groups, known, device, identity, (alignment.name, resolve_alignment("auto").block), remarks)
 
 
-def _measure(candidates: Candidates, widths: Mapping[str, int], is_dense: bool) -> Probe:
+def _measure(candidates: Candidates, widths: Mapping[str, int], is_dense: bool) -> WidthProbe:
     """Export, run and profile one vector of widths."""
     path = candidates.dense if is_dense else candidates.export_widths(widths, "probe")
     comparison = candidates.compare(path)
     dense_ms = quiet_ms(comparison, "dense")
     share, reference = quiet_ms(comparison, "pruned") / dense_ms, candidates.profile(candidates.dense)
     profile = reference if is_dense else candidates.profile(path)
-    return Probe(widths, share, dense_ms, profile, reference.total_ms)
+    return WidthProbe(widths, share, dense_ms, profile, reference.total_ms)
 
 
 def input_identity(args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ NOISY: Final = 0.05  # spread of the dense model's times, above which a machine 
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class WidthProbe:
     """One measurement.
 
     Attributes:
@@ -40,7 +40,7 @@ class Probe:
     profile: Profile
     reference_ms: float
 
-    def at_speed(self, reference_ms: float) -> "Probe":
+    def at_speed(self, reference_ms: float) -> "WidthProbe":
         """Return the probe as in a spell in which the dense model's kernels take another time."""
         scale = reference_ms / self.reference_ms
         kernels = tuple(replace(kernel, ms=kernel.ms * scale) for kernel in self.profile.kernels)
@@ -59,7 +59,7 @@ class Probe:
         }
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Probe":
+    def from_json(cls, entry: Mapping[str, Any]) -> "WidthProbe":
         """Read a probe.
 
         Raises:
@@ -90,7 +90,7 @@ def _shapes(entry: Sequence[Sequence[Any]]) -> tuple[tuple[str, tuple[int, ...]]
     return tuple((str(kind), tuple(int(size) for size in shape)) for kind, shape in entry)
 
 
-def spread_of(probes: Sequence[Probe]) -> float:
+def spread_of(probes: Sequence[WidthProbe]) -> float:
     """Return how far the times of the dense model's whole runs are apart: (largest - smallest) / smallest."""
     dense = [probe.dense_ms for probe in probes]
     return (max(dense) - min(dense)) / min(dense)

@@ -15,7 +15,7 @@ from torchshear.dependency.groups._width_form import WidthForm
 from torchshear.errors import ArgumentError, LatencyError
 from torchshear.speedup.latency._device import Device
 from torchshear.speedup.latency._fit import KernelFit, fit_times
-from torchshear.speedup.latency._probes import NOISY, Probe, blocked_share, shares_of, spread_of
+from torchshear.speedup.latency._probes import NOISY, WidthProbe, blocked_share, shares_of, spread_of
 from torchshear.storage._reading import UnreadableError, as_path, read_json
 from torchshear.storage._writing import atomic_path
 
@@ -235,7 +235,7 @@ class LatencyTable:
 
 def make_table(
     groups: ChannelGroups,
-    probes: Sequence[Probe],
+    probes: Sequence[WidthProbe],
     device: Device,
     identity: Mapping[str, Any],
     alignment: tuple[str, int],

@@ -168,7 +168,7 @@ def share_names(model: nn.Module) -> set[str]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Product:
+class AttentionProduct:
     """A product of two values, summed over something that shrinks, as that of queries and keys.
 
     Attributes:
@@ -210,14 +210,14 @@ class FactorPlacement:
         self._dtypes = dtypes
         self._implied = frozenset(implied)
         self._known: dict[Pair, Sides] = {}
-        self._products: dict[str, list[Product]] = defaultdict(list)
+        self._products: dict[str, list[AttentionProduct]] = defaultdict(list)
         for node in cut.groups.graph:
             module = (enclosing_modules(node) or ("",))[-1]
             for each in cut.groups.facts.contractions.get(node.name, ()):
                 changed = [axis for axis in each.contracted if cut.changes(axis)]
                 if each.kind == "product" and len(changed) == 1 and node not in each.operands:
                     factor = sqrt(int(cut.keep(changed[0]).sum()) / changed[0].size)
-                    found = Product(node, each.operands, factor, bool(each.batch), node in implied)
+                    found = AttentionProduct(node, each.operands, factor, bool(each.batch), node in implied)
                     self._products[module].append(found)
 
     def for_implied(self) -> list[OutputFactors]:
@@ -239,7 +239,7 @@ class FactorPlacement:
         }
         return self._placements(inside)
 
-    def _placements(self, by_module: Mapping[str, Sequence[Product]]) -> list[OutputFactors]:
+    def _placements(self, by_module: Mapping[str, Sequence[AttentionProduct]]) -> list[OutputFactors]:
         pairs: dict[fx.Node, list[Pair]] = defaultdict(list)
         for found in by_module.values():
             for each in found:
@@ -268,7 +268,7 @@ class FactorPlacement:
         return {pair: (None, None) for some in pairs.values() for pair in some}
 
 
-def _module_placements(products: Sequence[Product], origins: Mapping[Pair, Sides]) -> Iterator[OutputFactors]:
+def _module_placements(products: Sequence[AttentionProduct], origins: Mapping[Pair, Sides]) -> Iterator[OutputFactors]:
     """Yield slices to be multiplied, so that each product gets its factor once: those that surely need it, then all."""
     seen: list[OutputFactors] = []
     implied = [p for p in products if p.is_implied]

@@ -33,7 +33,7 @@ from torchshear.speedup.rewriting._slicing import slice_state
 from torchshear.speedup.rewriting._traced import TracedModule
 from torchshear.speedup.shrinking._whole_model import TrainingCut
 from torchshear.speedup.verification._runs import (
-    Run,
+    ModelRun,
     copy_inputs,
     copy_sharing_values,
     dtype_of,
@@ -131,7 +131,7 @@ class ModelPair:
         # Small images where the graph takes them; a traced form has sizes of its own.
         small_inputs = example if self.is_traced else smaller_inputs(self.graph, model, example)
         self._base = self._with_few_samples(small_inputs, is_small=small_inputs is not example)
-        self._run_on_base: Run | None = None
+        self._run_on_base: ModelRun | None = None
         self.dtype = self._comparison_dtype()
         self._seed = seed
         self.first = Probe(self._base, None, self.dtype)
@@ -235,7 +235,7 @@ class ModelPair:
         with self.original_with(probe.state):
             return run_module(self.original, probe.inputs, probe.dtype, mode).outputs
 
-    def run_small(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+    def run_small(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> ModelRun:
         """Run the shrunk model, with the kept positions of the probe's weights."""
         values = None
         if probe.state is not None:

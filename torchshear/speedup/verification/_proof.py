@@ -19,7 +19,7 @@ from torchshear.speedup.verification._references import (
     Reference,
     describe_difference,
 )
-from torchshear.speedup.verification._runs import Run, compare_gradients
+from torchshear.speedup.verification._runs import ModelRun, compare_gradients
 
 Switch = tuple[str, str]  # name of a module, and of its attribute
 _ON = 0.37
@@ -53,7 +53,7 @@ class Proof:
 
     pair: ModelPair
     reference: Reference = field(init=False)
-    _small_runs: dict[Probe, Run] = field(default_factory=dict, init=False)
+    _small_runs: dict[Probe, ModelRun] = field(default_factory=dict, init=False)
 
     def run(self, extra: Sequence[ExampleInputs] = ()) -> ProofResult:
         """Make all comparisons.
@@ -66,7 +66,7 @@ class Proof:
             WeightError: they cannot be compared, since weights are NaN or infinite.
         """
         pair, expected = self.pair, self._run_reference()
-        last, errors, actual = pair.last, [], Run([])
+        last, errors, actual = pair.last, [], ModelRun([])
         for number, probe in enumerate((pair.first, pair.second, last)):
             actual = self._run_small_once(probe)
             error = self._compare_outputs(probe, expected[number], actual, expected[number - 1])
@@ -76,7 +76,7 @@ class Proof:
         wanted, gradients = expected[-1].gradients, actual.gradients
         gradient_errors = [compare_gradients(pair.state_cut, wanted, gradients, "eval", is_float64=is_float64)]
         del wanted, gradients  # they take as much memory as the shrunk model
-        self._small_runs[last] = actual = Run(actual.outputs)
+        self._small_runs[last] = actual = ModelRun(actual.outputs)
         trained = self.reference.run_in_training(expected)
         if trained is not None:
             modes = ("eval", "train")
@@ -98,7 +98,7 @@ class Proof:
         known = [error for error in gradient_errors if error is not None]
         return ProofResult(max(errors), max(known, default=None), tuple(self.reference.excused.values()), modes)
 
-    def _run_reference(self) -> list[Run]:
+    def _run_reference(self) -> list[ModelRun]:
         """Choose the reference and run it on the three probes.
 
         It is the masked module if zeros at cut positions change nothing, or if the shrunk model equals it; else the
@@ -123,7 +123,7 @@ class Proof:
         self.reference = NetworkReference(pair)
         return self.reference.run_probes()
 
-    def _run_small_once(self, probe: Probe) -> Run:
+    def _run_small_once(self, probe: Probe) -> ModelRun:
         """Run the shrunk model on one of the three probes, on the last with gradients; a second call gives that run."""
         if probe not in self._small_runs:
             gradients = probe is self.pair.last and self.reference.has_gradients
@@ -131,7 +131,7 @@ class Proof:
             self._small_runs[probe] = known or self._run_small(probe, gradients=gradients)
         return self._small_runs[probe]
 
-    def _run_small(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+    def _run_small(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> ModelRun:
         """Run the shrunk model.
 
         Raises:
@@ -143,7 +143,7 @@ class Proof:
             what = f"the shrunk model does not run in {mode} mode: {type(error).__name__}: {first_line(error)[:160]}."
             raise VerificationError(f"{what} {describe_difference(self.pair, probe, float('inf'))}") from error
 
-    def _compare_outputs(self, probe: Probe, expected: Run, actual: Run, other: Run) -> float:
+    def _compare_outputs(self, probe: Probe, expected: ModelRun, actual: ModelRun, other: ModelRun) -> float:
         """Return the largest difference of an output.
 
         Args:

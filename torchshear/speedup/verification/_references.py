@@ -25,7 +25,7 @@ from torchshear.speedup.shrinking._whole_model import capture_training_cut
 from torchshear.speedup.verification._masked_network import MaskedNetwork
 from torchshear.speedup.verification._model_pair import ModelPair, Probe
 from torchshear.speedup.verification._runs import (
-    Run,
+    ModelRun,
     copy_inputs,
     detach_outputs,
     equal_conditions,
@@ -61,15 +61,15 @@ class Reference(ABC):
             pair.left_out.append(f"gradients: a graph does not hold the backward of {lost[0]}")
 
     @abstractmethod
-    def run(self, probe: Probe) -> Run:
+    def run(self, probe: Probe) -> ModelRun:
         """Run in eval mode without gradients."""
 
     @abstractmethod
-    def run_probes(self) -> list[Run]:
+    def run_probes(self) -> list[ModelRun]:
         """Run in eval mode on the three probes of the pair, on the last one with gradients."""
 
     @abstractmethod
-    def run_in_training(self, in_eval: list[Run]) -> Run | None:
+    def run_in_training(self, in_eval: list[ModelRun]) -> ModelRun | None:
         """Run in train mode on the last probe.
 
         Args:
@@ -80,10 +80,10 @@ class Reference(ABC):
         """
 
     @abstractmethod
-    def run_recaptured(self, probe: Probe) -> Run:
+    def run_recaptured(self, probe: Probe) -> ModelRun:
         """Run as the original computes now, with other attributes than in the capture."""
 
-    def run_with_gradients(self, run: Callable[[bool], Run]) -> Run:
+    def run_with_gradients(self, run: Callable[[bool], ModelRun]) -> ModelRun:
         """Call `run(gradients)` with gradients, or without if there are none, and note which it was."""
         if not self.has_gradients:
             return run(False)
@@ -113,7 +113,7 @@ class ModuleReference(Reference):
 
     is_graph = False
 
-    def run(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> Run:
+    def run(self, probe: Probe, mode: Mode = "eval", *, gradients: bool = False) -> ModelRun:
         """Run in a mode, with gradients if that is asked for."""
         pair = self.pair
         is_masked = probe.state is not None and pair.cross_channel == "none"
@@ -123,13 +123,13 @@ class ModuleReference(Reference):
         with pair.original_with(state):
             return run_module(pair.original, probe.inputs, probe.dtype, mode, outputs, gradient)
 
-    def run_probes(self) -> list[Run]:
+    def run_probes(self) -> list[ModelRun]:
         """Run in eval mode on the three probes of the pair, on the last one with gradients."""
         pair = self.pair
         runs = [self.run(pair.first), self.run(pair.second)]
         return [*runs, self.run_with_gradients(lambda gradients: self.run(pair.last, gradients=gradients))]
 
-    def run_in_training(self, in_eval: list[Run]) -> Run | None:
+    def run_in_training(self, in_eval: list[ModelRun]) -> ModelRun | None:
         """Run in train mode on the last probe."""
         in_eval.clear()
         if not self.can_train():
@@ -140,7 +140,7 @@ class ModuleReference(Reference):
             self.pair.left_out.append(f"train mode: the original does not run in it: {first_line(error)[:160]}")
             return None
 
-    def run_recaptured(self, probe: Probe) -> Run:
+    def run_recaptured(self, probe: Probe) -> ModelRun:
         """Run as the original computes now."""
         return self.run(probe)
 
@@ -150,11 +150,11 @@ class NetworkReference(Reference):
 
     is_graph = True
 
-    def run(self, probe: Probe) -> Run:
+    def run(self, probe: Probe) -> ModelRun:
         """Run in eval mode without gradients."""
         return self._run([probe], self.pair.state_cut)[0]
 
-    def run_probes(self) -> list[Run]:
+    def run_probes(self) -> list[ModelRun]:
         """Run in eval mode on the three probes of the pair, on the last one with gradients.
 
         The first two run side by side, which checks the positions that are said to be cut. The last one checks that the
@@ -176,7 +176,7 @@ class NetworkReference(Reference):
         last = self.run_with_gradients(lambda grad: self._run([pair.last], pair.state_cut, gradients=grad)[0])
         return [*runs, last]
 
-    def run_in_training(self, in_eval: list[Run]) -> Run | None:
+    def run_in_training(self, in_eval: list[ModelRun]) -> ModelRun | None:
         """Run in train mode on the last probe."""
         pair, probe = self.pair, self.pair.last
         same = in_eval.pop()
@@ -198,14 +198,14 @@ class NetworkReference(Reference):
         state_cut = StateCut(replace(training.cut.groups, graph=graph, facts=training.facts), training.cut)
         return self._run([probe, pair.with_other_inputs(probe)], state_cut, gradients=self.has_gradients)[0]
 
-    def run_recaptured(self, probe: Probe) -> Run:
+    def run_recaptured(self, probe: Probe) -> ModelRun:
         """Run by a new capture of the original."""
         pair = self.pair
         groups = relate_graph(pair.groups, capture_in_mode(pair.original, pair.graph.inputs, "eval"))
         state_cut = StateCut(groups, Cut(groups, pair.plan.kept))
         return self._run([probe, pair.with_other_inputs(probe)], state_cut)[0]
 
-    def _run(self, probes: Sequence[Probe], state_cut: StateCut, *, gradients: bool = False) -> list[Run]:
+    def _run(self, probes: Sequence[Probe], state_cut: StateCut, *, gradients: bool = False) -> list[ModelRun]:
         """Run the masked network on probes that share their weights; gradients are those of the first."""
         graph, probe = state_cut.groups.graph, probes[0]
         own = probe.state or self.pair.state
@@ -222,7 +222,7 @@ class NetworkReference(Reference):
             ((_, outputs),) = deque(network.values(inputs), maxlen=1)  # of the last node; others are not kept
             kept = [self.select_outputs(output_leaves(one), graph.mode) for one in outputs]
             found = gradients_of(kept[0], parameters, state_cut.slice_gradient) if gradients else None
-        return [Run(detach_outputs(one), found) for one in kept]
+        return [ModelRun(detach_outputs(one), found) for one in kept]
 
 
 def describe_difference(pair: ModelPair, probe: Probe, error: float) -> str:

@@ -37,7 +37,7 @@ _RANDOM_OPERATORS: dict[Any, str] = {}  # operator -> its name if it draws rando
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class ModelRun:
     """Results of one run of a model.
 
     Attributes:
@@ -155,7 +155,7 @@ def run_module(
     mode: Mode = "eval",
     select_outputs: SelectOutputs | None = None,
     select_gradient: SelectGradient | None = None,
-) -> Run:
+) -> ModelRun:
     """Run a module on copies of inputs, and leave its mode, attributes and buffers as they were.
 
     Args:
@@ -177,7 +177,7 @@ def run_module(
             outputs = output_leaves(model(*copied.args, **copied.kwargs))
             outputs = outputs if select_outputs is None else select_outputs(outputs)
             gradients = None if select_gradient is None else gradients_of(outputs, leaves, select_gradient)
-            return Run(detach_outputs(outputs), gradients)
+            return ModelRun(detach_outputs(outputs), gradients)
     finally:
         for leaf, needs in flags:
             leaf.requires_grad_(needs)
