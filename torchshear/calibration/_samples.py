@@ -23,7 +23,7 @@ _MOST_FEATURES = 16  # of an input
 _MUCH_ALIKE = 0.5  # of the spread within groups that chance gives: below it samples come from few sources
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class SampleSplit:
     """Samples of all batches, a quarter of which is held out.
 

@@ -50,7 +50,7 @@ def collect(
             stopped.
         loss_fn: called as `loss_fn(output, target)`, where the target of a batch without one is the batch itself;
             gives a scalar tensor. "dense": the network's own outputs are the targets, of data without labels. None: no
-            gradients.
+            gradients, but those of "dense" that `reconstruction` weighs errors by.
         batches: how many batches to run.
         progress: True draws a bar on a terminal or in a notebook for work over a second, False nothing; a function is
             called as `progress(done, total, what)` after each batch, as `progress(1, 32, "collecting")`.
