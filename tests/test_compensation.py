@@ -12,7 +12,7 @@ from torch.nn import functional
 import torchshear
 import torchshear.comparison
 from tests.networks import Classifier, LooksAtValues, image, labelled
-from torchshear import api
+from torchshear import _making
 from torchshear.comparison import _compare
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.pruners import plan_from_kept
@@ -129,13 +129,13 @@ def test_bad_data_and_a_wrong_result_are_errors_after_the_proof(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proved: list[Any] = []
-    shrink = api.shrink_to_form
+    shrink = _making.shrink_to_form
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         proved.append(shrink(*args, **kwargs).verification)
         return shrink(*args, **kwargs)
 
-    monkeypatch.setattr(api, "shrink_to_form", spy)
+    monkeypatch.setattr(_making, "shrink_to_form", spy)
     broken = [(torch.full((8, 3, 6, 6), torch.nan), torch.zeros(8, dtype=torch.long))]
     with pytest.raises(DataError, match="NaN"):
         torchshear.prune(model, X, criterion="l1", compensate="refit", data=broken, batches=1)
@@ -155,7 +155,7 @@ def test_bad_data_and_a_wrong_result_are_errors_after_the_proof(
 
 def test_a_loader_is_not_run_before_the_proof(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    shrink = api.shrink_to_form
+    shrink = _making.shrink_to_form
 
     def shrunk(*args: Any, **kwargs: Any) -> Any:
         order.append("proof")
@@ -166,7 +166,7 @@ def test_a_loader_is_not_run_before_the_proof(model: nn.Module, monkeypatch: pyt
             order.append("data")
             return iter(batches())
 
-    monkeypatch.setattr(api, "shrink_to_form", shrunk)
+    monkeypatch.setattr(_making, "shrink_to_form", shrunk)
     torchshear.prune(model, X, criterion="l1", compensate="refit", data=Loader(), batches=3)
     assert order == ["proof", "data"]
 

@@ -38,6 +38,7 @@ LAYERS = (
     ("configs",),
     ("options", "report"),
     ("compensation", "distillation", "latency_target"),
+    ("_making",),
     ("api",),
     ("compat", "comparison", "inspection"),
     ("cli",),

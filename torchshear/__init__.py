@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from torchshear._making import PruneResult
 from torchshear._other_tools import answering
-from torchshear.api import PruneResult, plan, prune
+from torchshear.api import plan, prune
 from torchshear.compensation import compensate
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.dependency.plans._plan import PruningPlan

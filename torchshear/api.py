@@ -1,24 +1,26 @@
 """The public functions that join the stages: `plan` with an alignment profile, and `prune` in one call."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor, nn
 
+from torchshear._making import MadeModel, PruneResult
 from torchshear.calibration import Loss, Progress, Statistics
 from torchshear.calibration._progress import check_progress
-from torchshear.compensation import check_compensation, compensate_by
-from torchshear.configs import ConfigList, ResolvedConfig
+from torchshear.compensation import check_compensation
+from torchshear.configs import ConfigList
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._analyze import analyze
-from torchshear.dependency.plans._form import FormKind
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import outside_inference_mode
-from torchshear.latency_target import LatencyAllocation
-from torchshear.latency_target._planner import LatencyPlanner, measured_speed
+from torchshear.latency_target._planner import LatencyPlanner, MeasuredModel, measured_speed
 from torchshear.options import (
     CalibrationOptions,
     Compensation,
@@ -32,51 +34,8 @@ from torchshear.options import (
 from torchshear.pruners import Criterion, Ratio, WeightSource
 from torchshear.pruners._planning import plan_units
 from torchshear.pruners.selection._request import Request
-from torchshear.report import PruningReport, make_report
-from torchshear.speedup import Fold, LatencyComparison, Refit, Shrunk, Verification, shrink_to_form
 from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._profiles import resolve_alignment
-from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PruneResult:
-    """Pruned model with its plan, its report and its proof.
-
-    Attributes:
-        model: the pruned model, really smaller.
-        plan: what was kept, and what made the form of the model; can be saved and replayed on a fresh model.
-        report: requested and achieved ratio, parameters and MACs before and after, group by group.
-        verification: how closely the pruned model agrees with the masked one; None for a model on the meta device,
-            which has no values to compare.
-        form: "native", a copy of the original module; or "traced", the rewritten graphs. Where parts were pruned,
-            "traced" if any of them is; `report.parts` has the form of each.
-        fold: where the constants or means of removed channels went; None unless `compensate` is one of these. The
-            verification is of the model before that, and `fold.max_error` of the model after it.
-        config: what the config asks of each layer; None without one. `str()` of it is a table.
-        compensation: what brought the model nearer to its original, after all that was proved: the word that was given
-            as `compensate`.
-        refit: the errors of all layers before and after, with `compensate="refit"`; else None.
-        latency: times of the model that was given ("dense") and of the result ("pruned"), measured in the same rounds;
-            None without a target of latency, unless `must_be_faster`.
-        allocation: how the widths for a target of latency were found; else None. `str()` of it is a summary.
-    """
-
-    model: nn.Module
-    plan: PruningPlan
-    report: PruningReport
-    verification: Verification | None
-    form: str
-    fold: Fold | None = None
-    config: ResolvedConfig | None = None
-    compensation: Compensation = "none"
-    refit: Refit | None = None
-    latency: LatencyComparison | None = None
-    allocation: LatencyAllocation | None = None
-
-    def __repr__(self) -> str:
-        proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"
-        return f"<PruneResult: {self.form} {type(self.model).__name__}, {self.report.changes}, {proof}>"
 
 
 @checked_call
@@ -258,7 +217,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
             is on average over the data, and "constants" for what it holds without input, rather than for zero. "none":
             not at all. `torchshear.compensate` does one after another; see docs/compensation.md.
         memory: bytes that a refit may hold of activations in memory; those beyond go to files. None: 2 GB.
-        progress: how runs over `data` are shown; see `torchshear.collect`.
+        progress: how runs over `data`, and over widths that are measured, are shown; see `torchshear.collect`.
         form: form of the result. "native": a copy of the model's own class; where only whole groups give that, they
             stay whole at any cost. "traced": the rewritten graphs. "auto": native where leaving groups whole costs at
             most a tenth of what the cut saves, in parameters and MACs; traced elsewhere.
@@ -319,52 +278,16 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
     if criterion is None and compensate == "refit":
         options = options.with_reconstruction(groups)
-    planner: Planner | LatencyPlanner
-    if target_latency is not None and measuring.given is not None:
-        planner = LatencyPlanner.of(options, model, groups, args, kwargs, measuring.given)
-    else:
-        planner = Planner.of(options, model, groups)
-    shrunk, made = shrink_and_record(model, planner.plan(), args, kwargs, *options.form_of(planner))
-    after = compensate_by(compensate, model, shrunk.model, made, options.calibration, args, kwargs)
-    latency = measured_speed(model, after.model, groups, args, kwargs, measuring)
-    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit, latency)
-    return PruneResult(
-        after.model,
-        made,
-        report,
-        shrunk.verification,
-        shrunk.form,
-        after.fold,
-        planner.resolved,
-        compensate,
-        after.refit,
-        latency,
-        planner.record(made, latency) if isinstance(planner, LatencyPlanner) else None,
-    )
-
-
-def shrink_planned(
-    model: nn.Module, plan: PruningPlan, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None
-) -> PruneResult:
-    """Shrink a model by a plan that was made elsewhere, prove the result and report on it.
-
-    Raises:
-        PlanError: the plan is not of this model.
-        VerificationError: the shrunk model is not equal to the masked one.
-    """
-    shrunk, plan = shrink_and_record(model, plan, args, kwargs)
-    report = make_report(plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-    return PruneResult(shrunk.model, plan, report, shrunk.verification, shrunk.form)
-
-
-def shrink_and_record(
-    model: nn.Module,
-    made: PruningPlan,
-    args: tuple[Any, ...] | Tensor,
-    kwargs: Mapping[str, Any] | None,
-    form: FormKind | None = None,
-    tradeoff: NativeTradeoff | None = None,
-) -> tuple[Shrunk, PruningPlan]:
-    """Shrink and prove, and write into the plan what made the form of the result."""
-    shrunk = shrink_to_form(model, made, args, kwargs, form, tradeoff=tradeoff)
-    return shrunk, replace(shrunk.plan, form=shrunk.made_by)
+    with ExitStack() as stack:
+        measured: MeasuredModel | None = None
+        planner: Planner | LatencyPlanner
+        if target_latency is not None and measuring.given is not None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="torchshear-")))
+            targets = (target_latency,)
+            measured = MeasuredModel.of(options, targets, model, groups, args, kwargs, measuring.given, folder)
+            planner = LatencyPlanner.of(options.request, measured)
+        else:
+            planner = Planner.of(options, model, groups)
+        made = MadeModel.of(model, options, planner, args, kwargs)
+        latency = measured_speed(model, made.after.model, groups, args, kwargs, measuring, measured)
+    return made.to_result(latency)

@@ -226,12 +226,14 @@ class PruneOptions:
         entries: entries of a config; empty without one.
         calibration: the data.
         form: the form of the result: "auto", "native" or "traced".
+        compensate: what brings the result nearer to its original, once it is proved.
     """
 
     request: Request
     entries: tuple[Entry, ...]
     calibration: CalibrationOptions
     form: Form
+    compensate: Compensation
 
     @classmethod
     def parse(
@@ -254,7 +256,7 @@ class PruneOptions:
         check_one_of("form", form, ("auto", "native", "traced"))
         if submodules is not None:
             check_kind("submodules", submodules, Sequence, "a list of names of modules, as ['backbone']")
-        options = cls(request, entries, calibration, form)
+        options = cls(request, entries, calibration, form, compensate)
         calibration.check_parts(submodules, options.criteria, compensate)
         for criterion in options.criteria:
             missing = calibration.missing_for(criterion)

@@ -1,6 +1,7 @@
 """The closed loop on a device of a known law that its table does not tell the truth about."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,9 @@ from torchshear.pruners.allocation._problem import Levels
 from torchshear.pruners.criteria._criterion import find_criterion
 from torchshear.speedup.latency import Device
 from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult
+from torchshear.speedup.latency._kernels import Profile
+from torchshear.speedup.latency._probes import WidthProbe
+from torchshear.speedup.latency._table import make_table
 
 LAYERS = ("stem", "left", "right", "mix")
 DENSE = {"stem.weight[0]": 24, "left.weight[0]": 32, "right.weight[0]": 16, "mix.weight[0]": 40}
@@ -61,7 +65,7 @@ class Pretended:
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
     monkeypatch.setattr(planner, "Candidates", Pretended)
-    monkeypatch.setattr(planner, "table_of", lambda model, groups, *_: table_of_probes(groups, probes_of(groups)))
+    monkeypatch.setattr(planner, "table_of", lambda model, groups, *_, **__: table_of_probes(groups, probes_of(groups)))
     for name, value in {"power": 1.0, "spread": 0.0, "measured": 0}.items():
         monkeypatch.setattr(Pretended, name, value)
     return Pretended
@@ -152,6 +156,22 @@ def test_what_cannot_be_reached_is_said_before_anything_is_shrunk() -> None:
 
 def never_called(group: Any, weights: Any, statistics: Any) -> torch.Tensor:
     raise AssertionError("scored before the target was checked")
+
+
+@pytest.mark.parametrize("block", [1, 4, 16, 64])  # of the last two a block holds whole groups
+def test_a_target_of_all_of_the_time_is_reached_whatever_a_noisy_table_says(block: int) -> None:
+    """Times of kernels that are off by factors, whole runs likewise, and kernels of less than a microsecond."""
+    rng, (_, _, groups) = np.random.default_rng(block), joined()
+    probes = []
+    for probe in probes_of(groups):
+        factors = np.exp(rng.normal(0, 1.5, len(probe.profile.kernels)))
+        ms = [round(0.1 * one.ms * factor, 3) for one, factor in zip(probe.profile.kernels, factors, strict=True)]
+        kernels = tuple(replace(one, ms=time) for one, time in zip(probe.profile.kernels, ms, strict=True))
+        share, dense_ms, reference_ms = np.exp(rng.normal(0, 0.5, 3)).tolist()
+        probes.append(WidthProbe(probe.widths, share, dense_ms, Profile(kernels, 0.01), reference_ms))
+    identity = dict(Device().identity()) | {"inputs": ["float32[3, 8, 8]"]}
+    table = make_table(groups, probes, Device(), identity, ("small", block))
+    assert prune(device=table, target_latency=1.0, must_be_faster=False).allocation is not None
 
 
 def test_other_budgets_hold_beside_it() -> None:

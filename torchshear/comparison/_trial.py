@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from torchshear.api import shrink_and_record
+from torchshear._making import shrink_and_record
 from torchshear.calibration import Statistics
 from torchshear.comparison._contenders import ComparedTarget, Contender
 from torchshear.comparison._row import Row

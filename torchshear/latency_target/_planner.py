@@ -1,7 +1,8 @@
 """Plans for a target of latency: a table, an exact solver, and rounds of shrinking, measuring and correcting."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -39,27 +40,90 @@ _RESULT_ROUNDS = 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class MeasuredModel:
+    """A model with its table, its dense time and its ranked units: what plans for any targets of latency share.
+
+    Attributes:
+        groups: the analysed network.
+        table: the time of the model by widths.
+        candidates: the dense model's file, by which others are measured.
+        dense_ms: median time of the dense model.
+        least_share: the least share of the dense model's time that the table has for any widths.
+        ranked: the groups that may shrink, with their units in the order in which they go.
+    """
+
+    groups: ChannelGroups
+    table: LatencyTable
+    candidates: Candidates
+    dense_ms: float
+    least_share: float
+    ranked: RankedGroups
+
+    @classmethod
+    def of(
+        cls,
+        options: PruneOptions,
+        targets: Sequence[float | str],
+        model: nn.Module,
+        groups: ChannelGroups,
+        args: tuple[Any, ...] | Tensor,
+        kwargs: Mapping[str, Any] | None,
+        given: Device | LatencyTable,
+        folder: Path,
+    ) -> "MeasuredModel":
+        """Measure a table if none is given, check that all targets can be reached, then score units.
+
+        Args:
+            options: what is asked for, beside the targets.
+            targets: latencies that may be left.
+            model: the model.
+            groups: the analysed network.
+            args: example positional arguments.
+            kwargs: example keyword arguments.
+            given: the device, or a table that was measured on one.
+            folder: where files go; it must stay as long as anything is measured.
+
+        Raises:
+            ArgumentError: the table is of another model or device, or the dense model is fast enough already.
+            PlanError: a target cannot be reached; says the fastest possible, before data is run.
+        """
+        request = options.request
+        if isinstance(given, LatencyTable):
+            check_table(given, groups, input_identity(args, kwargs))
+            table = given
+        else:
+            progress = options.calibration.progress
+            table = table_of(model, groups, args, kwargs, given, request.alignment, progress=progress)
+        candidates = Candidates(model, groups, args, kwargs, table.device, folder)
+        dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
+        least = _check_reachable(groups, request, table, targets, dense_ms)
+        ranked = RankedGroups.of(groups, request, Planner.of(options, model, groups).statistics)
+        return cls(groups, table, candidates, dense_ms, least, ranked)
+
+    def solve(self, levels: list[Levels], request: Request, budget_share: float) -> Solution:
+        """Choose widths within a share of the dense model's time, and within the other budgets of a request."""
+        budgets = [_latency_budget(self.groups, levels, self.table, budget_share)]
+        return allocate(levels, [*budgets, *_other_budgets(self.groups, levels, request)])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LatencyPlanner:
     """Makes plans of one model for a target of latency, with some groups left whole if that is asked for.
 
     Attributes:
         request: which units may go, and the target.
-        groups: the analysed network.
-        ranked: the groups that may shrink, with their units in the order in which they go.
-        table: the time of the model by widths.
+        measured: the model.
+        ranked: its ranked groups, as this request has them.
         target_share: latency that may be left, as a share of the dense model's.
-        dense_ms: median time of the dense model.
         rounds: what was solved and measured.
         chosen: number of the round whose widths are taken.
         correction: measured by predicted latency there.
     """
 
     request: Request
-    groups: ChannelGroups
+    measured: MeasuredModel
     ranked: RankedGroups
-    table: LatencyTable
     target_share: float
-    dense_ms: float
     rounds: tuple[LatencyRound, ...]
     chosen: int
     correction: float
@@ -70,41 +134,36 @@ class LatencyPlanner:
         return None
 
     @classmethod
-    def of(
-        cls,
-        options: PruneOptions,
-        model: nn.Module,
-        groups: ChannelGroups,
-        args: tuple[Any, ...] | Tensor,
-        kwargs: Mapping[str, Any] | None,
-        given: Device | LatencyTable,
-    ) -> "LatencyPlanner":
-        """Measure a table if none is given, check that the target can be reached, and find the widths for it.
+    def of(cls, request: Request, measured: MeasuredModel, correction: float = 1.0) -> "LatencyPlanner":
+        """Find the widths for a target: solve, shrink, measure, and correct the budget until it is met closely.
 
-        Raises:
-            ArgumentError: the table is of another model or device, or the dense model is fast enough already.
-            PlanError: the target cannot be reached; says the fastest possible, before data is run.
+        Args:
+            request: which units may go, and the target.
+            measured: the model.
+            correction: measured by predicted latency, as far as it is known.
         """
-        request = options.request
-        if isinstance(given, LatencyTable):
-            check_table(given, groups, input_identity(args, kwargs))
-            table = given
-        else:
-            table = table_of(model, groups, args, kwargs, given, request.alignment)
-        with TemporaryDirectory(prefix="torchshear-") as folder:
-            candidates = Candidates(model, groups, args, kwargs, table.device, Path(folder))
-            dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
-            share, asked_ms = parse_latency(request.target_latency)
-            target_share = share if share is not None else (asked_ms or 0.0) / dense_ms
-            if asked_ms is not None and target_share >= 1:
-                raise ArgumentError(
-                    f"target_latency={request.target_latency!r}: the dense model takes {dense_ms:.4g} ms here already, "
-                    f"with {table.device.threads} threads and batch {table.device.batch}. Ask for less."
-                )
-            least = _check_reachable(groups, request, table, target_share, dense_ms)
-            ranked = RankedGroups.of(groups, request, Planner.of(options, model, groups).statistics)
-            start = cls(request, groups, ranked, table, target_share, dense_ms, (), 0, 1.0)
-            return start._close_loop(candidates, least)
+        ranked = measured.ranked.by_request(request)
+        share = target_share_of(request.target_latency, measured.dense_ms)
+        levels, rounds, least = ranked.levels(), list[LatencyRound](), measured.least_share
+        budget_share = share * _AIM / correction
+        for _ in range(ROUNDS):
+            found = measured.solve(levels, request, max(budget_share, least))
+            if any(one.widths == found.widths for one in rounds):
+                if budget_share <= least:
+                    break
+                budget_share *= 1 - TOLERANCE / 2  # the same again; a little less gives others, if there are any
+                continue
+            path = measured.candidates.export_plan(ranked.plan(found.widths, _said(measured)), "candidate")
+            measured_share, is_quiet = _measured_share(measured.candidates, path)
+            predicted = measured.table.predict_ms(found.widths) / measured.table.dense_ms
+            times = (predicted, measured_share, is_quiet)
+            rounds.append(LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, *times))
+            if share * (1 - TOLERANCE) <= measured_share <= share:
+                break
+            budget_share = share * _AIM * predicted / measured_share
+        chosen = _choose(rounds, share)
+        correction = rounds[chosen].measured_share / rounds[chosen].predicted_share
+        return cls(request, measured, ranked, share, tuple(rounds), chosen, correction)
 
     def plan(self, whole: Collection[str] = ()) -> PruningPlan:
         """Choose the units that stay; with groups left whole, widths are solved again under the corrected budget.
@@ -113,16 +172,17 @@ class LatencyPlanner:
             PlanError: the target cannot be reached with these groups whole.
         """
         if not whole:
-            return self.ranked.plan(self.rounds[self.chosen].widths, self._said())
+            return self.ranked.plan(self.rounds[self.chosen].widths, _said(self.measured))
         ranked = self.ranked.leaving_whole(whole)
-        budget_share = self.target_share * _AIM / self.correction
-        return ranked.plan(self._solve(ranked.levels(), budget_share).widths, self._said())
+        found = self.measured.solve(ranked.levels(), self.request, self.target_share * _AIM / self.correction)
+        return ranked.plan(found.widths, _said(self.measured))
 
     def record(self, plan: PruningPlan, latency: LatencyComparison | None) -> LatencyAllocation:
         """Return how the widths of the plan of the result were found; `latency` is that of the result itself."""
         widths = {group.name: len(group.kept) for group in plan.groups if group.name in self.rounds[self.chosen].widths}
-        macs = float(WidthCost(self.groups)(np.array([len(group.kept) for group in plan.groups], np.int64)).macs)
-        notes = list(self.table.notes)
+        kept = np.array([len(group.kept) for group in plan.groups], np.int64)
+        macs = float(WidthCost(self.measured.groups)(kept).macs)
+        notes = list(self.measured.table.notes)
         taken = self.rounds[self.chosen]
         share = max(taken.measured_share, 0.0 if latency is None else 1 / latency.speedup("pruned"))
         if share > self.target_share:
@@ -133,53 +193,16 @@ class LatencyPlanner:
         if widths != dict(taken.widths):
             notes.append("Groups left whole for the native form changed the widths after they were measured.")
         return LatencyAllocation(
-            device=self.table.device,
+            device=self.measured.table.device,
             target_share=self.target_share,
-            dense_ms=self.dense_ms,
+            dense_ms=self.measured.dense_ms,
             widths=widths,
             rounds=self.rounds,
             chosen=self.chosen,
-            macs_share=macs / max(dense_cost(self.groups.graph).macs, 1),
-            table_errors=self.table.errors,
+            macs_share=macs / max(dense_cost(self.measured.groups.graph).macs, 1),
+            table_errors=self.measured.table.errors,
             notes=tuple(notes),
         )
-
-    def _said(self) -> dict[str, Any]:
-        return {"device": asdict(self.table.device)}
-
-    def _close_loop(self, candidates: Candidates, least: float) -> "LatencyPlanner":
-        """Solve, shrink, measure, and correct the budget by what was measured, until the target is met closely.
-
-        Args:
-            candidates: measures widths.
-            least: the least share that the table has for any widths.
-        """
-        levels, rounds = self.ranked.levels(), list[LatencyRound]()
-        budget_share = self.target_share * _AIM
-        for _ in range(ROUNDS):
-            found = self._solve(levels, max(budget_share, least))
-            if any(one.widths == found.widths for one in rounds):
-                if budget_share <= least:
-                    break
-                budget_share *= 1 - TOLERANCE / 2  # the same again; a little less gives others, if there are any
-                continue
-            path = candidates.export_plan(self.ranked.plan(found.widths, self._said()), "candidate")
-            share, is_quiet = _measured_share(candidates, path)
-            predicted = self.table.predict_ms(found.widths) / self.table.dense_ms
-            rounds.append(
-                LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, predicted, share, is_quiet)
-            )
-            if self.target_share * (1 - TOLERANCE) <= share <= self.target_share:
-                break
-            budget_share = self.target_share * _AIM * predicted / share
-        chosen = _choose(rounds, self.target_share)
-        correction = rounds[chosen].measured_share / rounds[chosen].predicted_share
-        return replace(self, rounds=tuple(rounds), chosen=chosen, correction=correction)
-
-    def _solve(self, levels: list[Levels], budget_share: float) -> Solution:
-        """Choose widths within a share of the dense model's time, and within the other budgets of the request."""
-        budgets = [_latency_budget(self.groups, levels, self.table, budget_share)]
-        return allocate(levels, [*budgets, *_other_budgets(self.groups, levels, self.request)])
 
 
 def measured_speed(
@@ -189,39 +212,88 @@ def measured_speed(
     args: tuple[Any, ...] | Tensor,
     kwargs: Mapping[str, Any] | None,
     options: LatencyOptions,
+    measured: MeasuredModel | None = None,
 ) -> LatencyComparison | None:
     """Export a model and what was made of it, and measure both, as "dense" and "pruned"; None if that is not asked for.
+
+    Args:
+        model: the model.
+        small: what was made of it.
+        groups: the analysed network.
+        args: example positional arguments.
+        kwargs: example keyword arguments.
+        options: the device, and whether the result must be faster.
+        measured: the dense model's file, where there is one already.
 
     Raises:
         NotFasterError: the result is not measurably faster, and must be.
     """
     if options.device is None:
         return None
-    with TemporaryDirectory(prefix="torchshear-") as folder:
-        candidates = Candidates(model, groups, args, kwargs, options.device, Path(folder))
+    with ExitStack() as stack:
+        if measured is None:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="torchshear-")))
+            candidates = Candidates(model, groups, args, kwargs, options.device, folder)
+        else:
+            candidates = measured.candidates
         comparison = candidates.compare(candidates.export(small, "pruned"), _RESULT_ROUNDS)
-    if options.must_be_faster and not comparison.is_faster("pruned"):
-        low, high = comparison.speedup_interval("pruned")
-        raise NotFasterError(
-            f"the pruned model is not measurably faster: its speed-up over the dense one is "
-            f"{comparison.speedup('pruned'):.2f} ({low:.2f} to {high:.2f}). Let more go, align widths to what the "
-            f"device runs well (align='auto'), or accept it with must_be_faster=False."
-        )
+    if options.must_be_faster:
+        check_faster(comparison, "pruned", "the pruned model")
     return comparison
 
 
-def _check_reachable(
-    groups: ChannelGroups, request: Request, table: LatencyTable, target_share: float, dense_ms: float
-) -> float:
-    """Return the least share that is possible; raise PlanError if the target is below it, before anything is scored."""
-    levels = RankedGroups.of(groups, request, None, with_scores=False).levels()
-    least = least_cost(levels, _latency_budget(groups, levels, table, target_share)) / table.dense_ms
-    if least > target_share * (1 + _ROUNDING):
-        raise PlanError(
-            f"target_latency={request.target_latency!r} is {target_share:.3g} of the dense model's "
-            f"{dense_ms:.4g} ms; the fastest possible is {least:.3g}, {least * dense_ms:.4g} ms, with "
-            f"{len(levels)} groups that may shrink. Ask for less, or let more groups shrink further."
+def check_faster(comparison: LatencyComparison, name: str, what: str) -> None:
+    """Raise NotFasterError for a model that is not measurably faster than the dense one.
+
+    Args:
+        comparison: the times.
+        name: name of the model among them.
+        what: the model in words.
+    """
+    if not comparison.is_faster(name):
+        low, high = comparison.speedup_interval(name)
+        raise NotFasterError(
+            f"{what} is not measurably faster: its speed-up over the dense one is {comparison.speedup(name):.2f} "
+            f"({low:.2f} to {high:.2f}). Let more go, align widths to what the device runs well (align='auto'), or "
+            f"accept it with must_be_faster=False."
         )
+
+
+def target_share_of(target: object, dense_ms: float) -> float:
+    """Return a target of latency as a share of the dense model's time."""
+    share, asked_ms = parse_latency(target)
+    return share if share is not None else (asked_ms or 0.0) / dense_ms
+
+
+def _said(measured: MeasuredModel) -> dict[str, Any]:
+    return {"device": asdict(measured.table.device)}
+
+
+def _check_reachable(
+    groups: ChannelGroups, request: Request, table: LatencyTable, targets: Sequence[float | str], dense_ms: float
+) -> float:
+    """Return the least share that is possible; refuse targets below it, or above the dense model's, before scoring.
+
+    Raises:
+        ArgumentError: the dense model takes no longer than a target already.
+        PlanError: a target is below what is possible.
+    """
+    shares = {target: target_share_of(target, dense_ms) for target in targets}
+    for target, share in shares.items():
+        if share >= 1 and isinstance(target, str) and "ms" in target.lower():
+            raise ArgumentError(
+                f"target_latency={target!r}: the dense model takes {dense_ms:.4g} ms here already, "
+                f"with {table.device.threads} threads and batch {table.device.batch}. Ask for less."
+            )
+    levels = RankedGroups.of(groups, request, None, with_scores=False).levels()
+    least = least_cost(levels, _latency_budget(groups, levels, table, 1.0)) / table.dense_ms
+    for target, share in shares.items():
+        if least > share * (1 + _ROUNDING):
+            raise PlanError(
+                f"target_latency={target!r} is {share:.3g} of the dense model's {dense_ms:.4g} ms; the fastest "
+                f"possible is {least:.3g}, {least * dense_ms:.4g} ms, with {len(levels)} groups that may shrink. Ask "
+                f"for less, or let more groups shrink further."
+            )
     return least * (1 + _ROUNDING)
 
 

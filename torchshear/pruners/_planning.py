@@ -79,9 +79,15 @@ class RankedGroups:
 
     def leaving_whole(self, whole: Collection[str]) -> "RankedGroups":
         """Return the same with some groups whole, so that the model keeps its own class."""
-        one = self.selector
-        selector = UnitSelector(one.groups, one.request, None, one.statistics, whole)
-        selector.unscored |= one.unscored
+        return self._with(self.selector.request, whole)
+
+    def by_request(self, request: Request) -> "RankedGroups":
+        """Return the same for a request that differs from the one that ranked them in its targets alone."""
+        return self._with(request, ())
+
+    def _with(self, request: Request, whole: Collection[str]) -> "RankedGroups":
+        selector = UnitSelector(self.selector.groups, request, None, self.selector.statistics, whole)
+        selector.unscored |= self.selector.unscored
         return RankedGroups(selector, tuple(steps for steps in self.steps if steps.group.name not in whole))
 
     def levels(self) -> list[Levels]:

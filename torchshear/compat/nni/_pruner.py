@@ -11,8 +11,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_flag
+from torchshear._making import PruneResult, shrink_planned
 from torchshear._other_tools import missing_method, unknown_keyword
-from torchshear.api import PruneResult, shrink_planned
 from torchshear.calibration import Statistics
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat.nni._dependency_aware import LayerMask
