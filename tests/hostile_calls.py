@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import AveragedModel
 
 import torchshear
 from tests.blocks import Source
@@ -194,6 +195,10 @@ CALLS: dict[str, Call] = {
     "check_recalibration": Call(check_recalibration, lambda g: {"model": g.model, "batches": 1}),
     "shrink_to_form": Call(speedup.shrink_to_form, lambda g: {"model": g.model, "plan": g.plan, "form": "native",
         "verify": False}),
+    "shrink_optimizer": Call(speedup.shrink_optimizer, lambda g: {"optimizer": torch.optim.SGD(g.model.parameters()),
+        "model": g.model, "small": g.small, "plan": g.plan}),
+    "shrink_average": Call(speedup.shrink_average, lambda g: {"averaged": AveragedModel(g.model), "model": g.model,
+        "small": g.small, "plan": g.plan}),
     "plan_from_unipruning_mask": Call(unipruning.plan_from_unipruning_mask, lambda g: {"groups": g.groups,
         "path": g.folder / "mask.json"}),
     "write_unipruning_mask": Call(unipruning.write_unipruning_mask, lambda g: {"plan": g.plan,

@@ -11,6 +11,7 @@ from torchshear.speedup.latency._profiles import profiles
 from torchshear.speedup.native._attention_scale import OutputFactor
 from torchshear.speedup.onnx._export import OnnxFile
 from torchshear.speedup.rewriting._traced import TracedModule
+from torchshear.speedup.shrinking._optimizer_state import shrink_average, shrink_optimizer
 from torchshear.speedup.verification._verify import Verification
 
 __all__ = [
@@ -26,5 +27,7 @@ __all__ = [
     "fold_constants",
     "profiles",
     "refit",
+    "shrink_average",
+    "shrink_optimizer",
     "shrink_to_form",
 ]

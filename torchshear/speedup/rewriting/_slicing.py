@@ -33,19 +33,32 @@ def slice_state(cut: Cut, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with torch.no_grad():
             value = tensor.detach()
             if plan is not None:
-                value = slice_tensor(value, plan)
-                # Dimensions lie in memory in the order that they had, as channels last.
-                places = [(-stride, -size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)]
-                order = sorted(range(tensor.ndim), key=places.__getitem__)
-                if 0 not in tensor.stride() and order != list(range(tensor.ndim)):
-                    inverse = [order.index(dim) for dim in range(tensor.ndim)]
-                    value = value.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
+                value = slice_like_memory(value, plan)
             value = value.clone() if value.data_ptr() == tensor.data_ptr() or value.is_meta else value
         if isinstance(tensor, nn.Parameter):
             sliced[name] = nn.Parameter(value, requires_grad=tensor.requires_grad)
         else:
             sliced[name] = value.requires_grad_(tensor.requires_grad)
     return sliced
+
+
+def slice_like_memory(value: Tensor, plan: StatePlan) -> Tensor:
+    """Slice a tensor as `slice_tensor` does; its dimensions lie in memory in the order that they had, as channels last.
+
+    Args:
+        value: tensor of shape `plan.shape`.
+        plan: what is kept of it.
+
+    Returns:
+        Tensor of shape `plan.new_shape`, same dtype and device; `value` itself where nothing changes.
+    """
+    sliced = slice_tensor(value, plan)
+    places = [(-stride, -size) for stride, size in zip(value.stride(), value.shape, strict=True)]
+    order = sorted(range(value.ndim), key=places.__getitem__)
+    if 0 in value.stride() or order == list(range(value.ndim)):
+        return sliced
+    inverse = [order.index(dim) for dim in range(value.ndim)]
+    return sliced.permute(order).clone(memory_format=torch.contiguous_format).permute(inverse)
 
 
 def slice_tensor(value: Tensor, plan: StatePlan) -> Tensor:
