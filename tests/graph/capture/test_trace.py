@@ -236,6 +236,20 @@ def test_wrong_shapes_name_the_module() -> None:
         torchshear.trace(Residual(), (image()[:, :2],))
 
 
+def test_branches_on_tensors_are_refused() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            return self.second(torch.cond(h.sum() > 0, lambda t: t.relu(), lambda t: 2 * t, (h,)))
+
+    with pytest.raises(CaptureError, match="cond in the model.s forward .* calls graphs of its own"):
+        torchshear.trace(Branching(), torch.randn(3, 4))
+
+
 @pytest.mark.parametrize(
     ("model", "args", "kwargs", "message"),
     [

@@ -157,8 +157,6 @@ def _merge_arguments(one: Any, two: Any, batches: tuple[int, int], twins: Mappin
             is_same = twins[a] is b
         elif type(a) is not type(b):
             is_same = False
-        elif isinstance(a, fx.GraphModule):  # a branch or a loop, in which no number may depend on the batch
-            is_same = str(a.graph) == str(b.graph)
         else:
             is_same = bool(a == b) or (isinstance(a, float) and math.isnan(a) and math.isnan(b))
         size = affine_size((a, b), batches) if not is_same and type(a) is type(b) is int else None

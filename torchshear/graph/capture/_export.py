@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import CaptureError, first_line
 from torchshear.graph._graph import Graph, PartRun, StateTensor, whole_model
 from torchshear.graph._inputs import ExampleInputs
+from torchshear.graph._location import locate
 from torchshear.graph._nodes import has_data_dependent_shape, is_data_dependent, unwrap_copies
 from torchshear.graph.capture._functions import carry_marks, function_calls, watch_functions
 from torchshear.graph.model._checks import signature_of
@@ -296,6 +297,10 @@ class _Copier:
             return result
         if node.target is operator.getitem and isinstance(arguments[0], list | tuple):  # a result of an inlined region
             return arguments[0][arguments[1]]  # type: ignore[index]
+        if any(isinstance(value, nn.Module) for value in arguments):
+            raise NotImplementedError(
+                f"{locate(node)} calls graphs of its own, as branches or loops, which are not cut."
+            )
         return self.graph.node_copy(node, copies.__getitem__)
 
 
