@@ -18,7 +18,7 @@ import torchshear
 from tests.blocks import Source
 from tests.hostile_values import FAILS, PLACES, VALUES
 from tests.speedup.latency.making_tables import joined, probes_of, table_of_probes
-from torchshear import comparison, configs, dependency, inspection, pruners, speedup
+from torchshear import comparison, configs, dependency, inspection, pruners, searching, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import TorchshearError
@@ -62,6 +62,7 @@ class Given:
     second: Any
     pruner: Any
     compared: Any
+    found: Any
     measured: Any
     table: Any
     tabled: tuple[nn.Module, Any]
@@ -85,6 +86,8 @@ class Given:
         pruner = nni.L1NormPruner(model, CONFIG, args=(x,))
         pruner.compress()
         compared = comparison.compare(model, lambda model: 0.5, args=(x,), criteria=["l1"], seeds=(0,), ratio=0.5)
+        searched = {"evaluate": lambda model: 0.5, "method": "uniform", "target_macs": 0.5, "progress": False}
+        found = torchshear.search(model, (x,), **searched)
         measured = torchshear.compare_latency(
             {"dense": folder / "dense.onnx", "same": folder / "dense.onnx"}, batch=1, rounds=2, min_seconds=1e-4
         )
@@ -98,7 +101,7 @@ class Given:
         here = dict(latency.Device().identity()) | input_identity(tabled[1], None)
         table = table_of_probes(analyzed, probes_of(analyzed), here)  # of no measurement, which would take long
         table.save(folder / "table.json")
-        return cls(model, x, *made, laid, second, pruner, compared, measured, table, tuple(tabled), folder)
+        return cls(model, x, *made, laid, second, pruner, compared, found, measured, table, tuple(tabled), folder)
 
 
 class Call(NamedTuple):
@@ -221,6 +224,9 @@ CALLS: dict[str, Call] = {
     "report": Call(masks.report, lambda g: {"masks": g.masks, "width": 100}),
     "compare": Call(comparison.compare, lambda g: {"model": g.model, "evaluate": lambda model: 0.5, "args": (g.x,),
         "kwargs": None, "criteria": ["l1"], "seeds": (0,), "target_macs": 0.5, "scope": "local"}),
+    "search": Call(torchshear.search, lambda g: {"model": g.model, "evaluate": lambda model: 0.5, "args": (g.x,),
+        "kwargs": None, "method": "random", "trials": 2, "target_macs": 0.5, "seed": 0, "progress": False}),
+    "SearchResult.draw": Call(searching.SearchResult.draw, lambda g: {"self": g.found, "path": g.folder / "s.png"}),
     "Comparison.row": Call(comparison.Comparison.row, lambda g: {"self": g.compared, "criterion": "l1",
         "budget": g.compared.budgets[0]}),
     "Comparison.ranked": Call(comparison.Comparison.ranked, lambda g: {"self": g.compared,
@@ -250,7 +256,7 @@ CALLS: dict[str, Call] = {
         "method": "refit"} | samples(g)),
 }  # fmt: skip
 
-CALLBACKS = ("criterion", "evaluate", "loss_fn", "progress", "score")
+CALLBACKS = ("criterion", "evaluate", "finetune", "loss_fn", "progress", "score")
 
 
 def parameters_of(name: str, given: Given) -> list[str]:

@@ -15,7 +15,7 @@ import torchshear
 from tests.blocks import RandomSource
 from tests.hostile_calls import CALLBACKS, CALLS, Given, check_call, is_refused, parameters_of
 from tests.hostile_values import VALUES
-from torchshear import comparison, configs, inspection, pruners, speedup
+from torchshear import comparison, configs, inspection, pruners, searching, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
 from torchshear.speedup import latency
@@ -29,6 +29,7 @@ SLOW = (
         "prune",
         "prune by a config",
         "prune for a latency",
+        "search",
         "shrink",
         "fold_constants",
     ),
@@ -49,8 +50,11 @@ INNER_METHODS = {
     "Entry.asks_the_same",
     *("OutputFactor.register", "Mask.forward", "Mask.right_inverse", "TracedModule.forward"),
     "LatencyComparison.speedup_interval",
+    *(f"SearchSpace.{name}" for name in ("at", "check_reachable", "of", "narrowed", "rescale", "shares_of", "uniform")),
+    *(f"{name}.propose" for name in ("Annealing", "Evolution", "Milp", "NetAdapt", "RandomSearch", "SearchMethod")),
+    *("Sensitivity.propose", "Uniform.propose", "NetAdapt.reduction"),
 }
-MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection)
+MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection, searching)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ LAYERS = (
     ("compensation", "distillation", "latency_target"),
     ("_making",),
     ("api",),
+    ("searching",),
     ("compat", "comparison", "inspection"),
     ("cli",),
 )
@@ -47,6 +48,7 @@ INNER_LAYERS = {
     "torchshear.dependency": (("algebra",), ("rules",), ("groups",), ("plans",)),
     "torchshear.graph": (("model",), ("numerics", "masked"), ("capture",)),
     "torchshear.pruners": (("criteria", "masks", "allocation"), ("selection",)),
+    "torchshear.searching": (("methods",),),
     "torchshear.speedup": (
         ("rewriting",),
         ("comparing", "checkpoints"),

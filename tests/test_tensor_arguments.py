@@ -63,6 +63,12 @@ def use_compare(model: nn.Module, args: Any, _: Path) -> Any:
     return [row.scores for row in found.rows]
 
 
+def use_search(model: nn.Module, args: Any, _: Path) -> Any:
+    options: dict[str, Any] = {"method": "uniform", "ratio": 0.5, "progress": False}
+    found = torchshear.search(model, args, evaluate=lambda one: float(outputs(one).sum()), **options)
+    return [trial.score for trial in found.trials]
+
+
 def use_export(model: nn.Module, args: Any, folder: Path) -> Any:
     file = torchshear.export_onnx(model, folder / "model.onnx", args)
     return file.max_error
@@ -97,6 +103,7 @@ USES: dict[str, Use] = {
     "export_onnx": use_export,
     "fold_constants": use_fold,
     "compare": use_compare,
+    "search": use_search,
 }
 
 

@@ -12,6 +12,7 @@ from torchshear.distillation._distill import distill
 from torchshear.errors import TorchshearError
 from torchshear.graph.capture._trace import trace
 from torchshear.pruners._collecting import collect
+from torchshear.searching._search import search
 from torchshear.speedup._shrink import shrink
 from torchshear.speedup.checkpoints._load import load_checkpoint
 from torchshear.speedup.checkpoints._stream import shrink_checkpoint
@@ -34,6 +35,7 @@ __all__ = [
     "plan",
     "prune",
     "recalibrate",
+    "search",
     "shrink",
     "shrink_checkpoint",
     "trace",

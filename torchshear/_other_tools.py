@@ -17,7 +17,7 @@ _SCHEDULE: Final = (
     "schedules are not here: all goes at once. Prune in rounds of your own, each with a larger ratio of the original "
     "model"
 )
-_SEARCH: Final = "searches are not here: give the shares yourself, as torchshear.plan(groups, ratio={'layer1': 0.3})"
+_SEARCH: Final = "use torchshear.search(model, x, evaluate=..., method='annealing'), which has other methods as well"
 _TRAINS: Final = "pruners that train are not here: train yourself, then prune"
 _NO_HOOKS: Final = "there are no hooks: the masks on the model that compress() gives hold through any training loop"
 _MAKE_ONE: Final = "use torchshear.compat.nni.ConfigPruner(model, config, args=(x,)), its compress() and shrink()"

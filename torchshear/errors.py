@@ -17,6 +17,7 @@ __all__ = [
     "OtherToolNameError",
     "OutputError",
     "PlanError",
+    "SearchError",
     "TorchshearError",
     "VerificationError",
     "WeightError",
@@ -81,6 +82,10 @@ class LatencyError(TorchshearError):
 
 class NotFasterError(TorchshearError):
     """The pruned model is not measurably faster than the one that was given; the message says what to change."""
+
+
+class SearchError(TorchshearError):
+    """A search cannot go on: the user's function keeps failing, no widths are left to try, a storage is damaged."""
 
 
 class OutputError(TorchshearError, OSError):

@@ -1,0 +1,173 @@
+"""Candidates of a search: pruned to widths, compensated or fine-tuned, and scored by the user's function."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchshear._making import shrink_and_record
+from torchshear.compensation import Compensated, compensate_by
+from torchshear.dependency.plans._form import FormKind
+from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.errors import DataError, SearchError, TorchshearError, first_line
+from torchshear.graph.model._copy import copy_model
+from torchshear.options import CalibrationOptions, Compensation
+from torchshear.searching._carried_state import carry_state
+from torchshear.searching._method import Proposal
+from torchshear.searching._space import SearchSpace, WidthVector
+from torchshear.speedup._shrink import Shrunk, shrink_to_form
+
+Evaluate = Callable[[nn.Module], float]
+FineTune = Callable[[nn.Module], nn.Module | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Candidate:
+    """Model at some widths, as it is scored.
+
+    Attributes:
+        proposal: the widths.
+        plan: what it keeps.
+        shrunk: the model after the cut, not proved.
+        after: the same after the compensation or the fine-tuning.
+    """
+
+    proposal: Proposal
+    plan: PruningPlan
+    shrunk: Shrunk
+    after: Compensated
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Score of a candidate.
+
+    Attributes:
+        value: the number that `evaluate` gave; None if there is none.
+        seconds: how long it took to make and to score it.
+        error: why there is none, in one line, else "".
+        cause: the exception behind it, if there was one.
+    """
+
+    value: float | None
+    seconds: float
+    error: str = ""
+    cause: BaseException | None = field(default=None, compare=False)
+
+
+@dataclass(slots=True)
+class CandidateMaker:
+    """Makes candidates of one model and scores them.
+
+    Every candidate is made and scored from the same random state, and cut from the dense model, so that its score
+    depends on its widths alone. With fine-tuning, one that has a path takes the weights that were fine-tuned at the
+    path's last widths; these are made again where they are not at hand. No candidate is proved: that takes several
+    times as long as the cut, and the result is.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...] | Tensor
+    kwargs: Mapping[str, Any] | None
+    space: SearchSpace
+    evaluate: Evaluate
+    finetune: FineTune | None
+    compensate: Compensation
+    calibration: CalibrationOptions
+    form: FormKind | None
+    seed: int
+    said: Mapping[str, Any]
+    best: Candidate | None = None
+    _tuned: dict[tuple[WidthVector, ...], Candidate] = field(default_factory=dict)
+
+    def plan(self, widths: WidthVector) -> PruningPlan:
+        """Return the plan that keeps the best units of each group."""
+        return self.space.ranked.plan(dict(zip(self.space.names, widths, strict=True)), self.said)
+
+    def score(self, proposal: Proposal) -> tuple[Score, Candidate | None]:
+        """Make and score a candidate; one that cannot be made or scored has a score without a value.
+
+        Raises:
+            DataError: the data for the compensation does not fit the model, so that no candidate can be made.
+        """
+        start = time.perf_counter()
+        try:
+            candidate = self.make(proposal)
+        except DataError:
+            raise
+        except TorchshearError as error:
+            return Score(None, time.perf_counter() - start, first_line(error), error), None
+        value, said, cause = self._evaluate(candidate.after.model)
+        return Score(value, time.perf_counter() - start, said, cause), candidate
+
+    def make(self, proposal: Proposal) -> Candidate:
+        """Prune to the widths of a proposal, without a proof, and compensate and fine-tune as it asks.
+
+        Raises:
+            SearchError: `finetune` fails.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            plan = self.plan(proposal.widths)
+            shrunk = shrink_to_form(self.model, plan, self.args, self.kwargs, self.form, verify=False)
+            return Candidate(proposal, plan, shrunk, self._after(proposal, plan, shrunk))
+
+    def prove(self, candidate: Candidate) -> tuple[Candidate, Shrunk]:
+        """Prove the cut of a candidate; make it again where only another form is proved.
+
+        Raises:
+            VerificationError: the shrunk model is not equal to the masked one.
+        """
+        shrunk, plan = shrink_and_record(self.model, candidate.plan, self.args, self.kwargs, self.form)
+        if shrunk.form != candidate.shrunk.form:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                candidate = Candidate(candidate.proposal, plan, shrunk, self._after(candidate.proposal, plan, shrunk))
+        return Candidate(candidate.proposal, plan, candidate.shrunk, candidate.after), shrunk
+
+    def _after(self, proposal: Proposal, plan: PruningPlan, shrunk: Shrunk) -> Compensated:
+        if self.finetune is not None and proposal.path:
+            small = copy_model(shrunk.model)
+            base = self._base(proposal.path)
+            carry_state(base.plan, base.after.model, plan, small)
+            after = Compensated(small)
+        else:
+            method = self.compensate if plan.n_cut else "none"  # nothing is missing from the dense model
+            after = compensate_by(method, self.model, shrunk.model, plan, self.calibration, self.args, self.kwargs)
+        if self.finetune is None or not proposal.is_tuned:
+            return after
+        small = copy_model(after.model)
+        try:
+            given = self.finetune(small)
+        except Exception as error:  # code of the user
+            raise SearchError(f"finetune fails: {type(error).__name__}: {first_line(error)}") from error
+        tuned = given if isinstance(given, nn.Module) else small
+        return Compensated(tuned.eval(), after.fold, after.refit)
+
+    def _base(self, path: tuple[WidthVector, ...]) -> Candidate:
+        """Return the fine-tuned model at the last widths of a path."""
+        known = self._tuned.get(path)
+        if known is None:
+            known = self.make(Proposal(path[-1], path[:-1]))
+            self._tuned = {path: known}  # that of the round before is not needed any more
+        return known
+
+    def _evaluate(self, model: nn.Module) -> tuple[float | None, str, BaseException | None]:
+        """Score a copy of a model in eval mode; return why there is no score, if there is none."""
+        twin = copy_model(model).eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                found: Any = self.evaluate(twin)
+        except Exception as error:  # code of the user
+            return None, f"evaluate fails: {type(error).__name__}: {first_line(error)}", error
+        if isinstance(found, Tensor) and found.numel() == 1:
+            found = found.item()
+        if isinstance(found, bool) or not isinstance(found, Real):
+            return None, f"evaluate gave {found!r:.60} of type {type(found).__name__}; expected a number", None
+        value = float(found)
+        return (value, "", None) if math.isfinite(value) else (None, f"evaluate gave {value}", None)
