@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
 
-AVX512 = Alignment(block=16, granule=4, name="cpu-avx512")
+AVX512 = Alignment(block=16, granule=16, name="cpu-avx512", linear=4)
 
 
 @pytest.mark.parametrize(
@@ -30,10 +30,28 @@ AVX512 = Alignment(block=16, granule=4, name="cpu-avx512")
         (6, 49, [4, 6]),
     ],
 )
-def test_allowed_widths(width, multiplicity, expected):
-    widths = AVX512.allowed_widths(width, multiplicity)
+def test_allowed_widths_of_matrix_products(width, multiplicity, expected):
+    widths = AVX512.allowed_widths(width, multiplicity, is_convolved=False)
     assert widths.dtype == np.int64
     assert widths.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("alignment", "width", "expected"),
+    [
+        (AVX512, 64, [16, 32, 48, 64]),
+        (AVX512, 40, [16, 32, 40]),
+        (AVX512, 16, [16]),  # a convolution that reads 12 reads them in the plain layout
+        (AVX512, 12, [12]),
+        (Alignment(16, 8, "cpu-avx2", 4), 40, [16, 32, 40]),
+        (Alignment(16, 8, "cpu-avx2", 4), 24, [16, 24]),
+        (Alignment(16, 8, "cpu-avx2", 4), 16, [8, 16]),
+        (Alignment(16, 8, "cpu-avx2", 4), 8, [8]),
+        (Alignment(16, 8, "no other for products"), 16, [8, 16]),
+    ],
+)
+def test_allowed_widths_of_convolutions(alignment, width, expected):
+    assert alignment.allowed_widths(width).tolist() == expected
 
 
 def test_none_allows_every_width():
@@ -86,3 +104,16 @@ def test_bad_alignments_are_refused(block, granule, name, message):
 def test_bad_questions_are_refused(call, message):
     with pytest.raises(ArgumentError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("linear", "message"),
+    [
+        (3, "block=16 is not a multiple of linear=3"),
+        (0, "linear must be a whole number of at least 1, but got linear=0"),
+        ("4", "got linear='4'"),
+    ],
+)
+def test_bad_granules_of_products_are_refused(linear, message):
+    with pytest.raises(ArgumentError, match=message):
+        Alignment(16, 8, "x", linear)

@@ -1,5 +1,9 @@
 import platform
+from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
@@ -17,6 +21,7 @@ def test_every_profile_resolves_to_itself(name):
     assert resolved is profiles()[name]
     assert resolved.name == name
     assert resolved.block % resolved.granule == 0
+    assert resolved.block % resolved.granule_of(False) == 0
 
 
 @pytest.mark.parametrize(
@@ -25,8 +30,8 @@ def test_every_profile_resolves_to_itself(name):
         (None, 1, 1),
         (1, 1, 1),
         (24, 24, 24),
-        ("cpu-avx2", 8, 4),
-        ("cpu-avx512", 16, 4),
+        ("cpu-avx2", 16, 8),
+        ("cpu-avx512", 16, 16),
         ("cuda-fp16", 8, 8),
         ("cuda-tf32", 4, 4),
         ("cuda-int8", 32, 16),
@@ -99,3 +104,41 @@ def test_detection(monkeypatch, tmp_path, machine, cpu_info, capability, expecte
 def test_bad_alignments_are_refused(align, message):
     with pytest.raises(ArgumentError, match=message):
         resolve_alignment(align)
+
+
+def kernels_of(widths: tuple[int, int], folder: Path) -> list[str]:
+    """The operators that onnxruntime runs for a 1x1, a depthwise and a 1x1 convolution, at widths in between."""
+    first, second = widths
+    layers = ((24, first, 1), (first, first, first), (first, second, 1), (second, 24, 1))
+    nodes, weights = [], []
+    for number, (read, made, n_groups) in enumerate(layers):
+        weight = np.full((made, read // n_groups, 1, 1), 0.1, np.float32)
+        weights.append(onnx.numpy_helper.from_array(weight, f"w{number}"))
+        nodes.append(onnx.helper.make_node("Conv", [f"x{number}", f"w{number}"], [f"x{number + 1}"], group=n_groups))
+    value = onnx.helper.make_tensor_value_info
+    ends = [value("x0", onnx.TensorProto.FLOAT, [1, 24, 4, 4])], [value("x4", onnx.TensorProto.FLOAT, None)]
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(nodes, "g", *ends, weights),
+        opset_imports=[onnx.helper.make_opsetid("", 18)],
+        ir_version=9,
+    )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it warns that the optimized graph is for this machine alone
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [f"{node.domain}:{node.op_type}" for node in onnx.load(options.optimized_model_filepath).graph.node]
+
+
+def test_no_kernel_leaves_the_layout_at_widths_of_this_machine(tmp_path):
+    dense = kernels_of((64, 32), tmp_path)
+    if "com.microsoft.nchwc:Conv" not in dense:
+        pytest.skip("onnxruntime has no blocked layout on this machine")
+    alignment = resolve_alignment("auto")
+    for wide, narrow in ((64, 32), (alignment.block, alignment.block)):
+        for first in alignment.allowed_widths(wide):
+            for second in alignment.allowed_widths(narrow):
+                assert kernels_of((int(first), int(second)), tmp_path) == dense
+    below = alignment.granule - 4
+    for widths in ((below, 32), (64, below), (64, 31), (63, 32)):
+        assert kernels_of(widths, tmp_path) != dense
+    assert kernels_of((64, alignment.granule), tmp_path) == dense

@@ -10,6 +10,9 @@ from torchshear.dependency.groups._groups import ChannelGroup
 def aligned_widths(group: ChannelGroup, alignment: Alignment) -> Ids:
     """Return the widths that a group may have: aligned, with equally many units gone from each balanced block.
 
+    Each group of a grouped convolution has channels of its own: where a layout of maps is aligned to, and they fill
+    whole granules now, they do after.
+
     Args:
         group: the group.
         alignment: which widths the target runs well.
@@ -20,9 +23,14 @@ def aligned_widths(group: ChannelGroup, alignment: Alignment) -> Ids:
     if not group.is_prunable:
         return np.array([group.width])
     peer = group.width // group.n_peers
-    allowed = alignment.allowed_widths(peer, group.multiplicity) * group.n_peers
+    n_convolved = group.convolution_groups
+    allowed = alignment.allowed_widths(peer, group.multiplicity, n_convolved > 0) * group.n_peers
     cut = group.width - allowed
-    return np.asarray(allowed[(cut % group.n_blocks == 0) & (cut <= group.max_cut)], np.int64)
+    is_allowed = (cut % group.n_blocks == 0) & (cut <= group.max_cut)
+    in_each = n_convolved * alignment.granule
+    if n_convolved > 1 and alignment.linear is not None and group.width % in_each == 0:
+        is_allowed &= allowed % in_each == 0
+    return np.asarray(allowed[is_allowed], np.int64)
 
 
 def first_units(group: ChannelGroup, width: int) -> Ids:

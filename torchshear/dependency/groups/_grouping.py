@@ -24,6 +24,8 @@ from torchshear.dependency.rules._findings import Facts
 from torchshear.graph import Graph
 from torchshear.graph._location import locate
 
+_OF_LAYERS = frozenset({"in", "out", "depthwise", "factor"})  # purposes of dimensions of weights
+
 
 @dataclass(frozen=True, slots=True)
 class _Dimension:
@@ -85,7 +87,8 @@ def form_groups(graph: Graph, algebra: Algebra, facts: Facts, training: Facts | 
         names[name] += 1
         name = name if names[name] == 1 else f"{name}#{names[name]}"
         made = _group(index, name, members[index], labels, index in cross_channel, first_users, joint, shared)
-        groups.append(replace(made, min_units=min_units.get(index, 1)))
+        convolutions = _convolution_groups(graph, facts, made)
+        groups.append(replace(made, min_units=min_units.get(index, 1), convolution_groups=convolutions))
     analysed = [(graph, facts)]
     if graph.training is not None and training is not None:
         analysed.append((graph.training, training))
@@ -272,6 +275,16 @@ def _group(
         where=where_used[:4],
         n_peers=joint.get(index, 1),
     )
+
+
+def _convolution_groups(graph: Graph, facts: Facts, group: ChannelGroup) -> int:
+    """Return the largest number of groups of a convolution of maps that reads or makes the units, 0 without any."""
+    found = [0]
+    for member in group.members:
+        if len(graph.state[member.name].shape) == 4 and member.purposes & _OF_LAYERS:
+            is_whole = member.multiplicity == 1 and len(member.units) == group.width
+            found.append(facts.blocked[member.name][2] if is_whole and member.name in facts.blocked else 1)
+    return max(found)
 
 
 def _fixed_dimensions(graph: Graph, algebra: Algebra, facts: Facts) -> tuple[FixedDimension, ...]:

@@ -72,6 +72,8 @@ class ChannelGroup:
             of one recurrent call; 1 elsewhere, where every dimension holds all units.
         min_units: units that must stay in each of those dimensions.
         role: what the units are for, one of `torchshear.dependency.ROLES`.
+        convolution_groups: the largest number of groups of a convolution of maps, with weights of four dimensions, that
+            reads or makes the units; 1 for plain and depthwise ones, 0 where there is none.
     """
 
     name: str
@@ -84,6 +86,7 @@ class ChannelGroup:
     n_peers: int = 1
     min_units: int = 1
     role: str = "other"
+    convolution_groups: int = 0
 
     def __repr__(self) -> str:
         return f"<ChannelGroup {self.name}: {self.width} units, {self.role}, {len(self.members)} members>"

@@ -101,7 +101,7 @@ def table_of(  # noqa: PLR0913 - what is measured, where, and how much of it
                     if file is not None:
                         file.write(known)
     remarks = (damage,) if damage else ()
-    return make_table(groups, known, device, identity, (alignment.name, resolve_alignment("auto").block), remarks)
+    return make_table(groups, known, device, identity, (alignment.name, resolve_alignment("auto").granule), remarks)
 
 
 def _measure(candidates: Candidates, widths: Mapping[str, int], is_dense: bool) -> WidthProbe:

@@ -15,19 +15,19 @@ from torchshear.errors import ArgumentError
 
 _PROFILES: Final[Mapping[str, Alignment]] = MappingProxyType(
     {
-        name: Alignment(block, granule, name)
-        for name, block, granule in (
-            ("cpu-sse", 8, 4),
-            ("cpu-avx2", 8, 4),
-            ("cpu-avx512", 16, 4),
-            ("cpu-arm64", 16, 4),
-            ("cpu-int8", 16, 4),
-            ("cuda-fp16", 8, 8),
-            ("cuda-bf16", 8, 8),
-            ("cuda-tf32", 4, 4),
-            ("cuda-int8", 32, 16),
-            ("ascend-fp16", 16, 16),
-            ("ascend-int8", 32, 32),
+        name: Alignment(block, granule, name, linear)
+        for name, block, granule, linear in (
+            ("cpu-sse", 8, 8, 4),
+            ("cpu-avx2", 16, 8, 4),
+            ("cpu-avx512", 16, 16, 4),
+            ("cpu-arm64", 16, 16, 4),
+            ("cpu-int8", 16, 4, None),
+            ("cuda-fp16", 8, 8, None),
+            ("cuda-bf16", 8, 8, None),
+            ("cuda-tf32", 4, 4, None),
+            ("cuda-int8", 32, 16, None),
+            ("ascend-fp16", 16, 16, None),
+            ("ascend-int8", 32, 32, None),
         )
     }
 )
@@ -37,11 +37,12 @@ _CPU_INFO: Final = Path("/proc/cpuinfo")
 def profiles() -> Mapping[str, Alignment]:
     """Return the table of device profiles, name -> alignment, read-only; sizes are in positions (channels).
 
-    | profile | block, granule | source |
+    | profile | block, granule, linear | source |
     |---|---|---|
-    | cpu-sse, cpu-avx2 | 8, 4 | onnxruntime `mlas/lib/platform.cpp`: `NchwcBlockSize = 8` without AVX-512F |
-    | cpu-avx512 | 16, 4 | the same file: `NchwcBlockSize = 16` with AVX-512F |
-    | cpu-arm64 | 16, 4 | the same file: NCHWc kernels for NEON work on 16; else SGEMM panels of 16 columns |
+    | cpu-sse | 8, 8, 4 | onnxruntime `mlas/lib/platform.cpp`: `NchwcBlockSize = 8` without AVX-512F |
+    | cpu-avx2 | 16, 8, 4 | the same, and measured: 8 outputs of a 1x1 convolution take the time of 16 |
+    | cpu-avx512 | 16, 16, 4 | the same file: `NchwcBlockSize = 16` with AVX-512F |
+    | cpu-arm64 | 16, 16, 4 | the same file: NCHWc kernels for NEON work on 16; else SGEMM panels of 16 columns |
     | cpu-int8 | 16, 4 | onnxruntime `mlas/lib/qgemm_kernel_avx2.cpp`: panels of 16 columns, `PackedK = 4` |
     | cuda-fp16, cuda-bf16 | 8 | NVIDIA Deep Learning Performance Guide: tensor cores need multiples of 16 bytes |
     | cuda-tf32 | 4 | the same guide: 16 bytes are 4 values |
@@ -49,13 +50,16 @@ def profiles() -> Mapping[str, Alignment]:
     | ascend-fp16 | 16 | MindSpore UniPruning: pruning step 16, times the cores used |
     | ascend-int8 | 32 | the same: pruning step 32 where quantisation to int8 follows, times the cores used |
 
-    The granule 4 of the CPU profiles is the condition `channels % 4 == 0` of onnxruntime's
-    `core/optimizer/nchwc_transformer.cc` (pull request 7442): a convolution whose input channels miss it leaves the
-    blocked layout and can be slower than before pruning.
+    The granule of the CPU profiles is the block of onnxruntime's layout NCHWc. A convolution that reads fewer channels
+    reads them in the plain layout (`core/optimizer/nchwc_transformer.cc`), behind a kernel that reorders: from 4
+    channels to 24 takes 1.5 times as long as from 8, on AVX2. One that reads more stays in the layout if they are a
+    multiple of 4 (pull request 7442), but computes the block that is not full as well. Otherwise it leaves the layout,
+    and can be slower than before pruning. Matrix products have no such layout; for them 4 values fill a vector.
+    `benchmarks/alignment.py` measures all that.
 
     Example:
         >>> profiles()["cpu-avx512"]
-        Alignment(block=16, granule=4, name='cpu-avx512')
+        Alignment(block=16, granule=16, name='cpu-avx512', linear=4)
     """
     return _PROFILES
 
@@ -76,9 +80,9 @@ def resolve_alignment(align: int | str | Alignment | None) -> Alignment:
 
     Example:
         >>> resolve_alignment("ascend-fp16:8")
-        Alignment(block=128, granule=16, name='ascend-fp16:8')
+        Alignment(block=128, granule=16, name='ascend-fp16:8', linear=None)
         >>> resolve_alignment(8)
-        Alignment(block=8, granule=8, name='multiple of 8')
+        Alignment(block=8, granule=8, name='multiple of 8', linear=None)
     """
     if align is None:
         return Alignment.none()
