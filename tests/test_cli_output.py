@@ -191,6 +191,13 @@ for n_renames in map(int, sys.argv[1:]):
 """
 
 
+def test_a_record_that_a_killed_process_left_unfinished_is_no_file_of_the_users() -> None:
+    fill(Path("out"), plan_json="1")
+    (Path("out") / ".torchshear-0123456789abcdef.json").write_text("{")
+    fill(Path("out"), plan_json="2")
+    assert contents(Path("out"))["plan.json"] == b"2"
+
+
 def test_a_process_that_is_killed_leaves_no_mixture() -> None:
     """Killed before the first, third, fourth and sixth renaming."""
     folders = [Path(n_renames) for n_renames in "0235"]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from torchshear.errors import OutputError
 from torchshear.storage._reading import UnreadableError, read_json
-from torchshear.storage._writing import DRAFT, atomic_path
+from torchshear.storage._writing import DRAFT, atomic_path, is_draft
 
 RECORD: Final = f"{DRAFT}written.json"
 _FORMAT: Final = "torchshear.output"
@@ -123,8 +123,7 @@ def _check(output: Path, force: bool) -> dict[str, _Written]:
 
 
 def _is_ours(entry: Path, own: Mapping[str, _Written]) -> bool:
-    is_draft = entry.is_dir() and entry.name.startswith(f"{DRAFT}draft-")  # of a run that was killed
-    return entry.name in own or entry.name == RECORD or is_draft
+    return entry.name in own or entry.name == RECORD or is_draft(entry)
 
 
 def _read_record(output: Path) -> dict[str, _Written]:

@@ -1,6 +1,7 @@
 """Writing files so that a failure in the middle leaves what was there before."""
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from torchshear.errors import OutputError
 from torchshear.storage._reading import as_path
 
 DRAFT = ".torchshear-"  # what the names of unfinished files and folders begin with
+_FILE = re.compile(re.escape(DRAFT) + r"[0-9a-f]{16}(\..*)?")
 
 
 @contextmanager
@@ -54,6 +56,11 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def is_draft(path: Path) -> bool:
+    """Return whether a file or a folder is what a run that was killed left unfinished."""
+    return path.name.startswith(f"{DRAFT}draft-") if path.is_dir() else _FILE.fullmatch(path.name) is not None
 
 
 def publish(temporary: Path, target: Path, like: Path | None = None) -> None:

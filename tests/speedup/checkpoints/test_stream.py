@@ -308,6 +308,19 @@ def test_a_run_cut_short_is_taken_up(model: Network, source: Path, tmp_path: Pat
     assert shrink_checkpoint(plan, source, small).resumed == result.shards
 
 
+@pytest.mark.parametrize("has_record", [True, False])
+def test_what_killed_runs_left_unfinished_is_removed(source: Path, tmp_path: Path, has_record: bool) -> None:
+    plan, destination = plan_of(), tmp_path / "small"
+    if has_record:
+        interrupted(plan, source, destination, 1)
+    (destination / ".torchshear-draft-0a1b2c3d").mkdir(parents=True)
+    (destination / ".torchshear-0123456789abcdef.json").write_text("{")  # of a record that was being written
+    torchshear.shrink_checkpoint(plan, source, destination)
+    torchshear.shrink_checkpoint(plan, source, tmp_path / "at once")
+    assert files_of(destination).keys() == files_of(tmp_path / "at once").keys()
+    assert not list(destination.glob(".torchshear-*"))
+
+
 def test_a_destination_of_something_else_is_refused(model: Network, source: Path, tmp_path: Path) -> None:
     plan = plan_of()
     small = tmp_path / "small"

@@ -36,7 +36,7 @@ from torchshear.speedup.checkpoints._matching import CheckpointMatch, UnknownTen
 from torchshear.speedup.rewriting._slicing import slice_tensor
 from torchshear.storage._checkpoint import Checkpoint, open_checkpoint
 from torchshear.storage._reading import as_path
-from torchshear.storage._writing import DRAFT, publish
+from torchshear.storage._writing import DRAFT, is_draft, publish
 
 PLAN_NAME: Final = "plan.json"
 _DRAFT: Final = f"{DRAFT}draft-"
@@ -195,12 +195,13 @@ def _open_destination(task: _Task, manifest: Manifest) -> Manifest:
     folder.mkdir(parents=True, exist_ok=True)
     known = read_manifest(folder)
     if known is None:
-        other = sorted(file.name for file in folder.iterdir() if not file.name.startswith(DRAFT))
+        other = sorted(file.name for file in folder.iterdir() if not is_draft(file))
         if other:
             raise CheckpointError(
                 f"destination {str(folder)!r} holds {other[0]!r} and no record of a run. Expected a new or empty "
                 f"folder, or one in which the same call was cut short; choose another."
             )
+        _remove_drafts(folder)
         manifest.save(folder)
         return manifest
     for what, mine, its in (
@@ -213,9 +214,17 @@ def _open_destination(task: _Task, manifest: Manifest) -> Manifest:
                 f"destination {str(folder)!r} holds what was made with {what}. Expected a new or empty folder, or one "
                 f"in which the same call was cut short; delete it or choose another."
             )
-    for draft in folder.glob(f"{_DRAFT}*"):  # of a run that was killed
-        shutil.rmtree(draft)
+    _remove_drafts(folder)
     return known
+
+
+def _remove_drafts(folder: Path) -> None:
+    """Remove what runs that were killed left unfinished."""
+    for draft in filter(is_draft, list(folder.iterdir())):
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
 
 
 def _is_finished(task: _Task, manifest: Manifest, shard: str) -> bool:
