@@ -22,7 +22,7 @@ from torchshear import comparison, configs, dependency, inspection, pruners, sea
 from torchshear.compat import nni, unipruning
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import TorchshearError
-from torchshear.pruners import masks
+from torchshear.pruners import masks, regularizers, schedules
 from torchshear.speedup import latency
 from torchshear.speedup.compensation._recalibrate import check_recalibration
 from torchshear.speedup.latency._measure_table import input_identity
@@ -118,6 +118,14 @@ def data(given: Given) -> Any:
 def samples(given: Given) -> dict[str, Any]:
     """Return what a refit takes: several samples."""
     return {"loader": [given.x.repeat(8, 1, 1, 1)], "batches": 1, "progress": False}
+
+
+def session_in(*hooks: str) -> torchshear.PruningSession:
+    """A session of a new network, to which some hooks have come."""
+    session = torchshear.PruningSession(Network(), torch.randn(2, 3, 6, 6), schedule=schedules.OneShot(at=0))
+    for hook in hooks:
+        getattr(session, hook)(*([0] if hook == "on_epoch_begin" else []))
+    return session
 
 
 def masked(pattern: str = "1x1") -> dict[str, Any]:
@@ -252,6 +260,33 @@ CALLS: dict[str, Call] = {
     "distill": Call(torchshear.distill, lambda g: {"small": g.small, "model": g.model, "loader": 2 * data(g),
         "steps": 2, "plan": g.plan, "progress": False, "learning_rate": 1e-3, "weight_decay": 0.0, "temperature": 1.0,
         "layer_weight": 1.0, "checkpoint": None}),
+    "PruningSession": Call(torchshear.PruningSession, lambda g: {"model": Network(), "args": g.x,
+        "schedule": schedules.AGP(end=4), "optimizer": None, "writer": None}),
+    "PruningSession.on_epoch_begin": Call(torchshear.PruningSession.on_epoch_begin, lambda g: {
+        "self": session_in("on_train_begin"), "epoch": 0}),
+    "PruningSession.on_step_begin": Call(torchshear.PruningSession.on_step_begin, lambda g: {
+        "self": session_in("on_train_begin", "on_epoch_begin"), "step": 0}),
+    "PruningSession.on_before_optimizer_step": Call(torchshear.PruningSession.on_before_optimizer_step, lambda g: {
+        "self": session_in("on_train_begin", "on_epoch_begin", "on_step_begin"), "grad_scale": None}),
+    "PruningSession.on_step_end": Call(torchshear.PruningSession.on_step_end, lambda g: {
+        "self": session_in("on_train_begin", "on_epoch_begin", "on_step_begin"), "loss": 0.5}),
+    "PruningSession.finish": Call(torchshear.PruningSession.finish, lambda g: {
+        "self": session_in("on_train_begin", "on_train_end"), "form": "auto"}),
+    "PruningSession.load_state_dict": Call(torchshear.PruningSession.load_state_dict, lambda g: {
+        "self": session_in(), "state": session_in().state_dict()}),
+    "AGP": Call(schedules.AGP, lambda g: {"start": 0, "end": 8, "frequency": 2, "initial": 0.0, "by": "step"}),
+    "Poly": Call(schedules.Poly, lambda g: {"end": 8, "power": 2.0}),
+    "OneShot": Call(schedules.OneShot, lambda g: {"at": 3, "by": "epoch"}),
+    "Schedule.ratio": Call(schedules.Schedule.ratio, lambda g: {"self": schedules.AGP(end=8), "position": 3,
+        "final": 0.5}),
+    "Schedule.draw": Call(schedules.Schedule.draw, lambda g: {"self": schedules.AGP(end=8),
+        "path": g.folder / "schedule.png", "final": 0.5}),
+    "History.draw": Call(schedules.History.draw, lambda g: {"self": schedules.History(0.5, "channels"),
+        "path": g.folder / "history.png"}),
+    "ScaleL1": Call(regularizers.ScaleL1, lambda g: {"coefficient": 1e-4}),
+    "GroupLasso": Call(regularizers.GroupLasso, lambda g: {"coefficient": 1e-4, "run": 2, "sized": True}),
+    "BlockLasso": Call(regularizers.BlockLasso, lambda g: {"pattern": "4x1", "coefficient": 1e-4, "sized": False}),
+    "GrowingL2": Call(regularizers.GrowingL2, lambda g: {"growth": 1e-4, "every": 10, "most": 1.0}),
     "compensate": Call(torchshear.compensate, lambda g: {"model": g.model, "small": g.small, "plan": g.plan,
         "method": "refit"} | samples(g)),
 }  # fmt: skip

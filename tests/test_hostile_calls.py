@@ -17,7 +17,7 @@ from tests.hostile_calls import CALLBACKS, CALLS, Given, check_call, is_refused,
 from tests.hostile_values import VALUES
 from torchshear import comparison, configs, inspection, pruners, searching, speedup
 from torchshear.compat import nni, unipruning
-from torchshear.pruners import masks
+from torchshear.pruners import masks, regularizers, schedules
 from torchshear.speedup import latency
 
 # Of these a call that succeeds takes half a second or more; `benchmarks/fuzz_inputs.py --section calls` makes many.
@@ -53,8 +53,13 @@ INNER_METHODS = {
     *(f"SearchSpace.{name}" for name in ("at", "check_reachable", "of", "narrowed", "rescale", "shares_of", "uniform")),
     *(f"{name}.propose" for name in ("Annealing", "Evolution", "Milp", "NetAdapt", "RandomSearch", "SearchMethod")),
     *("Sensitivity.propose", "Uniform.propose", "NetAdapt.reduction"),
+    *("Schedule.passed", "Penalty.value", "Penalty.after_step", "Penalty.load_state_dict", "Regularizer.bind"),
+    *(f"{one}.curve" for one in ("Schedule", "AGP", "Cos", "Cube", "Exp", "Linear", "Lottery", "OneShot", "Poly")),
+    *(f"{one}.bind" for one in ("BlockLasso", "GroupLasso", "GrowingL2", "ScaleL1")),
+    "GrowingL2.factor",
 }
-MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection, searching)
+OF_PRUNERS = (pruners, masks, schedules, regularizers)
+MODULES = (*(torchshear, configs, *OF_PRUNERS, speedup, latency, nni, unipruning, comparison, inspection, searching),)
 
 
 @pytest.fixture(scope="module")

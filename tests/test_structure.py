@@ -40,14 +40,14 @@ LAYERS = (
     ("compensation", "distillation", "latency_target"),
     ("_making",),
     ("api",),
-    ("searching",),
+    ("searching", "training"),
     ("compat", "comparison", "inspection"),
     ("cli",),
 )
 INNER_LAYERS = {
     "torchshear.dependency": (("algebra",), ("rules",), ("groups",), ("plans",)),
     "torchshear.graph": (("model",), ("numerics", "masked"), ("capture",)),
-    "torchshear.pruners": (("criteria", "masks", "allocation"), ("selection",)),
+    "torchshear.pruners": (("criteria", "masks", "allocation", "schedules"), ("selection", "regularizers")),
     "torchshear.searching": (("methods",),),
     "torchshear.speedup": (
         ("rewriting",),

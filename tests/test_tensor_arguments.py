@@ -46,6 +46,13 @@ def use_fold(model: nn.Module, args: Any, _: Path) -> Any:
     return outputs(speedup.fold_constants(model, shrunk, plan, args).model)
 
 
+def use_session(model: nn.Module, args: Any, _: Path) -> Any:
+    session = torchshear.PruningSession(model, args, ratio=0.5, schedule=torchshear.schedules.OneShot(at=0))
+    session.on_train_begin()
+    session.on_train_end()
+    return outputs(session.finish().model)
+
+
 def use_named_pruner(kind: Any) -> Use:
     def use(model: nn.Module, args: Any, _: Path) -> Any:
         data: dict[str, Any] = {"data": [(X, X[:, :2])], "batches": 1, "loss_fn": nn.functional.mse_loss}
@@ -104,6 +111,7 @@ USES: dict[str, Use] = {
     "fold_constants": use_fold,
     "compare": use_compare,
     "search": use_search,
+    "PruningSession": use_session,
 }
 
 

@@ -11,6 +11,7 @@ from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.distillation._distill import distill
 from torchshear.errors import TorchshearError
 from torchshear.graph.capture._trace import trace
+from torchshear.pruners import regularizers, schedules
 from torchshear.pruners._collecting import collect
 from torchshear.searching._search import search
 from torchshear.speedup._shrink import shrink
@@ -20,10 +21,12 @@ from torchshear.speedup.compensation._recalibrate import recalibrate
 from torchshear.speedup.latency._compare import compare_latency
 from torchshear.speedup.onnx._export import export_onnx
 from torchshear.speedup.verification._verify import verify
+from torchshear.training._session import PruningSession
 
 __all__ = [
     "PruneResult",
     "PruningPlan",
+    "PruningSession",
     "TorchshearError",
     "analyze",
     "collect",
@@ -35,6 +38,8 @@ __all__ = [
     "plan",
     "prune",
     "recalibrate",
+    "regularizers",
+    "schedules",
     "search",
     "shrink",
     "shrink_checkpoint",

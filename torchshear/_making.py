@@ -13,6 +13,7 @@ from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.latency_target import LatencyAllocation
 from torchshear.latency_target._planner import LatencyPlanner
 from torchshear.options import Compensation, Planner, PruneOptions
+from torchshear.pruners.schedules import History
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Fold, LatencyComparison, Refit, Shrunk, Verification, shrink_to_form
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
@@ -39,6 +40,7 @@ class PruneResult:
         latency: times of the model that was given ("dense") and of the result ("pruned"), measured in the same rounds;
             None without a target of latency, unless `must_be_faster`.
         allocation: how the widths for a target of latency were found; else None. `str()` of it is a summary.
+        history: what was asked for and reached while the model trained; None without a `PruningSession`.
     """
 
     model: nn.Module
@@ -52,6 +54,7 @@ class PruneResult:
     refit: Refit | None = None
     latency: LatencyComparison | None = None
     allocation: LatencyAllocation | None = None
+    history: History | None = None
 
     def __repr__(self) -> str:
         proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"

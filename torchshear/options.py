@@ -48,17 +48,18 @@ def checked_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
     Keywords of other pruning tools are answered with what to use instead of them.
     """
     signature = inspect.signature(function)
-    name = function.__name__
+    name = function.__name__ if function.__name__ != "__init__" else function.__qualname__.split(".")[0]
+    known = ", ".join(one for one in signature.parameters if one != "self")
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         for keyword in kwargs:
             if keyword not in signature.parameters:
-                raise unknown_keyword(name, keyword, ", ".join(signature.parameters))
+                raise unknown_keyword(name, keyword, known)
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise KeywordError(f"{name}(): {error}; it has {', '.join(signature.parameters)}.") from error
+            raise KeywordError(f"{name}(): {error}; it has {known}.") from error
         return function(*args, **kwargs)
 
     return checked

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ def plan_units(
     weights: WeightSource = None,
     statistics: Statistics | None = None,
     whole: Collection[str] = (),
+    gone: Mapping[str, Indices] = MappingProxyType({}),
 ) -> PruningPlan:
     """Choose the units that stay, by scores and within limits; `torchshear.plan` says what can be asked.
 
@@ -40,6 +42,7 @@ def plan_units(
         weights: what criteria look at; None: the tensors of the model that was traced.
         statistics: what criteria that look at data need, from `torchshear.collect`.
         whole: names of groups that stay whole, whatever is asked, so that the model keeps its own class.
+        gone: name of a group -> units that went before, which go in any case and first.
 
     Raises:
         ArgumentError: statistics are missing or of another network; the criterion has nothing to say of any group;
@@ -48,7 +51,7 @@ def plan_units(
         WeightError: weights cannot be scored, or are not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
-    chosen = UnitSelector(groups, request, weights, statistics, whole).choose()
+    chosen = UnitSelector(groups, request, weights, statistics, whole, gone).choose()
     said = request.to_json() | statistics_notes(statistics)
     return make_plan(Cut(groups, chosen.kept), chosen.kept, said, chosen.notes, chosen.ratios)
 

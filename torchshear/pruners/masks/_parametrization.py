@@ -27,6 +27,10 @@ class Mask(nn.Module):
 
     Args:
         mask: bool tensor of the weight's shape, True = kept.
+
+    Attributes:
+        is_straight: whether the gradient by the masked weight goes to the dense weight as it is, also where it is
+            masked, so that what is masked goes on to learn (Lin et al., ICLR 2020, arXiv:2006.07253).
     """
 
     mask: Tensor
@@ -34,10 +38,12 @@ class Mask(nn.Module):
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.is_straight = False
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight; a weight that is NaN or infinite where it is masked gives 0 as well."""
-        return torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        masked = torch.where(self.mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return weight - (weight - masked).detach() if self.is_straight else masked
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return a weight that is assigned as it is to be stored: unchanged."""
@@ -250,6 +256,11 @@ def _masked_places(model: nn.Module) -> list[_Place]:
     if not masked:
         raise MaskError("no masks lie on this model; lay them on with torchshear.pruners.masks.apply.")
     return list(masked.values())
+
+
+def masks_by_name(model: nn.Module) -> dict[str, Mask]:
+    """The masks that lie on a model, under every name of their weights; the modules themselves."""
+    return {place.name: place.mask for place in _places(model) if place.mask is not None}
 
 
 def has_masks(model: nn.Module) -> bool:

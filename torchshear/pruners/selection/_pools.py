@@ -28,7 +28,7 @@ class WidthSteps:
         group: the group.
         widths: from its own width down to the narrowest, shape (n_steps + 1,).
         order: its units in the order in which they go, shape (C,); None where that is not known yet.
-        scores: scores of the units, shape (C,); None likewise.
+        scores: scores of the units, shape (C,), -inf for units that are gone already; None likewise.
         n_forced: number of steps that are taken whatever the scores.
         pool: name of the pool; groups of the same pool are ranked together.
         speed: relative share that is to go, where groups differ in it.
@@ -101,7 +101,7 @@ def _worth(one: WidthSteps, normalize: bool) -> Floats:
     if len(gone) == 1:
         return np.zeros(0)
     scores = one.scores[one.order]
-    mean = float(np.abs(scores).mean())
+    mean = float(np.abs(scores[np.isfinite(scores)]).mean()) if np.isfinite(scores).any() else 0.0
     scores = scores / mean if normalize and mean else scores
     sums = np.add.reduceat(scores[: gone[-1]], gone[:-1])
     return np.asarray(np.maximum.accumulate(sums / np.diff(gone)), np.float64)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +29,14 @@ from torchshear.pruners.selection._pools import WidthSteps, isomorphism_classes,
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._scoring import group_scores
 from torchshear.pruners.selection._targets import FOR_ITS_CLASS, choose_targets, default_max_ratio, limits_of
-from torchshear.pruners.selection._widths import Limits, Width, allowed_widths, choose_width, n_removed
+from torchshear.pruners.selection._widths import (
+    Limits,
+    NothingToRemoveError,
+    Width,
+    allowed_widths,
+    choose_width,
+    n_removed,
+)
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -50,7 +58,7 @@ class SelectedUnits:
 
 
 class UnitSelector:
-    """Selects the units that stay in one network by one request."""
+    """Selects the units that stay in one network by one request; for arguments see `plan_units`."""
 
     def __init__(
         self,
@@ -59,6 +67,7 @@ class UnitSelector:
         weights: WeightSource,
         statistics: Statistics | None,
         whole: Collection[str] = (),
+        gone: Mapping[str, Indices] = MappingProxyType({}),
     ) -> None:
         check_groups(groups)
         if torch.get_default_device().type == "meta":
@@ -70,6 +79,10 @@ class UnitSelector:
         self.targets |= dict.fromkeys(whole, FOR_ITS_CLASS)
         self.ratios = {name: target.ratio for name, target in self.targets.items() if target.ratio is not None}
         self.limits = limits_of(groups, request, self.targets)
+        self.gone = gone
+        for name, units in gone.items():
+            least = max(self.limits[name].min_ratio, len(units) / groups[name].width)
+            self.limits[name] = replace(self.limits[name], min_ratio=least)
         self.statistics = statistics
         self.weights = weights
         self.unscored: dict[str, str] = {}
@@ -88,7 +101,7 @@ class UnitSelector:
         for group in shrinking:
             if group.name in scores:
                 chosen = choose_units(group, scores[group.name], widths[group.name].kept)
-                kept[group.name] = rearranged_units(group, chosen, self.criterion, self.statistics)
+                kept[group.name] = self._rearranged(group, chosen)
         notes = {name: width.note for name, width in widths.items() if width.note} | self.unscored
         return SelectedUnits(kept, notes, self.ratios)
 
@@ -137,7 +150,7 @@ class UnitSelector:
                 widths[group.name] = choose_width(group, target.ratio, self.request.alignment, limits)
         chosen = tuple(group for group in self.groups.prunable if self.targets[group.name].ratio)
         if chosen and not any(widths[group.name].kept < group.width for group in self.groups):
-            raise ArgumentError(_explain_no_removal(chosen, self.request, self.limits))
+            raise NothingToRemoveError(_explain_no_removal(chosen, self.request, self.limits))
         return widths
 
     def _select_by_pools(self) -> SelectedUnits:
@@ -174,7 +187,9 @@ class UnitSelector:
                 budget,
             )
         if not taken.any():
-            raise ArgumentError(_explain_no_removal(tuple(one.group for one in width_steps), self.request, self.limits))
+            raise NothingToRemoveError(
+                _explain_no_removal(tuple(one.group for one in width_steps), self.request, self.limits)
+            )
         kept = self._kept_units(width_steps, taken)
         return SelectedUnits(kept, notes | self.unscored, {} if budget else self.ratios)
 
@@ -200,7 +215,7 @@ class UnitSelector:
         budget = Budget.of(dense, self.request.target_macs, self.request.target_params)
         if budget.holds(dense):
             asked = [f"{n}={getattr(self.request, n)}" for n in ("target_macs", "target_params")]
-            raise ArgumentError(
+            raise NothingToRemoveError(
                 f"{' and '.join(word for word in asked if not word.endswith('None'))}: the dense model keeps within it "
                 f"already, with {dense.macs:,} MACs and {dense.n_params:,} parameters. Ask for less."
             )
@@ -258,8 +273,13 @@ class UnitSelector:
             if n:
                 assert one.order is not None
                 chosen = np.sort(one.order[one.group.width - one.widths[n] :])
-                kept[one.group.name] = rearranged_units(one.group, chosen, self.criterion, self.statistics)
+                kept[one.group.name] = self._rearranged(one.group, chosen)
         return kept
+
+    def _rearranged(self, group: ChannelGroup, chosen: Indices) -> Indices:
+        """Return units after the criterion's own exchange, but for one that would bring back what is gone."""
+        found = rearranged_units(group, chosen, self.criterion, self.statistics)
+        return chosen if np.isin(self.gone.get(group.name, ()), found).any() else found
 
     def _scores(self, shrinking: Sequence[ChannelGroup]) -> dict[str, Floats]:
         """Score groups by name; a group that the criterion cannot score is noted, and stays whole."""
@@ -280,6 +300,9 @@ class UnitSelector:
                 )
             except UnscorableError as error:
                 self.unscored[group.name] = f"stays whole: {error}"
+                continue
+            if group.name in self.gone:
+                scores[group.name][self.gone[group.name]] = -np.inf
         if self.unscored and not scores:
             raise ArgumentError(
                 f"the criterion cannot score any of {len(self.unscored)} groups: {next(iter(self.unscored.values()))}."

@@ -8,9 +8,13 @@ import numpy.typing as npt
 from torchshear.dependency import ChannelGroup
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._aligned_widths import aligned_widths
-from torchshear.errors import PlanError
+from torchshear.errors import ArgumentError, PlanError
 
 Indices = npt.NDArray[np.int64]
+
+
+class NothingToRemoveError(ArgumentError):
+    """A request removes no unit; within a schedule that is no error, since later requests will."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Pruning while a model trains, in the user's own loop; its class is `torchshear.PruningSession`."""

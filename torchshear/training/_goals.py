@@ -1,0 +1,109 @@
+"""Goals of a session: which channels or weights go by the end, and how they are chosen on the way there."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import Sum
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.pruners.schedules import Schedule
+from torchshear.training._masked_model import MaskedModel
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """Choice of what is gone at one point of a training.
+
+    Attributes:
+        masks: name of a parameter -> bool tensor, True = kept; those not named are whole.
+        kept: name of a group -> units that stay; empty for masks of single weights.
+        asked: share that was asked for.
+        reached: share that is gone.
+        widths: what is left of each group or layer, in units.
+    """
+
+    masks: Mapping[str, Tensor]
+    kept: Mapping[str, Indices]
+    asked: float
+    reached: float
+    widths: Mapping[str, int]
+
+
+class Goal(ABC):
+    """Goal of a session, reached in the end.
+
+    Attributes:
+        groups: the channel groups of the model.
+    """
+
+    groups: ChannelGroups
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """The unit of shares: "channels", "MACs", "parameters" or "weights"."""
+
+    @property
+    @abstractmethod
+    def target(self) -> float:
+        """Share that goes in the end."""
+
+    @property
+    @abstractmethod
+    def needs(self) -> frozenset[Sum]:
+        """Sums over data or gradients that the criterion reads."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters of which something may go."""
+
+    @property
+    @abstractmethod
+    def shrinking(self) -> tuple[ChannelGroup, ...]:
+        """The channel groups that may shrink."""
+
+    @abstractmethod
+    def choose(
+        self, share: Schedule | None, position: int, model: MaskedModel, statistics: Statistics | None, before: Choice
+    ) -> Choice:
+        """Choose what is gone at a position of a schedule; None stands for the end.
+
+        Args:
+            share: the schedule.
+            position: where it is.
+            model: the model, with the masks of the choice before.
+            statistics: what the criterion reads beside weights.
+            before: what went before and must not come back; a choice of nothing where weights may come back.
+        """
+
+    @abstractmethod
+    def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
+        """Make a choice of what was saved of it."""
+
+    @abstractmethod
+    def plan(self, choice: Choice, said: Mapping[str, Any]) -> PruningPlan | None:
+        """Plan what can be removed; None if that is to be read off the zeros of the model."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return what is asked for as plain data."""
+
+
+def ratio_at(share: Schedule | None, position: int, final: float) -> float:
+    """Return the ratio at a position of a schedule; the final one without a schedule, which stands for the end."""
+    return final if share is None else share.ratio(position, final)
+
+
+def nothing_gone(goal: Goal) -> Choice:
+    """The choice before the first event."""
+    return goal.restore({}, {}, 0.0)

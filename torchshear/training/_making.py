@@ -1,0 +1,114 @@
+"""From the arguments of a session to what it asks for."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import nn
+
+from torchshear._arguments import check_share
+from torchshear.dependency import ChannelGroups
+from torchshear.dependency._alignment import Alignment
+from torchshear.errors import ArgumentError
+from torchshear.options import check_criterion
+from torchshear.pruners import Criterion, Ratio
+from torchshear.pruners.masks._choose import Layers
+from torchshear.pruners.masks._patterns import Reduce
+from torchshear.pruners.selection._request import Request
+from torchshear.speedup.latency._profiles import resolve_alignment
+from torchshear.training._channel_goal import ChannelGoal
+from torchshear.training._goals import Goal
+from torchshear.training._weight_goal import WeightGoal
+
+_OF_CHANNELS: Final = ("target_macs", "target_params", "roles", "exclude", "align")
+_OF_WEIGHTS: Final = ("layers", "reduce")
+_MOST_OF_A_LAYER: Final = 0.98
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """Request of a session, as it was given; see `PruningSession`."""
+
+    criterion: str | Criterion
+    ratio: Ratio | None
+    target_macs: float | None
+    target_params: float | None
+    pattern: str | None
+    soft: bool
+    scope: str
+    min_ratio: Ratio
+    max_ratio: Ratio | None
+    group_reduction: str
+    normalize: str
+    roles: str | Collection[str] | None
+    exclude: str | Collection[str]
+    align: int | str | Alignment | None
+    min_width: int
+    layers: Layers
+    reduce: Reduce | None
+
+    def __post_init__(self) -> None:
+        """Refuse options that do not go together, before the model is traced."""
+        check_criterion(self.criterion)
+        beside = _OF_WEIGHTS if self.pattern is None else _OF_CHANNELS
+        for name in beside:
+            if getattr(self, name) not in (None, ()):
+                goes_with = "a pattern" if self.pattern is None else "channels"
+                raise ArgumentError(
+                    f"{name}= goes with {goes_with}, and pattern={self.pattern!r}; leave one of them away."
+                )
+        if self.pattern is None:
+            self.request()
+        elif isinstance(self.ratio, Mapping):
+            raise ArgumentError("ratio= is a mapping; with a pattern give layers= a mapping from layers to ratios.")
+        else:
+            check_share("ratio", self.share)
+
+    @property
+    def share(self) -> float:
+        """The share of single weights."""
+        if isinstance(self.layers, Mapping) and self.layers:
+            return max(self.layers.values())
+        return 0.5 if self.ratio is None else float(self.ratio)  # type: ignore[arg-type]
+
+    def request(self) -> Request:
+        """The request for channels."""
+        return Request(
+            criterion=self.criterion,
+            ratio=self.ratio,
+            scope=self.scope,
+            target_macs=self.target_macs,
+            target_params=self.target_params,
+            min_ratio=self.min_ratio,
+            max_ratio=self.max_ratio,
+            group_reduction=self.group_reduction,
+            normalize=self.normalize,
+            roles=self.roles,
+            exclude=self.exclude,
+            alignment=resolve_alignment(self.align),
+            min_width=self.min_width,
+        )
+
+    def options_of_masks(self) -> dict[str, Any]:
+        """The options of `choose_masks`."""
+        return {
+            "layers": self.layers,
+            "scope": "local" if self.scope == "auto" else self.scope,
+            "min_ratio": self.min_ratio,
+            "max_ratio": _MOST_OF_A_LAYER if self.max_ratio is None else self.max_ratio,
+            "reduce": "mean" if self.reduce is None else self.reduce,
+        }
+
+
+def make_goal(model: nn.Module, groups: ChannelGroups, asked: Asked) -> Goal:
+    """Make what a session asks of a model.
+
+    Raises:
+        ArgumentError: it does not fit the model.
+        PlanError: it cannot be reached.
+        MaskError: the pattern fits no layer.
+    """
+    if asked.pattern is None:
+        return ChannelGoal(groups, asked.request(), asked.soft)
+    options = asked.options_of_masks()
+    return WeightGoal(groups, model, asked.pattern, asked.share, asked.criterion, options, asked.soft)

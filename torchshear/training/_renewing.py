@@ -1,0 +1,186 @@
+"""The renewal of masks at the events of a schedule."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchshear.calibration import Statistics
+from torchshear.errors import ArgumentError, DataError
+from torchshear.graph.model._process import outside_inference_mode
+from torchshear.options import CalibrationOptions
+from torchshear.pruners import Criterion
+from torchshear.pruners._collecting import collect
+from torchshear.pruners.regularizers import Regularized, Regularizer
+from torchshear.pruners.schedules import Renewal, Schedule
+from torchshear.training._goals import Choice, Goal, nothing_gone
+from torchshear.training._gradient_sums import SUMS_OF_TRAINING, GradientSums
+from torchshear.training._masked_model import MaskedModel
+
+
+class MaskRenewer:
+    """Renews the masks of a model, and knows what is gone.
+
+    Args:
+        goal: what is asked for in the end.
+        schedule: when, and how much.
+        model: the model with its masks.
+        criterion: what scores units.
+        data: batches for criteria that are not made of the gradients of the training.
+        is_soft: whether what is gone may come back.
+
+    Attributes:
+        choice: what is gone.
+        n_done: events of the schedule that have come.
+        sums: sums of gradients; None where the criterion is not made of them.
+    """
+
+    def __init__(
+        self,
+        goal: Goal,
+        schedule: Schedule,
+        model: MaskedModel,
+        criterion: str | Criterion,
+        data: CalibrationOptions,
+        is_soft: bool,
+    ) -> None:
+        self.goal, self.schedule, self._model = goal, schedule, model
+        self._criterion, self._data, self._is_soft = criterion, data, is_soft
+        needs = frozenset() if data.loader is not None else goal.needs
+        self.sums = GradientSums(goal.groups, model.parameters, needs) if needs else None
+        self.choice = nothing_gone(goal)
+        self.n_done = 0
+
+    def renew(self, by: str, position: int, n_steps: int, epoch: int) -> Renewal | None:
+        """Renew the masks if an event has come that was not seen yet.
+
+        Args:
+            by: what the position counts.
+            position: where training is.
+            n_steps: steps of the optimizer that were made, for the record.
+            epoch: number of the epoch, likewise.
+
+        Returns:
+            A record of it; None if no event has come.
+
+        Raises:
+            ArgumentError: the criterion is made of gradients, and there are none.
+            MaskError: the model has changed its structure.
+            WeightError: weights are NaN or infinite.
+        """
+        n_passed = self.schedule.passed(position) if by == self.schedule.by else 0
+        if n_passed <= self.n_done:
+            return None
+        self._model.check_structure()
+        if self.schedule.ratio(position, self.goal.target):
+            choice = self.goal.choose(self.schedule, position, self._model, self._statistics(), self._before())
+            self._model.renew(choice.masks)
+            self.choice = choice
+        self.n_done = n_passed
+        if self.sums is not None:
+            self.sums.clear()
+        now = self.choice
+        return Renewal(n_steps, epoch, now.asked, now.reached, now.widths)
+
+    def count_gradients(self, scale: float | None) -> None:
+        """Count the gradients of a step in, if the criterion is made of them; with a scale only finite ones.
+
+        Raises:
+            DataError: a gradient is NaN or infinite, and no scale is given.
+        """
+        if self.sums is None:
+            return
+        try:
+            self.sums.add(1.0 if scale is None else scale)
+        except DataError:
+            if scale is None:
+                raise
+
+    def regularized(self, regularizer: Regularizer) -> Regularized:
+        """The network for a regularizer, with what would go at the final ratio if it wants to know."""
+        goes: dict[str, Tensor] = {}
+        if regularizer.wants_final_units:
+            choice = self.goal.choose(None, 0, self._model, self._statistics(), self._before())
+            goes = {name: ~mask for name, mask in self._model.by_canonical_name(choice.masks).items()}
+        return Regularized(self.goal.shrinking, self._model.layers(), goes)
+
+    def _before(self) -> Choice:
+        """Return what must not come back."""
+        return nothing_gone(self.goal) if self._is_soft else self.choice
+
+    @outside_inference_mode()
+    def _statistics(self) -> Statistics | None:
+        """Return what the criterion reads beside weights."""
+        data = self._data
+        if data.loader is not None:
+            groups = self._model.groups_as_masked(self.goal.groups)
+            return collect(groups, data.loader, data.loss_fn, data.batches, False, self._criterion)
+        if self.sums is None:
+            return None
+        if self.sums.is_empty:
+            raise ArgumentError(
+                f"the criterion {self._criterion!r} is made of gradients, and no step came since the last event of the "
+                f"schedule; let steps come between events."
+            )
+        return self.sums.statistics()
+
+    def shortfall(self) -> str:
+        """Say which events of the schedule did not come; "" if all did."""
+        total = self.schedule.n_steps + 1
+        left = total - self.n_done
+        return f"target not reached: training ended before {left} of {total} events of the schedule" if left else ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is gone, and the sums, as tensors and numbers."""
+        return {
+            "n_done": self.n_done,
+            "asked": self.choice.asked,
+            "kept": {name: torch.from_numpy(np.array(units)) for name, units in self.choice.kept.items()},
+            "masks": {} if self.choice.kept else {name: mask.clone() for name, mask in self.choice.masks.items()},
+            "sums": {} if self.sums is None else self.sums.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave, and lay the masks."""
+        kept = {name: units.numpy() for name, units in state["kept"].items()}
+        self.choice = self.goal.restore(kept, state["masks"], float(state["asked"]))
+        self.n_done = int(state["n_done"])
+        if self.sums is not None:
+            self.sums.load_state_dict(state["sums"])
+        self._model.renew(self.choice.masks)
+
+
+def check_needs(
+    goal: Goal,
+    schedule: Schedule,
+    criterion: str | Criterion,
+    data: CalibrationOptions,
+    regularizer: Regularizer | None,
+) -> None:
+    """Raise ArgumentError where a criterion needs what neither the training nor the data gives."""
+    if data.loader is not None:
+        missing = data.missing_for(criterion)
+        if missing:
+            raise ArgumentError(f"the criterion {criterion!r} {missing}")
+        data.check_used([criterion], "none")
+        return
+    beyond = goal.needs - SUMS_OF_TRAINING
+    if beyond:
+        raise ArgumentError(
+            f"the criterion {criterion!r} looks at {', '.join(sorted(beyond))}, which the gradients of a training do "
+            f"not hold; give batches as data=, and where it looks at gradients a loss as loss_fn=."
+        )
+    if not goal.needs:
+        return
+    if schedule.by != "event" and schedule.ratio(0, goal.target):
+        raise ArgumentError(
+            f"the criterion {criterion!r} is made of gradients, and the schedule removes something before the first "
+            f"step, when there are none; let it start later, or give data= and loss_fn=."
+        )
+    if regularizer is not None and regularizer.wants_final_units:
+        raise ArgumentError(
+            f"the regularizer chooses what goes when the training begins, and the criterion {criterion!r} is made of "
+            f"gradients, of which there are none then; choose another, or give data= and loss_fn=."
+        )

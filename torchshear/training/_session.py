@@ -1,0 +1,398 @@
+"""A session: a model that trains, what is asked of it, a schedule and perhaps a regularizer."""
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from torchshear._arguments import check_count, check_flag, check_kind, check_one_of
+from torchshear._making import PruneResult, shrink_and_record
+from torchshear.calibration import Loss
+from torchshear.dependency._alignment import Alignment
+from torchshear.dependency.groups._analyze import analyze
+from torchshear.errors import ArgumentError, first_line
+from torchshear.graph.capture._trace import trace
+from torchshear.graph.model._process import outside_inference_mode
+from torchshear.options import CalibrationOptions, Form, checked_call
+from torchshear.pruners import Criterion, Ratio
+from torchshear.pruners.masks import plan_from_masks
+from torchshear.pruners.masks._choose import Layers
+from torchshear.pruners.masks._patterns import Reduce
+from torchshear.pruners.regularizers import Regularizer
+from torchshear.pruners.schedules import History, Schedule
+from torchshear.report import make_report
+from torchshear.training._making import Asked, make_goal
+from torchshear.training._masked_model import MaskedModel, check_computed, check_unmasked
+from torchshear.training._order import HookOrder
+from torchshear.training._penalty import TrainingPenalty, as_scale
+from torchshear.training._recorder import Recorder, Writer, check_writer, loss_as_number
+from torchshear.training._renewing import MaskRenewer, check_needs
+from torchshear.training._state import check_header, with_header
+
+
+class PruningSession:
+    """Prunes a model while it trains: hooks of the user's loop tell it where training is.
+
+    The model is changed in place: from now on masks lie on all parameters of which something may go, as
+    parametrizations. Parameters are the same objects as before, so that optimizers go on. Masks are renewed at the
+    events of the schedule. `finish` gives the small model, and leaves this one as it is.
+
+    Hooks, in this order: `on_train_begin`; for each epoch `on_epoch_begin(epoch)`, then for each batch
+    `on_step_begin(step)`, `on_before_optimizer_step` (between backward and the optimizer's step),
+    `on_after_optimizer_step` and `on_step_end`, then `on_epoch_end`; `on_train_end`. Where gradients of several batches
+    are gathered, the two hooks at the optimizer come in the last of them. One step is one step of the optimizer.
+
+    Args:
+        model: the model, without masks or other parametrizations.
+        args: example positional arguments; a tensor counts as one argument.
+        kwargs: example keyword arguments.
+        schedule: when something goes, and how much of what is asked for; see `torchshear.schedules`.
+        ratio: share that goes in the end, as for `torchshear.plan`; with a pattern a number. 0.5 if nothing is asked.
+        target_macs: multiply-accumulate operations that may be left in the end, in place of a ratio. The schedule runs
+            over the share that is removed.
+        target_params: parameters that may be left in the end, likewise.
+        pattern: units of single weights in place of channels: "1x1", "4x1", "2:4", "channelx1", "1xchannel" or "heads";
+            see `torchshear.pruners.masks.choose_masks`.
+        criterion: what scores units. Criteria of gradients ("taylor", "taylor_bn", "snip", "snip_momentum", "gradient",
+            "sensitivity") take those of the training, unless `data` is given; others that look at data need `data`.
+        regularizer: presses units towards zero, see `torchshear.regularizers`. Add `penalty()` to the loss; if that is
+            not done, `on_before_optimizer_step` adds its gradients.
+        optimizer: the optimizer, by which steps are noticed that no hook announces.
+        soft: whether what is masked may come back, with the value that it has below the mask, which goes on to learn by
+            the gradient of the masked weight. False: what went stays away.
+        scope: units that are ranked against one another; see `torchshear.plan`, with a pattern `choose_masks`.
+        min_ratio: share that each group or layer loses at least in the end.
+        max_ratio: largest share that a group or layer may lose.
+        group_reduction: how scores of a group's members become one; see `torchshear.plan`.
+        normalize: whether scores are divided by their mean over the group; see `torchshear.plan`.
+        roles: role or roles that may shrink, None for all; see `torchshear.plan`.
+        exclude: patterns of names that stay whole; see `torchshear.plan`.
+        align: widths that the device runs well; see `torchshear.plan`.
+        min_width: the fewest units to keep in a group.
+        layers: with a pattern, names of layers, or a mapping to a ratio each; None for all but tables of embeddings.
+        reduce: with a pattern, how scores of a unit's weights become one: "mean", "sum" or "max".
+        data: batches for criteria that look at data, which are run at each renewal; see `torchshear.collect`.
+        loss_fn: called as `loss_fn(output, target)`, for criteria of gradients on `data`.
+        batches: how many batches to run; None: 32.
+        writer: takes scalars by `add_scalar(tag, value, step)`, as a `SummaryWriter` of TensorBoard.
+
+    Raises:
+        KeywordError: an argument does not exist.
+        ArgumentError: an argument is outside what is accepted, or contradicts another; the criterion needs data; the
+            optimizer is of another model.
+        CaptureError: torch.export cannot capture the model.
+        PlanError: the ratio or target cannot be reached.
+        MaskError: masks lie on the model already, or a weight is computed; the pattern fits no layer.
+    """
+
+    @checked_call
+    @outside_inference_mode()
+    def __init__(  # noqa: PLR0913 - independent options, given by name
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...] | Tensor = (),
+        kwargs: Mapping[str, Any] | None = None,
+        *,
+        schedule: Schedule,
+        ratio: Ratio | None = None,
+        target_macs: float | None = None,
+        target_params: float | None = None,
+        pattern: str | None = None,
+        criterion: str | Criterion = "l1",
+        regularizer: Regularizer | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        soft: bool = False,
+        scope: str = "auto",
+        min_ratio: Ratio = 0.0,
+        max_ratio: Ratio | None = None,
+        group_reduction: str = "sum",
+        normalize: str = "auto",
+        roles: str | Collection[str] | None = None,
+        exclude: str | Collection[str] = (),
+        align: int | str | Alignment | None = None,
+        min_width: int = 1,
+        layers: Layers = None,
+        reduce: Reduce | None = None,
+        data: Iterable[Any] | None = None,
+        loss_fn: Loss | None = None,
+        batches: int | None = None,
+        writer: Writer | None = None,
+    ) -> None:
+        check_kind(
+            "schedule", schedule, Schedule, "a schedule of torchshear.schedules, as AGP(end=1000, frequency=100)"
+        )
+        if regularizer is not None:
+            check_kind("regularizer", regularizer, Regularizer, "one of torchshear.regularizers, or None")
+        check_flag("soft", soft)
+        check_writer(writer)
+        asked = Asked(
+            criterion=criterion,
+            ratio=ratio,
+            target_macs=target_macs,
+            target_params=target_params,
+            pattern=pattern,
+            soft=soft,
+            scope=scope,
+            min_ratio=min_ratio,
+            max_ratio=max_ratio,
+            group_reduction=group_reduction,
+            normalize=normalize,
+            roles=roles,
+            exclude=exclude,
+            align=align,
+            min_width=min_width,
+            layers=layers,
+            reduce=reduce,
+        )
+        calibration = CalibrationOptions.parse(data, loss_fn, batches, "none")
+        check_unmasked(model)
+        self._args, self._kwargs = args, kwargs
+        groups = analyze(trace(model, args, kwargs))
+        check_computed(groups)
+        goal = make_goal(model, groups, asked)
+        schedule.ratio(schedule.start, goal.target)  # refuses an initial ratio above it
+        check_needs(goal, schedule, criterion, calibration, regularizer)
+        self._masked = MaskedModel(model, groups, goal.names, soft)
+        self._renewer = MaskRenewer(goal, schedule, self._masked, criterion, calibration, soft)
+        self._regularizer, self._optimizer = regularizer, optimizer
+        if optimizer is not None:
+            self._masked.check_optimizer(optimizer)
+        self._penalty: TrainingPenalty | None = None
+        self._saved_penalty: Mapping[str, Any] | None = None
+        self._order, self._recorder = HookOrder(), Recorder(goal.target, goal.unit, writer)
+        self._n_steps, self._epoch, self._n_events = 0, -1, 0
+        self._handle: Any = None
+
+    @property
+    def history(self) -> History:
+        """Shares that were asked for and reached so far, losses, penalties and widths."""
+        return self._recorder.history(self._renewer.shortfall() if self._order.place == "ended" else "")
+
+    def __str__(self) -> str:
+        """A line for people: where the training is, and how much is gone."""
+        return f"step {self._n_steps}, epoch {max(self._epoch, 0)}: {self.history}"
+
+    def __repr__(self) -> str:
+        return f"<PruningSession of {type(self._masked.model).__name__}, {self}>"
+
+    def penalty(self) -> Tensor:
+        """Return the regularizer's penalty on the weights as they are, to be added to the loss; 0 without one.
+
+        Raises:
+            ArgumentError: it is called outside of a step.
+            DataError: it is NaN or infinite.
+        """
+        if self._order.place != "step":
+            raise ArgumentError("penalty() is for the loss of a step; call it behind on_step_begin(step).")
+        if self._penalty is None:
+            return next(iter(self._masked.parameters.values())).new_zeros(())
+        return self._penalty.value(self._n_steps)
+
+    def on_train_begin(self) -> None:
+        """Begin a training, or go on with one after `load_state_dict`.
+
+        Raises:
+            ArgumentError: it came out of order; the regularizer finds nothing to press.
+            MaskError: the model has changed its structure.
+        """
+        self._order.come("on_train_begin")
+        self._masked.check_structure()
+        if self._optimizer is not None:
+            self._handle = self._optimizer.register_step_pre_hook(lambda *_: self._order.check_optimizer_step())
+        if self._regularizer is not None and self._penalty is None:
+            bound = self._regularizer.bind(self._renewer.regularized(self._regularizer))
+            if self._saved_penalty is not None:
+                bound.load_state_dict(self._saved_penalty)
+            self._penalty = TrainingPenalty(bound, self._masked)
+
+    def on_epoch_begin(self, epoch: int) -> None:
+        """Begin an epoch.
+
+        Args:
+            epoch: its number, from 0.
+
+        Raises:
+            ArgumentError: it came out of order, or `epoch` is no whole number.
+        """
+        check_count("epoch", epoch, 0)
+        self._order.come("on_epoch_begin")
+        self._epoch = int(epoch)
+        self._renew_at("epoch", self._epoch)
+
+    def on_step_begin(self, step: int | None = None) -> None:
+        """Begin a batch; at an event of the schedule masks are renewed.
+
+        Args:
+            step: number of the batch, for the user's eyes: steps are counted by those of the optimizer.
+
+        Raises:
+            ArgumentError: it came out of order; the criterion is made of gradients, and there are none.
+            MaskError: the model has changed its structure.
+            WeightError: weights are NaN or infinite.
+        """
+        self._order.come("on_step_begin")
+        if self._penalty is not None:
+            self._penalty.begin_step()
+        self._renew_at("step", self._n_steps)
+
+    def on_before_optimizer_step(self, grad_scale: float | None = None) -> None:
+        """Read the gradients of the step, and add those of the penalty if the loss did not hold it.
+
+        Args:
+            grad_scale: what the loss was multiplied by, where a gradient scaler has not undone that yet. A step whose
+                gradients are not finite is then left out, as the scaler leaves it out.
+
+        Raises:
+            ArgumentError: it came out of order, or the scale is no positive number.
+            DataError: a gradient or the penalty is NaN or infinite.
+        """
+        scale = as_scale(grad_scale)
+        self._order.come("on_before_optimizer_step")
+        if self._penalty is not None:
+            self._penalty.add_gradients(self._n_steps, scale)
+        self._renewer.count_gradients(grad_scale)
+
+    def on_after_optimizer_step(self) -> None:
+        """Count a step of the optimizer.
+
+        Raises:
+            ArgumentError: it came out of order.
+        """
+        self._order.come("on_after_optimizer_step")
+        if self._penalty is not None:
+            self._penalty.penalty.after_step(self._masked.weights(is_masked=False), self._n_steps)
+        self._n_steps += 1
+
+    def on_step_end(self, loss: float | Tensor | None = None) -> None:
+        """End a batch.
+
+        Args:
+            loss: the loss of the batch, for the history; None to leave it out.
+
+        Raises:
+            ArgumentError: it came out of order, or the loss is no number.
+            DataError: the loss is NaN or infinite.
+        """
+        told = loss_as_number(loss, self._n_steps)
+        self._order.come("on_step_end")
+        self._recorder.stepped(self._n_steps, told, math.nan if self._penalty is None else self._penalty.last)
+
+    def on_epoch_end(self) -> None:
+        """End an epoch.
+
+        Raises:
+            ArgumentError: it came out of order.
+        """
+        self._order.come("on_epoch_end")
+
+    def on_event(self) -> None:
+        """Say that an event has come, for a schedule by events: the end of a round, as a user sees it.
+
+        Raises:
+            ArgumentError: it came out of order, or the schedule is by steps or epochs.
+        """
+        by = self._renewer.schedule.by
+        if by != "event":
+            raise ArgumentError(f"on_event() came, and the schedule is by {by}; give by='event'.")
+        self._order.come("on_event")
+        self._renew_at("event", self._n_events)
+        self._n_events += 1
+
+    def on_train_end(self) -> None:
+        """End the training; an event that is due right behind the last step or epoch comes now.
+
+        Raises:
+            ArgumentError: it came out of order.
+        """
+        self._order.come("on_train_end")
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self._renew_at("step", self._n_steps)
+        self._renew_at("epoch", self._epoch + 1)
+
+    def _renew_at(self, by: str, position: int) -> None:
+        renewal = self._renewer.renew(by, position, self._n_steps, self._epoch)
+        if renewal is not None:
+            self._recorder.renewed(renewal)
+
+    @outside_inference_mode()
+    def finish(self, form: Form = "auto") -> PruneResult:
+        """Make the small model of the one that was trained, and prove that it is the masked one.
+
+        Args:
+            form: form of the result, as for `torchshear.prune`.
+
+        Returns:
+            As `torchshear.prune`, with the `history` of the training. Masks of single weights are zeros in it, but for
+            channels and heads that they have ended as a whole, which are removed. Where the training ended before the
+            schedule did, the result has what was reached, and the history says so.
+
+        Raises:
+            ArgumentError: it came before `on_train_end`.
+            MaskError: the model has changed its structure.
+            VerificationError: the small model is not equal to the masked one; nothing is returned then.
+        """
+        check_one_of("form", form, ("auto", "native", "traced"))
+        self._order.come("finish")
+        self._masked.check_structure()
+        dense = self._masked.dense_copy()
+        renewer = self._renewer
+        plan = renewer.goal.plan(renewer.choice, {"schedule": repr(renewer.schedule), "steps": self._n_steps})
+        if plan is None:
+            plan = plan_from_masks(analyze(trace(dense, self._args, self._kwargs)))
+        kind: Literal["native", "traced"] | None = None if form == "auto" else form
+        shrunk, made = shrink_and_record(dense, plan, self._args, self._kwargs, kind)
+        report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
+        result = PruneResult(shrunk.model, made, report, shrunk.verification, shrunk.form)
+        return replace(result, history=self.history)
+
+    def _asked(self) -> dict[str, Any]:
+        """Return the settings, as plain data."""
+        asked = {"schedule": repr(self._renewer.schedule), "regularizer": repr(self._regularizer)}
+        return self._renewer.goal.describe() | asked
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the session needs to go on, beside model and optimizer: tensors, numbers and texts.
+
+        Raises:
+            ArgumentError: it is called between the hooks before and after a step of the optimizer.
+        """
+        if self._order.is_in_step:
+            raise ArgumentError(
+                "state_dict() came between on_before_optimizer_step() and on_after_optimizer_step(), when half of a "
+                "step is counted; call it before or behind them."
+            )
+        state = {
+            "n_steps": self._n_steps,
+            "epoch": self._epoch,
+            "n_events": self._n_events,
+            "renewals": self._renewer.state_dict(),
+            "record": self._recorder.state_dict(),
+            "penalty": {} if self._penalty is None else self._penalty.penalty.state_dict(),
+        }
+        return with_header(self._asked(), self._renewer.goal.groups.graph.fingerprint, state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another session with the same settings was; model and optimizer have states of their own.
+
+        Args:
+            state: what `state_dict` gave, perhaps written and read by `torch.save` and `torch.load`.
+
+        Raises:
+            ArgumentError: it is none, is of another network or of a session with other settings, or is damaged; or
+                training has begun already.
+        """
+        if self._order.place != "made":
+            raise ArgumentError("load_state_dict() came after on_train_begin(); make a new session, and load it there.")
+        check_header(state, self._asked(), self._renewer.goal.groups.graph.fingerprint)
+        try:
+            self._renewer.load_state_dict(state["renewals"])
+            self._recorder.load_state_dict(state["record"])
+            self._n_steps, self._epoch, self._n_events = (int(state[k]) for k in ("n_steps", "epoch", "n_events"))
+            self._saved_penalty = dict(state["penalty"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise ArgumentError(f"the state is damaged: {first_line(error)}; load another.") from error

@@ -1,0 +1,147 @@
+"""Single weights as what a session asks for: by a pattern, within layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from torchshear._arguments import close_names
+from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import Sum
+from torchshear.dependency import ChannelGroup, ChannelGroups
+from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.errors import ArgumentError
+from torchshear.pruners.masks import Masks, choose_masks
+from torchshear.pruners.masks._layers import find_maskable_layers
+from torchshear.pruners.masks._scores import Score
+from torchshear.pruners.schedules import Schedule
+from torchshear.training._goals import Choice, Goal, Indices, ratio_at
+from torchshear.training._masked_model import MaskedModel
+
+_SCORES: Final[Mapping[str, Sum | None]] = {
+    "l1": None,
+    "magnitude": None,
+    "taylor": "taylor",
+    "snip": "saliency",
+    "snip_momentum": "momentum",
+    "gradient": "gradient",
+}
+"""Criterion -> the sum that is the score of a single weight; None for its magnitude."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightGoal(Goal):
+    """Single weights, blocks, N of M or heads, by a pattern; see `torchshear.pruners.masks.choose_masks`.
+
+    Attributes:
+        groups: the channel groups of the model.
+        pattern: the units.
+        ratio: share of the weights that goes in the end.
+        score: name of the criterion, or a function as `choose_masks` takes it.
+        options: `layers`, `scope`, `min_ratio`, `max_ratio` and `reduce` of `choose_masks`.
+        is_soft: whether weights may come back.
+    """
+
+    groups: ChannelGroups
+    model: nn.Module
+    pattern: str
+    ratio: float
+    score: Any
+    options: Mapping[str, Any]
+    is_soft: bool
+    all_kept: Masks = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a criterion that scores no single weights, and a pattern that fits nothing."""
+        if isinstance(self.score, str) and self.score not in _SCORES:
+            raise ArgumentError(
+                f"criterion={self.score!r} scores channels, and pattern={self.pattern!r} asks for single weights; "
+                f"expected one of {', '.join(_SCORES)}, or a function of a layer's name and weight."
+                f"{close_names(self.score, _SCORES)}"
+            )
+        self._masks("magnitude", self.ratio, None, self.ratio)
+        object.__setattr__(self, "all_kept", self._masks("magnitude", 0.0, None, self.ratio))
+
+    @property
+    def unit(self) -> str:
+        """Weights."""
+        return "weights"
+
+    @property
+    def target(self) -> float:
+        """Share that goes in the end, over all layers."""
+        layers = self.options.get("layers")
+        return self.ratio if not isinstance(layers, Mapping) else max(layers.values())
+
+    @property
+    def needs(self) -> frozenset[Sum]:
+        """The sum that scores are read off."""
+        summed = _SCORES[self.score] if isinstance(self.score, str) else None
+        return frozenset() if summed is None else frozenset({summed})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the weights of the layers, and of biases that go with them."""
+        return tuple(self.all_kept.tensors)
+
+    @property
+    def shrinking(self) -> tuple[ChannelGroup, ...]:
+        """No channel group."""
+        return ()
+
+    def _masks(self, score: Score, ratio: float, previous: Masks | None, final: float) -> Masks:
+        options = dict(self.options)
+        if isinstance(options.get("layers"), Mapping):
+            share = ratio / self.ratio if self.ratio else 0.0
+            options["layers"] = {name: own * share for name, own in options["layers"].items()}
+        else:
+            options["final_ratio"] = final
+        groups = self.groups if self.pattern == "heads" else None
+        return choose_masks(self.model, self.pattern, ratio, score=score, previous=previous, groups=groups, **options)
+
+    def _scores(self, statistics: Statistics | None) -> Score:
+        """Scores of single weights by layer, or how to get them."""
+        if not isinstance(self.score, str):
+            scorer: Score = self.score
+            return scorer
+        summed = _SCORES[self.score]
+        if summed is None:
+            return "magnitude"
+        assert statistics is not None, "summed on the way"
+        names = self.groups.graph.aliases
+        found = find_maskable_layers(self.model).items()
+        return {
+            name: getattr(statistics.weights[names.get(layer.weight, layer.weight)], summed) for name, layer in found
+        }
+
+    def choose(
+        self, share: Schedule | None, position: int, model: MaskedModel, statistics: Statistics | None, before: Choice
+    ) -> Choice:
+        """Choose by scores of the dense weights."""
+        asked = ratio_at(share, position, self.ratio)
+        if not asked:
+            return self.restore({}, before.masks, 0.0)
+        previous = Masks.of(before.masks) if before.masks else None
+        return self._choice(self._masks(self._scores(statistics), asked, previous, self.ratio), asked)
+
+    def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
+        """Make a choice of masks."""
+        return self._choice(Masks.of(masks), asked)
+
+    def _choice(self, masks: Masks, asked: float) -> Choice:
+        tensors = {name: masks.tensors.get(name, mask) for name, mask in self.all_kept.tensors.items()}
+        weights = {name: mask for name, mask in tensors.items() if mask.ndim > 1}
+        left = {name: int(mask.sum()) for name, mask in weights.items()}
+        total = sum(mask.numel() for mask in weights.values())
+        return Choice(tensors, {}, asked, 1 - sum(left.values()) / max(1, total), left)
+
+    def plan(self, choice: Choice, said: Mapping[str, Any]) -> PruningPlan | None:
+        """Nothing is known of what can be removed; its zeros say so."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Return what is asked for as plain data."""
+        score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "custom")
+        options = {name: repr(value) for name, value in self.options.items()}
+        return {"pattern": self.pattern, "ratio": self.ratio, "criterion": score, "soft": self.is_soft, **options}
