@@ -10,7 +10,7 @@ import torch
 from tests.searching.spaces import Blocks, drive, layers, space_of
 from torchshear.errors import ArgumentError, SearchError
 from torchshear.searching import Annealing, Evolution, Milp, NetAdapt, Proposal, RandomSearch, Sensitivity, Uniform
-from torchshear.searching._search import name_of
+from torchshear.searching._request import name_of
 from torchshear.searching.methods import METHODS
 from torchshear.searching.methods._sensitivity import cut_in_proportion
 

@@ -16,7 +16,7 @@ from torchshear.errors import ArgumentError, PlanError, SearchError
 from torchshear.graph.model._copy import copy_model
 from torchshear.searching import NetAdapt, RandomSearch, Sensitivity
 from torchshear.searching import _candidate as candidates
-from torchshear.searching import _search as searched
+from torchshear.searching import _request as searched
 from torchshear.searching._carried_state import carry_state
 
 torch.manual_seed(0)

@@ -51,13 +51,15 @@ class Score:
         value: the number that `evaluate` gave; None if there is none.
         seconds: how long it took to make and to score it.
         error: why there is none, in one line, else "".
-        cause: the exception behind it, if there was one.
+        cause: the exception behind it, if there was one in this process.
+        trace: its traceback as text, if it was in another one.
     """
 
     value: float | None
     seconds: float
     error: str = ""
     cause: BaseException | None = field(default=None, compare=False)
+    trace: str = ""
 
 
 @dataclass(slots=True)

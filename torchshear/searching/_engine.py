@@ -163,7 +163,10 @@ class Search:
         self._failed = [*self._failed, score] if score.value is None else []
         if len(self._failed) >= MOST_FAILURES:
             first = self._failed[0]
-            cause = first.cause or ValueError(first.error)
+            cause = first.cause
+            if cause is None:
+                cause = ValueError(first.error)
+                cause.add_note(f"in another process:\n{first.trace}" if first.trace else "without an exception")
             raise SearchError(
                 f"{MOST_FAILURES} candidates in a row have no score, trials {number - MOST_FAILURES + 1} to {number}; "
                 f"the first: {first.error}. See its traceback above."

@@ -2,54 +2,31 @@
 
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
-from typing import Any, Final
+from contextlib import nullcontext
+from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
-from torchshear._arguments import check_count, close_names, quote
 from torchshear._making import PruneResult
 from torchshear.calibration import Loss, Progress
-from torchshear.calibration._progress import check_progress, reporting
-from torchshear.compensation import check_compensation
-from torchshear.dependency import ChannelGroups
+from torchshear.calibration._progress import Report, check_progress, reporting
 from torchshear.dependency._alignment import Alignment
-from torchshear.dependency.groups._analyze import analyze
-from torchshear.dependency.plans._cut import dense_cost
-from torchshear.errors import ArgumentError, SearchError
-from torchshear.graph.capture._trace import trace
+from torchshear.errors import SearchError
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.latency_target._planner import measured_speed
-from torchshear.options import (
-    CalibrationOptions,
-    Compensation,
-    Form,
-    LatencyOptions,
-    Planner,
-    PruneOptions,
-    check_criterion,
-    checked_call,
-)
+from torchshear.options import Compensation, Form, LatencyOptions, checked_call
 from torchshear.pruners import Criterion, Ratio
-from torchshear.pruners._planning import RankedGroups
-from torchshear.pruners.selection._latency import parse_latency
-from torchshear.pruners.selection._request import Request
 from torchshear.report import make_report
-from torchshear.searching._budget import Resource, ResourceLimit, SearchBudget
-from torchshear.searching._candidate import CandidateMaker, Evaluate, FineTune
-from torchshear.searching._engine import MemoryStore, Search
+from torchshear.searching._candidate import Evaluate, FineTune
+from torchshear.searching._engine import MemoryStore, Search, TrialStore
+from torchshear.searching._identity import identity_of
 from torchshear.searching._method import SearchMethod
 from torchshear.searching._record import SearchResult
-from torchshear.searching._space import SearchSpace
-from torchshear.searching.methods import METHODS
+from torchshear.searching._request import SearchRequest, find_method, name_of
+from torchshear.searching._storage import claim_study, open_study
+from torchshear.searching._study_store import StudyStore
 from torchshear.speedup.latency import Device, LatencyTable
-from torchshear.speedup.latency._measure_table import input_identity, table_of
-from torchshear.speedup.latency._profiles import resolve_alignment
-from torchshear.speedup.latency._table import check_table
-
-_MOST_OF_A_GROUP: Final = 0.98  # that may go, as where groups are ranked together
+from torchshear.speedup.latency._cache import only_measurement
 
 
 @checked_call
@@ -69,6 +46,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
     finetune: FineTune | None = None,
     trials: int | None = None,
     seed: int = 0,
+    storage: object = None,
     criterion: str | Criterion | None = None,
     min_ratio: Ratio = 0.0,
     max_ratio: Ratio | None = None,
@@ -115,6 +93,9 @@ def search(  # noqa: PLR0913 - independent options, given by name
         trials: how many candidates may be evaluated; None: as many as the method needs to end, or 50 where it has no
             end.
         seed: seed of the method, and of the random state in which every candidate is made and scored.
+        storage: where trials are kept, for a search that goes on after a stop, and is shared by all processes that make
+            this same call: "journal://FILE" on one machine, the URL of a database, "grpc://HOST:PORT", or a storage of
+            Optuna. It needs torchshear[search]. None: in memory.
         criterion: scores by which the units of a group are chosen; see `torchshear.prune`.
         min_ratio: share that each group loses in any case; see `torchshear.plan`.
         max_ratio: largest share that a group may lose; None: 0.98.
@@ -138,10 +119,11 @@ def search(  # noqa: PLR0913 - independent options, given by name
 
     Raises:
         KeywordError: an argument does not exist.
-        ArgumentError: an argument is outside what is accepted, or contradicts another.
+        ArgumentError: an argument is outside what is accepted, or contradicts another; or the storage holds another
+            search.
         PlanError: the budget cannot be reached; says what the best possible is, before the first trial.
-        SearchError: three candidates in a row cannot be scored, from the first one's exception; or no trial is within
-            the budget.
+        SearchError: three candidates in a row cannot be scored, from the first one's exception; no trial is within the
+            budget; or the storage is damaged.
         DataError: the data or the loss does not fit the model.
         CaptureError: the model cannot be captured.
         WeightError: the weights cannot be scored.
@@ -158,166 +140,61 @@ def search(  # noqa: PLR0913 - independent options, given by name
         (True, True)
     """
     start = time.perf_counter()
-    check_criterion(criterion)
     check_progress(progress)
-    for name, function in (("evaluate", evaluate), ("finetune", finetune)):
-        if not callable(function) and (function is not None or name == "evaluate"):
-            raise ArgumentError(f"{name} is {type(function).__name__}; expected a function of a model.")
-    chosen = _method(method)
-    check_count("seed", seed, least=0)
-    most = getattr(chosen, "default_trials", None) if trials is None else trials
-    if most is not None:
-        check_count("trials", most)
-    measuring = LatencyOptions.parse(target_latency, device, False)
-    request = Request(
-        criterion="l1" if criterion is None else criterion,
+    request = SearchRequest(
+        evaluate=evaluate,
+        method=method,
         ratio=ratio,
         target_macs=target_macs,
         target_params=target_params,
         target_latency=target_latency,
+        device=device,
+        finetune=finetune,
+        storage=storage,
+        trials=trials,
+        seed=seed,
+        criterion=criterion,
         min_ratio=min_ratio,
-        max_ratio=_MOST_OF_A_GROUP if max_ratio is None else max_ratio,
+        max_ratio=max_ratio,
         group_reduction=group_reduction,
         roles=roles,
         exclude=exclude,
-        alignment=resolve_alignment("auto" if align is None and target_latency is not None else align),
-        min_width=min_width,
-    )
-    _check_budget(request)
-    options = PruneOptions.parse(
-        request,
-        has_criterion=criterion is not None,
-        config=None,
+        prunable_outputs=prunable_outputs,
         submodules=submodules,
-        calibration=replace(CalibrationOptions.parse(data, loss_fn, batches, compensate, memory), progress=False),
+        align=align,
+        min_width=min_width,
+        data=data,
+        loss_fn=loss_fn,
+        batches=batches,
         compensate=compensate,
+        memory=memory,
         form=form,
     )
-    calibration = options.calibration
-    if calibration.loader is not None:  # once, so that all candidates see the same batches whatever the loader does
-        options = replace(
-            options, calibration=replace(calibration, loader=list(islice(calibration.loader, calibration.batches)))
-        )
-    check_compensation(compensate, model, calibration.batches)
-    groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
-    if criterion is None and compensate == "refit":
-        options = options.with_reconstruction(groups)
-    table = _table(model, groups, args, kwargs, measuring, request)
-    space = _space(options, model, groups, table)
-    maker = CandidateMaker(
-        model=model,
-        args=args,
-        kwargs=kwargs,
-        space=space,
-        evaluate=evaluate,
-        finetune=finetune,
-        compensate=compensate,
-        calibration=options.calibration,
-        form=None if form == "auto" else form,
-        seed=seed,
-        said={"search": name_of(chosen)},
-    )
     with reporting(progress) as report:
-        running = Search(maker, MemoryStore(), most, report)
-        running.run(chosen, seed)
-    return _finish(running, chosen, measuring, time.perf_counter() - start)
+        running = start_search(request, model, args, kwargs, report)
+        running.run(find_method(method), seed)
+    return _finish(running, request, time.perf_counter() - start)
 
 
-def name_of(method: SearchMethod) -> str:
-    """Return the name under which a method is known, or that of its class."""
-    return next((name for name, kind in METHODS.items() if type(method) is kind), type(method).__name__)
-
-
-def _method(given: object) -> SearchMethod:
-    if isinstance(given, str):
-        if given not in METHODS:
-            raise ArgumentError(f"method={given!r}; expected one of {', '.join(METHODS)}.{close_names(given, METHODS)}")
-        return METHODS[given]()
-    if isinstance(given, type) or not isinstance(given, SearchMethod):
-        raise ArgumentError(
-            f"method={quote(given)}; expected one of {', '.join(METHODS)}, or a method with settings, as "
-            f"torchshear.searching.Annealing(start=50)."
-        )
-    return given
-
-
-def _check_budget(request: Request) -> None:
-    """Refuse a search without a budget, or with shares for single groups, which it is to find."""
-    if isinstance(request.ratio, Mapping):
-        raise ArgumentError(
-            "ratio is a mapping; a search finds the share of each group. Give one number, and limits for groups as "
-            "min_ratio, max_ratio or exclude."
-        )
-    if request.ratio is None and not request.has_budget and request.target_latency is None:
-        raise ArgumentError("no budget is given; expected ratio, target_macs, target_params or target_latency.")
-    if request.ratio == 0:
-        raise ArgumentError("ratio=0 removes nothing; expected the share of channels that is to go, in (0, 1).")
-
-
-def _table(
+def start_search(
+    request: SearchRequest,
     model: nn.Module,
-    groups: ChannelGroups,
     args: tuple[Any, ...] | Tensor,
     kwargs: Mapping[str, Any] | None,
-    measuring: LatencyOptions,
-    request: Request,
-) -> LatencyTable | None:
-    """Measure a table of times, or check the given one; None without a target of latency."""
-    given = measuring.given
-    if request.target_latency is None or given is None:
-        return None
-    if isinstance(given, LatencyTable):
-        check_table(given, groups, input_identity(args, kwargs))
-        return given
-    return table_of(model, groups, args, kwargs, given, request.alignment)
+    report: Report,
+) -> Search:
+    """Prepare a search, and join the one of its storage; raises what `search` raises before the first trial."""
+    study = None if request.storage is None else open_study(request.storage)
+    maker = request.prepare(model, args, kwargs)
+    store: TrialStore = MemoryStore()
+    if study is not None:
+        claim_study(study, identity_of(request, maker))
+        store = StudyStore(study, request.storage)
+        store.forget_failures()
+    return Search(maker, store, request.most_trials, report)
 
 
-def _space(options: PruneOptions, model: nn.Module, groups: ChannelGroups, table: LatencyTable | None) -> SearchSpace:
-    """Make the space of the widths, and check the budget before data is run, which may take long.
-
-    Raises:
-        ArgumentError: the dense model keeps within the budget; nothing can shrink.
-        PlanError: the budget cannot be reached.
-    """
-    request = options.request
-    limits = _limits(groups, request, table)
-    numbers = {group.name: number for number, group in enumerate(groups)}
-
-    def space_of(ranked: RankedGroups) -> SearchSpace:
-        free = np.array([numbers[one.group.name] for one in ranked.steps], np.int64)
-        if not len(free):
-            raise ArgumentError(f"no channel group of {groups.graph.model_type} can shrink, so there is no search.")
-        space = SearchSpace.of(ranked, SearchBudget.of(groups, free, limits, table))
-        n_whole = len(groups) - len(free)
-        said = f"min_width={request.min_width}, alignment {request.alignment.name!r}, max_ratio={request.max_ratio}"
-        space.check_reachable(f"{said} and {n_whole} groups that stay whole")
-        return space
-
-    space = space_of(RankedGroups.of(groups, request, None, with_scores=False))
-    if space.budget.holds(tuple(space.dense.tolist())):
-        raise ArgumentError("the dense model keeps within the budget already. Ask for less.")
-    return space_of(RankedGroups.of(groups, request, Planner.of(options, model, groups).statistics))
-
-
-def _limits(groups: ChannelGroups, request: Request, table: LatencyTable | None) -> list[ResourceLimit]:
-    """Return the bounds as shares of the dense model's."""
-    found: list[ResourceLimit] = []
-    if isinstance(request.ratio, float | int):
-        found.append(ResourceLimit("channels", 1 - request.ratio))
-    asked: list[tuple[Resource, float | None, int]] = [
-        ("macs", request.target_macs, dense_cost(groups.graph).macs),
-        ("params", request.target_params, dense_cost(groups.graph).n_params),
-    ]
-    for resource, target, dense in asked:
-        if target is not None:
-            found.append(ResourceLimit(resource, float(target if target <= 1 else target / max(dense, 1))))
-    if table is not None:
-        share, milliseconds = parse_latency(request.target_latency)
-        found.append(ResourceLimit("latency", share if share is not None else (milliseconds or 0.0) / table.dense_ms))
-    return found
-
-
-def _finish(running: Search, method: SearchMethod, measuring: LatencyOptions, seconds: float) -> SearchResult:
+def _finish(running: Search, request: SearchRequest, seconds: float) -> SearchResult:
     """Prove the best candidate, and put everything together.
 
     Raises:
@@ -330,13 +207,16 @@ def _finish(running: Search, method: SearchMethod, measuring: LatencyOptions, se
             f"none of {len(running.trials)} trials has a score and is within the budget. Allow more trials, or use "
             f"another method."
         )
-    candidate = running.best
-    if candidate is None or candidate.proposal.widths != running.proposals[best.number].widths:
-        candidate = maker.make(running.proposals[best.number])
+    candidate, proposal, notes = running.best, running.proposals[best.number], list(running.notes)
+    if candidate is None or candidate.proposal != proposal:
+        candidate = maker.make(proposal)
+        notes.append("The best trial was scored by another process or run; its model was made again here.")
     candidate, shrunk = maker.prove(candidate)
     after = candidate.after
     groups = maker.space.budget.groups
-    latency = measured_speed(maker.model, after.model, groups, maker.args, maker.kwargs, measuring)
+    measuring = LatencyOptions.parse(request.target_latency, request.device, False)
+    with only_measurement() if measuring.device is not None else nullcontext():
+        latency = measured_speed(maker.model, after.model, groups, maker.args, maker.kwargs, measuring)
     report = make_report(candidate.plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit, latency)
     result = PruneResult(
         after.model,
@@ -354,10 +234,10 @@ def _finish(running: Search, method: SearchMethod, measuring: LatencyOptions, se
         result=result,
         trials=tuple(running.trials),
         best=best,
-        method=name_of(method),
+        method=name_of(find_method(request.method)),
         targets={str(limit.resource): limit.share for limit in maker.space.budget.limits},
         seed=maker.seed,
         n_reused=running.n_reused,
         seconds=seconds,
-        notes=tuple(running.notes),
+        notes=tuple(notes),
     )
