@@ -137,7 +137,8 @@ class LatencyTable:
         if self.noise > NOISY:
             notes.append(
                 f"The machine is noisy: the dense model took up to {1 + self.noise:.2f} times its least median. Times "
-                f"of kernels are the least of many, which suffer little; milliseconds of the whole model suffer more."
+                f"of kernels are the least of many, which suffer little; milliseconds of the whole model suffer more. "
+                f"Close other programs, and give a table measured anew: device=measure_table(..., use_cache=False)."
             )
         if self.n_disturbed:
             notes.append(f"{self.n_disturbed} times of kernels were disturbed, and left out.")
