@@ -1,10 +1,11 @@
 """Wrong values for every argument of the public functions: each call works, or raises an error of our own tree."""
 
 import inspect
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ import torchshear
 from tests.blocks import Source
 from tests.hostile_values import FAILS, PLACES, VALUES
 from tests.speedup.latency.making_tables import joined, probes_of, table_of_probes
-from torchshear import comparison, configs, dependency, inspection, pruners, searching, speedup
+from torchshear import comparison, configs, dependency, family, inspection, pruners, searching, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import TorchshearError
+from torchshear.latency_target import LatencyAllocation, LatencyRound
 from torchshear.pruners import masks, regularizers, schedules
 from torchshear.speedup import latency
 from torchshear.speedup.compensation._recalibrate import check_recalibration
@@ -66,6 +68,7 @@ class Given:
     measured: Any
     table: Any
     tabled: tuple[nn.Module, Any]
+    family: Any
     folder: Path
 
     @classmethod
@@ -101,7 +104,18 @@ class Given:
         here = dict(latency.Device().identity()) | input_identity(tabled[1], None)
         table = table_of_probes(analyzed, probes_of(analyzed), here)  # of no measurement, which would take long
         table.save(folder / "table.json")
-        return cls(model, x, *made, laid, second, pruner, compared, found, measured, table, tuple(tabled), folder)
+        made_for = made_family(tuple(tabled), measured, table)
+        return cls(
+            model, x, *made, laid, second, pruner, compared, found, measured, table, tuple(tabled), made_for, folder
+        )
+
+
+def made_family(tabled: tuple[nn.Module, Any], measured: Any, table: Any) -> family.PrunedFamily:
+    """A family whose only member was not made for its target, and times of something else."""
+    result = torchshear.prune(*tabled)
+    times = LatencyRound({}, 0.0, 0.0, 0.0, 1.0, 1.0, True)
+    allocation = LatencyAllocation(table.device, 1.0, 1.0, {}, (times,), 0, 0.0, 1.0, (0.0, 0.0))
+    return family.PrunedFamily("Joined", ("same",), (replace(result, allocation=allocation),), measured, table)
 
 
 class Call(NamedTuple):
@@ -156,6 +170,13 @@ CALLS: dict[str, Call] = {
         "compensate": "statistics", "prunable_outputs": (), "submodules": None, "progress": False}),
     "prune for a latency": Call(torchshear.prune, lambda g: {"model": g.tabled[0], "args": g.tabled[1],
         "target_latency": 1.0, "device": g.table, "align": 4, "must_be_faster": False, **FEW_ROUNDS}),
+    "prune_family": Call(torchshear.prune_family, lambda g: {"model": g.tabled[0], "args": g.tabled[1],
+        "targets": [1.0], "device": g.table, "align": 4, "must_be_faster": False, "evaluate": lambda model: 0.5,
+        "progress": False, **FEW_ROUNDS}),
+    "PrunedFamily.draw": Call(family.PrunedFamily.draw, lambda g: {"self": g.family,
+        "path": g.folder / "family.png"}),
+    "PrunedFamily.save": Call(family.PrunedFamily.save, lambda g: {"self": g.family,
+        "folder": Path(tempfile.mkdtemp(dir=g.folder))}),
     "prune by a config": Call(torchshear.prune, lambda g: {"model": g.model, "args": (g.x,), "config": CONFIG,
         "criterion": "l1"}),
     "shrink": Call(torchshear.shrink, lambda g: {"model": g.model, "plan": g.plan, "args": (g.x,), "kwargs": {},

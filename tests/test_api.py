@@ -96,5 +96,5 @@ def test_nan_weights_are_refused_by_name() -> None:
 
 
 def test_public_names_are_few_and_there() -> None:
-    assert len(torchshear.__all__) <= 21
+    assert len(torchshear.__all__) <= 22
     assert all(getattr(torchshear, name) is not None for name in torchshear.__all__)

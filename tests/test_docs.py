@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md", "CONTRIBUTING.md", "docs/how-it-works.md", "docs/custom-operators.md", "docs/inspect.md",
     "docs/choosing.md", "docs/large-models.md", "docs/criteria.md", "docs/masks.md", "docs/config-lists.md",
-    "docs/migration.md", "docs/compensation.md", "docs/search.md", "docs/training.md",
+    "docs/migration.md", "docs/compensation.md", "docs/search.md", "docs/training.md", "docs/latency.md",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import torchshear
 from tests.blocks import RandomSource
 from tests.hostile_calls import CALLBACKS, CALLS, Given, check_call, is_refused, parameters_of
 from tests.hostile_values import VALUES
-from torchshear import comparison, configs, inspection, pruners, searching, speedup
+from torchshear import comparison, configs, family, inspection, pruners, searching, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks, regularizers, schedules
 from torchshear.speedup import latency
@@ -30,6 +30,7 @@ SLOW = (
         "prune by a config",
         "prune for a latency",
         "search",
+        "prune_family",
         "shrink",
         "fold_constants",
     ),
@@ -37,7 +38,10 @@ SLOW = (
 )
 
 # Of these many wrong arguments are taken, and many calls so made take long together.
-LONG = ("L1NormPruner", "ActivationAPoZRankPruner", "SlimPruner", "Pruner.export_model", "shrink_to_form")
+LONG = (
+    *("L1NormPruner", "ActivationAPoZRankPruner", "SlimPruner", "Pruner.export_model", "shrink_to_form"),
+    "PrunedFamily.save",
+)
 
 # What is called by other code of ours, or by whoever writes a criterion or a rule, with values that were checked.
 INNER = {
@@ -59,7 +63,9 @@ INNER_METHODS = {
     "GrowingL2.factor",
 }
 OF_PRUNERS = (pruners, masks, schedules, regularizers)
-MODULES = (*(torchshear, configs, *OF_PRUNERS, speedup, latency, nni, unipruning, comparison, inspection, searching),)
+MODULES = (
+    *(torchshear, configs, *OF_PRUNERS, speedup, latency, nni, unipruning, comparison, inspection, searching, family),
+)
 
 
 @pytest.fixture(scope="module")

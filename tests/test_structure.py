@@ -31,6 +31,7 @@ def imports_of(path: Path) -> set[str]:
 LAYERS = (
     ("errors",),
     ("storage", "_arguments", "_tables", "_other_tools"),
+    ("_pictures", "_evaluation"),
     ("graph",),
     ("dependency",),
     ("calibration",),
@@ -41,7 +42,7 @@ LAYERS = (
     ("_making",),
     ("api",),
     ("searching", "training"),
-    ("compat", "comparison", "inspection"),
+    ("compat", "comparison", "inspection", "family"),
     ("cli",),
 )
 INNER_LAYERS = {

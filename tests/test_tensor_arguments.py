@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear import comparison, configs, inspection, pruners, speedup
+from torchshear import comparison, configs, family, inspection, pruners, speedup
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
 from torchshear.pruners.criteria._criterion import needs_of
 from torchshear.speedup import latency
+from torchshear.speedup.latency._kernels import KernelTime, Profile
+from torchshear.speedup.latency._measure_table import input_identity
+from torchshear.speedup.latency._probes import WidthProbe
+from torchshear.speedup.latency._table import make_table
 
-MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection)
+MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection, family)
 X = torch.randn(2, 4)
 Use = Callable[[nn.Module, Any, Path], Any]
 
@@ -98,7 +102,19 @@ def use_table(model: nn.Module, args: Any, _: Path) -> Any:
     return table.fingerprint, [point.widths for point in table.points]
 
 
+def use_family(model: nn.Module, args: Any, folder: Path) -> Any:
+    """Widths that the device gives differ from call to call; what is looked at is what goes in."""
+    groups = torchshear.analyze(torchshear.trace(model, args))
+    identity = dict(latency.Device().identity()) | input_identity(args, None)
+    kernel = KernelTime("0", "Gemm", (("float", (1, 4)),), (("float", (1, 2)),), 1.0)
+    probes = [WidthProbe({"0.weight[0]": width}, 1.0, 1.0, Profile((kernel,), 0.1), 1.0) for width in (8, 4)]
+    table = make_table(groups, probes, latency.Device(), identity, ("none", 1))
+    words: dict[str, Any] = {"device": table, "align": 1, "must_be_faster": False, "progress": False}
+    return torchshear.prune_family(model, args, targets=[1.0], **words)[1.0].plan.fingerprint
+
+
 USES: dict[str, Use] = {
+    "prune_family": use_family,
     "measure_table": use_table,
     "refit": use_refit,
     "compensate": use_compensate,

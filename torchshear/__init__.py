@@ -10,6 +10,7 @@ from torchshear.dependency.groups._analyze import analyze
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.distillation._distill import distill
 from torchshear.errors import TorchshearError
+from torchshear.family._prune_family import prune_family
 from torchshear.graph.capture._trace import trace
 from torchshear.pruners import regularizers, schedules
 from torchshear.pruners._collecting import collect
@@ -37,6 +38,7 @@ __all__ = [
     "load_checkpoint",
     "plan",
     "prune",
+    "prune_family",
     "recalibrate",
     "regularizers",
     "schedules",

@@ -132,6 +132,10 @@ class CalibrationOptions:
             )
         return cls(list(islice(data, count)) if isinstance(data, Iterator) else data, loss_fn, count, size)
 
+    def holding_batches(self) -> "CalibrationOptions":
+        """Return the same with the batches taken, so that whatever the loader does, all that look see the same ones."""
+        return self if self.loader is None else replace(self, loader=list(islice(self.loader, self.batches)))
+
     def missing_for(self, criterion: str | Criterion) -> str:
         """Return what a criterion needs and is not given, with advice, or "".
 

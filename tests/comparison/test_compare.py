@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import torchshear
 from tests.networks import Classifier, LooksAtValues, image, labelled
+from torchshear import _pictures
 from torchshear.comparison import Comparison, _compare, _picture, compare
 from torchshear.comparison._record import render_comparison
 from torchshear.comparison._row import Row
@@ -349,7 +350,7 @@ def test_pictures_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.Monke
 
     with pytest.raises(OutputError, match="cannot write"):
         made(*ROWS).draw(tmp_path / "no" / "one.png")
-    monkeypatch.setattr(_picture.importlib, "import_module", missing)
+    monkeypatch.setattr(_pictures.importlib, "import_module", missing)
     with pytest.raises(ArgumentError, match=r"drawing needs matplotlib, .* Install torchshear\[demo\]"):
         made(*ROWS).draw(tmp_path / "one.png")
     assert not list(tmp_path.iterdir())

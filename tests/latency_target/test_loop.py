@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 import torchshear
-from tests.speedup.latency.making_tables import ALIGNMENT, Joined, joined, probes_of, table_of_probes, total_ms
+from tests.latency_target.pretending import DENSE, Pretended, pretend, share_of
+from tests.speedup.latency.making_tables import ALIGNMENT, Joined, joined, probes_of, table_of_probes
 from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.errors import ArgumentError, NotFasterError, PlanError
 from torchshear.latency_target import _planner as planner
@@ -26,58 +26,15 @@ from torchshear.speedup.latency._kernels import Profile
 from torchshear.speedup.latency._probes import WidthProbe
 from torchshear.speedup.latency._table import make_table
 
-LAYERS = ("stem", "left", "right", "mix")
-DENSE = {"stem.weight[0]": 24, "left.weight[0]": 32, "right.weight[0]": 16, "mix.weight[0]": 40}
-
-
-class Pretended:
-    """A device whose times are those of the law, to a power, with a spread; it exports nothing."""
-
-    power, spread, measured = 1.0, 0.0, 0
-
-    def __init__(self, model: nn.Module, *_: Any) -> None:
-        self.dense, self.widths = Path("dense"), {"dense": self._of_model(model)}
-
-    def _of_model(self, model: nn.Module) -> dict[str, int]:
-        return {f"{name}.weight[0]": len(model.get_parameter(f"{name}.weight")) for name in LAYERS}
-
-    def export(self, model: nn.Module, name: str) -> Path:
-        self.widths[name] = self._of_model(model)
-        return Path(name)
-
-    def export_plan(self, plan: torchshear.PruningPlan, name: str) -> Path:
-        type(self).measured += 1
-        self.widths[name] = {group.name: len(group.kept) for group in plan.groups}
-        return Path(name)
-
-    def ms(self, path: Path) -> float:
-        return 3.0 * ((total_ms(self.widths[path.name]) + 0.1) / (total_ms(DENSE) + 0.1)) ** self.power
-
-    def compare(self, path: Path, rounds: int = 5) -> LatencyComparison:
-        noise = 1 + self.spread * np.linspace(-1, 1, 5)
-        times = {"dense": self.ms(self.dense) * noise, "pruned": self.ms(path) * noise}
-        return LatencyComparison({n: LatencyResult(n, path, tuple(t.tolist())) for n, t in times.items()}, "dense")
-
-    def profile(self, path: Path) -> SimpleNamespace:
-        return SimpleNamespace(total_ms=self.ms(path) / 2)
-
 
 @pytest.fixture(autouse=True)
 def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
-    monkeypatch.setattr(planner, "Candidates", Pretended)
-    monkeypatch.setattr(planner, "table_of", lambda model, groups, *_, **__: table_of_probes(groups, probes_of(groups)))
-    for name, value in {"power": 1.0, "spread": 0.0, "measured": 0}.items():
-        monkeypatch.setattr(Pretended, name, value)
-    return Pretended
+    return pretend(monkeypatch)
 
 
 def prune(**options: Any) -> torchshear.PruneResult:
     model, args, _ = joined()
     return torchshear.prune(model, args, **({"align": ALIGNMENT, "target_latency": 0.6} | options))
-
-
-def share_of(widths: Mapping[str, int], power: float = 1.0) -> float:
-    return float(((total_ms(DENSE | dict(widths)) + 0.1) / (total_ms(DENSE) + 0.1)) ** power)
 
 
 @pytest.mark.parametrize("power", [1.0, 0.8, 1.3])
@@ -96,9 +53,7 @@ def test_the_target_is_met_closely_though_the_table_is_wrong(power: float, targe
     assert {group.name: len(group.kept) for group in result.plan.groups} == dict(found.widths)
     assert all(width % 4 == 0 for width in found.widths.values())
     assert result.plan.request["target_latency"] == target
-    assert result.plan.request["device"] == {"threads": 1, "batch": 1, "runtime": "onnxruntime"} | {
-        "provider": "CPUExecutionProvider"
-    }
+    assert result.plan.request["device"] == dict(Device().identity())
     assert result.verification is not None
     assert result.verification.max_error < 1e-9
 

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from torchshear.cli._bench import bench
 from torchshear.cli._compare import compare
 from torchshear.cli._example import load_example
+from torchshear.cli._family import family
 from torchshear.cli._inspect import inspect
 from torchshear.cli._prune import prune
 from torchshear.cli._shared_options import name_flags
@@ -50,6 +51,7 @@ def _root(
 
 app.command()(inspect)
 app.command()(prune)
+app.command()(family)
 app.command()(compare)
 app.command()(shrink)
 app.command()(bench)

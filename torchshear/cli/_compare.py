@@ -7,12 +7,12 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from torchshear._pictures import has_matplotlib
 from torchshear.cli._example import EvaluatedTarget, load_evaluated
 from torchshear.cli._folder import Force, folder_name, output_folder
 from torchshear.cli._shared_options import CRITERIA, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.comparison import compare as compare_criteria
-from torchshear.comparison._picture import has_matplotlib
 from torchshear.comparison._record import render_comparison
 
 _ASKED: Final = (

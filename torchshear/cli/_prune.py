@@ -82,6 +82,7 @@ def prune(  # noqa: PLR0913 - options of the command line, given by name
             criterion=criterion,
             align=parse_align(align),
             min_width=min_width,
+            progress=lambda done, total, what: say(f"{what} ({done} of {total} done)"),
             **choice,
         )
         pairs = _pairs(model, result, args, kwargs)

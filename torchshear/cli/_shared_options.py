@@ -69,7 +69,7 @@ def _check_truth(given: str | None) -> str | None:
 _FASTER = typer.Option(
     metavar="[true|false]",
     callback=_check_truth,
-    help="Whether to refuse a result that is not measurably faster. Default: true with --target-latency, else false.",
+    help="Whether to refuse a result that is not measurably faster. Default: true with a target of latency.",
 )
 _LEAST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Share that each group loses in any case.")
 _MOST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Largest share that a group may lose.")
@@ -150,7 +150,10 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
 }
 EVERY: Final = tuple(_OPTIONS)
 _OTHER_FLAGS: Final = {"loss_fn": "loss", "submodules": "submodule", "prunable_outputs": "prunable-output"}
-_NAMES: Final = "|".join({*inspect.signature(torchshear.prune).parameters} - {"model", "args", "kwargs"} | {"unknown"})
+_WORDS_OF_VERBS: Final = {
+    word for verb in (torchshear.prune, torchshear.prune_family) for word in inspect.signature(verb).parameters
+}
+_NAMES: Final = "|".join(_WORDS_OF_VERBS - {"model", "args", "kwargs"} | {"unknown"})
 _PARAMETER: Final = re.compile(rf"(?<![\w.])({_NAMES})=(\['[^\]]*'\])?")
 
 

@@ -2,18 +2,17 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
 
 from torchshear._arguments import check_kind
+from torchshear._evaluation import Evaluate
 from torchshear.calibration import Loss, Progress, Statistics
 from torchshear.calibration._progress import check_progress, reporting
 from torchshear.comparison._contenders import Contender, budgets_of, contenders_of, random_criteria, request_of
 from torchshear.comparison._record import Comparison
-from torchshear.comparison._trial import Evaluate, Trial
+from torchshear.comparison._trial import Trial
 from torchshear.compensation import check_compensation
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
@@ -125,8 +124,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
         for budget in budgets
         for one in contenders
     ]
-    if calibration.loader is not None:  # once, so that all see the same batches whatever the loader does
-        calibration = replace(calibration, loader=list(islice(calibration.loader, calibration.batches)))
+    calibration = calibration.holding_batches()
     with reporting(progress) as report:
         report(0, len(runs), "tracing and analysing")
         groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)

@@ -1,16 +1,12 @@
 """Scores of several criteria as a picture."""
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, Final
 
+from torchshear._pictures import new_figure, picture_path, save_picture
 from torchshear.comparison._row import Row, of_other_size
-from torchshear.errors import ArgumentError
-from torchshear.storage._reading import as_path
-from torchshear.storage._writing import atomic_path
 
 _CUT: Final = "#9db4cc"
 _FINAL: Final = "#1f4e79"
@@ -18,7 +14,6 @@ _CONTROL: Final = "#b4552d"
 _INK: Final = "#333333"
 _FAINT: Final = "#777777"
 _LINK: Final = "#d0d7de"
-_SUFFIXES: Final = (".png", ".svg", ".pdf")
 
 
 def draw_panels(
@@ -37,30 +32,15 @@ def draw_panels(
         ArgumentError: matplotlib is not installed, or `path` is no path or ends otherwise than it may.
         OutputError: the file cannot be written; what was there before is unchanged.
     """
-    path = as_path(path, "the path of a picture")
-    if path.suffix.lower() not in _SUFFIXES:
-        raise ArgumentError(f"cannot draw into {str(path)!r}; expected a name that ends in {', '.join(_SUFFIXES)}.")
-    figure = _figure(title, before, panels, compensation)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=160)
-
-
-def has_matplotlib() -> bool:
-    """Return True if matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+    place = picture_path(path)
+    save_picture(_figure(title, before, panels, compensation), place)
 
 
 def _figure(title: str, before: float, panels: Mapping[str, Sequence[Row]], compensation: str) -> Any:
-    try:
-        figures = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ArgumentError(
-            f"drawing needs matplotlib, which cannot be imported ({error}). Install torchshear[demo]."
-        ) from error
     first = next(iter(panels.values()))
     names = [row.criterion for row in first]
     width, height = max(2.6 + 3.2 * len(panels), 6.4), 1.7 + 0.27 * len(names)
-    figure = figures.Figure(figsize=(width, height), layout="constrained")
+    figure = new_figure(width, height)
     axes = figure.subplots(1, len(panels), sharey=True, sharex=True, squeeze=False)[0]
     for ax, (budget, rows) in zip(axes, panels.items(), strict=True):
         by_name = {row.criterion: row for row in rows}

@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 
+from torchshear._evaluation import Evaluate, score_model
 from torchshear._making import shrink_and_record
 from torchshear.calibration import Statistics
 from torchshear.comparison._contenders import ComparedTarget, Contender
@@ -24,7 +23,6 @@ from torchshear.pruners._planning import plan_units
 from torchshear.pruners.selection._request import Request
 from torchshear.report import make_report
 
-Evaluate = Callable[[nn.Module], float]
 _WHOLE: Final = "stays whole: "
 
 
@@ -46,7 +44,7 @@ class Trial:
 
     def score_dense(self) -> None:
         """Score a copy of the dense model."""
-        self.before = self._score("the dense model", copy_model(self.model))
+        self.before = score_model(self.evaluate, copy_model(self.model), "the dense model")
         if not math.isfinite(self.before):
             raise ArgumentError(f"evaluate gave {self.before} for the dense model; expected a finite number.")
 
@@ -84,8 +82,8 @@ class Trial:
     ) -> Row:
         """Score models after the cut, and after the compensation where there is one."""
         what = f"the model pruned by {row.criterion}, {budget.text}"
-        compensated = [self._score(f"{what}, after {self.compensate}", model) for model in models[1]]
-        scores = [self._score(what, model) for model in models[0]]
+        compensated = [score_model(self.evaluate, model, f"{what}, after {self.compensate}") for model in models[1]]
+        scores = [score_model(self.evaluate, model, what) for model in models[0]]
         bad = [f"{score} after the cut" for score in scores if not math.isfinite(score)]
         bad += [f"{score} after {self.compensate}" for score in compensated if not math.isfinite(score)]
         if bad:
@@ -110,30 +108,6 @@ class Trial:
         known = self.whole.setdefault(budget, set(notes))
         unscored = [note.removeprefix(_WHOLE) for name, note in notes.items() if name not in known]
         return f"{len(unscored)} of {len(plan.groups)} groups stay whole: {unscored[0]}" if unscored else ""
-
-    def _score(self, what: str, model: nn.Module) -> float:
-        """Score a model by `evaluate`.
-
-        Raises:
-            ArgumentError: it fails, or gives no number.
-        """
-        model.eval()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                found: Any = self.evaluate(model)
-        except Exception as error:  # code of the user
-            raise ArgumentError(
-                f"evaluate fails on {what}: {type(error).__name__}: {first_line(error)}. Expected a function of a "
-                f"model that gives a number, the higher the better."
-            ) from error
-        if isinstance(found, Tensor) and found.numel() == 1:
-            found = found.item()
-        if isinstance(found, bool) or not isinstance(found, Real):
-            raise ArgumentError(
-                f"evaluate gave {found!r:.60} of type {type(found).__name__} for {what}; expected a number, the higher "
-                f"the better."
-            )
-        return float(found)
 
 
 def _without(row: Row, reason: str) -> Row:

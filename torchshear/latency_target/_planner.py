@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -36,7 +36,7 @@ TOLERANCE: Final = 0.03  # share of the target by which the measured latency may
 _AIM = 1 - TOLERANCE / 2
 _STEADY = 0.05  # distance of the quartiles of whole runs, as a share of their median, up to which these count
 _ROUNDING = 1e-6  # of the solver
-_RESULT_ROUNDS = 40
+RESULT_ROUNDS: Final = 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,6 +182,7 @@ class LatencyPlanner:
         widths = {group.name: len(group.kept) for group in plan.groups if group.name in self.rounds[self.chosen].widths}
         kept = np.array([len(group.kept) for group in plan.groups], np.int64)
         macs = float(WidthCost(self.measured.groups)(kept).macs)
+        loss = {one.name: dict(zip(one.widths, one.losses, strict=True)) for one in self.ranked.levels()}
         notes = list(self.measured.table.notes)
         taken = self.rounds[self.chosen]
         share = max(taken.measured_share, 0.0 if latency is None else 1 / latency.speedup("pruned"))
@@ -199,6 +200,7 @@ class LatencyPlanner:
             widths=widths,
             rounds=self.rounds,
             chosen=self.chosen,
+            loss=sum(loss[name].get(width, 0.0) for name, width in widths.items()),  # of what is left whole, none
             macs_share=macs / max(dense_cost(self.measured.groups.graph).macs, 1),
             table_errors=self.measured.table.errors,
             notes=tuple(notes),
@@ -236,7 +238,7 @@ def measured_speed(
             candidates = Candidates(model, groups, args, kwargs, options.device, folder)
         else:
             candidates = measured.candidates
-        comparison = candidates.compare(candidates.export(small, "pruned"), _RESULT_ROUNDS)
+        comparison = candidates.compare(candidates.export(small, "pruned"), RESULT_ROUNDS)
     if options.must_be_faster:
         check_faster(comparison, "pruned", "the pruned model")
     return comparison
@@ -266,7 +268,7 @@ def target_share_of(target: object, dense_ms: float) -> float:
 
 
 def _said(measured: MeasuredModel) -> dict[str, Any]:
-    return {"device": asdict(measured.table.device)}
+    return {"device": dict(measured.table.device.identity())}
 
 
 def _check_reachable(

@@ -48,6 +48,7 @@ class LatencyAllocation:
         widths: name of each group that may shrink -> width in the result.
         rounds: what was solved and measured, one after another.
         chosen: number of the round that was taken.
+        loss: loss of the widths in the result, as the solver has it; that of the round unless groups were left whole.
         macs_share: multiply-accumulate operations that are left, as a share of the dense model's.
         table_errors: median and largest error of the table at widths that it was not fitted to.
         notes: remarks, one sentence each.
@@ -59,6 +60,7 @@ class LatencyAllocation:
     widths: Mapping[str, int]
     rounds: tuple[LatencyRound, ...]
     chosen: int
+    loss: float
     macs_share: float
     table_errors: tuple[float, float]
     notes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,6 +62,45 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 def is_draft(path: Path) -> bool:
     """Return whether a file or a folder is what a run that was killed left unfinished."""
     return path.name.startswith(f"{DRAFT}draft-") if path.is_dir() else _FILE.fullmatch(path.name) is not None
+
+
+@contextmanager
+def whole_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a draft folder beside `target`, which takes its place only if the block ends without an exception.
+
+    Args:
+        target: the folder to make; it may exist if it is empty.
+
+    Yields:
+        An empty folder, to be filled by the caller.
+
+    Raises:
+        ArgumentError: `target` is no path.
+        OutputError: it holds something or is no folder, its parent is missing or not writable, or the disk is full.
+    """
+    given = as_path(target, "the path of a folder to write")
+    place = Path(os.path.realpath(given))
+    draft = place.with_name(f"{DRAFT}draft-{secrets.token_hex(8)}")
+    try:
+        if place.exists() and not place.is_dir():
+            raise OutputError(f"cannot write into {str(given)!r}: it is a file. Expected the name of a folder.")
+        held = next(iter(sorted(place.iterdir())), None) if place.exists() else None
+        if held is not None:
+            raise OutputError(
+                f"cannot write into {str(given)!r}: it holds {held.name!r}. Expected a new or empty folder."
+            )
+        draft.mkdir()
+        yield draft
+        draft.replace(place)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(
+            f"cannot write into {str(given)!r}: {error.strerror or error}. Expected a folder that can be made, with "
+            f"space on its disk; nothing was written."
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def publish(temporary: Path, target: Path, like: Path | None = None) -> None:

@@ -113,8 +113,16 @@ class PruningPlan:
         n_units = sum(group.width for group in self.groups)
         return (
             f"<PruningPlan for {self.model_type.rpartition('.')[2]}: {self.n_cut} of {n_units} units go, "
-            f"{len(self.groups)} groups, {len(self.state)} tensors shrink>"
+            f"{len(self.groups)} groups, {len(self.state)} tensors shrink{self._purpose()}>"
         )
+
+    def _purpose(self) -> str:
+        """Say for which latency on which device the plan was made, or ""."""
+        target, device = self.request.get("target_latency"), self.request.get("device")
+        if target is None or not isinstance(device, Mapping):
+            return ""
+        where = [f"{name} {device[name]}" for name in ("threads", "batch", "runtime", "cpu") if name in device]
+        return f", for latency {target} on {', '.join(where)}"
 
     def _repr_html_(self) -> str:
         rows = ((group.name, group.width, len(group.kept), group.note) for group in self.groups)

@@ -84,8 +84,12 @@ class Candidates:
 
     def compare(self, path: Path, rounds: int = _ROUNDS) -> LatencyComparison:
         """Time a file and the dense one in the same rounds; they are called "dense" and "pruned"."""
+        return self.compare_files({"pruned": path}, rounds)
+
+    def compare_files(self, paths: Mapping[str, Path], rounds: int) -> LatencyComparison:
+        """Time files, by their names, and the dense one, called "dense", in the same rounds."""
         return compare_latency(
-            {"dense": self.dense, "pruned": path},
+            {"dense": self.dense, **paths},
             inputs=self.feeds,
             threads=self._device.threads,
             rounds=rounds,

@@ -1,0 +1,114 @@
+"""Members of a family, made one after another."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor, nn
+
+from torchshear._evaluation import Evaluate, score_model
+from torchshear._making import MadeModel
+from torchshear.calibration import Progress
+from torchshear.calibration._progress import reporting
+from torchshear.graph.model._copy import copy_model
+from torchshear.latency_target._planner import (
+    RESULT_ROUNDS,
+    LatencyPlanner,
+    MeasuredModel,
+    check_faster,
+    target_share_of,
+)
+from torchshear.options import PruneOptions
+from torchshear.speedup.latency._compare import LatencyComparison
+
+_STEPS: Final = ("choosing widths and measuring", "shrinking and proving", "exporting and measuring", "evaluating")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FamilyMember:
+    """One member before all are measured together.
+
+    Attributes:
+        made: the model, its plan and its proof.
+        path: its ONNX file.
+        score: what the user's function gives for it; None without one.
+    """
+
+    made: MadeModel
+    path: Path
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MemberMaker:
+    """Makes members of one model's family.
+
+    Attributes:
+        model: the dense model.
+        args: example positional arguments.
+        kwargs: example keyword arguments.
+        options: what is asked for, beside the targets.
+        measured: the model's table, times and ranked units.
+        evaluate: scores members; None: they are not scored.
+        must_be_faster: whether a member that is not measurably faster is refused.
+    """
+
+    model: nn.Module
+    args: tuple[Any, ...] | Tensor
+    kwargs: Mapping[str, Any] | None
+    options: PruneOptions
+    measured: MeasuredModel
+    evaluate: Evaluate | None
+    must_be_faster: bool
+
+    def make(self, targets: Mapping[str, float | str], progress: Progress) -> dict[str, FamilyMember]:
+        """Make a member for each target, the slowest first, since it is the likeliest not to be faster than the model.
+
+        Args:
+            targets: name of a member -> latency that may be left.
+            progress: see `torchshear.collect`; what is done are steps of members.
+
+        Returns:
+            Name -> member, in the order of the targets.
+
+        Raises:
+            NotFasterError: a member is not measurably faster, and must be.
+            TorchshearError: what planning, shrinking, exporting and compensating raise.
+        """
+        order = sorted(targets, key=lambda name: -target_share_of(targets[name], self.measured.dense_ms))
+        quiet = replace(self.options, calibration=replace(self.options.calibration, progress=False))
+        found, correction = dict[str, FamilyMember](), 1.0
+        with reporting(progress) as report:
+            for number, name in enumerate(order):
+
+                def say(step: int, number: int = number, name: str = name) -> None:
+                    total = len(_STEPS) * len(order)
+                    report(len(_STEPS) * number + step, total, f"target {name}: {_STEPS[step]}")
+
+                say(0)
+                request = replace(quiet.request, target_latency=targets[name])
+                planner = LatencyPlanner.of(request, self.measured, correction)
+                correction = planner.correction
+                say(1)
+                made = MadeModel.of(self.model, quiet, planner, self.args, self.kwargs)
+                say(2)
+                path = self.measured.candidates.export(made.after.model, f"member {number}")
+                if self.must_be_faster:
+                    what = f"the member for the target {name}"
+                    check_faster(self.measured.candidates.compare(path, RESULT_ROUNDS), "pruned", what)
+                say(3)
+                found[name] = FamilyMember(made, path, self._score(made.after.model, name))
+        return {name: found[name] for name in targets}
+
+    def _score(self, model: nn.Module, name: str) -> float | None:
+        """Score a copy of a member, which the user's function may change."""
+        if self.evaluate is None:
+            return None
+        return score_model(self.evaluate, copy_model(model), f"the member for the target {name}")
+
+
+def pair_of(latency: LatencyComparison, name: str) -> LatencyComparison:
+    """Return the times of the dense model and of one member, as "dense" and "pruned", from the rounds of all."""
+    pair = {"dense": latency["dense"], "pruned": replace(latency[name], name="pruned")}
+    return replace(latency, results=pair)
