@@ -80,6 +80,15 @@ def use_search(model: nn.Module, args: Any, _: Path) -> Any:
     return [trial.score for trial in found.trials]
 
 
+def use_searching(kind: Any, **needed: Any) -> Use:
+    def use(model: nn.Module, args: Any, _: Path) -> Any:
+        entry = {"sparsity": 0.25, "op_types": ["Linear"]}
+        options: dict[str, Any] = {"evaluator": lambda one: float(outputs(one).sum()), "options": {"trials": 4}}
+        return str(kind(model, [entry], args=args, **(options | needed)).found.trials[-1].widths)
+
+    return use
+
+
 def use_export(model: nn.Module, args: Any, folder: Path) -> Any:
     file = torchshear.export_onnx(model, folder / "model.onnx", args)
     return file.max_error
@@ -127,6 +136,11 @@ USES: dict[str, Use] = {
     "fold_constants": use_fold,
     "compare": use_compare,
     "search": use_search,
+    "SimulatedAnnealingPruner": use_searching(nni.SimulatedAnnealingPruner),
+    "NetAdaptPruner": use_searching(
+        nni.NetAdaptPruner, short_term_fine_tuner=lambda one: None, options={}, sparsity_per_iteration=0.25
+    ),
+    "SensitivityPruner": use_searching(nni.SensitivityPruner, acc_drop_threshold=1e9, options={}),
     "PruningSession": use_session,
 }
 

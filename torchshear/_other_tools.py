@@ -46,8 +46,9 @@ NAMES: Final = _table(
     # NNI
     ("AGPPruner LinearPruner LotteryTicketPruner IterativePruner PruningScheduler", _SCHEDULE),
     ("AGPTaskGenerator LinearTaskGenerator LotteryTicketTaskGenerator FunctionBasedTaskGenerator", _SCHEDULE),
-    ("SensitivityPruner SensitivityAnalysis NetAdaptPruner SimulatedAnnealingPruner AutoCompressPruner", _SEARCH),
+    ("SensitivityAnalysis AutoCompressPruner", _SEARCH),
     ("L1NormPruner L1FilterPruner L2NormPruner L2FilterPruner FPGMPruner SlimPruner LevelPruner ConfigPruner", _NNI),
+    ("SensitivityPruner NetAdaptPruner SimulatedAnnealingPruner", _NNI),
     ("ActivationAPoZRankPruner ActivationAPoZRankFilterPruner ActivationMeanRankPruner", _NNI),
     ("ActivationMeanRankFilterPruner TaylorFOWeightPruner TaylorFOWeightFilterPruner Pruner", _NNI),
     ("AMCPruner AMCTaskGenerator AutoCompressTaskGenerator SimulatedAnnealingTaskGenerator", _SEARCH),

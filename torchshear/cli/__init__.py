@@ -1,4 +1,4 @@
-"""The command line: inspect channel groups, prune, compare criteria, shrink checkpoints, compare files for speed."""
+"""The command line: inspect channel groups, prune, compare criteria, search widths, shrink checkpoints, time files."""
 
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -12,6 +12,7 @@ from torchshear.cli._example import load_example
 from torchshear.cli._family import family
 from torchshear.cli._inspect import inspect
 from torchshear.cli._prune import prune
+from torchshear.cli._search import search, search_worker
 from torchshear.cli._shared_options import name_flags
 from torchshear.cli._shrink import shrink
 from torchshear.errors import TorchshearError
@@ -53,6 +54,8 @@ app.command()(inspect)
 app.command()(prune)
 app.command()(family)
 app.command()(compare)
+app.command()(search)
+app.command("search-worker")(search_worker)
 app.command()(shrink)
 app.command()(bench)
 

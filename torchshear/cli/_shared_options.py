@@ -182,14 +182,24 @@ def takes_choice(*names: str) -> Callable[[Callable[..., None]], Callable[..., N
 
     Returns:
         A decorator for a function with the keyword argument `choice`, a dictionary. It gives a function with the
-        options in its place, of which `choice` holds those that were given, as keywords of `torchshear.prune`.
+        options in its place, of which `choice` holds those that were given, as keywords of `torchshear.prune`. If it
+        has an argument `said`, that holds them as they were written.
     """
     return functools.partial(_with_options, names)
 
 
+def read_choice(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn options as they were written into keywords of `torchshear.prune`.
+
+    Raises:
+        ArgumentError: one of them cannot be read.
+    """
+    return {name: _OPTIONS[name].read(value) for name, value in said.items()}
+
+
 def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Callable[..., None]:
     own = inspect.signature(command)
-    kept = [parameter for name, parameter in own.parameters.items() if name != "choice"]
+    kept = [parameter for name, parameter in own.parameters.items() if name not in ("choice", "said")]
     added = [
         inspect.Parameter(
             name,
@@ -204,8 +214,7 @@ def _with_options(names: tuple[str, ...], command: Callable[..., None]) -> Calla
     def with_options(**given: Any) -> None:
         asked = {name: given.pop(name) for name in names}
         said = {name: value for name, value in asked.items() if value is not None and value != []}
-        choice = {name: _OPTIONS[name].read(value) for name, value in said.items()}
-        command(**given, choice=choice)
+        command(**given, choice=read_choice(said), **({"said": said} if "said" in own.parameters else {}))
 
     with_options.__signature__ = own.replace(parameters=[*kept, *added])  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in [*kept, *added]}

@@ -21,7 +21,13 @@ Numbered = tuple[int, Proposal]
 
 
 class TrialStore(Protocol):
-    """Keeper of the scores of proposals."""
+    """Keeper of the scores of proposals.
+
+    Attributes:
+        n_scored: how many of them this process has made.
+    """
+
+    n_scored: int
 
     def run(self, batch: Sequence[Numbered], score: Callable[[Proposal], Score]) -> Iterator[Score]:
         """Yield the score of each numbered proposal in order, known or scored now, by whichever process."""
@@ -30,9 +36,12 @@ class TrialStore(Protocol):
 class MemoryStore:
     """Scores of one process, which are gone with it."""
 
+    n_scored = 0
+
     def run(self, batch: Sequence[Numbered], score: Callable[[Proposal], Score]) -> Iterator[Score]:
         """Score one proposal after another."""
         for _, proposal in batch:
+            self.n_scored += 1
             yield score(proposal)
 
 

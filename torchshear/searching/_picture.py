@@ -1,6 +1,7 @@
 """Scores of the trials of a search as a picture."""
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any, Final
@@ -29,6 +30,11 @@ def draw_trials(title: str, trials: Sequence[SearchTrial], path: str | os.PathLi
     figure = _figure(title, [one for one in trials if one.score is not None])
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=160)
+
+
+def has_matplotlib() -> bool:
+    """Return True if matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _figure(title: str, trials: Sequence[SearchTrial]) -> Any:

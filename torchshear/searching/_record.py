@@ -16,6 +16,7 @@ from torchshear.searching._picture import draw_trials
 from torchshear.searching._trial import SearchTrial
 
 _MOST_ROWS = 30
+_WORDS = {"macs": "MACs", "params": "parameters"}
 _HEADINGS = ("trial", "score", "budget", "s", "what")
 
 
@@ -74,7 +75,7 @@ class SearchResult:
     @property
     def title(self) -> str:
         """Heading of the table and the picture."""
-        asked = ", ".join(f"{share:.1%} of the {resource}" for resource, share in self.targets.items())
+        asked = ", ".join(f"{share:.1%} of the {_WORDS.get(name, name)}" for name, share in self.targets.items())
         return f"Search by {self.method} for at most {asked}"
 
     def __str__(self) -> str:

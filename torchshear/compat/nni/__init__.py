@@ -21,6 +21,7 @@ from torchshear.compat.nni._named import (
     TaylorFOWeightPruner,
 )
 from torchshear.compat.nni._pruner import Pruner
+from torchshear.compat.nni._searching import NetAdaptPruner, SensitivityPruner, SimulatedAnnealingPruner
 
 __all__ = [
     "ActivationAPoZRankFilterPruner",
@@ -35,7 +36,10 @@ __all__ = [
     "L2FilterPruner",
     "L2NormPruner",
     "LevelPruner",
+    "NetAdaptPruner",
     "Pruner",
+    "SensitivityPruner",
+    "SimulatedAnnealingPruner",
     "SlimPruner",
     "TaylorFOWeightFilterPruner",
     "TaylorFOWeightPruner",
