@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,8 @@ LAYERS: dict[str, Callable[[], nn.RNNBase]] = {
     "rnn": lambda: nn.RNN(16, 12, batch_first=True),
     "rnn, without bias": lambda: nn.RNN(16, 12, nonlinearity="relu", bias=False, batch_first=True),
 }
+
+NAMES = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
 
 
 def prepared(make: Callable[[], nn.Module]) -> nn.Module:
@@ -121,22 +124,65 @@ def test_the_weight_for_inputs_is_that_of_least_squares_in_numpy(monkeypatch: py
     with torch.no_grad():
         x = torch.cat(data)
         x = x[torch.arange(len(x)) % 4 != 3].flatten(0, 1)
-        full, left = (functional.linear(x, one.first.weight, one.first.bias).relu().numpy() for one in (model, small))
+        full, left = (functional.linear(x, one.first.weight, one.first.bias).relu() for one in (model, small))
         layer = model.layer
-        wanted = full @ layer.weight_ih_l0.numpy().T + layer.bias_ih_l0.numpy()
-        present = cut.layer.weight_ih_l0.numpy()
-        found = np.concatenate([small.layer.weight_ih_l0, small.layer.bias_ih_l0.unsqueeze(1)], 1)
-    middle = left.mean(0)
-    errors = []
-    for share in RIDGES:
-        rest = wanted - wanted.mean(0) - (left - middle) @ present.T
-        more = np.sqrt(share * np.square(left - middle).sum(0).mean()) * np.eye(8)
-        rows = np.concatenate([left - middle, more]), np.concatenate([rest, np.zeros((8, 48))])
-        weight = present + np.linalg.lstsq(*rows, rcond=None)[0].T
-        expected = np.concatenate([weight, (wanted.mean(0) - weight @ middle)[:, None]], 1)
-        errors.append(abs(found - expected).max())
-    assert min(errors) < 1e-6
+        wanted = full @ layer.weight_ih_l0.mT + layer.bias_ih_l0
+        found = torch.cat([small.layer.weight_ih_l0, small.layer.bias_ih_l0.unsqueeze(1)], 1)
+        assert closest(found, left, wanted, cut.layer.weight_ih_l0) < 1e-6
     assert torch.equal(small.layer.weight_hh_l0, cut.layer.weight_hh_l0)
+
+
+def ridge_regression(inputs: Tensor, wanted: Tensor, present: Tensor, share: float) -> np.ndarray[Any, Any]:
+    """Return weight and shift by NumPy's least squares, with rows that hold the weight to the present one."""
+    u, y, held = inputs.numpy(), wanted.numpy(), present.numpy()
+    middle, size = u.mean(0), u.shape[1]
+    more = np.sqrt(share * np.square(u - middle).sum(0).mean()) * np.eye(size)
+    rest = y - y.mean(0) - (u - middle) @ held.T
+    rows = np.concatenate([u - middle, more]), np.concatenate([rest, np.zeros((size, len(held)))])
+    weight = held + np.linalg.lstsq(*rows, rcond=None)[0].T
+    return np.concatenate([weight, (y.mean(0) - weight @ middle)[:, None]], 1)
+
+
+def closest(found: Tensor, inputs: Tensor, wanted: Tensor, present: Tensor) -> float:
+    """Return how near a weight with its shift behind it comes to that of any ridge."""
+    return min(float(abs(found.numpy() - ridge_regression(inputs, wanted, present, one)).max()) for one in RIDGES)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_inputs_and_states_are_fitted_by_one_system(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both directions, against NumPy; in a GRU two of three gates have a sum, the last gets states times another."""
+    monkeypatch.setattr(_recurrent_fit, "_STEPS", _recurrent_fit._STEPS[1:2])
+    monkeypatch.setattr(_recurrent_fit, "_STIFFER", ())
+    errors = (0.5**number for number in count())  # so that each fit is kept
+    monkeypatch.setattr(_recurrent_fit.RecurrentFit, "_error", lambda *_: next(errors))
+    model: Any = prepared(lambda: Recurrent(kind(16, 12, batch_first=True, bidirectional=True), n_classes=4))
+    data = batches(model)
+    groups = torchshear.analyze(torchshear.trace(model, data[0]))
+    (hidden,) = [group.name for group in groups if group.width == 24]
+    plan = plan_from_kept(groups, {hidden: [*range(6), *range(12, 18)]})
+    cut: Any = torchshear.shrink(model, plan)
+    small, record = refit(model, cut, plan, data, batches=4, progress=False)
+    assert record.is_kept
+    assert [layer.method for layer in of_kind(record, "recurrent")] == ["least squares of inputs and states"] * 2
+    is_fitted = torch.arange(4 * 48) % 4 != 3
+    x = model.first(torch.cat(data)).relu().detach()
+    out, none = model.layer(x)[0].detach(), x.new_zeros(len(x), 1, 12)
+    states = torch.cat([none, out[:, :-1, :12]], 1), torch.cat([out[:, 1:, 12:], none], 1)
+    for suffix, before in zip(("l0", "l0_reverse"), states, strict=True):
+        w_ih, w_hh, b_ih, b_hh = (getattr(model.layer, f"{name}_{suffix}").detach() for name in NAMES)
+        present = [getattr(cut.layer, f"{name}_{suffix}").detach() for name in NAMES]
+        found = [getattr(small.layer, f"{name}_{suffix}").detach() for name in NAMES]
+        rows = torch.arange(len(w_ih)) % 12 < 6
+        u, h = x[is_fitted].flatten(0, 1), before[is_fitted].flatten(0, 1)
+        of_inputs, of_states = (u @ w_ih.mT + b_ih)[:, rows], (h @ w_hh.mT + b_hh)[:, rows]
+        n = 12 if kind is nn.GRU else len(found[0])
+        both = torch.cat([found[0], found[1], (found[2] + found[3]).unsqueeze(1)], 1)
+        inputs, start = torch.cat([u, h[:, :6]], 1), torch.cat(present[:2], 1)
+        assert closest(both[:n], inputs, (of_inputs + of_states)[:, :n], start[:n]) < 1e-6
+        if kind is nn.GRU:
+            last = torch.cat([found[0], found[2].unsqueeze(1)], 1), torch.cat([found[1], found[3].unsqueeze(1)], 1)
+            assert closest(last[0][n:], u, of_inputs[:, n:], present[0][n:]) < 1e-6
+            assert closest(last[1][n:], h[:, :6], of_states[:, n:], present[1][n:]) < 1e-6
 
 
 def duplicated(model: Any) -> torchshear.PruningPlan:

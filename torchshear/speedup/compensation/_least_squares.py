@@ -6,7 +6,7 @@ A layer gives y = W u + b. With rows of u and y summed up, the error of any W an
 that samples need not be kept.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -130,7 +130,14 @@ class LinearFit:
     method: str
 
 
-def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor, has_bias: bool) -> LinearFit:
+def fit_linear(
+    fitting: Moments,
+    held_out: Moments,
+    weight: Tensor,
+    bias: Tensor,
+    has_bias: bool,
+    ridges: Sequence[float] = RIDGES,
+) -> LinearFit:
     """Fit a layer around its present weights, and keep what does best on samples held out.
 
         W = W_0 + (C - G W_0^T)^T (G + lambda I)^-1,    b = mean(y) - W mean(u)
@@ -144,6 +151,7 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
         weight: W_0, shape (G, O, K).
         bias: shape (G, O); zeros where there is none.
         has_bias: True if the bias is fitted as well.
+        ridges: shares of the mean of the diagonal of the centred Gram matrix that are tried.
 
     Returns:
         The fit; the layer as it was where no ridge lowers the error on the samples held out.
@@ -160,7 +168,7 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
     size = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float64).tiny)
     before = held_out.error(weight, bias)
     best = LinearFit(weight, bias, before, before, "")
-    for step in ridge_solutions(gram, rest, size):
+    for step in ridge_solutions(gram, rest, size, ridges):
         fitted = (weight + step.mT).to(dtype).double()
         shift = (mean_y - (fitted @ mean_u.unsqueeze(2)).squeeze(2)).to(dtype).double() if has_bias else bias
         error = held_out.error(fitted, shift)
@@ -169,16 +177,17 @@ def fit_linear(fitting: Moments, held_out: Moments, weight: Tensor, bias: Tensor
     return best
 
 
-def ridge_solutions(gram: Tensor, right: Tensor, size: Tensor) -> Iterator[Tensor]:
+def ridge_solutions(gram: Tensor, right: Tensor, size: Tensor, ridges: Sequence[float] = RIDGES) -> Iterator[Tensor]:
     """Give (gram + lambda I)^-1 right for each ridge lambda, without those for which that has no Cholesky factor.
 
     Args:
         gram: shape (G, N, N).
         right: shape (G, N, M).
         size: what the ridges are shares of, shape (G,).
+        ridges: those that are tried.
     """
     eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    for ridge in RIDGES:
+    for ridge in ridges:
         factor, failed = torch.linalg.cholesky_ex(gram + (ridge * size)[:, None, None] * eye)
         if not bool(failed.any()):
             yield torch.cholesky_solve(right, factor)
