@@ -194,6 +194,7 @@ CALLS: dict[str, Call] = {
         "seed": 0}),
     "measure_table": Call(latency.measure_table, lambda g: {"model": g.model, "args": (g.x,), "kwargs": {},
         "device": latency.Device(batch=2), "align": 4, "probes": 4, "use_cache": False, "progress": False}),
+    "measure_staircase": Call(latency.measure_staircase, lambda g: {"device": latency.Device(), "use_cache": False}),
     "LatencyTable.predict_ms": Call(latency.LatencyTable.predict_ms, lambda g: {"self": g.table,
         "widths": {"stem.weight[0]": 8}}),
     "LatencyTable.save": Call(latency.LatencyTable.save, lambda g: {"self": g.table,

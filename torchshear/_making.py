@@ -1,5 +1,6 @@
 """From a plan to a result: shrunk, proved, compensated, measured and reported."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from torchshear.pruners.schedules import History
 from torchshear.report import PruningReport, make_report
 from torchshear.speedup import Fold, LatencyComparison, Refit, Shrunk, Verification, shrink_to_form
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +41,7 @@ class PruneResult:
             as `compensate`.
         refit: the errors of all layers before and after, with `compensate="refit"`; else None.
         latency: times of the model that was given ("dense") and of the result ("pruned"), measured in the same rounds;
-            None without a target of latency, unless `must_be_faster`.
+            None without a target of latency, unless a `device` is given or `must_be_faster`.
         allocation: how the widths for a target of latency were found; else None. `str()` of it is a summary.
         history: what was asked for and reached while the model trained; None without a `PruningSession`.
     """
@@ -97,11 +100,13 @@ class MadeModel:
     def to_result(self, latency: LatencyComparison | None) -> PruneResult:
         """Add the times, as "dense" and "pruned", and the report."""
         shrunk, after = self.shrunk, self.after
+        report = make_report(self.plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit, latency)
+        warn_of_speed(report)
         by_latency = self.planner if isinstance(self.planner, LatencyPlanner) else None
         return PruneResult(
             model=after.model,
             plan=self.plan,
-            report=make_report(self.plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit, latency),
+            report=report,
             verification=shrunk.verification,
             form=shrunk.form,
             fold=after.fold,
@@ -111,6 +116,13 @@ class MadeModel:
             latency=latency,
             allocation=None if by_latency is None else by_latency.record(self.plan, latency),
         )
+
+
+def warn_of_speed(report: PruningReport) -> None:
+    """Log a warning where a result is not known to be faster, though something shrank."""
+    shrank = any(group.kept < group.width for group in report.groups)
+    if report.speed is not None and not report.speed.is_faster and shrank:
+        _logger.warning("the pruned model: %s", report.speed.text)
 
 
 def shrink_planned(

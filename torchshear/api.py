@@ -92,7 +92,8 @@ def plan(  # noqa: PLR0913 - independent options, given by name
         exclude: patterns of module or parameter names, or names of groups. A group with any member that one of them
             fits stays whole.
         align: kept widths are rounded to the nearest multiple of an integer, or to what a profile ("cpu-avx2",
-            "cuda-fp16", ...) or this machine ("auto") runs well. None: any width.
+            "cuda-fp16", ...) or this machine runs well: by its profile ("auto"), or as measured here ("measured"),
+            which takes seconds once. None: any width.
         min_width: the fewest units to keep in a group.
         weights: tensors to score, for a model on the meta device: the folder of a checkpoint in safetensors, of which
             one tensor is read at a time; or a mapping from parameter names to tensors, likewise. None: the tensors of
@@ -190,7 +191,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         target_latency: time that may be left in onnxruntime on this machine, in place of a ratio: a share of the dense
             model's in (0, 1], or milliseconds, as "3.5ms". Widths are chosen exactly by a table of measured times, the
             result is measured, and the choice corrected; see docs/latency.md. Other targets may stand beside it.
-        device: how that is measured, or a table that was measured before; None: one thread, one sample.
+        device: how that is measured, or a table that was measured before; None: one thread, one sample. With any other
+            request the result is measured so, and the report has the verdict.
         must_be_faster: whether to refuse a result that is not measurably faster than the model; None: with a target of
             latency.
         min_ratio: share that each group loses in any case; see `torchshear.plan`.
@@ -262,7 +264,9 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         normalize=normalize,
         roles=roles,
         exclude=exclude,
-        alignment=resolve_alignment("auto" if align is None and target_latency is not None else align),
+        alignment=resolve_alignment(
+            "auto" if align is None and target_latency is not None else align, measuring.device
+        ),
         min_width=min_width,
     )
     options = PruneOptions.parse(

@@ -199,7 +199,7 @@ class LatencyOptions:
         """Check what is given beside a target of latency, or in place of one.
 
         Raises:
-            ArgumentError: the device is none, is given where nothing is measured, or `must_be_faster` is no flag.
+            ArgumentError: the device is none, or `must_be_faster` is no flag.
         """
         if device is not None and not isinstance(device, Device | LatencyTable):
             raise ArgumentError(
@@ -208,11 +208,7 @@ class LatencyOptions:
         if must_be_faster is not None:
             check_flag("must_be_faster", must_be_faster)
         must = target is not None if must_be_faster is None else must_be_faster
-        if target is None and not must:
-            if device is not None:
-                raise ArgumentError(
-                    "device= is given, and nothing is measured. Give target_latency=, or must_be_faster=True."
-                )
+        if target is None and device is None and not must:
             return cls(None, False)
         return cls(Device() if device is None else device, must)
 

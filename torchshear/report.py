@@ -15,6 +15,7 @@ from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph import Cost
 from torchshear.speedup import LatencyComparison, Refit
 from torchshear.speedup.compensation._refit_text import REFIT_HEADINGS, refit_lines, refit_rows, refit_title
+from torchshear.speedup.latency._verdict import SpeedVerdict, speed_verdict
 
 __all__ = ["PruningReport"]
 
@@ -105,8 +106,9 @@ class PruningReport:
         statistics: notes on the statistics that units were scored by.
         refit: errors of layers and outputs before and after a refit; None without one.
         target_latency: latency that may be left, as it was asked for; None if it was not.
-        latency: "dense_ms", "pruned_ms" and "speedup" with its interval from "speedup_low" to "speedup_high"; empty
-            where nothing was measured.
+        latency: "dense_ms", "pruned_ms" and "speedup" with its interval from "speedup_low" to "speedup_high", and
+            "realised_share", the speed-up by the ratio of MACs; empty where nothing was measured.
+        speed: whether the result is faster, as measured, or as predicted from its widths; None for a report of no plan.
     """
 
     requested_ratio: float | None
@@ -123,6 +125,7 @@ class PruningReport:
     refit: Refit | None = None
     target_latency: float | str | None = None
     latency: Mapping[str, float] = field(default_factory=dict)
+    speed: SpeedVerdict | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -191,7 +194,8 @@ def make_report(
         name = f"{o.name} in train mode" if o.mode == "train" else o.name
         outputs.setdefault((o.name, o.shape, o.shape_after), OutputReport(name, o.shape, o.shape_after, o.note))
     requested, achieved = _ratios(groups, plan)
-    before = dense_cost(groups.graph)
+    before, after = dense_cost(groups.graph), cut.cost()
+    widths = {group.name: len(of.kept) for group, of in zip(groups, plan.groups, strict=True)}
     # Targets as numbers of MACs and parameters.
     whole = {"target_macs": before.macs, "target_params": before.n_params}
     targets = {name: plan.request[name] for name in whole if plan.request.get(name) is not None}
@@ -199,7 +203,7 @@ def make_report(
         requested_ratio=requested,
         achieved_ratio=achieved,
         before=before,
-        after=cut.cost(),
+        after=after,
         groups=rows,
         refused=_by_weight(plan.refused, groups),
         form=form,
@@ -213,14 +217,17 @@ def make_report(
         statistics=tuple(plan.request.get("statistics", ())),
         refit=refit,
         target_latency=plan.request.get("target_latency"),
-        latency={} if latency is None else _speed(latency),
+        latency={} if latency is None else _speed(latency, before.macs / max(after.macs, 1)),
+        speed=speed_verdict(groups, widths, str(plan.request.get("alignment", "")), latency),
     )
 
 
-def _speed(latency: LatencyComparison) -> dict[str, float]:
+def _speed(latency: LatencyComparison, macs_ratio: float) -> dict[str, float]:
     low, high = latency.speedup_interval("pruned")
     times = {f"{name}_ms": latency[name].median_ms for name in ("dense", "pruned")}
-    return times | {"speedup": latency.speedup("pruned"), "speedup_low": low, "speedup_high": high}
+    speedup = latency.speedup("pruned")
+    realised = {"realised_share": speedup / macs_ratio} if macs_ratio else {}
+    return times | {"speedup": speedup, "speedup_low": low, "speedup_high": high} | realised
 
 
 def _by_weight(refused: Mapping[str, str], groups: ChannelGroups) -> dict[str, str]:
@@ -305,6 +312,8 @@ def _summary(report: PruningReport) -> str:
     ]
     if report.latency:
         lines.append(_latency_line(report))
+    if report.speed is not None:
+        lines.append(f"speed       {report.speed.text}")
     lines += [
         f"part        {part.name}: {_changes(part.before, part.after)}{f', {part.form}' if part.form else ''}"
         for part in report.parts
@@ -319,13 +328,13 @@ def _summary(report: PruningReport) -> str:
 
 
 def _latency_line(report: PruningReport) -> str:
-    """Write both times, and by how much the result is faster."""
+    """Write both times, and what share of the saved operations became speed."""
     found = report.latency
-    interval = f"{found['speedup']:.2f} ({found['speedup_low']:.2f} to {found['speedup_high']:.2f})"
-    verdict = "" if found["speedup_low"] > 1 else ", not measurably faster"
+    realised = found.get("realised_share")
+    share = "" if realised is None else f", realised share of the MACs ratio {realised:.2f}"
     asked = "" if report.target_latency is None else f", at most {report.target_latency} requested"
     times = f"{found['dense_ms']:.3f} -> {found['pruned_ms']:.3f} ms"
-    return f"latency     {times}: speed-up {interval}{verdict}{asked}"
+    return f"latency     {times}{asked}{share}"
 
 
 def _output_line(output: OutputReport) -> str:

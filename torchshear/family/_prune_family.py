@@ -147,7 +147,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
         group_reduction=group_reduction,
         roles=roles,
         exclude=exclude,
-        alignment=resolve_alignment("auto" if align is None else align),
+        alignment=resolve_alignment("auto" if align is None else align, measuring.device),
         min_width=min_width,
     )
     options = PruneOptions.parse(

@@ -85,7 +85,10 @@ def test_detection(monkeypatch, tmp_path, machine, cpu_info, capability, expecte
 @pytest.mark.parametrize(
     ("align", "message"),
     [
-        ("cpu-avx", "unknown alignment profile 'cpu-avx'; the nearest is 'cpu-avx2'. Profiles: auto, cpu-sse"),
+        (
+            "cpu-avx",
+            "unknown alignment profile 'cpu-avx'; the nearest is 'cpu-avx2'. Profiles: auto, measured, cpu-sse",
+        ),
         ("CUDA-FP16", "the nearest is 'cuda-fp16'"),
         ("atuo", "the nearest is 'auto'"),
         ("", "unknown alignment profile ''"),

@@ -12,13 +12,15 @@ import torch
 from torchshear._arguments import MOST, is_whole, quote
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
+from torchshear.speedup.latency._device import Device
+from torchshear.speedup.latency._staircase import measure_staircase
 
 _PROFILES: Final[Mapping[str, Alignment]] = MappingProxyType(
     {
         name: Alignment(block, granule, name, linear)
         for name, block, granule, linear in (
             ("cpu-sse", 8, 8, 4),
-            ("cpu-avx2", 16, 8, 4),
+            ("cpu-avx2", 16, 8, 8),
             ("cpu-avx512", 16, 16, 4),
             ("cpu-arm64", 16, 16, 4),
             ("cpu-int8", 16, 4, None),
@@ -32,6 +34,7 @@ _PROFILES: Final[Mapping[str, Alignment]] = MappingProxyType(
     }
 )
 _CPU_INFO: Final = Path("/proc/cpuinfo")
+_HERE: Final = ("auto", "measured")  # what stands for this machine
 
 
 def profiles() -> Mapping[str, Alignment]:
@@ -40,7 +43,7 @@ def profiles() -> Mapping[str, Alignment]:
     | profile | block, granule, linear | source |
     |---|---|---|
     | cpu-sse | 8, 8, 4 | onnxruntime `mlas/lib/platform.cpp`: `NchwcBlockSize = 8` without AVX-512F |
-    | cpu-avx2 | 16, 8, 4 | the same, and measured: 8 outputs of a 1x1 convolution take the time of 16 |
+    | cpu-avx2 | 16, 8, 8 | the same, and measured: 72 outputs of a 1x1 convolution take the time of 80 |
     | cpu-avx512 | 16, 16, 4 | the same file: `NchwcBlockSize = 16` with AVX-512F |
     | cpu-arm64 | 16, 16, 4 | the same file: NCHWc kernels for NEON work on 16; else SGEMM panels of 16 columns |
     | cpu-int8 | 16, 4 | onnxruntime `mlas/lib/qgemm_kernel_avx2.cpp`: panels of 16 columns, `PackedK = 4` |
@@ -54,8 +57,8 @@ def profiles() -> Mapping[str, Alignment]:
     reads them in the plain layout (`core/optimizer/nchwc_transformer.cc`), behind a kernel that reorders: from 4
     channels to 24 takes 1.5 times as long as from 8, on AVX2. One that reads more stays in the layout if they are a
     multiple of 4 (pull request 7442), but computes the block that is not full as well. Otherwise it leaves the layout,
-    and can be slower than before pruning. Matrix products have no such layout; for them 4 values fill a vector.
-    `benchmarks/alignment.py` measures all that.
+    and can be slower than before pruning. Matrix products have no such layout, and steps of a vector: 8 values
+    on AVX2. `benchmarks/alignment.py` measures all that.
 
     Example:
         >>> profiles()["cpu-avx512"]
@@ -64,19 +67,21 @@ def profiles() -> Mapping[str, Alignment]:
     return _PROFILES
 
 
-def resolve_alignment(align: int | str | Alignment | None) -> Alignment:
+def resolve_alignment(align: int | str | Alignment | None, device: Device | None = None) -> Alignment:
     """Return the alignment that an argument names.
 
     Args:
         align: an alignment; a number of positions that widths shall be a multiple of; the name of a profile; an Ascend
-            profile with the number of cores that share a layer, as "ascend-fp16:8"; "auto" for the CPU of this
-            machine; None for any width.
+            profile with the number of cores that share a layer, as "ascend-fp16:8"; "auto" for the profile of this
+            machine's CPU; "measured" for what its kernels run well, see `measure_staircase`; None for any width.
+        device: threads and batch with which these are measured; None: one thread, one sample.
 
     Returns:
         The alignment; with n cores its block is n times that of the profile, its granule the same.
 
     Raises:
         ArgumentError: the name is unknown, the number is below 1, or the type is none of these.
+        OutputError: the folder of measurements cannot be written to.
 
     Example:
         >>> resolve_alignment("ascend-fp16:8")
@@ -88,6 +93,8 @@ def resolve_alignment(align: int | str | Alignment | None) -> Alignment:
         return Alignment.none()
     if isinstance(align, Alignment):
         return align
+    if align == "measured":
+        return measure_staircase(device).alignment
     if isinstance(align, str):
         return _find_profile(align)
     if not is_whole(align) or not 1 <= align <= MOST:
@@ -136,7 +143,7 @@ def _find_profile(name: str) -> Alignment:
         return _PROFILES[detect_profile()]
     base, colon, cores = name.partition(":")
     if base not in _PROFILES:
-        near = difflib.get_close_matches(base.lower(), [*_PROFILES, "auto"], n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(base.lower(), [*_PROFILES, *_HERE], n=1, cutoff=0.0)[0]
         raise ArgumentError(f"unknown alignment profile {name!r}; the nearest is {near!r}. Profiles: {_all_names()}.")
     profile = _PROFILES[base]
     if not colon:
@@ -150,4 +157,4 @@ def _find_profile(name: str) -> Alignment:
 
 def _all_names() -> str:
     """List every accepted name for an error message."""
-    return ", ".join(["auto", *_PROFILES, "ascend-fp16:CORES", "ascend-int8:CORES"])
+    return ", ".join([*_HERE, *_PROFILES, "ascend-fp16:CORES", "ascend-int8:CORES"])
