@@ -86,6 +86,10 @@ class Goal(ABC):
             before: what went before and must not come back; a choice of nothing where weights may come back.
         """
 
+    def scores_of_weights(self, statistics: Statistics | None) -> Mapping[str, Tensor]:
+        """Return the score of every single weight by name of the parameter; empty where weights have none."""
+        return {}
+
     @abstractmethod
     def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
         """Make a choice of what was saved of it."""

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from torchshear._arguments import check_share
+from torchshear._arguments import check_flag, check_kind, check_share, parse_names
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
@@ -14,15 +14,20 @@ from torchshear.options import check_criterion
 from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners.masks._choose import Layers
 from torchshear.pruners.masks._patterns import Reduce
+from torchshear.pruners.regularizers import Regularizer
+from torchshear.pruners.schedules import Schedule
 from torchshear.pruners.selection._request import Request
 from torchshear.speedup.latency._profiles import resolve_alignment
 from torchshear.training._channel_goal import ChannelGoal
 from torchshear.training._goals import Goal
+from torchshear.training._lock_goal import LockGoal
+from torchshear.training._progressive import check_progressive
 from torchshear.training._weight_goal import WeightGoal
 
 _OF_CHANNELS: Final = ("target_macs", "target_params", "roles", "exclude", "align")
 _OF_WEIGHTS: Final = ("layers", "reduce")
 _MOST_OF_A_LAYER: Final = 0.98
+_LOCK: Final = "lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,8 @@ class Asked:
                 )
         if self.pattern is None:
             self.request()
+        elif self.pattern == _LOCK and (self.ratio is not None or self.soft):
+            raise ArgumentError("pattern='lock' keeps the zeros that there are; leave ratio= and soft= away.")
         elif isinstance(self.ratio, Mapping):
             raise ArgumentError("ratio= is a mapping; with a pattern give layers= a mapping from layers to ratios.")
         else:
@@ -100,7 +107,21 @@ class Asked:
         }
 
 
-def make_goal(model: nn.Module, groups: ChannelGroups, asked: Asked) -> Goal:
+def check_settings(
+    schedule: object, regularizer: object, pattern: str | None, soft: object, progressive: object
+) -> None:
+    """Raise ArgumentError for what is no schedule or regularizer, no flag, or cannot go little by little."""
+    check_kind("schedule", schedule, Schedule, "a schedule, as torchshear.schedules.AGP(end=1000)")
+    if regularizer is not None:
+        check_kind("regularizer", regularizer, Regularizer, "one of torchshear.regularizers, or None")
+    check_flag("soft", soft)
+    check_flag("progressive", progressive)
+    if progressive:
+        assert isinstance(schedule, Schedule), "checked above"
+        check_progressive(pattern, schedule)
+
+
+def make_goal(model: nn.Module, groups: ChannelGroups, asked: Asked, schedule: Schedule) -> Goal:
     """Make what a session asks of a model.
 
     Raises:
@@ -110,5 +131,8 @@ def make_goal(model: nn.Module, groups: ChannelGroups, asked: Asked) -> Goal:
     """
     if asked.pattern is None:
         return ChannelGoal(groups, asked.request(), asked.soft)
+    if asked.pattern == _LOCK:
+        layers = None if asked.layers is None else parse_names("layers", asked.layers)
+        return LockGoal(groups, model, layers, schedule)
     options = asked.options_of_masks()
     return WeightGoal(groups, model, asked.pattern, asked.share, asked.criterion, options, asked.soft)

@@ -23,7 +23,7 @@ def check_unmasked(model: nn.Module) -> None:
     if has_masks(model):
         raise MaskError(
             "masks lie on the model already; make them permanent (torchshear.pruners.masks.make_permanent) or take "
-            "them off (remove) first."
+            "them off (remove) first. To keep the zeros of a sparse model, give pattern='lock'."
         )
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):

@@ -18,6 +18,7 @@ from torchshear.pruners.schedules import Renewal, Schedule
 from torchshear.training._goals import Choice, Goal, nothing_gone
 from torchshear.training._gradient_sums import SUMS_OF_TRAINING, GradientSums
 from torchshear.training._masked_model import MaskedModel
+from torchshear.training._progressive import N_STAGES, Stages
 
 
 class MaskRenewer:
@@ -30,6 +31,7 @@ class MaskRenewer:
         criterion: what scores units.
         data: batches for criteria that are not made of the gradients of the training.
         is_soft: whether what is gone may come back.
+        is_progressive: whether blocks go little by little.
 
     Attributes:
         choice: what is gone.
@@ -45,11 +47,16 @@ class MaskRenewer:
         criterion: str | Criterion,
         data: CalibrationOptions,
         is_soft: bool,
+        is_progressive: bool = False,
     ) -> None:
         self.goal, self.schedule, self._model = goal, schedule, model
         self._criterion, self._data, self._is_soft = criterion, data, is_soft
         needs = frozenset() if data.loader is not None else goal.needs
         self.sums = GradientSums(goal.groups, model.parameters, needs) if needs else None
+        self._is_progressive = is_progressive
+        self._stages: Stages | None = None
+        self._toward: Choice | None = None  # what the stages lead to
+        self._stage = 0
         self.choice = nothing_gone(goal)
         self.n_done = 0
 
@@ -72,15 +79,44 @@ class MaskRenewer:
         """
         n_passed = self.schedule.passed(position) if by == self.schedule.by else 0
         if n_passed <= self.n_done:
-            return None
+            stage = 0 if self._stages is None or by != self.schedule.by else self._stages.stage_at(position)
+            return self._record(n_steps, epoch) if self._go_to_stage(stage) else None
         self._model.check_structure()
         if self.schedule.ratio(position, self.goal.target):
-            choice = self.goal.choose(self.schedule, position, self._model, self._statistics(), self._before())
-            self._model.renew(choice.masks)
-            self.choice = choice
+            statistics = self._statistics()
+            choice = self.goal.choose(self.schedule, position, self._model, statistics, self._before())
+            if self._is_progressive:
+                scores = self.goal.scores_of_weights(statistics)
+                self._stages = Stages.of(self.choice.masks, choice.masks, scores, position, self.schedule.frequency)
+                self._toward, self._stage = choice, 0
+                self._go_to_stage(1)
+            else:
+                self._lay(choice)
         self.n_done = n_passed
         if self.sums is not None:
             self.sums.clear()
+        return self._record(n_steps, epoch)
+
+    def complete(self, n_steps: int, epoch: int) -> Renewal | None:
+        """Go to the last stage, where blocks go little by little; give a record of it, None if nothing is left."""
+        return self._record(n_steps, epoch) if self._go_to_stage(N_STAGES) else None
+
+    def _go_to_stage(self, stage: int) -> bool:
+        """Lay the masks of a stage; False if they lie there already."""
+        if self._stages is None or self._toward is None or stage <= self._stage:
+            return False
+        toward, masks = self._toward, self._stages.masks(self._toward.masks, stage)
+        self._stage = stage
+        self._lay(toward if stage == N_STAGES else self.goal.restore({}, masks, toward.asked))
+        if stage == N_STAGES:
+            self._stages = self._toward = None
+        return True
+
+    def _lay(self, choice: Choice) -> None:
+        self._model.renew(choice.masks)
+        self.choice = choice
+
+    def _record(self, n_steps: int, epoch: int) -> Renewal:
         now = self.choice
         return Renewal(n_steps, epoch, now.asked, now.reached, now.widths)
 
@@ -140,6 +176,9 @@ class MaskRenewer:
             "kept": {name: torch.from_numpy(np.array(units)) for name, units in self.choice.kept.items()},
             "masks": {} if self.choice.kept else {name: mask.clone() for name, mask in self.choice.masks.items()},
             "sums": {} if self.sums is None else self.sums.state_dict(),
+            "stages": {} if self._stages is None else self._stages.state_dict(),
+            "stage": self._stage,
+            "toward": {} if self._toward is None else dict(self._toward.masks),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -150,6 +189,15 @@ class MaskRenewer:
         if self.sums is not None:
             self.sums.load_state_dict(state["sums"])
         self._model.renew(self.choice.masks)
+        if state["stages"]:
+            self._stages = Stages(**state["stages"])
+            self._stage = int(state["stage"])
+            self._toward = self.goal.restore({}, state["toward"], float(state["asked"]))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        schedule = {"schedule": repr(self.schedule), "progressive": self._is_progressive}
+        return self.goal.describe() | schedule
 
 
 def check_needs(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchshear._arguments import check_count, check_flag, check_kind, check_one_of
+from torchshear._arguments import check_count, check_one_of
 from torchshear._making import PruneResult, shrink_and_record
 from torchshear.calibration import Loss
 from torchshear.dependency._alignment import Alignment
@@ -22,9 +22,9 @@ from torchshear.pruners.masks import plan_from_masks
 from torchshear.pruners.masks._choose import Layers
 from torchshear.pruners.masks._patterns import Reduce
 from torchshear.pruners.regularizers import Regularizer
-from torchshear.pruners.schedules import History, Schedule
+from torchshear.pruners.schedules import History, Renewal, Schedule
 from torchshear.report import make_report
-from torchshear.training._making import Asked, make_goal
+from torchshear.training._making import Asked, check_settings, make_goal
 from torchshear.training._masked_model import MaskedModel, check_computed, check_unmasked
 from torchshear.training._order import HookOrder
 from torchshear.training._penalty import TrainingPenalty, as_scale
@@ -55,25 +55,25 @@ class PruningSession:
             over the share that is removed.
         target_params: parameters that may be left in the end, likewise.
         pattern: units of single weights in place of channels: "1x1", "4x1", "2:4", "channelx1", "1xchannel" or "heads";
-            see `torchshear.pruners.masks.choose_masks`.
+            see `torchshear.pruners.masks.choose_masks`. Or "lock", the zeros that there are at the event of `OneShot`.
         criterion: what scores units. Criteria of gradients ("taylor", "taylor_bn", "snip", "snip_momentum", "gradient",
             "sensitivity") take those of the training, unless `data` is given; others that look at data need `data`.
         regularizer: presses units towards zero, see `torchshear.regularizers`. Add `penalty()` to the loss; if that is
             not done, `on_before_optimizer_step` adds its gradients.
         optimizer: the optimizer, by which steps are noticed that no hook announces.
-        soft: whether what is masked may come back, with the value that it has below the mask, which goes on to learn by
-            the gradient of the masked weight. False: what went stays away.
+        soft: whether what is masked may come back; below the mask it learns by the gradient of the masked weight.
+        progressive: whether blocks of a pattern go in four stages from each event on, weights of least score first.
         scope: units that are ranked against one another; see `torchshear.plan`, with a pattern `choose_masks`.
         min_ratio: share that each group or layer loses at least in the end.
         max_ratio: largest share that a group or layer may lose.
-        group_reduction: how scores of a group's members become one; see `torchshear.plan`.
-        normalize: whether scores are divided by their mean over the group; see `torchshear.plan`.
-        roles: role or roles that may shrink, None for all; see `torchshear.plan`.
-        exclude: patterns of names that stay whole; see `torchshear.plan`.
-        align: widths that the device runs well; see `torchshear.plan`.
+        group_reduction: how scores of a group's members become one; this and the next four as for `torchshear.plan`.
+        normalize: whether scores are divided by their mean over the group.
+        roles: role or roles that may shrink, None for all.
+        exclude: patterns of names that stay whole.
+        align: widths that the device runs well.
         min_width: the fewest units to keep in a group.
         layers: with a pattern, names of layers, or a mapping to a ratio each; None for all but tables of embeddings.
-        reduce: with a pattern, how scores of a unit's weights become one: "mean", "sum" or "max".
+        reduce: with a pattern, how scores of a unit's weights become one.
         data: batches for criteria that look at data, which are run at each renewal; see `torchshear.collect`.
         loss_fn: called as `loss_fn(output, target)`, for criteria of gradients on `data`.
         batches: how many batches to run; None: 32.
@@ -105,6 +105,7 @@ class PruningSession:
         regularizer: Regularizer | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         soft: bool = False,
+        progressive: bool = False,
         scope: str = "auto",
         min_ratio: Ratio = 0.0,
         max_ratio: Ratio | None = None,
@@ -121,12 +122,7 @@ class PruningSession:
         batches: int | None = None,
         writer: Writer | None = None,
     ) -> None:
-        check_kind(
-            "schedule", schedule, Schedule, "a schedule of torchshear.schedules, as AGP(end=1000, frequency=100)"
-        )
-        if regularizer is not None:
-            check_kind("regularizer", regularizer, Regularizer, "one of torchshear.regularizers, or None")
-        check_flag("soft", soft)
+        check_settings(schedule, regularizer, pattern, soft, progressive)
         check_writer(writer)
         asked = Asked(
             criterion=criterion,
@@ -152,11 +148,11 @@ class PruningSession:
         self._args, self._kwargs = args, kwargs
         groups = analyze(trace(model, args, kwargs))
         check_computed(groups)
-        goal = make_goal(model, groups, asked)
+        goal = make_goal(model, groups, asked, schedule)
         schedule.ratio(schedule.start, goal.target)  # refuses an initial ratio above it
         check_needs(goal, schedule, criterion, calibration, regularizer)
         self._masked = MaskedModel(model, groups, goal.names, soft)
-        self._renewer = MaskRenewer(goal, schedule, self._masked, criterion, calibration, soft)
+        self._renewer = MaskRenewer(goal, schedule, self._masked, criterion, calibration, soft, progressive)
         self._regularizer, self._optimizer = regularizer, optimizer
         if optimizer is not None:
             self._masked.check_optimizer(optimizer)
@@ -226,7 +222,7 @@ class PruningSession:
         """Begin a batch; at an event of the schedule masks are renewed.
 
         Args:
-            step: number of the batch, for the user's eyes: steps are counted by those of the optimizer.
+            step: number of the batch, which has no effect: steps are counted by those of the optimizer.
 
         Raises:
             ArgumentError: it came out of order; the criterion is made of gradients, and there are none.
@@ -242,8 +238,8 @@ class PruningSession:
         """Read the gradients of the step, and add those of the penalty if the loss did not hold it.
 
         Args:
-            grad_scale: what the loss was multiplied by, where a gradient scaler has not undone that yet. A step whose
-                gradients are not finite is then left out, as the scaler leaves it out.
+            grad_scale: scale of a gradient scaler that has not undone it yet. A step whose gradients are not finite is
+                then left out, as the scaler leaves it out.
 
         Raises:
             ArgumentError: it came out of order, or the scale is no positive number.
@@ -313,9 +309,12 @@ class PruningSession:
             self._handle = None
         self._renew_at("step", self._n_steps)
         self._renew_at("epoch", self._epoch + 1)
+        self._note(self._renewer.complete(self._n_steps, self._epoch))
 
     def _renew_at(self, by: str, position: int) -> None:
-        renewal = self._renewer.renew(by, position, self._n_steps, self._epoch)
+        self._note(self._renewer.renew(by, position, self._n_steps, self._epoch))
+
+    def _note(self, renewal: Renewal | None) -> None:
         if renewal is not None:
             self._recorder.renewed(renewal)
 
@@ -327,9 +326,8 @@ class PruningSession:
             form: form of the result, as for `torchshear.prune`.
 
         Returns:
-            As `torchshear.prune`, with the `history` of the training. Masks of single weights are zeros in it, but for
-            channels and heads that they have ended as a whole, which are removed. Where the training ended before the
-            schedule did, the result has what was reached, and the history says so.
+            As `torchshear.prune`, with the `history` of the training, which says so if the schedule did not come to its
+            end. Masks of single weights are zeros in it; channels and heads that they have ended are removed.
 
         Raises:
             ArgumentError: it came before `on_train_end`.
@@ -352,11 +350,10 @@ class PruningSession:
 
     def _asked(self) -> dict[str, Any]:
         """Return the settings, as plain data."""
-        asked = {"schedule": repr(self._renewer.schedule), "regularizer": repr(self._regularizer)}
-        return self._renewer.goal.describe() | asked
+        return self._renewer.describe() | {"regularizer": repr(self._regularizer)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that the session needs to go on, beside model and optimizer: tensors, numbers and texts.
+        """Return what the session needs to go on, beside model and optimizer: tensors, numbers and texts.
 
         Raises:
             ArgumentError: it is called between the hooks before and after a step of the optimizer.
@@ -380,7 +377,7 @@ class PruningSession:
         """Go on where another session with the same settings was; model and optimizer have states of their own.
 
         Args:
-            state: what `state_dict` gave, perhaps written and read by `torch.save` and `torch.load`.
+            state: what `state_dict` gave.
 
         Raises:
             ArgumentError: it is none, is of another network or of a session with other settings, or is damaged; or

@@ -14,7 +14,7 @@ from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError
 from torchshear.pruners.masks import Masks, choose_masks
 from torchshear.pruners.masks._layers import find_maskable_layers
-from torchshear.pruners.masks._scores import Score
+from torchshear.pruners.masks._scores import Score, find_scorer
 from torchshear.pruners.schedules import Schedule
 from torchshear.training._goals import Choice, Goal, Indices, ratio_at
 from torchshear.training._masked_model import MaskedModel
@@ -114,6 +114,12 @@ class WeightGoal(Goal):
         return {
             name: getattr(statistics.weights[names.get(layer.weight, layer.weight)], summed) for name, layer in found
         }
+
+    def scores_of_weights(self, statistics: Statistics | None) -> dict[str, Tensor]:
+        """Score of every single weight, by name of the parameter."""
+        scorer = find_scorer(self._scores(statistics), list(find_maskable_layers(self.model).values()))
+        found = {layer.weight: layer for layer in find_maskable_layers(self.model).values()}
+        return {name: scorer(layer) for name, layer in found.items() if name in self.all_kept.tensors}
 
     def choose(
         self, share: Schedule | None, position: int, model: MaskedModel, statistics: Statistics | None, before: Choice
