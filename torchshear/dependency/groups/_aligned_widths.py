@@ -11,7 +11,8 @@ def aligned_widths(group: ChannelGroup, alignment: Alignment) -> Ids:
     """Return the widths that a group may have: aligned, with equally many units gone from each balanced block.
 
     Each group of a grouped convolution has channels of its own: where a layout of maps is aligned to, and they fill
-    whole granules now, they do after.
+    whole granules now, they do after, or half of one if they fill one: outside of the layout 6 of 8 channels, or 12 of
+    16, take longer than before, while 4 of 8 take 0.7 to 0.95 of the time.
 
     Args:
         group: the group.
@@ -29,7 +30,7 @@ def aligned_widths(group: ChannelGroup, alignment: Alignment) -> Ids:
     is_allowed = (cut % group.n_blocks == 0) & (cut <= group.max_cut)
     in_each = n_convolved * alignment.granule
     if n_convolved > 1 and alignment.linear is not None and group.width % in_each == 0:
-        is_allowed &= allowed % in_each == 0
+        is_allowed &= allowed % (in_each if group.width > in_each else in_each // 2) == 0
     return np.asarray(allowed[is_allowed], np.int64)
 
 

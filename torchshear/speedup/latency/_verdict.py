@@ -85,11 +85,13 @@ def _is_fast(group: ChannelGroup, width: int, alignment: Alignment) -> bool:
     """Return False if convolutions of maps that read a group compute a width of it outside of the layout that is fast.
 
     On a CPU they must read a whole block of the layout at least, and a multiple of 4 channels; in each group of grouped
-    convolutions whole blocks. Elsewhere it is the granule that must be filled.
+    convolutions whole blocks, or so few that the plain layout is faster than a block was, which half of one is.
+    Elsewhere it is the granule that must be filled.
     """
     positions = width * group.multiplicity
     if group.convolution_groups > 1:
-        return positions % (group.convolution_groups * alignment.granule) == 0
+        in_each = group.convolution_groups * alignment.granule
+        return positions % in_each == 0 or (alignment.linear is not None and 2 * positions <= in_each)
     if alignment.linear is None:
         return positions % alignment.granule == 0
     return positions >= alignment.granule and positions % FILLED_UP == 0
