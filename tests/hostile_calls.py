@@ -309,6 +309,7 @@ CALLS: dict[str, Call] = {
     "GroupLasso": Call(regularizers.GroupLasso, lambda g: {"coefficient": 1e-4, "run": 2, "sized": True}),
     "BlockLasso": Call(regularizers.BlockLasso, lambda g: {"pattern": "4x1", "coefficient": 1e-4, "sized": False}),
     "GrowingL2": Call(regularizers.GrowingL2, lambda g: {"growth": 1e-4, "every": 10, "most": 1.0}),
+    "ADMM": Call(regularizers.ADMM, lambda g: {"rho": 1e-3, "every": 10, "by": "epoch", "growth": 1.1, "most": 1.0}),
     "compensate": Call(torchshear.compensate, lambda g: {"model": g.model, "small": g.small, "plan": g.plan,
         "method": "refit"} | samples(g)),
 }  # fmt: skip

@@ -58,8 +58,9 @@ INNER_METHODS = {
     *(f"{name}.propose" for name in ("Annealing", "Evolution", "Milp", "NetAdapt", "RandomSearch", "SearchMethod")),
     *("Sensitivity.propose", "Uniform.propose", "NetAdapt.reduction"),
     *("Schedule.passed", "Penalty.value", "Penalty.after_step", "Penalty.load_state_dict", "Regularizer.bind"),
+    "Penalty.update",
     *(f"{one}.curve" for one in ("Schedule", "AGP", "Cos", "Cube", "Exp", "Linear", "Lottery", "OneShot", "Poly")),
-    *(f"{one}.bind" for one in ("BlockLasso", "GroupLasso", "GrowingL2", "ScaleL1")),
+    *(f"{one}.bind" for one in ("ADMM", "BlockLasso", "GroupLasso", "GrowingL2", "ScaleL1")),
     "GrowingL2.factor",
 }
 OF_PRUNERS = (pruners, masks, schedules, regularizers)

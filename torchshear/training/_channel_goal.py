@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from torchshear.calibration import Statistics
@@ -135,6 +136,18 @@ class ChannelGoal(Goal):
             except NothingToRemoveError:
                 kept = before.kept
         return self._choice(kept, asked)
+
+    def nearest(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Choose the heaviest units of each group; widths are those of the request with these sums as scores."""
+
+        def given(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+            return squares[group.name]
+
+        kept = plan_units(self.groups, replace(self.request, criterion=given)).kept
+        found = {name: torch.zeros(len(one), dtype=torch.bool) for name, one in squares.items()}
+        for name, stays in found.items():
+            stays[torch.from_numpy(np.array(kept.get(name, np.arange(len(stays)))))] = True
+        return found
 
     def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
         """Make a choice of the units that stay."""

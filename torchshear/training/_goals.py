@@ -91,6 +91,18 @@ class Goal(ABC):
         return {}
 
     @abstractmethod
+    def nearest(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Choose what stays at the final ratio if the sum of squares of what goes is to be least.
+
+        Args:
+            squares: sums of squares, of groups by name of shape (width,); of single weights by canonical name of the
+                parameter.
+
+        Returns:
+            Bool tensors of the same names and shapes, True = stays.
+        """
+
+    @abstractmethod
     def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
         """Make a choice of what was saved of it."""
 

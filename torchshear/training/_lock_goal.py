@@ -78,6 +78,11 @@ class LockGoal(Goal):
         """Choose the zeros that there are."""
         return self.restore({}, pattern_lock(self.model, self.layers).tensors, self.share)
 
+    def nearest(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Choose all but the zeros that there are, whatever the others weigh."""
+        names = self.groups.graph.aliases
+        return {names.get(name, name): mask for name, mask in pattern_lock(self.model, self.layers).tensors.items()}
+
     def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
         """Make a choice of masks."""
         left = {name: int(mask.sum()) for name, mask in masks.items()}

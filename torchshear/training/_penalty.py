@@ -8,6 +8,7 @@ from torch import Tensor
 from torchshear._arguments import quote
 from torchshear.errors import ArgumentError, DataError
 from torchshear.pruners.regularizers import Penalty
+from torchshear.pruners.schedules import Residuals
 from torchshear.training._masked_model import MaskedModel
 
 
@@ -63,6 +64,15 @@ class TrainingPenalty:
                     parameter.grad = gradient.to(parameter.dtype)
                 else:
                     parameter.grad.add_(gradient)
+
+    def after_step(self, step: int) -> Residuals | None:
+        """Let the penalty act behind a step of the optimizer; `step` were made before it."""
+        self.penalty.after_step(self._model.weights(is_masked=False), step)
+        return self.penalty.update(self._model.weights(), step + 1, "step")
+
+    def after_epoch(self, step: int) -> Residuals | None:
+        """Let the penalty act at the end of an epoch."""
+        return self.penalty.update(self._model.weights(), step, "epoch")
 
     def _compute(self, step: int) -> Tensor:
         value = self.penalty.value(self._model.weights(), step)

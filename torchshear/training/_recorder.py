@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from torchshear.errors import ArgumentError, DataError
-from torchshear.pruners.schedules import History, Renewal
+from torchshear.pruners.schedules import History, Renewal, Residuals
 
 
 class Writer(Protocol):
@@ -39,6 +39,7 @@ class Recorder:
         self._target, self._unit, self._writer = target, unit, writer
         self._renewals: list[Renewal] = []
         self._told: list[tuple[int, float, float]] = []
+        self._residuals: list[Residuals] = []
 
     def renewed(self, renewal: Renewal) -> None:
         """Take note of a renewal."""
@@ -59,10 +60,20 @@ class Recorder:
                 if not math.isnan(value):
                     self._writer.add_scalar(f"pruning/{tag}", value, step)
 
+    def settled(self, residuals: Residuals | None) -> None:
+        """Take note of residuals; None stands for none."""
+        if residuals is None:
+            return
+        self._residuals.append(residuals)
+        if self._writer is not None:
+            for tag, value in (("primal", residuals.primal), ("dual", residuals.dual)):
+                self._writer.add_scalar(f"pruning/{tag}", value, residuals.step)
+
     def history(self, note: str = "") -> History:
         """Return all that was noted so far."""
         steps, losses, penalties = zip(*self._told, strict=True) if self._told else ((), (), ())
-        return History(self._target, self._unit, tuple(self._renewals), steps, losses, penalties, note)
+        renewals, residuals = tuple(self._renewals), tuple(self._residuals)
+        return History(self._target, self._unit, renewals, steps, losses, penalties, note, residuals)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all of it as lists of numbers and texts."""
@@ -72,12 +83,14 @@ class Recorder:
                 for r in self._renewals
             ],
             "told": [list(one) for one in self._told],
+            "residuals": [[r.step, r.primal, r.dual, dict(r.by_name)] for r in self._residuals],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave."""
         self._renewals = [Renewal(**one) for one in state["renewals"]]
         self._told = [(int(step), float(loss), float(penalty)) for step, loss, penalty in state["told"]]
+        self._residuals = [Residuals(*one) for one in state["residuals"]]
 
 
 def loss_as_number(loss: object, step: int) -> float:

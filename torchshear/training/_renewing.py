@@ -140,7 +140,8 @@ class MaskRenewer:
         if regularizer.wants_final_units:
             choice = self.goal.choose(None, 0, self._model, self._statistics(), self._before())
             goes = {name: ~mask for name, mask in self._model.by_canonical_name(choice.masks).items()}
-        return Regularized(self.goal.shrinking, self._model.layers(), goes)
+        masked = tuple(self._model.masks)
+        return Regularized(self.goal.shrinking, self._model.layers(), goes, masked, self.goal.nearest)
 
     def _before(self) -> Choice:
         """Return what must not come back."""

@@ -259,7 +259,7 @@ class PruningSession:
         """
         self._order.come("on_after_optimizer_step")
         if self._penalty is not None:
-            self._penalty.penalty.after_step(self._masked.weights(is_masked=False), self._n_steps)
+            self._recorder.settled(self._penalty.after_step(self._n_steps))
         self._n_steps += 1
 
     def on_step_end(self, loss: float | Tensor | None = None) -> None:
@@ -283,6 +283,8 @@ class PruningSession:
             ArgumentError: it came out of order.
         """
         self._order.come("on_epoch_end")
+        if self._penalty is not None:
+            self._recorder.settled(self._penalty.after_epoch(self._n_steps))
 
     def on_event(self) -> None:
         """Say that an event has come, for a schedule by events: the end of a round, as a user sees it.

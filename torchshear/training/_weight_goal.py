@@ -90,8 +90,8 @@ class WeightGoal(Goal):
         """No channel group."""
         return ()
 
-    def _masks(self, score: Score, ratio: float, previous: Masks | None, final: float) -> Masks:
-        options = dict(self.options)
+    def _masks(self, score: Score, ratio: float, previous: Masks | None, final: float, **changed: Any) -> Masks:
+        options = dict(self.options) | changed
         if isinstance(options.get("layers"), Mapping):
             share = ratio / self.ratio if self.ratio else 0.0
             options["layers"] = {name: own * share for name, own in options["layers"].items()}
@@ -130,6 +130,21 @@ class WeightGoal(Goal):
             return self.restore({}, before.masks, 0.0)
         previous = Masks.of(before.masks) if before.masks else None
         return self._choice(self._masks(self._scores(statistics), asked, previous, self.ratio), asked)
+
+    def nearest(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Choose the heaviest units of the pattern; what is masked of a bias weighs with its row."""
+        names, scores = self.groups.graph.aliases, dict(squares)
+        for layer in find_maskable_layers(self.model).values():
+            weight = squares.get(names.get(layer.weight, layer.weight))
+            bias = None if layer.bias is None else squares.get(names.get(layer.bias, layer.bias))
+            if weight is not None and bias is not None:
+                grid = layer.view(weight)
+                share = bias.to(weight.device).reshape(*grid.shape[:2], 1, 1) / (grid.shape[2] * grid.shape[3])
+                weight = layer.unview(grid + share)
+            if weight is not None:
+                scores[layer.name] = weight
+        masks = self._masks(scores, self.ratio, None, self.ratio, reduce="sum")
+        return {names.get(name, name): mask for name, mask in masks.tensors.items()}
 
     def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
         """Make a choice of masks."""

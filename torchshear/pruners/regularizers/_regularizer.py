@@ -1,17 +1,21 @@
 """The form of all regularizers: settings, which a training binds to its network, and the penalty that this gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from torchshear.dependency import ChannelGroup
 from torchshear.errors import ArgumentError
 from torchshear.pruners.masks._layers import MaskableLayer
+from torchshear.pruners.schedules import Residuals
 
 Weights = Mapping[str, Tensor]
+Nearest = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Sums of squares, by group of shape (width,) or by parameter of its shape -> bool of the same shapes, True = stays in
+the nearest weights that lack what is to go in the end."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -23,11 +27,15 @@ class Regularized:
         layers: canonical name of a weight -> the layer whose weight it is, for patterns of single weights.
         goes: canonical name of a parameter -> bool tensor, True where it would go if the final ratio were asked for
             now; empty unless the regularizer wants it.
+        masked: canonical names of the parameters that have masks.
+        nearest: chooses what stays if as little as may be is taken away, see `Nearest`.
     """
 
     groups: tuple[ChannelGroup, ...]
     layers: Mapping[str, MaskableLayer]
     goes: Mapping[str, Tensor] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
+    nearest: Nearest | None = None
 
 
 class Penalty(ABC):
@@ -44,6 +52,19 @@ class Penalty(ABC):
 
     def after_step(self, weights: Weights, step: int) -> None:  # noqa: B027 - most have nothing to do
         """Act when the optimizer has made a step; `weights` are the parameters themselves."""
+
+    def update(self, weights: Weights, step: int, at: Literal["step", "epoch"]) -> Residuals | None:
+        """Act between steps: behind each step of the optimizer, and at the end of each epoch.
+
+        Args:
+            weights: as the network reads them.
+            step: steps of the optimizer that were made, this one included.
+            at: where training is.
+
+        Returns:
+            What the history is to show; None, as here, for nothing.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what it holds beside its settings: tensors, numbers and texts."""

@@ -1,7 +1,7 @@
 """Schedules: when something goes while a model trains, and how much of what is asked for in the end."""
 
 from torchshear.pruners.schedules._curves import AGP, Cos, Cube, Exp, Linear, Lottery, OneShot, Poly
-from torchshear.pruners.schedules._history import History, Renewal
+from torchshear.pruners.schedules._history import History, Renewal, Residuals
 from torchshear.pruners.schedules._schedule import Schedule
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "OneShot",
     "Poly",
     "Renewal",
+    "Residuals",
     "Schedule",
 ]

@@ -27,6 +27,23 @@ class Renewal:
 
 
 @dataclass(frozen=True, slots=True)
+class Residuals:
+    """Residuals of `ADMM` at a projection: how far weights are from what they are pulled to.
+
+    Attributes:
+        step: steps of the optimizer that had been made.
+        primal: ||W - Z|| over ||W||.
+        dual: rho ||Z - Z_before||.
+        by_name: the first for each channel group, or for each parameter with masks of single weights.
+    """
+
+    step: int
+    primal: float
+    dual: float
+    by_name: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class History:
     """History of the pruning of a model that trains.
 
@@ -38,6 +55,7 @@ class History:
         losses: the loss there; NaN where none was told.
         penalties: the penalty there; NaN where there was none.
         note: what is missing at the end, or "".
+        residuals: those of `ADMM`, in order.
     """
 
     target: float
@@ -47,6 +65,7 @@ class History:
     losses: tuple[float, ...] = field(default=(), repr=False)
     penalties: tuple[float, ...] = field(default=(), repr=False)
     note: str = ""
+    residuals: tuple[Residuals, ...] = ()
 
     @property
     def asked(self) -> float:
@@ -64,7 +83,7 @@ class History:
         return f"{now}; {self.note}" if self.note else now
 
     def draw(self, path: str | os.PathLike[str]) -> None:
-        """Draw ratio, loss, penalty and widths over the steps of the optimizer.
+        """Draw ratio, loss, penalty, residuals and widths over the steps of the optimizer.
 
         Args:
             path: the file to write, .png, .svg or .pdf.
@@ -74,7 +93,7 @@ class History:
             OutputError: the file cannot be written; what was there before is unchanged.
         """
         steps = [one.step for one in self.renewals]
-        end = max([*steps, *self.steps, 1])
+        end = max([*steps, *self.steps, *(one.step for one in self.residuals), 1])
         held = (*steps, end)
         panels = {
             f"{self.unit} gone": [
@@ -86,6 +105,10 @@ class History:
             told = [(step, value) for step, value in zip(self.steps, values, strict=True) if value == value]
             if told:
                 panels[label] = [Line(label, [step for step, _ in told], [value for _, value in told])]
+        if self.residuals:
+            at = [one.step for one in self.residuals]
+            primal, dual = [one.primal for one in self.residuals], [one.dual for one in self.residuals]
+            panels["residuals"] = [Line("primal", at, primal), Line("dual", at, dual)]
         names = list(self.renewals[0].widths) if self.renewals else []
         if names:
             panels["left"] = [_held(name, held, [one.widths[name] for one in self.renewals]) for name in names]
