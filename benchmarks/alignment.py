@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -232,7 +232,6 @@ def main() -> None:
     print(text)
     if options.output is not None:
         (options.output / "alignment.md").write_text(text)
-        (options.output / "alignment.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":
