@@ -1,6 +1,7 @@
 """A family against the single calls that it stands for, on a device of a known law."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,25 @@ def test_one_trace_one_table_one_set_of_statistics(monkeypatch: pytest.MonkeyPat
             return real(*args, **kwargs)
 
         monkeypatch.setattr(module, name, counted)
-    batches = iter([torch.randn(16, 3, 8, 8) for _ in range(2)])
+    passes = list[int]()
+
+    class Shuffled:
+        """Gives other batches each time."""
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            passes.append(len(passes))
+            return iter([torch.randn(16, 3, 8, 8) for _ in range(2)])
+
     said: list[tuple[int, int, str]] = []
     prune_family(
-        data=batches,
+        data=Shuffled(),
         batches=2,
         compensate="refit",
         criterion="reconstruction",
         progress=lambda *step: said.append(step),
     )
     assert calls == ["trace", "table_of", "of"]
+    assert passes == [0]
     steps = [step for step in said if step[2].startswith("target")]
     assert [(done, total) for done, total, _ in steps] == [(number, 12) for number in range(12)]
     assert steps[0][2] == "target 0.7: choosing widths and measuring"  # the slowest first
