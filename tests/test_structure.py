@@ -42,7 +42,7 @@ LAYERS = (
     ("_making",),
     ("api",),
     ("searching", "training"),
-    ("compat", "comparison", "inspection", "family"),
+    ("compat", "integrations", "comparison", "inspection", "family"),
     ("cli",),
 )
 INNER_LAYERS = {

@@ -46,10 +46,18 @@ def reference() -> dict[str, list[str]]:
     return {name: re.findall(r"^\| `(\w+)` \|", text, re.M) for name, text in zip(pages[::2], pages[1::2], strict=True)}
 
 
+def names_of(package: str) -> list[str]:
+    """Return the public names; of modules of integrations, whose libraries may be missing, as they are written."""
+    if not package.startswith("torchshear.integrations."):
+        return import_module(package).__all__
+    text = (ROOT.parent / f"{package.replace('.', '/')}.py").read_text()
+    return ast.literal_eval(re.search(r"^__all__ = (\[.*?\])", text, re.M | re.S).group(1))
+
+
 def test_the_reference_page_lists_the_public_names() -> None:
     found = reference()
     for package, names in found.items():
-        assert sorted(names) == sorted(import_module(package).__all__), package
+        assert sorted(names) == sorted(names_of(package)), package
     public = {path.parent for path in ROOT.rglob("__init__.py") if "__all__" in path.read_text()}
     inner = {ROOT / "cli", ROOT / "dependency" / "rules", ROOT / "pruners" / "criteria"}
     listed = {ROOT.parent / name.replace(".", "/") for name in found}
@@ -62,10 +70,11 @@ def test_every_public_name_has_one_path() -> None:
         for name in names:
             places.setdefault(name, []).append(package)
     twice = {name: found for name, found in places.items() if len(found) > 1}
-    assert twice == {"TorchshearError": ["torchshear", "torchshear.errors"]}
+    trainers = ["torchshear.integrations.lightning", "torchshear.integrations.transformers"]
+    assert twice == {"TorchshearError": ["torchshear", "torchshear.errors"], "PruningCallback": trainers}
 
 
-@pytest.mark.parametrize("package", list(reference()))
+@pytest.mark.parametrize("package", [name for name in reference() if "integrations" not in name])
 def test_public_functions_say_what_they_take_give_and_raise(package: str) -> None:
     module = import_module(package)
     for name in module.__all__:

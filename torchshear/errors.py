@@ -12,6 +12,7 @@ __all__ = [
     "KeywordError",
     "LatencyError",
     "MaskError",
+    "MissingLibraryError",
     "NotFasterError",
     "OtherToolImportError",
     "OtherToolNameError",
@@ -58,6 +59,10 @@ class PlanError(TorchshearError, ValueError):
 
 class MaskError(TorchshearError, ValueError):
     """Masks do not fit the model, cannot be laid on it or taken off it, or their file is damaged."""
+
+
+class MissingLibraryError(TorchshearError, ImportError):
+    """A library that a part of torchshear works with is not installed, or cannot be imported."""
 
 
 class CheckpointError(TorchshearError, ValueError):
