@@ -142,6 +142,23 @@ def session_in(*hooks: str) -> torchshear.PruningSession:
     return session
 
 
+def unipruner(given: Given, is_applied: bool = False) -> unipruning.UniPruner:
+    """A pruner that asks for half of the channels of a new network, and has written its files if it is applied."""
+    words = {"target_sparsity": 0.6, "pruning_step": 4, "filter_lower_threshold": 4, "exp_name": "hostile"}
+    pruner = unipruning.UniPruner(words | {"output_path": str(given.folder)})
+    if is_applied:
+        pruner.apply(Network(), given.x)
+        pruner.write(0)
+    return pruner
+
+
+def zeroing(given: Given) -> unipruning.ZeroingCallback:
+    """A callback to which the beginning of a training has come."""
+    (callback,) = unipruner(given, True).callbacks()
+    callback.on_train_begin()
+    return callback
+
+
 def masked(pattern: str = "1x1") -> dict[str, Any]:
     """A network on which masks of its last layer lie, and the masks."""
     model = Network()
@@ -310,6 +327,19 @@ CALLS: dict[str, Call] = {
     "BlockLasso": Call(regularizers.BlockLasso, lambda g: {"pattern": "4x1", "coefficient": 1e-4, "sized": False}),
     "GrowingL2": Call(regularizers.GrowingL2, lambda g: {"growth": 1e-4, "every": 10, "most": 1.0}),
     "ADMM": Call(regularizers.ADMM, lambda g: {"rho": 1e-3, "every": 10, "by": "epoch", "growth": 1.1, "most": 1.0}),
+    "Repeated": Call(schedules.Repeated, lambda g: {"frequency": 3, "start": 0, "end": 9, "by": "epoch"}),
+    "UniPruner": Call(unipruning.UniPruner, lambda g: {"config": {"target_sparsity": 0.5}, "soft": True,
+        "use_gamma": False}),
+    "UniPruner.apply": Call(unipruning.UniPruner.apply, lambda g: {"self": unipruner(g), "model": Network(),
+        "args": g.x, "kwargs": None, "optimizer": None}),
+    "UniPruner.write": Call(unipruning.UniPruner.write, lambda g: {"self": unipruner(g, True), "epoch": 0}),
+    "UniPruner.resume": Call(unipruning.UniPruner.resume, lambda g: {"self": unipruner(g, True),
+        "checkpoint": g.folder / "hostile" / "hostile_zeroed_rank0_epoch0.ckpt"}),
+    "UniPruner.convert": Call(unipruning.UniPruner.convert, lambda g: {"self": unipruner(g), "model": g.model,
+        "mask": g.folder / "mask.json", "args": g.x}),
+    "ZeroingCallback": Call(unipruning.ZeroingCallback, lambda g: {"pruner": unipruner(g, True)}),
+    "ZeroingCallback.on_epoch_begin": Call(unipruning.ZeroingCallback.on_epoch_begin, lambda g: {
+        "self": zeroing(g), "epoch": 0}),
     "compensate": Call(torchshear.compensate, lambda g: {"model": g.model, "small": g.small, "plan": g.plan,
         "method": "refit"} | samples(g)),
 }  # fmt: skip

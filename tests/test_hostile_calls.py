@@ -59,7 +59,10 @@ INNER_METHODS = {
     *("Sensitivity.propose", "Uniform.propose", "NetAdapt.reduction"),
     *("Schedule.passed", "Penalty.value", "Penalty.after_step", "Penalty.load_state_dict", "Regularizer.bind"),
     "Penalty.update",
-    *(f"{one}.curve" for one in ("Schedule", "AGP", "Cos", "Cube", "Exp", "Linear", "Lottery", "OneShot", "Poly")),
+    *(
+        f"{one}.curve"
+        for one in ("Schedule", "AGP", "Cos", "Cube", "Exp", "Linear", "Lottery", "OneShot", "Poly", "Repeated")
+    ),
     *(f"{one}.bind" for one in ("ADMM", "BlockLasso", "GroupLasso", "GrowingL2", "ScaleL1")),
     "GrowingL2.factor",
 }

@@ -68,12 +68,8 @@ NAMES: Final = _table(
     ("prune_wanda", "use criterion='wanda', of whole units, with data="),
     ("SparseGPTPruning sparse_gpt dsnot", "pruners that rewrite the weights that stay are not here"),
     # UniPruning
-    (
-        "UniPruner",
-        "use read_unipruning_config and plan_unipruning of torchshear.compat.unipruning",
-    ),
-    ("read_unipruning_config plan_unipruning write_unipruning_mask plan_from_unipruning_mask", _UNIPRUNING),
-    ("prune_by_mask convert", "use torchshear.compat.unipruning.plan_from_unipruning_mask, then torchshear.shrink"),
+    ("UniPruner read_unipruning_config plan_unipruning write_unipruning_mask plan_from_unipruning_mask", _UNIPRUNING),
+    ("prune_by_mask convert", "use convert() of a torchshear.compat.unipruning.UniPruner"),
     ("SCOP PrunerKfCompressAlgo PrunerFtCompressAlgo", _TRAINS),
     # Torch-Pruning
     ("MagnitudePruner MetaPruner BasePruner BNScalePruner SaliencyPruner OutputPruner", _TORCH_PRUNING),

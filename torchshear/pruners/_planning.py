@@ -1,5 +1,6 @@
 """From groups and a request to a plan."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchshear._arguments import check_kind
 from torchshear.calibration import Statistics
 from torchshear.calibration._weight_source import WeightSource
-from torchshear.dependency import ChannelGroups
+from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.groups._groups import check_groups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._plan import PruningPlan, make_plan
@@ -24,6 +25,27 @@ from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._unit_selector import UnitSelector
 
 Indices = npt.NDArray[np.int64]
+
+
+class WholeSelection(ABC):
+    """Criterion that chooses the units of all groups itself, network-wide."""
+
+    @abstractmethod
+    def plan(
+        self, groups: ChannelGroups, request: Request, weights: WeightSource, gone: Mapping[str, Indices]
+    ) -> PruningPlan:
+        """Plan what a request asks for.
+
+        Args:
+            groups: the analysed network.
+            request: the target and limits.
+            weights: what is looked at; None: the tensors of the model that was traced.
+            gone: name of a group -> units that went before, which go in any case.
+        """
+
+    @abstractmethod
+    def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+        """Score the units of one group, as any criterion does."""
 
 
 def plan_units(
@@ -51,6 +73,8 @@ def plan_units(
         WeightError: weights cannot be scored, or are not those of the network.
         CheckpointError: `weights` names a checkpoint that cannot be read.
     """
+    if isinstance(request.criterion, WholeSelection):
+        return request.criterion.plan(groups, request, weights, gone)
     chosen = UnitSelector(groups, request, weights, statistics, whole, gone).choose()
     said = request.to_json() | statistics_notes(statistics)
     return make_plan(Cut(groups, chosen.kept), chosen.kept, said, chosen.notes, chosen.ratios)
@@ -123,6 +147,9 @@ def check_request(groups: ChannelGroups, request: Request) -> None:
             dense network keeps within the budget.
         PlanError: the ratio or target cannot be reached under the limits.
     """
+    if isinstance(request.criterion, WholeSelection):
+        request.criterion.plan(groups, request, None, {})
+        return
     UnitSelector(groups, request, None, None).check()
 
 

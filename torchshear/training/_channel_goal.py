@@ -113,7 +113,7 @@ class ChannelGoal(Goal):
             return None
         changed: dict[str, Any] = {"min_ratio": _scaled(share, position, request.min_ratio)}
         if request.has_budget:
-            is_end = share is None or share.passed(position) > share.n_steps
+            is_end = share is None or share.passed(position) >= share.n_to_final
             for name in ("target_macs", "target_params") if not is_end else ():
                 removed = self._removed(name)
                 changed[name] = None if removed is None else 1 - ratio_at(share, position, removed)

@@ -165,8 +165,8 @@ class MaskRenewer:
 
     def shortfall(self) -> str:
         """Say which events of the schedule did not come; "" if all did."""
-        total = self.schedule.n_steps + 1
-        left = total - self.n_done
+        total = self.schedule.n_to_final
+        left = max(0, total - self.n_done)
         return f"target not reached: training ended before {left} of {total} events of the schedule" if left else ""
 
     def state_dict(self) -> dict[str, Any]:

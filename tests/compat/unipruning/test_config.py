@@ -26,7 +26,8 @@ def test_the_target_is_what_is_kept() -> None:
     assert config.is_on
     assert "keeps 75.0% of the parameters" in str(config)
     assert "25.0% removed" in str(config)
-    assert "rank has no effect here" in config.notes
+    assert "device_target has no effect here" in config.notes
+    assert (config.rank, config.exp_name, config.output_path) == (0, "unipruning", None)
 
 
 def test_defaults_and_the_clearer_word() -> None:

@@ -20,6 +20,9 @@ class UniPruningConfig:
         frequency: epochs between two searches, where the model is trained in between.
         input_size: shape of the example input.
         is_on: whether anything is to be pruned.
+        rank: number in the names of files.
+        exp_name: name of the folder and of the files that a `UniPruner` writes.
+        output_path: folder in which it makes that folder; None to write nothing.
         notes: what was read in another way than its name says, or has no effect.
     """
 
@@ -29,6 +32,9 @@ class UniPruningConfig:
     frequency: int = 9
     input_size: tuple[int, ...] = (16, 3, 224, 224)
     is_on: bool = True
+    rank: int = 0
+    exp_name: str = "unipruning"
+    output_path: str | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -62,6 +68,13 @@ def _zero_or_one(place: str, value: Any) -> bool:
     return bool(value)
 
 
+def _file_name(place: str, value: Any) -> str:
+    name = text(place, value)
+    if any(sign in name for sign in "/\\\0") or name.startswith("."):
+        raise ArgumentError(f"{place}={name!r}; expected a name of files, without slashes and no dot in front.")
+    return name
+
+
 KEYS: Final[Mapping[str, Reader]] = MappingProxyType(
     {
         "target_sparsity": kept_fraction,
@@ -73,7 +86,7 @@ KEYS: Final[Mapping[str, Reader]] = MappingProxyType(
         "prune_flag": _zero_or_one,
         "rank": integer(0),
         "device_target": one_of(("Ascend", "GPU", "CPU")),
-        "exp_name": text,
+        "exp_name": _file_name,
         "output_path": text,
     }
 )
@@ -83,8 +96,11 @@ _OWN_NAMES: Final = {
     "frequency": "frequency",
     "input_size": "input_size",
     "prune_flag": "is_on",
+    "rank": "rank",
+    "exp_name": "exp_name",
+    "output_path": "output_path",
 }
-_NO_EFFECT: Final = ("rank", "device_target", "exp_name", "output_path")
+_NO_EFFECT: Final = ("device_target",)
 
 
 def read_unipruning_config(config: Mapping[str, Any]) -> UniPruningConfig:
@@ -95,8 +111,8 @@ def read_unipruning_config(config: Mapping[str, Any]) -> UniPruningConfig:
 
     Args:
         config: target_sparsity or keep_ratio, and any of frequency (9), pruning_step (32), filter_lower_threshold (32),
-            input_size ([16, 3, 224, 224]), prune_flag (1); rank, device_target, exp_name and output_path are read and
-            have no effect. Not changed.
+            input_size ([16, 3, 224, 224]), prune_flag (1), rank (0), exp_name ("unipruning") and output_path, which
+            name the files of a `UniPruner`; device_target is read and has no effect. Not changed.
 
     Returns:
         The settings under names that say what they are.

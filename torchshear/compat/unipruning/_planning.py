@@ -1,12 +1,14 @@
 """UniPruning: runs of channels are ranked network-wide by how little they weigh beside the best run of their layer."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from torchshear._arguments import check_count, check_flag
+from torchshear.calibration import Statistics
 from torchshear.calibration._weight_source import WeightSource, weights_to_score
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency._alignment import Alignment
@@ -15,7 +17,8 @@ from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.dependency.plans._cut import Cut, dense_cost
 from torchshear.dependency.plans._plan import PruningPlan, make_plan
 from torchshear.errors import ArgumentError, PlanError
-from torchshear.pruners.criteria._unipruning import importance, makers
+from torchshear.pruners._planning import WholeSelection
+from torchshear.pruners.criteria._unipruning import importance, makers, unipruning_scores
 from torchshear.pruners.selection._budget import Budget
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._unit_selector import removal_order
@@ -70,9 +73,54 @@ def plan_unipruning(
     (`use_gamma=False`), means the share that stays by `target_sparsity`, and takes removed runs again where a target is
     out of reach.
     """
-    check_groups(groups)
     check_flag("use_gamma", use_gamma)
-    request = Request(criterion="unipruning", target_params=target_params, min_width=min_width)
+    asked = Request(criterion="unipruning", target_params=target_params, min_width=min_width)
+    return NetworkRuns(run=run, min_width=min_width, use_gamma=use_gamma).plan(groups, asked, weights, {})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkRuns(WholeSelection):
+    """Criterion that chooses as UniPruning does, see `plan_unipruning`.
+
+    Attributes:
+        run: channels that go together.
+        min_width: channels that a layer keeps at least.
+        use_gamma: whether norms of channels are multiplied by the scales of the batch norms behind them.
+    """
+
+    run: int = 32
+    min_width: int = 32
+    use_gamma: bool = True
+
+    @property
+    def __name__(self) -> str:
+        """The settings, for plans and states."""
+        return f"unipruning(run={self.run}, min_width={self.min_width}, use_gamma={self.use_gamma})"
+
+    def __call__(self, group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics | None) -> Tensor:
+        """Score single units, as the criterion "unipruning" does."""
+        return unipruning_scores(group, weights, statistics)
+
+    def plan(
+        self, groups: ChannelGroups, request: Request, weights: WeightSource, gone: Mapping[str, Indices]
+    ) -> PruningPlan:
+        """Plan until no more parameters are left than the request's target."""
+        if request.target_params is None:
+            raise ArgumentError("UniPruning removes runs until a target of parameters holds; give target_params=.")
+        return _plan_runs(groups, request, self, weights, gone)
+
+
+def _plan_runs(
+    groups: ChannelGroups, request: Request, settings: NetworkRuns, weights: WeightSource, gone: Mapping[str, Indices]
+) -> PruningPlan:
+    """Plan by runs; see `plan_unipruning` for what is raised."""
+    check_groups(groups)
+    run, min_width, use_gamma, target_params = (
+        settings.run,
+        settings.min_width,
+        settings.use_gamma,
+        request.target_params,
+    )
     alignment = _runs_of(run)
     dense = dense_cost(groups.graph)
     budget = Budget.of(dense, None, target_params)
@@ -89,6 +137,8 @@ def plan_unipruning(
             f"{smallest.n_params / dense.n_params:.4f} of {dense.n_params:,} parameters stay, with {len(runs)} of "
             f"{len(groups)} groups at their narrowest. Raise it, or lower the other two."
         )
+    for one in runs:
+        one.kept = np.setdiff1d(one.kept, gone.get(one.group.name, ()))
     _score(runs, weights_to_score(groups, weights), use_gamma)
     while not budget.holds(cost(_widths(groups, {one.group.name: len(one.kept) for one in runs}))):
         max((one for one in runs if one.can_lose), key=lambda one: one.ratio).lose()

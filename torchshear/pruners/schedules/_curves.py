@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torchshear._arguments import check_count
+from torchshear._arguments import MOST, check_count
 from torchshear.errors import ArgumentError
 from torchshear.pruners.schedules._schedule import By, Schedule
 
@@ -115,4 +116,31 @@ class OneShot(Schedule):
 
     def curve(self, share: float, initial: float, final: float) -> float:
         """Return s; there is no way between the first event and the last."""
+        return final
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
+class Repeated(Schedule):
+    """The whole ratio at every event, at each of which what goes is chosen anew; UniPruning's.
+
+    Args:
+        frequency: positions from one event to the next.
+        start: position of the first event.
+        end: last position that an event may have; as good as none by default.
+        by: what positions count, see `Schedule`.
+
+    Raises:
+        ArgumentError: a position is no whole number, `end` lies before `start`, or `by` is another word.
+    """
+
+    is_at_once: ClassVar[bool] = True
+
+    def __init__(self, frequency: int, start: int = 0, end: int = MOST, by: By = "epoch") -> None:
+        given = {"start": start, "end": end, "frequency": frequency, "initial": 0.0, "by": by}
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+        self.__post_init__()
+
+    def curve(self, share: float, initial: float, final: float) -> float:
+        """Return s."""
         return final

@@ -3,7 +3,7 @@
 import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torchshear._arguments import check_count, check_one_of, check_share, quote
 from torchshear.errors import ArgumentError
@@ -37,6 +37,8 @@ class Schedule(ABC):
         ArgumentError: a position is no whole number, `end` lies before `start`, or a ratio is outside [0, 1).
     """
 
+    is_at_once: ClassVar[bool] = False  # whether every event asks for the final ratio
+
     start: int = 0
     end: int
     frequency: int = 1
@@ -63,6 +65,11 @@ class Schedule(ABC):
     def n_steps(self) -> int:
         """K, the number of events behind the first."""
         return (self.end - self.start) // self.frequency
+
+    @property
+    def n_to_final(self) -> int:
+        """Number of events after which the final ratio holds."""
+        return 1 if self.is_at_once else self.n_steps + 1
 
     @property
     def events(self) -> range:
@@ -94,7 +101,7 @@ class Schedule(ABC):
         number = self.passed(position) - 1
         if number < 0:
             return 0.0
-        if number == self.n_steps:
+        if number + 1 >= self.n_to_final:
             return float(final)
         if number == 0:
             return float(self.initial)
