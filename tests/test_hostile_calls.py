@@ -40,7 +40,7 @@ SLOW = (
 # Of these many wrong arguments are taken, and many calls so made take long together.
 LONG = (
     *("L1NormPruner", "ActivationAPoZRankPruner", "SlimPruner", "Pruner.export_model", "shrink_to_form"),
-    "PrunedFamily.save",
+    *("PrunedFamily.save", "PruningSession"),
 )
 
 # What is called by other code of ours, or by whoever writes a criterion or a rule, with values that were checked.

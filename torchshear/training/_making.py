@@ -55,9 +55,12 @@ class Asked:
     def __post_init__(self) -> None:
         """Refuse options that do not go together, before the model is traced."""
         check_criterion(self.criterion)
+        if self.pattern is not None:
+            check_kind("pattern", self.pattern, str, "as '4x1', '2:4' or 'lock', or None for channels")
         beside = _OF_WEIGHTS if self.pattern is None else _OF_CHANNELS
         for name in beside:
-            if getattr(self, name) not in (None, ()):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, tuple) and not value):
                 goes_with = "a pattern" if self.pattern is None else "channels"
                 raise ArgumentError(
                     f"{name}= goes with {goes_with}, and pattern={self.pattern!r}; leave one of them away."

@@ -225,10 +225,13 @@ class PruningSession:
             step: number of the batch, which has no effect: steps are counted by those of the optimizer.
 
         Raises:
-            ArgumentError: it came out of order; the criterion is made of gradients, and there are none.
+            ArgumentError: it came out of order; the criterion is made of gradients, and there are none; `step` is no
+                whole number.
             MaskError: the model has changed its structure.
             WeightError: weights are NaN or infinite.
         """
+        if step is not None:
+            check_count("step", step, 0)
         self._order.come("on_step_begin")
         if self._penalty is not None:
             self._penalty.begin_step()

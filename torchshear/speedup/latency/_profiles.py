@@ -93,7 +93,7 @@ def resolve_alignment(align: int | str | Alignment | None, device: Device | None
         return Alignment.none()
     if isinstance(align, Alignment):
         return align
-    if align == "measured":
+    if isinstance(align, str) and align == "measured":
         return measure_staircase(device).alignment
     if isinstance(align, str):
         return _find_profile(align)
