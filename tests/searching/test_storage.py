@@ -40,11 +40,14 @@ def value_of(proposal: Proposal) -> float:
     return proposal.widths[0] + proposal.widths[1] / 100
 
 
-def contribute(storage: str, n_batches: int, size: int, seconds: float, answers: Any) -> None:
-    """Run a sequence of batches as one process of several does, and send back the scores and how many it made."""
+def contribute(storage: str, n_batches: int, size: int, seconds: float, answers: Any, most: int | None = None) -> None:
+    """Run a sequence of batches as one process of several does, and send back the scores and how many it made.
+
+    With `most`, it never ends a score beyond so many.
+    """
 
     def score(proposal: Proposal) -> Score:
-        time.sleep(seconds)
+        time.sleep(seconds if most is None or store.n_scored < most else 600)
         return Score(value_of(proposal), seconds)
 
     store = StudyStore(open_study(storage), storage)
@@ -83,9 +86,11 @@ def test_no_trial_is_lost_or_counted_twice_when_workers_are_killed(
 ) -> None:
     storage, answers, chance = kind.format(tmp_path), FORK.Queue(), random.Random(0)
     open_study(storage)
-    for _ in range(6):
-        workers = [start(storage, 4, 5, 0.1, answers) for _ in range(3)]
-        time.sleep(chance.uniform(0.1, 0.5))
+    for at_work in (0, 0, 0, 0, 1, 3):  # kills at any time, and while so many trials run
+        workers = [start(storage, 4, 5, 0.05, answers, 1) for _ in range(3)]
+        time.sleep(chance.uniform(0.0, 0.3))
+        while sum(trial.state.name == "RUNNING" for trial in open_study(storage).get_trials()) < at_work:
+            time.sleep(0.01)
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()
