@@ -36,6 +36,7 @@ CUTS: Final[dict[str, dict[str, dict[str, Any]]]] = {
         "50% of the channels": {"ratio": 0.5, "align": 16},
         "75% of the channels": {"ratio": 0.75, "align": 16},
         "87.5% of the channels": {"ratio": 0.875, "align": 8},
+        "87.5% of the channels, ranked globally": {"ratio": 0.875, "align": 8, "scope": "global"},
     },
     "vit": {
         "50% of the MACs left": {"target_macs": 0.5},
