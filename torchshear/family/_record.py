@@ -228,7 +228,7 @@ def _headings(family: PrunedFamily) -> tuple[str, ...]:
 def _rows(family: PrunedFamily) -> Iterator[tuple[str, ...]]:
     """Return the cells of the dense model, then of each member."""
     dense = family.latency[_DENSE].median_ms
-    score = () if family.dense_score is None else (f"{family.dense_score:.4g}",)
+    score = () if family.dense_score is None else (f"{family.dense_score + 0.0:.4g}",)
     yield (_DENSE, f"{dense:.3f}", "100.0%", "1.00", "", "100.0%", "100.0%", "0", *score)
     for number, (name, member) in enumerate(zip(family.names, family.members, strict=True)):
         ms, report = family.latency[name].median_ms, member.report
@@ -242,5 +242,5 @@ def _rows(family: PrunedFamily) -> Iterator[tuple[str, ...]]:
             f"{report.after.macs / max(report.before.macs, 1):.1%}",
             f"{report.after.n_params / max(report.before.n_params, 1):.1%}",
             f"{_allocation(member).loss:.3g}",
-            *([f"{family.scores[number]:.4g}"] if family.scores else []),
+            *([f"{family.scores[number] + 0.0:.4g}"] if family.scores else []),
         )
