@@ -19,7 +19,7 @@ import torchshear
 from tests.blocks import Source
 from tests.hostile_values import FAILS, PLACES, VALUES
 from tests.speedup.latency.making_tables import joined, probes_of, table_of_probes
-from torchshear import comparison, configs, dependency, family, inspection, pruners, searching, speedup
+from torchshear import comparison, configs, dependency, family, inspection, pruners, searching, speedup, training
 from torchshear.compat import nni, unipruning
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import TorchshearError
@@ -174,6 +174,13 @@ def semi_structured() -> dict[str, Any]:
     return found
 
 
+def ticket() -> training.LotteryTicket:
+    """A lottery ticket in its first round."""
+    made = training.LotteryTicket(Network(), torch.randn(2, 3, 6, 6), rounds=1)
+    made.begin_round()
+    return made
+
+
 CALLS: dict[str, Call] = {
     "trace": Call(torchshear.trace, lambda g: {"model": g.model, "args": (g.x,), "kwargs": {}, "submodules": None}),
     "analyze": Call(torchshear.analyze, lambda g: {"graph": g.graph, "prunable_outputs": ()}),
@@ -313,6 +320,16 @@ CALLS: dict[str, Call] = {
         "self": session_in("on_train_begin", "on_train_end"), "form": "auto"}),
     "PruningSession.load_state_dict": Call(torchshear.PruningSession.load_state_dict, lambda g: {
         "self": session_in(), "state": session_in().state_dict()}),
+    "LotteryTicket": Call(training.LotteryTicket, lambda g: {"model": Network(), "args": g.x, "kwargs": None,
+        "ratio": 0.5, "rounds": 2, "optimizer": None, "scheduler": None, "others": None, "control": "random",
+        "initialise": None, "seed": 0}),
+    "LotteryTicket.finish": Call(training.LotteryTicket.finish, lambda g: {"self": ticket(), "form": "auto"}),
+    "LotteryTicket.load_state_dict": Call(training.LotteryTicket.load_state_dict, lambda g: {"self":
+        training.LotteryTicket(Network(), g.x, rounds=1), "state": ticket().state_dict()}),
+    "by_criterion": Call(training.by_criterion, lambda g: {"criterion": "l1", "unit": "macs", "statistics": None,
+        "scope": "auto"}),
+    "prune_in_rounds": Call(training.prune_in_rounds, lambda g: {"model": g.model, "args": g.x, "tasks": [0.5],
+        "pruner": "l1", "folder": None}),
     "AGP": Call(schedules.AGP, lambda g: {"start": 0, "end": 8, "frequency": 2, "initial": 0.0, "by": "step"}),
     "Poly": Call(schedules.Poly, lambda g: {"end": 8, "power": 2.0}),
     "OneShot": Call(schedules.OneShot, lambda g: {"at": 3, "by": "epoch"}),

@@ -15,7 +15,7 @@ import torchshear
 from tests.blocks import RandomSource
 from tests.hostile_calls import CALLBACKS, CALLS, Given, check_call, is_refused, parameters_of
 from tests.hostile_values import VALUES
-from torchshear import comparison, configs, family, inspection, pruners, searching, speedup
+from torchshear import comparison, configs, family, inspection, pruners, searching, speedup, training
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks, regularizers, schedules
 from torchshear.speedup import latency
@@ -29,6 +29,7 @@ SLOW = (
         "prune",
         "prune by a config",
         "prune for a latency",
+        "prune_in_rounds",
         "search",
         "prune_family",
         "shrink",
@@ -41,6 +42,7 @@ SLOW = (
 LONG = (
     *("L1NormPruner", "ActivationAPoZRankPruner", "SlimPruner", "Pruner.export_model", "shrink_to_form"),
     *("PrunedFamily.save", "PruningSession"),
+    *("LotteryTicket", "LotteryTicket.finish", "LotteryTicket.load_state_dict"),
 )
 
 # What is called by other code of ours, or by whoever writes a criterion or a rule, with values that were checked.
@@ -69,6 +71,7 @@ INNER_METHODS = {
 OF_PRUNERS = (pruners, masks, schedules, regularizers)
 MODULES = (
     *(torchshear, configs, *OF_PRUNERS, speedup, latency, nni, unipruning, comparison, inspection, searching, family),
+    training,
 )
 
 

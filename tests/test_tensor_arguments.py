@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import torchshear
-from torchshear import comparison, configs, family, inspection, pruners, speedup
+from torchshear import comparison, configs, family, inspection, pruners, speedup, training
 from torchshear.compat import nni, unipruning
 from torchshear.pruners import masks
 from torchshear.pruners.criteria._criterion import needs_of
@@ -20,7 +20,20 @@ from torchshear.speedup.latency._measure_table import input_identity
 from torchshear.speedup.latency._probes import WidthProbe
 from torchshear.speedup.latency._table import make_table
 
-MODULES = (torchshear, configs, pruners, masks, speedup, latency, nni, unipruning, comparison, inspection, family)
+MODULES = (
+    torchshear,
+    configs,
+    pruners,
+    masks,
+    speedup,
+    latency,
+    nni,
+    unipruning,
+    comparison,
+    inspection,
+    family,
+    training,
+)
 X = torch.randn(2, 4)
 Use = Callable[[nn.Module, Any, Path], Any]
 
@@ -111,6 +124,12 @@ def use_table(model: nn.Module, args: Any, _: Path) -> Any:
     return table.fingerprint, [point.widths for point in table.points]
 
 
+def use_ticket(model: nn.Module, args: Any, _: Path) -> Any:
+    ticket = training.LotteryTicket(model, args, rounds=1, ratio=0.5)
+    assert list(ticket.rounds()) == [0, 1]
+    return outputs(ticket.finish().model)
+
+
 def use_family(model: nn.Module, args: Any, folder: Path) -> Any:
     """Widths that the device gives differ from call to call; what is looked at is what goes in."""
     groups = torchshear.analyze(torchshear.trace(model, args))
@@ -124,6 +143,8 @@ def use_family(model: nn.Module, args: Any, folder: Path) -> Any:
 
 USES: dict[str, Use] = {
     "prune_family": use_family,
+    "LotteryTicket": use_ticket,
+    "prune_in_rounds": lambda model, args, _: outputs(training.prune_in_rounds(model, args, tasks=[0.5]).result.model),
     "measure_table": use_table,
     "refit": use_refit,
     "compensate": use_compensate,

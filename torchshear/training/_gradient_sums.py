@@ -1,6 +1,6 @@
 """Sums over the steps of a training, of the gradients that lie at the parameters anyway."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,6 +47,7 @@ class GradientSums:
         assert wanted <= SUMS_OF_TRAINING, "others are collected from data"
         self._wanted, self._fingerprint = wanted, groups.graph.fingerprint
         self._parameters = {name: one for name, one in parameters.items() if one.is_floating_point()}
+        self._lift: Callable[[str, Tensor], Tensor] = _as_it_is
         self.n_steps = 0  # since the last `clear`
         self.n_all = 0
         self._sums: dict[Sum, dict[str, Tensor]] = {
@@ -58,6 +59,16 @@ class GradientSums:
         self._squares = {key: _zeros(rows.member.size) for key, rows in self._rows.items()}
         self._sizes = {key: _zeros(rows.member.size) for key, rows in self._rows.items()}
         self._gates = {name: _zeros(width) for name, (width, _) in self._heads.items()}
+
+    def follow(self, parameters: Mapping[str, Tensor], lift: Callable[[str, Tensor], Tensor]) -> None:
+        """Go on with the parameters of a smaller model.
+
+        Args:
+            parameters: canonical name -> parameter.
+            lift: takes a name and a tensor of that parameter's shape, and gives it in full size.
+        """
+        self._parameters = {name: parameters[name] for name in self._parameters}
+        self._lift = lift
 
     @torch.no_grad()
     def add(self, scale: float = 1.0) -> None:
@@ -79,7 +90,9 @@ class GradientSums:
                     f"the loss and the learning rate. With a gradient scaler give its scale: "
                     f"on_before_optimizer_step(grad_scale=scaler.get_scale())."
                 )
-        products = {name: wide(self._parameters[name]) * gradient for name, gradient in gradients.items()}
+        products = {
+            name: self._lift(name, wide(self._parameters[name]) * gradient) for name, gradient in gradients.items()
+        }
         for key, rows in self._rows.items():
             lines = position_sums(rows.member, products, _itself)
             if rows.bias:
@@ -102,7 +115,7 @@ class GradientSums:
             if "taylor" in self._sums:
                 self._sums["taylor"][name].addcmul_(product, product)
             if "gradient" in self._sums:
-                self._sums["gradient"][name].add_(gradients[name].abs())
+                self._sums["gradient"][name].add_(self._lift(name, gradients[name].abs()))
             if "saliency" in self._sums or "momentum" in self._sums:
                 product.abs_()
             if "saliency" in self._sums:
@@ -165,6 +178,10 @@ class GradientSums:
 
 
 def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def _as_it_is(_: str, value: Tensor) -> Tensor:
     return value
 
 

@@ -163,6 +163,33 @@ class MaskRenewer:
             )
         return self.sums.statistics()
 
+    def shrink(self, optimizer: torch.optim.Optimizer | None) -> bool:
+        """Put a smaller model in place of the one that trains, without what is gone by now; an optimizer follows.
+
+        Args:
+            optimizer: the optimizer of the model that trains, or None.
+
+        Returns:
+            Whether more is gone than when the model was last shrunk; nothing is done if not.
+
+        Raises:
+            ArgumentError: the optimizer cannot follow.
+            VerificationError: the smaller model is not the masked one. Nothing has changed then.
+        """
+        before = {} if self._model.plan is None else self._model.plan.kept
+        widths = {
+            name: len(before[name]) if name in before else self.goal.groups[name].width for name in self.choice.kept
+        }
+        if all(len(units) == widths[name] for name, units in self.choice.kept.items()):
+            return False
+        plan = self.goal.plan(self.choice, {"schedule": repr(self.schedule), "events": self.n_done})
+        assert plan is not None, "channels are asked for"
+        self._model.shrink(plan, optimizer)
+        self._model.renew(self.choice.masks)
+        if self.sums is not None:
+            self.sums.follow(self._model.parameters, self._model.lift)
+        return True
+
     def shortfall(self) -> str:
         """Say which events of the schedule did not come; "" if all did."""
         total = self.schedule.n_to_final

@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchshear._arguments import check_count, check_one_of
-from torchshear._making import PruneResult, shrink_and_record
+from torchshear._arguments import check_count
+from torchshear._making import PruneResult
 from torchshear.calibration import Loss
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._analyze import analyze
@@ -18,18 +17,18 @@ from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.options import CalibrationOptions, Form, checked_call
 from torchshear.pruners import Criterion, Ratio
-from torchshear.pruners.masks import plan_from_masks
 from torchshear.pruners.masks._choose import Layers
 from torchshear.pruners.masks._patterns import Reduce
 from torchshear.pruners.regularizers import Regularizer
 from torchshear.pruners.schedules import History, Renewal, Schedule
-from torchshear.report import make_report
+from torchshear.training._finishing import make_result
 from torchshear.training._making import Asked, check_settings, make_goal
 from torchshear.training._masked_model import MaskedModel, check_computed, check_unmasked
 from torchshear.training._order import HookOrder
 from torchshear.training._penalty import TrainingPenalty, as_scale
 from torchshear.training._recorder import Recorder, Writer, check_writer, loss_as_number
 from torchshear.training._renewing import MaskRenewer, check_needs
+from torchshear.training._shrinking import Shrinker, check_shrinking
 from torchshear.training._state import check_header, with_header
 
 
@@ -63,6 +62,7 @@ class PruningSession:
         optimizer: the optimizer, by which steps are noticed that no hook announces.
         soft: whether what is masked may come back; below the mask it learns by the gradient of the masked weight.
         progressive: whether blocks of a pattern go in four stages from each event on, weights of least score first.
+        shrink_every: renewals after which a smaller model takes the place of the one that trains, `model`; None: never.
         scope: units that are ranked against one another; see `torchshear.plan`, with a pattern `choose_masks`.
         min_ratio: share that each group or layer loses at least in the end.
         max_ratio: largest share that a group or layer may lose.
@@ -106,6 +106,7 @@ class PruningSession:
         optimizer: torch.optim.Optimizer | None = None,
         soft: bool = False,
         progressive: bool = False,
+        shrink_every: int | None = None,
         scope: str = "auto",
         min_ratio: Ratio = 0.0,
         max_ratio: Ratio | None = None,
@@ -124,6 +125,7 @@ class PruningSession:
     ) -> None:
         check_settings(schedule, regularizer, pattern, soft, progressive)
         check_writer(writer)
+        check_shrinking(shrink_every, schedule, pattern, soft, optimizer)
         asked = Asked(
             criterion=criterion,
             ratio=ratio,
@@ -154,13 +156,18 @@ class PruningSession:
         self._masked = MaskedModel(model, groups, goal.names, soft)
         self._renewer = MaskRenewer(goal, schedule, self._masked, criterion, calibration, soft, progressive)
         self._regularizer, self._optimizer = regularizer, optimizer
-        if optimizer is not None:
-            self._masked.check_optimizer(optimizer)
+        self._masked.check_optimizer(optimizer)
+        self._shrinker = Shrinker(shrink_every, optimizer, self._masked, self._renewer)
         self._penalty: TrainingPenalty | None = None
         self._saved_penalty: Mapping[str, Any] | None = None
         self._order, self._recorder = HookOrder(), Recorder(goal.target, goal.unit, writer)
         self._n_steps, self._epoch, self._n_events = 0, -1, 0
         self._handle: Any = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model to train: the one that was given, or with `shrink_every` the smaller one that took its place."""
+        return self._masked.model
 
     @property
     def history(self) -> History:
@@ -322,6 +329,8 @@ class PruningSession:
     def _note(self, renewal: Renewal | None) -> None:
         if renewal is not None:
             self._recorder.renewed(renewal)
+            if self._order.place != "ended" or self._renewer.schedule.by == "event":
+                self._shrinker.renewed()
 
     @outside_inference_mode()
     def finish(self, form: Form = "auto") -> PruneResult:
@@ -339,23 +348,12 @@ class PruningSession:
             MaskError: the model has changed its structure.
             VerificationError: the small model is not equal to the masked one; nothing is returned then.
         """
-        check_one_of("form", form, ("auto", "native", "traced"))
         self._order.come("finish")
-        self._masked.check_structure()
-        dense = self._masked.dense_copy()
-        renewer = self._renewer
-        plan = renewer.goal.plan(renewer.choice, {"schedule": repr(renewer.schedule), "steps": self._n_steps})
-        if plan is None:
-            plan = plan_from_masks(analyze(trace(dense, self._args, self._kwargs)))
-        kind: Literal["native", "traced"] | None = None if form == "auto" else form
-        shrunk, made = shrink_and_record(dense, plan, self._args, self._kwargs, kind)
-        report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-        result = PruneResult(shrunk.model, made, report, shrunk.verification, shrunk.form)
-        return replace(result, history=self.history)
+        return make_result(self._masked, self._renewer, (self._args, self._kwargs), form, self._n_steps, self.history)
 
     def _asked(self) -> dict[str, Any]:
         """Return the settings, as plain data."""
-        return self._renewer.describe() | {"regularizer": repr(self._regularizer)}
+        return self._renewer.describe() | {"regularizer": repr(self._regularizer), "shrink_every": self._shrinker.every}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the session needs to go on, beside model and optimizer: tensors, numbers and texts.
@@ -372,6 +370,7 @@ class PruningSession:
             "n_steps": self._n_steps,
             "epoch": self._epoch,
             "n_events": self._n_events,
+            "shrinks": self._shrinker.state_dict(),
             "renewals": self._renewer.state_dict(),
             "record": self._recorder.state_dict(),
             "penalty": {} if self._penalty is None else self._penalty.penalty.state_dict(),
@@ -392,6 +391,7 @@ class PruningSession:
             raise ArgumentError("load_state_dict() came after on_train_begin(); make a new session, and load it there.")
         check_header(state, self._asked(), self._renewer.goal.groups.graph.fingerprint)
         try:
+            self._shrinker.load_state_dict(state["shrinks"])
             self._renewer.load_state_dict(state["renewals"])
             self._recorder.load_state_dict(state["record"])
             self._n_steps, self._epoch, self._n_events = (int(state[k]) for k in ("n_steps", "epoch", "n_events"))

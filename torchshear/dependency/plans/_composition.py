@@ -1,4 +1,4 @@
-"""Composition of two plans: the units that are left when a second plan cuts what a first one leaves."""
+"""Composition of two plans: the units that are left when a second cuts what a first one leaves; and its inverse."""
 
 from collections.abc import Mapping
 
@@ -74,3 +74,31 @@ def _units(group: ChannelGroup, left: Mapping[str, list[Bools]]) -> Indices:
     for member in members:
         stays[member.units[left[member.name][member.dim][member.positions]]] = True
     return np.flatnonzero(stays)
+
+
+def state_between(first: Mapping[str, StatePlan], second: Mapping[str, StatePlan]) -> dict[str, StatePlan]:
+    """Return what a plan keeps of what another plan for the same model, which keeps all of that and more, leaves.
+
+    Args:
+        first: canonical name -> what the one keeps that keeps more.
+        second: the same of the other.
+
+    Returns:
+        Canonical name -> what has to go of the tensor that the first leaves; those that stay as they are left out.
+    """
+    found = {}
+    for name, entry in second.items():
+        before = first.get(name)
+        if before is None:
+            found[name] = entry
+            continue
+        # Positions run over blocks of equally many, so that their numbers among those that are left are their ranks.
+        kept = {
+            dim: np.searchsorted(before.kept[dim], positions) if dim in before.kept else positions
+            for dim, positions in entry.kept.items()
+            if dim not in before.kept or len(before.kept[dim]) != len(positions)
+        }
+        if kept:
+            blocks = {dim: n for dim, n in entry.blocks.items() if dim in kept}
+            found[name] = StatePlan(before.new_shape, kept, blocks, is_saved=entry.is_saved)
+    return found

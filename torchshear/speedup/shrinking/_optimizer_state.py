@@ -125,7 +125,7 @@ def shrink_average(averaged: AveragedModel, model: nn.Module, small: nn.Module, 
     _pair_parameters(model, small, plan)
     values, entries = _named_tensors(averaged.module), _entries_by_name(plan)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        own = values.get(_plain_name(name))
+        own = values.get(plain_name(name))
         if own is None or own.shape != parameter.shape:
             raise ArgumentError(
                 f"the average has no {name!r} as {type(model).__name__} has it; expected the AveragedModel of this "
@@ -144,7 +144,7 @@ def shrink_average(averaged: AveragedModel, model: nn.Module, small: nn.Module, 
     averaged.module = twin
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """Return the name of a weight without the parametrization that lies on it."""
     return _PARAMETRIZED.sub(r"\1\2", name)
 
@@ -152,13 +152,13 @@ def _plain_name(name: str) -> str:
 def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by every name, those of masked weights as without masks."""
     parameters = model.named_parameters(remove_duplicate=False)
-    return {_plain_name(name): tensor for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False))}
+    return {plain_name(name): tensor for name, tensor in (*parameters, *model.named_buffers(remove_duplicate=False))}
 
 
 def _entries_by_name(plan: PruningPlan) -> dict[str, StatePlan]:
     """Return what a plan keeps of tensors that shrink, by every name, those of masked weights as without masks."""
     by_name = dict(plan.state) | {alias: plan.state[name] for alias, name in plan.aliases.items() if name in plan.state}
-    return {_plain_name(name): entry for name, entry in by_name.items()}
+    return {plain_name(name): entry for name, entry in by_name.items()}
 
 
 def _pair_parameters(model: nn.Module, small: nn.Module, plan: PruningPlan) -> dict[int, _Successor]:
@@ -172,7 +172,7 @@ def _pair_parameters(model: nn.Module, small: nn.Module, plan: PruningPlan) -> d
     check_module(model)
     check_kind("small", small, nn.Module, "the shrunk model")
     check_kind("plan", plan, PruningPlan, "the plan between the models, as result.plan")
-    after = {_plain_name(name): one for name, one in small.named_parameters(remove_duplicate=False)}
+    after = {plain_name(name): one for name, one in small.named_parameters(remove_duplicate=False)}
     entries = _entries_by_name(plan)
     missing = sorted(entries.keys() - _named_tensors(model).keys())
     if missing:
@@ -182,14 +182,14 @@ def _pair_parameters(model: nn.Module, small: nn.Module, plan: PruningPlan) -> d
         )
     found: dict[int, _Successor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        shape, entry = tuple(parameter.shape), entries.get(_plain_name(name))
+        shape, entry = tuple(parameter.shape), entries.get(plain_name(name))
         if entry is not None and entry.shape != shape:
             raise PlanError(
                 f"the plan is for {plan.model_type}, where {name!r} has shape {entry.shape}; in "
                 f"{type(model).__name__} it has {shape}. Expected the model that the plan was made for."
             )
         wanted = shape if entry is None else entry.new_shape
-        new = after.get(_plain_name(name))
+        new = after.get(plain_name(name))
         if new is None or tuple(new.shape) != wanted:
             said = "is missing" if new is None else f"has shape {tuple(new.shape)}"
             raise PlanError(
