@@ -64,7 +64,7 @@ KINDS: dict[str, dict[str, Any] | None] = {
 
 
 def stepper(options: dict[str, Any] | None, size: int, batch: int) -> tuple[Callable[[], float], Any]:
-    """Make a function that trains a step and gives its seconds."""
+    """Make a function that trains a step and give its seconds."""
     model = resnet18()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     x, target = torch.randn(batch, 3, size, size), torch.randint(0, 1000, (batch,))
@@ -80,15 +80,15 @@ def stepper(options: dict[str, Any] | None, size: int, batch: int) -> tuple[Call
         session.on_epoch_begin(0)
 
     def plain() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         optimizer.zero_grad()
         functional.cross_entropy(model(x), target).backward()
         optimizer.step()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def watched() -> float:
         assert session is not None
-        start = time.perf_counter()
+        start = time.process_time()
         session.on_step_begin()
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(x), target)
@@ -97,7 +97,7 @@ def stepper(options: dict[str, Any] | None, size: int, batch: int) -> tuple[Call
         optimizer.step()
         session.on_after_optimizer_step()
         session.on_step_end(loss)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return (plain if session is None else watched), session
 
@@ -134,8 +134,8 @@ def main() -> None:
             "",
             f"`python benchmarks/session.py --rounds {given.rounds} --batch {given.batch} --size {given.size}`, one "
             f"thread of {platform.processor() or platform.machine()}, torch {torch.__version__}; ResNet-18, batch "
-            f"{given.batch}, images of {given.size} x {given.size}. Medians of {given.rounds} rounds; all kinds "
-            f"make four steps in turn in each.",
+            f"{given.batch}, images of {given.size} x {given.size}. Processor time, medians of "
+            f"{given.rounds} rounds; all kinds make four steps in turn in each.",
             "",
             "| training step | ms | times the plain one |",
             "|---|---|---|",
