@@ -42,9 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torchshear
 from tests.zoo import zoo
 from torchshear.speedup.latency import Device, measure_staircase
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.speedup.latency._device import cpu_name
 from torchshear.speedup.latency._kernels import KernelTime, Profile, read_profile
-from torchshear.speedup.latency._profiles import resolve_alignment
 from torchshear.speedup.onnx._session import open_session
 from torchshear.speedup.shrinking._whole_model import make_unproved_traced
 

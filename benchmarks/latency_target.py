@@ -41,8 +41,8 @@ from torchshear.pruners.allocation._problem import CostBudget, CostTerm, Levels
 from torchshear.pruners.allocation._solve import allocate
 from torchshear.pruners.selection._request import Request
 from torchshear.speedup.latency import Device, LatencyTable
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.speedup.latency._measure_table import table_of
-from torchshear.speedup.latency._profiles import resolve_alignment
 
 MODELS = (
     "demo",

@@ -35,7 +35,7 @@ from torchshear.pruners import Criterion, Ratio, WeightSource
 from torchshear.pruners._planning import plan_units
 from torchshear.pruners.selection._request import Request
 from torchshear.speedup.latency import Device, LatencyTable
-from torchshear.speedup.latency._profiles import resolve_alignment
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 
 
 @checked_call

@@ -22,7 +22,7 @@ from torchshear.options import CalibrationOptions, Compensation, checked_call
 from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners._collecting import collect
 from torchshear.pruners.criteria._criterion import needs_of
-from torchshear.speedup.latency._profiles import resolve_alignment
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 
 
 @checked_call

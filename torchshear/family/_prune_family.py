@@ -35,7 +35,7 @@ from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners.selection._latency import parse_latency
 from torchshear.pruners.selection._request import Request
 from torchshear.speedup.latency import Device, LatencyTable
-from torchshear.speedup.latency._profiles import resolve_alignment
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 
 LatencyTargets = Sequence[float | str]
 

@@ -36,8 +36,8 @@ from torchshear.searching._method import SearchMethod
 from torchshear.searching._space import SearchSpace
 from torchshear.searching.methods import METHODS
 from torchshear.speedup.latency import Device, LatencyTable
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.speedup.latency._measure_table import input_identity, table_of
-from torchshear.speedup.latency._profiles import resolve_alignment
 from torchshear.speedup.latency._table import check_table
 
 _MOST_OF_A_GROUP: Final = 0.98  # that may go, as where groups are ranked together

@@ -17,7 +17,7 @@ from torchshear.pruners.masks._patterns import Reduce
 from torchshear.pruners.regularizers import Regularizer
 from torchshear.pruners.schedules import Schedule
 from torchshear.pruners.selection._request import Request
-from torchshear.speedup.latency._profiles import resolve_alignment
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.training._channel_goal import ChannelGoal
 from torchshear.training._goals import Goal
 from torchshear.training._lock_goal import LockGoal

@@ -11,7 +11,7 @@ from torchshear.dependency import Alignment
 from torchshear.errors import ArgumentError
 from torchshear.speedup.latency import Device, Staircase, measure_staircase
 from torchshear.speedup.latency import _staircase as module
-from torchshear.speedup.latency._profiles import resolve_alignment
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.speedup.latency._staircase import WIDTHS
 
 

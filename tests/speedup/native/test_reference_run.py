@@ -11,7 +11,7 @@ import torchshear
 from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.speedup import shrink_to_form
-from torchshear.speedup.comparing._random_values import smaller_inputs
+from torchshear.speedup._random_values import smaller_inputs
 from torchshear.speedup.native import _builder
 from torchshear.speedup.native._reference_run import ExpectedValues, ReferenceRun, ReferenceRuns
 

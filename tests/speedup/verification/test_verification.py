@@ -16,7 +16,7 @@ from torchshear.dependency.rules import _registry
 from torchshear.errors import ArgumentError, DataError, VerificationError
 from torchshear.graph import ExampleInputs
 from torchshear.pruners import plan_from_kept
-from torchshear.speedup.comparing._relative_error import relative_error
+from torchshear.speedup._relative_error import relative_error
 from torchshear.speedup.verification._masked_network import MaskedNetwork
 from torchshear.speedup.verification._runs import compare_gradients, run_module
 from torchshear.speedup.verification._state_cut import StateCut

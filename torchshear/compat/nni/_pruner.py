@@ -34,7 +34,7 @@ from torchshear.graph.model._process import outside_inference_mode
 from torchshear.pruners._collecting import collect
 from torchshear.pruners.criteria._criterion import declared_needs, needs_of
 from torchshear.pruners.masks import Masks, apply, plan_from_masks
-from torchshear.speedup.latency._profiles import resolve_alignment
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.speedup.onnx._export import export_onnx
 from torchshear.storage._writing import atomic_path
 

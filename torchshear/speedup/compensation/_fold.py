@@ -16,9 +16,9 @@ from torchshear.graph._graph import PartRun, whole_model
 from torchshear.graph._outputs import output_leaves
 from torchshear.graph.model._meta import is_on_meta
 from torchshear.graph.model._process import run_exclusively
+from torchshear.speedup._random_values import random_like
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup._shrink import Shrunk
-from torchshear.speedup.comparing._random_values import random_like
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
 from torchshear.speedup.compensation._constant_network import ConstantNetwork, ReadValue
 from torchshear.speedup.compensation._fold_record import Fold
 from torchshear.speedup.compensation._fold_search import (

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torchshear.dependency.rules._call import bind_arguments
 from torchshear.graph._location import locate
 from torchshear.graph._operator_record import operator_of
-from torchshear.speedup.comparing._relative_error import relative_error
+from torchshear.speedup._relative_error import relative_error
 from torchshear.speedup.compensation._constant_network import Barrier, ConstantNetwork, ReadValue
 from torchshear.speedup.compensation._fold_record import FoldedConstants, SkippedConstants
 from torchshear.speedup.rewriting._slicing import Bools, is_touched, map_axes, select_kept, writes_to_operand

@@ -21,7 +21,7 @@ from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._meta import is_on_meta
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.graph.model._state import in_mode
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup.compensation._frontier import DEFAULT_MEMORY, MOST_MEMORY
 from torchshear.speedup.compensation._output_error import output_error
 from torchshear.speedup.compensation._refit_pass import RefitPass

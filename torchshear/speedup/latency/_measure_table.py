@@ -15,11 +15,11 @@ from torchshear.dependency.groups._analyze import analyze
 from torchshear.dependency.groups._width_form import axis_forms
 from torchshear.graph import ExampleInputs
 from torchshear.graph.capture._trace import trace
+from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.speedup.latency._cache import ProbeFile, only_measurement
 from torchshear.speedup.latency._candidates import Candidates, quiet_ms
 from torchshear.speedup.latency._device import Device
 from torchshear.speedup.latency._probes import WidthProbe, choose_probes
-from torchshear.speedup.latency._profiles import resolve_alignment
 from torchshear.speedup.latency._table import LatencyTable, make_table
 
 PROBES: Final = 10

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from torchshear.dependency import Alignment, ChannelGroup, ChannelGroups
+from torchshear.speedup.latency._alignment_profiles import detect_profile, profiles
 from torchshear.speedup.latency._compare import LatencyComparison
-from torchshear.speedup.latency._profiles import detect_profile, profiles
 
 FILLED_UP: Final = 4  # channels that a convolution must read a multiple of to stay in the layout NCHWc
 _SHOWN: Final = 3  # groups that are named

@@ -18,7 +18,7 @@ from torchshear.graph._outputs import output_leaves
 from torchshear.graph.model._process import record_export_queries, set_exporting_flag
 from torchshear.graph.model._state import in_mode
 from torchshear.graph.numerics._float64 import compute_in
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attention_scale import OutputFactor, multiply_outputs
 from torchshear.speedup.native._reference_run import ReferenceRun, fingerprint
 

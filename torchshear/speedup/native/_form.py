@@ -15,7 +15,7 @@ from torchshear.graph._location import locate
 from torchshear.graph._run import run_failure
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._meta import is_on_meta
-from torchshear.speedup.comparing._random_values import random_like
+from torchshear.speedup._random_values import random_like
 from torchshear.speedup.native._attention_scale import FactorPlacement, describe_factors, multiply_outputs
 from torchshear.speedup.native._builder import NativeBuilder
 from torchshear.speedup.native._divergence import Divergence, first_divergence

@@ -20,7 +20,7 @@ from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._process import set_exporting_flag
 from torchshear.graph.model._state import Cache, find_caches
 from torchshear.graph.numerics._float64 import compute_in, to_float64
-from torchshear.speedup.comparing._random_values import (
+from torchshear.speedup._random_values import (
     SharedWeights,
     gives_numbers,
     random_inputs,

@@ -25,7 +25,7 @@ from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import run_failure, run_model
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._state import in_mode
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attribute_access import is_read, record_reads
 from torchshear.speedup.native._builder import is_torch_module
 from torchshear.speedup.native._size_attributes import SizeSlot, assign_size, assign_sizes, value_of

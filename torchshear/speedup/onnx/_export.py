@@ -22,7 +22,7 @@ from torchshear.graph._outputs import drop_opaque_outputs
 from torchshear.graph.model._checks import check_module
 from torchshear.graph.model._process import run_exclusively, silence_torch
 from torchshear.graph.model._state import preserve_state
-from torchshear.speedup.comparing._relative_error import typical_magnitude
+from torchshear.speedup._relative_error import typical_magnitude
 from torchshear.speedup.onnx._arguments import DynamicShapes, ExampleCall, check_limits, check_tensors
 from torchshear.speedup.onnx._decompositions import decompose
 from torchshear.speedup.onnx._session import error_reason, open_session

@@ -19,7 +19,7 @@ from torchshear.errors import VerificationError, first_line
 from torchshear.graph._location import locate
 from torchshear.graph._nodes import is_only_read
 from torchshear.graph.masked._call import MaskedCall, masked_form
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._slicing import keep_mask, writes_to_operand
 
 KeptMasks = dict[int, Tensor]  # dimension -> mask of its kept positions

@@ -19,7 +19,7 @@ from torchshear.graph._run import graph_output, run_failure
 from torchshear.graph.masked._call import zeros_are_exact
 from torchshear.graph.model._state import Mode, find_caches
 from torchshear.graph.numerics._ties import TieBreaker
-from torchshear.speedup.comparing._random_values import (
+from torchshear.speedup._random_values import (
     check_examples,
     gives_numbers,
     n_outputs_with_nan,
@@ -27,7 +27,7 @@ from torchshear.speedup.comparing._random_values import (
     smaller_inputs,
     table_sizes,
 )
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup.native._attention_scale import share_names
 from torchshear.speedup.rewriting._slicing import slice_state
 from torchshear.speedup.rewriting._traced import TracedModule

@@ -11,7 +11,7 @@ from torchshear.errors import VerificationError, first_line
 from torchshear.graph import ExampleInputs
 from torchshear.graph.model._state import Mode
 from torchshear.graph.numerics._ties import TieBreaker
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup.verification._model_pair import ModelPair, Probe
 from torchshear.speedup.verification._references import (
     ModuleReference,

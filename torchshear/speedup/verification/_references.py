@@ -17,7 +17,7 @@ from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import graph_values
 from torchshear.graph.capture._trace import capture_in_mode
 from torchshear.graph.model._state import Mode
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._slicing import map_axes, select_kept, slice_state
 from torchshear.speedup.rewriting._traced import TracedModule

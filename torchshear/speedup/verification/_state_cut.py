@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut
 from torchshear.dependency.plans._tensor_plans import StatePlan, make_state_plan
-from torchshear.speedup.comparing._random_values import fill_randomly
+from torchshear.speedup._random_values import fill_randomly
 from torchshear.speedup.rewriting._slicing import slice_tensor
 
 State = Mapping[str, Tensor]

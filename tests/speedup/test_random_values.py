@@ -7,7 +7,7 @@ from torch import Tensor, nn
 import torchshear
 from torchshear.errors import ArgumentError
 from torchshear.graph import ExampleInputs
-from torchshear.speedup.comparing._random_values import check_examples, random_inputs, table_sizes
+from torchshear.speedup._random_values import check_examples, random_inputs, table_sizes
 
 
 class Lookup(nn.Module):

@@ -9,8 +9,8 @@ import torch
 
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.speedup.latency import _profiles as module
-from torchshear.speedup.latency._profiles import detect_profile, profiles, resolve_alignment
+from torchshear.speedup.latency import _alignment_profiles as module
+from torchshear.speedup.latency._alignment_profiles import detect_profile, profiles, resolve_alignment
 
 ALL = sorted(profiles())
 

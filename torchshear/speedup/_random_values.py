@@ -16,7 +16,7 @@ from torchshear.graph._operator_record import operator_of
 from torchshear.graph._outputs import output_leaves
 from torchshear.graph._run import arguments_by_name, run_graph, run_model
 from torchshear.graph.model._state import Cache, clear_caches, in_mode
-from torchshear.speedup.comparing._relative_error import relative_error, tolerance
+from torchshear.speedup._relative_error import relative_error, tolerance
 
 Variant = Literal["random", "inverted masks", "permuted", "as given"]
 

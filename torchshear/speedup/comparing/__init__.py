@@ -1,1 +1,0 @@
-"""Comparing models: inputs and weights that exercise them, and outputs element by element."""
