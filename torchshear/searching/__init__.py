@@ -5,6 +5,7 @@ from torchshear.searching._record import SearchResult
 from torchshear.searching._space import SearchSpace
 from torchshear.searching._trial import SearchTrial
 from torchshear.searching.methods._allocation import Milp
+from torchshear.searching.methods._amc import AMC
 from torchshear.searching.methods._annealing import Annealing
 from torchshear.searching.methods._controls import RandomSearch, Uniform
 from torchshear.searching.methods._evolution import Evolution
@@ -12,6 +13,7 @@ from torchshear.searching.methods._netadapt import NetAdapt
 from torchshear.searching.methods._sensitivity import Sensitivity
 
 __all__ = [
+    "AMC",
     "Annealing",
     "Evolution",
     "Milp",

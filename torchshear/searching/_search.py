@@ -79,8 +79,8 @@ def search(  # noqa: PLR0913 - independent options, given by name
             gives a number, the higher the better. A candidate on which it fails, or gives NaN or no number, has failed,
             and the search goes on; three in a row stop it.
         method: name of a method or one with its own settings, as `torchshear.searching.Annealing(start=50)`:
-            "netadapt", "annealing", "sensitivity", "evolution"; "random", "uniform" and "milp", the exact allocation by
-            scores, are what these have to beat. See docs/search.md.
+            "netadapt", "annealing", "sensitivity", "amc", "evolution"; "random", "uniform" and "milp", the exact
+            allocation by scores, are what these have to beat. See docs/search.md.
         ratio: share of the channels of all searched groups that is to go, in (0, 1).
         target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
             in (0, 1), or a whole number of at least 2.

@@ -6,6 +6,7 @@ from typing import Final
 
 from torchshear.searching._method import SearchMethod
 from torchshear.searching.methods._allocation import Milp
+from torchshear.searching.methods._amc import AMC
 from torchshear.searching.methods._annealing import Annealing
 from torchshear.searching.methods._controls import RandomSearch, Uniform
 from torchshear.searching.methods._evolution import Evolution
@@ -20,6 +21,7 @@ METHODS: Final[Mapping[str, type[SearchMethod]]] = MappingProxyType(
         "netadapt": NetAdapt,
         "annealing": Annealing,
         "evolution": Evolution,
+        "amc": AMC,
         "milp": Milp,
     }
 )
