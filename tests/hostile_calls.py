@@ -345,6 +345,8 @@ CALLS: dict[str, Call] = {
     "GrowingL2": Call(regularizers.GrowingL2, lambda g: {"growth": 1e-4, "every": 10, "most": 1.0}),
     "ADMM": Call(regularizers.ADMM, lambda g: {"rho": 1e-3, "every": 10, "by": "epoch", "growth": 1.1, "most": 1.0}),
     "Repeated": Call(schedules.Repeated, lambda g: {"frequency": 3, "start": 0, "end": 9, "by": "epoch"}),
+    "PruningSession by a config": Call(torchshear.PruningSession, lambda g: {"model": Network(), "args": g.x,
+        "schedule": schedules.AGP(end=4), "config": CONFIG, "criterion": "l2", "align": 1, "min_width": 1}),
     "UniPruner": Call(unipruning.UniPruner, lambda g: {"config": {"target_sparsity": 0.5}, "soft": True,
         "use_gamma": False}),
     "UniPruner.apply": Call(unipruning.UniPruner.apply, lambda g: {"self": unipruner(g), "model": Network(),

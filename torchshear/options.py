@@ -253,7 +253,7 @@ class PruneOptions:
         Raises:
             ArgumentError: two options contradict each other, or data is missing or used by nothing.
         """
-        entries = () if config is None else _read_entries(config, request, has_criterion)
+        entries = () if config is None else read_entries(config, request, has_criterion)
         check_one_of("form", form, ("auto", "native", "traced"))
         if submodules is not None:
             check_kind("submodules", submodules, Sequence, "a list of names of modules, as ['backbone']")
@@ -355,8 +355,20 @@ class Planner:
 _BESIDE_A_CONFIG: Final = ("criterion", "alignment", "min_width")
 
 
-def _read_entries(config: ConfigList, request: Request, has_criterion: bool) -> tuple[Entry, ...]:
-    """Read the entries of a config, which may ask for channels and heads alone."""
+def read_entries(
+    config: ConfigList, request: Request, has_criterion: bool, may_mask: bool = False
+) -> tuple[Entry, ...]:
+    """Read the entries of a config, and refuse options beside it that say the same.
+
+    Args:
+        config: the config, or the path of a file of one.
+        request: the options.
+        has_criterion: whether their criterion was given.
+        may_mask: whether entries may ask for single weights, beside channels and heads.
+
+    Raises:
+        ArgumentError: the config is wrong, or an option beside it says what it says, or says it otherwise.
+    """
     for field in fields(request):
         value = getattr(request, field.name)
         is_empty = value is None or (isinstance(value, tuple | list) and not value)
@@ -377,10 +389,10 @@ def _read_entries(config: ConfigList, request: Request, has_criterion: bool) -> 
                 f"{entry.label} says a criterion of its own ({entry.criterion}), as those of Neural Compressor always "
                 f"do, and criterion={criterion!r} says another. Leave criterion= away."
             )
-        if not (entry.excludes or entry.removes_channels or entry.pattern == DEFAULT_PATTERN):
+        if not (may_mask or entry.excludes or entry.removes_channels or entry.pattern == DEFAULT_PATTERN):
             raise ArgumentError(
                 f"{entry.label} sets single weights to zero (pattern {entry.pattern!r}), which makes nothing smaller, "
                 f"and prune only removes. Use ConfigPruner or LevelPruner of torchshear.compat.nni, or "
-                f"torchshear.pruners.masks.choose_masks."
+                f"torchshear.pruners.masks.choose_masks; or PruningSession(config=...), which trains."
             )
     return entries

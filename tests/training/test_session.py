@@ -242,7 +242,7 @@ def test_scaled_gradients() -> None:
             is_left_out = step == 1 and scale is not None
             session.on_step_begin(step)
             if step == 1 and scale is None:
-                session._n_steps += 1  # the scaler's run counts a step that it leaves out
+                session._progress.n_steps += 1  # the scaler's run counts a step that it leaves out
                 session.on_step_end()
                 continue
             x, target = images(step)

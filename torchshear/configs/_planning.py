@@ -1,7 +1,7 @@
 """From a resolved config to a plan of channels and to masks of single weights."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from torch import nn
 
 from torchshear.calibration import Statistics
-from torchshear.calibration._statistics import WeightSums
+from torchshear.calibration._statistics import Sum, WeightSums
 from torchshear.configs._entry import Entry
 from torchshear.configs._layers import find_maskable_weights
 from torchshear.configs._resolved import ResolvedConfig
@@ -29,6 +29,11 @@ from torchshear.pruners.selection._request import Request
 
 Indices = npt.NDArray[np.int64]
 _Pool = tuple[str | None, str | None, float, float, str]  # criterion, pool, bounds, how scores become one
+_MOST: Final = 1 - 1e-9  # shares of a layer are below 1; its last unit may go where no bound was set
+_SUMS: Final[Mapping[str, Sum]] = MappingProxyType(
+    {"snip": "saliency", "snip_momentum": "momentum", "gradient": "gradient", "taylor": "taylor"}
+)
+_OF_WEIGHTS: Final = ("l1", "l2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +65,53 @@ def plan_config(
         widths: which widths are allowed.
         statistics: what criteria that look at data need.
         whole: names of groups that stay whole nevertheless, so that the model keeps its own class.
-        group_reduction: how scores of a group's members become one, see `torchshear.plan`; None: as the criterion has
-            it, or of the filters alone where the config is one of Neural Compressor, which scores nothing else.
+        group_reduction: see `pool_requests`.
 
     Raises:
         ArgumentError: as `torchshear.plan`.
         WeightError: weights cannot be scored.
+    """
+    kept: dict[str, Indices] = {}
+    notes = {name: target.reason for name, target in resolved.targets.items() if target.reason}
+    for request, ratios in pool_requests(groups, resolved, widths, group_reduction):
+        plan = plan_units(groups, request, statistics=statistics, whole=[n for n in whole if n in ratios])
+        kept |= {group.name: group.kept for group in plan.groups if group.name in ratios}
+        notes |= {group.name: group.note for group in plan.groups if group.name in ratios and group.note}
+    said = describe_config(resolved, widths) | statistics_notes(statistics)
+    asked = {name: ratio for name, ratio in resolved.ratios.items() if name not in whole}
+    return make_plan(Cut(groups, kept), kept, said, notes, asked)
+
+
+def pool_requests(
+    groups: ChannelGroups, resolved: ResolvedConfig, widths: Widths, group_reduction: str | None = None
+) -> list[tuple[Request, dict[str, float]]]:
+    """Return a request for the groups of each pool, which leaves all others whole, with the ratios of its groups.
+
+    Args:
+        groups: the analysed network.
+        resolved: the config.
+        widths: which widths are allowed.
+        group_reduction: how scores of a group's members become one, see `torchshear.plan`; None: as the criterion has
+            it, or of the filters alone where the config is one of Neural Compressor, which scores nothing else.
     """
     pools: dict[_Pool, dict[str, float]] = defaultdict(dict)
     for name, ratio in resolved.ratios.items():
         entry = resolved.targets[name].entry
         own = group_reduction or ("filters" if entry.dialect == "neural_compressor" else "sum")
         pools[entry.criterion, entry.pool, entry.min_ratio, entry.max_ratio, own][name] = ratio
-    kept: dict[str, Indices] = {}
-    notes = {name: target.reason for name, target in resolved.targets.items() if target.reason}
-    for key, ratios in pools.items():
-        request_of_pool = _request(groups, key, ratios, widths)
-        plan = plan_units(groups, request_of_pool, statistics=statistics, whole=[n for n in whole if n in ratios])
-        kept |= {group.name: group.kept for group in plan.groups if group.name in ratios}
-        notes |= {group.name: group.note for group in plan.groups if group.name in ratios and group.note}
-    request = {
-        "criterion": ", ".join(sorted({key[0] or "" for key in pools})),
+    return [(_request(groups, key, ratios, widths), ratios) for key, ratios in pools.items()]
+
+
+def describe_config(resolved: ResolvedConfig, widths: Widths) -> dict[str, Any]:
+    """Return what a config asks of channel groups, as plain data for a plan."""
+    criteria = {resolved.targets[name].entry.criterion or "" for name in resolved.ratios}
+    return {
+        "criterion": ", ".join(sorted(criteria)),
         "ratio": resolved.ratios,
         "alignment": widths.alignment.name,
         "min_width": widths.min_width,
         "config": resolved.to_dict(),
     }
-    asked = {name: ratio for name, ratio in resolved.ratios.items() if name not in whole}
-    return make_plan(Cut(groups, kept), kept, request | statistics_notes(statistics), notes, asked)
 
 
 def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statistics | None) -> list[Masks]:
@@ -106,63 +130,109 @@ def mask_weights(model: nn.Module, resolved: ResolvedConfig, statistics: Statist
         ArgumentError: a criterion scores no single weights.
         MaskError: no pattern fits any layer, and no channels are asked for either.
     """
-    known = find_maskable_weights(model)
     entries = {entry.label: entry for entry in resolved.entries}
-    asked: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in resolved.rows:
-        if row.parameter and row.masked > 0:
-            asked[row.entry][known[row.parameter].layer] = row.masked
     found: list[Masks] = []
     nothing: NothingFitsError | None = None
-    for label, ratios in asked.items():
+    for label, layers in masked_layers(model, resolved).items():
+        entry = entries[label]
+        score = entry_score(entry, model, layers, statistics)
         try:
-            found.append(_choose(model, entries[label], ratios, statistics))
+            found.append(mask_entry(model, entry, layers, entry.ratio, score))
         except NothingFitsError as error:
             nothing = error
-            found.append(Masks.of({}, error.layers, entries[label].pattern))
+            found.append(Masks.of({}, error.layers, entry.pattern))
     if nothing is not None and not resolved.ratios and not any(masks.tensors for masks in found):
         raise nothing
     return found
 
 
-def _choose(model: nn.Module, entry: Entry, ratios: dict[str, float], statistics: Statistics | None) -> Masks:
-    bounds: dict[str, Any] = {"min_ratio": entry.min_ratio, "max_ratio": min(entry.max_ratio, _MOST)}
+def masked_layers(model: nn.Module, resolved: ResolvedConfig) -> dict[str, list[str]]:
+    """Return the layers of which each entry masks single weights, by its label."""
+    known = find_maskable_weights(model)
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in resolved.rows:
+        if row.parameter and row.masked > 0:
+            found[row.entry].append(known[row.parameter].layer)
+    return dict(found)
+
+
+def mask_entry(
+    model: nn.Module,
+    entry: Entry,
+    layers: Sequence[str],
+    ratio: float,
+    score: Score,
+    previous: Masks | None = None,
+) -> Masks:
+    """Choose masks for what an entry asks of single weights.
+
+    Args:
+        model: the model; not changed.
+        entry: the entry.
+        layers: its layers.
+        ratio: share of their weights to mask, which may still grow to that of the entry.
+        score: of each weight.
+        previous: masks that were chosen before, if the share grows.
+    """
     return choose_masks(
         model,
         entry.pattern,
-        layers=ratios,
+        ratio,
+        layers=layers,
         scope=entry.scope,
-        score=_score(entry, model, list(ratios), statistics),
+        min_ratio=entry.min_ratio,
+        max_ratio=min(entry.max_ratio, _MOST),
+        final_ratio=entry.ratio,
+        score=score,
         reduce=entry.reduce,  # type: ignore[arg-type]
-        **bounds,
+        previous=previous,
     )
 
 
-_MOST: Final = 1 - 1e-9  # shares of a layer are below 1; its last unit may go where no bound was set
-_SUMS: Final[Mapping[str, str]] = MappingProxyType(
-    {"snip": "saliency", "snip_momentum": "momentum", "gradient": "gradient", "taylor": "taylor"}
-)
+def find_sum(entry: Entry) -> Sum | None:
+    """Return the sum over gradients by which an entry ranks single weights; None where it looks at weights alone.
 
-
-def _score(entry: Entry, model: nn.Module, layers: list[str], statistics: Statistics | None) -> Score:
-    """Return the scores by which single weights are ranked."""
-    if entry.criterion == "l1":
-        return "magnitude"
-    if entry.criterion == "l2":
-        return lambda _, weight: weight.square()
-    summed = _SUMS.get(entry.criterion or "")
-    if summed is None:
+    Raises:
+        ArgumentError: its criterion scores no single weights.
+    """
+    if entry.criterion not in _SUMS and entry.criterion not in _OF_WEIGHTS:
         raise ArgumentError(
             f"{entry.label}: criterion {entry.criterion!r} scores channels and no single weights, which the pattern "
-            f"{entry.pattern!r} asks for; expected one of l1, l2, {', '.join(_SUMS)}, or a pattern of channels."
+            f"{entry.pattern!r} asks for; expected {', '.join((*_OF_WEIGHTS, *_SUMS))}, or a pattern of channels."
         )
-    assert statistics is not None, "checked when the pruner was made"
+    return _SUMS.get(entry.criterion or "")
+
+
+def entry_score(
+    entry: Entry,
+    model: nn.Module,
+    layers: Sequence[str],
+    statistics: Statistics | None,
+    names: Mapping[str, str] = MappingProxyType({}),
+) -> Score:
+    """Return the scores by which an entry ranks single weights.
+
+    Args:
+        entry: the entry.
+        model: the model.
+        layers: the entry's layers.
+        statistics: sums over gradients, if its criterion is made of them.
+        names: other name of a parameter -> the one that statistics have.
+
+    Raises:
+        ArgumentError: the criterion scores no single weights; no gradients were seen of a layer.
+    """
+    summed = find_sum(entry)
+    if summed is None:
+        return "magnitude" if entry.criterion == "l1" else lambda _, weight: weight.square()
+    assert statistics is not None, "checked when the pruner or session was made"
     known = find_maskable_layers(model)
     sums: Mapping[str, WeightSums] = statistics.weights
-    missing = [name for name in layers if known[name].weight not in sums]
+    weights = {layer: names.get(known[layer].weight, known[layer].weight) for layer in layers}
+    missing = [layer for layer, weight in weights.items() if weight not in sums]
     if missing:
         raise ArgumentError(f"{entry.label}: no gradients were seen of layer {missing[0]!r}; leave it out.")
-    return {name: getattr(sums[known[name].weight], summed) for name in layers}
+    return {layer: getattr(sums[weight], summed) for layer, weight in weights.items()}
 
 
 def _request(groups: ChannelGroups, key: _Pool, ratios: dict[str, float], widths: Widths) -> Request:

@@ -261,7 +261,7 @@ def _masked_row(row: ConfigRow, layer: ConfigLayer, maskable: Mapping[str, Maska
 
 
 def _explain_nothing(resolved: ResolvedConfig) -> str:
-    reasons = [f"{row.layer!r}: {row.reason or 'its ratio is 0'}" for row in resolved.rows if row.ratio is not None]
+    reasons = [f"{row.layer!r}: {row.reason or 'its ratio is 0'}" for row in resolved.rows if row.pattern]
     if not reasons:
         return "nothing that the config asks for can be removed: its entries leave out layers and choose none."
     rest = "; ..." if len(reasons) > 4 else ""

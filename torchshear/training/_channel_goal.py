@@ -20,7 +20,7 @@ from torchshear.pruners.schedules import Schedule
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._targets import choose_targets
 from torchshear.pruners.selection._widths import NothingToRemoveError
-from torchshear.training._goals import Choice, Goal, Indices, ratio_at
+from torchshear.training._goals import Choice, Goal, Indices, least_at, ratio_at
 from torchshear.training._masked_model import MaskedModel
 
 
@@ -111,7 +111,12 @@ class ChannelGoal(Goal):
         request = self.request
         if not self._share(share, position):
             return None
-        changed: dict[str, Any] = {"min_ratio": _scaled(share, position, request.min_ratio)}
+        least = request.min_ratio
+        changed: dict[str, Any] = {
+            "min_ratio": {key: least_at(share, position, one) for key, one in least.items()}
+            if isinstance(least, Mapping)
+            else least_at(share, position, least)
+        }
         if request.has_budget:
             is_end = share is None or share.passed(position) >= share.n_to_final
             for name in ("target_macs", "target_params") if not is_end else ():

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.pruners.schedules import Schedule
 from torchshear.training._masked_model import MaskedModel
+from torchshear.training._progressive import Pace
 
 Indices = npt.NDArray[np.int64]
 
@@ -29,6 +30,7 @@ class Choice:
         asked: share that was asked for.
         reached: share that is gone.
         widths: what is left of each group or layer, in units.
+        singles: the masks of single weights by themselves, without those of channels.
     """
 
     masks: Mapping[str, Tensor]
@@ -36,6 +38,7 @@ class Choice:
     asked: float
     reached: float
     widths: Mapping[str, int]
+    singles: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Goal(ABC):
@@ -72,6 +75,25 @@ class Goal(ABC):
     def shrinking(self) -> tuple[ChannelGroup, ...]:
         """The channel groups that may shrink."""
 
+    @property
+    def singles(self) -> tuple[str, ...]:
+        """Names of the parameters of which single weights may go."""
+        return ()
+
+    @property
+    def paces(self) -> Mapping[str, Pace]:
+        """Name of a parameter -> how its weights go little by little; those not named go at once."""
+        return {}
+
+    @property
+    def owners(self) -> Mapping[str, str]:
+        """Name of a group, or canonical name of a weight -> label of the config entry that takes it."""
+        return {}
+
+    def needs_at(self, share: Schedule, position: int) -> frozenset[Sum]:
+        """Return the sums that are read at a position of the schedule."""
+        return self.needs if share.ratio(position, self.target) else frozenset()
+
     @abstractmethod
     def choose(
         self, share: Schedule | None, position: int, model: MaskedModel, statistics: Statistics | None, before: Choice
@@ -104,7 +126,11 @@ class Goal(ABC):
 
     @abstractmethod
     def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
-        """Make a choice of what was saved of it."""
+        """Make a choice of what was saved of it: the units that stay, and the masks of single weights."""
+
+    def partly(self, toward: Choice, masks: Mapping[str, Tensor], before: Choice) -> Choice:
+        """Make the choice of masks that lie on the way from one choice to another."""
+        return self.restore(before.kept, masks, toward.asked)
 
     @abstractmethod
     def plan(self, choice: Choice, said: Mapping[str, Any]) -> PruningPlan | None:
@@ -118,6 +144,11 @@ class Goal(ABC):
 def ratio_at(share: Schedule | None, position: int, final: float) -> float:
     """Return the ratio at a position of a schedule; the final one without a schedule, which stands for the end."""
     return final if share is None else share.ratio(position, final)
+
+
+def least_at(share: Schedule | None, position: int, final: float) -> float:
+    """Return the least share at a position; one below the initial ratio of a schedule is asked for at once."""
+    return final if share is None else min(final, share.ratio(position, max(final, share.initial)))
 
 
 def nothing_gone(goal: Goal) -> Choice:

@@ -72,6 +72,11 @@ class LockGoal(Goal):
         """No channel group."""
         return ()
 
+    @property
+    def singles(self) -> tuple[str, ...]:
+        """All of the names."""
+        return self.names
+
     def choose(
         self, share: Schedule | None, position: int, model: MaskedModel, statistics: Statistics | None, before: Choice
     ) -> Choice:
@@ -87,7 +92,7 @@ class LockGoal(Goal):
         """Make a choice of masks."""
         left = {name: int(mask.sum()) for name, mask in masks.items()}
         total = sum(mask.numel() for mask in masks.values())
-        return Choice(masks, {}, asked, 1 - sum(left.values()) / total if total else 0.0, left)
+        return Choice(masks, {}, asked, 1 - sum(left.values()) / total if total else 0.0, left, masks)
 
     def plan(self, choice: Choice, said: Mapping[str, Any]) -> PruningPlan | None:
         """Return None: its zeros say what can be removed."""

@@ -191,6 +191,11 @@ class MaskedModel:
                 raise ArgumentError(f"the values of {name!r} are of another model; expected the shape {shape}.")
             own.copy_(value if place is None else value.to(place.device)[place].reshape(own.shape))
 
+    def settle(self) -> None:
+        """Write zeros where masks are into the model that was trained, and take the masks off; training is over."""
+        self._write_back()
+        self.masks = {}
+
     def check_structure(self) -> None:
         """Raise MaskError if the model is not the one that the session was made for."""
         laid = self._laid()

@@ -1,6 +1,6 @@
 """The renewal of masks at the events of a schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from torchshear.calibration import Statistics
+from torchshear.calibration._statistics import Sum
 from torchshear.errors import ArgumentError, DataError
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.options import CalibrationOptions
 from torchshear.pruners import Criterion
 from torchshear.pruners._collecting import collect
+from torchshear.pruners.criteria._criterion import needs_of
 from torchshear.pruners.regularizers import Regularized, Regularizer
 from torchshear.pruners.schedules import Renewal, Schedule
-from torchshear.training._goals import Choice, Goal, nothing_gone
+from torchshear.training._goals import Choice, Goal, Indices, nothing_gone
 from torchshear.training._gradient_sums import SUMS_OF_TRAINING, GradientSums
 from torchshear.training._masked_model import MaskedModel
-from torchshear.training._progressive import N_STAGES, Stages
+from torchshear.training._progressive import Stages
 
 
 class MaskRenewer:
@@ -28,10 +30,9 @@ class MaskRenewer:
         goal: what is asked for in the end.
         schedule: when, and how much.
         model: the model with its masks.
-        criterion: what scores units.
+        criteria: what scores units.
         data: batches for criteria that are not made of the gradients of the training.
         is_soft: whether what is gone may come back.
-        is_progressive: whether blocks go little by little.
 
     Attributes:
         choice: what is gone.
@@ -44,19 +45,17 @@ class MaskRenewer:
         goal: Goal,
         schedule: Schedule,
         model: MaskedModel,
-        criterion: str | Criterion,
+        criteria: Sequence[str | Criterion],
         data: CalibrationOptions,
         is_soft: bool,
-        is_progressive: bool = False,
     ) -> None:
         self.goal, self.schedule, self._model = goal, schedule, model
-        self._criterion, self._data, self._is_soft = criterion, data, is_soft
+        self._criteria, self._data, self._is_soft = criteria, data, is_soft
         needs = frozenset() if data.loader is not None else goal.needs
         self.sums = GradientSums(goal.groups, model.parameters, needs) if needs else None
-        self._is_progressive = is_progressive
         self._stages: Stages | None = None
         self._toward: Choice | None = None  # what the stages lead to
-        self._stage = 0
+        self._stage: dict[str, int] = {}
         self.choice = nothing_gone(goal)
         self.n_done = 0
 
@@ -79,37 +78,51 @@ class MaskRenewer:
         """
         n_passed = self.schedule.passed(position) if by == self.schedule.by else 0
         if n_passed <= self.n_done:
-            stage = 0 if self._stages is None or by != self.schedule.by else self._stages.stage_at(position)
-            return self._record(n_steps, epoch) if self._go_to_stage(stage) else None
+            is_on_the_way = self._stages is not None and by == self.schedule.by
+            return self._record(n_steps, epoch) if is_on_the_way and self._go_on(position) else None
         self._model.check_structure()
         if self.schedule.ratio(position, self.goal.target):
-            statistics = self._statistics()
-            choice = self.goal.choose(self.schedule, position, self._model, statistics, self._before())
-            if self._is_progressive:
-                scores = self.goal.scores_of_weights(statistics)
-                self._stages = Stages.of(self.choice.masks, choice.masks, scores, position, self.schedule.frequency)
-                self._toward, self._stage = choice, 0
-                self._go_to_stage(1)
-            else:
-                self._lay(choice)
+            self._choose(position)
         self.n_done = n_passed
         if self.sums is not None:
             self.sums.clear()
         return self._record(n_steps, epoch)
 
+    def _choose(self, position: int) -> None:
+        """Choose what is gone at an event, and lay its masks; where weights go in stages, those of the first."""
+        goal = self.goal
+        statistics = self._statistics(goal.needs_at(self.schedule, position))
+        choice = goal.choose(self.schedule, position, self._model, statistics, self._before())
+        paces = goal.paces
+        if not paces:
+            self._lay(choice)
+            return
+        stages = Stages.of(self.choice.masks, choice.masks, goal.scores_of_weights(statistics), position, paces)
+        if self._stages is not None and self._toward is not None:
+            before = self._toward.masks
+            same = {name for name, mask in choice.masks.items() if name in before and torch.equal(mask, before[name])}
+            stages = stages.keeping(self._stages, frozenset(same))
+        self._stages, self._toward, self._stage = stages, choice, {}
+        self._go_on(position)
+
     def complete(self, n_steps: int, epoch: int) -> Renewal | None:
         """Go to the last stage, where blocks go little by little; give a record of it, None if nothing is left."""
-        return self._record(n_steps, epoch) if self._go_to_stage(N_STAGES) else None
+        return self._record(n_steps, epoch) if self._go_on(None) else None
 
-    def _go_to_stage(self, stage: int) -> bool:
-        """Lay the masks of a stage; False if they lie there already."""
-        if self._stages is None or self._toward is None or stage <= self._stage:
+    def _go_on(self, position: int | None) -> bool:
+        """Lay the masks of the stages at a position, None for the last ones; False if they lie there already."""
+        if self._stages is None or self._toward is None:
             return False
-        toward, masks = self._toward, self._stages.masks(self._toward.masks, stage)
-        self._stage = stage
-        self._lay(toward if stage == N_STAGES else self.goal.restore({}, masks, toward.asked))
-        if stage == N_STAGES:
-            self._stages = self._toward = None
+        now = self._stages.last() if position is None else self._stages.at(position)
+        if now == self._stage:
+            return False
+        self._stage = now
+        if now != self._stages.last():
+            masks = self._stages.masks(self._toward.masks, now)
+            self._lay(self.goal.partly(self._toward, masks, self.choice))
+            return True
+        self._lay(self._toward)
+        self._stages = self._toward = None
         return True
 
     def _lay(self, choice: Choice) -> None:
@@ -138,28 +151,36 @@ class MaskRenewer:
         """The network for a regularizer, with what would go at the final ratio if it wants to know."""
         goes: dict[str, Tensor] = {}
         if regularizer.wants_final_units:
-            choice = self.goal.choose(None, 0, self._model, self._statistics(), self._before())
+            statistics = self._statistics(self.goal.needs)
+            choice = self.goal.choose(None, 0, self._model, statistics, self._before())
             goes = {name: ~mask for name, mask in self._model.by_canonical_name(choice.masks).items()}
-        masked = tuple(self._model.masks)
-        return Regularized(self.goal.shrinking, self._model.layers(), goes, masked, self.goal.nearest)
+        names = self.goal.groups.graph.aliases
+        singles = tuple(dict.fromkeys(names.get(name, name) for name in self.goal.singles))
+        goal = self.goal
+        return Regularized(goal.shrinking, self._model.layers(), goes, singles, goal.nearest, goal.owners)
 
     def _before(self) -> Choice:
-        """Return what must not come back."""
-        return nothing_gone(self.goal) if self._is_soft else self.choice
+        """Return what must not come back, with what is on the way."""
+        return nothing_gone(self.goal) if self._is_soft else self._toward or self.choice
 
     @outside_inference_mode()
-    def _statistics(self) -> Statistics | None:
-        """Return what the criterion reads beside weights."""
+    def _statistics(self, needs: frozenset[Sum]) -> Statistics | None:
+        """Return what criteria read beside weights.
+
+        Args:
+            needs: the sums that are read.
+        """
         data = self._data
         if data.loader is not None:
             groups = self._model.groups_as_masked(self.goal.groups)
-            return collect(groups, data.loader, data.loss_fn, data.batches, False, self._criterion)
-        if self.sums is None:
+            on_data = [one for one in self._criteria if needs_of(one)]
+            return collect(groups, data.loader, data.loss_fn, data.batches, False, on_data)
+        if self.sums is None or not needs:
             return None
         if self.sums.is_empty:
             raise ArgumentError(
-                f"the criterion {self._criterion!r} is made of gradients, and no step came since the last event of the "
-                f"schedule; let steps come between events."
+                f"the criterion {_named(self._criteria)} is made of gradients, and no step came since the last event "
+                f"of the schedule; let steps come between events."
             )
         return self.sums.statistics()
 
@@ -201,62 +222,77 @@ class MaskRenewer:
         return {
             "n_done": self.n_done,
             "asked": self.choice.asked,
-            "kept": {name: torch.from_numpy(np.array(units)) for name, units in self.choice.kept.items()},
-            "masks": {} if self.choice.kept else {name: mask.clone() for name, mask in self.choice.masks.items()},
+            "kept": _as_tensors(self.choice.kept),
+            "masks": {name: mask.clone() for name, mask in self.choice.singles.items()},
             "sums": {} if self.sums is None else self.sums.state_dict(),
             "stages": {} if self._stages is None else self._stages.state_dict(),
-            "stage": self._stage,
-            "toward": {} if self._toward is None else dict(self._toward.masks),
+            "stage": dict(self._stage),
+            "toward": {} if self._toward is None else dict(self._toward.singles),
+            "toward_kept": {} if self._toward is None else _as_tensors(self._toward.kept),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what `state_dict` gave, and lay the masks."""
-        kept = {name: units.numpy() for name, units in state["kept"].items()}
-        self.choice = self.goal.restore(kept, state["masks"], float(state["asked"]))
+        self.choice = self.goal.restore(_as_indices(state["kept"]), state["masks"], float(state["asked"]))
         self.n_done = int(state["n_done"])
         if self.sums is not None:
             self.sums.load_state_dict(state["sums"])
         self._model.renew(self.choice.masks)
         if state["stages"]:
             self._stages = Stages(**state["stages"])
-            self._stage = int(state["stage"])
-            self._toward = self.goal.restore({}, state["toward"], float(state["asked"]))
+            self._toward = self.goal.restore(_as_indices(state["toward_kept"]), state["toward"], self.choice.asked)
+            self._stage = dict(state["stage"])
+            masks = self._stages.masks(self._toward.masks, self._stage)
+            self._lay(self.goal.partly(self._toward, masks, self.choice))
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain data."""
-        schedule = {"schedule": repr(self.schedule), "progressive": self._is_progressive}
-        return self.goal.describe() | schedule
+        return self.goal.describe() | {"schedule": repr(self.schedule)}
+
+
+def _named(criteria: Sequence[str | Criterion]) -> str:
+    """Names of the criteria, of several only those that look at data or gradients."""
+    return ", ".join(repr(one) for one in criteria if len(criteria) == 1 or needs_of(one))
+
+
+def _as_tensors(kept: Mapping[str, Indices]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(units)) for name, units in kept.items()}
+
+
+def _as_indices(kept: Mapping[str, Tensor]) -> dict[str, Indices]:
+    return {name: units.numpy() for name, units in kept.items()}
 
 
 def check_needs(
     goal: Goal,
     schedule: Schedule,
-    criterion: str | Criterion,
+    criteria: Sequence[str | Criterion],
     data: CalibrationOptions,
     regularizer: Regularizer | None,
 ) -> None:
-    """Raise ArgumentError where a criterion needs what neither the training nor the data gives."""
+    """Raise ArgumentError where criteria need what neither the training nor the data gives."""
     if data.loader is not None:
-        missing = data.missing_for(criterion)
-        if missing:
-            raise ArgumentError(f"the criterion {criterion!r} {missing}")
-        data.check_used([criterion], "none")
+        for criterion in criteria:
+            missing = data.missing_for(criterion)
+            if missing:
+                raise ArgumentError(f"the criterion {criterion!r} {missing}")
+        data.check_used(criteria, "none")
         return
     beyond = goal.needs - SUMS_OF_TRAINING
     if beyond:
         raise ArgumentError(
-            f"the criterion {criterion!r} looks at {', '.join(sorted(beyond))}, which the gradients of a training do "
-            f"not hold; give batches as data=, and where it looks at gradients a loss as loss_fn=."
+            f"the criterion {_named(criteria)} looks at {', '.join(sorted(beyond))}, which the gradients of a "
+            f"training do not hold; give batches as data=, and where it looks at gradients a loss as loss_fn=."
         )
     if not goal.needs:
         return
-    if schedule.by != "event" and schedule.ratio(0, goal.target):
+    if schedule.by != "event" and goal.needs_at(schedule, 0):
         raise ArgumentError(
-            f"the criterion {criterion!r} is made of gradients, and the schedule removes something before the first "
-            f"step, when there are none; let it start later, or give data= and loss_fn=."
+            f"the criterion {_named(criteria)} is made of gradients, and the schedule removes something before the "
+            f"first step, when there are none; let it start later, or give data= and loss_fn=."
         )
     if regularizer is not None and regularizer.wants_final_units:
         raise ArgumentError(
-            f"the regularizer chooses what goes when the training begins, and the criterion {criterion!r} is made of "
-            f"gradients, of which there are none then; choose another, or give data= and loss_fn=."
+            f"the regularizer chooses what goes when the training begins, and the criterion {_named(criteria)} is "
+            f"made of gradients, of which there are none then; choose another, or give data= and loss_fn=."
         )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchshear._arguments import check_count
 from torchshear._making import PruneResult
 from torchshear.calibration import Loss
+from torchshear.configs import ConfigList
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError, first_line
@@ -20,16 +21,18 @@ from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners.masks._choose import Layers
 from torchshear.pruners.masks._patterns import Reduce
 from torchshear.pruners.regularizers import Regularizer
-from torchshear.pruners.schedules import History, Renewal, Schedule
+from torchshear.pruners.schedules import History, Schedule
 from torchshear.training._finishing import make_result
 from torchshear.training._making import Asked, check_settings, make_goal
 from torchshear.training._masked_model import MaskedModel, check_computed, check_unmasked
 from torchshear.training._order import HookOrder
 from torchshear.training._penalty import TrainingPenalty, as_scale
+from torchshear.training._progress import Progress
 from torchshear.training._recorder import Recorder, Writer, check_writer, loss_as_number
 from torchshear.training._renewing import MaskRenewer, check_needs
 from torchshear.training._shrinking import Shrinker, check_shrinking
 from torchshear.training._state import check_header, with_header
+from torchshear.training._training_config import TrainingConfig
 
 
 class PruningSession:
@@ -55,13 +58,18 @@ class PruningSession:
         target_params: parameters that may be left in the end, likewise.
         pattern: units of single weights in place of channels: "1x1", "4x1", "2:4", "channelx1", "1xchannel" or "heads";
             see `torchshear.pruners.masks.choose_masks`. Or "lock", the zeros that there are at the event of `OneShot`.
-        criterion: what scores units. Criteria of gradients ("taylor", "taylor_bn", "snip", "snip_momentum", "gradient",
-            "sensitivity") take those of the training, unless `data` is given; others that look at data need `data`.
+        config: a config list of NNI or Neural Compressor, or the path of a file of one, in place of a ratio, a target
+            and all that says what goes; it may ask for channels, single weights, blocks and N:M together. The shares of
+            all entries follow the schedule; see docs/config-lists.md.
+        criterion: what scores units; None: what a config says, else "l1". Criteria of gradients ("taylor", "taylor_bn",
+            "snip", "snip_momentum", "gradient", "sensitivity") take those of the training, unless `data` is given;
+            others that look at data need `data`.
         regularizer: presses units towards zero, see `torchshear.regularizers`. Add `penalty()` to the loss; if that is
             not done, `on_before_optimizer_step` adds its gradients.
         optimizer: the optimizer, by which steps are noticed that no hook announces.
         soft: whether what is masked may come back; below the mask it learns by the gradient of the masked weight.
-        progressive: whether blocks of a pattern go in four stages from each event on, weights of least score first.
+        progressive: whether blocks of a pattern, or channels of a config, go in four stages from each event on, weights
+            of least score first.
         shrink_every: renewals after which a smaller model takes the place of the one that trains, `model`; None: never.
         scope: units that are ranked against one another; see `torchshear.plan`, with a pattern `choose_masks`.
         min_ratio: share that each group or layer loses at least in the end.
@@ -101,7 +109,8 @@ class PruningSession:
         target_macs: float | None = None,
         target_params: float | None = None,
         pattern: str | None = None,
-        criterion: str | Criterion = "l1",
+        config: ConfigList | TrainingConfig | None = None,
+        criterion: str | Criterion | None = None,
         regularizer: Regularizer | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         soft: bool = False,
@@ -123,16 +132,18 @@ class PruningSession:
         batches: int | None = None,
         writer: Writer | None = None,
     ) -> None:
-        check_settings(schedule, regularizer, pattern, soft, progressive)
+        check_settings(schedule, regularizer, soft, progressive)
         check_writer(writer)
-        check_shrinking(shrink_every, schedule, pattern, soft, optimizer)
         asked = Asked(
+            schedule=schedule,
             criterion=criterion,
             ratio=ratio,
             target_macs=target_macs,
             target_params=target_params,
             pattern=pattern,
+            config=config,
             soft=soft,
+            progressive=progressive,
             scope=scope,
             min_ratio=min_ratio,
             max_ratio=max_ratio,
@@ -145,23 +156,24 @@ class PruningSession:
             layers=layers,
             reduce=reduce,
         )
+        check_shrinking(shrink_every, schedule, asked.single_weights, soft, optimizer)
         calibration = CalibrationOptions.parse(data, loss_fn, batches, "none")
         check_unmasked(model)
         self._args, self._kwargs = args, kwargs
         groups = analyze(trace(model, args, kwargs))
         check_computed(groups)
-        goal = make_goal(model, groups, asked, schedule)
+        goal = make_goal(model, groups, asked)
         schedule.ratio(schedule.start, goal.target)  # refuses an initial ratio above it
-        check_needs(goal, schedule, criterion, calibration, regularizer)
+        check_needs(goal, schedule, asked.criteria, calibration, regularizer)
         self._masked = MaskedModel(model, groups, goal.names, soft)
-        self._renewer = MaskRenewer(goal, schedule, self._masked, criterion, calibration, soft, progressive)
+        self._renewer = MaskRenewer(goal, schedule, self._masked, asked.criteria, calibration, soft)
         self._regularizer, self._optimizer = regularizer, optimizer
         self._masked.check_optimizer(optimizer)
         self._shrinker = Shrinker(shrink_every, optimizer, self._masked, self._renewer)
         self._penalty: TrainingPenalty | None = None
         self._saved_penalty: Mapping[str, Any] | None = None
         self._order, self._recorder = HookOrder(), Recorder(goal.target, goal.unit, writer)
-        self._n_steps, self._epoch, self._n_events = 0, -1, 0
+        self._progress = Progress(self._renewer, self._shrinker, self._recorder)
         self._handle: Any = None
 
     @property
@@ -176,7 +188,7 @@ class PruningSession:
 
     def __str__(self) -> str:
         """A line for people: where the training is, and how much is gone."""
-        return f"step {self._n_steps}, epoch {max(self._epoch, 0)}: {self.history}"
+        return f"step {self._progress.n_steps}, epoch {max(self._progress.epoch, 0)}: {self.history}"
 
     def __repr__(self) -> str:
         return f"<PruningSession of {type(self._masked.model).__name__}, {self}>"
@@ -192,7 +204,7 @@ class PruningSession:
             raise ArgumentError("penalty() is for the loss of a step; call it behind on_step_begin(step).")
         if self._penalty is None:
             return next(iter(self._masked.parameters.values())).new_zeros(())
-        return self._penalty.value(self._n_steps)
+        return self._penalty.value(self._progress.n_steps)
 
     def on_train_begin(self) -> None:
         """Begin a training, or go on with one after `load_state_dict`.
@@ -222,8 +234,7 @@ class PruningSession:
         """
         check_count("epoch", epoch, 0)
         self._order.come("on_epoch_begin")
-        self._epoch = int(epoch)
-        self._renew_at("epoch", self._epoch)
+        self._progress.begin_epoch(int(epoch))
 
     def on_step_begin(self, step: int | None = None) -> None:
         """Begin a batch; at an event of the schedule masks are renewed.
@@ -242,7 +253,7 @@ class PruningSession:
         self._order.come("on_step_begin")
         if self._penalty is not None:
             self._penalty.begin_step()
-        self._renew_at("step", self._n_steps)
+        self._progress.begin_step()
 
     def on_before_optimizer_step(self, grad_scale: float | None = None) -> None:
         """Read the gradients of the step, and add those of the penalty if the loss did not hold it.
@@ -258,7 +269,7 @@ class PruningSession:
         scale = as_scale(grad_scale)
         self._order.come("on_before_optimizer_step")
         if self._penalty is not None:
-            self._penalty.add_gradients(self._n_steps, scale)
+            self._penalty.add_gradients(self._progress.n_steps, scale)
         self._renewer.count_gradients(grad_scale)
 
     def on_after_optimizer_step(self) -> None:
@@ -269,8 +280,8 @@ class PruningSession:
         """
         self._order.come("on_after_optimizer_step")
         if self._penalty is not None:
-            self._recorder.settled(self._penalty.after_step(self._n_steps))
-        self._n_steps += 1
+            self._recorder.settled(self._penalty.after_step(self._progress.n_steps))
+        self._progress.n_steps += 1
 
     def on_step_end(self, loss: float | Tensor | None = None) -> None:
         """End a batch.
@@ -282,9 +293,9 @@ class PruningSession:
             ArgumentError: it came out of order, or the loss is no number.
             DataError: the loss is NaN or infinite.
         """
-        told = loss_as_number(loss, self._n_steps)
+        told = loss_as_number(loss, self._progress.n_steps)
         self._order.come("on_step_end")
-        self._recorder.stepped(self._n_steps, told, math.nan if self._penalty is None else self._penalty.last)
+        self._recorder.stepped(self._progress.n_steps, told, math.nan if self._penalty is None else self._penalty.last)
 
     def on_epoch_end(self) -> None:
         """End an epoch.
@@ -294,7 +305,7 @@ class PruningSession:
         """
         self._order.come("on_epoch_end")
         if self._penalty is not None:
-            self._recorder.settled(self._penalty.after_epoch(self._n_steps))
+            self._recorder.settled(self._penalty.after_epoch(self._progress.n_steps))
 
     def on_event(self) -> None:
         """Say that an event has come, for a schedule by events: the end of a round, as a user sees it.
@@ -306,8 +317,7 @@ class PruningSession:
         if by != "event":
             raise ArgumentError(f"on_event() came, and the schedule is by {by}; give by='event'.")
         self._order.come("on_event")
-        self._renew_at("event", self._n_events)
-        self._n_events += 1
+        self._progress.come_to_event()
 
     def on_train_end(self) -> None:
         """End the training; an event that is due right behind the last step or epoch comes now.
@@ -319,18 +329,7 @@ class PruningSession:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        self._renew_at("step", self._n_steps)
-        self._renew_at("epoch", self._epoch + 1)
-        self._note(self._renewer.complete(self._n_steps, self._epoch))
-
-    def _renew_at(self, by: str, position: int) -> None:
-        self._note(self._renewer.renew(by, position, self._n_steps, self._epoch))
-
-    def _note(self, renewal: Renewal | None) -> None:
-        if renewal is not None:
-            self._recorder.renewed(renewal)
-            if self._order.place != "ended" or self._renewer.schedule.by == "event":
-                self._shrinker.renewed()
+        self._progress.end()
 
     @outside_inference_mode()
     def finish(self, form: Form = "auto") -> PruneResult:
@@ -349,7 +348,8 @@ class PruningSession:
             VerificationError: the small model is not equal to the masked one; nothing is returned then.
         """
         self._order.come("finish")
-        return make_result(self._masked, self._renewer, (self._args, self._kwargs), form, self._n_steps, self.history)
+        inputs, n_steps = (self._args, self._kwargs), self._progress.n_steps
+        return make_result(self._masked, self._renewer, inputs, form, n_steps, self.history)
 
     def _asked(self) -> dict[str, Any]:
         """Return the settings, as plain data."""
@@ -366,13 +366,7 @@ class PruningSession:
                 "state_dict() came between on_before_optimizer_step() and on_after_optimizer_step(), when half of a "
                 "step is counted; call it before or behind them."
             )
-        state = {
-            "n_steps": self._n_steps,
-            "epoch": self._epoch,
-            "n_events": self._n_events,
-            "shrinks": self._shrinker.state_dict(),
-            "renewals": self._renewer.state_dict(),
-            "record": self._recorder.state_dict(),
+        state = self._progress.state_dict() | {
             "penalty": {} if self._penalty is None else self._penalty.penalty.state_dict(),
         }
         return with_header(self._asked(), self._renewer.goal.groups.graph.fingerprint, state)
@@ -391,10 +385,7 @@ class PruningSession:
             raise ArgumentError("load_state_dict() came after on_train_begin(); make a new session, and load it there.")
         check_header(state, self._asked(), self._renewer.goal.groups.graph.fingerprint)
         try:
-            self._shrinker.load_state_dict(state["shrinks"])
-            self._renewer.load_state_dict(state["renewals"])
-            self._recorder.load_state_dict(state["record"])
-            self._n_steps, self._epoch, self._n_events = (int(state[k]) for k in ("n_steps", "epoch", "n_events"))
+            self._progress.load_state_dict(state)
             self._saved_penalty = dict(state["penalty"])
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ArgumentError(f"the state is damaged: {first_line(error)}; load another.") from error

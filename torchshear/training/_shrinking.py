@@ -61,22 +61,22 @@ class Shrinker:
 
 
 def check_shrinking(
-    every: object, schedule: Schedule, pattern: object, soft: bool, optimizer: torch.optim.Optimizer | None
+    every: object, schedule: Schedule, single_weights: str, soft: bool, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Raise ArgumentError for a session that is to shrink its model and cannot.
 
     Args:
         every: renewals from one shrink to the next, or None.
         schedule: the schedule.
-        pattern: the units of single weights, if these are asked for.
+        single_weights: words that ask for single weights, or "".
         soft: whether what is gone may come back.
         optimizer: the optimizer, or None.
     """
     if every is None:
         return
     check_count("shrink_every", every)
-    if pattern is not None or soft:
-        said = f"pattern={pattern!r}" if pattern is not None else "soft=True"
+    if single_weights or soft:
+        said = single_weights or "soft=True"
         raise ArgumentError(
             f"shrink_every={every!r} and {said} do not go together: only channels that stay away can be cut out of the "
             f"model while it trains. Leave shrink_every= away; finish() makes the model smaller."

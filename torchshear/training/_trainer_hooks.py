@@ -147,7 +147,7 @@ class TrainerHooks:
         """
         self.end_epoch()
         self.session.on_train_end()
-        if not self.session._n_steps:
+        if not self.session._progress.n_steps:
             raise ArgumentError(
                 "the trainer ended its training, and made no step of the optimizer in it; the session has pruned "
                 "nothing. Check its data, and its number of epochs and steps."

@@ -18,6 +18,7 @@ from torchshear.pruners.masks._scores import Score, find_scorer
 from torchshear.pruners.schedules import Schedule
 from torchshear.training._goals import Choice, Goal, Indices, ratio_at
 from torchshear.training._masked_model import MaskedModel
+from torchshear.training._progressive import Pace
 
 _SCORES: Final[Mapping[str, Sum | None]] = {
     "l1": None,
@@ -41,6 +42,7 @@ class WeightGoal(Goal):
         score: name of the criterion, or a function as `choose_masks` takes it.
         options: `layers`, `scope`, `min_ratio`, `max_ratio` and `reduce` of `choose_masks`.
         is_soft: whether weights may come back.
+        stage: positions from one of the four stages to the next, in which blocks go; 0 where they go at once.
     """
 
     groups: ChannelGroups
@@ -50,6 +52,7 @@ class WeightGoal(Goal):
     score: Any
     options: Mapping[str, Any]
     is_soft: bool
+    stage: int
     all_kept: Masks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +92,16 @@ class WeightGoal(Goal):
     def shrinking(self) -> tuple[ChannelGroup, ...]:
         """No channel group."""
         return ()
+
+    @property
+    def singles(self) -> tuple[str, ...]:
+        """All of the names."""
+        return self.names
+
+    @property
+    def paces(self) -> Mapping[str, Pace]:
+        """One for all weights, if blocks go little by little."""
+        return dict.fromkeys(self.names, Pace("", self.stage)) if self.stage else {}
 
     def _masks(self, score: Score, ratio: float, previous: Masks | None, final: float, **changed: Any) -> Masks:
         options = dict(self.options) | changed
@@ -155,7 +168,7 @@ class WeightGoal(Goal):
         weights = {name: mask for name, mask in tensors.items() if mask.ndim > 1}
         left = {name: int(mask.sum()) for name, mask in weights.items()}
         total = sum(mask.numel() for mask in weights.values())
-        return Choice(tensors, {}, asked, 1 - sum(left.values()) / max(1, total), left)
+        return Choice(tensors, {}, asked, 1 - sum(left.values()) / max(1, total), left, tensors)
 
     def plan(self, choice: Choice, said: Mapping[str, Any]) -> PruningPlan | None:
         """Nothing is known of what can be removed; its zeros say so."""
@@ -165,4 +178,5 @@ class WeightGoal(Goal):
         """Return what is asked for as plain data."""
         score = self.score if isinstance(self.score, str) else getattr(self.score, "__name__", "custom")
         options = {name: repr(value) for name, value in self.options.items()}
-        return {"pattern": self.pattern, "ratio": self.ratio, "criterion": score, "soft": self.is_soft, **options}
+        said = {"pattern": self.pattern, "ratio": self.ratio, "criterion": score, "soft": self.is_soft}
+        return said | {"stage": self.stage, **options}

@@ -77,14 +77,13 @@ class ADMM(Regularizer):
 
     def bind(self, network: Regularized) -> Penalty:
         """Return the penalty on what may go of a network."""
-        if network.nearest is None or not (network.groups or network.masked):
+        if network.nearest is None or not (network.groups or network.singles):
             raise ArgumentError("ADMM: nothing of the network may go; ask for more.")
-        parts: list[_Part] = [_Whole(name) for name in network.masked]
-        if network.groups:
-            pairs = [(group, member) for group in network.groups for member in group.members]
-            parts = [
-                _Lines(group.name, member, group.width) for group, member in pairs if not member.purposes & _NOT_PRESSED
-            ]
+        pairs = [(group, member) for group in network.groups for member in group.members]
+        parts: list[_Part] = [
+            *(_Lines(group.name, member, group.width) for group, member in pairs if not member.purposes & _NOT_PRESSED),
+            *(_Whole(name) for name in network.singles),
+        ]
         return _Splitting(self, tuple(parts), network.nearest)
 
 

@@ -27,15 +27,17 @@ class Regularized:
         layers: canonical name of a weight -> the layer whose weight it is, for patterns of single weights.
         goes: canonical name of a parameter -> bool tensor, True where it would go if the final ratio were asked for
             now; empty unless the regularizer wants it.
-        masked: canonical names of the parameters that have masks.
+        singles: canonical names of the parameters of which single weights may go, and not only those of channels.
         nearest: chooses what stays if as little as may be is taken away, see `Nearest`.
+        owners: name of a group, or canonical name of a weight -> label of the config entry that takes it.
     """
 
     groups: tuple[ChannelGroup, ...]
     layers: Mapping[str, MaskableLayer]
     goes: Mapping[str, Tensor] = field(default_factory=dict)
-    masked: tuple[str, ...] = ()
+    singles: tuple[str, ...] = ()
     nearest: Nearest | None = None
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 class Penalty(ABC):

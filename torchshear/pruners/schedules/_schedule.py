@@ -2,6 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -72,7 +73,7 @@ class Schedule(ABC):
         return 1 if self.is_at_once else self.n_steps + 1
 
     @property
-    def events(self) -> range:
+    def events(self) -> Sequence[int]:
         """Positions of all events."""
         return range(self.start, self.start + self.n_steps * self.frequency + 1, self.frequency)
 
