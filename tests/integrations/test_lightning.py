@@ -20,7 +20,7 @@ from torchshear.pruners.schedules import Linear
 
 pytestmark = [
     pytest.mark.zoo,
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(find_spec("lightning") is None, reason="needs lightning: make zoo-setup"),
 ]
 

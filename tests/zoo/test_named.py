@@ -10,7 +10,7 @@ import torchshear
 from tests.zoo.torchvision_models import load_torchvision
 from tests.zoo.transformers_models import build, is_installed
 
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.skipif(not is_installed(), reason="needs transformers: make zoo-setup")

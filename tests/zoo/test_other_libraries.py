@@ -12,7 +12,7 @@ import torchshear
 from tests.zoo.torchvision_models import load_torchvision
 from tests.zoo.weights import spread_weights
 
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
 
 def needs(library: str) -> pytest.MarkDecorator:

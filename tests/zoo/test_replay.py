@@ -21,7 +21,7 @@ NAMES = (
 WITH_HOOKS = {"transformers:deberta-v2", "transformers:falcon"}
 WITHOUT_ATTRIBUTES = {"torchvision:resnet18", "transformers:deberta-v2", "transformers:modernbert"}
 
-pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,7 @@ from tests.zoo.weights import spread_weights
 
 pytestmark = [
     pytest.mark.zoo,
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(not is_installed(), reason="needs transformers: make zoo-setup"),
 ]
 

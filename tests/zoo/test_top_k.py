@@ -14,7 +14,7 @@ from torchshear.graph.numerics._ties import TieBreaker
 pytestmark = [
     pytest.mark.zoo,
     pytest.mark.skipif(not is_installed(), reason="needs transformers: make zoo-setup"),
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore"),
 ]
 
 

@@ -16,7 +16,7 @@ from tests.zoo.transformers_models import NAMES, UnknownFamilyError, build, is_i
 pytestmark = [
     pytest.mark.zoo,
     pytest.mark.skipif(not is_installed(), reason="needs transformers: make zoo-setup"),
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore"),
 ]
 
 GENERATING = ("gpt2", "opt", "llama", "qwen3", "gemma2", "phi3", "falcon", "mixtral", "t5", "bart", "mamba")

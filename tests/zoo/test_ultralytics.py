@@ -16,7 +16,7 @@ from tests.zoo.weights import spread_weights
 
 pytestmark = [
     pytest.mark.zoo,
-    pytest.mark.filterwarnings("default"),
+    pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(importlib.util.find_spec("ultralytics") is None, reason="needs ultralytics: make zoo-setup"),
 ]
 
