@@ -12,7 +12,7 @@ import torchshear
 from tests.training.loops import images, perceptron, residual, sgd, steps_of, train, vectors
 from torchshear.errors import ArgumentError
 from torchshear.pruners import masks
-from torchshear.pruners.schedules import AGP, Linear, OneShot
+from torchshear.pruners.schedules import AGP, Exp, Linear, OneShot
 
 
 def laid(model: nn.Module) -> dict[str, Tensor]:
@@ -143,3 +143,18 @@ def test_resuming_between_stages() -> None:
 def test_what_cannot_be_locked_or_go_little_by_little(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ArgumentError, match=match):
         torchshear.PruningSession(perceptron(), vectors(0)[0], **{"schedule": Linear(end=16, frequency=4), **options})
+
+
+def test_each_layer_follows_the_schedule_to_an_end_of_its_own() -> None:
+    """Layers at 0.75 and 0.36: after half of the way 1 - (1 - s)^(1/2) of each; below the initial ratio all at once."""
+    found = {}
+    for schedule in (Exp(end=2, frequency=1), AGP(end=2, frequency=1, initial=0.4)):
+        model, counts = perceptron(), []
+        layers = {"0": 0.75, "2": 0.36}
+        session = torchshear.PruningSession(model, vectors(0)[0], pattern="1x1", layers=layers, schedule=schedule)
+        for _ in steps_of(session, model, sgd(model), vectors, 3):
+            counts.append([int((~mask).sum()) for mask in masks.applied_masks(model).tensors.values()])
+        found[type(schedule)] = counts
+    assert found[Exp] == [[0, 0], [64, int(192 * 0.2 + 1e-9)], [96, int(192 * 0.36 + 1e-9)]]
+    assert [two for _, two in found[AGP]] == [int(192 * 0.36 + 1e-9)] * 3
+    assert found[AGP][0][0] == int(128 * 0.4 + 1e-9)

@@ -1,6 +1,6 @@
 """Single weights as what a session asks for: by a pattern, within layers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ from torchshear.pruners.masks import Masks, choose_masks
 from torchshear.pruners.masks._layers import find_maskable_layers
 from torchshear.pruners.masks._scores import Score, find_scorer
 from torchshear.pruners.schedules import Schedule
-from torchshear.training._goals import Choice, Goal, Indices, ratio_at
+from torchshear.training._goals import Choice, Goal, Indices, least_at, ratio_at
 from torchshear.training._masked_model import MaskedModel
 from torchshear.training._progressive import Pace
 
@@ -63,8 +63,8 @@ class WeightGoal(Goal):
                 f"expected one of {', '.join(_SCORES)}, or a function of a layer's name and weight."
                 f"{close_names(self.score, _SCORES)}"
             )
-        self._masks("magnitude", self.ratio, None, self.ratio)
-        object.__setattr__(self, "all_kept", self._masks("magnitude", 0.0, None, self.ratio))
+        self._masks("magnitude", None, lambda final: final)
+        object.__setattr__(self, "all_kept", self._masks("magnitude", None, lambda final: 0.0))
 
     @property
     def unit(self) -> str:
@@ -103,14 +103,15 @@ class WeightGoal(Goal):
         """One for all weights, if blocks go little by little."""
         return dict.fromkeys(self.names, Pace("", self.stage)) if self.stage else {}
 
-    def _masks(self, score: Score, ratio: float, previous: Masks | None, final: float, **changed: Any) -> Masks:
+    def _masks(self, score: Score, previous: Masks | None, at: Callable[[float], float], **changed: Any) -> Masks:
+        """Choose masks at the ratio that a final one has by now: that of each layer where they have their own."""
         options = dict(self.options) | changed
         if isinstance(options.get("layers"), Mapping):
-            share = ratio / self.ratio if self.ratio else 0.0
-            options["layers"] = {name: own * share for name, own in options["layers"].items()}
+            options["layers"] = {name: at(own) for name, own in options["layers"].items()}
         else:
-            options["final_ratio"] = final
+            options["final_ratio"] = self.ratio
         groups = self.groups if self.pattern == "heads" else None
+        ratio = at(self.ratio)
         return choose_masks(self.model, self.pattern, ratio, score=score, previous=previous, groups=groups, **options)
 
     def _scores(self, statistics: Statistics | None) -> Score:
@@ -142,7 +143,11 @@ class WeightGoal(Goal):
         if not asked:
             return self.restore({}, before.masks, 0.0)
         previous = Masks.of(before.masks) if before.masks else None
-        return self._choice(self._masks(self._scores(statistics), asked, previous, self.ratio), asked)
+
+        def at(final: float) -> float:
+            return least_at(share, position, final)
+
+        return self._choice(self._masks(self._scores(statistics), previous, at), asked)
 
     def nearest(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Choose the heaviest units of the pattern; what is masked of a bias weighs with its row."""
@@ -156,7 +161,7 @@ class WeightGoal(Goal):
                 weight = layer.unview(grid + share)
             if weight is not None:
                 scores[layer.name] = weight
-        masks = self._masks(scores, self.ratio, None, self.ratio, reduce="sum")
+        masks = self._masks(scores, None, lambda final: final, reduce="sum")
         return {names.get(name, name): mask for name, mask in masks.tensors.items()}
 
     def restore(self, kept: Mapping[str, Indices], masks: Mapping[str, Tensor], asked: float) -> Choice:
