@@ -181,6 +181,13 @@ def ticket() -> training.LotteryTicket:
     return made
 
 
+def gradual(given: Given) -> nni.AGPPruner:
+    """A pruner that has begun on a new network."""
+    pruner = nni.AGPPruner(Network(), CONFIG, args=given.x)
+    pruner.compress()
+    return pruner
+
+
 CALLS: dict[str, Call] = {
     "trace": Call(torchshear.trace, lambda g: {"model": g.model, "args": (g.x,), "kwargs": {}, "submodules": None}),
     "analyze": Call(torchshear.analyze, lambda g: {"graph": g.graph, "prunable_outputs": ()}),
@@ -237,6 +244,21 @@ CALLS: dict[str, Call] = {
     "SlimPruner": Call(nni.SlimPruner, lambda g: {"model": g.model,
         "config_list": [{"op_types": ["BatchNorm2d"], "sparsity": 0.5}], "args": (g.x,)}),
     "LevelPruner": Call(nni.LevelPruner, lambda g: {"model": g.model, "config_list": CONFIG, "args": ()}),
+    "AGPPruner": Call(nni.AGPPruner, lambda g: {"model": g.model, "config_list": CONFIG, "args": (g.x,)}),
+    "LinearPruner": Call(nni.LinearPruner, lambda g: {"model": g.model, "config_list": CONFIG, "total_iteration": 2}),
+    "LotteryTicketPruner": Call(nni.LotteryTicketPruner, lambda g: {"model": g.model, "config_list": [
+        {**CONFIG[0], "prune_iterations": 2}], "optimizer": torch.optim.SGD(g.model.parameters())}),
+    "ADMMPruner": Call(nni.ADMMPruner, lambda g: {"model": g.model, "config_list": CONFIG,
+        "trainer": lambda model: None}),
+    "LinearTaskGenerator": Call(nni.LinearTaskGenerator, lambda g: {"total_iteration": 2, "origin_model": g.model,
+        "origin_config_list": CONFIG, "origin_masks": {}}),
+    "PruningScheduler": Call(nni.PruningScheduler, lambda g: {"pruner": "l1", "task_generator":
+        nni.LinearTaskGenerator(2, g.model, CONFIG)}),
+    "AGPPruner.update_epoch": Call(nni.AGPPruner.update_epoch, lambda g: {
+        "self": nni.AGPPruner(Network(), CONFIG), "epoch": 0}),
+    "AGPPruner.get_pruned_weights": Call(nni.AGPPruner.get_pruned_weights, lambda g: {"self": gradual(g), "dim": 0}),
+    "AGPPruner.load_model_state_dict": Call(nni.AGPPruner.load_model_state_dict, lambda g: {"self": gradual(g),
+        "state": g.model.state_dict()}),
     "Pruner.export_model": Call(nni.Pruner.export_model, lambda g: {"self": g.pruner,
         "model_path": g.folder / "model.safetensors", "mask_path": g.folder / "m.safetensors", "onnx_path": None}),
     "reconstruction_errors": Call(pruners.reconstruction_errors, lambda g: {"groups": g.groups, "statistics": g.grams}),
@@ -363,7 +385,7 @@ CALLS: dict[str, Call] = {
         "method": "refit"} | samples(g)),
 }  # fmt: skip
 
-CALLBACKS = ("criterion", "evaluate", "finetune", "loss_fn", "progress", "score")
+CALLBACKS = ("criterion", "evaluate", "evaluator", "finetune", "finetuner", "loss_fn", "progress", "score", "trainer")
 
 
 def parameters_of(name: str, given: Given) -> list[str]:

@@ -130,6 +130,42 @@ def use_ticket(model: nn.Module, args: Any, _: Path) -> Any:
     return outputs(ticket.finish().model)
 
 
+def use_gradual(kind: Any) -> Use:
+    def use(model: nn.Module, args: Any, _: Path) -> Any:
+        entry = {"final_sparsity": 0.5, "end_epoch": 1, "op_types": ["Linear"]}
+        optimizer = torch.optim.SGD(model.parameters())
+        pruner = kind(model, [entry], optimizer, pruning_algorithm="l1", args=args)
+        pruner.compress()
+        return outputs(pruner.shrink().model)
+
+    return use
+
+
+def use_lottery_pruner(model: nn.Module, args: Any, _: Path) -> Any:
+    entry = {"prune_iterations": 1, "sparsity": 0.5, "op_types": ["Linear"]}
+    pruner = nni.LotteryTicketPruner(model, [entry], torch.optim.SGD(model.parameters()), args=args)
+    pruner.compress()
+    for _ in pruner.get_prune_iterations():
+        pruner.prune_iteration_start()
+    return outputs(pruner.shrink().model)
+
+
+def use_scheduler(model: nn.Module, args: Any, _: Path) -> Any:
+    generator = nni.LinearTaskGenerator(2, model, [{"sparsity": 0.5, "op_types": ["Linear"]}])
+    return outputs(nni.PruningScheduler(nni.L1NormPruner, generator, args=args).compress())
+
+
+def use_admm_pruner(model: nn.Module, args: Any, _: Path) -> Any:
+    def trainer(model: nn.Module, optimizer: Any) -> None:
+        model(X).sum().backward()
+        optimizer.step()
+
+    entry = {"sparsity": 0.5, "op_types": ["Linear"]}
+    pruner = nni.ADMMPruner(model, [entry], trainer, num_iterations=1, training_epochs=1, args=args)
+    pruner.compress()
+    return outputs(pruner.shrink().model)
+
+
 def use_family(model: nn.Module, args: Any, folder: Path) -> Any:
     """Widths that the device gives differ from call to call; what is looked at is what goes in."""
     groups = torchshear.analyze(torchshear.trace(model, args))
@@ -163,6 +199,11 @@ USES: dict[str, Use] = {
     ),
     "SensitivityPruner": use_searching(nni.SensitivityPruner, acc_drop_threshold=1e9, options={}),
     "PruningSession": use_session,
+    "AGPPruner": use_gradual(nni.AGPPruner),
+    "LinearPruner": use_gradual(nni.LinearPruner),
+    "LotteryTicketPruner": use_lottery_pruner,
+    "ADMMPruner": use_admm_pruner,
+    "PruningScheduler": use_scheduler,
 }
 
 

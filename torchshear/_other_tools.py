@@ -14,11 +14,22 @@ from torchshear.errors import KeywordError, OtherToolImportError, OtherToolNameE
 _IMPORTERS: Final = frozenset({"importlib._bootstrap", "_frozen_importlib"})
 
 _SCHEDULE: Final = (
-    "schedules are not here: all goes at once. Prune in rounds of your own, each with a larger ratio of the original "
-    "model"
+    "schedules are those of a torchshear.PruningSession, for a model that you train, and of "
+    "torchshear.training.prune_in_rounds; under NNI's names torchshear.compat.nni.AGPPruner, LinearPruner and "
+    "LotteryTicketPruner"
+)
+_ROUNDS: Final = (
+    "use torchshear.training.prune_in_rounds(model, x, tasks=..., pruner=..., fine_tune=...), or total_iteration= of "
+    "torchshear.compat.nni.AGPPruner, LinearPruner and LotteryTicketPruner"
 )
 _SEARCH: Final = "use torchshear.search(model, x, evaluate=..., method='annealing'), which has other methods as well"
-_TRAINS: Final = "pruners that train are not here: train yourself, then prune"
+_MOVEMENT: Final = (
+    "movement pruning is not here; nearest is torchshear.PruningSession(model, x, pattern='1x1', criterion='snip', "
+    "schedule=...)"
+)
+_REGULARIZERS: Final = (
+    "use torchshear.regularizers, as GroupLasso(1e-4), GrowingL2() or ScaleL1(1e-4), in a torchshear.PruningSession"
+)
 _NO_HOOKS: Final = "there are no hooks: the masks on the model that compress() gives hold through any training loop"
 _MAKE_ONE: Final = "use torchshear.compat.nni.ConfigPruner(model, config, args=(x,)), its compress() and shrink()"
 _SHRINK: Final = "use torchshear.shrink(model, plan), or shrink() of a pruner"
@@ -44,15 +55,17 @@ def _table(*entries: tuple[str, str]) -> Mapping[str, str]:
 
 NAMES: Final = _table(
     # NNI
-    ("AGPPruner LinearPruner LotteryTicketPruner IterativePruner PruningScheduler", _SCHEDULE),
-    ("AGPTaskGenerator LinearTaskGenerator LotteryTicketTaskGenerator FunctionBasedTaskGenerator", _SCHEDULE),
+    ("AGPPruner LinearPruner LotteryTicketPruner ADMMPruner", _NNI),
+    ("IterativePruner", "use torchshear.compat.nni.AGPPruner, LinearPruner or LotteryTicketPruner"),
+    ("PruningScheduler AGPTaskGenerator LinearTaskGenerator LotteryTicketTaskGenerator", _NNI),
+    ("FunctionBasedTaskGenerator", _ROUNDS),
     ("SensitivityAnalysis AutoCompressPruner", _SEARCH),
     ("L1NormPruner L1FilterPruner L2NormPruner L2FilterPruner FPGMPruner SlimPruner LevelPruner ConfigPruner", _NNI),
     ("SensitivityPruner NetAdaptPruner SimulatedAnnealingPruner", _NNI),
     ("ActivationAPoZRankPruner ActivationAPoZRankFilterPruner ActivationMeanRankPruner", _NNI),
     ("ActivationMeanRankFilterPruner TaylorFOWeightPruner TaylorFOWeightFilterPruner Pruner", _NNI),
     ("AMCPruner AMCTaskGenerator AutoCompressTaskGenerator SimulatedAnnealingTaskGenerator", _SEARCH),
-    ("ADMMPruner MovementPruner", _TRAINS),
+    ("MovementPruner", _MOVEMENT),
     ("TaylorPruner", "use torchshear.compat.nni.TaylorFOWeightPruner, or criterion='taylor_bn' for gates behind norms"),
     ("BasicPruner OneshotPruner OneShotPruner", "use one of the pruners of torchshear.compat.nni, as L1NormPruner"),
     ("ModelSpeedup", _SHRINK),
@@ -70,13 +83,10 @@ NAMES: Final = _table(
     # UniPruning
     ("UniPruner read_unipruning_config plan_unipruning write_unipruning_mask plan_from_unipruning_mask", _UNIPRUNING),
     ("prune_by_mask convert", "use convert() of a torchshear.compat.unipruning.UniPruner"),
-    ("SCOP PrunerKfCompressAlgo PrunerFtCompressAlgo", _TRAINS),
+    ("SCOP PrunerKfCompressAlgo PrunerFtCompressAlgo", "it is not here; use torchshear.compat.unipruning.UniPruner"),
     # Torch-Pruning
     ("MagnitudePruner MetaPruner BasePruner BNScalePruner SaliencyPruner OutputPruner", _TORCH_PRUNING),
-    (
-        "GroupNormPruner GroupBNScaling GrowingRegPruner GroupLassoPruner",
-        f"{_TORCH_PRUNING}; regularisers are not here",
-    ),
+    ("GroupNormPruner GroupBNScaling GrowingRegPruner GroupLassoPruner", _REGULARIZERS),
     ("DependencyGraph", _ANALYZE),
     ("Importance MagnitudeImportance GroupMagnitudeImportance GroupNormImportance RandomImportance", _CRITERION),
     ("BNScaleImportance LAMPImportance FPGMImportance ActivationImportance OBDCImportance", _CRITERION),
@@ -105,8 +115,8 @@ METHODS: Final = _table(
     ("save export", "use export_model(model_path, mask_path, onnx_path)"),
     # UniPruning, Torch-Pruning
     ("apply convert", "use shrink()"),
-    ("step", "use shrink(): all goes at once, and the model given is left as it is"),
-    ("regularize update_regularizer", "regularisers are not here: add a penalty to your own loss"),
+    ("step", "use shrink(), which takes all at once; little by little a torchshear.PruningSession does"),
+    ("regularize update_regularizer", _REGULARIZERS),
     ("pruning_history load_pruning_history", "use the plan: plan.save(path), torchshear.PruningPlan.load(path)"),
     ("manual_prune_width", "use torchshear.pruners.plan_from_kept(groups, kept)"),
 )
@@ -115,7 +125,8 @@ KEYWORDS: Final = _table(
     # NNI
     ("dummy_input example_inputs", _ARGS),
     ("statistics_batch_num training_steps training_batches", "the number of batches is batches="),
-    ("trainer optimizer evaluator dataloader loss_func traced_optimizer", _DATA),
+    ("evaluator dataloader loss_func traced_optimizer", _DATA),
+    ("trainer optimizer", f"{_DATA}; while a model trains use torchshear.compat.nni.AGPPruner"),
     ("criterion", "the class says what ranks channels; a loss is loss_fn="),
     ("mode", "total_sparsity in the config list ranks layers together; coupled layers always lose the same channels"),
     ("global_sort", "total_sparsity in the config list ranks layers together"),
@@ -123,13 +134,17 @@ KEYWORDS: Final = _table(
     ("max_sparsity_per_layer", "it is a key of the config list, beside total_sparsity"),
     ("preserve_round round_to round_multiplier", "kept widths are multiples of align="),
     ("activation", "activations are found in the graph"),
-    ("sparsifying_training_epochs training_epochs scale regular_scale", _TRAINS),
-    ("movement_mode sparse_granularity warm_up_step cool_down_beginning_step warmup_step cooldown_begin_step", _TRAINS),
-    ("num_iterations admm_num_iterations admm_epochs_per_iteration row", _TRAINS),
-    ("total_iteration epochs_per_iteration pruning_algorithm sparsity_per_iteration iterative_steps", _SCHEDULE),
-    ("iterative_pruning_ratio_scheduler total_times reset_weight skip_first_iteration", _SCHEDULE),
+    ("sparsifying_training_epochs training_epochs scale", "use torchshear.compat.nni.SlimPruner, with trainer="),
+    ("regular_scale", "scale= of torchshear.compat.nni.SlimPruner, with trainer=, is the weight of the penalty"),
+    ("movement_mode sparse_granularity warm_up_step cool_down_beginning_step", _MOVEMENT),
+    ("warmup_step cooldown_begin_step", _MOVEMENT),
+    ("admm_num_iterations admm_epochs_per_iteration row", "use torchshear.compat.nni.ADMMPruner"),
+    ("num_iterations epochs_per_iteration", "use torchshear.compat.nni.AGPPruner, LinearPruner or ADMMPruner"),
+    ("total_iteration pruning_algorithm iterative_steps reset_weight skip_first_iteration", _ROUNDS),
+    ("sparsity_per_iteration", "use torchshear.compat.nni.NetAdaptPruner"),
+    ("iterative_pruning_ratio_scheduler total_times", _SCHEDULE),
     ("start_temperature stop_temperature cool_down_rate perturbation_magnitude optimize_mode", _SEARCH),
-    ("short_term_fine_tuner finetuner fine_tuner", "nothing is trained here: fine-tune what shrink() gives"),
+    ("short_term_fine_tuner finetuner fine_tuner", f"this trains nothing: fine-tune what shrink() gives, or {_ROUNDS}"),
     ("log_dir keep_intermediate_result checkpoint_dir experiment_data_dir", "only export_model and save write files"),
     ("speedup confidence batch_dim map_location customized_replace_func masks_file", _NOT_NEEDED),
     # Neural Compressor

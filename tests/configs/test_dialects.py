@@ -162,7 +162,7 @@ WRONG = [
         [{**CONV, "sparse_ratio": r, "global_group_id": "g", "op_names": [n]} for r, n in ((0.5, "a"), (0.4, "b"))],
         r"config_list\[1\] and config_list\[0\] share the pool 'g'",
     ),
-    ([{**CONV, "initial_sparsity": 0.0, "final_sparsity": 0.8}], r"initial_sparsity=0\.0: .*follow no schedule"),
+    ([{**CONV, "initial_sparsity": 0.0, "final_sparsity": 0.8}], r"initial_sparsity=0\.0: .*follows no schedule"),
     (
         [{**CONV, "sparsity": 0.5, "pattern": "4x1"}],
         r"mixes words: 'op_types' of nni and 'pattern' of neural_compressor",

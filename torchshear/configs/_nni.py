@@ -19,8 +19,8 @@ from torchshear.configs._values import (
 from torchshear.errors import ArgumentError
 
 _SCHEDULE = (
-    "the pruners of a config list remove all at once and follow no schedule. Write what is to be removed as sparsity, "
-    "and prune again, with more, when you want more."
+    "whoever reads the list here removes all at once and follows no schedule. Write what is to be removed as sparsity; "
+    "AGPPruner, LinearPruner and LotteryTicketPruner of torchshear.compat.nni take schedules."
 )
 _MAX_LOST: Final = 0.99  # of a layer in a pool, where max_sparsity_per_layer does not say
 

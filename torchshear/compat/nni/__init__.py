@@ -3,7 +3,10 @@
 from typing import TYPE_CHECKING
 
 from torchshear._other_tools import answering
+from torchshear.compat.nni._admm import ADMMPruner
 from torchshear.compat.nni._dependency_aware import DependencyAwarePlan, plan_dependency_aware
+from torchshear.compat.nni._gradual import AGPPruner, LinearPruner
+from torchshear.compat.nni._lottery import LotteryTicketPruner
 from torchshear.compat.nni._named import (
     ActivationAPoZRankFilterPruner,
     ActivationAPoZRankPruner,
@@ -16,14 +19,23 @@ from torchshear.compat.nni._named import (
     L2FilterPruner,
     L2NormPruner,
     LevelPruner,
-    SlimPruner,
     TaylorFOWeightFilterPruner,
     TaylorFOWeightPruner,
 )
 from torchshear.compat.nni._pruner import Pruner
+from torchshear.compat.nni._scheduler import (
+    AGPTaskGenerator,
+    LinearTaskGenerator,
+    LotteryTicketTaskGenerator,
+    PruningScheduler,
+)
 from torchshear.compat.nni._searching import NetAdaptPruner, SensitivityPruner, SimulatedAnnealingPruner
+from torchshear.compat.nni._slim import SlimPruner
 
 __all__ = [
+    "ADMMPruner",
+    "AGPPruner",
+    "AGPTaskGenerator",
     "ActivationAPoZRankFilterPruner",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankFilterPruner",
@@ -36,8 +48,13 @@ __all__ = [
     "L2FilterPruner",
     "L2NormPruner",
     "LevelPruner",
+    "LinearPruner",
+    "LinearTaskGenerator",
+    "LotteryTicketPruner",
+    "LotteryTicketTaskGenerator",
     "NetAdaptPruner",
     "Pruner",
+    "PruningScheduler",
     "SensitivityPruner",
     "SimulatedAnnealingPruner",
     "SlimPruner",

@@ -59,23 +59,6 @@ class FPGMPruner(Pruner):
     criterion: ClassVar[str | None] = "fpgm"
 
 
-class SlimPruner(Pruner):
-    """Removes the channels with the least scales of batch norms, over all selected norms together.
-
-    score of channel c = mean over the norms of its group of |gamma_c|
-
-    so that channels of coupled norms stand beside those of one norm alone. Of all units of the selected layers together
-    the share `sparsity` goes; a layer loses 99 % at most. Entries that ask the same share are one pool. It says
-    something of models that were trained with a penalty on the scales.
-
-    Reference: Liu et al., ICCV 2017, arXiv:1708.06519.
-    """
-
-    criterion: ClassVar[str | None] = "bn_scale"
-    is_global: ClassVar[bool] = True
-    group_reduction: ClassVar[str] = "mean"
-
-
 class ActivationAPoZRankFilterPruner(Pruner):
     """Removes the channels whose activations are zero most often; needs `data`.
 

@@ -1,13 +1,11 @@
 """Base of all pruner classes: reads a config list, masks a copy of the model, shrinks it, and writes files."""
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_flag
@@ -17,6 +15,7 @@ from torchshear.calibration import Statistics
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat.nni._dependency_aware import LayerMask
 from torchshear.compat.nni._dependency_aware_config import plan_coupled
+from torchshear.compat.nni._exporting import write_files
 from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
 from torchshear.configs._entry import Entry
 from torchshear.configs._planning import Widths, mask_weights, plan_config
@@ -33,10 +32,8 @@ from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.pruners._collecting import collect
 from torchshear.pruners.criteria._criterion import declared_needs, needs_of
-from torchshear.pruners.masks import Masks, apply, plan_from_masks
+from torchshear.pruners.masks import Masks, apply, make_permanent, plan_from_masks
 from torchshear.speedup.latency._alignment_profiles import resolve_alignment
-from torchshear.speedup.onnx._export import export_onnx
-from torchshear.storage._writing import atomic_path
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -131,6 +128,7 @@ class Pruner:
         self._masks: Masks | None = None
         self._layer_masks: tuple[LayerMask, ...] = ()
         self._masked: nn.Module | None = None
+        self._prepare: Callable[[], None] | None = None  # trains the model, on which masks are then laid itself
 
     def _entries(self, config_list: ConfigList) -> tuple[Entry, ...]:
         config = load_config(config_list) if isinstance(config_list, str | os.PathLike) else config_list
@@ -146,7 +144,7 @@ class Pruner:
                     f"{entry.label} says no criterion, and {type(self).__name__} has none of its own. Use a class that "
                     f"has, as L1FilterPruner."
                 )
-        return tuple(_rank_with_all(entry) for entry in entries) if self.is_global else entries
+        return tuple(rank_with_all(entry) for entry in entries) if self.is_global else entries
 
     def _check_data(self, entries: Iterable[Entry]) -> list[str]:
         """The criteria that look at data, which is there."""
@@ -225,8 +223,9 @@ class Pruner:
             MaskError: a mask cannot be laid on the model.
         """
         if self._masked is None:
-            masked = copy_model(self._model)
-            apply(masked, self.masks)
+            masks = self.masks
+            masked = copy_model(self._model) if self._prepare is None else self._model
+            apply(masked, masks)
             self._masked = masked
         return self._masked
 
@@ -266,17 +265,20 @@ class Pruner:
             ExportError: the model cannot be written as ONNX, or the file computes something else.
             OutputError: a file cannot be written; what was there before is unchanged.
         """
-        if onnx_path is not None:
-            export_onnx(self.shrink().model, onnx_path, self._args, self._kwargs)
-        if mask_path is not None:
-            self.masks.save(mask_path)
-        state = {name: tensor.detach() for name, tensor in self._dense_copy().state_dict().items()}
-        with atomic_path(model_path) as temporary:
-            temporary.write_bytes(_as_safetensors(state) if temporary.suffix == ".safetensors" else _as_torch(state))
+        write_files(
+            (model_path, mask_path, onnx_path),
+            lambda: self._dense_copy().state_dict(),
+            lambda: self.masks,
+            lambda: self.shrink().model,
+            lambda: (self._args, self._kwargs),
+        )
 
     def _dense_copy(self) -> nn.Module:
         """A copy of the model with the weights that the masked copy has now, zeros where they are masked."""
         masked, dense = self.compress(), copy_model(self._model)
+        if masked is self._model:
+            make_permanent(dense)
+            return dense
         with torch.no_grad():
             for name, tensor in (*dense.named_parameters(), *dense.named_buffers()):
                 path, _, attribute = name.rpartition(".")
@@ -287,6 +289,8 @@ class Pruner:
         """Choose units and weights, once."""
         if self._masks is not None:
             return
+        if self._prepare is not None:
+            self._prepare()
         statistics = self._statistics()
         parts = mask_weights(self._model, self._resolved, statistics)
         plan = None
@@ -355,18 +359,7 @@ def _without_lost_norms(groups: ChannelGroups, masks: Mapping[str, Tensor]) -> d
     return changed
 
 
-def _as_safetensors(state: Mapping[str, Tensor]) -> bytes:
-    """The content of a file; tied tensors are written under each of their names."""
-    return save({name: tensor.contiguous().clone() for name, tensor in state.items()})
-
-
-def _as_torch(state: Mapping[str, Tensor]) -> bytes:
-    content = io.BytesIO()
-    torch.save(dict(state), content)
-    return content.getvalue()
-
-
-def _rank_with_all(entry: Entry) -> Entry:
+def rank_with_all(entry: Entry) -> Entry:
     """An entry whose layers are ranked together with those of all entries that ask the same ratio."""
     if entry.excludes or entry.pool is not None:
         return entry

@@ -1,16 +1,16 @@
 """NNI's pruners that try: `torchshear.search` under their names and with their arguments."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-import torch
 from torch import Tensor, nn
 
 from torchshear._arguments import check_one_of
 from torchshear._making import PruneResult
 from torchshear._other_tools import missing_method, unknown_keyword
+from torchshear.compat.nni._exporting import write_files
+from torchshear.compat.nni._first_call import first_call
 from torchshear.configs import ConfigList, load_config, parse_config, resolve
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError
@@ -20,8 +20,6 @@ from torchshear.graph.model._copy import copy_model
 from torchshear.pruners.masks import Masks
 from torchshear.searching import Annealing, NetAdapt, SearchMethod, SearchResult, Sensitivity
 from torchshear.searching._search import search
-from torchshear.speedup.onnx._export import export_onnx
-from torchshear.storage._writing import atomic_path
 
 _BASES = ("l1", "l2", "fpgm")
 
@@ -133,7 +131,8 @@ class SearchingPruner:
         """Write the smaller model.
 
         Args:
-            model_path: for its `state_dict`, for `torch.load(..., weights_only=True)`.
+            model_path: for its `state_dict`: of safetensors if the name ends so, else as `torch.save` writes plain
+                tensors, for `torch.load(..., weights_only=True)`.
             mask_path: for the masks of the dense model that keep the same, in safetensors.
             onnx_path: for it as ONNX, run in onnxruntime and compared.
 
@@ -142,13 +141,14 @@ class SearchingPruner:
             OutputError: a file cannot be written; what was there before is unchanged.
         """
         result = self.shrink()
-        if onnx_path is not None:
-            export_onnx(result.model, onnx_path, *self._example())
-        if mask_path is not None:
-            names = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
-            Masks.of({name: mask for name, mask in result.plan.masks().items() if name in names}).save(mask_path)
-        with atomic_path(model_path) as temporary:
-            torch.save({name: tensor.detach() for name, tensor in result.model.state_dict().items()}, temporary)
+        names = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
+        write_files(
+            (model_path, mask_path, onnx_path),
+            result.model.state_dict,
+            lambda: Masks.of({name: mask for name, mask in result.plan.masks().items() if name in names}),
+            lambda: result.model,
+            self._example,
+        )
 
     def _score(self, model: nn.Module) -> Any:
         found = self._evaluator(model)
@@ -158,13 +158,11 @@ class SearchingPruner:
         """Return example inputs: the given ones, or those with which the evaluator first calls a model."""
         if (isinstance(self._args, Tensor) or self._args) or self._kwargs:
             return self._args, self._kwargs
-        twin = copy_model(self._model).eval()
-        with _recorded_call(twin) as calls:
-            self._evaluator(twin)
-        if not calls:
+        found = first_call(copy_model(self._model).eval(), self._evaluator)
+        if found is None:
             raise ArgumentError("evaluator does not call the model it is given; give example inputs as args=.")
-        self._args, self._kwargs = calls[0]
-        return calls[0]
+        self._args, self._kwargs = found
+        return found
 
 
 class SensitivityPruner(SearchingPruner):
@@ -325,18 +323,3 @@ def _refuse(name: str, unknown: Mapping[str, object], own: Sequence[str]) -> Non
     for word in unknown:
         if word not in ("experiment_data_dir", "checkpoint_dir"):
             raise unknown_keyword(name, word, f"{SearchingPruner._known}, {', '.join(own)}")
-
-
-@contextmanager
-def _recorded_call(model: nn.Module) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Record what a model is called with in a block."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append((args, kwargs))
-
-    handle = model.register_forward_pre_hook(record, with_kwargs=True)
-    try:
-        yield calls
-    finally:
-        handle.remove()

@@ -1,0 +1,144 @@
+"""Config lists of pruners that train: words of schedules beside the others, and what a session is told of them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from torch import nn
+
+from torchshear._arguments import check_one_of
+from torchshear.compat.nni._named import (
+    ActivationAPoZRankFilterPruner,
+    ActivationMeanRankFilterPruner,
+    FPGMPruner,
+    L1FilterPruner,
+    L2FilterPruner,
+    LevelPruner,
+    TaylorFOWeightFilterPruner,
+)
+from torchshear.compat.nni._pruner import Pruner, rank_with_all
+from torchshear.compat.nni._slim import SlimPruner
+from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
+from torchshear.configs._entry import Entry
+from torchshear.configs._layers import find_maskable_weights
+from torchshear.configs._values import Reader
+from torchshear.dependency import ChannelGroups
+from torchshear.errors import ArgumentError
+
+Algorithm = type[Pruner]
+"""A class that says by what units are ranked."""
+
+ALGORITHMS: Final[Mapping[str, Algorithm]] = {
+    "level": LevelPruner,
+    "l1": L1FilterPruner,
+    "l2": L2FilterPruner,
+    "fpgm": FPGMPruner,
+    "slim": SlimPruner,
+    "taylorfo": TaylorFOWeightFilterPruner,
+    "apoz": ActivationAPoZRankFilterPruner,
+    "mean_activation": ActivationMeanRankFilterPruner,
+}
+_MOST: Final = 1 - 1e-9  # shares of a layer are below 1; its last unit may go where no bound was set
+
+
+def find_algorithm(argument: str, word: object) -> Algorithm:
+    """Return the class of a word as `pruning_algorithm` or `base_algo` takes it."""
+    check_one_of(argument, word, tuple(ALGORITHMS))
+    assert isinstance(word, str), "checked above"
+    return ALGORITHMS[word]
+
+
+def read_training_config(
+    config_list: ConfigList, algorithm: Algorithm, readers: Mapping[str, Reader], final: str = "sparsity"
+) -> tuple[tuple[Entry, ...], dict[str, Any]]:
+    """Read a config list whose entries have further words.
+
+    Args:
+        config_list: the list, or the path of a file of it.
+        algorithm: by what units are ranked.
+        readers: further word -> how to read its value; all entries that do not exclude must agree on it.
+        final: further word that stands for `sparsity`.
+
+    Returns:
+        The entries as all pruners read them, and the further words with their values.
+
+    Raises:
+        ArgumentError: a word or a value is wrong, or entries do not agree.
+    """
+    given = load_config(config_list) if isinstance(config_list, str | os.PathLike) else config_list
+    items: Any = given["config_list"] if isinstance(given, Mapping) and "config_list" in given else given
+    items = [items] if isinstance(items, Mapping) else items
+    found: dict[str, tuple[str, Any]] = {}
+    if isinstance(items, Sequence) and not isinstance(items, str) and all(isinstance(one, Mapping) for one in items):
+        given = [_without(item, f"config_list[{number}]", readers, final, found) for number, item in enumerate(items)]
+    entries = parse_config(given, "nni")
+    if algorithm.is_global:
+        entries = tuple(rank_with_all(entry) for entry in entries)
+    return entries, {word: value for word, (_, value) in found.items()}
+
+
+def _without(
+    item: Mapping[str, Any], label: str, readers: Mapping[str, Reader], final: str, found: dict[str, tuple[str, Any]]
+) -> dict[str, Any]:
+    """An entry without further words, whose values are noted."""
+    plain = {word: value for word, value in item.items() if word not in readers and word != final}
+    for word in item:
+        if word not in readers:
+            continue
+        value = readers[word](f"{label}: {word}", item[word])
+        first, other = found.setdefault(word, (label, value))
+        if other != value:
+            raise ArgumentError(
+                f"{label}: {word}={value!r}, and {first} has {other!r}; one schedule holds for all layers. Give the "
+                f"same, and what differs between layers as sparsity."
+            )
+    if final in item:
+        if final != "sparsity" and "sparsity" in item:
+            raise ArgumentError(f"{label} has {final!r} and 'sparsity', which say the same; expected one of them.")
+        plain["sparsity"] = item[final]
+    return plain
+
+
+def resolve_for(
+    model: nn.Module, entries: tuple[Entry, ...], groups: ChannelGroups | None, algorithm: Algorithm
+) -> ResolvedConfig:
+    """Say what entries ask of a model, see `torchshear.configs.resolve`."""
+    return resolve(model, entries, groups, algorithm.criterion, algorithm.pattern)
+
+
+def session_options(
+    model: nn.Module, resolved: ResolvedConfig, groups: ChannelGroups | None, algorithm: Algorithm
+) -> dict[str, Any]:
+    """Return what a `PruningSession` is told of what a config asks for in the end.
+
+    Raises:
+        ArgumentError: the config asks for several things of which a session takes one.
+    """
+    entries = {entry.label: entry for entry in resolved.entries}
+    asking = [entries[row.entry] for row in resolved.rows if row.groups or row.masked > 0]
+    first = asking[0]
+    for other in asking:
+        if (other.pool, other.removes_channels) != (first.pool, first.removes_channels):
+            raise ArgumentError(
+                f"{first.label} and {other.label} ask for other units, or for ranks of their own; layers that are "
+                f"pruned while a model trains are all ranked in one way. Give one kind of sparsity."
+            )
+    options: dict[str, Any] = {"criterion": algorithm.criterion}
+    if first.pool is not None or not first.removes_channels:
+        options["max_ratio"] = min(first.max_ratio, _MOST)
+    if first.pool is not None:
+        options |= {"scope": "global", "min_ratio": first.min_ratio}
+    if not first.removes_channels:
+        patterns = {entry.pattern for entry in asking}
+        if len(patterns) > 1:
+            raise ArgumentError(f"entries ask for units {' and '.join(sorted(patterns))}; expected one pattern.")
+        known = find_maskable_weights(model)
+        layers = {known[row.parameter].layer: row.masked for row in resolved.rows if row.parameter and row.masked > 0}
+        shares: Any = layers if first.pool is None else tuple(layers)
+        return options | {"pattern": first.pattern, "layers": shares, "ratio": max(layers.values())}
+    assert groups is not None, "channels are asked for"
+    options["group_reduction"] = algorithm.group_reduction
+    if first.pool is None:
+        return options | {"ratio": resolved.ratios}
+    exclude = [group.name for group in groups if group.name not in resolved.ratios]
+    return options | {"ratio": max(resolved.ratios.values()), "exclude": exclude}
