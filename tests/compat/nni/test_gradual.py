@@ -327,9 +327,31 @@ def test_copies_of_a_waiting_model_and_a_failing_first_call() -> None:
     assert not hasattr(branching.fc, "parametrizations")
 
 
-def test_files(tmp_path: Path) -> None:
+def test_masks_that_were_loaded_are_those_that_are_shrunk() -> None:
     model = residual()
+    pruner = AGPPruner(
+        model,
+        [{**TIMED, "final_sparsity": 0.5, "end_epoch": 2, "op_types": ["Conv2d"]}],
+        pruning_algorithm="l1",
+        args=images(0)[0],
+    )
+    pruner.compress()
+    whole = copy.deepcopy(model.state_dict())
+    for epoch in range(2):
+        pruner.update_epoch(epoch)
+    assert pruner.shrink().model.stem.out_channels == 4
+    model.load_state_dict(whole)
+    assert pruner.shrink().model.stem.out_channels == 8
+
+
+def test_files(tmp_path: Path) -> None:
+    model = residual().float()
     optimizer = sgd(model)
+
+    def floats(step: int) -> tuple[Tensor, Tensor]:
+        x, target = images(step)
+        return x.float(), target
+
     pruner = AGPPruner(
         model,
         [{**TIMED, "final_sparsity": 0.5, "end_epoch": 2, "op_types": ["Conv2d"]}],
@@ -339,12 +361,13 @@ def test_files(tmp_path: Path) -> None:
     pruner.compress()
     for epoch in range(2):
         pruner.update_epoch(epoch)
-        train(model, optimizer, images)
-    pruner.export_model(tmp_path / "m.pth", tmp_path / "m.safetensors")
-    fresh = residual(1)
+        train(model, optimizer, floats)
+    pruner.export_model(tmp_path / "m.pth", tmp_path / "m.safetensors", tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").exists()
+    fresh = residual(1).float()
     fresh.load_state_dict(torch.load(tmp_path / "m.pth", weights_only=True))
-    x = images(0)[0]
-    torch.testing.assert_close(fresh.eval()(x), model.eval()(x), rtol=1e-12, atol=1e-12)
+    x = floats(0)[0]
+    torch.testing.assert_close(fresh.eval()(x), model.eval()(x))
     read = masks.Masks.load(tmp_path / "m.safetensors")
     assert all(torch.equal(mask, read.tensors[name]) for name, mask in laid(model).items())
 
