@@ -255,7 +255,7 @@ CALLS: dict[str, Call] = {
     "PruningScheduler": Call(nni.PruningScheduler, lambda g: {"pruner": "l1", "task_generator":
         nni.LinearTaskGenerator(2, g.model, CONFIG)}),
     "AGPPruner.update_epoch": Call(nni.AGPPruner.update_epoch, lambda g: {
-        "self": nni.AGPPruner(Network(), CONFIG), "epoch": 0}),
+        "self": gradual(g), "epoch": 0}),
     "AGPPruner.get_pruned_weights": Call(nni.AGPPruner.get_pruned_weights, lambda g: {"self": gradual(g), "dim": 0}),
     "AGPPruner.load_model_state_dict": Call(nni.AGPPruner.load_model_state_dict, lambda g: {"self": gradual(g),
         "state": g.model.state_dict()}),

@@ -93,6 +93,7 @@ def test_iterations_are_those_by_hand(make: Any) -> None:
         weight = model[number].parametrizations.weight.original
         torch.testing.assert_close(weight, hand[number].weight, rtol=1e-9, atol=1e-11)
         assert int((model[number].weight == 0).sum()) == int(weight.numel() * 0.6 + 1e-9)
+    without_callback([])(model, optimizer, functional.cross_entropy)  # and on, with the same optimizer
     residuals = pruner.history.residuals
     assert len(residuals) == 3
     x = vectors(9)[0]
@@ -174,6 +175,10 @@ def ignoring(model: nn.Module, optimizer: Any, criterion: Any, epoch: int) -> No
         ({"row": -1}, "row=-1; expected a positive number"),
         ({"training_epochs": 1, "epochs_per_iteration": 1}, "say the same"),
         ({"num_iterations": 0}, "num_iterations must be"),
+        (
+            {"num_iterations": torch.optim.SGD(perceptron().parameters()), "iterations": 2},
+            "optimizer= and criterion= by",
+        ),
         ({"config_list": [{**LEVEL[0], "rho": 1.0}], "row": 0.1}, "row and rho in the entries"),
         ({"total_iteration": 3}, "no argument 'total_iteration'"),
     ],

@@ -274,7 +274,8 @@ def test_activations_are_those_of_the_latest_batch_behind_norm_and_relu(word: st
     pruner.compress()
     pruner.update_epoch(0)
     generator = torch.Generator().manual_seed(5)
-    batches = [(torch.randn(4, 3, 8, 8, generator=generator), torch.tensor([0, 1, 2, 3])) for _ in range(3)]
+    targets = torch.tensor([0, 1, 2, 3])
+    batches = [(torch.randn(4, 3, 8, 8, generator=generator) * n - n, targets) for n in (1, 2, 4)]
     train(model, optimizer, lambda step: batches[step], 3)
     model.eval()
     with torch.no_grad():
@@ -408,6 +409,8 @@ def test_methods_of_the_other_form_and_of_other_tools_answer() -> None:
     pruner = AGPPruner(model, [{**TIMED, "op_types": ["Linear"]}], sgd(model))
     with pytest.raises(ArgumentError, match="compress\\(\\) has not been called"):
         pruner.masks  # noqa: B018
+    with pytest.raises(ArgumentError, match="compress\\(\\) has not been called"):
+        pruner.update_epoch(0)
     with pytest.raises(ArgumentError, match="goes with total_iteration="):
         pruner.get_best_result()
     with pytest.raises(AttributeError, match="has no 'update_mask'"):

@@ -110,6 +110,11 @@ class ADMMPruner(TrainingPruner):
         check_one_of("base_algo", base_algo, _BASES)
         algorithm = ALGORITHMS[base_algo]
         entries, words = read_training_config(config_list, algorithm, _FURTHER)
+        if isinstance(num_iterations, torch.optim.Optimizer) or callable(num_iterations):
+            raise ArgumentError(
+                f"num_iterations is {type(num_iterations).__name__}; expected a whole number. Give optimizer= and "
+                f"criterion= by name."
+            )
         self._n_iterations = num_iterations if iterations is None else iterations
         check_count("num_iterations", self._n_iterations)
         epochs = _one_of("epochs_per_iteration", epochs_per_iteration, "training_epochs", training_epochs)

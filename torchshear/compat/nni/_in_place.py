@@ -112,7 +112,7 @@ class InPlace:
             ArgumentError: the model was not called yet.
         """
         if self._session is None:
-            raise ArgumentError(_NOT_CALLED if self._is_waiting else "compress() has not been called; call it first.")
+            raise ArgumentError(_NOT_CALLED if self._is_waiting else _NOT_COMPRESSED)
         return self._session
 
     @property
@@ -161,6 +161,8 @@ class InPlace:
     def epoch(self, number: int) -> None:
         """Begin an epoch; masks are renewed if the schedule says so."""
         check_count("epoch", number, 0)
+        if self._session is None and not self._is_waiting:
+            raise ArgumentError(_NOT_COMPRESSED)
         self._epoch = number
         if self.hooks is not None:
             self.hooks.epoch(number)
@@ -220,6 +222,7 @@ class InPlace:
             tensor.copy_(state[name])
 
 
+_NOT_COMPRESSED: Final = "compress() has not been called; call it before the training that it is to prune in."
 _NOT_CALLED: Final = (
     "the model has not been called yet, so that nothing is known of what goes together; train it first, or give "
     "example inputs as args="
