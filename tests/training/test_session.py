@@ -428,8 +428,10 @@ def test_masks_and_norms_of_the_users_own(make: Callable[[], nn.Module], match: 
 
 
 def test_an_optimizer_of_another_model() -> None:
+    model = residual()
     with pytest.raises(ArgumentError, match="of another model"):
-        session_of(residual(), sgd(residual()))
+        session_of(model, sgd(residual()))
+    assert not any(isinstance(one, masks.Mask) for one in model.modules())  # it can be tried again
     with pytest.raises(ArgumentError, match="expected a torch.optim.Optimizer"):
         session_of(residual(), 3)  # type: ignore[arg-type]
 

@@ -52,6 +52,22 @@ def check_computed(groups: ChannelGroups) -> None:
         )
 
 
+def check_optimizer(optimizer: object, groups: ChannelGroups, names: Collection[str]) -> None:
+    """Raise ArgumentError for what is neither None nor an optimizer of the model, of some parameters at least."""
+    if optimizer is None:
+        return
+    held = getattr(optimizer, "param_groups", None)
+    if not isinstance(held, list):
+        raise ArgumentError(f"optimizer is {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+    state, aliases = groups.graph.state, groups.graph.aliases
+    own = {id(state[aliases.get(name, name)].tensor) for name in names}
+    if own and not own & {id(parameter) for group in held for parameter in group["params"]}:
+        raise ArgumentError(
+            "optimizer= holds none of the parameters that masks lie on: it is of another model, or of a copy. Make it "
+            "of the parameters of the model that is given: torch.optim.SGD(model.parameters(), ...)."
+        )
+
+
 class MaskedModel:
     """A model with masks on some of its parameters; all of them are kept at first. The model is changed in place.
 
@@ -208,21 +224,6 @@ class MaskedModel:
                 raise MaskError(f"{name!r} is another parameter than when the session was made; {_ADVICE}")
         if held != self._held:
             raise MaskError(f"the model holds parameters that it had not when the session was made; {_ADVICE}")
-
-    def check_optimizer(self, optimizer: object) -> None:
-        """Raise ArgumentError for what is neither an optimizer of this model nor None."""
-        if optimizer is None:
-            return
-        groups = getattr(optimizer, "param_groups", None)
-        if not isinstance(groups, list):
-            raise ArgumentError(f"optimizer is {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
-        given = {id(parameter) for group in groups for parameter in group["params"]}
-        own = {id(self.parameters[name]) for name in self.masks}
-        if own and not own & given:
-            raise ArgumentError(
-                "optimizer= holds none of the parameters that masks lie on: it is of another model, or of a copy. Make "
-                "it of the parameters of the model that is given: torch.optim.SGD(model.parameters(), ...)."
-            )
 
     def by_canonical_name(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Masks of parameters by canonical name; those of buffers are left out."""

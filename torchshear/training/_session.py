@@ -24,7 +24,7 @@ from torchshear.pruners.regularizers import Regularizer
 from torchshear.pruners.schedules import History, Schedule
 from torchshear.training._finishing import make_result
 from torchshear.training._making import Asked, check_settings, make_goal
-from torchshear.training._masked_model import MaskedModel, check_computed, check_unmasked
+from torchshear.training._masked_model import MaskedModel, check_computed, check_optimizer, check_unmasked
 from torchshear.training._order import HookOrder
 from torchshear.training._penalty import TrainingPenalty, as_scale
 from torchshear.training._progress import Progress
@@ -165,10 +165,10 @@ class PruningSession:
         goal = make_goal(model, groups, asked)
         schedule.ratio(schedule.start, goal.target)  # refuses an initial ratio above it
         check_needs(goal, schedule, asked.criteria, calibration, regularizer)
+        check_optimizer(optimizer, groups, goal.names)
         self._masked = MaskedModel(model, groups, goal.names, soft)
         self._renewer = MaskRenewer(goal, schedule, self._masked, asked.criteria, calibration, soft)
         self._regularizer, self._optimizer = regularizer, optimizer
-        self._masked.check_optimizer(optimizer)
         self._shrinker = Shrinker(shrink_every, optimizer, self._masked, self._renewer)
         self._penalty: TrainingPenalty | None = None
         self._saved_penalty: Mapping[str, Any] | None = None
