@@ -231,7 +231,8 @@ class ConfigGoal(Goal):
                           entry=self._at(target.entry, share, position))
             for name, target in self.resolved.targets.items()
         }  # fmt: skip
-        return pool_requests(self.groups, replace(self.resolved, targets=targets), self.widths)
+        resolved = replace(self.resolved, targets=targets)
+        return pool_requests(self.groups, resolved, self.widths, self.config.group_reduction)
 
     def choose(
         self, share: Schedule | None, position: int, model: MaskedModel, statistics: Statistics | None, before: Choice

@@ -2,8 +2,10 @@
 
 from torch import nn
 
+from torchshear.configs import ResolvedConfig
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError
+from torchshear.training._config_goal import ConfigGoal
 from torchshear.training._session import PruningSession
 
 
@@ -18,6 +20,13 @@ def plan_now(session: PruningSession) -> PruningPlan:
     if plan is None:
         raise ArgumentError("the session masks single weights; only channels have a plan.")
     return plan
+
+
+def resolved_config(session: PruningSession) -> ResolvedConfig:
+    """Return what the config of a session asks of each layer and group."""
+    goal = session._renewer.goal
+    assert isinstance(goal, ConfigGoal), "a session with a config"
+    return goal.resolved
 
 
 def zeroed_copy(session: PruningSession) -> nn.Module:

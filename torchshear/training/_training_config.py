@@ -20,11 +20,14 @@ class TrainingConfig:
         schedules: label of an entry -> its schedule; the others follow that of the session.
         stages: label of an entry -> positions from one of the four stages in which its blocks go to the next; the
             others go at once.
+        group_reduction: how scores of a group's members become one, see `torchshear.plan`; None: as the criterion has
+            it, or of the filters alone in configs of Neural Compressor.
     """
 
     entries: tuple[Entry, ...]
     schedules: Mapping[str, Schedule] = field(default_factory=dict)
     stages: Mapping[str, int] = field(default_factory=dict)
+    group_reduction: str | None = None
 
     def criteria(self, default: str) -> tuple[str, ...]:
         """Return the criteria of the entries, of those that say none the default."""

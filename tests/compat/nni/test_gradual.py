@@ -230,6 +230,37 @@ def test_the_scales_of_norms_go_little_by_little() -> None:
     assert counts == [20, 20 - int(10 * 19 / 27), 20 - int(10 * 26 / 27), 10]
 
 
+def test_entries_are_ranked_apart_and_each_by_its_own_share() -> None:
+    """NNI takes the share of the first entry for all."""
+    model = residual()
+    config = [
+        {"final_sparsity": 0.25, "end_epoch": 1, "op_names": ["norm"]},
+        {"final_sparsity": 0.5, "end_epoch": 1, "op_names": ["scale"]},
+    ]
+    pruner = AGPPruner(model, config, pruning_algorithm="slim", args=images(0)[0])
+    pruner.compress()
+    assert list(pruner.history.renewals[-1].widths.values()) == [6, 6]
+    for name, n_gone in (("norm", 2), ("scale", 6)):
+        sizes = getattr(model, name).parametrizations.weight.original.detach().abs()
+        assert set(torch.nonzero(~laid(model)[f"{name}.weight"]).flatten().tolist()) == set(
+            sizes.argsort()[:n_gone].tolist()
+        )
+
+
+def test_channels_of_some_layers_and_weights_of_others() -> None:
+    model = perceptron()
+    config = [
+        {"sparse_ratio": 0.5, "granularity": "out_channel", "op_names": ["0"]},
+        {"sparse_ratio": 0.25, "op_names": ["2"]},
+    ]
+    pruner = AGPPruner(model, config, num_iterations=1, args=vectors(0)[0])
+    pruner.compress()
+    assert int(laid(model)["0.bias"].sum()) == 8
+    small, x = pruner.shrink().model, vectors(9)[0]
+    assert small[0].out_features == 8
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def test_gradients_are_those_since_the_last_event() -> None:
     """NNI adds contributions up over the whole training. By hand: (w g)^2 over the steps of one epoch, by rows."""
     model = perceptron()

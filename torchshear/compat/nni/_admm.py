@@ -10,7 +10,7 @@ from torchshear._arguments import check_count, check_one_of
 from torchshear.compat.nni._first_call import example_inputs
 from torchshear.compat.nni._gradual import refuse_unknown
 from torchshear.compat.nni._in_place import InPlace, TrainingData
-from torchshear.compat.nni._training_config import ALGORITHMS, read_training_config
+from torchshear.compat.nni._training_config import ALGORITHMS, read_training_config, training_config
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import Trainer, call_trainer, check_function, check_optimizer
 from torchshear.configs import ConfigList
@@ -131,7 +131,8 @@ class ADMMPruner(TrainingPruner):
         self._has_trained = False
         inputs = example_inputs(args, kwargs, dummy_input)
         data = TrainingData(None, None, None)
-        super().__init__(InPlace(model, entries, algorithm, self._make, self._optimizer, inputs, data))
+        self._config = training_config(entries, algorithm)
+        super().__init__(InPlace(model, algorithm, self._make, self._optimizer, inputs, data))
 
     def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> PruningSession:
         return PruningSession(
@@ -139,6 +140,7 @@ class ADMMPruner(TrainingPruner):
             args,
             kwargs,
             schedule=OneShot(at=self._n_iterations * self._n_epochs, by="epoch"),
+            config=self._config,
             regularizer=self._regularizer,
             optimizer=self._optimizer,
             **options,

@@ -12,7 +12,7 @@ from torchshear.calibration import Loss
 from torchshear.compat.nni._first_call import example_inputs
 from torchshear.compat.nni._in_place import InPlace, TrainingData
 from torchshear.compat.nni._iterations import Iterations
-from torchshear.compat.nni._training_config import find_algorithm, read_training_config
+from torchshear.compat.nni._training_config import find_algorithm, read_training_config, training_config
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import Trainer, call_trainer, check_function, check_optimizer
 from torchshear.configs import ConfigList
@@ -92,7 +92,8 @@ class GradualPruner(TrainingPruner):
         entries, timing = read_training_config(config_list, algorithm, _TIMING, "final_sparsity")
         self._schedule = self._by_epochs(timing, num_iterations, epochs_per_iteration)
         self._n_epochs = int(timing.get("end_epoch", num_iterations * epochs_per_iteration))
-        super().__init__(InPlace(model, entries, algorithm, self._make, optimizer, self._inputs, own_data))
+        self._config = training_config(entries, algorithm)
+        super().__init__(InPlace(model, algorithm, self._make, optimizer, self._inputs, own_data))
 
     def _by_epochs(self, timing: Mapping[str, Any], num_iterations: int, epochs_per_iteration: int) -> Schedule:
         """The schedule by epochs; NNI prunes before `end_epoch`, and a schedule here up to its end."""
@@ -108,7 +109,15 @@ class GradualPruner(TrainingPruner):
         )
 
     def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> PruningSession:
-        return PruningSession(self._model, args, kwargs, schedule=self._schedule, optimizer=self._optimizer, **options)
+        return PruningSession(
+            self._model,
+            args,
+            kwargs,
+            schedule=self._schedule,
+            config=self._config,
+            optimizer=self._optimizer,
+            **options,
+        )
 
     def compress(self) -> nn.Module:
         """Begin; with `trainer` train all epochs, with `total_iteration` carry all iterations out.

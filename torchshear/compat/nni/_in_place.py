@@ -12,10 +12,9 @@ from torchshear._making import PruneResult, shrink_planned
 from torchshear.calibration import Loss
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat.nni._first_call import Call, LatestBatch, on_first_call
-from torchshear.compat.nni._training_config import Algorithm, resolve_for, session_options
+from torchshear.compat.nni._training_config import Algorithm
 from torchshear.compat.nni._user_training import TrainingHooks
 from torchshear.configs import ResolvedConfig
-from torchshear.configs._entry import Entry
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError
 from torchshear.graph.capture._trace import trace
@@ -25,7 +24,7 @@ from torchshear.pruners.criteria._criterion import declared_needs
 from torchshear.pruners.masks import Mask, Masks, applied_masks, make_permanent, plan_from_masks
 from torchshear.speedup.shrinking._optimizer_state import plain_name
 from torchshear.training._session import PruningSession
-from torchshear.training._snapshot import plan_now
+from torchshear.training._snapshot import plan_now, resolved_config
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,9 +71,8 @@ class InPlace:
 
     Args:
         model: the model, which is changed in place.
-        entries: what its layers lose in the end.
         algorithm: by what units are ranked.
-        make: makes the session of the model, of example inputs and of what `session_options` gives.
+        make: makes the session of the model, of example inputs and of further options.
         optimizer: the optimizer, by whose steps gradients are read; or None.
         inputs: example inputs; None: those of the model's first call.
         data: batches for criteria that look at data.
@@ -83,7 +81,6 @@ class InPlace:
     def __init__(
         self,
         model: nn.Module,
-        entries: tuple[Entry, ...],
         algorithm: Algorithm,
         make: Callable[[tuple[Any, ...], dict[str, Any], dict[str, Any]], PruningSession],
         optimizer: torch.optim.Optimizer | None,
@@ -96,13 +93,12 @@ class InPlace:
                 f"{algorithm.criterion!r} looks at the gradients of the training, by the steps of its optimizer; give "
                 f"optimizer=, or data= and loss_fn=."
             )
-        self.model, self._entries, self._algorithm, self._make = model, entries, algorithm, make
+        self.model, self._algorithm, self._make = model, algorithm, make
         self._optimizer, self._inputs, self._data = optimizer, inputs, data
         self._is_waiting = False
         self._epoch = 0
         self._session: PruningSession | None = None
         self.hooks: TrainingHooks | None = None
-        self._resolved: ResolvedConfig | None = None
 
     @property
     def session(self) -> PruningSession:
@@ -123,9 +119,7 @@ class InPlace:
     @property
     def resolved(self) -> ResolvedConfig:
         """The config as it applies to each layer and channel group."""
-        assert self.session is not None
-        assert self._resolved is not None, "there is a session"
-        return self._resolved
+        return resolved_config(self.session)
 
     def prepare(self) -> None:
         """Make the session now, or before the first call of the model if there are no example inputs."""
@@ -141,11 +135,8 @@ class InPlace:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         kinds = {parameter.device.type for parameter in self.model.parameters()} - {"meta"}
         with torch.enable_grad(), torch.autocast(next(iter(kinds), "cpu"), enabled=False):
-            groups = None if self._algorithm.pattern == "1x1" else analyze(trace(self.model, args, kwargs))
-            resolved = resolve_for(self.model, self._entries, groups, self._algorithm)
-            options = session_options(self.model, resolved, groups, self._algorithm)
-            session = self._make(args, kwargs, options | self._data_options(args, kwargs))
-        self._inputs, self._resolved, self._session = (args, kwargs), resolved, session
+            session = self._make(args, kwargs, self._data_options(args, kwargs))
+        self._inputs, self._session = (args, kwargs), session
         self.hooks = TrainingHooks(session, self._optimizer)
         self.hooks.epoch(self._epoch)
 
@@ -184,7 +175,7 @@ class InPlace:
         """Make the small model of the weights and masks that there are now."""
         session, (args, kwargs) = self.session, self.inputs()
         dense, masks = self.dense_copy(), self.masks()
-        plan = None if self._algorithm.pattern == "1x1" else plan_now(session)
+        plan = plan_now(session) if self.resolved.ratios else None
         said = {} if plan is None else plan.masks()
         if plan is None or any(not torch.equal(mask, said.get(name, mask)) for name, mask in masks.tensors.items()):
             plan = plan_from_masks(analyze(trace(dense, args, kwargs)))

@@ -10,7 +10,7 @@ from torchshear._evaluation import score_model
 from torchshear._making import PruneResult
 from torchshear.compat.nni._first_call import Call, first_call
 from torchshear.compat.nni._in_place import TrainingData
-from torchshear.compat.nni._training_config import Algorithm, resolve_for, session_options
+from torchshear.compat.nni._training_config import Algorithm, request_options, resolve_for, training_config
 from torchshear.compat.nni._user_training import check_function
 from torchshear.configs import ResolvedConfig
 from torchshear.configs._entry import Entry
@@ -29,6 +29,7 @@ from torchshear.pruners.schedules import Lottery, Schedule
 from torchshear.pruners.selection._request import Request
 from torchshear.training import LotteryTicket, prune_in_rounds
 from torchshear.training._session import PruningSession
+from torchshear.training._snapshot import resolved_config
 
 Indices = npt.NDArray[np.int64]
 
@@ -129,8 +130,8 @@ class Iterations:
         args, kwargs = self.inputs()
         groups = analyze(trace(self.model, args, kwargs))
         self._resolved = resolve_for(self.model, self._entries, groups, self._algorithm)
-        options = session_options(self.model, self._resolved, groups, self._algorithm)
-        final, least = options.pop("ratio"), options.pop("min_ratio", 0.0)
+        final, options = request_options(self._resolved, groups, self._algorithm)
+        least = options.pop("min_ratio", 0.0)
         schedule, positions = self._schedule, list(self._schedule.events)
         most = max(final.values()) if isinstance(final, Mapping) else final
         shares = [schedule.ratio(position, most) for position in positions]
@@ -171,14 +172,14 @@ class Iterations:
 
     def _prune_weights(self) -> PruneResult:
         (args, kwargs), own = self.inputs(), copy_model(self.model)
-        self._resolved = resolve_for(own, self._entries, None, self._algorithm)
-        options = session_options(own, self._resolved, None, self._algorithm)
+        config = training_config(self._entries, self._algorithm)
         if self._resets:
-            ticket = LotteryTicket(own, args, kwargs, rounds=self.n_iterations, **options)
+            ticket = LotteryTicket(own, args, kwargs, rounds=self.n_iterations, config=config)
             session, begin = ticket.session, ticket.begin_round
         else:
-            session = PruningSession(own, args, kwargs, schedule=self._schedule, **options)
+            session = PruningSession(own, args, kwargs, schedule=self._schedule, config=config)
             begin = session.on_event
+        self._resolved = resolved_config(session)
         for position in self._schedule.events:
             begin()
             if self._trains(position) and self._finetuner is not None:

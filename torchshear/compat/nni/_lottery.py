@@ -11,7 +11,7 @@ from torchshear.compat.nni._first_call import example_inputs
 from torchshear.compat.nni._gradual import best_of, refuse_beside, refuse_unknown
 from torchshear.compat.nni._in_place import InPlace, TrainingData
 from torchshear.compat.nni._iterations import Iterations
-from torchshear.compat.nni._training_config import find_algorithm, read_training_config
+from torchshear.compat.nni._training_config import find_algorithm, read_training_config, training_config
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import check_optimizer
 from torchshear.configs import ConfigList
@@ -120,10 +120,11 @@ class LotteryTicketPruner(TrainingPruner):
         self._n_rounds = int(words["prune_iterations"])
         if self._resets and optimizer is None:
             raise ArgumentError("reset_weights=True sets the optimizer back with the weights; give it as optimizer=.")
-        super().__init__(InPlace(model, entries, algorithm, self._make, optimizer, inputs, no_data))
+        self._config = training_config(entries, algorithm)
+        super().__init__(InPlace(model, algorithm, self._make, optimizer, inputs, no_data))
 
     def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> PruningSession:
-        beside = {"optimizer": self._optimizer, **options}
+        beside = {"optimizer": self._optimizer, "config": self._config, **options}
         if self._resets:
             self._ticket = LotteryTicket(
                 self._model, args, kwargs, rounds=self._n_rounds, scheduler=self._scheduler, **beside

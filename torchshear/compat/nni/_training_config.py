@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from torch import nn
@@ -19,11 +20,11 @@ from torchshear.compat.nni._named import (
 from torchshear.compat.nni._pruner import Pruner, rank_with_all
 from torchshear.compat.nni._slim import SlimPruner
 from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
-from torchshear.configs._entry import Entry
-from torchshear.configs._layers import find_maskable_weights
+from torchshear.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.configs._values import Reader
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
+from torchshear.training._training_config import TrainingConfig
 
 Algorithm = type[Pruner]
 """A class that says by what units are ranked."""
@@ -106,39 +107,41 @@ def resolve_for(
     return resolve(model, entries, groups, algorithm.criterion, algorithm.pattern)
 
 
-def session_options(
-    model: nn.Module, resolved: ResolvedConfig, groups: ChannelGroups | None, algorithm: Algorithm
-) -> dict[str, Any]:
-    """Return what a `PruningSession` is told of what a config asks for in the end.
+def request_options(
+    resolved: ResolvedConfig, groups: ChannelGroups, algorithm: Algorithm
+) -> tuple[dict[str, float] | float, dict[str, Any]]:
+    """Return the final shares of channels, by group or in all, and the other options of a request for them.
 
     Raises:
-        ArgumentError: the config asks for several things of which a session takes one.
+        ArgumentError: the config asks for several pools, or for single weights.
     """
     entries = {entry.label: entry for entry in resolved.entries}
     asking = [entries[row.entry] for row in resolved.rows if row.groups or row.masked > 0]
     first = asking[0]
     for other in asking:
-        if (other.pool, other.removes_channels) != (first.pool, first.removes_channels):
+        if other.pool != first.pool or not other.removes_channels:
             raise ArgumentError(
-                f"{first.label} and {other.label} ask for other units, or for ranks of their own; layers that are "
-                f"pruned while a model trains are all ranked in one way. Give one kind of sparsity."
+                f"{first.label} and {other.label} ask for other units, or are ranked apart from each other; in "
+                f"iterations all layers are ranked in one way. Give one kind of sparsity."
             )
-    options: dict[str, Any] = {"criterion": algorithm.criterion}
-    if first.pool is not None or not first.removes_channels:
-        options["max_ratio"] = min(first.max_ratio, _MOST)
-    if first.pool is not None:
-        options |= {"scope": "global", "min_ratio": first.min_ratio}
-    if not first.removes_channels:
-        patterns = {entry.pattern for entry in asking}
-        if len(patterns) > 1:
-            raise ArgumentError(f"entries ask for units {' and '.join(sorted(patterns))}; expected one pattern.")
-        known = find_maskable_weights(model)
-        layers = {known[row.parameter].layer: row.masked for row in resolved.rows if row.parameter and row.masked > 0}
-        shares: Any = layers if first.pool is None else tuple(layers)
-        return options | {"pattern": first.pattern, "layers": shares, "ratio": max(layers.values())}
-    assert groups is not None, "channels are asked for"
-    options["group_reduction"] = algorithm.group_reduction
+    options: dict[str, Any] = {"criterion": algorithm.criterion, "group_reduction": algorithm.group_reduction}
     if first.pool is None:
-        return options | {"ratio": resolved.ratios}
+        return resolved.ratios, options
     exclude = [group.name for group in groups if group.name not in resolved.ratios]
-    return options | {"ratio": max(resolved.ratios.values()), "exclude": exclude}
+    options |= {"scope": "global", "max_ratio": min(first.max_ratio, _MOST), "exclude": exclude}
+    return max(resolved.ratios.values()), options | {"min_ratio": first.min_ratio}
+
+
+def training_config(entries: tuple[Entry, ...], algorithm: Algorithm) -> TrainingConfig:
+    """Return entries as a session takes them, with what the algorithm says where they do not."""
+    filled = [
+        entry
+        if entry.excludes
+        else replace(
+            entry,
+            criterion=algorithm.criterion,
+            pattern=algorithm.pattern if entry.pattern == DEFAULT_PATTERN else entry.pattern,
+        )
+        for entry in entries
+    ]
+    return TrainingConfig(entries=tuple(filled), group_reduction=algorithm.group_reduction)
