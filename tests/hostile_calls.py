@@ -20,7 +20,7 @@ from tests.blocks import Source
 from tests.hostile_values import FAILS, PLACES, VALUES
 from tests.speedup.latency.making_tables import joined, probes_of, table_of_probes
 from torchshear import comparison, configs, dependency, family, inspection, pruners, searching, speedup, training
-from torchshear.compat import nni, unipruning
+from torchshear.compat import neural_compressor, nni, unipruning
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import TorchshearError
 from torchshear.latency_target import LatencyAllocation, LatencyRound
@@ -30,6 +30,7 @@ from torchshear.speedup.compensation._recalibrate import check_recalibration
 from torchshear.speedup.latency._measure_table import input_identity
 
 CONFIG = [{"op_types": ["Conv2d"], "sparsity": 0.5}]
+PRUNER = {"op_names": ["conv"], "pattern": "1xchannel", "pruning_type": "snip", "target_sparsity": 0.5}
 FEW_ROUNDS = {
     "exclude": [f"{name}.weight[0]" for name in ("left", "right", "mix")],
     "max_ratio": 0.2,
@@ -150,6 +151,14 @@ def unipruner(given: Given, is_applied: bool = False) -> unipruning.UniPruner:
         pruner.apply(Network(), given.x)
         pruner.write(0)
     return pruner
+
+
+def manager(given: Given) -> neural_compressor.CompressionManager:
+    """A manager whose training has begun."""
+    config = neural_compressor.WeightPruningConfig([PRUNER])
+    made = neural_compressor.prepare_compression(Network(), config, args=given.x)
+    made.callbacks.on_train_begin()
+    return made
 
 
 def zeroing(given: Given) -> unipruning.ZeroingCallback:
@@ -369,6 +378,19 @@ CALLS: dict[str, Call] = {
     "Repeated": Call(schedules.Repeated, lambda g: {"frequency": 3, "start": 0, "end": 9, "by": "epoch"}),
     "PruningSession by a config": Call(torchshear.PruningSession, lambda g: {"model": Network(), "args": g.x,
         "schedule": schedules.AGP(end=4), "config": CONFIG, "criterion": "l2", "align": 1, "min_width": 1}),
+    "WeightPruningConfig": Call(neural_compressor.WeightPruningConfig, lambda g: {"pruning_configs": [PRUNER]}),
+    "CompressionManager": Call(neural_compressor.CompressionManager, lambda g: {"model": Network(),
+        "config": neural_compressor.WeightPruningConfig([PRUNER]), "args": g.x, "kwargs": None, "data": None,
+        "loss_fn": None, "batches": None, "at_once": False}),
+    "CompressionManager.finish": Call(neural_compressor.CompressionManager.finish, lambda g: {"self": manager(g),
+        "form": "auto"}),
+    "CompressionManager.save": Call(neural_compressor.CompressionManager.save, lambda g: {"self": manager(g),
+        "root": g.folder / "saved"}),
+    "prepare_compression": Call(neural_compressor.prepare_compression, lambda g: {"model": Network(),
+        "confs": neural_compressor.WeightPruningConfig([PRUNER]), "args": g.x, "kwargs": None}),
+    "prepare_pruning": Call(neural_compressor.prepare_pruning, lambda g: {"model": Network(),
+        "config": neural_compressor.WeightPruningConfig([PRUNER]), "optimizer": None, "dataloader": data(g),
+        "loss_func": cross_entropy, "args": g.x, "kwargs": None}),
     "UniPruner": Call(unipruning.UniPruner, lambda g: {"config": {"target_sparsity": 0.5}, "soft": True,
         "use_gamma": False}),
     "UniPruner.apply": Call(unipruning.UniPruner.apply, lambda g: {"self": unipruner(g), "model": Network(),

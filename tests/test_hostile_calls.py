@@ -16,7 +16,7 @@ from tests.blocks import RandomSource
 from tests.hostile_calls import CALLBACKS, CALLS, Given, check_call, is_refused, parameters_of
 from tests.hostile_values import VALUES
 from torchshear import comparison, configs, family, inspection, pruners, searching, speedup, training
-from torchshear.compat import nni, unipruning
+from torchshear.compat import neural_compressor, nni, unipruning
 from torchshear.pruners import masks, regularizers, schedules
 from torchshear.speedup import latency
 
@@ -72,6 +72,7 @@ OF_PRUNERS = (pruners, masks, schedules, regularizers)
 MODULES = (
     *(torchshear, configs, *OF_PRUNERS, speedup, latency, nni, unipruning, comparison, inspection, searching, family),
     training,
+    neural_compressor,
 )
 
 

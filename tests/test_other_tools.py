@@ -12,7 +12,7 @@ from torch import nn
 
 import torchshear
 from torchshear import _other_tools
-from torchshear.compat import nni, unipruning
+from torchshear.compat import neural_compressor, nni, unipruning
 from torchshear.compat.nni import L1NormPruner, LevelPruner, Pruner
 from torchshear.errors import KeywordError, OtherToolImportError, OtherToolNameError, TorchshearError
 
@@ -36,7 +36,7 @@ def test_importing_a_name_of_another_tool_shows_what_to_use(package: str) -> Non
         with pytest.raises(AttributeError, match=f"^{package} has no '{name}': "):
             getattr(import_module(package), name)
         assert not hasattr(import_module(package), name)
-    with pytest.raises(ImportError, match="prepare_pruning.*torchshear.compat.nni.ConfigPruner"):
+    with pytest.raises(ImportError, match="prepare_pruning.* in torchshear.compat.neural_compressor"):
         from torchshear.pruners import prepare_pruning  # noqa: F401
 
 
@@ -103,11 +103,11 @@ def test_names_of_pruners_in_the_migration_guide_are_here_or_answer() -> None:
 
 
 def test_names_that_stand_in_compat_answer_with_their_place() -> None:
-    for package in (nni, unipruning):
+    for package in (nni, neural_compressor, unipruning):
         for name in package.__all__:
             if name in _other_tools.NAMES:
                 with pytest.raises(ImportError, match=f"no '{name}': .* in {re.escape(package.__name__)}"):
                     exec(f"from torchshear.pruners import {name}", {})
     classes = {name for name in nni.__all__ if name.endswith("Pruner")}
     functions = {name for name in unipruning.__all__ if not name[0].isupper()}
-    assert classes | functions <= _other_tools.NAMES.keys()
+    assert classes | functions | {*neural_compressor.__all__} <= _other_tools.NAMES.keys()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import torchshear
 from torchshear import comparison, configs, family, inspection, pruners, speedup, training
-from torchshear.compat import nni, unipruning
+from torchshear.compat import neural_compressor, nni, unipruning
 from torchshear.pruners import masks
 from torchshear.pruners.criteria._criterion import needs_of
 from torchshear.speedup import latency
@@ -28,6 +28,7 @@ MODULES = (
     speedup,
     latency,
     nni,
+    neural_compressor,
     unipruning,
     comparison,
     inspection,
@@ -68,6 +69,18 @@ def use_session(model: nn.Module, args: Any, _: Path) -> Any:
     session.on_train_begin()
     session.on_train_end()
     return outputs(session.finish().model)
+
+
+def use_manager(make: Any, **given: Any) -> Use:
+    def use(model: nn.Module, args: Any, _: Path) -> Any:
+        pruner = {"op_names": ["0"], "pattern": "1xchannel", "target_sparsity": 0.5}
+        pruner["pruning_type"] = "snip" if given else "magnitude"
+        manager = make(model, neural_compressor.WeightPruningConfig([pruner]), args=args, **given)
+        if not given:
+            manager.callbacks.on_train_begin()
+        return outputs(manager.finish().model)
+
+    return use
 
 
 def use_named_pruner(kind: Any) -> Use:
@@ -204,6 +217,11 @@ USES: dict[str, Use] = {
     "LotteryTicketPruner": use_lottery_pruner,
     "ADMMPruner": use_admm_pruner,
     "PruningScheduler": use_scheduler,
+    "CompressionManager": use_manager(neural_compressor.CompressionManager),
+    "prepare_compression": use_manager(neural_compressor.prepare_compression),
+    "prepare_pruning": use_manager(
+        neural_compressor.prepare_pruning, dataloader=[(X, X[:, :2])], loss_func=nn.functional.mse_loss
+    ),
 }
 
 

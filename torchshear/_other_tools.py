@@ -31,13 +31,14 @@ _REGULARIZERS: Final = (
     "use torchshear.regularizers, as GroupLasso(1e-4), GrowingL2() or ScaleL1(1e-4), in a torchshear.PruningSession"
 )
 _NO_HOOKS: Final = "there are no hooks: the masks on the model that compress() gives hold through any training loop"
-_MAKE_ONE: Final = "use torchshear.compat.nni.ConfigPruner(model, config, args=(x,)), its compress() and shrink()"
+_MAKE_ONE: Final = "use torchshear.compat.neural_compressor.prepare_pruning(model, config, optimizer)"
 _SHRINK: Final = "use torchshear.shrink(model, plan), or shrink() of a pruner"
 _ANALYZE: Final = "use torchshear.analyze(torchshear.trace(model, args)), whose groups are what goes together"
 _TORCH_PRUNING: Final = "use torchshear.prune(model, args, criterion='l2', ratio=0.5), which gives a smaller copy"
 _CRITERION: Final = "criteria have names here: criterion='l2'; see torchshear.pruners.registered_criteria()"
 _NNI: Final = "the classes of NNI are in torchshear.compat.nni, under their own names"
 _UNIPRUNING: Final = "it is in torchshear.compat.unipruning"
+_NEURAL_COMPRESSOR: Final = "it is in torchshear.compat.neural_compressor"
 _NOT_NEEDED: Final = "it is not needed here"
 _ARGS: Final = "example inputs are args=(x,) and kwargs={...}"
 _DATA: Final = "batches are data=, their number batches=, the loss loss_fn="
@@ -75,8 +76,9 @@ NAMES: Final = _table(
     ("apply_compression_results", "use torchshear.pruners.masks.apply(model, masks)"),
     ("count_flops_params compute_sparsity", "use the report of torchshear.prune or of shrink()"),
     # Neural Compressor
-    ("WeightPruningConfig PruningConfig", "a config is a dictionary: {'pruning_configs': [...], ...}"),
-    ("prepare_pruning prepare_compression CompressionManager Pruning BasicPruning RetrainFreePruning", _MAKE_ONE),
+    ("WeightPruningConfig prepare_pruning prepare_compression CompressionManager", _NEURAL_COMPRESSOR),
+    ("PruningConfig", "use torchshear.compat.neural_compressor.WeightPruningConfig"),
+    ("Pruning BasicPruning RetrainFreePruning", _MAKE_ONE),
     ("model_slim parse_auto_slim_config", "use torchshear.prune(model, args, roles=('ffn', 'heads'))"),
     ("prune_wanda", "use criterion='wanda', of whole units, with data="),
     ("SparseGPTPruning sparse_gpt dsnot", "pruners that rewrite the weights that stay are not here"),

@@ -14,10 +14,13 @@ from torch.nn import functional
 import torchshear
 from tests.training.loops import adam, images, perceptron, residual, sgd, steps_of, train, vectors
 from torchshear.compat.nni import ConfigPruner, L1FilterPruner
+from torchshear.configs import parse_config
 from torchshear.errors import ArgumentError, MaskError
 from torchshear.pruners import masks
 from torchshear.pruners.regularizers import ADMM, BlockLasso, GrowingL2
 from torchshear.pruners.schedules import AGP, Linear, OneShot
+from torchshear.pruners.schedules._several import Several
+from torchshear.training._training_config import TrainingConfig
 
 ROWS = {"op_names": ["0"], "pattern": "1xchannel", "pruning_type": "magnitude", "target_sparsity": 0.5}
 BLOCKS = {"op_names": ["2"], "pattern": "4x1", "pruning_type": "magnitude", "target_sparsity": 0.5}
@@ -72,6 +75,7 @@ def test_channels_and_blocks_follow_the_schedule_each_by_its_entry() -> None:
     result = session.finish()
     assert result.model[0].out_features == 8
     assert result.verification.max_error < 1e-12
+    assert [row.pattern for row in result.config.rows] == ["out_channel", "4x1", ""]
     x, _ = vectors(50)
     torch.testing.assert_close(result.model.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-12)
 
@@ -105,6 +109,64 @@ def test_what_is_least_at_an_event_goes() -> None:
             session.on_before_optimizer_step()
             session.on_after_optimizer_step()
             session.on_step_end()
+
+
+def steps_by_hand(session: Any, gradients: dict[str, list[Tensor]], n_steps: int) -> list[dict[str, Tensor]]:
+    """Steps without an optimizer, with gradients that are set by hand; gives the masks that lie in each step."""
+    session.on_train_begin()
+    session.on_epoch_begin(0)
+    seen = []
+    for step in range(n_steps):
+        session.on_step_begin(step)
+        seen.append(laid(session.model))
+        for name, parameter in session.model.named_parameters():
+            plain = name.replace("parametrizations.", "").replace(".original", "")
+            found = gradients.get(plain)
+            parameter.grad = torch.zeros_like(parameter) if found is None else found[min(step, len(found) - 1)].clone()
+        session.on_before_optimizer_step()
+        session.on_after_optimizer_step()
+        session.on_step_end()
+    return seen
+
+
+def test_what_went_goes_first_whatever_is_said_of_it_later() -> None:
+    """Rows that are gone get the largest scores; others go beside them, and none comes back."""
+    model = perceptron()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.zero_()
+    rows = torch.arange(1.0, 17, dtype=torch.float64)[:, None].expand(16, 8)
+    session = session_of(model, [{**ROWS, "pruning_type": "snip_momentum"}], schedule=Linear(start=0, end=4))
+    seen = steps_by_hand(session, {"0.weight": [rows, 100 * rows.flip(0)]}, 5)
+    # 2 of the first, which are least after one step; later the last rows have least of what is summed
+    gone = [(~mask["0.weight"]).all(1).nonzero().flatten().tolist() for mask in seen]
+    assert gone == [[], [0, 1], [0, 1, 14, 15], [0, 1, 12, 13, 14, 15], [0, 1, 10, 11, 12, 13, 14, 15]]
+
+
+@pytest.mark.parametrize("pattern", ["4x1", "1xchannel"])
+def test_what_is_on_the_way_stays_as_it_was_chosen(pattern: str) -> None:
+    """While blocks go in stages the scores change, and another entry has an event: the blocks are the same ones."""
+    model = perceptron()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.zero_()
+    staged = {**ROWS, "pattern": pattern, "pruning_type": "snip_momentum"}
+    entries = parse_config([staged, {**BLOCKS, "op_names": ["2"]}], "neural_compressor")
+    schedules = {entries[0].label: Linear(start=0, end=8, frequency=4), entries[1].label: Linear(start=0, end=12)}
+    config = TrainingConfig(entries=entries, schedules=schedules, stages={entries[0].label: 1})
+    rows = torch.arange(1.0, 17, dtype=torch.float64)[:, None].expand(16, 8)
+    session = session_of(model, config, schedule=Several(tuple(schedules.values())))
+    seen = steps_by_hand(session, {"0.weight": [rows] * 4 + [1e4 * rows.flip(0)]}, 8)
+    gone = (~seen[7]["0.weight"]).all(1).nonzero().flatten().tolist()
+    assert gone == [0, 1, 2, 3]
+    assert bool(seen[7]["0.weight"][4:].all())
+    parts = [int((~mask["0.weight"]).sum()) for mask in seen]
+    if pattern == "4x1":  # of a channel the columns that read it have gone before, whose gradients are 0 here
+        assert parts == [0, 0, 0, 0, 8, 16, 24, 32]
+    assert parts[3:] == sorted(parts[3:])
+    others = [int((~mask["2.weight"][:, 4:]).sum()) for mask in seen]
+    assert others == sorted(others)
+    assert others[4] < others[7]
 
 
 CONFIGS: dict[str, Any] = {
@@ -264,6 +326,7 @@ def test_channels_and_blocks_go_in_quarters() -> None:
     assert bool((final["0.weight"].all(1) | ~final["0.weight"].any(1)).all())
     assert all(bool((one[name] | ~two[name]).all()) for one, two in itertools.pairwise(seen) for name in one)
     assert session.finish().model[0].out_features == 8
+    assert [one.widths["0.weight[0]"] for one in session.history.renewals] == [16, 16, 16, 16, 8]
     assert [round(one.reached, 2) for one in session.history.renewals][-1] == 0.5
 
 
@@ -340,7 +403,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"config": [{**BLOCKS, "pattern": "1x1"}], "progressive": True, "schedule": Linear(end=8, frequency=4)},
      ArgumentError, "at least 4 weights"),
     ({"progressive": True}, ArgumentError, "a frequency of at least 4"),
-    ({"config": [{**ROWS, "start_step": 0, "end_step": 9}]}, ArgumentError, "ask for a schedule"),
+    ({"config": [{**ROWS, "start_step": 0, "end_step": 9}]}, ArgumentError, "prepare_compression"),
     ({"config": 5}, ArgumentError, "the config is int"),
 ]  # fmt: skip
 

@@ -170,8 +170,9 @@ def _check_one_shot(label: str, keys: Mapping[str, Any]) -> None:
         raise ArgumentError(f"{label}: start_step={start} is behind end_step={end}; expected it not to be.")
     if start != end:
         raise ArgumentError(
-            f"{label}: start_step={start} and end_step={end} ask for a schedule, and the pruners of a config list "
-            f"remove all at once. Set start_step to end_step, and prune again, with more, when you want more."
+            f"{label}: start_step={start} and end_step={end} ask for a schedule, and here all goes at once, or by the "
+            f"schedule= of a PruningSession. Set start_step to end_step; prepare_compression of "
+            f"torchshear.compat.neural_compressor reads these keys."
         )
 
 

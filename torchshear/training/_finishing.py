@@ -49,4 +49,5 @@ def make_result(
         plan = plan_from_masks(analyze(trace(dense, args, kwargs)))
     shrunk, made = shrink_and_record(dense, plan, args, kwargs, None if form == "auto" else form)
     report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-    return PruneResult(shrunk.model, made, report, shrunk.verification, shrunk.form, history=history)
+    config = renewer.goal.resolved
+    return PruneResult(shrunk.model, made, report, shrunk.verification, shrunk.form, config=config, history=history)

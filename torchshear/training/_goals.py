@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchshear.calibration import Statistics
 from torchshear.calibration._statistics import Sum
+from torchshear.configs import ResolvedConfig
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.pruners.schedules import Schedule
@@ -46,9 +47,11 @@ class Goal(ABC):
 
     Attributes:
         groups: the channel groups of the model.
+        resolved: what a config asks of each layer; None without one.
     """
 
     groups: ChannelGroups
+    resolved: ResolvedConfig | None = None
 
     @property
     @abstractmethod
