@@ -30,7 +30,10 @@ _MOVEMENT: Final = (
 _REGULARIZERS: Final = (
     "use torchshear.regularizers, as GroupLasso(1e-4), GrowingL2() or ScaleL1(1e-4), in a torchshear.PruningSession"
 )
-_NO_HOOKS: Final = "there are no hooks: the masks on the model that compress() gives hold through any training loop"
+_NO_HOOKS: Final = (
+    "there are no hooks: the masks on the model that compress() gives hold through any training loop; hooks are those "
+    "of torchshear.compat.neural_compressor.prepare_compression"
+)
 _MAKE_ONE: Final = "use torchshear.compat.neural_compressor.prepare_pruning(model, config, optimizer)"
 _SHRINK: Final = "use torchshear.shrink(model, plan), or shrink() of a pruner"
 _ANALYZE: Final = "use torchshear.analyze(torchshear.trace(model, args)), whose groups are what goes together"

@@ -30,7 +30,7 @@ _CRITERIA: Final = {
 _OTHER_TYPES: Final = {
     "block_mask": "masks that are trained",
     "sparse_gpt": "weights that are updated layer by layer",
-    "pattern_lock": "the pattern of zeros that a model has already",
+    "pattern_lock": "the zeros of a model that trains, as in torchshear.compat.neural_compressor",
 }
 _PATTERNS: Final = {"channelx1": "in_channel", "1xchannel": "out_channel", "mha": "heads"}
 
@@ -41,7 +41,10 @@ def _pruning_type(place: str, value: Any) -> str:
         return _CRITERIA[word]
     known = f"expected one of {', '.join(_CRITERIA)}."
     if word.removesuffix("_progressive") in _CRITERIA and word.endswith("_progressive"):
-        raise ArgumentError(f"{place}={word!r} follows a schedule, and these pruners remove all at once; {known}")
+        raise ArgumentError(
+            f"{place}={word!r} follows a schedule, and here all goes at once; prepare_compression of "
+            f"torchshear.compat.neural_compressor reads it, and {known}"
+        )
     if word in _OTHER_TYPES:
         raise ArgumentError(f"{place}={word!r} needs {_OTHER_TYPES[word]}, which no config list does here; {known}")
     raise ArgumentError(f"{place}={word!r}; {known}{close_names(word, _CRITERIA)}")
@@ -61,7 +64,10 @@ def _pattern(place: str, value: Any) -> str:
     return word
 
 
-_NO_LISTS: Final = "regularisers act while a model is trained, which no config list does here; leave it away."
+_NO_LISTS: Final = (
+    "regularisers act while a model is trained; leave it away. prepare_compression of "
+    "torchshear.compat.neural_compressor reads it."
+)
 KEYS: Final[dict[str, Reader]] = {
     "target_sparsity": fraction,
     "pruning_type": _pruning_type,

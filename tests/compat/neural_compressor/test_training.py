@@ -1,6 +1,8 @@
 """Schedules by the reference's own numbers, stages, regularizer, locks, and what is refused."""
 
+import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,82 @@ def test_example_inputs_may_be_given() -> None:
         assert manager.finish().model[0].out_features == 8
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def test_going_on_after_a_stop() -> None:
+    """With example inputs the session is there before the first batch, and takes its state up again."""
+    pruners = [
+        {**ROWS, "pruning_type": "snip_momentum_progressive", "start_step": 1, "end_step": 9, "pruning_frequency": 4},
+        {**BLOCKS, "op_names": ["2"], "start_step": 0, "end_step": 8},
+    ]  # fmt: skip
+
+    def begin() -> tuple[CompressionManager, torch.optim.Optimizer]:
+        model = layers()
+        manager = prepare_compression(model, WeightPruningConfig(pruners), args=numbers(50)[0])
+        return manager, sgd(model)
+
+    def loop(manager: CompressionManager, optimizer: torch.optim.Optimizer, first: int) -> Iterator[int]:
+        manager.callbacks.on_train_begin()
+        for step in range(first, 14):
+            manager.callbacks.on_step_begin(step)
+            x, target = numbers(step)
+            functional.cross_entropy(manager.model(x), target).backward()
+            manager.callbacks.on_before_optimizer_step()
+            optimizer.step()
+            manager.callbacks.on_after_optimizer_step()
+            optimizer.zero_grad()
+            yield step
+
+    whole, optimizer = begin()
+    saved = io.BytesIO()
+    for step in loop(whole, optimizer, 0):
+        if step == 6:  # between two stages
+            states = [one.state_dict() for one in (whole.session, whole.model, optimizer)]
+            torch.save(states, saved)
+    saved.seek(0)
+    again, other = begin()
+    for one, state in zip((again.session, again.model, other), torch.load(saved, weights_only=True), strict=True):
+        one.load_state_dict(state)
+    assert list(loop(again, other, 7))[-1] == 13
+    results = [one.finish() for one in (whole, again)]
+    for one, two in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert results[0].history.renewals == results[1].history.renewals
+    assert results[0].plan == results[1].plan
+
+
+def test_convolutions_with_what_belongs_to_their_channels() -> None:
+    """Filters go with their norms and the columns that read them; single weights of others stay zeros."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 5),
+    ).double()  # fmt: skip
+    pruners = [{"op_names": ["0"], "pattern": "1xchannel"}, {"op_names": ["3"], "pattern": "2:4"},
+               {"op_names": ["5"], "pattern": "4x1", "pruning_scope": "local"}]  # fmt: skip
+    config = WeightPruningConfig(pruners, target_sparsity=0.5, start_step=1, end_step=3, pruning_op_types=["Conv"])
+    optimizer = sgd(model)
+    manager = prepare_pruning(model, config, optimizer)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 3, 8, 8, generator=generator, dtype=torch.float64)
+        functional.cross_entropy(model(x), torch.arange(4)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = manager.finish()
+    gone = (model[0].weight == 0).flatten(1).all(1)
+    assert int(gone.sum()) == 8
+    assert not model[1].weight[gone].any()
+    assert not model[3].weight[:, gone].any()
+    left = model[3].weight.permute(0, 2, 3, 1).reshape(16, 9, 4, 4) != 0
+    assert int(left.sum(-1).max()) <= 2
+    grid = model[5].weight.reshape(2, 4, 16, 9) == 0
+    assert bool((grid.all(1) == grid.any(1)).all())
+    assert float(grid.double().mean()) == 0.5
+    assert result.model[0].out_channels == result.model[1].num_features == result.model[3].in_channels == 8
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(result.model.eval()(x), model.eval()(x), rtol=1e-9, atol=1e-12)
 
 
 def test_batches_and_a_loss_without_training() -> None:
