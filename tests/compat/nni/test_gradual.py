@@ -103,6 +103,34 @@ def test_a_frequency_of_three_prunes_at_epochs_0_3_6_9() -> None:
         (0, 0), (3, 0.563), (6, 0.77), (9, 0.8)]  # fmt: skip
 
 
+def test_entries_have_schedules_of_their_own() -> None:
+    model, counts = perceptron(), []
+    config = [
+        {**TIMED, "initial_sparsity": 0.25, "final_sparsity": 0.5, "end_epoch": 3, "op_names": ["0"]},
+        {**TIMED, "final_sparsity": 0.75, "start_epoch": 1, "end_epoch": 6, "frequency": 2, "op_names": ["2"]},
+    ]
+    pruner = LinearPruner(model, config, sgd(model), args=vectors(0)[0])
+    pruner.compress()
+    for epoch in range(7):
+        pruner.update_epoch(epoch)
+        counts.append([int((~laid(model)[name]).sum()) for name in ("0.weight", "2.weight")])
+    assert counts == [[32, 0], [48, 0], [64, 0], [64, 72], [64, 72], [64, 144], [64, 144]]
+    assert [one.epoch for one in pruner.history.renewals] == [0, 1, 2, 3, 5]
+
+
+def test_an_entry_may_begin_above_what_goes_of_all_layers_together() -> None:
+    model = perceptron()
+    config = [
+        {**TIMED, "initial_sparsity": 0.25, "final_sparsity": 0.3, "end_epoch": 2, "op_names": ["4"]},
+        {**TIMED, "final_sparsity": 0.1, "end_epoch": 2, "op_names": ["2"]},
+    ]
+    pruner = AGPPruner(model, config, sgd(model), args=vectors(0)[0])
+    pruner.compress()
+    assert [int((~mask).sum()) for mask in laid(model).values()] == [0, 15]
+    pruner.update_epoch(1)
+    assert [int((~mask).sum()) for mask in laid(model).values()] == [19, 18]
+
+
 def test_a_span_below_the_frequency_prunes_at_once() -> None:
     """NNI stops there with an assertion."""
     model = perceptron()
@@ -409,7 +437,8 @@ REFUSED: list[tuple[Any, str]] = [
     ({"config_list": [{**TIMED, "end_epoch": 3, "start_epoch": 3, "op_types": ["Linear"]}]}, "an end behind the start"),
     ({"config_list": [{**TIMED, "sparsity": 0.5, "op_types": ["Linear"]}]}, "which say the same"),
     ({"config_list": [{**TIMED, "frequency": 0, "op_types": ["Linear"]}]}, "frequency=0; expected an integer"),
-    ({"config_list": [{**TIMED, "op_names": ["0"]}, {**TIMED, "end_epoch": 5, "op_names": ["2"]}]}, "one schedule"),
+    ({"config_list": [{**TIMED, "op_names": ["0"]}, {**TIMED, "end_epoch": 5, "op_names": ["2"]}],
+      "pruning_algorithm": "slim"}, "ranked together and have different schedules"),
     ({"optimizer": "l1"}, "Give the criterion as pruning_algorithm"),
     ({"optimizer": sgd(perceptron())}, "holds none of the parameters"),
     ({"trainer": 3}, "trainer is int"),

@@ -10,7 +10,7 @@ from torchshear._arguments import check_count, check_one_of
 from torchshear.compat.nni._first_call import example_inputs
 from torchshear.compat.nni._gradual import refuse_unknown
 from torchshear.compat.nni._in_place import InPlace, TrainingData
-from torchshear.compat.nni._training_config import ALGORITHMS, read_training_config, training_config
+from torchshear.compat.nni._training_config import ALGORITHMS, read_training_config, training_config, value_of_all
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import Trainer, call_trainer, check_function, check_optimizer
 from torchshear.configs import ConfigList
@@ -120,7 +120,7 @@ class ADMMPruner(TrainingPruner):
         epochs = _one_of("epochs_per_iteration", epochs_per_iteration, "training_epochs", training_epochs)
         self._n_epochs = 5 if epochs is None else epochs
         check_count("epochs_per_iteration", self._n_epochs)
-        weight = _one_of("row", _one_of("row", row, "rho", rho), "rho in the entries", words.get("rho"))
+        weight = _one_of("row", _one_of("row", row, "rho", rho), "rho in the entries", value_of_all(words, "rho"))
         weight = 1e-4 if weight is None else _positive("row", weight)
         self._regularizer = ADMM(rho=weight, every=self._n_epochs, by="epoch", most=max(1.0, weight))
         self._model, self._trainer = model, trainer

@@ -20,6 +20,7 @@ from torchshear.configs._values import Reader, fraction, integer
 from torchshear.errors import ArgumentError
 from torchshear.graph.model._checks import check_module
 from torchshear.pruners.schedules import AGP, Linear, Schedule
+from torchshear.pruners.schedules._several import Several
 from torchshear.training._session import PruningSession
 
 _TIMING: Final[Mapping[str, Reader]] = {
@@ -89,24 +90,24 @@ class GradualPruner(TrainingPruner):
             super().__init__(iterations)
             return
         refuse_beside("a model that trains, without total_iteration,", iterating)
-        entries, timing = read_training_config(config_list, algorithm, _TIMING, "final_sparsity")
-        self._schedule = self._by_epochs(timing, num_iterations, epochs_per_iteration)
-        self._n_epochs = int(timing.get("end_epoch", num_iterations * epochs_per_iteration))
-        self._config = training_config(entries, algorithm)
+        entries, words = read_training_config(config_list, algorithm, _TIMING, "final_sparsity")
+        n_epochs = num_iterations * epochs_per_iteration
+        timings = {
+            label: {"end_epoch": n_epochs, "frequency": epochs_per_iteration, **own} for label, own in words.items()
+        }
+        schedules = {label: self._by_epochs(label, own) for label, own in timings.items()}
+        self._n_epochs = max((int(own["end_epoch"]) for own in timings.values()), default=n_epochs)
+        self._schedule = Several(schedules.values() or [self.curve(end=n_epochs, by="epoch")])
+        self._config = training_config(entries, algorithm, schedules)
         super().__init__(InPlace(model, algorithm, self._make, optimizer, self._inputs, own_data))
 
-    def _by_epochs(self, timing: Mapping[str, Any], num_iterations: int, epochs_per_iteration: int) -> Schedule:
-        """The schedule by epochs; NNI prunes before `end_epoch`, and a schedule here up to its end."""
-        start, end = timing.get("start_epoch", 0), timing.get("end_epoch", num_iterations * epochs_per_iteration)
+    def _by_epochs(self, label: str, timing: Mapping[str, Any]) -> Schedule:
+        """The schedule of an entry; NNI prunes before `end_epoch`, and a schedule here up to its end."""
+        start, end = timing.get("start_epoch", 0), timing["end_epoch"]
         if end <= start:
-            raise ArgumentError(f"end_epoch={end} and start_epoch={start}; expected an end behind the start.")
-        return self.curve(
-            start=start,
-            end=end - 1,
-            frequency=timing.get("frequency", epochs_per_iteration),
-            initial=timing.get("initial_sparsity", 0.0),
-            by="epoch",
-        )
+            raise ArgumentError(f"{label}: end_epoch={end} and start_epoch={start}; expected an end behind the start.")
+        initial = timing.get("initial_sparsity", 0.0)
+        return self.curve(start=start, end=end - 1, frequency=timing["frequency"], initial=initial, by="epoch")
 
     def _make(self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]) -> PruningSession:
         return PruningSession(

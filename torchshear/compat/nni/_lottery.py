@@ -11,7 +11,7 @@ from torchshear.compat.nni._first_call import example_inputs
 from torchshear.compat.nni._gradual import best_of, refuse_beside, refuse_unknown
 from torchshear.compat.nni._in_place import InPlace, TrainingData
 from torchshear.compat.nni._iterations import Iterations
-from torchshear.compat.nni._training_config import find_algorithm, read_training_config, training_config
+from torchshear.compat.nni._training_config import find_algorithm, read_training_config, training_config, value_of_all
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import check_optimizer
 from torchshear.configs import ConfigList
@@ -115,9 +115,10 @@ class LotteryTicketPruner(TrainingPruner):
         iterating = {"finetuner": finetuner, "evaluator": evaluator, "speedup": speedup or None}
         refuse_beside("rounds that you train, without total_iteration,", iterating)
         entries, words = read_training_config(config_list, algorithm, {"prune_iterations": integer(1)})
-        if "prune_iterations" not in words:
+        rounds = value_of_all(words, "prune_iterations")
+        if rounds is None:
             raise ArgumentError("config_list says no prune_iterations; expected it in each entry, or total_iteration=.")
-        self._n_rounds = int(words["prune_iterations"])
+        self._n_rounds = int(rounds)
         if self._resets and optimizer is None:
             raise ArgumentError("reset_weights=True sets the optimizer back with the weights; give it as optimizer=.")
         self._config = training_config(entries, algorithm)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Final
 
 from torch import nn
@@ -24,6 +25,7 @@ from torchshear.configs._entry import DEFAULT_PATTERN, Entry
 from torchshear.configs._values import Reader
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError
+from torchshear.pruners.schedules import Schedule
 from torchshear.training._training_config import TrainingConfig
 
 Algorithm = type[Pruner]
@@ -51,48 +53,58 @@ def find_algorithm(argument: str, word: object) -> Algorithm:
 
 def read_training_config(
     config_list: ConfigList, algorithm: Algorithm, readers: Mapping[str, Reader], final: str = "sparsity"
-) -> tuple[tuple[Entry, ...], dict[str, Any]]:
+) -> tuple[tuple[Entry, ...], dict[str, dict[str, Any]]]:
     """Read a config list whose entries have further words.
 
     Args:
         config_list: the list, or the path of a file of it.
         algorithm: by what units are ranked.
-        readers: further word -> how to read its value; all entries that do not exclude must agree on it.
+        readers: further word -> how to read its value.
         final: further word that stands for `sparsity`.
 
     Returns:
-        The entries as all pruners read them, and the further words with their values.
+        The entries as all pruners read them, and by label of those that do not exclude the further words with their
+        values.
 
     Raises:
-        ArgumentError: a word or a value is wrong, or entries do not agree.
+        ArgumentError: a word or a value is wrong.
     """
     given = load_config(config_list) if isinstance(config_list, str | os.PathLike) else config_list
     items: Any = given["config_list"] if isinstance(given, Mapping) and "config_list" in given else given
     items = [items] if isinstance(items, Mapping) else items
-    found: dict[str, tuple[str, Any]] = {}
+    words: dict[str, dict[str, Any]] = {}
     if isinstance(items, Sequence) and not isinstance(items, str) and all(isinstance(one, Mapping) for one in items):
-        given = [_without(item, f"config_list[{number}]", readers, final, found) for number, item in enumerate(items)]
+        labeled = {f"config_list[{number}]": item for number, item in enumerate(items)}
+        given = [_without(item, label, readers, final) for label, item in labeled.items()]
+        for label, item in labeled.items():
+            words[label] = {
+                word: read(f"{label}: {word}", item[word]) for word, read in readers.items() if word in item
+            }
     entries = parse_config(given, "nni")
     if algorithm.is_global:
         entries = tuple(rank_with_all(entry) for entry in entries)
-    return entries, {word: value for word, (_, value) in found.items()}
+    return entries, {entry.label: words[entry.label] for entry in entries if not entry.excludes}
 
 
-def _without(
-    item: Mapping[str, Any], label: str, readers: Mapping[str, Reader], final: str, found: dict[str, tuple[str, Any]]
-) -> dict[str, Any]:
-    """An entry without further words, whose values are noted."""
-    plain = {word: value for word, value in item.items() if word not in readers and word != final}
-    for word in item:
-        if word not in readers:
-            continue
-        value = readers[word](f"{label}: {word}", item[word])
-        first, other = found.setdefault(word, (label, value))
-        if other != value:
+def value_of_all(words: Mapping[str, Mapping[str, Any]], word: str) -> Any:
+    """Return the value of a word that all entries must have in common; None if none has it.
+
+    Raises:
+        ArgumentError: entries do not agree.
+    """
+    found = {label: own[word] for label, own in words.items() if word in own}
+    for label, value in found.items():
+        first = next(iter(found))
+        if value != found[first]:
             raise ArgumentError(
-                f"{label}: {word}={value!r}, and {first} has {other!r}; one schedule holds for all layers. Give the "
-                f"same, and what differs between layers as sparsity."
+                f"{label}: {word}={value!r}, and {first} has {found[first]!r}; one holds for all layers. Give the same."
             )
+    return next(iter(found.values()), None)
+
+
+def _without(item: Mapping[str, Any], label: str, readers: Mapping[str, Reader], final: str) -> dict[str, Any]:
+    """An entry without further words."""
+    plain = {word: value for word, value in item.items() if word not in readers and word != final}
     if final in item:
         if final != "sparsity" and "sparsity" in item:
             raise ArgumentError(f"{label} has {final!r} and 'sparsity', which say the same; expected one of them.")
@@ -132,8 +144,27 @@ def request_options(
     return max(resolved.ratios.values()), options | {"min_ratio": first.min_ratio}
 
 
-def training_config(entries: tuple[Entry, ...], algorithm: Algorithm) -> TrainingConfig:
-    """Return entries as a session takes them, with what the algorithm says where they do not."""
+def training_config(
+    entries: tuple[Entry, ...], algorithm: Algorithm, schedules: Mapping[str, Schedule] = MappingProxyType({})
+) -> TrainingConfig:
+    """Return entries as a session takes them, with what the algorithm says where they do not.
+
+    Args:
+        entries: the entries.
+        algorithm: by what units are ranked.
+        schedules: label of an entry -> its schedule, where entries have their own.
+
+    Raises:
+        ArgumentError: entries that are ranked together have different schedules.
+    """
+    pools: dict[str, Entry] = {}
+    for entry in entries:
+        first = pools.setdefault(entry.pool or entry.label, entry)
+        if schedules.get(first.label) != schedules.get(entry.label):
+            raise ArgumentError(
+                f"{first.label} and {entry.label} are ranked together and have different schedules; give the same, or "
+                f"another sparsity."
+            )
     filled = [
         entry
         if entry.excludes
@@ -144,4 +175,4 @@ def training_config(entries: tuple[Entry, ...], algorithm: Algorithm) -> Trainin
         )
         for entry in entries
     ]
-    return TrainingConfig(entries=tuple(filled), group_reduction=algorithm.group_reduction)
+    return TrainingConfig(entries=tuple(filled), schedules=dict(schedules), group_reduction=algorithm.group_reduction)

@@ -51,8 +51,11 @@ class Several(Schedule):
         return bisect_right(self.positions, position)
 
     def ratio(self, position: int, final: float) -> float:
-        """Return the largest of the ratios that the parts have at a position."""
-        return max(part.ratio(position, final) for part in self.parts)
+        """Return the largest of the ratios that the parts have at a position.
+
+        A part may begin above the final ratio of the whole, which is that of its own layers and of others.
+        """
+        return max(min(final, part.ratio(position, max(final, part.initial))) for part in self.parts)
 
     def curve(self, share: float, initial: float, final: float) -> float:
         """Return the final ratio; the parts have curves of their own."""
