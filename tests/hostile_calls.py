@@ -153,6 +153,13 @@ def unipruner(given: Given, is_applied: bool = False) -> unipruning.UniPruner:
     return pruner
 
 
+def ffn() -> nn.Module:
+    """A feed-forward network between two layers."""
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+    )
+
+
 def manager(given: Given) -> neural_compressor.CompressionManager:
     """A manager whose training has begun."""
     config = neural_compressor.WeightPruningConfig([PRUNER])
@@ -386,6 +393,8 @@ CALLS: dict[str, Call] = {
         "form": "auto"}),
     "CompressionManager.save": Call(neural_compressor.CompressionManager.save, lambda g: {"self": manager(g),
         "root": g.folder / "saved"}),
+    "parse_auto_slim_config": Call(neural_compressor.parse_auto_slim_config, lambda g: {"model": ffn(),
+        "dataloader": None, "ffn2_sparsity": 0.5, "mha_sparsity": 0.0, "args": torch.randn(2, 4), "kwargs": None}),
     "prepare_compression": Call(neural_compressor.prepare_compression, lambda g: {"model": Network(),
         "confs": neural_compressor.WeightPruningConfig([PRUNER]), "args": g.x, "kwargs": None}),
     "prepare_pruning": Call(neural_compressor.prepare_pruning, lambda g: {"model": Network(),

@@ -218,6 +218,9 @@ USES: dict[str, Use] = {
     "ADMMPruner": use_admm_pruner,
     "PruningScheduler": use_scheduler,
     "CompressionManager": use_manager(neural_compressor.CompressionManager),
+    "parse_auto_slim_config": lambda model, args, _: neural_compressor.parse_auto_slim_config(
+        model, args=args, ffn2_sparsity=0.5
+    ),
     "prepare_compression": use_manager(neural_compressor.prepare_compression),
     "prepare_pruning": use_manager(
         neural_compressor.prepare_pruning, dataloader=[(X, X[:, :2])], loss_func=nn.functional.mse_loss

@@ -80,9 +80,10 @@ NAMES: Final = _table(
     ("count_flops_params compute_sparsity", "use the report of torchshear.prune or of shrink()"),
     # Neural Compressor
     ("WeightPruningConfig prepare_pruning prepare_compression CompressionManager", _NEURAL_COMPRESSOR),
+    ("parse_auto_slim_config", _NEURAL_COMPRESSOR),
     ("PruningConfig", "use torchshear.compat.neural_compressor.WeightPruningConfig"),
     ("Pruning BasicPruning RetrainFreePruning", _MAKE_ONE),
-    ("model_slim parse_auto_slim_config", "use torchshear.prune(model, args, roles=('ffn', 'heads'))"),
+    ("model_slim", "use torchshear.prune(model, args, roles=('ffn', 'heads'))"),
     ("prune_wanda", "use criterion='wanda', of whole units, with data="),
     ("SparseGPTPruning sparse_gpt dsnot", "pruners that rewrite the weights that stay are not here"),
     # UniPruning

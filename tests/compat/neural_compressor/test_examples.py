@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 import torchshear
 from tests.compat.neural_compressor.loops import Classifier, batches, classifier, sgd, trained
-from torchshear.compat.neural_compressor import WeightPruningConfig, prepare_compression, prepare_pruning
+from torchshear.compat.neural_compressor import (
+    WeightPruningConfig,
+    parse_auto_slim_config,
+    prepare_compression,
+    prepare_pruning,
+)
+from torchshear.errors import ArgumentError
 from torchshear.pruners import masks
 
 # The template of the first page: the second pruner says neither steps nor share, which its defaults give.
@@ -161,6 +167,78 @@ def test_channels_without_training_by_batches_alone() -> None:
         gone = sorted(set(range(40)) - set(result.plan.kept[f"blocks.{place}.fc1.weight[0]"].tolist()))
         assert bool((block.fc2.weight[:, gone] == 0).all())
         assert bool((block.fc1.weight[gone] == 0).all())
+
+
+class Attention(nn.Module):
+    """Four heads, whose number is nowhere written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.last = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (one(x).unflatten(-1, (-1, 4)).transpose(1, 2) for one in (self.first, self.second, self.third))
+        return self.last(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Words(nn.Module):
+    """Two blocks of attention and a feed-forward network, with names that say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(20, 16), nn.Linear(16, 5)
+        self.a, self.c = Attention(), Attention()
+        self.b1, self.b2, self.d1, self.d2 = nn.Linear(16, 40), nn.Linear(40, 16), nn.Linear(16, 40), nn.Linear(40, 16)
+        self.norms = nn.ModuleList([nn.LayerNorm(16) for _ in range(4)])
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.table(input_ids)
+        for number, (mix, one, two) in enumerate(((self.a, self.b1, self.b2), (self.c, self.d1, self.d2))):
+            x = x + mix(self.norms[2 * number](x))
+            x = x + two(torch.relu(one(self.norms[2 * number + 1](x))))
+        logits = self.head(x.mean(1))
+        return {"logits": logits} | ({} if labels is None else {"loss": nn.functional.cross_entropy(logits, labels)})
+
+
+def test_hidden_layers_and_heads_are_found_without_names_and_inputs() -> None:
+    torch.manual_seed(0)
+    model = Words()
+    pruning_configs = []
+    auto_configs = parse_auto_slim_config(
+        model, ffn2_sparsity=0.2, mha_sparsity=0, pruning_scope="global", pruning_type="retrain_free"
+    )
+    pruning_configs += auto_configs
+    assert pruning_configs == [
+        {"op_names": ["b2", "d2"], "pattern": "channelx1", "target_sparsity": 0.2, "pruning_scope": "global",
+         "pruning_type": "retrain_free"}
+    ]  # fmt: skip
+    pruning = prepare_pruning(model, WeightPruningConfig(pruning_configs), dataloader=batches(0, 4))
+    small = pruning.finish().model
+    assert small.b1.out_features + small.d1.out_features == small.b2.in_features + small.d2.in_features == 64
+    both = parse_auto_slim_config(Words(), batches(0, 1), 0.5, 0.5, pruning_scope="local")
+    assert [one["op_names"] for one in both][1] == [
+        "a.first", "a.second", "a.third", "c.first", "c.second", "c.third"
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    model = Words()
+    manager = prepare_compression(model, WeightPruningConfig(both, start_step=1, end_step=5))
+    callbacks, optimizer = manager.callbacks, sgd(model)
+    callbacks.on_train_begin()
+    for step, batch in enumerate(batches()):
+        callbacks.on_step_begin(step)
+        model(**batch)["loss"].backward()
+        callbacks.on_before_optimizer_step()
+        optimizer.step()
+        callbacks.on_after_optimizer_step()
+        model.zero_grad()
+    callbacks.on_train_end()
+    small = manager.finish().model
+    assert (small.a.first.out_features, small.c.last.in_features, small.b1.out_features) == (8, 8, 20)
+    for shares, match in (((0, 0), "are 0"), ((1.0, 0), "ffn2_sparsity=1.0"), ((0, "a"), "mha_sparsity='a'")):
+        with pytest.raises(ArgumentError, match=match):
+            parse_auto_slim_config(Words(), None, *shares)
+    with pytest.raises(ArgumentError, match="no heads"):
+        parse_auto_slim_config(Classifier(), batches(0, 1), mha_sparsity=0.5)
 
 
 def test_hooks_that_are_left_out_or_come_as_well() -> None:
