@@ -57,7 +57,10 @@ INNER_METHODS = {
     *("OutputFactor.register", "Mask.forward", "Mask.right_inverse", "TracedModule.forward"),
     "LatencyComparison.speedup_interval",
     *(f"SearchSpace.{name}" for name in ("at", "check_reachable", "of", "narrowed", "rescale", "shares_of", "uniform")),
-    *(f"{name}.propose" for name in ("Annealing", "Evolution", "Milp", "NetAdapt", "RandomSearch", "SearchMethod")),
+    *(
+        f"{name}.propose"
+        for name in ("AMC", "Annealing", "Evolution", "Milp", "NetAdapt", "RandomSearch", "SearchMethod")
+    ),
     *("Sensitivity.propose", "Uniform.propose", "NetAdapt.reduction"),
     *("Schedule.passed", "Penalty.value", "Penalty.after_step", "Penalty.load_state_dict", "Regularizer.bind"),
     "Penalty.update",

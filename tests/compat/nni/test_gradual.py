@@ -387,6 +387,30 @@ def test_copies_of_a_waiting_model_and_a_failing_first_call() -> None:
     assert not hasattr(branching.fc, "parametrizations")
 
 
+def test_mixed_precision_and_an_evaluation_that_comes_first() -> None:
+    """The first call is one without gradients; steps come by a scaler, whose scale is undone before they are counted."""
+    model = residual().float()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu")
+    config = [{**TIMED, "final_sparsity": 0.5, "end_epoch": 2, "op_types": ["Conv2d"]}]
+    pruner = AGPPruner(model, config, optimizer, pruning_algorithm="taylorfo")
+    pruner.compress()
+    x, target = images(0)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        model.eval()(x.float())
+    model.train()
+    for epoch in range(2):
+        pruner.update_epoch(epoch)
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = functional.cross_entropy(model(x.float()), target)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    result = pruner.shrink()
+    assert result.model.stem.out_channels == 4
+    assert {one.dtype for one in result.model.parameters()} == {torch.float32}
+
+
 def test_masks_that_were_loaded_are_those_that_are_shrunk() -> None:
     model = residual()
     pruner = AGPPruner(
