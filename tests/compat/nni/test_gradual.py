@@ -388,7 +388,7 @@ def test_copies_of_a_waiting_model_and_a_failing_first_call() -> None:
 
 
 def test_mixed_precision_and_an_evaluation_that_comes_first() -> None:
-    """The first call is one without gradients; steps come by a scaler, whose scale is undone before they are counted."""
+    """The first call is one without gradients; steps come by a scaler, which undoes its scale before they do."""
     model = residual().float()
     optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu")
     config = [{**TIMED, "final_sparsity": 0.5, "end_epoch": 2, "op_types": ["Conv2d"]}]
