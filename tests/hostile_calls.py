@@ -266,6 +266,22 @@ CALLS: dict[str, Call] = {
         {**CONFIG[0], "prune_iterations": 2}], "optimizer": torch.optim.SGD(g.model.parameters())}),
     "ADMMPruner": Call(nni.ADMMPruner, lambda g: {"model": g.model, "config_list": CONFIG,
         "trainer": lambda model: None}),
+    "AMCPruner": Call(nni.AMCPruner, lambda g: {"model": g.model, "config_list": CONFIG, "evaluator": lambda model: 0.0,
+        "train_episode": 2, "warmup": 1}),
+    "AMC": Call(searching.AMC, lambda g: {"episodes": 4, "warm_up": 2}),
+    "Annealing": Call(searching.Annealing, lambda g: {"start": 50.0}),
+    "Evolution": Call(searching.Evolution, lambda g: {"population": 4}),
+    "NetAdapt": Call(searching.NetAdapt, lambda g: {"step": 0.1}),
+    "RandomSearch": Call(searching.RandomSearch, lambda g: {"batch": 4}),
+    "Sensitivity": Call(searching.Sensitivity, lambda g: {"step": 0.2}),
+    "NetAdaptPruner": Call(nni.NetAdaptPruner, lambda g: {"model": g.model, "config_list": CONFIG,
+        "short_term_fine_tuner": lambda model: None, "evaluator": lambda model: 0.0}),
+    "SensitivityPruner": Call(nni.SensitivityPruner, lambda g: {"model": g.model, "config_list": CONFIG,
+        "evaluator": lambda model: 0.0}),
+    "SimulatedAnnealingPruner": Call(nni.SimulatedAnnealingPruner, lambda g: {"model": g.model, "config_list": CONFIG,
+        "evaluator": lambda model: 0.0}),
+    "AutoCompressPruner": Call(nni.AutoCompressPruner, lambda g: {"model": g.model, "config_list": CONFIG,
+        "trainer": lambda model: None, "evaluator": lambda model: 0.0, "num_iterations": 1}),
     "LinearTaskGenerator": Call(nni.LinearTaskGenerator, lambda g: {"total_iteration": 2, "origin_model": g.model,
         "origin_config_list": CONFIG, "origin_masks": {}}),
     "PruningScheduler": Call(nni.PruningScheduler, lambda g: {"pruner": "l1", "task_generator":
@@ -416,7 +432,10 @@ CALLS: dict[str, Call] = {
         "method": "refit"} | samples(g)),
 }  # fmt: skip
 
-CALLBACKS = ("criterion", "evaluate", "evaluator", "finetune", "finetuner", "loss_fn", "progress", "score", "trainer")
+CALLBACKS = (
+    *("criterion", "evaluate", "evaluator", "finetune", "finetuner", "loss_fn", "progress", "score", "trainer"),
+    "val_loader",
+)  # called, or handed to what is called
 
 
 def parameters_of(name: str, given: Given) -> list[str]:

@@ -190,6 +190,16 @@ def use_family(model: nn.Module, args: Any, folder: Path) -> Any:
     return torchshear.prune_family(model, args, targets=[1.0], **words)[1.0].plan.fingerprint
 
 
+def use_auto_compress(model: nn.Module, args: Any, _: Path) -> Any:
+    def trainer(model: nn.Module, optimizer: Any) -> None:
+        model(X).sum().backward()
+        optimizer.step()
+
+    words: dict[str, Any] = {"num_iterations": 1, "admm_num_iterations": 1, "admm_epochs_per_iteration": 1}
+    use = use_searching(nni.AutoCompressPruner, trainer=trainer, **words, options={"trials": 2})
+    return use(model, args, _)
+
+
 USES: dict[str, Use] = {
     "prune_family": use_family,
     "LotteryTicket": use_ticket,
@@ -210,6 +220,8 @@ USES: dict[str, Use] = {
     "NetAdaptPruner": use_searching(
         nni.NetAdaptPruner, short_term_fine_tuner=lambda one: None, options={}, sparsity_per_iteration=0.25
     ),
+    "AMCPruner": use_searching(nni.AMCPruner, total_episode=2, options={}),
+    "AutoCompressPruner": use_auto_compress,
     "SensitivityPruner": use_searching(nni.SensitivityPruner, acc_drop_threshold=1e9, options={}),
     "PruningSession": use_session,
     "AGPPruner": use_gradual(nni.AGPPruner),

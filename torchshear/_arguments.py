@@ -1,6 +1,7 @@
 """Checks of single arguments of public functions; names, and patterns for them such as "layer4.*" and "*.attn.*"."""
 
 import difflib
+import math
 import re
 from collections.abc import Collection, Iterable
 from fnmatch import translate
@@ -40,6 +41,13 @@ def check_count(name: str, value: object, least: int = 1, most: int = MOST) -> N
     if not is_whole(value) or not least <= value <= most:  # type: ignore[operator]
         above = f" and at most {most}" if is_whole(value) and value > most else ""  # type: ignore[operator]
         raise ArgumentError(f"{name} must be a whole number of at least {least}{above}, but got {name}={quote(value)}.")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise ArgumentError for what is no finite number."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number or not -math.inf < value < math.inf:  # type: ignore[operator]
+        raise ArgumentError(f"{name}={quote(value)}; expected a finite number.")
 
 
 def check_one_of(name: str, value: object, words: Collection[str]) -> None:

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING
 
 from torchshear._other_tools import answering
 from torchshear.compat.nni._admm import ADMMPruner
+from torchshear.compat.nni._amc import AMCPruner
+from torchshear.compat.nni._auto_compress import AutoCompressPruner
 from torchshear.compat.nni._dependency_aware import DependencyAwarePlan, plan_dependency_aware
 from torchshear.compat.nni._gradual import AGPPruner, LinearPruner
 from torchshear.compat.nni._lottery import LotteryTicketPruner
@@ -36,10 +38,12 @@ __all__ = [
     "ADMMPruner",
     "AGPPruner",
     "AGPTaskGenerator",
+    "AMCPruner",
     "ActivationAPoZRankFilterPruner",
     "ActivationAPoZRankPruner",
     "ActivationMeanRankFilterPruner",
     "ActivationMeanRankPruner",
+    "AutoCompressPruner",
     "ConfigPruner",
     "DependencyAwarePlan",
     "FPGMPruner",

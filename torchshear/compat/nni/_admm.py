@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_one_of
 from torchshear.compat.nni._first_call import example_inputs
-from torchshear.compat.nni._gradual import refuse_unknown
 from torchshear.compat.nni._in_place import InPlace, TrainingData
+from torchshear.compat.nni._keywords import refuse_unknown
 from torchshear.compat.nni._training_config import ALGORITHMS, read_training_config, training_config, value_of_all
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import Trainer, call_trainer, check_function, check_optimizer

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_flag
-from torchshear._other_tools import unknown_keyword
 from torchshear.calibration import Loss
 from torchshear.compat.nni._first_call import example_inputs
 from torchshear.compat.nni._in_place import InPlace, TrainingData
 from torchshear.compat.nni._iterations import Iterations
+from torchshear.compat.nni._keywords import refuse_beside, refuse_unknown
 from torchshear.compat.nni._training_config import find_algorithm, read_training_config, training_config
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import Trainer, call_trainer, check_function, check_optimizer
@@ -33,7 +33,6 @@ _ARGUMENTS: Final = (
     "model, config_list, optimizer, trainer, criterion, num_iterations, epochs_per_iteration, pruning_algorithm, "
     "total_iteration, finetuner, evaluator, speedup, args, kwargs, dummy_input, data, loss_fn, batches"
 )
-_WRITES_NOTHING: Final = ("log_dir", "keep_intermediate_result")
 
 
 class GradualPruner(TrainingPruner):
@@ -220,20 +219,6 @@ class LinearPruner(GradualPruner):
     """Takes equal parts: s0 + (s - s0) t at the share t of the way. Forms and arguments are those of `AGPPruner`."""
 
     curve: ClassVar[type[Schedule]] = Linear
-
-
-def refuse_unknown(name: str, unknown: Mapping[str, object], known: str) -> None:
-    """Refuse keywords that mean nothing here; words of NNI's own files are taken, and nothing is written."""
-    for word in unknown:
-        if word not in _WRITES_NOTHING:
-            raise unknown_keyword(name, word, known)
-
-
-def refuse_beside(what: str, given: Mapping[str, object]) -> None:
-    """Raise ArgumentError for arguments of another form."""
-    for name, value in given.items():
-        if value is not None:
-            raise ArgumentError(f"{name}= and {what} are words of two forms of the pruner; give one of them.")
 
 
 def best_of(

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_flag
 from torchshear.compat.nni._first_call import example_inputs
-from torchshear.compat.nni._gradual import best_of, refuse_beside, refuse_unknown
+from torchshear.compat.nni._gradual import best_of
 from torchshear.compat.nni._in_place import InPlace, TrainingData
 from torchshear.compat.nni._iterations import Iterations
+from torchshear.compat.nni._keywords import refuse_beside, refuse_unknown
 from torchshear.compat.nni._training_config import find_algorithm, read_training_config, training_config, value_of_all
 from torchshear.compat.nni._training_pruner import TrainingPruner
 from torchshear.compat.nni._user_training import check_optimizer

@@ -1,17 +1,19 @@
 """NNI's pruners that try: `torchshear.search` under their names and with their arguments."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from torch import Tensor, nn
 
-from torchshear._arguments import check_one_of
+from torchshear._arguments import check_kind, check_one_of
 from torchshear._making import PruneResult
-from torchshear._other_tools import missing_method, unknown_keyword
+from torchshear._other_tools import missing_method
 from torchshear.compat.nni._exporting import write_files
-from torchshear.compat.nni._first_call import first_call
+from torchshear.compat.nni._first_call import Call, example_inputs, first_call
+from torchshear.compat.nni._keywords import refuse_unknown
 from torchshear.configs import ConfigList, load_config, parse_config, resolve
+from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError
 from torchshear.graph.capture._trace import trace
@@ -21,7 +23,8 @@ from torchshear.pruners.masks import Masks
 from torchshear.searching import Annealing, NetAdapt, SearchMethod, SearchResult, Sensitivity
 from torchshear.searching._search import search
 
-_BASES = ("l1", "l2", "fpgm")
+_BASES: Final = ("l1", "l2", "fpgm")
+_ARGUMENTS: Final = "model, config_list, evaluator, optimize_mode, base_algo, args, kwargs, options"
 
 
 class SearchingPruner:
@@ -39,10 +42,9 @@ class SearchingPruner:
         args: example positional arguments. Without any, `evaluator` is called once with a copy of the model, and what
             it calls that with is taken.
         kwargs: example keyword arguments.
+        dummy_input: NNI's word for both.
         options: further keywords of `torchshear.search`, as `storage`, `seed`, `trials` and `align`.
     """
-
-    _known: ClassVar[str] = "model, config_list, evaluator, optimize_mode, base_algo, args, kwargs, options"
 
     def __init__(  # noqa: PLR0913 - keywords of NNI
         self,
@@ -56,24 +58,26 @@ class SearchingPruner:
         finetune: Callable[[nn.Module], Any] | None = None,
         args: tuple[Any, ...] | Tensor = (),
         kwargs: Mapping[str, Any] | None = None,
+        dummy_input: Any = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         check_module(model)
         check_one_of("optimize_mode", optimize_mode, ("maximize", "minimize"))
-        if base_algo not in _BASES:
-            raise ArgumentError(
-                f"base_algo={base_algo!r}; expected one of {', '.join(_BASES)}. 'level' masks single weights, which "
-                f"makes nothing smaller."
-            )
+        if isinstance(base_algo, str) and base_algo == "level":
+            raise ArgumentError("base_algo='level' masks single weights, which makes nothing smaller; use 'l1'.")
+        check_one_of("base_algo", base_algo, _BASES)
         if not callable(evaluator):
             raise ArgumentError(f"evaluator is {type(evaluator).__name__}; expected a function of a model.")
         self._model, self._method, self._base_algo = model, method, base_algo
         self._evaluator, self._sign = evaluator, 1.0 if optimize_mode == "maximize" else -1.0
+        if finetune is not None and not callable(finetune):
+            raise ArgumentError(f"the fine-tuner is {type(finetune).__name__}; expected a function of a model.")
         self._finetune = finetune
         self._entries = parse_config(
             load_config(config_list) if isinstance(config_list, str | os.PathLike) else config_list
         )
-        self._args, self._kwargs, self._options = args, kwargs, dict(options or {})
+        check_kind("options", options, (Mapping, type(None)), "a dictionary of keywords of torchshear.search, or None")
+        self._inputs, self._options = example_inputs(args, kwargs, dummy_input), dict(options or {})
         self._found: SearchResult | None = None
 
     if not TYPE_CHECKING:
@@ -91,25 +95,41 @@ class SearchingPruner:
         if self._found is None:
             args, kwargs = self._example()
             groups = analyze(trace(self._model, args, kwargs))
-            ratios = resolve(self._model, self._entries, groups, self._base_algo).ratios
-            chosen = [group for group in groups if group.name in ratios and group.is_prunable]
-            if not chosen:
-                raise ArgumentError("the config selects no layer whose channels can go.")
-            total = sum(group.width for group in chosen)
-            self._found = search(
-                self._model,
-                args,
-                kwargs,
-                evaluate=self._score,
-                method=self._method,
-                ratio=sum(group.width * ratios[group.name] for group in chosen) / total,
-                criterion=self._base_algo,
-                finetune=self._finetune,
-                exclude=[group.name for group in groups if group not in chosen],
-                group_reduction="filters",
-                **{"progress": False} | self._options,
-            )
+            ratios = self._ratios(self._model, groups)
+            total = sum(groups[name].width for name in ratios)
+            share = sum(groups[name].width * ratio for name, ratio in ratios.items()) / total
+            self._found = self._search(self._model, groups, list(ratios), **self._budget(share))
         return self._found.result.model
+
+    def _ratios(self, model: nn.Module, groups: ChannelGroups) -> dict[str, float]:
+        """Return the share that the config asks of each group that can lose some.
+
+        Raises:
+            ArgumentError: there is none.
+        """
+        ratios = resolve(model, self._entries, groups, self._base_algo).ratios
+        found = {name: ratio for name, ratio in ratios.items() if groups[name].is_prunable}
+        if not found:
+            raise ArgumentError("the config selects no layer whose channels can go.")
+        return found
+
+    def _budget(self, share: float) -> dict[str, Any]:
+        """Return the budget of the search, where the config asks for a share of the channels of its layers."""
+        return {"ratio": share}
+
+    def _search(self, model: nn.Module, groups: ChannelGroups, chosen: Collection[str], **budget: Any) -> SearchResult:
+        """Search the widths of some groups of a model."""
+        return search(
+            model,
+            *self._example(),
+            evaluate=self._score,
+            method=self._method,
+            criterion=self._base_algo,
+            finetune=self._finetune,
+            exclude=[group.name for group in groups if group.name not in chosen],
+            group_reduction="filters",
+            **{"progress": False} | self._options | budget,
+        )
 
     @property
     def found(self) -> SearchResult:
@@ -154,15 +174,13 @@ class SearchingPruner:
         found = self._evaluator(model)
         return self._sign * found if isinstance(found, int | float | Tensor) else found
 
-    def _example(self) -> tuple[tuple[Any, ...] | Tensor, Mapping[str, Any] | None]:
+    def _example(self) -> Call:
         """Return example inputs: the given ones, or those with which the evaluator first calls a model."""
-        if (isinstance(self._args, Tensor) or self._args) or self._kwargs:
-            return self._args, self._kwargs
-        found = first_call(copy_model(self._model).eval(), self._evaluator)
-        if found is None:
+        if self._inputs is None:
+            self._inputs = first_call(copy_model(self._model).eval(), self._evaluator)
+        if self._inputs is None:
             raise ArgumentError("evaluator does not call the model it is given; give example inputs as args=.")
-        self._args, self._kwargs = found
-        return found
+        return self._inputs
 
 
 class SensitivityPruner(SearchingPruner):
@@ -200,7 +218,7 @@ class SensitivityPruner(SearchingPruner):
         options: Mapping[str, Any] | None = None,
         **unknown: object,
     ) -> None:
-        _refuse("SensitivityPruner", unknown, ("finetuner", "sparsity_per_iter", "acc_drop_threshold"))
+        refuse_unknown("SensitivityPruner", unknown, f"{_ARGUMENTS}, finetuner, sparsity_per_iter, acc_drop_threshold")
         method = Sensitivity(threshold=acc_drop_threshold, step=sparsity_per_iter)
         super().__init__(
             model,
@@ -247,7 +265,7 @@ class NetAdaptPruner(SearchingPruner):
         options: Mapping[str, Any] | None = None,
         **unknown: object,
     ) -> None:
-        _refuse("NetAdaptPruner", unknown, ("short_term_fine_tuner", "sparsity_per_iteration"))
+        refuse_unknown("NetAdaptPruner", unknown, f"{_ARGUMENTS}, short_term_fine_tuner, sparsity_per_iteration")
         method = NetAdapt(step=sparsity_per_iteration, decay=1.0, rule="score")
         super().__init__(
             model,
@@ -300,8 +318,8 @@ class SimulatedAnnealingPruner(SearchingPruner):
         options: Mapping[str, Any] | None = None,
         **unknown: object,
     ) -> None:
-        temperatures = ("start_temperature", "stop_temperature", "cool_down_rate", "perturbation_magnitude")
-        _refuse("SimulatedAnnealingPruner", unknown, temperatures)
+        temperatures = "start_temperature, stop_temperature, cool_down_rate, perturbation_magnitude"
+        refuse_unknown("SimulatedAnnealingPruner", unknown, f"{_ARGUMENTS}, {temperatures}")
         method = Annealing(
             start=start_temperature, stop=stop_temperature, cooling=cool_down_rate, perturbation=perturbation_magnitude
         )
@@ -316,10 +334,3 @@ class SimulatedAnnealingPruner(SearchingPruner):
             kwargs=kwargs,
             options=options,
         )
-
-
-def _refuse(name: str, unknown: Mapping[str, object], own: Sequence[str]) -> None:
-    """Refuse keywords that mean nothing here; folders of NNI's own files are taken, and nothing is written there."""
-    for word in unknown:
-        if word not in ("experiment_data_dir", "checkpoint_dir"):
-            raise unknown_keyword(name, word, f"{SearchingPruner._known}, {', '.join(own)}")

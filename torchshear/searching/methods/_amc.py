@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from torch import fx
 
-from torchshear._arguments import check_count, quote
+from torchshear._arguments import check_count, check_number, quote
 from torchshear.errors import ArgumentError
 from torchshear.graph._nodes import shape_of
 from torchshear.graph._operator_record import operator_of
@@ -57,6 +57,8 @@ class AMC:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        for name in ("least", "noise", "decay"):
+            check_number(name, getattr(self, name))
         check_count("warm_up", self.warm_up)
         check_count("episodes", self.episodes, least=self.warm_up)
         check_count("updates", self.updates)

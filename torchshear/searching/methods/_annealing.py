@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from torchshear._arguments import quote
+from torchshear._arguments import check_number, quote
 from torchshear.errors import ArgumentError
 from torchshear.searching._method import Outcome, Proposal, Proposals
 from torchshear.searching._space import Floats, SearchSpace
@@ -45,6 +45,8 @@ class Annealing:
 
     def __post_init__(self) -> None:
         """Refuse temperatures that never end."""
+        for name in ("start", "stop", "cooling", "perturbation"):
+            check_number(name, getattr(self, name))
         is_right = 0 < self.stop < self.start < math.inf and 0 < self.cooling < 1 and 0 < self.perturbation <= 1
         if not is_right:
             raise ArgumentError(

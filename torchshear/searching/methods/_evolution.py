@@ -5,7 +5,7 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from torchshear._arguments import check_count, quote
+from torchshear._arguments import check_count, check_number, quote
 from torchshear.errors import ArgumentError
 from torchshear.searching._method import Outcome, Proposal, Proposals
 from torchshear.searching._space import Floats, SearchSpace, WidthVector
@@ -37,6 +37,7 @@ class Evolution:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        check_number("noise", self.noise)
         check_count("population", self.population, least=2)
         if not 0 < self.noise < 1:
             raise ArgumentError(f"noise={quote(self.noise)}; expected a number between 0 and 1.")

@@ -7,7 +7,7 @@ from typing import ClassVar, Final, Literal
 
 import numpy as np
 
-from torchshear._arguments import check_count, check_one_of, quote
+from torchshear._arguments import check_count, check_number, check_one_of, quote
 from torchshear.errors import ArgumentError, SearchError
 from torchshear.searching._method import Outcome, Proposal, Proposals
 from torchshear.searching._space import SearchSpace, WidthVector
@@ -46,6 +46,8 @@ class NetAdapt:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        for name in ("step", "decay"):
+            check_number(name, getattr(self, name))
         if not (0 < self.step < 1 and 0 < self.decay <= 1):
             raise ArgumentError(
                 f"NetAdapt has step={quote(self.step)} and decay={quote(self.decay)}; expected a step between 0 and 1, "

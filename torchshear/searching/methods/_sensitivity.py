@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from torchshear._arguments import quote
+from torchshear._arguments import check_number, quote
 from torchshear.errors import ArgumentError, SearchError
 from torchshear.searching._method import Outcome, Proposal, Proposals
 from torchshear.searching._space import Floats, SearchSpace, WidthVector
@@ -44,6 +44,8 @@ class Sensitivity:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        for name in ("threshold", "step"):
+            check_number(name, getattr(self, name))
         if not (self.threshold > 0 and 0 < self.step <= 1):
             raise ArgumentError(
                 f"Sensitivity has threshold={quote(self.threshold)} and step={quote(self.step)}; expected a fall of "
