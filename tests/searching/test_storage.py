@@ -85,12 +85,12 @@ def test_no_trial_is_lost_or_counted_twice_when_workers_are_killed(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, answers, chance = kind.format(tmp_path), FORK.Queue(), random.Random(0)
-    open_study(storage)
-    for at_work in (0, 0, 0, 0, 1, 3):  # kills at any time, and while so many trials run
-        workers = [start(storage, 4, 5, 0.05, answers, 1) for _ in range(3)]
-        time.sleep(chance.uniform(0.0, 0.3))
-        while sum(trial.state.name == "RUNNING" for trial in open_study(storage).get_trials()) < at_work:
+    study = open_study(storage)
+    for at_work in (3, 1, 0, 0, 0, 0):  # kills while so many trials run, which do not end before, and at any time
+        workers = [start(storage, 4, 5, 600.0 if at_work else 0.05, answers, 1) for _ in range(3)]
+        while sum(trial.state.name == "RUNNING" for trial in study.get_trials()) < at_work:
             time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.3))
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()

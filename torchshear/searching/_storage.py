@@ -64,6 +64,8 @@ def open_study(storage: object, must_exist: bool = False) -> Any:
             names = [one.study_name for one in opened.get_all_studies()]
             if must_exist and STUDY not in names:
                 raise ArgumentError(f"storage={quote(storage)} holds no search; start one with it first.")
+            if STUDY in names:  # a journal notes every study that is asked for anew
+                return optuna.load_study(storage=opened, study_name=STUDY, sampler=_sampler(optuna))
             return optuna.create_study(
                 storage=opened, study_name=STUDY, direction="maximize", load_if_exists=True, sampler=_sampler(optuna)
             )
