@@ -4,7 +4,7 @@ import inspect
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -477,12 +477,30 @@ def _wrong(key: str) -> Any:
     return PLACES[place](VALUES[value]()) if place else VALUES[value]()
 
 
-def is_refused(name: str, wrong: Mapping[str, str], given: Given) -> bool:
+def values_refused(name: str, argument: str, values: Iterable[str], given: Given) -> list[str]:
+    """The wrong values of one argument that are refused.
+
+    An object whose method is called is made anew only behind a call that was not: one that was has changed nothing.
+    """
+    refused, valid = [], None
+    for value in values:
+        valid = CALLS[name].valid(given) if valid is None else valid
+        is_used_up = "self" not in valid or any(isinstance(one, Iterator) for one in valid.values())
+        if is_refused(name, {argument: value}, given, valid):
+            refused.append(value)
+        else:
+            is_used_up = True
+        valid = None if is_used_up else valid
+    return refused
+
+
+def is_refused(name: str, wrong: Mapping[str, str], given: Given, valid: Mapping[str, Any] | None = None) -> bool:
     """Whether a call is refused whose wrong arguments keys tell, as "text" or "text in a list"; see `check_call`."""
     call = CALLS[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch says of values that it discourages
-        arguments = call.valid(given) | {argument: _wrong(key) for argument, key in wrong.items()}
+        arguments = dict(call.valid(given) if valid is None else valid)
+        arguments |= {argument: _wrong(key) for argument, key in wrong.items()}
     if any(argument in CALLBACKS and callable(arguments[argument]) for argument in wrong):
         return False  # what a function of the user raises is passed on
     started = time.process_time()
