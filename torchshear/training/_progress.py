@@ -43,12 +43,12 @@ class Progress:
 
     def end(self) -> None:
         """Come to what is due right behind the last step or epoch; the model is shrunk no more."""
-        self._renew("step", self.n_steps, may_shrink=False)
-        self._renew("epoch", self.epoch + 1, may_shrink=False)
+        self._renew("step", self.n_steps, is_over=True)
+        self._renew("epoch", self.epoch + 1, is_over=True)
         self._note(self._renewer.complete(self.n_steps, self.epoch), may_shrink=False)
 
-    def _renew(self, by: str, position: int, may_shrink: bool = True) -> None:
-        self._note(self._renewer.renew(by, position, self.n_steps, self.epoch), may_shrink)
+    def _renew(self, by: str, position: int, is_over: bool = False) -> None:
+        self._note(self._renewer.renew(by, position, self.n_steps, self.epoch, is_over), not is_over)
 
     def _note(self, renewal: Renewal | None, may_shrink: bool) -> None:
         if renewal is not None:

@@ -59,7 +59,7 @@ class MaskRenewer:
         self.choice = nothing_gone(goal)
         self.n_done = 0
 
-    def renew(self, by: str, position: int, n_steps: int, epoch: int) -> Renewal | None:
+    def renew(self, by: str, position: int, n_steps: int, epoch: int, is_over: bool = False) -> Renewal | None:
         """Renew the masks if an event has come that was not seen yet.
 
         Args:
@@ -67,6 +67,8 @@ class MaskRenewer:
             position: where training is.
             n_steps: steps of the optimizer that were made, for the record.
             epoch: number of the epoch, likewise.
+            is_over: whether training is over, so that nothing would train what is chosen anew at a final ratio that
+                holds already.
 
         Returns:
             A record of it; None if no event has come.
@@ -77,7 +79,7 @@ class MaskRenewer:
             WeightError: weights are NaN or infinite.
         """
         n_passed = self.schedule.passed(position) if by == self.schedule.by else 0
-        if n_passed <= self.n_done:
+        if n_passed <= self.n_done or (is_over and self.n_done >= self.schedule.n_to_final):
             is_on_the_way = self._stages is not None and by == self.schedule.by
             return self._record(n_steps, epoch) if is_on_the_way and self._go_on(position) else None
         self._model.check_structure()

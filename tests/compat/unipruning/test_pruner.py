@@ -232,8 +232,22 @@ def test_from_a_trained_model_and_in_a_session_of_ones_own() -> None:
     callback.on_epoch_end()
     callback.on_train_end()
     assert session.history.losses == (float(loss.detach()),)
-    assert [one.epoch for one in session.history.renewals] == [0, 0]  # the second is due behind the last epoch
+    assert [one.epoch for one in session.history.renewals] == [0]
     assert "60.0% of the parameters" in repr(pruner)
+
+
+def test_what_is_zeroed_last_is_trained() -> None:
+    """Behind the last epoch nothing is chosen anew, though the frequency says so."""
+    model = stages()
+    optimizer, pruner = sgd(model), UniPruner(config())
+    pruner.apply(model, optimizer=optimizer)
+    (callback,) = pruner.callbacks()
+    train(model, optimizer, callback, 4)
+    assert [one.epoch for one in pruner.session.history.renewals] == [0, 2]
+    model.eval()
+    x, _ = batch(90)
+    small = pruner.convert().model.eval()
+    torch.testing.assert_close(small(x), model(x))
 
 
 def test_without_pruning_the_model_is_left_alone(tmp_path: Path) -> None:
