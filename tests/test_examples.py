@@ -72,6 +72,18 @@ def test_demo_report_agrees_with_the_files(demo: tuple[Path, str]) -> None:
         assert 0 < document["accuracy"][name] <= 1
 
 
+def test_a_network_is_pruned_while_it_trains(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "training_digits.py"), "--epochs", "1", "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    plan = PruningPlan.load(tmp_path / "out" / "plan.json")
+    assert {len(group.kept) / group.width for group in plan.groups} == {1 / 8}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"plan.json", "pruned.pt", "history.png"}
+    assert (tmp_path / "out" / "history.png").read_bytes().startswith(b"\x89PNG")
+    assert "dense" in done.stdout
+    assert "equal to the masked network" in done.stdout
+
+
 @pytest.mark.zoo
 def test_each_step_after_the_cut_helps() -> None:
     command = [sys.executable, str(EXAMPLES / "after_the_cut.py"), "--seeds", "1"]
