@@ -106,6 +106,14 @@ def test_no_trial_is_lost_or_counted_twice_when_workers_are_killed(
     assert not {"RUNNING", "WAITING"} & set(states)
 
 
+def test_a_journal_does_not_grow_when_it_is_opened(tmp_path: Path) -> None:
+    storage = f"journal://{tmp_path}/search.log"
+    open_study(storage)
+    before = (tmp_path / "search.log").read_bytes()
+    assert open_study(storage).study_name == open_study(storage).study_name
+    assert (tmp_path / "search.log").read_bytes() == before
+
+
 def test_three_workers_are_faster_than_one(tmp_path: Path) -> None:
     """Long evaluations that use no processor: 12 of 0.5 s each."""
     seconds = []
