@@ -19,7 +19,7 @@ from tests.speedup.latency.making_tables import (
 from torchshear.dependency import Alignment
 from torchshear.dependency.groups._width_form import axis_forms
 from torchshear.errors import ArgumentError, LatencyError
-from torchshear.speedup.latency import Device, LatencyTable
+from torchshear.speedup.latency import Device, LatencyTable, _probes
 from torchshear.speedup.latency._kernels import KernelTime, Profile
 from torchshear.speedup.latency._probes import WidthProbe, choose_probes
 from torchshear.speedup.latency._table import check_table
@@ -96,7 +96,7 @@ def test_narrow_widths_cost_as_much_as_the_blocks_that_they_fill() -> None:
     assert table.predict_ms({"left.weight[0]": 16}) < table.predict_ms({"left.weight[0]": 20})
 
 
-def test_no_two_sizes_look_alike_at_the_probes() -> None:
+def test_no_two_sizes_look_alike_at_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, groups = joined()
     forms = axis_forms(groups)
     assert len(forms) == 5  # four groups, and the two branches joined
@@ -105,8 +105,21 @@ def test_no_two_sizes_look_alike_at_the_probes() -> None:
     assert found == choose_probes(groups, ALIGNMENT, forms, 6)
     columns = [tuple(probe[name] / found[0][name] for probe in found) for name in found[0]]
     assert len(set(columns)) == len(columns)
-    with pytest.raises(LatencyError, match="no 4 vectors of widths tell the 5 sizes"):
+    with pytest.raises(LatencyError, match="no group of .* has more than one width"):
         choose_probes(groups, Alignment(1000, 1000, "one width each"), forms, 4)
+    monkeypatch.setattr(_probes, "_TRIES", 0)
+    with pytest.raises(LatencyError, match="no 4 vectors of widths tell the 5 sizes"):
+        choose_probes(groups, ALIGNMENT, forms, 4)
+
+
+def test_groups_that_have_one_width_need_not_be_told_apart() -> None:
+    _, _, groups = joined()
+    widest = max(group.width for group in groups.prunable)
+    assert len({group.name for group in groups.prunable if group.width < widest}) > 1
+    found = choose_probes(groups, Alignment(widest // 2, widest // 2, "half"), axis_forms(groups), 6)
+    fixed = {group.name for group in groups.prunable if group.width <= widest // 2}
+    assert all(probe[name] == found[0][name] for probe in found for name in fixed)
+    assert len({tuple(sorted(probe.items())) for probe in found}) > 1
 
 
 def test_widths_of_a_prediction_are_checked() -> None:

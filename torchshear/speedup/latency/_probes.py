@@ -1,6 +1,7 @@
 """Probes: a model measured whole and kernel by kernel at some widths of its groups."""
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -102,6 +103,7 @@ def choose_probes(
     """Choose widths to measure at: the dense ones, and random ones, narrower from probe to probe.
 
     Sizes that depend on widths in different ways must differ in some probe, since kernels are told apart by them.
+    Groups that the device runs well at one width alone do not count.
 
     Args:
         groups: the analysed network.
@@ -114,11 +116,18 @@ def choose_probes(
         Name of each group that may shrink -> width, for each probe.
 
     Raises:
-        LatencyError: no widths were found that tell all sizes apart.
+        LatencyError: no group has several widths, or none were found that tell all sizes apart.
     """
     rng = np.random.default_rng(seed)
     allowed = {group.name: aligned_widths(group, alignment) for group in groups.prunable}
     dense = {group.name: group.width for group in groups.prunable}
+    free = {number for number, group in enumerate(groups) if len(allowed.get(group.name, ())) > 1}
+    if not free:
+        raise LatencyError(
+            f"no group of {groups.graph.model_type} has more than one width with this alignment; expected at least "
+            f"one. Measure with another, as align=1."
+        )
+    n_distinct = len({tuple(sorted(scaled(form, free).items())) for form in forms})
     means = np.linspace(_WIDEST, _NARROWEST, count)[1:]
     for extra in range(_TRIES):
         if extra % 20 == 19:
@@ -132,7 +141,7 @@ def choose_probes(
             )
             probes.append(dict(zip(allowed, chosen, strict=True)))
         keys = {tuple(np.round(normalised(form.at(shares_of(groups, probes))), 9)) for form in forms}
-        if len(keys) == len({tuple(sorted(scaled(form).items())) for form in forms}):
+        if len(keys) == n_distinct:
             return probes
     raise LatencyError(
         f"no {count} vectors of widths tell the {len(forms)} sizes of {groups.graph.model_type} apart. Measure with "
@@ -140,10 +149,12 @@ def choose_probes(
     )
 
 
-def scaled(form: WidthForm) -> dict[tuple[int, ...], float]:
-    """Return the terms of a form divided by its value at dense widths."""
-    total = sum(form.terms.values())
-    return {groups: round(value / total, 12) for groups, value in form.terms.items()}
+def scaled(form: WidthForm, free: Collection[int]) -> dict[tuple[int, ...], float]:
+    """Return the terms of a form divided by its value at dense widths, in the groups that have several widths alone."""
+    total, found = sum(form.terms.values()), defaultdict[tuple[int, ...], float](float)
+    for groups, value in form.terms.items():
+        found[tuple(number for number in groups if number in free)] += value / total
+    return {groups: round(value, 12) for groups, value in found.items()}
 
 
 def normalised(values: Floats) -> Floats:
