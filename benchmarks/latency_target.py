@@ -1,7 +1,7 @@
 """Targets of latency: what is reached, and how much less an exact choice of widths loses than the usual ones.
 
-    OMP_NUM_THREADS=1 python benchmarks/latency_target.py [--models demo torchvision:resnet18 ...] [--targets 0.7 0.5]
-                                                          [--choices-only] [--output benchmarks/results]
+    OMP_NUM_THREADS=1 python benchmarks/latency_target.py [--models digits torchvision:resnet18 ...] [--targets 0.7 0.5]
+                                                          [--choices-only] [--write]
 
 For each model, with random weights, one thread and a batch of 1: the table is measured or read from the cache. Then,
 for each target, widths are chosen from the same table, levels and losses ("l1") by
@@ -13,11 +13,17 @@ for each target, widths are chosen from the same table, levels and losses ("l1")
            falls from dense to the target in 30 rounds (HALP, arXiv:2110.10811),
 
 and their losses are compared. Unless --choices-only is given, the model is pruned for each target from end to end: time
-measured by the target, rounds, realised share (speed-up by the ratio of operations), and seconds of the whole call.
+measured by the target, rounds, realised share (speed-up by the ratio of operations), and seconds of the whole call with
+the table at hand. `--write` puts rows into benchmarks/results/latency_target.json, in the place of those of the same
+model and target, and all of it into latency_target.md. Models are those of torchvision and timm, that of the demo
+("digits"), one of six convolutions ("convolutions"), BERT-base with 128 tokens ("bert-base"), and a detector built like
+YOLOv8n ("yolo").
 """
 
 import argparse
 import json
+import platform
+import statistics
 import sys
 import time
 import warnings
@@ -27,13 +33,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torchshear
+from examples.digits import DigitsNet
+from tests.yolo import Yolo
 from tests.zoo import zoo
+from tests.zoo.torchvision_models import load_torchvision
 from torchshear.errors import TorchshearError
 from torchshear.latency_target._planner import _latency_budget
 from torchshear.pruners._planning import RankedGroups
@@ -42,32 +52,48 @@ from torchshear.pruners.allocation._solve import allocate
 from torchshear.pruners.selection._request import Request
 from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._alignment_profiles import resolve_alignment
+from torchshear.speedup.latency._device import cpu_name
 from torchshear.speedup.latency._measure_table import table_of
 
 MODELS = (
-    "demo",
+    "digits",
+    "convolutions",
     "torchvision:resnet18",
     "torchvision:mobilenet_v2",
     "torchvision:efficientnet_b0",
     "torchvision:resnet50",
+    "timm:deit_tiny_patch16_224",
+    "bert-base",
+    "yolo",
 )
 HALP_ROUNDS = 30
+RESULTS = Path(__file__).with_name("results") / "latency_target.json"
 
 Choice = list[int]  # number of the level of each group; 0 is the widest
 
 
 def build(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
-    """A model with random weights in eval mode, and its example arguments; "demo" has six layers for 64x64 pixels."""
-    if name != "demo":
-        model, args, _ = zoo.build(name)
-        return model, args
+    """Return a model with random weights in eval mode, and its example arguments."""
     torch.manual_seed(0)
-    widths, layers = (3, 64, 64, 128, 128, 256, 256), []
-    for number, (read, made) in enumerate(pairwise(widths)):
-        stride = 2 if number in (2, 4) else 1
-        layers += [nn.Conv2d(read, made, 3, stride, 1, bias=False), nn.BatchNorm2d(made), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
-    return model.eval(), (torch.randn(1, 3, 64, 64),)
+    if name == "digits":
+        return DigitsNet().eval(), (torch.randn(1, 1, 8, 8),)
+    if name == "convolutions":
+        widths, layers = (3, 64, 64, 128, 128, 256, 256), []
+        for number, (read, made) in enumerate(pairwise(widths)):
+            stride = 2 if number in (2, 4) else 1
+            layers += [nn.Conv2d(read, made, 3, stride, 1, bias=False), nn.BatchNorm2d(made), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+        return model.eval(), (torch.randn(1, 3, 64, 64),)
+    if name == "bert-base":
+        load_torchvision()
+        from transformers import BertConfig, BertModel
+
+        bert = BertModel(BertConfig(return_dict=False, attn_implementation="sdpa"), add_pooling_layer=False)
+        return bert.eval(), (torch.randint(0, 30000, (1, 128)),)
+    if name == "yolo":
+        return Yolo(16, 80).eval(), (torch.randn(1, 3, 320, 320),)
+    model, args, _ = zoo.build(name)
+    return model, args
 
 
 def choose_exact(levels: list[Levels], budget: CostBudget) -> tuple[Choice, float]:
@@ -178,13 +204,54 @@ def prune_for(model: nn.Module, args: tuple[Any, ...], target: float) -> dict[st
     }
 
 
+def write(rows: list[dict[str, Any]]) -> None:
+    """Put rows in the place of those of the same model and target, and write all of them as a table, too."""
+    known = {(row["model"], row["target"]): row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    known |= {(row["model"], row["target"]): row for row in rows}
+    every = sorted(known.values(), key=lambda row: (MODELS.index(row["model"]), -row["target"]))
+    RESULTS.write_text(json.dumps(every, indent=1) + "\n")
+    lines = [
+        "# Targets of latency",
+        "",
+        "`python benchmarks/latency_target.py --write`: random weights, one thread, a batch of 1. Losses are by the "
+        "same table, widths and scores (`l1`), less is better; HALP stands for its knapsacks over single groups. A "
+        "target is met by a measured time of at most the target, and not more than 3 % below it.",
+        "",
+        "| model | target | table off by, median, most | exact | greedy | HALP | uniform | solver, s | measured by the "
+        "target | met | rounds | realised | call, s |",
+        "|---" * 13 + "|",
+    ]
+    for row in every:
+        median, most = row["table error, median and largest"]
+        losses = " | ".join(f"{row[name]:.2f}" for name in ("exact", "greedy", "halp", "uniform"))
+        cells = f"{row['model']} | {row['target']} | {median:.1%}, {most:.1%} | {losses} | {row['seconds']:.1f}"
+        if "by the target" in row:
+            met = "yes" if 0.97 <= row["by the target"] <= 1 else "no"
+            cells += f" | {row['by the target']:.3f} | {met} | {row['rounds']} | {row['realised']:.2f}"
+            cells += f" | {row['seconds of the call']:.0f}"
+        else:
+            cells += " | - | - | - | - | -"
+        lines.append(f"| {cells} |")
+    pruned = [row for row in every if "by the target" in row]
+    halves = [row["realised"] for row in pruned if row["target"] == 0.5]
+    if halves:
+        n_met = sum(0.97 <= row["by the target"] <= 1 for row in pruned)
+        lines += [
+            "",
+            f"{n_met} of {len(pruned)} targets met. Realised share at half of the latency, geometric mean of "
+            f"{len(halves)} models: {statistics.geometric_mean(halves):.2f}. Last measured on {cpu_name()}, "
+            f"{platform.machine()}, onnxruntime {onnxruntime.__version__}.",
+        ]
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Run all models and targets, and print and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--targets", nargs="+", type=float, default=(0.7, 0.5, 0.35))
     parser.add_argument("--choices-only", action="store_true")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--write", action="store_true", help="write the rows to benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -196,8 +263,8 @@ def main() -> None:
             row |= {} if options.choices_only else prune_for(model, args, target)
             rows.append(row)
             print(json.dumps(row), flush=True)
-    if options.output is not None:
-        (options.output / "latency_target.json").write_text(json.dumps(rows, indent=1))
+            if options.write:
+                write(rows)
 
 
 if __name__ == "__main__":
