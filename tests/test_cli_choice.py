@@ -137,6 +137,11 @@ def test_scopes_targets_and_limits_reach_the_plan() -> None:
     report = document["report"]
     assert report["after"]["macs"] <= report["target"]["target_macs"] == report["before"]["macs"] // 2
     assert widths(document)["stem"] >= 6
+    document = pruned("--target-size", "0.9", "--target-params", "0.9", "--force")
+    onnx = document["onnx"]
+    assert onnx["pruned"]["size_bytes"] <= 0.9 * onnx["dense"]["size_bytes"]
+    assert document["report"]["file"]["pruned_bytes"] == onnx["pruned"]["size_bytes"]
+    assert document["request"]["target_size"] == "0.9"
     code, _, errors = run("prune", "chosen_nets:net", "--output", "out", "--target-params", "0.001")
     assert code == 1
     assert "the best possible is" in " ".join(errors.split())

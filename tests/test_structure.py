@@ -40,6 +40,7 @@ LAYERS = (
     ("options", "report"),
     ("compensation", "distillation", "latency_target"),
     ("_making",),
+    ("_file_size",),
     ("api",),
     ("searching", "training"),
     ("compat", "integrations", "comparison", "inspection", "family"),

@@ -15,7 +15,7 @@ from torchshear.latency_target import LatencyAllocation
 from torchshear.latency_target._planner import LatencyPlanner
 from torchshear.options import Compensation, Planner, PruneOptions
 from torchshear.pruners.schedules import History
-from torchshear.report import PruningReport, make_report
+from torchshear.report import FileSize, PruningReport, make_report
 from torchshear.speedup import Fold, LatencyComparison, Refit, Shrunk, Verification, shrink_to_form
 from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 
@@ -44,6 +44,7 @@ class PruneResult:
             None without a target of latency, unless a `device` is given or `must_be_faster`.
         allocation: how the widths for a target of latency were found; else None. `str()` of it is a summary.
         history: what was asked for and reached while the model trained; None without a `PruningSession`.
+        file: sizes of the ONNX files of the model that was given and of the result; None without a target of size.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class PruneResult:
     latency: LatencyComparison | None = None
     allocation: LatencyAllocation | None = None
     history: History | None = None
+    file: FileSize | None = None
 
     def __repr__(self) -> str:
         proof = "not verified" if self.verification is None else f"max_error {self.verification.max_error:.2g}"
@@ -74,6 +76,7 @@ class MadeModel:
         plan: the plan, with what made the form of the result.
         compensation: how the model was compensated.
         after: the compensated model.
+        file: sizes of files; None without a target of size.
     """
 
     planner: Planner | LatencyPlanner
@@ -81,6 +84,7 @@ class MadeModel:
     plan: PruningPlan
     compensation: Compensation
     after: Compensated
+    file: FileSize | None = None
 
     @classmethod
     def of(
@@ -100,7 +104,9 @@ class MadeModel:
     def to_result(self, latency: LatencyComparison | None) -> PruneResult:
         """Add the times, as "dense" and "pruned", and the report."""
         shrunk, after = self.shrunk, self.after
-        report = make_report(self.plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit, latency)
+        report = make_report(
+            self.plan, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, after.refit, latency, self.file
+        )
         warn_of_speed(report)
         by_latency = self.planner if isinstance(self.planner, LatencyPlanner) else None
         return PruneResult(
@@ -115,6 +121,7 @@ class MadeModel:
             refit=after.refit,
             latency=latency,
             allocation=None if by_latency is None else by_latency.record(self.plan, latency),
+            file=self.file,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchshear._file_size import FileTarget
 from torchshear._making import MadeModel, PruneResult
 from torchshear.calibration import Loss, Progress, Statistics
 from torchshear.calibration._progress import check_progress
@@ -47,6 +48,7 @@ def plan(  # noqa: PLR0913 - independent options, given by name
     scope: str = "auto",
     target_macs: float | None = None,
     target_params: float | None = None,
+    target_size: float | str | None = None,
     min_ratio: Ratio = 0.0,
     max_ratio: Ratio | None = None,
     group_reduction: str = "sum",
@@ -76,7 +78,10 @@ def plan(  # noqa: PLR0913 - independent options, given by name
         target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
             in (0, 1], or a whole number of at least 2. The result is at most that, and as near as widths allow. Within
             a local scope all groups lose the same share, or shares in proportion to a mapping of ratios.
-        target_params: parameters that may be left, likewise. With both, both hold.
+        target_params: parameters that may be left, likewise.
+        target_size: bytes of tensors (parameters, buffers and constants, by their dtypes) that may be left: a share of
+            the dense model's in (0, 1], or a text, as "2.5MB", "800KB" or "1MiB". What a file has beside tensors is not
+            counted here, but by `torchshear.prune`. Of several targets all hold.
         min_ratio: share that each group loses in any case, in [0, 1), or a mapping as for `ratio`.
         max_ratio: largest share that a group may lose, likewise. None: 0.98 where groups are ranked together, and no
             limit elsewhere.
@@ -128,6 +133,7 @@ def plan(  # noqa: PLR0913 - independent options, given by name
         scope=scope,
         target_macs=target_macs,
         target_params=target_params,
+        target_size=target_size,
         min_ratio=min_ratio,
         max_ratio=max_ratio,
         group_reduction=group_reduction,
@@ -152,6 +158,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     scope: str = "auto",
     target_macs: float | None = None,
     target_params: float | None = None,
+    target_size: float | str | None = None,
     target_latency: float | str | None = None,
     device: Device | LatencyTable | None = None,
     must_be_faster: bool | None = None,
@@ -188,6 +195,9 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         target_macs: multiply-accumulate operations that may be left, in place of a ratio: a share of the dense model's
             in (0, 1], or a whole number of at least 2.
         target_params: parameters that may be left, likewise.
+        target_size: bytes that the ONNX file of the result may have at most, and its safetensors file: a share of the
+            dense model's ONNX file in (0, 1], or a text, as "2.5MB" (2,500,000), "800KB" or "1MiB" (1,048,576). Real
+            files are written and measured; see docs/choosing.md.
         target_latency: time that may be left in onnxruntime on this machine, in place of a ratio: a share of the dense
             model's in (0, 1], or milliseconds, as "3.5ms". Widths are chosen exactly by a table of measured times, the
             result is measured, and the choice corrected; see docs/latency.md. Other targets may stand beside it.
@@ -257,6 +267,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         scope=scope,
         target_macs=target_macs,
         target_params=target_params,
+        target_size=target_size,
         target_latency=target_latency,
         min_ratio=min_ratio,
         max_ratio=max_ratio,
@@ -282,16 +293,19 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
     if criterion is None and compensate == "refit":
         options = options.with_reconstruction(groups)
+    size, options = FileTarget.of(options, model, groups, args, kwargs)
     with ExitStack() as stack:
         measured: MeasuredModel | None = None
-        planner: Planner | LatencyPlanner
         if target_latency is not None and measuring.given is not None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="torchshear-")))
             targets = (target_latency,)
             measured = MeasuredModel.of(options, targets, model, groups, args, kwargs, measuring.given, folder)
-            planner = LatencyPlanner.of(options.request, measured)
-        else:
-            planner = Planner.of(options, model, groups)
-        made = MadeModel.of(model, options, planner, args, kwargs)
+
+        def make(options: PruneOptions) -> MadeModel:
+            if measured is None:
+                return MadeModel.of(model, options, Planner.of(options, model, groups), args, kwargs)
+            return MadeModel.of(model, options, LatencyPlanner.of(options.request, measured), args, kwargs)
+
+        made = make(options) if size is None else size.meet(options, make)
         latency = measured_speed(model, made.after.model, groups, args, kwargs, measuring, measured)
     return made.to_result(latency)

@@ -13,6 +13,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._cut import Cut, dense_cost, part_costs
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph import Cost
+from torchshear.pruners.selection._size import most_bytes
 from torchshear.speedup import LatencyComparison, Refit
 from torchshear.speedup.compensation._refit_text import REFIT_HEADINGS, refit_lines, refit_rows, refit_title
 from torchshear.speedup.latency._verdict import SpeedVerdict, speed_verdict
@@ -87,6 +88,21 @@ class PartReport:
 
 
 @dataclass(frozen=True, slots=True)
+class FileSize:
+    """Sizes of ONNX files, measured.
+
+    Attributes:
+        dense_bytes: the file of the dense model.
+        pruned_bytes: the file of the pruned model.
+        most_bytes: what that file was to have at most, and the safetensors file of the pruned model, too.
+    """
+
+    dense_bytes: int
+    pruned_bytes: int
+    most_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PruningReport:
     """Report of a plan: the request, and its effect on a model.
 
@@ -94,13 +110,14 @@ class PruningReport:
         requested_ratio: fraction of units that was to go, over the groups that can and may shrink; None if units were
             given.
         achieved_ratio: fraction of units that goes, over the same groups; 0 if there are none.
-        before: parameters and MACs of one sample of the dense model.
+        before: parameters, MACs of one sample, and bytes of the tensors of the dense model.
         after: the same of the pruned model.
         groups: all channel groups.
         refused: group or "parameter[dimension]" -> why it cannot shrink; the reasons that hold most parameters first.
         form: "native" or "traced", and why, once the model is shrunk; else "".
         outputs: the outputs that were allowed to shrink; all others keep their shapes.
-        target: largest amounts that may be left, "target_macs" and "target_params"; empty if a ratio was asked for.
+        target: largest amounts that may be left, "target_macs", "target_params" and "target_size" in bytes; empty if a
+            ratio was asked for.
         parts: the parts that were pruned inside the model, if it was not pruned whole; parameters in `before` and
             `after` are then those of the whole model, MACs those of the parts.
         statistics: notes on the statistics that units were scored by.
@@ -109,6 +126,7 @@ class PruningReport:
         latency: "dense_ms", "pruned_ms" and "speedup" with its interval from "speedup_low" to "speedup_high", and
             "realised_share", the speed-up by the ratio of MACs; empty where nothing was measured.
         speed: whether the result is faster, as measured, or as predicted from its widths; None for a report of no plan.
+        file: sizes of ONNX files; None without a target of size, of which `target` is of tensors alone then.
     """
 
     requested_ratio: float | None
@@ -126,6 +144,7 @@ class PruningReport:
     target_latency: float | str | None = None
     latency: Mapping[str, float] = field(default_factory=dict)
     speed: SpeedVerdict | None = None
+    file: FileSize | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data for JSON."""
@@ -161,6 +180,7 @@ def make_report(
     part_forms: Mapping[str, str] | None = None,
     refit: Refit | None = None,
     latency: LatencyComparison | None = None,
+    file: FileSize | None = None,
 ) -> PruningReport:
     """Put a report together from a plan made in this process.
 
@@ -170,6 +190,7 @@ def make_report(
         part_forms: form of each part, where the plan is for parts.
         refit: record of a refit of the shrunk model.
         latency: times of the dense model and of the result, as "dense" and "pruned".
+        file: sizes of the files of the dense model and of the result.
     """
     groups = plan.analysis
     assert groups is not None, "a plan that was loaded has no analysis"
@@ -196,9 +217,13 @@ def make_report(
     requested, achieved = _ratios(groups, plan)
     before, after = dense_cost(groups.graph), cut.cost()
     widths = {group.name: len(of.kept) for group, of in zip(groups, plan.groups, strict=True)}
-    # Targets as numbers of MACs and parameters.
+    # Targets as numbers of MACs, parameters and bytes.
     whole = {"target_macs": before.macs, "target_params": before.n_params}
     targets = {name: plan.request[name] for name in whole if plan.request.get(name) is not None}
+    target = {name: int(share * whole[name]) if share <= 1 else int(share) for name, share in targets.items()}
+    size = plan.request.get("target_size")
+    if size is not None:
+        target["target_size"] = int(most_bytes(size, before.size_bytes)) if file is None else file.most_bytes
     return PruningReport(
         requested_ratio=requested,
         achieved_ratio=achieved,
@@ -213,12 +238,13 @@ def make_report(
             for name, (before, after) in part_costs(cut).items()
             if groups.graph.parts is not None
         ),
-        target={name: int(share * whole[name]) if share <= 1 else int(share) for name, share in targets.items()},
+        target=target,
         statistics=tuple(plan.request.get("statistics", ())),
         refit=refit,
         target_latency=plan.request.get("target_latency"),
         latency={} if latency is None else _speed(latency, before.macs / max(after.macs, 1)),
         speed=speed_verdict(groups, widths, str(plan.request.get("alignment", "")), latency),
+        file=file,
     )
 
 
@@ -310,6 +336,11 @@ def _summary(report: PruningReport) -> str:
         _line("parameters", report.before.n_params, report.after.n_params, report.target.get("target_params")),
         _line("MACs", report.before.macs, report.after.macs, report.target.get("target_macs")),
     ]
+    most = report.target.get("target_size")
+    if report.file is not None:
+        lines.append(_line("bytes", report.file.dense_bytes, report.file.pruned_bytes, most) + ", of the ONNX file")
+    elif most is not None:
+        lines.append(_line("bytes", report.before.size_bytes, report.after.size_bytes, most) + ", of tensors alone")
     if report.latency:
         lines.append(_latency_line(report))
     if report.speed is not None:

@@ -52,6 +52,11 @@ _MACS = typer.Option(
     metavar="AMOUNT", help="MACs that may be left, in place of a ratio: a share of the dense model's, or a number."
 )
 _PARAMS = typer.Option(metavar="AMOUNT", help="Parameters that may be left, in place of a ratio; likewise.")
+_SIZE = typer.Option(
+    metavar="AMOUNT",
+    help="Bytes that the ONNX file may have, in place of a ratio: a share of the dense model's file, or a size, as "
+    "2.5MB, 800KB or 1MiB.",
+)
 _LATENCY = typer.Option(
     metavar="AMOUNT",
     help="Time in onnxruntime that may be left, in place of a ratio: a share of the dense model's, or milliseconds, as "
@@ -130,6 +135,7 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "scope": _Option(Annotated[str | None, _SCOPE], str),
     "target_macs": _Option(Annotated[float | None, _MACS], float),
     "target_params": _Option(Annotated[float | None, _PARAMS], float),
+    "target_size": _Option(Annotated[str | None, _SIZE], str),
     "target_latency": _Option(Annotated[str | None, _LATENCY], str),
     "must_be_faster": _Option(Annotated[str | None, _FASTER], lambda given: _WORDS_OF_TRUTH[given.lower()]),
     "min_ratio": _Option(Annotated[list[str] | None, _LEAST], lambda given: parse_ratio(given)),

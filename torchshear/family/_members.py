@@ -1,6 +1,6 @@
 """Members of a family, made one after another."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -8,6 +8,7 @@ from typing import Any, Final
 from torch import Tensor, nn
 
 from torchshear._evaluation import Evaluate, score_model
+from torchshear._file_size import FileTarget
 from torchshear._making import MadeModel
 from torchshear.calibration import Progress
 from torchshear.calibration._progress import reporting
@@ -52,6 +53,7 @@ class MemberMaker:
         measured: the model's table, times and ranked units.
         evaluate: scores members; None: they are not scored.
         must_be_faster: whether a member that is not measurably faster is refused.
+        size: bound on the files of members; None without a target of size.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class MemberMaker:
     measured: MeasuredModel
     evaluate: Evaluate | None
     must_be_faster: bool
+    size: FileTarget | None
 
     def make(self, targets: Mapping[str, float | str], progress: Progress) -> dict[str, FamilyMember]:
         """Make a member for each target, the slowest first, since it is the likeliest not to be faster than the model.
@@ -87,11 +90,7 @@ class MemberMaker:
                     report(len(_STEPS) * number + step, total, f"target {name}: {_STEPS[step]}")
 
                 say(0)
-                request = replace(quiet.request, target_latency=targets[name])
-                planner = LatencyPlanner.of(request, self.measured, correction)
-                correction = planner.correction
-                say(1)
-                made = MadeModel.of(self.model, quiet, planner, self.args, self.kwargs)
+                made, correction = self._make_one(quiet, targets[name], correction, say)
                 say(2)
                 path = self.measured.candidates.export(made.after.model, f"member {number}")
                 if self.must_be_faster:
@@ -100,6 +99,21 @@ class MemberMaker:
                 say(3)
                 found[name] = FamilyMember(made, path, self._score(made.after.model, name))
         return {name: found[name] for name in targets}
+
+    def _make_one(
+        self, quiet: PruneOptions, target: float | str, correction: float, say: Callable[[int], None]
+    ) -> tuple[MadeModel, float]:
+        """Choose widths, shrink and prove, within a bound on size if there is one; with the table's correction."""
+
+        def make(options: PruneOptions) -> MadeModel:
+            nonlocal correction
+            planner = LatencyPlanner.of(replace(options.request, target_latency=target), self.measured, correction)
+            correction = planner.correction
+            say(1)
+            return MadeModel.of(self.model, options, planner, self.args, self.kwargs)
+
+        made = make(quiet) if self.size is None else self.size.meet(quiet, make)
+        return made, correction
 
     def _score(self, model: nn.Module, name: str) -> float | None:
         """Score a copy of a member, which the user's function may change."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from torchshear._arguments import check_flag, check_kind, quote
 from torchshear._evaluation import Evaluate, score_model
+from torchshear._file_size import FileTarget
 from torchshear.calibration import Loss, Progress
 from torchshear.calibration._progress import check_progress
 from torchshear.compensation import check_compensation
@@ -53,6 +54,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
     ratio: Mapping[str, float] | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
+    target_size: float | str | None = None,
     device: Device | LatencyTable | None = None,
     must_be_faster: bool = True,
     min_ratio: Ratio = 0.0,
@@ -91,6 +93,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
         ratio: a mapping that says which groups may shrink; see `torchshear.plan`.
         target_macs: multiply-accumulate operations that every member may have at most; see `torchshear.plan`.
         target_params: parameters that every member may have at most, likewise.
+        target_size: bytes that the files of every member may have at most; see `torchshear.prune`.
         device: how latency is measured, or a table that was measured before; None: one thread, one sample.
         must_be_faster: whether to refuse a family with a member that is not measurably faster than the model; known as
             soon as the member is made.
@@ -141,6 +144,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
         ratio=ratio,
         target_macs=target_macs,
         target_params=target_params,
+        target_size=target_size,
         target_latency=targets[0],
         min_ratio=min_ratio,
         max_ratio=max_ratio,
@@ -166,9 +170,10 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
     dense_score = None if evaluate is None else score_model(evaluate, copy_model(model), "the dense model")
     options = replace(options, calibration=options.calibration.holding_batches())
     assert measuring.given is not None, "there is a target"
+    size, options = FileTarget.of(options, model, groups, args, kwargs)
     with TemporaryDirectory(prefix="torchshear-") as folder:
         measured = MeasuredModel.of(options, targets, model, groups, args, kwargs, measuring.given, Path(folder))
-        maker = MemberMaker(model, args, kwargs, options, measured, evaluate, must_be_faster)
+        maker = MemberMaker(model, args, kwargs, options, measured, evaluate, must_be_faster, size)
         made = maker.make(dict(zip(names, targets, strict=True)), progress)
         latency = measured.candidates.compare_files({name: one.path for name, one in made.items()}, RESULT_ROUNDS)
     return PrunedFamily(

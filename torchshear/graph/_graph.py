@@ -146,10 +146,12 @@ class Cost:
         n_params: number of parameter elements, tied ones counted once.
         macs: multiply-accumulate operations of one sample (of the whole example where the batch is not free);
             convolutions and matrix products only, biases, norms and activations not counted.
+        size_bytes: bytes of all tensors, by their dtypes: parameters, buffers and constants, tied ones counted once.
     """
 
     n_params: int
     macs: int
+    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -309,17 +309,15 @@ def _latency_budget(
 
 
 def _other_budgets(groups: ChannelGroups, levels: list[Levels], request: Request) -> list[CostBudget]:
-    """Return budgets of operations and parameters, where the request has them."""
+    """Return budgets of operations, parameters and bytes, where the request has them."""
     if not request.has_budget:
         return []
 
     def share(number: int, width: int) -> float:
         return float(width / groups[number].width)
 
-    budget = Budget.of(dense_cost(groups.graph), request.target_macs, request.target_params)
-    n_params, macs = WidthCost(groups).forms()
-    asked = [("macs", budget.macs, macs), ("n_params", budget.n_params, n_params)]
-    return [budget_of(name, limit, form, groups, levels, share) for name, limit, form in asked if limit is not None]
+    limits, forms = Budget.of(dense_cost(groups.graph), request).limits, WidthCost(groups).forms()
+    return [budget_of(name, limit, forms[name], groups, levels, share) for name, limit in limits.items()]
 
 
 def _measured_share(candidates: Candidates, path: Path) -> tuple[float, bool]:

@@ -1,6 +1,6 @@
-"""Budgets of a search: what may be left in channels, parameters, operations or latency, at any widths."""
+"""Budgets of a search: what may be left in channels, parameters, bytes, operations or latency, at any widths."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
@@ -17,7 +17,8 @@ from torchshear.speedup.latency import LatencyTable
 from torchshear.speedup.latency._table import share_at
 
 Indices = npt.NDArray[np.int64]
-Resource = Literal["channels", "macs", "params", "latency"]
+Resource = Literal["channels", "macs", "params", "size", "latency"]
+_ATTRIBUTES: Final[Mapping[Resource, str]] = {"macs": "macs", "params": "n_params", "size": "size_bytes"}
 _ROUNDING: Final = 1e-9
 
 
@@ -70,7 +71,7 @@ class SearchBudget:
         every = np.array([group.width for group in self.groups], np.int64)
         dense, every[self.free] = every.copy(), np.asarray(widths, np.int64)
         found: dict[Resource, float] = {}
-        needs_cost = any(limit.resource in ("macs", "params") for limit in self.limits)
+        needs_cost = any(limit.resource in _ATTRIBUTES for limit in self.limits)
         whole, left = self.dense, self._costs(every) if needs_cost else self.dense
         for limit in self.limits:
             if limit.resource == "channels":
@@ -80,8 +81,8 @@ class SearchBudget:
                 named = {group.name: int(width) for group, width in zip(self.groups, every, strict=True)}
                 found["latency"] = self.table.predict_ms(named) / self.table.dense_ms
             else:
-                now, before = (left.macs, whole.macs) if limit.resource == "macs" else (left.n_params, whole.n_params)
-                found[limit.resource] = now / max(before, 1)
+                name = _ATTRIBUTES[limit.resource]
+                found[limit.resource] = getattr(left, name) / max(getattr(whole, name), 1)
         return found
 
     def load(self, widths: Sequence[int]) -> float:
@@ -98,8 +99,7 @@ class SearchBudget:
 
     def cost_budgets(self, levels: Sequence[Levels]) -> list[CostBudget]:
         """Write the bounds for the exact solver over some levels of the searched groups."""
-        n_params, macs = self._costs.forms()
-        dense, found = self.dense, list[CostBudget]()
+        forms, found = self._costs.forms(), list[CostBudget]()
         for limit in self.limits:
             if limit.resource == "channels":
                 whole = float(sum(self.groups[number].width for number in self.free))
@@ -116,8 +116,9 @@ class SearchBudget:
 
                 found.append(budget_of("latency_ms", most, form, self.groups, levels, at))
             else:
-                form, whole = (macs, dense.macs) if limit.resource == "macs" else (n_params, dense.n_params)
-                found.append(budget_of(limit.resource, limit.share * whole, form, self.groups, levels, self._kept))
+                name = _ATTRIBUTES[limit.resource]
+                most = limit.share * getattr(self.dense, name)
+                found.append(budget_of(limit.resource, most, forms[name], self.groups, levels, self._kept))
         return found
 
     def _kept(self, number: int, width: int) -> float:

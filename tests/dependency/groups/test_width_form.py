@@ -21,12 +21,14 @@ def shares_after(groups: ChannelGroups, kept: dict[str, np.ndarray]) -> np.ndarr
 
 
 def assert_forms_are_exact(groups: ChannelGroups, seed: int) -> None:
-    params, macs = WidthCost(groups).forms()
+    forms = WidthCost(groups).forms()
+    params, macs = forms["n_params"], forms["macs"]
     kept = kept_sets(groups, seed)
     cut, shares = Cut(groups, kept), shares_after(groups, kept)
     cost = cut.cost()
     assert float(params.at(shares)) == pytest.approx(cost.n_params, abs=0.5)
     assert float(macs.at(shares)) == pytest.approx(cost.macs, abs=1)
+    assert float(forms["size_bytes"].at(shares)) == pytest.approx(cost.size_bytes, abs=0.5)
     axes = [axis for found in groups.facts.axes.values() for axis in found or () if not isinstance(axis, tuple)]
     sizes = {int(cut.keep(axis).sum()) for axis in axes if cut.changes(axis)}
     assert sizes <= {round(float(form.at(shares))) for form in axis_forms(groups)}

@@ -123,7 +123,7 @@ def _plan_runs(
     )
     alignment = _runs_of(run)
     dense = dense_cost(groups.graph)
-    budget = Budget.of(dense, None, target_params)
+    budget = Budget.of(dense, request)
     if budget.holds(dense):
         raise ArgumentError(f"target_params={target_params}: the dense model has {dense.n_params:,}. Ask for less.")
     limits = Limits(max(min_width, run))

@@ -32,13 +32,13 @@ _Sizes = tuple[_Size, ...] | tuple[tuple[_Size, ...], ...]  # the latter of seve
 
 
 class WidthCost:
-    """Parameters and multiply-accumulate operations as a function of kept widths.
+    """Parameters, multiply-accumulate operations and bytes as a function of kept widths.
 
     The size of an axis is a sum of products of widths: positions that depend on units of the same groups go together,
     and of n such positions n * (product over these groups of kept units / units) are left. That is exact where all
     units of a group stand for equally many positions, as in every axis but those that join unequal multiples of the
     same units or hold some pairs of them only; `Cut.cost` has the exact figure of a choice of units. Sizes enter
-    parameters and operations as products, so that either is multilinear in the widths.
+    parameters, operations and bytes as products, so that each is multilinear in the widths.
 
     Args:
         groups: the analysed network.
@@ -52,8 +52,10 @@ class WidthCost:
         self._held: list[Axis] = []  # so that the identities of their arrays stay theirs
         self._terms: list[tuple[Ids, Ids]] = []
         self._state = {name: self._state_sizes(name) for name in groups.graph.state}
-        parameters = [name for name, entry in groups.graph.state.items() if entry.kind == "parameter"]
-        self._parameters = [self._state[name] for name in parameters]
+        self._tensors = [
+            (self._state[name], entry.kind == "parameter", entry.tensor.element_size())
+            for name, entry in groups.graph.state.items()
+        ]
         self._calls = [self._call(node) for node in groups.graph if _has_macs(node)]
         depth = max((of.shape[1] for of, _ in self._terms), default=0)
         padded = [np.pad(of, ((0, 0), (0, depth - of.shape[1])), constant_values=NO_GROUP) for of, _ in self._terms]
@@ -69,23 +71,25 @@ class WidthCost:
         """
         shares = np.append(np.asarray(widths, np.float64) / self._widths, 1.0)
         terms = self._counts * shares[self._of].prod(1)
-        n_params, macs = self._sums(np.bincount(self._axis_of, terms, len(self._terms)).tolist())
-        return Cost(round(n_params), round(macs) // (self._groups.graph.batch_hint or 1))
+        n_params, macs, size_bytes = self._sums(np.bincount(self._axis_of, terms, len(self._terms)).tolist())
+        return Cost(round(n_params), round(macs) // (self._groups.graph.batch_hint or 1), round(size_bytes))
 
-    def forms(self) -> tuple[WidthForm, WidthForm]:
-        """Return parameters, and operations of a sample, as polynomials in the shares of units that groups keep."""
-        n_params, macs = self._sums([WidthForm.of_terms(of, counts) for of, counts in self._terms])
-        none = WidthForm({})
-        return none + n_params, (none + macs) / (self._groups.graph.batch_hint or 1)
+    def forms(self) -> dict[str, WidthForm]:
+        """Return each attribute of a cost as a polynomial in the shares of units that groups keep."""
+        n_params, macs, size_bytes = self._sums([WidthForm.of_terms(of, counts) for of, counts in self._terms])
+        none, batch = WidthForm({}), self._groups.graph.batch_hint or 1
+        return {"n_params": none + n_params, "macs": (none + macs) / batch, "size_bytes": none + size_bytes}
 
-    def _sums(self, sizes: list[Any]) -> tuple[Any, Any]:
-        """Return parameters and operations of the whole batch, from the size of every axis."""
-        n_params = sum(prod(_values(one, sizes)) for one in self._parameters)
+    def _sums(self, sizes: list[Any]) -> tuple[Any, Any, Any]:
+        """Return parameters, operations of the whole batch, and bytes, from the size of every axis."""
+        n_elements = [prod(_values(one, sizes)) for one, _, _ in self._tensors]
+        n_params = sum(n for n, (_, is_parameter, _) in zip(n_elements, self._tensors, strict=True) if is_parameter)
+        size_bytes = sum(n * n_bytes for n, (_, _, n_bytes) in zip(n_elements, self._tensors, strict=True))
         macs = sum(
             node_macs(target, [_values(one, sizes) for one in given], _values(made, sizes))
             for target, given, made in self._calls
         )
-        return n_params, macs
+        return n_params, macs, size_bytes
 
     def _call(self, node: fx.Node) -> tuple[str, list[_Sizes], _Sizes]:
         return str(node.target), [self._value(n) for n in tensor_operands(node)], self._value(node)

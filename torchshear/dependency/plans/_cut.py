@@ -1,6 +1,6 @@
 """A choice of kept units and what follows from it: kept positions of every axis, masks, sizes and cost."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -142,19 +142,27 @@ class Cut:
         return tuple(sizes) if isinstance(axes, list) else sizes[0]
 
     def cost(self) -> Cost:
-        """Parameters and multiply-accumulate operations after the cut."""
-        graph = self.groups.graph
-        n_params = sum(
-            int(np.prod(self.state_shape(name), dtype=np.int64))
-            for name, entry in graph.state.items()
-            if entry.kind == "parameter"
-        )
-        return Cost(n_params, graph_macs(graph, self.shape))
+        """Parameters, multiply-accumulate operations and bytes after the cut."""
+        return _cost(self.groups.graph, self.groups.graph.state, self.shape, self.state_shape)
 
 
 def dense_cost(graph: Graph) -> Cost:
-    """Count parameters and multiply-accumulate operations of the network as it is."""
-    return Cost(graph.n_params(), graph_macs(graph, shape_of))
+    """Count parameters, multiply-accumulate operations and bytes of the network as it is."""
+    return _cost(graph, graph.state, shape_of, lambda name: graph.state[name].shape)
+
+
+def _cost(
+    graph: Graph,
+    names: Iterable[str],
+    shape: Callable[[fx.Node], Any],
+    state_shape: Callable[[str], tuple[int, ...]],
+    counts: Callable[[fx.Node], bool] = lambda node: True,
+) -> Cost:
+    """Count over some tensors and nodes, by the shapes that functions give."""
+    sizes = {name: int(np.prod(state_shape(name), dtype=np.int64)) for name in names}
+    n_params = sum(size for name, size in sizes.items() if graph.state[name].kind == "parameter")
+    size_bytes = sum(size * graph.state[name].tensor.element_size() for name, size in sizes.items())
+    return Cost(n_params, graph_macs(graph, shape, counts), size_bytes)
 
 
 def graph_macs(
@@ -188,10 +196,7 @@ def part_costs(cut: Cut) -> dict[str, tuple[Cost, Cost]]:
     def cost(name: str, shape: Callable[[fx.Node], Any], state_shape: Callable[[str], tuple[int, ...]]) -> Cost:
         one = parts.of(name)
         held = {graph.aliases[alias] for alias in graph.aliases if is_in_parts(alias, one)}
-        n_params = sum(
-            int(np.prod(state_shape(key), dtype=np.int64)) for key in held if graph.state[key].kind == "parameter"
-        )
-        return Cost(n_params, graph_macs(graph, shape, lambda node: is_in_parts(locate(node).module, one)))
+        return _cost(graph, held, shape, state_shape, lambda node: is_in_parts(locate(node).module, one))
 
     return {
         name: (cost(name, shape_of, lambda key: graph.state[key].shape), cost(name, cut.shape, cut.state_shape))

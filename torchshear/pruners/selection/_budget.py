@@ -1,7 +1,8 @@
-"""Budgets of MACs and parameters, and the fewest steps that meet them."""
+"""Budgets of MACs, parameters and bytes, and the fewest steps that meet them."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,14 @@ from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.errors import PlanError
 from torchshear.graph import Cost
 from torchshear.pruners.selection._pools import Steps, WidthSteps
+from torchshear.pruners.selection._request import Request
+from torchshear.pruners.selection._size import FileOverhead, most_bytes
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+
+TARGETS: Final = {"macs": "target_macs", "n_params": "target_params", "size_bytes": "target_size"}
+"""Attribute of `Cost` -> the argument that bounds it."""
 
 _ROUNDS = 20  # of a tighter budget, each below the excess of the one before
 
@@ -23,41 +29,37 @@ class Budget:
     """Upper bounds on the cost of a network.
 
     Attributes:
-        macs: multiply-accumulate operations of a sample, or None.
-        n_params: parameters, or None.
+        limits: attribute of `Cost` -> the most that it may be.
+        file: sizes of files; the bound of "size_bytes" leaves room for what they have beside tensors.
     """
 
-    macs: float | None
-    n_params: float | None
+    limits: Mapping[str, float]
+    file: FileOverhead = field(default_factory=lambda: FileOverhead(0, 0))
 
     @classmethod
-    def of(cls, dense: Cost, target_macs: float | None, target_params: float | None) -> "Budget":
-        """Make a budget from shares of the dense network in (0, 1], or from numbers above 1."""
-        return cls(_as_count(target_macs, dense.macs), _as_count(target_params, dense.n_params))
+    def of(cls, dense: Cost, request: Request) -> "Budget":
+        """Return the bounds of a request on a network whose dense cost is given."""
+        limits = {}
+        for name, target in (("macs", request.target_macs), ("n_params", request.target_params)):
+            if target is not None:
+                limits[name] = target * getattr(dense, name) if target <= 1 else target
+        if request.target_size is None:
+            return cls(limits)
+        file = request.file or FileOverhead(dense.size_bytes, 0)
+        most = most_bytes(request.target_size, file.dense_bytes)
+        return cls(limits | {"size_bytes": most - file.beside_tensors}, file)
 
     def holds(self, cost: Cost) -> bool:
         """Return True if a network of this cost is within the budget."""
-        return (self.macs is None or cost.macs <= self.macs) and (
-            self.n_params is None or cost.n_params <= self.n_params
-        )
+        return all(getattr(cost, name) <= most for name, most in self.limits.items())
 
     def excess(self, cost: Cost) -> float:
         """Return the factor by which a cost is above the budget; at most 1 if it is within."""
-        return max(
-            cost.macs / self.macs if self.macs is not None else 0.0,
-            cost.n_params / self.n_params if self.n_params is not None else 0.0,
-        )
+        return max(float(getattr(cost, name) / most) for name, most in self.limits.items())
 
     def divided_by(self, factor: float) -> "Budget":
         """Return the budget divided by a factor."""
-        return Budget(
-            None if self.macs is None else self.macs / factor,
-            None if self.n_params is None else self.n_params / factor,
-        )
-
-
-def _as_count(target: float | None, dense: int) -> float | None:
-    return None if target is None else target * dense if target <= 1 else target
+        return replace(self, limits={name: most / factor for name, most in self.limits.items()})
 
 
 class BudgetSolver:
@@ -84,7 +86,7 @@ class BudgetSolver:
     def unit_costs(self, budget: Budget) -> Floats:
         """Return what a unit of each group costs while the others are whole, as a share of the budget's dense costs.
 
-        That is the mean over an eighth of its units; with budgets of both kinds the sum of both shares.
+        That is the mean over an eighth of its units; with budgets of several kinds the sum of the shares.
         """
         whole = self._cost(self._widths)
         found = []
@@ -93,9 +95,8 @@ class BudgetSolver:
             n_gone = max(1, int(widths[number]) // 8)
             widths[number] -= n_gone
             less = self._cost(widths)
-            macs = (whole.macs - less.macs) / max(whole.macs, 1) if budget.macs is not None else 0.0
-            n_params = (whole.n_params - less.n_params) / max(whole.n_params, 1) if budget.n_params is not None else 0.0
-            found.append((macs + n_params) / n_gone)
+            shares = (1 - getattr(less, name) / max(getattr(whole, name), 1) for name in budget.limits)
+            found.append(sum(shares) / n_gone)
         return np.array(found)
 
     def smallest(self) -> Cost:
@@ -151,15 +152,19 @@ def check_feasible(solver: BudgetSolver, budget: Budget, dense: Cost, limits: st
     smallest = solver.smallest()
     if budget.holds(smallest):
         return
-    missed = [
-        f"{name}: at most {asked:,.0f} ({asked / whole:.3g} of the dense model's) were asked for, and the best "
-        f"possible is {best:,} ({best / whole:.3g})"
-        for name, asked, best, whole in (
-            ("target_macs", budget.macs, smallest.macs, dense.macs),
-            ("target_params", budget.n_params, smallest.n_params, dense.n_params),
+    missed = []
+    for name, asked in budget.limits.items():
+        most, best, whole = asked, getattr(smallest, name), getattr(dense, name)
+        if best <= most:
+            continue
+        unit = ""
+        if name == "size_bytes":
+            beside, whole, unit = budget.file.beside_tensors, budget.file.dense_bytes, " bytes"
+            most, best = most + beside, best + beside
+        missed.append(
+            f"{TARGETS[name]}: at most {most:,.0f}{unit} ({most / whole:.3g} of the dense model's) were asked for, and "
+            f"the best possible is {best:,} ({best / whole:.3g})"
         )
-        if asked is not None and best > asked
-    ]
     raise PlanError(f"{'; '.join(missed)}, under {limits}. Ask for less, or loosen a limit.")
 
 

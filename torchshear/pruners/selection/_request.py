@@ -16,9 +16,10 @@ from torchshear.errors import ArgumentError
 from torchshear.pruners.criteria._criterion import Criterion, find_criterion, is_per_cost
 from torchshear.pruners.selection._latency import check_latency
 from torchshear.pruners.selection._scoring import GROUP_REDUCTIONS
+from torchshear.pruners.selection._size import FileOverhead, parse_size
 
 SCOPES: Final[Mapping[str, str]] = {
-    "auto": "global under a target of MACs or parameters where scores say what a removal costs in loss, else local",
+    "auto": "global under targets of MACs, parameters or size where scores say what a cut costs in loss, else local",
     "local": "every group loses its own share",
     "global": "units of all groups are ranked together",
     "isomorphic": "units of groups with the same operators around them are ranked together",
@@ -35,7 +36,9 @@ Ratio = float | Mapping[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Request for a plan; `torchshear.plan` explains each field.
+    """Request for a plan; `torchshear.plan` explains each field but `file`.
+
+    A target of size is of tensors alone where `file`, what real files take beside them, is None.
 
     Raises:
         ArgumentError: a value is outside what it may be, or two contradict each other.
@@ -46,6 +49,8 @@ class Request:
     scope: str = "auto"
     target_macs: float | None = None
     target_params: float | None = None
+    target_size: float | str | None = None
+    file: FileOverhead | None = None
     target_latency: float | str | None = None
     min_ratio: Ratio = 0.0
     max_ratio: Ratio | None = None
@@ -78,11 +83,13 @@ class Request:
                     f"{name}={target!r}; expected what may be left: a share of the dense model in (0, 1], or a whole "
                     f"number of at least 2."
                 )
+        if self.target_size is not None:
+            parse_size(self.target_size)
         if self.target_latency is not None:
             check_latency(self.target_latency, ratio=self.ratio, scope=self.scope, normalize=self.normalize)
         elif self.has_budget and self.ratio is not None and not isinstance(self.ratio, Mapping):
             raise ArgumentError(
-                f"ratio={self.ratio} and a target of MACs or parameters both say how much is to go; give one. A "
+                f"ratio={self.ratio} and a target both say how much is to go; give one. A "
                 f"mapping of ratios may stand beside a target, and says how fast groups shrink beside each other."
             )
         if self.ratio is not None and not isinstance(self.ratio, Mapping):
@@ -90,8 +97,8 @@ class Request:
 
     @property
     def has_budget(self) -> bool:
-        """True if a target of MACs or parameters is given."""
-        return self.target_macs is not None or self.target_params is not None
+        """True if a target of MACs, parameters or size is given."""
+        return not (self.target_macs is None and self.target_params is None and self.target_size is None)
 
     @property
     def pooling(self) -> str:
@@ -121,7 +128,7 @@ class Request:
             said["ratio"] = _plain(self.shares)
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name not in (*said, "alignment", "ratio") and value != field.default:
+            if field.name not in (*said, "alignment", "ratio", "file") and value != field.default:
                 said[field.name] = (
                     [value] if field.name in ("roles", "exclude") and isinstance(value, str) else _plain(value)
                 )

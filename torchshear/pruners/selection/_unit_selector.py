@@ -24,7 +24,7 @@ from torchshear.pruners.criteria._criterion import (
     is_per_cost,
     rearrangement_of,
 )
-from torchshear.pruners.selection._budget import Budget, BudgetSolver, check_feasible, solve_exactly
+from torchshear.pruners.selection._budget import TARGETS, Budget, BudgetSolver, check_feasible, solve_exactly
 from torchshear.pruners.selection._pools import WidthSteps, isomorphism_classes, rank, take_share
 from torchshear.pruners.selection._request import Request
 from torchshear.pruners.selection._scoring import group_scores
@@ -110,7 +110,8 @@ class UnitSelector:
         if self.is_by_ratio:
             self._widths()
         elif self.is_by_latency:
-            self.width_steps()
+            width_steps, dense = self.width_steps(), dense_cost(self.groups.graph)
+            self._check_reachable(width_steps, Budget.of(dense, self.request), dense)
         else:
             self._check_reachable(self.width_steps(), *self._budget())
 
@@ -212,12 +213,13 @@ class UnitSelector:
         dense = dense_cost(self.groups.graph)
         if not self.request.has_budget:
             return None, dense
-        budget = Budget.of(dense, self.request.target_macs, self.request.target_params)
+        budget = Budget.of(dense, self.request)
         if budget.holds(dense):
-            asked = [f"{n}={getattr(self.request, n)}" for n in ("target_macs", "target_params")]
+            asked = " and ".join(f"{TARGETS[name]}={getattr(self.request, TARGETS[name])}" for name in budget.limits)
+            size = f" and {budget.file.dense_bytes:,} bytes" if "size_bytes" in budget.limits else ""
             raise NothingToRemoveError(
-                f"{' and '.join(word for word in asked if not word.endswith('None'))}: the dense model keeps within it "
-                f"already, with {dense.macs:,} MACs and {dense.n_params:,} parameters. Ask for less."
+                f"{asked}: the dense model keeps within it already, with {dense.macs:,} MACs, {dense.n_params:,} "
+                f"parameters{size}. Ask for less."
             )
         return budget, dense
 
