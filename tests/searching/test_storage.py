@@ -1,5 +1,6 @@
 """Storages of a search: several processes, kills, resumption, and what is refused."""
 
+import gc
 import multiprocessing
 import os
 import random
@@ -8,7 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 
 import torchshear
+from tests.searching.servers import serve
 from tests.searching.spaces import layers
 from torchshear.errors import ArgumentError, SearchError
 from torchshear.searching import Proposal, _study_store
@@ -28,7 +31,7 @@ from torchshear.searching._study_store import StudyStore
 optuna = pytest.importorskip("optuna")
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:optuna", "ignore:The existing lock file")
 FORK = multiprocessing.get_context("fork")
-KINDS = ("journal://{}/search.log", "sqlite:///{}/search.db")
+KINDS = ("journal", "sqlite", "postgresql", "grpc")
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -66,42 +69,48 @@ def outcomes_by_step(storage: str) -> dict[int, list[float]]:
     return {step: [t.value for t in some if store._outcome(t)] for step, some in store._of_steps().items()}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["journal", "sqlite"])
-def test_processes_share_the_work_and_agree(kind: str, tmp_path: Path) -> None:
-    storage, answers = kind.format(tmp_path), FORK.Queue()
-    open_study(storage)
-    workers = [start(storage, 3, 4, 0.02, answers) for _ in range(3)]
+@pytest.fixture(params=KINDS)
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Address of a storage for workers, and one at which the same can be looked at."""
+    with serve(request.param, tmp_path) as addresses, warnings.catch_warnings():
+        yield addresses
+        warnings.simplefilter("ignore", ResourceWarning)  # of connections that are pooled until their study is gone
+        gc.collect()
+
+
+def test_processes_share_the_work_and_agree(storage: tuple[str, str]) -> None:
+    (address, looked_at), answers = storage, FORK.Queue()
+    open_study(looked_at)
+    workers = [start(address, 3, 4, 0.02, answers) for _ in range(3)]
     told = [answers.get(timeout=120) for _ in workers]
     for worker in workers:
         worker.join()
     expected = [value_of(proposal) for batch in batches(3, 4) for _, proposal in batch]
     assert [scores for scores, _ in told] == [expected] * 3
     assert sum(n for _, n in told) == 12
-    assert outcomes_by_step(storage) == {step: [value] for step, value in enumerate(expected)}
+    assert outcomes_by_step(looked_at) == {step: [value] for step, value in enumerate(expected)}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=["journal", "sqlite"])
-def test_no_trial_is_lost_or_counted_twice_when_workers_are_killed(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage, answers, chance = kind.format(tmp_path), FORK.Queue(), random.Random(0)
-    study = open_study(storage)
+def test_no_trial_is_lost_or_counted_twice_when_workers_are_killed(storage: tuple[str, str]) -> None:
+    (address, looked_at), answers, chance = storage, FORK.Queue(), random.Random(0)
+    study = open_study(looked_at)
     for at_work in (3, 1, 0, 0, 0, 0):  # kills while so many trials run, which do not end before, and at any time
-        workers = [start(storage, 4, 5, 600.0 if at_work else 0.05, answers, 1) for _ in range(3)]
+        workers = [start(address, 4, 5, 600.0 if at_work else 0.05, answers, 1) for _ in range(3)]
         while sum(trial.state.name == "RUNNING" for trial in study.get_trials()) < at_work:
             time.sleep(0.01)
         time.sleep(chance.uniform(0.0, 0.3))
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
             worker.join()
-    before = outcomes_by_step(storage)
-    contribute(storage, 4, 5, 0.0, answers)
+    before = outcomes_by_step(looked_at)
+    last = start(address, 4, 5, 0.0, answers)
     scores, n_scored = answers.get(timeout=120)
+    last.join()
     expected = [value_of(proposal) for batch in batches(4, 5) for _, proposal in batch]
     assert scores == expected
-    assert outcomes_by_step(storage) == {step: [value] for step, value in enumerate(expected)}
+    assert outcomes_by_step(looked_at) == {step: [value] for step, value in enumerate(expected)}
     assert n_scored == 20 - sum(map(len, before.values())) > 0
-    states = [trial.state.name for trial in open_study(storage).get_trials()]
+    states = [trial.state.name for trial in open_study(looked_at).get_trials()]
     assert "FAIL" in states  # some were given up
     assert not {"RUNNING", "WAITING"} & set(states)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,8 @@ def open_study(storage: object, must_exist: bool = False) -> Any:
 
     Args:
         storage: "journal://FILE" for a file that processes of one machine share; "grpc://HOST:PORT" for Optuna's proxy
-            of a storage; the URL of a database, as "sqlite:///search.db" or "postgresql://user@host/name"; or a storage
-            of Optuna.
+            of a storage; the URL of a database, as "sqlite:///search.db" or "postgresql+psycopg://user@host/name"; or a
+            storage of Optuna.
         must_exist: whether a storage without a search is refused.
 
     Raises:
@@ -121,7 +122,9 @@ def _open(optuna: Any, storage: object, must_exist: bool) -> Any:
         host, colon, port = storage.removeprefix(_GRPC).rpartition(":")
         if not (host and colon and port.isdigit()):
             raise ArgumentError(f"storage={quote(storage)}; expected 'grpc://HOST:PORT'.")
-        return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
     waits = {"connect_args": {"timeout": _LOCKED_SECONDS}} if storage.startswith("sqlite") else {"pool_pre_ping": True}
     return optuna.storages.RDBStorage(storage, engine_kwargs=waits)
 
