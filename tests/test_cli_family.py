@@ -86,6 +86,7 @@ def test_without_matplotlib_the_rest_is_written(monkeypatch: pytest.MonkeyPatch)
         (("--targets", "4ms"), "the dense model takes 3 ms here already"),
         (("--targets", "0.7", "--evaluate", "family_nets:skore"), "Did you mean 'score'?"),
         (("--targets", "0.7", "--ratio", "0.5"), "ratio is float; expected a mapping"),
+        (("--targets", "0.7", "--config", "none.yaml"), "config file 'none.yaml' cannot be read"),
         (("--targets", "0.7", "--compensate", "refit"), "runs data; give batches as --data"),
     ],
 )

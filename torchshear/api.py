@@ -215,7 +215,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         submodules: names of modules to prune inside a model that cannot be captured whole, as `["backbone"]`; see
             `torchshear.trace`.
         config: a config list of NNI or Neural Compressor, or the path of a file of one, in place of a ratio, a target
-            and all that says what may shrink; see docs/config-lists.md.
+            and all that says what may shrink. With a target of latency its shares are the most that may go; see
+            docs/config-lists.md.
         align: widths that the device runs well; see `torchshear.plan`. With a target of latency None is "auto".
         min_width: the fewest units to keep in a group.
         data: batches for criteria that look at activations or gradients, and for `compensate`, which ignores targets
@@ -293,6 +294,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
     groups = analyze(trace(model, args, kwargs, submodules), prunable_outputs)
     if criterion is None and compensate == "refit":
         options = options.with_reconstruction(groups)
+    options = options.under_config(model, groups)
     size, options = FileTarget.of(options, model, groups, args, kwargs)
     with ExitStack() as stack:
         measured: MeasuredModel | None = None
@@ -303,7 +305,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
 
         def make(options: PruneOptions) -> MadeModel:
             if measured is None:
-                return MadeModel.of(model, options, Planner.of(options, model, groups), args, kwargs)
+                return MadeModel.of(model, options, Planner.of(options, groups), args, kwargs)
             return MadeModel.of(model, options, LatencyPlanner.of(options.request, measured), args, kwargs)
 
         made = make(options) if size is None else size.meet(options, make)

@@ -2,11 +2,9 @@
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import islice
-from numbers import Number
 from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar, get_args
 
 from torch import nn
@@ -15,8 +13,9 @@ from torchshear._arguments import check_count, check_flag, check_kind, check_one
 from torchshear._other_tools import unknown_keyword
 from torchshear.calibration import Loss, Progress, Statistics
 from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS
-from torchshear.configs import ConfigList, ResolvedConfig, load_config, parse_config, resolve
-from torchshear.configs._entry import DEFAULT_PATTERN, Entry
+from torchshear.configs import ConfigList, ResolvedConfig, resolve
+from torchshear.configs._beside_options import bound_by, read_entries
+from torchshear.configs._entry import Entry
 from torchshear.configs._planning import Widths, plan_config
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._purposes import READING_PURPOSES
@@ -228,6 +227,7 @@ class PruneOptions:
         calibration: the data.
         form: the form of the result: "auto", "native" or "traced".
         compensate: what brings the result nearer to its original, once it is proved.
+        resolved: what the entries ask of the model; None without entries, and before `under_config`.
     """
 
     request: Request
@@ -235,6 +235,7 @@ class PruneOptions:
     calibration: CalibrationOptions
     form: Form
     compensate: Compensation
+    resolved: ResolvedConfig | None = None
 
     @classmethod
     def parse(
@@ -273,6 +274,20 @@ class PruneOptions:
             return [self.request.criterion]
         named = [entry.criterion or self.request.criterion for entry in self.entries if not entry.excludes]
         return list(dict.fromkeys(named))
+
+    def under_config(self, model: nn.Module, groups: ChannelGroups) -> "PruneOptions":
+        """Return the same with the entries applied to a model; beside a target they bound what groups lose.
+
+        Raises:
+            ArgumentError: the config does not fit the model.
+        """
+        request = self.request
+        if not self.entries:
+            return self
+        assert isinstance(request.criterion, str), "checked with the config"
+        resolved = resolve(model, self.entries, groups, request.criterion)
+        bounded = request if request.target_latency is None else bound_by(resolved, request)
+        return replace(self, request=bounded, resolved=resolved)
 
     def with_reconstruction(self, groups: ChannelGroups) -> "PruneOptions":
         """Return the same with the criterion that goes with a refit, if it can score all groups."""
@@ -314,17 +329,14 @@ class Planner:
     statistics: Statistics | None
 
     @classmethod
-    def of(cls, options: PruneOptions, model: nn.Module, groups: ChannelGroups) -> "Planner":
-        """Apply a config to a model, and collect the statistics that criteria need.
+    def of(cls, options: PruneOptions, groups: ChannelGroups) -> "Planner":
+        """Collect the statistics that criteria need.
 
         Raises:
-            ArgumentError: the request or the config does not fit the model.
+            ArgumentError: the request does not fit the model.
             DataError: the data does not fit the model.
         """
-        request, resolved = options.request, None
-        if options.entries:
-            assert isinstance(request.criterion, str), "checked with the config"
-            resolved = resolve(model, options.entries, groups, request.criterion)
+        request, resolved = options.request, options.resolved
         on_data = [criterion for criterion in options.criteria if needs_of(criterion)]
         data = options.calibration
         if data.loader is None or not on_data:
@@ -350,49 +362,3 @@ class Planner:
             return plan_units(self.groups, self.request, statistics=self.statistics, whole=whole)
         widths = Widths(self.request.alignment, self.request.min_width)
         return plan_config(self.groups, self.resolved, widths, self.statistics, whole)
-
-
-_BESIDE_A_CONFIG: Final = ("criterion", "alignment", "min_width")
-
-
-def read_entries(
-    config: ConfigList, request: Request, has_criterion: bool, may_mask: bool = False
-) -> tuple[Entry, ...]:
-    """Read the entries of a config, and refuse options beside it that say the same.
-
-    Args:
-        config: the config, or the path of a file of one.
-        request: the options.
-        has_criterion: whether their criterion was given.
-        may_mask: whether entries may ask for single weights, beside channels and heads.
-
-    Raises:
-        ArgumentError: the config is wrong, or an option beside it says what it says, or says it otherwise.
-    """
-    for field in fields(request):
-        value = getattr(request, field.name)
-        is_empty = value is None or (isinstance(value, tuple | list) and not value)
-        is_plain = isinstance(value, str | Number) and isinstance(field.default, str | Number)
-        is_default = is_plain and value == field.default
-        if field.name not in _BESIDE_A_CONFIG and not (is_empty or is_default):
-            raise ArgumentError(
-                f"config= says which layers lose how much, and {field.name}={quote(value)} says something else of "
-                f"that. Give one of them; beside a config there may be criterion, align and min_width."
-            )
-    criterion = request.criterion if has_criterion else None
-    if criterion is not None and not isinstance(criterion, str):
-        raise ArgumentError("config= goes with the name of a criterion, and a function is given; register it first.")
-    entries = parse_config(load_config(config) if isinstance(config, str | os.PathLike) else config)
-    for entry in entries:
-        if entry.criterion is not None and criterion is not None and not entry.excludes:
-            raise ArgumentError(
-                f"{entry.label} says a criterion of its own ({entry.criterion}), as those of Neural Compressor always "
-                f"do, and criterion={criterion!r} says another. Leave criterion= away."
-            )
-        if not (may_mask or entry.excludes or entry.removes_channels or entry.pattern == DEFAULT_PATTERN):
-            raise ArgumentError(
-                f"{entry.label} sets single weights to zero (pattern {entry.pattern!r}), which makes nothing smaller, "
-                f"and prune only removes. Use ConfigPruner or LevelPruner of torchshear.compat.nni, or "
-                f"torchshear.pruners.masks.choose_masks; or PruningSession(config=...), which trains."
-            )
-    return entries

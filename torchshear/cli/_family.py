@@ -17,7 +17,7 @@ from torchshear.errors import ArgumentError
 from torchshear.family._record import render_family
 from torchshear.speedup.latency import Device
 
-_OTHERS: Final = ("scope", "normalize", "config", "target_latency")
+_OTHERS: Final = ("scope", "normalize", "target_latency")
 _CHOICE: Final = tuple(name for name in EVERY if name not in _OTHERS)
 _EVALUATE: Final = "a function of a model that gives a number, the higher the better"
 

@@ -81,7 +81,8 @@ _MOST = typer.Option(metavar="[KEY=]SHARE", callback=_check_ratio, help="Largest
 _OUTPUT = typer.Option("--prunable-output", metavar="NAME", help="Output that may shrink; once or more. Default: none.")
 _CONFIG = typer.Option(
     metavar="FILE",
-    help="Config list of NNI or Neural Compressor, in YAML or JSON, in place of shares, targets and what may shrink.",
+    help="Config list of NNI or Neural Compressor, in YAML or JSON, in place of shares, targets and what may shrink. "
+    "With a target of latency its shares are the most that may go.",
 )
 _DATA = typer.Option(
     metavar="PACKAGE.MODULE:LOADER",

@@ -14,6 +14,7 @@ from torchshear._file_size import FileTarget
 from torchshear.calibration import Loss, Progress
 from torchshear.calibration._progress import check_progress
 from torchshear.compensation import check_compensation
+from torchshear.configs import ConfigList
 from torchshear.dependency._alignment import Alignment
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError
@@ -64,6 +65,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
     exclude: str | Collection[str] = (),
     prunable_outputs: str | Collection[str] = (),
     submodules: Sequence[str] | None = None,
+    config: ConfigList | None = None,
     align: int | str | Alignment | None = None,
     min_width: int = 1,
     data: Iterable[Any] | None = None,
@@ -104,6 +106,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
         exclude: patterns of names that stay whole.
         prunable_outputs: names of outputs that may shrink; see `torchshear.analyze`.
         submodules: names of modules to prune inside the model; see `torchshear.trace`.
+        config: a config list, whose shares are the most that may go; see `torchshear.prune`.
         align: widths that the device runs well; None is "auto".
         min_width: the fewest units to keep in a group.
         data: batches for criteria that look at data, and for `compensate`. They are taken once, and held.
@@ -157,7 +160,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
     options = PruneOptions.parse(
         request,
         has_criterion=criterion is not None,
-        config=None,
+        config=config,
         submodules=submodules,
         calibration=replace(CalibrationOptions.parse(data, loss_fn, batches, compensate, memory), progress=progress),
         compensate=compensate,
@@ -170,6 +173,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
     dense_score = None if evaluate is None else score_model(evaluate, copy_model(model), "the dense model")
     options = replace(options, calibration=options.calibration.holding_batches())
     assert measuring.given is not None, "there is a target"
+    options = options.under_config(model, groups)
     size, options = FileTarget.of(options, model, groups, args, kwargs)
     with TemporaryDirectory(prefix="torchshear-") as folder:
         measured = MeasuredModel.of(options, targets, model, groups, args, kwargs, measuring.given, Path(folder))

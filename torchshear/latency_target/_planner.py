@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from torchshear.configs import ResolvedConfig
+from torchshear.configs._beside_options import pool_budgets, reasons_to_stay
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.dependency.plans._cut import dense_cost
@@ -50,6 +51,7 @@ class MeasuredModel:
         dense_ms: median time of the dense model.
         least_share: the least share of the dense model's time that the table has for any widths.
         ranked: the groups that may shrink, with their units in the order in which they go.
+        resolved: the config that bounds what they lose; None without one.
     """
 
     groups: ChannelGroups
@@ -58,6 +60,7 @@ class MeasuredModel:
     dense_ms: float
     least_share: float
     ranked: RankedGroups
+    resolved: ResolvedConfig | None
 
     @classmethod
     def of(
@@ -96,14 +99,17 @@ class MeasuredModel:
             table = table_of(model, groups, args, kwargs, given, request.alignment, progress=progress)
         candidates = Candidates(model, groups, args, kwargs, table.device, folder)
         dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
-        least = _check_reachable(groups, request, table, targets, dense_ms)
-        ranked = RankedGroups.of(groups, request, Planner.of(options, model, groups).statistics)
-        return cls(groups, table, candidates, dense_ms, least, ranked)
+        least = _check_reachable(groups, options, table, targets, dense_ms)
+        resolved, statistics = options.resolved, Planner.of(options, groups).statistics
+        reasons = {} if resolved is None else reasons_to_stay(resolved, groups)
+        ranked = RankedGroups.of(groups, request, statistics, reasons=reasons)
+        return cls(groups, table, candidates, dense_ms, least, ranked, resolved)
 
     def solve(self, levels: list[Levels], request: Request, budget_share: float) -> Solution:
         """Choose widths within a share of the dense model's time, and within the other budgets of a request."""
         budgets = [_latency_budget(self.groups, levels, self.table, budget_share)]
-        return allocate(levels, [*budgets, *_other_budgets(self.groups, levels, request)])
+        pools = [] if self.resolved is None else pool_budgets(self.resolved, self.groups, levels)
+        return allocate(levels, [*budgets, *_other_budgets(self.groups, levels, request), *pools])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,8 +136,8 @@ class LatencyPlanner:
 
     @property
     def resolved(self) -> ResolvedConfig | None:
-        """The shares of a config; none beside a target of latency."""
-        return None
+        """The shares of a config, which are the most that may go; None without one."""
+        return self.measured.resolved
 
     @classmethod
     def of(cls, request: Request, measured: MeasuredModel, correction: float = 1.0) -> "LatencyPlanner":
@@ -268,11 +274,12 @@ def target_share_of(target: object, dense_ms: float) -> float:
 
 
 def _said(measured: MeasuredModel) -> dict[str, Any]:
-    return {"device": dict(measured.table.device.identity())}
+    config = {} if measured.resolved is None else {"config": measured.resolved.to_dict()}
+    return {"device": dict(measured.table.device.identity())} | config
 
 
 def _check_reachable(
-    groups: ChannelGroups, request: Request, table: LatencyTable, targets: Sequence[float | str], dense_ms: float
+    groups: ChannelGroups, options: PruneOptions, table: LatencyTable, targets: Sequence[float | str], dense_ms: float
 ) -> float:
     """Return the least share that is possible; refuse targets below it, or above the dense model's, before scoring.
 
@@ -287,14 +294,18 @@ def _check_reachable(
                 f"target_latency={target!r}: the dense model takes {dense_ms:.4g} ms here already, "
                 f"with {table.device.threads} threads and batch {table.device.batch}. Ask for less."
             )
-    levels = RankedGroups.of(groups, request, None, with_scores=False).levels()
-    least = least_cost(levels, _latency_budget(groups, levels, table, 1.0)) / table.dense_ms
+    levels = RankedGroups.of(groups, options.request, None, with_scores=False).levels()
+    resolved = options.resolved
+    pools = [] if resolved is None else pool_budgets(resolved, groups, levels)
+    least = least_cost(levels, _latency_budget(groups, levels, table, 1.0), pools) / table.dense_ms
+    labels = [] if resolved is None else sorted({resolved.targets[one.name].entry.label for one in levels})
+    under = f" under {', '.join(labels)}" if labels else ""
     for target, share in shares.items():
         if least > share * (1 + _ROUNDING):
             raise PlanError(
                 f"target_latency={target!r} is {share:.3g} of the dense model's {dense_ms:.4g} ms; the fastest "
-                f"possible is {least:.3g}, {least * dense_ms:.4g} ms, with {len(levels)} groups that may shrink. Ask "
-                f"for less, or let more groups shrink further."
+                f"possible is {least:.3g}, {least * dense_ms:.4g} ms, with {len(levels)} groups that may shrink"
+                f"{under}. Ask for less, or let more groups shrink further."
             )
     return least * (1 + _ROUNDING)
 

@@ -87,10 +87,12 @@ class RankedGroups:
     Attributes:
         selector: what chose and scored them.
         steps: the groups.
+        reasons: name of a group that stays whole -> why, where the request alone does not tell.
     """
 
     selector: UnitSelector
     steps: tuple[WidthSteps, ...]
+    reasons: Mapping[str, str]
 
     @classmethod
     def of(
@@ -99,10 +101,11 @@ class RankedGroups:
         request: Request,
         statistics: Statistics | None,
         with_scores: bool = True,
+        reasons: Mapping[str, str] = MappingProxyType({}),
     ) -> "RankedGroups":
         """Score units as `plan_units` does; without scores nothing is looked at but the widths that groups may have."""
         selector = UnitSelector(groups, request, None, statistics)
-        return cls(selector, tuple(selector.rank() if with_scores else selector.width_steps()))
+        return cls(selector, tuple(selector.rank() if with_scores else selector.width_steps()), reasons)
 
     def leaving_whole(self, whole: Collection[str]) -> "RankedGroups":
         """Return the same with some groups whole, so that the model keeps its own class."""
@@ -115,7 +118,8 @@ class RankedGroups:
     def _with(self, request: Request, whole: Collection[str]) -> "RankedGroups":
         selector = UnitSelector(self.selector.groups, request, None, self.selector.statistics, whole)
         selector.unscored |= self.selector.unscored
-        return RankedGroups(selector, tuple(steps for steps in self.steps if steps.group.name not in whole))
+        steps = tuple(steps for steps in self.steps if steps.group.name not in whole)
+        return RankedGroups(selector, steps, self.reasons)
 
     def levels(self) -> list[Levels]:
         """Return the widths that each group may have, and what it loses at each."""
@@ -131,7 +135,7 @@ class RankedGroups:
         selector = self.selector
         chosen = selector.keep_widths(self.steps, widths)
         request = selector.request.to_json() | statistics_notes(selector.statistics) | dict(said)
-        return make_plan(Cut(selector.groups, chosen.kept), chosen.kept, request, chosen.notes)
+        return make_plan(Cut(selector.groups, chosen.kept), chosen.kept, request, {**chosen.notes, **self.reasons})
 
 
 def statistics_notes(statistics: Statistics | None) -> dict[str, list[str]]:

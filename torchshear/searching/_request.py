@@ -247,7 +247,7 @@ def _space(options: PruneOptions, model: nn.Module, groups: ChannelGroups, table
     space = space_of(RankedGroups.of(groups, request, None, with_scores=False))
     if space.budget.holds(tuple(space.dense.tolist())):
         raise ArgumentError("the dense model keeps within the budget already. Ask for less.")
-    return space_of(RankedGroups.of(groups, request, Planner.of(options, model, groups).statistics))
+    return space_of(RankedGroups.of(groups, request, Planner.of(options, groups).statistics))
 
 
 def _limits(groups: ChannelGroups, request: Request, table: LatencyTable | None) -> list[ResourceLimit]:

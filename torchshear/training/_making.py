@@ -8,11 +8,12 @@ from torch import nn
 
 from torchshear._arguments import check_flag, check_kind, check_share, parse_names
 from torchshear.configs import ConfigList
+from torchshear.configs._beside_options import read_entries
 from torchshear.configs._planning import Widths
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.options import check_criterion, read_entries
+from torchshear.options import check_criterion
 from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners.masks._choose import Layers
 from torchshear.pruners.masks._patterns import Reduce

@@ -117,20 +117,27 @@ def allocate(
     return Solution(MappingProxyType(widths), loss, bound, MappingProxyType(costs), seconds)
 
 
-def least_cost(levels: Sequence[Levels], budget: CostBudget, *, time_limit: float = TIME_LIMIT) -> float:
+def least_cost(
+    levels: Sequence[Levels],
+    budget: CostBudget,
+    within: Sequence[CostBudget] = (),
+    *,
+    time_limit: float = TIME_LIMIT,
+) -> float:
     """Return the least that a budget's cost can be at any widths.
 
     Args:
         levels: the widths that each group may have.
         budget: the cost; its limit does not count.
+        within: budgets that hold; there are widths within them.
         time_limit: seconds after which the search ends with the least that it proved.
 
     Raises:
         ArgumentError: a term does not fit the groups.
     """
-    check_budgets(levels, [budget])
+    check_budgets(levels, [*within, budget])
     merged, constant = merge_terms(levels, budget)
-    program = _Program.of(levels, [replace(budget, limit=0.0)])
+    program = _Program.of(levels, [*within, replace(budget, limit=0.0)])
     costs = program.row(merged)
     found = replace(program, constraints=program.constraints[:-1]).solve(costs, 0.0, time_limit)
     return constant + program.bound(found, costs)
