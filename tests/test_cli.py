@@ -92,6 +92,18 @@ def picky():
     return Picky(), (torch.randn(2, 3, 8, 8),)
 
 
+class Rounded(Net):
+    """Has an operator that ONNX does not have."""
+
+    def forward(self, x):
+        return torch.special.i0(super().forward(x))
+
+
+def no_onnx():
+    torch.manual_seed(0)
+    return Rounded(), (torch.randn(2, 3, 8, 8),)
+
+
 def branching():
     return Branching(), (torch.randn(2, 3, 8, 8),)
 
@@ -509,6 +521,30 @@ def test_usage_errors_end_with_2(arguments: tuple[str, ...]) -> None:
     result = invoke(*arguments)
     assert result.exit_code == 2
     assert "Usage:" in result.stderr
+
+
+def test_modules_are_measured_in_torch_on_the_command_line(tmp_path: Path) -> None:
+    text = succeed("prune", "shop.nets:wide", "--output", "out", "--ratio", "0.5", "--runtime", "torch", "--batch", "3")
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["latency"]["runtime"] == f"torch {torch.__version__}"
+    assert document["latency"]["batch"] == 3
+    assert list(document["latency"]["results"]) == ["dense", "pruned"]
+    assert f"torch {torch.__version__}, " in text
+    assert list(document["onnx"]) == ["dense", "pruned"]
+    given = ("prune", "shop.nets:wide", "--output", "other", "--ratio", "0.5")
+    assert_fails("provider='No' is not installed", *given, "--provider", "No")
+    assert_fails("runtime='tvm'", *given, "--runtime", "tvm")
+
+
+def test_a_model_without_onnx_is_measured_in_torch_on_the_command_line(tmp_path: Path) -> None:
+    given = ("shop.nets:no_onnx", "--ratio", "0.5", "--bench")
+    assert_fails("ONNX", "prune", *given, "--output", "other")
+    text = succeed("prune", *given, "--output", "out", "--runtime", "torch")
+    assert "no ONNX     torch cannot turn Rounded into ONNX" in text
+    assert not list((tmp_path / "out").glob("*.onnx"))
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert document["onnx"] == {}
+    assert list(document["latency"]["results"]) == ["dense", "pruned"]
 
 
 def test_a_target_of_latency_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,11 +198,12 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         target_size: bytes that the ONNX file of the result may have at most, and its safetensors file: a share of the
             dense model's ONNX file in (0, 1], or a text, as "2.5MB" (2,500,000), "800KB" or "1MiB" (1,048,576). Real
             files are written and measured; see docs/choosing.md.
-        target_latency: time that may be left in onnxruntime on this machine, in place of a ratio: a share of the dense
+        target_latency: time that may be left on this machine, in place of a ratio: a share of the dense
             model's in (0, 1], or milliseconds, as "3.5ms". Widths are chosen exactly by a table of measured times, the
             result is measured, and the choice corrected; see docs/latency.md. Other targets may stand beside it.
-        device: how that is measured, or a table that was measured before; None: one thread, one sample. With any other
-            request the result is measured so, and the report has the verdict.
+        device: how that is measured, in onnxruntime or torch, or a table that was measured before; None: in
+            onnxruntime, one thread, one sample. With any other request the result is measured so, and the report has
+            the verdict.
         must_be_faster: whether to refuse a result that is not measurably faster than the model; None: with a target of
             latency.
         min_ratio: share that each group loses in any case; see `torchshear.plan`.
@@ -246,8 +247,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         DataError: the data or the loss does not fit the model.
         CaptureError: torch.export cannot capture the model; says which submodules it can.
         WeightError: the weights cannot be scored.
-        ExportError: the model cannot be exported, which a measurement needs.
-        LatencyError: onnxruntime does not run it.
+        ExportError: the model cannot be exported, which a measurement in onnxruntime needs.
+        LatencyError: the runtime does not run it.
         NotFasterError: the result is not measurably faster, and must be.
         PlanError: the ratio or target cannot be reached; or `form="native"`, and there is no native form.
         VerificationError: the shrunk model is not equal to the masked one, or the compensated one does not compute what

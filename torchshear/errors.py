@@ -82,7 +82,7 @@ class ExportError(TorchshearError):
 
 
 class LatencyError(TorchshearError):
-    """An ONNX file could not be timed: it is missing, invalid, or holds an operator that onnxruntime does not run."""
+    """A model could not be timed: its ONNX file is missing or invalid, or the runtime does not run it."""
 
 
 class NotFasterError(TorchshearError):

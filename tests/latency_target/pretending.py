@@ -1,7 +1,7 @@
 """A device of a known law that measures nothing."""
 
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 import torchshear
 from tests.speedup.latency.making_tables import probes_of, table_of_probes, total_ms
 from torchshear.latency_target import _planner as planner
-from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult
+from torchshear.speedup.latency._comparison import LatencyComparison, LatencyResult
 
 LAYERS = ("stem", "left", "right", "mix")
 DENSE = {"stem.weight[0]": 24, "left.weight[0]": 32, "right.weight[0]": 16, "mix.weight[0]": 40}
@@ -24,34 +24,41 @@ class Pretended:
     power, spread, measured = 1.0, 0.0, 0
 
     def __init__(self, model: nn.Module, *_: Any) -> None:
-        self.dense, self.widths = Path("dense"), {"dense": self._of_model(model)}
+        self.dense = self.prepare(model, "dense")
 
     def _of_model(self, model: nn.Module) -> dict[str, int]:
         return {f"{name}.weight[0]": len(model.get_parameter(f"{name}.weight")) for name in LAYERS}
 
-    def export(self, model: nn.Module, name: str) -> Path:
-        self.widths[name] = self._of_model(model)
-        return Path(name)
+    def prepare(self, model: nn.Module, name: str) -> "PretendedModel":
+        return PretendedModel(name, self._of_model(model), self.power)
 
-    def export_plan(self, plan: torchshear.PruningPlan, name: str) -> Path:
+    def prepare_plan(self, plan: torchshear.PruningPlan, name: str) -> "PretendedModel":
         type(self).measured += 1
-        self.widths[name] = {group.name: len(group.kept) for group in plan.groups}
-        return Path(name)
+        return PretendedModel(name, {group.name: len(group.kept) for group in plan.groups}, self.power)
 
-    def ms(self, path: Path) -> float:
-        return 3.0 * ((total_ms(self.widths[path.name]) + 0.1) / (total_ms(DENSE) + 0.1)) ** self.power
+    def compare(self, model: "PretendedModel", rounds: int = 5) -> LatencyComparison:
+        return self.compare_all({"pruned": model}, rounds)
 
-    def compare(self, path: Path, rounds: int = 5) -> LatencyComparison:
-        return self.compare_files({"pruned": path}, rounds)
-
-    def compare_files(self, paths: Mapping[str, Path], rounds: int) -> LatencyComparison:
+    def compare_all(self, models: Mapping[str, "PretendedModel"], rounds: int) -> LatencyComparison:
         noise = 1 + self.spread * np.linspace(-1, 1, 5)
-        all_paths = {"dense": self.dense, **paths}
-        times = {name: tuple((self.ms(path) * noise).tolist()) for name, path in all_paths.items()}
-        return LatencyComparison({n: LatencyResult(n, all_paths[n], t) for n, t in times.items()}, "dense")
+        times = {name: tuple((one.ms * noise).tolist()) for name, one in {"dense": self.dense, **models}.items()}
+        return LatencyComparison({name: LatencyResult(name, None, found) for name, found in times.items()}, "dense")
 
-    def profile(self, path: Path) -> SimpleNamespace:
-        return SimpleNamespace(total_ms=self.ms(path) / 2)
+
+@dataclass(frozen=True)
+class PretendedModel:
+    """A model of the pretended device."""
+
+    name: str
+    widths: Mapping[str, int]
+    power: float
+
+    @property
+    def ms(self) -> float:
+        return 3.0 * ((total_ms(self.widths) + 0.1) / (total_ms(DENSE) + 0.1)) ** self.power
+
+    def profile(self) -> SimpleNamespace:
+        return SimpleNamespace(total_ms=self.ms / 2)
 
 
 def share_of(widths: Mapping[str, int], power: float = 1.0) -> float:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 import torchshear
-from tests.latency_target.pretending import DENSE, Pretended, pretend, share_of
+from tests.latency_target.pretending import DENSE, Pretended, PretendedModel, pretend, share_of
 from tests.speedup.latency.making_tables import ALIGNMENT, Joined, joined, probes_of, table_of_probes
 from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.errors import ArgumentError, NotFasterError, PlanError
@@ -21,7 +20,7 @@ from torchshear.latency_target._budgets import budget_of
 from torchshear.pruners.allocation._problem import Levels
 from torchshear.pruners.criteria._criterion import find_criterion
 from torchshear.speedup.latency import Device
-from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult
+from torchshear.speedup.latency._comparison import LatencyComparison, LatencyResult
 from torchshear.speedup.latency._kernels import Profile
 from torchshear.speedup.latency._probes import WidthProbe
 from torchshear.speedup.latency._table import make_table
@@ -166,12 +165,12 @@ def test_a_target_that_is_missed_is_said() -> None:
 def test_a_result_that_is_slower_than_its_candidate_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     compare = Pretended.compare
 
-    def slower_at_the_end(self: Pretended, path: Path, rounds: int = 5) -> LatencyComparison:
-        found = compare(self, path, rounds)
-        if path.name != "pruned":
+    def slower_at_the_end(self: Pretended, model: PretendedModel, rounds: int = 5) -> LatencyComparison:
+        found = compare(self, model, rounds)
+        if model.name != "pruned":
             return found
         times = tuple(1.1 * time for time in found["pruned"].times_ms)
-        return LatencyComparison({**found.results, "pruned": LatencyResult("pruned", path, times)}, "dense")
+        return LatencyComparison({**found.results, "pruned": LatencyResult("pruned", None, times)}, "dense")
 
     monkeypatch.setattr(Pretended, "compare", slower_at_the_end)
     result = prune()

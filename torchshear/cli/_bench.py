@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 import torchshear
+from torchshear.cli._shared_options import Provider
 from torchshear.cli._terminal import stdout_console
 from torchshear.speedup import LatencyComparison
+from torchshear.speedup.onnx._session import CPU
 
 
 def bench(
@@ -19,10 +21,13 @@ def bench(
     threads: Annotated[int, typer.Option(help="Threads of onnxruntime.")] = 1,
     rounds: Annotated[int, typer.Option(help="Times taken of each file; 20 or more for a useful interval.")] = 50,
     batch: Annotated[int, typer.Option(help="Batch size of the inputs.")] = 1,
+    provider: Provider = CPU,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the raw times.")] = False,
 ) -> None:
     """Compare ONNX files for speed in onnxruntime, in interleaved rounds."""
-    comparison = torchshear.compare_latency(_names_of(files), threads=threads, rounds=rounds, batch=batch)
+    comparison = torchshear.compare_latency(
+        _names_of(files), threads=threads, rounds=rounds, batch=batch, provider=provider
+    )
     if as_json:
         typer.echo(json.dumps(comparison.to_dict(), indent=2))
     else:

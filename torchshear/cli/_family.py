@@ -11,11 +11,14 @@ import torchshear
 from torchshear._pictures import has_matplotlib
 from torchshear.cli._example import Target, find_object, load_example
 from torchshear.cli._folder import Force, folder_name, output_folder
-from torchshear.cli._shared_options import CRITERIA, EVERY, parse_align, takes_choice
+from torchshear.cli._shared_options import CRITERIA, EVERY, Provider, Runtime, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.errors import ArgumentError
+from torchshear.family._files import write_onnx
 from torchshear.family._record import render_family
 from torchshear.speedup.latency import Device
+from torchshear.speedup.latency._device import ONNXRUNTIME
+from torchshear.speedup.onnx._session import CPU
 
 _OTHERS: Final = ("scope", "normalize", "target_latency")
 _CHOICE: Final = tuple(name for name in EVERY if name not in _OTHERS)
@@ -54,7 +57,9 @@ def family(  # noqa: PLR0913 - options of the command line, given by name
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
-    threads: Annotated[int, typer.Option(help="Threads of onnxruntime.")] = 1,
+    runtime: Runtime = ONNXRUNTIME,
+    provider: Provider = CPU,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime.")] = 1,
     batch: Annotated[int, typer.Option(help="Samples of one inference.")] = 1,
     force: Force = False,
     *,
@@ -63,8 +68,10 @@ def family(  # noqa: PLR0913 - options of the command line, given by name
     """Prune a model for several latencies: one table, one set of scores, one member for each target.
 
     Writes family.json, family.txt, dense.onnx and, if matplotlib is installed, family.png; and for each member, by its
-    target, plan-0.5.json, model-0.5.safetensors and pruned-0.5.onnx. A folder that holds anything else is refused.
+    target, plan-0.5.json, model-0.5.safetensors and pruned-0.5.onnx. Models that cannot be exported have no ONNX file,
+    which needs --runtime torch. A folder that holds anything else is refused.
     """
+    device = Device(threads=threads, batch=batch, runtime=runtime, provider=provider)
     model, args, kwargs = load_example(target)
     asked = [_number(text) for texts in targets for text in texts.split(",") if text.strip()]
     score = None if evaluate is None else _load_evaluate(evaluate)
@@ -80,13 +87,13 @@ def family(  # noqa: PLR0913 - options of the command line, given by name
             criterion=criterion,
             align=parse_align(align),
             min_width=min_width,
-            device=Device(threads=threads, batch=batch),
+            device=device,
             progress=lambda done, total, what: say(f"{what} ({done} of {total} done)"),
             **choice,
         )
         say("writing")
         found.save(draft)
-        torchshear.export_onnx(model, draft / "dense.onnx", args, kwargs)
+        write_onnx(model, draft / "dense.onnx", args, kwargs, device)
         document = {"torchshear": version("torchshear"), "target": target} | found.to_dict()
         (draft / "family.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     console = stdout_console()

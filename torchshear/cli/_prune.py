@@ -19,12 +19,15 @@ import torchshear
 from torchshear.cli._bench import print_latency
 from torchshear.cli._example import Target, load_example
 from torchshear.cli._folder import Force, folder_name, output_folder
-from torchshear.cli._shared_options import CRITERIA, EVERY, parse_align, takes_choice
+from torchshear.cli._shared_options import CRITERIA, EVERY, Provider, Runtime, parse_align, takes_choice
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.configs._resolved import render_config
+from torchshear.family._files import write_onnx
 from torchshear.report import render_report
 from torchshear.speedup import OnnxFile, Verification
 from torchshear.speedup.latency import Device
+from torchshear.speedup.latency._device import ONNXRUNTIME
+from torchshear.speedup.onnx._session import CPU
 from torchshear.storage._writing import atomic_path
 
 Exported = tuple[nn.Module, nn.Module, tuple[Any, ...], Mapping[str, Any]]  # dense, pruned, arguments of a call of them
@@ -51,9 +54,11 @@ def prune(  # noqa: PLR0913 - options of the command line, given by name
         str, typer.Option(help="Widths that the device runs well: auto (this CPU), a profile, a number, or none.")
     ] = "auto",
     min_width: Annotated[int, typer.Option(help="Fewest channels to keep in a group.")] = 1,
-    threads: Annotated[int, typer.Option(help="Threads of onnxruntime where latency is measured.")] = 1,
+    runtime: Runtime = ONNXRUNTIME,
+    provider: Provider = CPU,
+    threads: Annotated[int, typer.Option(help="Threads of the runtime where latency is measured.")] = 1,
     batch: Annotated[int, typer.Option(help="Samples of one inference where latency is measured.")] = 1,
-    bench: Annotated[bool, typer.Option(help="Measure both ONNX files in onnxruntime.")] = True,
+    bench: Annotated[bool, typer.Option(help="Measure both ONNX files, or with --runtime torch both modules.")] = True,
     force: Force = False,
     *,
     choice: dict[str, Any],
@@ -65,15 +70,17 @@ def prune(  # noqa: PLR0913 - options of the command line, given by name
     small = torchshear.shrink(Model(), PruningPlan.load("plan.json")), then
     safetensors.torch.load_model(small, "model.safetensors").
 
-    With --submodule, only these modules are pruned inside the model, and the ONNX files are theirs: dense-NAME.onnx and
-    pruned-NAME.onnx.
+    With --runtime torch or torch.compile both modules are measured in place of files, and a model that cannot be
+    exported has no ONNX file. With --submodule, only these modules are pruned inside the model, and the ONNX files are
+    theirs: dense-NAME.onnx and pruned-NAME.onnx.
     """
+    device = Device(threads=threads, batch=batch, runtime=runtime, provider=provider)
+    measures_modules = bench and runtime != ONNXRUNTIME
     model, args, kwargs = load_example(target)
     with output_folder(output, "prune", force) as draft, status("pruning and verifying") as say:
         if "data" in choice:
             choice["data"].say = say
-        device = Device(threads=threads, batch=batch)
-        if "target_latency" in choice or choice.get("must_be_faster"):
+        if "target_latency" in choice or choice.get("must_be_faster") or measures_modules:
             choice["device"] = device
         result = torchshear.prune(
             model,
@@ -86,13 +93,15 @@ def prune(  # noqa: PLR0913 - options of the command line, given by name
             **choice,
         )
         pairs = _pairs(model, result, args, kwargs)
-        files = _write(draft, result, pairs, say)
+        files, missing = _write(draft, result, pairs, device, say)
         document = _report_document(target, result, files)
         (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     console = stdout_console()
     _print_result(console, result)
+    if missing:
+        print_lines(console, f"no ONNX     {missing}")
     if bench:
-        document["latency"] = _measure_files(console, output, list(pairs), device)
+        document["latency"] = _measure(console, output, result, list(pairs), device)
         with output_folder(output, "prune", force, adds=True) as draft:
             (draft / "report.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     written = ", ".join(["plan.json", "model.safetensors", *(file.path.name for file in files.values()), "report.json"])
@@ -100,19 +109,29 @@ def prune(  # noqa: PLR0913 - options of the command line, given by name
 
 
 def _write(
-    draft: Path, result: torchshear.PruneResult, pairs: Mapping[str, Exported], say: Callable[[str], None]
-) -> dict[str, OnnxFile]:
-    """Write the plan, the weights and the ONNX files; name of an ONNX file, without its suffix -> what was written."""
+    draft: Path,
+    result: torchshear.PruneResult,
+    pairs: Mapping[str, Exported],
+    device: Device,
+    say: Callable[[str], None],
+) -> tuple[dict[str, OnnxFile], str]:
+    """Write the plan, the weights and the ONNX files.
+
+    Returns:
+        Name of an ONNX file, without its suffix -> what was written; and why one is missing, or "".
+    """
     say("writing the plan and the weights")
     result.plan.save(draft / "plan.json")
     with atomic_path(draft / "model.safetensors") as temporary:
         save_model(result.model, str(temporary))  # tied tensors once, their other names in the metadata
     say("exporting ONNX")
-    return {
-        f"{kind}{suffix}": torchshear.export_onnx(one, draft / f"{kind}{suffix}.onnx", inputs, options)
+    written = {
+        f"{kind}{suffix}": write_onnx(one, draft / f"{kind}{suffix}.onnx", inputs, options, device)
         for suffix, (dense, small, inputs, options) in pairs.items()
         for kind, one in (("dense", dense), ("pruned", small))
     }
+    files = {name: found for name, found in written.items() if isinstance(found, OnnxFile)}
+    return files, next((found for found in written.values() if isinstance(found, str)), "")
 
 
 def _print_result(console: Console, result: torchshear.PruneResult) -> None:
@@ -132,12 +151,21 @@ def _proof(result: torchshear.PruneResult) -> Verification:
     return result.verification
 
 
-def _measure_files(console: Console, output: Path, suffixes: list[str], device: Device) -> dict[str, Any]:
-    """Latency of each pair of ONNX files, printed; of the whole model, or by the name of the part."""
+def _measure(
+    console: Console, output: Path, result: torchshear.PruneResult, suffixes: list[str], device: Device
+) -> dict[str, Any]:
+    """Latency, printed: of both modules if they were measured in torch, else of each pair of ONNX files.
+
+    The latter is that of the whole model, or by the name of the part.
+    """
+    if device.runtime != ONNXRUNTIME:
+        assert result.latency is not None, "the device was given"
+        print_latency(console, result.latency)
+        return result.latency.to_dict()
     kinds = ("dense", "pruned")
     files = {suffix: {f"{kind}{suffix}": output / f"{kind}{suffix}.onnx" for kind in kinds} for suffix in suffixes}
     comparisons = {
-        suffix: torchshear.compare_latency(pair, threads=device.threads, batch=device.batch)
+        suffix: torchshear.compare_latency(pair, threads=device.threads, batch=device.batch, provider=device.provider)
         for suffix, pair in files.items()
     }
     for comparison in comparisons.values():

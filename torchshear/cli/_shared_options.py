@@ -59,9 +59,18 @@ _SIZE = typer.Option(
 )
 _LATENCY = typer.Option(
     metavar="AMOUNT",
-    help="Time in onnxruntime that may be left, in place of a ratio: a share of the dense model's, or milliseconds, as "
-    "3.5ms. Measured on this machine, with --threads and --batch.",
+    help="Time that may be left, in place of a ratio: a share of the dense model's, or milliseconds, as "
+    "3.5ms. Measured on this machine, with --runtime, --threads and --batch.",
 )
+Runtime = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="What runs the models that are measured: onnxruntime, torch (eagerly) or torch.compile."
+    ),
+]
+Provider = Annotated[
+    str, typer.Option(metavar="NAME", help="Execution provider of onnxruntime, as CUDAExecutionProvider.")
+]
 _WORDS_OF_TRUTH: Final = {"true": True, "false": False}
 
 

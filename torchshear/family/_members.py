@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor, nn
@@ -21,9 +20,10 @@ from torchshear.latency_target._planner import (
     target_share_of,
 )
 from torchshear.options import PruneOptions
-from torchshear.speedup.latency._compare import LatencyComparison
+from torchshear.speedup.latency._comparison import LatencyComparison
+from torchshear.speedup.latency._runtime import ReadyModel
 
-_STEPS: Final = ("choosing widths and measuring", "shrinking and proving", "exporting and measuring", "evaluating")
+_STEPS: Final = ("choosing widths and measuring", "shrinking and proving", "measuring", "evaluating")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,12 +32,12 @@ class FamilyMember:
 
     Attributes:
         made: the model, its plan and its proof.
-        path: its ONNX file.
+        ready: the same, ready for the device.
         score: what the user's function gives for it; None without one.
     """
 
     made: MadeModel
-    path: Path
+    ready: ReadyModel
     score: float | None
 
 
@@ -92,12 +92,12 @@ class MemberMaker:
                 say(0)
                 made, correction = self._make_one(quiet, targets[name], correction, say)
                 say(2)
-                path = self.measured.candidates.export(made.after.model, f"member {number}")
+                ready = self.measured.candidates.prepare(made.after.model, f"member {number}")
                 if self.must_be_faster:
                     what = f"the member for the target {name}"
-                    check_faster(self.measured.candidates.compare(path, RESULT_ROUNDS), "pruned", what)
+                    check_faster(self.measured.candidates.compare(ready, RESULT_ROUNDS), "pruned", what)
                 say(3)
-                found[name] = FamilyMember(made, path, self._score(made.after.model, name))
+                found[name] = FamilyMember(made, ready, self._score(made.after.model, name))
         return {name: found[name] for name in targets}
 
     def _make_one(

@@ -179,7 +179,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
         measured = MeasuredModel.of(options, targets, model, groups, args, kwargs, measuring.given, Path(folder))
         maker = MemberMaker(model, args, kwargs, options, measured, evaluate, must_be_faster, size)
         made = maker.make(dict(zip(names, targets, strict=True)), progress)
-        latency = measured.candidates.compare_files({name: one.path for name, one in made.items()}, RESULT_ROUNDS)
+        latency = measured.candidates.compare_all({name: one.ready for name, one in made.items()}, RESULT_ROUNDS)
     return PrunedFamily(
         model=type(model).__name__,
         targets=tuple(targets),

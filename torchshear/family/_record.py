@@ -20,7 +20,7 @@ from torchshear.family._files import write_member
 from torchshear.family._picture import Mark, draw_family
 from torchshear.latency_target import LatencyAllocation
 from torchshear.speedup.latency import LatencyTable
-from torchshear.speedup.latency._compare import LatencyComparison
+from torchshear.speedup.latency._comparison import LatencyComparison
 from torchshear.storage._writing import atomic_path, whole_folder
 
 _INTERVAL: Final = "95% interval"
@@ -162,16 +162,17 @@ class PrunedFamily:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the family into a new or empty folder, as a whole or not at all.
 
-        For each member NAME: plan-NAME.json, model-NAME.safetensors and pruned-NAME.onnx; and family.json, family.txt
+        For each member NAME: plan-NAME.json, model-NAME.safetensors and pruned-NAME.onnx, which may be missing where
+        the runtime is torch and the member cannot be exported; and family.json, family.txt
         and, if matplotlib is installed, family.png.
 
         Raises:
             OutputError: the folder holds something, or cannot be written.
-            ExportError: a member cannot be exported.
+            ExportError: a member cannot be exported, and the runtime is onnxruntime.
         """
         with whole_folder(folder) as draft:
             for name, member in zip(self.names, self.members, strict=True):
-                write_member(member, draft, name)
+                write_member(member, draft, name, self.table.device)
             for name, text in (("family.json", self.to_json()), ("family.txt", str(self))):
                 with atomic_path(draft / name) as temporary:
                     temporary.write_text(text + "\n", encoding="utf-8")

@@ -28,8 +28,9 @@ from torchshear.pruners.selection._latency import parse_latency
 from torchshear.pruners.selection._request import Request
 from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._candidates import Candidates
-from torchshear.speedup.latency._compare import LatencyComparison
+from torchshear.speedup.latency._comparison import LatencyComparison
 from torchshear.speedup.latency._measure_table import input_identity, table_of
+from torchshear.speedup.latency._runtime import ReadyModel
 from torchshear.speedup.latency._table import check_table, share_at
 
 ROUNDS: Final = 5
@@ -47,7 +48,7 @@ class MeasuredModel:
     Attributes:
         groups: the analysed network.
         table: the time of the model by widths.
-        candidates: the dense model's file, by which others are measured.
+        candidates: the dense model, ready for the device, by which others are measured.
         dense_ms: median time of the dense model.
         least_share: the least share of the dense model's time that the table has for any widths.
         ranked: the groups that may shrink, with their units in the order in which they go.
@@ -159,8 +160,8 @@ class LatencyPlanner:
                     break
                 budget_share *= 1 - TOLERANCE / 2  # the same again; a little less gives others, if there are any
                 continue
-            path = measured.candidates.export_plan(ranked.plan(found.widths, _said(measured)), "candidate")
-            measured_share, is_quiet = _measured_share(measured.candidates, path)
+            candidate = measured.candidates.prepare_plan(ranked.plan(found.widths, _said(measured)), "candidate")
+            measured_share, is_quiet = _measured_share(measured.candidates, candidate)
             predicted = measured.table.predict_ms(found.widths) / measured.table.dense_ms
             times = (predicted, measured_share, is_quiet)
             rounds.append(LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, *times))
@@ -222,7 +223,7 @@ def measured_speed(
     options: LatencyOptions,
     measured: MeasuredModel | None = None,
 ) -> LatencyComparison | None:
-    """Export a model and what was made of it, and measure both, as "dense" and "pruned"; None if that is not asked for.
+    """Measure a model and what was made of it, as "dense" and "pruned"; None if that is not asked for.
 
     Args:
         model: the model.
@@ -231,7 +232,7 @@ def measured_speed(
         args: example positional arguments.
         kwargs: example keyword arguments.
         options: the device, and whether the result must be faster.
-        measured: the dense model's file, where there is one already.
+        measured: the dense model as it was measured, where it was already.
 
     Raises:
         NotFasterError: the result is not measurably faster, and must be.
@@ -244,7 +245,7 @@ def measured_speed(
             candidates = Candidates(model, groups, args, kwargs, options.device, folder)
         else:
             candidates = measured.candidates
-        comparison = candidates.compare(candidates.export(small, "pruned"), RESULT_ROUNDS)
+        comparison = candidates.compare(candidates.prepare(small, "pruned"), RESULT_ROUNDS)
     if options.must_be_faster:
         check_faster(comparison, "pruned", "the pruned model")
     return comparison
@@ -331,12 +332,12 @@ def _other_budgets(groups: ChannelGroups, levels: list[Levels], request: Request
     return [budget_of(name, limit, forms[name], groups, levels, share) for name, limit in limits.items()]
 
 
-def _measured_share(candidates: Candidates, path: Path) -> tuple[float, bool]:
+def _measured_share(candidates: Candidates, candidate: ReadyModel) -> tuple[float, bool]:
     """Return the time of a candidate as a share of the dense model's, and whether whole runs were steady enough."""
-    comparison = candidates.compare(path)
+    comparison = candidates.compare(candidate)
     if all(result.iqr_ms / result.median_ms <= _STEADY for result in comparison.results.values()):
         return 1 / comparison.speedup("pruned"), True
-    dense, pruned = (candidates.profile(one).total_ms for one in (candidates.dense, path))
+    dense, pruned = (one.profile().total_ms for one in (candidates.dense, candidate))
     return pruned / dense, False
 
 

@@ -7,7 +7,7 @@ from torchshear.speedup.compensation._fold_record import Fold
 from torchshear.speedup.compensation._refit import refit
 from torchshear.speedup.compensation._refit_record import Refit
 from torchshear.speedup.latency._alignment_profiles import profiles
-from torchshear.speedup.latency._compare import LatencyComparison
+from torchshear.speedup.latency._comparison import LatencyComparison
 from torchshear.speedup.native._attention_scale import OutputFactor
 from torchshear.speedup.onnx._export import OnnxFile
 from torchshear.speedup.rewriting._traced import TracedModule

@@ -44,5 +44,14 @@ def test_kernels_have_their_least_time_after_the_warm_up() -> None:
     assert profile.kernels[0] == KernelTime("relu_nchwc", "Conv", inputs, (("float", (1, 8, 8, 8)),), 0.04)
 
 
+def test_with_kernels_of_another_provider_the_least_whole_run_counts() -> None:
+    """Kernels of CUDA, as an example, run on after the profiler has noted their end."""
+    events = [*run(100, 1, 1, 1), *run(2000, 50, 7, 9), *run(4000, 40, 8, 90)]
+    events[5]["args"]["provider"] = "CUDAExecutionProvider"
+    profile = read_profile(events, warmup=1)
+    assert profile.kernels == ()
+    assert profile.total_ms == pytest.approx(0.086)
+
+
 def test_a_single_run_is_better_than_none() -> None:
     assert read_profile(run(0, 5, 6, 7)).kernels[0].ms == 0.005

@@ -7,7 +7,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from torchshear.errors import ArgumentError, LatencyError
-from torchshear.speedup.latency._compare import LatencyComparison, LatencyResult, compare_latency
+from torchshear.speedup.latency._compare import compare_latency
+from torchshear.speedup.latency._comparison import LatencyComparison, LatencyResult
 
 BATCHED = ("batch", 4)
 

@@ -33,13 +33,13 @@ def measure(**options: Any) -> LatencyTable:
 
 def test_a_network_is_measured_once_and_read_afterwards(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    export = candidates.Candidates.export
+    prepare = candidates.Candidates.prepare
 
-    def counted(self: candidates.Candidates, model: Any, name: str) -> Path:
+    def counted(self: candidates.Candidates, model: Any, name: str) -> Any:
         calls.append(name)
-        return export(self, model, name)
+        return prepare(self, model, name)
 
-    monkeypatch.setattr(candidates.Candidates, "export", counted)
+    monkeypatch.setattr(candidates.Candidates, "prepare", counted)
     table = measure()
     assert calls == ["dense", "probe", "probe", "probe"]
     assert {kernel.operator for kernel in table.kernels} >= {"Conv", "Gemm"}
@@ -54,15 +54,15 @@ def test_a_network_is_measured_once_and_read_afterwards(folder: Path, monkeypatc
 
 
 def test_what_was_measured_before_an_end_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export, made = candidates.Candidates.export_widths, []
+    prepare, made = candidates.Candidates.prepare_widths, []
 
-    def ends(self: candidates.Candidates, widths: Mapping[str, int], name: str) -> Path:
+    def ends(self: candidates.Candidates, widths: Mapping[str, int], name: str) -> Any:
         made.append(dict(widths))
         if len(made) == 2:
             raise KeyboardInterrupt
-        return export(self, widths, name)
+        return prepare(self, widths, name)
 
-    monkeypatch.setattr(candidates.Candidates, "export_widths", ends)
+    monkeypatch.setattr(candidates.Candidates, "prepare_widths", ends)
     with pytest.raises(KeyboardInterrupt):
         measure()
     measure()

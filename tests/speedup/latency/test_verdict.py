@@ -11,7 +11,7 @@ import torchshear
 from torchshear.dependency import ChannelGroups
 from torchshear.speedup import LatencyComparison
 from torchshear.speedup.latency import _verdict as module
-from torchshear.speedup.latency._compare import LatencyResult
+from torchshear.speedup.latency._comparison import LatencyResult
 from torchshear.speedup.latency._verdict import speed_verdict
 
 

@@ -1,4 +1,4 @@
-"""Latency in onnxruntime: measured, as a table over widths, and the widths that a device runs well."""
+"""Latency in onnxruntime or torch: measured, as a table over widths, and the widths that a device runs well."""
 
 from torchshear.speedup.latency._device import Device
 from torchshear.speedup.latency._measure_table import measure_table

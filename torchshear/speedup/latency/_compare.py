@@ -1,220 +1,21 @@
-"""Latency of ONNX models in onnxruntime on the CPU, compared in interleaved rounds."""
+"""`compare_latency`: ONNX files against each other in onnxruntime."""
 
-import gc
-import io
-import math
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final
 
 import numpy as np
 import onnxruntime
-from rich.console import Console
-from rich.table import Table
 
 from torchshear._arguments import check_count, check_kind, quote
 from torchshear.calibration import Progress
-from torchshear.calibration._progress import check_progress, with_progress
+from torchshear.calibration._progress import check_progress
 from torchshear.errors import ArgumentError, LatencyError
-from torchshear.speedup.latency._device import cpu_name
-from torchshear.speedup.onnx._session import check_inputs, error_reason, make_inputs, open_session
+from torchshear.speedup.latency._comparison import LatencyComparison, Rounds
+from torchshear.speedup.latency._device import Device, cpu_name
+from torchshear.speedup.onnx._session import CPU, check_inputs, make_inputs, open_session, run_of
 
-_RESAMPLES: Final = 2000
-_NOISY_IQR: Final = 0.1  # share of the median, as torch.utils.benchmark.Measurement warns
-
-
-@dataclass(frozen=True, slots=True)
-class LatencyResult:
-    """Times of one model.
-
-    Attributes:
-        name: name of the model.
-        path: its ONNX file.
-        times_ms: one time per round, in milliseconds per inference; each is the mean of `runs_per_sample` runs.
-        runs_per_sample: inferences in a row that make one time.
-        confidence: of the interval, between 0 and 1.
-        seed: of the bootstrap.
-
-    Raises:
-        ArgumentError: there is no time, or one is not a positive finite number.
-    """
-
-    name: str
-    path: Path
-    times_ms: tuple[float, ...]
-    runs_per_sample: int = 1
-    confidence: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse times that have no median."""
-        if not self.times_ms or not all(math.isfinite(time_ms) and time_ms > 0 for time_ms in self.times_ms):
-            raise ArgumentError(
-                f"times_ms of {self.name!r} must be positive finite numbers, but got {self.times_ms!r}."
-            )
-
-    @property
-    def median_ms(self) -> float:
-        """Median time of one inference, in milliseconds."""
-        return float(np.median(self.times_ms))
-
-    @property
-    def interval_ms(self) -> tuple[float, float]:
-        """Percentile bootstrap interval of the median, in milliseconds (Efron and Tibshirani 1993, chapter 13)."""
-        times_ms = np.asarray(self.times_ms)
-        medians = np.median(times_ms[_resamples(len(times_ms), self.seed)], axis=1)
-        return _percentile_interval(medians, self.confidence)
-
-    @property
-    def iqr_ms(self) -> float:
-        """Distance between the quartiles, in milliseconds."""
-        low, high = np.percentile(self.times_ms, (25, 75))
-        return float(high - low)
-
-
-@dataclass(frozen=True, slots=True)
-class LatencyComparison:
-    """Times of several models, taken in the same rounds.
-
-    Attributes:
-        results: name -> times; all have the same number of rounds, and time i of each is from round i.
-        baseline: the name that the others are compared with.
-        batch: size of the first dimension of the inputs.
-        threads: intra-op threads of every session.
-        runtime: name and version of the runtime.
-        cpu: name of the processor.
-
-    Raises:
-        ArgumentError: there is no result, the baseline is not among them, or the numbers of rounds differ.
-    """
-
-    results: Mapping[str, LatencyResult]
-    baseline: str
-    batch: int = 1
-    threads: int = 1
-    runtime: str = f"onnxruntime {onnxruntime.__version__}"
-    cpu: str = "unknown"
-
-    def __post_init__(self) -> None:
-        """Freeze the mapping and check that rounds can be paired."""
-        object.__setattr__(self, "results", MappingProxyType(dict(self.results)))
-        if self.baseline not in self.results:
-            raise ArgumentError(
-                f"baseline {self.baseline!r} is none of the results: {', '.join(self.results) or 'none'}."
-            )
-        rounds = {name: len(result.times_ms) for name, result in self.results.items()}
-        if len(set(rounds.values())) > 1:
-            raise ArgumentError(f"all models must have the same number of rounds, but got {rounds}.")
-
-    def __getitem__(self, name: str) -> LatencyResult:
-        if not isinstance(name, str) or name not in self.results:
-            raise ArgumentError(f"no model is called {quote(name)}. Measured: {', '.join(self.results)}.")
-        return self.results[name]
-
-    def speedup(self, name: str) -> float:
-        """Return how many times faster a model is than the baseline: the ratio of the medians.
-
-        Raises:
-            ArgumentError: no model has this name.
-        """
-        return self[self.baseline].median_ms / self[name].median_ms
-
-    def speedup_interval(self, name: str) -> tuple[float, float]:
-        """Return the interval of the speed-up, by a bootstrap over rounds, which keeps both models paired.
-
-        Raises:
-            ArgumentError: no model has this name.
-        """
-        result, baseline = self[name], self[self.baseline]
-        rounds = _resamples(len(result.times_ms), result.seed)
-        medians = np.median(np.asarray(result.times_ms)[rounds], axis=1)
-        ratios = np.median(np.asarray(baseline.times_ms)[rounds], axis=1) / medians
-        return _percentile_interval(ratios, result.confidence)
-
-    def is_faster(self, name: str) -> bool:
-        """Check that the whole interval of the speed-up lies above 1.
-
-        Raises:
-            ArgumentError: no model has this name.
-        """
-        return self.speedup_interval(name)[0] > 1
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Remarks on the figures, one sentence each: models that are not faster, and noisy times."""
-        notes = []
-        for name in self.results:
-            low, high = self.speedup_interval(name)
-            if name != self.baseline and low <= 1:
-                verdict = "is slower than" if high < 1 else "is not measurably faster than"
-                ratio = f"{self.speedup(name):.2f} ({low:.2f} to {high:.2f})"
-                notes.append(f"{name!r} {verdict} {self.baseline!r}: speed-up {ratio}.")
-        for name, result in self.results.items():
-            share = result.iqr_ms / result.median_ms
-            if share > _NOISY_IQR:
-                notes.append(
-                    f"The times of {name!r} are noisy: their quartiles are {share:.0%} of the median apart. "
-                    f"Close other programs, or raise rounds or min_seconds."
-                )
-        return tuple(notes)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as values that JSON can hold, raw times in milliseconds included."""
-        return {
-            "baseline": self.baseline,
-            "batch": self.batch,
-            "threads": self.threads,
-            "runtime": self.runtime,
-            "cpu": self.cpu,
-            "notes": list(self.notes),
-            "results": {
-                name: {
-                    "path": str(result.path),
-                    "median_ms": result.median_ms,
-                    "interval_ms": list(result.interval_ms),
-                    "iqr_ms": result.iqr_ms,
-                    "confidence": result.confidence,
-                    "seed": result.seed,
-                    "speedup": self.speedup(name),
-                    "speedup_interval": list(self.speedup_interval(name)),
-                    "is_faster": self.is_faster(name),
-                    "runs_per_sample": result.runs_per_sample,
-                    "times_ms": list(result.times_ms),
-                }
-                for name, result in self.results.items()
-            },
-        }
-
-    def __str__(self) -> str:
-        """Return a table of 100 columns, with the notes below it."""
-        first = self[self.baseline]
-        table = Table(
-            title=f"{self.runtime}, {self.cpu}, {self.threads} thread{'s' * (self.threads > 1)}, batch {self.batch}"
-        )
-        table.add_column("model")
-        headings = (
-            "median ms",
-            f"{first.confidence:.0%} interval",
-            "IQR ms",
-            "speed-up",
-            f"{first.confidence:.0%} interval",
-        )
-        for heading in headings:
-            table.add_column(heading, justify="right")
-        for name, result in self.results.items():
-            cells = (f"{result.median_ms:.3f}", _format_interval(result.interval_ms, 3), f"{result.iqr_ms:.3f}")
-            table.add_row(name, *cells, f"{self.speedup(name):.2f}", _format_interval(self.speedup_interval(name), 2))
-        console = Console(file=io.StringIO(), width=100, color_system=None, markup=False)
-        console.print(table)
-        for note in self.notes:
-            console.print(note, highlight=False)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return text.rstrip("\n")
+_Opened = tuple[onnxruntime.InferenceSession, Mapping[str, np.ndarray]]
 
 
 def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurement, with a default that is safe
@@ -223,6 +24,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
     inputs: Mapping[str, np.ndarray] | None = None,
     batch: int = 1,
     threads: int = 1,
+    provider: str = CPU,
     rounds: int = 50,
     warmup: int = 10,
     min_seconds: float = 0.002,
@@ -230,7 +32,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
     seed: int = 0,
     progress: Progress = True,
 ) -> LatencyComparison:
-    """Measure ONNX models against each other in onnxruntime on the CPU.
+    """Measure ONNX models against each other in onnxruntime.
 
     Every round times each model once, in an order drawn anew, so that a machine that slows down slows all of them. The
     threads do not spin between inferences: two spinning sessions in one process disturb each other by up to a factor
@@ -242,6 +44,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
             standard normal floats, zeros for integers, true for bools, all drawn with `seed`.
         batch: size of a free first dimension where inputs are made; not used with `inputs`.
         threads: intra-op threads per session; inter-op is always 1.
+        provider: the execution provider of onnxruntime; see `torchshear.speedup.latency.Device`.
         rounds: times kept per model; 20 or more for an interval that means something.
         warmup: inferences per model before the first round.
         min_seconds: shortest duration of one sample; shorter inferences are run several times in a row and averaged.
@@ -254,7 +57,7 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
         The times and what follows from them. Sessions are closed.
 
     Raises:
-        ArgumentError: there is no model, or a number is out of its range.
+        ArgumentError: there is no model, a number is out of its range, or the provider is not installed.
         LatencyError: a file is missing, invalid or holds an operator that onnxruntime does not run; or inputs do not
             fit a model, or cannot be made for it, or differ between the models.
 
@@ -271,76 +74,36 @@ def compare_latency(  # noqa: PLR0913  each argument is one knob of the measurem
         raise ArgumentError(f"confidence must be between 0 and 1 exclusive, but got confidence={quote(confidence)}.")
     if not isinstance(min_seconds, int | float) or not 0 <= min_seconds <= 3600:
         raise ArgumentError(f"min_seconds must be a duration of 0 to 3600 s, but got min_seconds={quote(min_seconds)}.")
-    inferences = _open_models(models, inputs, batch=batch, threads=threads, seed=seed)
-    runs = {name: inference.runs_lasting(min_seconds, warmup) for name, inference in inferences.items()}
-    times_ms: dict[str, list[float]] = {name: [] for name in inferences}
-    names, order = list(inferences), np.random.default_rng(seed)
-    with _without_garbage_collection():
-        for _ in with_progress(range(rounds), rounds, "measuring", progress):
-            for index in order.permutation(len(names)):
-                name = names[index]
-                times_ms[name].append(inferences[name].mean_ms(runs[name]))
-    results = {
-        name: LatencyResult(name, Path(models[name]), tuple(times_ms[name]), runs[name], confidence, seed)
-        for name in names
-    }
-    return LatencyComparison(results, names[0], inferences[names[0]].batch, threads, cpu=cpu_name())
-
-
-@dataclass(frozen=True, slots=True)
-class _Inference:
-    """A session with the inputs that it is timed on."""
-
-    name: str
-    session: onnxruntime.InferenceSession
-    feeds: Mapping[str, np.ndarray]
-
-    @property
-    def batch(self) -> int:
-        """Size of the first dimension of the first input; 1 if it has none."""
-        return next((array.shape[0] for array in self.feeds.values() if array.ndim), 1)
-
-    def mean_ms(self, n_runs: int) -> float:
-        """Run `n_runs` times in a row and give the milliseconds of one."""
-        run, feeds = self.session.run, dict(self.feeds)
-        start = time.perf_counter_ns()
-        for _ in range(n_runs):
-            run(None, feeds)
-        return (time.perf_counter_ns() - start) / n_runs / 1e6
-
-    def runs_lasting(self, min_seconds: float, warmup: int) -> int:
-        """Warm up, and give the number of runs that last `min_seconds` together."""
-        try:
-            self.session.run(None, dict(self.feeds))
-        except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            raise LatencyError(f"{self.name!r} fails on the inputs it was given: {error_reason(error)}") from error
-        times_ms = [self.mean_ms(1) for _ in range(max(warmup, 3))]
-        return max(1, math.ceil(min_seconds * 1e3 / max(float(np.median(times_ms)), 1e-3)))
+    device = Device(threads=threads, batch=batch, provider=provider)
+    opened = _open_models(models, inputs, device, seed)
+    measuring = Rounds(
+        rounds=rounds, warmup=warmup, min_seconds=min_seconds, confidence=confidence, seed=seed, progress=progress
+    )
+    runs = {name: run_of(session, feeds) for name, (session, feeds) in opened.items()}
+    results = measuring.time(runs, {name: Path(path) for name, path in models.items()})
+    first, (_, feeds) = next(iter(opened.items()))
+    size = next((array.shape[0] for array in feeds.values() if array.ndim), 1)
+    return LatencyComparison(results, first, size, threads, device.runtime_name, cpu_name())
 
 
 def _open_models(
-    models: Mapping[str, str | os.PathLike[str]],
-    inputs: Mapping[str, np.ndarray] | None,
-    *,
-    batch: int,
-    threads: int,
-    seed: int,
-) -> dict[str, _Inference]:
+    models: Mapping[str, str | os.PathLike[str]], inputs: Mapping[str, np.ndarray] | None, device: Device, seed: int
+) -> dict[str, _Opened]:
     """Open every model and give it inputs of the same shapes and types."""
-    inferences: dict[str, _Inference] = {}
+    opened: dict[str, _Opened] = {}
     for name, path in models.items():
-        session = open_session(path, threads)
-        feeds = make_inputs(name, session, batch, seed) if inputs is None else check_inputs(name, session, inputs)
-        inferences[name] = _Inference(name, session, feeds)
-    first = next(iter(inferences.values()))
-    for inference in inferences.values():
-        wanted, got = _signature(first.feeds), _signature(inference.feeds)
+        session = open_session(path, device.threads, provider=device.provider)
+        made = make_inputs(name, session, device.batch, seed) if inputs is None else check_inputs(name, session, inputs)
+        opened[name] = (session, made)
+    first, (_, feeds) = next(iter(opened.items()))
+    for name, (_, others) in opened.items():
+        wanted, got = _signature(feeds), _signature(others)
         if wanted != got:
             raise LatencyError(
-                f"{inference.name!r} takes {got}, but {first.name!r} takes {wanted}; their times cannot be compared. "
+                f"{name!r} takes {got}, but {first!r} takes {wanted}; their times cannot be compared. "
                 f"Export both with the same example inputs."
             )
-    return inferences
+    return opened
 
 
 def _signature(feeds: Mapping[str, np.ndarray]) -> list[str]:
@@ -360,31 +123,3 @@ def _check_numbers(models: Mapping[str, object], inputs: Mapping[str, object] | 
         )
     for name, value in numbers.items():
         check_count(name, value, least=0 if name in ("seed", "warmup") else 1)
-
-
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Keep the garbage collector out of the times, as the standard library's timeit does."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _resamples(n_times: int, seed: int) -> np.ndarray:
-    """Draw the rounds of every bootstrap sample: indices of shape (resamples, n_times)."""
-    return np.random.default_rng(seed).integers(0, n_times, (_RESAMPLES, n_times))
-
-
-def _percentile_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Return the central interval that holds a share `confidence` of the values."""
-    low, high = np.quantile(values, ((1 - confidence) / 2, (1 + confidence) / 2))
-    return float(low), float(high)
-
-
-def _format_interval(interval: tuple[float, float], digits: int) -> str:
-    """Write an interval for the table."""
-    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"

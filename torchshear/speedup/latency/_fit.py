@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -11,14 +12,20 @@ import numpy.typing as npt
 from scipy.optimize import nnls
 
 from torchshear.dependency import ChannelGroups
+from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.dependency.groups._width_form import WidthForm, axis_forms
 from torchshear.speedup.latency._kernels import KernelTime, Shape
 from torchshear.speedup.latency._probes import NOISY, WidthProbe, normalised, shares_of, spread_of
 
 Floats = npt.NDArray[np.float64]
 
-_PRODUCTS: Final = frozenset({"MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits"})
-_CONVOLUTIONS: Final = frozenset({"Conv", "FusedConv", "ConvTranspose"})
+_PRODUCTS: Final[Mapping[str, int]] = MappingProxyType(  # matrix products -> the place of the first factor
+    dict.fromkeys(("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "MatMulNBits"), 0)
+    | dict.fromkeys(("aten.linear", "aten.matmul", "aten.mm", "aten.bmm"), 0)
+    | dict.fromkeys(("aten.addmm", "aten.baddbmm"), 1)
+)
+_TRANSPOSED: Final = frozenset({"ConvTranspose", *(f"aten.conv_transpose{n}d" for n in (1, 2, 3))})
+_CONVOLUTIONS: Final = frozenset({"Conv", "FusedConv", *(f"aten.conv{n}d" for n in (1, 2, 3)), *_TRANSPOSED})
 _FAR_ABOVE: Final = 0.25  # share of the formula, by which a time is above it if it was disturbed
 _DISTURBED: Final = 0.01  # share of the whole model's least time, likewise
 _REFITS, _LEAST_POINTS = 4, 4
@@ -92,9 +99,12 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     for a convolution that is a constant plus a term linear in (blocks in) x (blocks out). No coefficient is negative.
     Kernels of the same operator, types and fixed sizes share one formula. Which sizes follow which widths is read off
     the shapes that the runtime reports in each probe. The model takes a factor of the sum of its kernels, and a
-    constant, which stand for kernels that cannot be followed as well. On a steady machine these two are fitted to whole
-    runs. Elsewhere they are fitted to sums of least times, which other programs disturb little; what they do to all
-    kernels alike is taken out by the dense model's kernels of the same spell, and whole runs give one factor more.
+    constant, which stand for kernels that cannot be followed as well. In torch, where whole runs are measured apart,
+    kernels with products and others have a factor each, since a compiled model runs the latter with the former. Without
+    kernels that can be followed there is one for operations and one for parameters. On a steady machine all that is
+    fitted to whole runs. Elsewhere it is fitted to sums of least times, or to least times of whole runs, which other
+    programs disturb little; what they do to all kernels alike is taken out by the dense model's kernels of the same
+    spell, and whole runs give one factor more.
 
     Args:
         groups: the analysed network.
@@ -109,16 +119,18 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     for kernel in known:
         by_kind[kernel.kind].append(kernel)
     quiet = np.array([probe.profile.total_ms for probe in probes])
-    total, fits, n_disturbed = WidthForm({}), [], 0
+    is_whole = np.array([probe.profile.whole_ms is not None for probe in probes])
+    parts, fits, n_disturbed = [WidthForm({}), WidthForm({})], list[KernelFit](), 0  # kernels with products, and others
     for alike in by_kind.values():
         coefficients, is_disturbed = _fit_kind(alike, shares, _DISTURBED * float(quiet.min()))
         for kernel, excluded in zip(alike, is_disturbed, strict=True):
             form = WidthForm({})
             for value, feature in zip(coefficients, kernel.features, strict=True):
                 form = form + feature * float(value)
-            total = total + form
+            has_products = bool(kernel.features[-1].terms)
+            parts[not has_products] = parts[not has_products] + form
             gaps = kernel.times - form.at(shares)
-            quiet = quiet - np.where(excluded, gaps, 0.0)
+            quiet = quiet - np.where(excluded & ~is_whole, gaps, 0.0)
             n_disturbed += int(excluded.sum())
             error = np.abs(np.where(excluded, 0.0, gaps) / np.maximum(kernel.times, 1e-3)).max()
             fits.append(KernelFit(kernel.name, kernel.operator, float(kernel.times[0]), float(error)))
@@ -126,11 +138,25 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     if spread_of(probes) <= NOISY:
         shares_of_dense = np.array([probe.share for probe in probes])
         quiet = shares_of_dense * float(np.median(quiet / shares_of_dense))
-    design = np.stack([total.at(shares), np.ones(len(probes))], 1) / quiet[:, None]
-    (factor, constant), _ = nnls(design, np.ones(len(probes)))
-    known_share = sum(kernel.dense_ms for kernel in fits) / sum(kernel.ms for kernel in probes[0].profile.kernels)
-    form = (total * float(factor) + float(constant)) * slowdown
+    if not fits:
+        forms = WidthCost(groups).forms()
+        parts = [forms["macs"], forms["n_params"]]
+    elif not is_whole.any():
+        parts = [parts[0] + parts[1]]
+    form = _fit_sum(parts, shares, quiet) * slowdown
+    all_ms = sum(kernel.ms for kernel in probes[0].profile.kernels)
+    known_share = sum(kernel.dense_ms for kernel in fits) / all_ms if all_ms else 0.0
     return Fit(form, slowdown, tuple(fits), known_share, quiet, n_disturbed)
+
+
+def _fit_sum(parts: Sequence[WidthForm], shares: Floats, times: Floats) -> WidthForm:
+    """Fit a constant and so much of each part to the time of the model; errors are relative, no factor is negative."""
+    rows = np.stack([*(part.at(shares) for part in parts), np.ones(len(times))], 1)
+    scale = rows.max(0)
+    scale[scale == 0] = 1.0
+    found, _ = nnls(rows / scale / times[:, None], np.ones(len(times)))
+    factors = (found / scale).tolist()
+    return sum((part * factor for part, factor in zip(parts, factors[:-1], strict=True)), WidthForm({(): factors[-1]}))
 
 
 def _fit_kind(alike: Sequence[_Kernel], shares: Floats, tolerance: float) -> tuple[Floats, npt.NDArray[np.bool_]]:
@@ -208,10 +234,11 @@ def _elements(shapes: Sequence[Sequence[WidthForm]]) -> WidthForm:
 def _products(operator: str, read: Sequence[Sequence[WidthForm]], written: Sequence[Sequence[WidthForm]]) -> WidthForm:
     """Return the number of products that a convolution or a matrix product computes; none for other operators."""
     if operator in _CONVOLUTIONS and len(read) > 1:
-        values = read[0] if operator == "ConvTranspose" else written[0]
+        values = read[0] if operator in _TRANSPOSED else written[0]
         return prod(read[1][1:], start=prod(values, start=_ONE))
-    if operator in _PRODUCTS and read and read[0]:
-        return prod(written[0], start=_ONE) * read[0][-1]
+    place = _PRODUCTS.get(operator)
+    if place is not None and len(read) > place and read[place]:
+        return prod(written[0], start=_ONE) * read[place][-1]
     return WidthForm({})
 
 

@@ -1,4 +1,4 @@
-"""Times of the kernels of an ONNX model as onnxruntime's optimized graph runs them, from its own profile."""
+"""Kernels of a model with their times; those of an ONNX model, from onnxruntime's own profile."""
 
 import time
 from collections import defaultdict
@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from torchshear.errors import LatencyError
-from torchshear.speedup.onnx._session import error_reason, open_session
+from torchshear.speedup.latency._device import Device
+from torchshear.speedup.onnx._session import CPU, error_reason, open_session
 from torchshear.storage._reading import UnreadableError, read_json
 
 Shape = tuple[int, ...]
@@ -24,11 +25,12 @@ _LARGEST_PROFILE = 1 << 29  # bytes
 
 @dataclass(frozen=True, slots=True)
 class KernelTime:
-    """One kernel of an optimized graph.
+    """One kernel of onnxruntime's optimized graph, or one operator of torch.
 
     Attributes:
-        name: name of its node; fused kernels have that of one of the nodes that they were made of, or of its result.
-        operator: type of the node, as "Conv".
+        name: name of its node, or of the operator and its place; fused kernels have that of one of the nodes that they
+            were made of, or of its result.
+        operator: type of the node, as "Conv", or the operator, as "aten.conv2d".
         inputs: type and shape of each input, as the runtime reports them; packed weights are not reported.
         outputs: the same of each output.
         ms: the least of its times: what it takes while nothing else takes its core.
@@ -48,37 +50,44 @@ class Profile:
     Attributes:
         kernels: the kernels in the order in which they run.
         overhead_ms: the least that a run takes beside them.
+        whole_ms: the least time of a whole run, where that was measured apart from the kernels; else None.
     """
 
     kernels: tuple[KernelTime, ...]
     overhead_ms: float
+    whole_ms: float | None = None
 
     @property
     def total_ms(self) -> float:
         """Time of a run in which nothing else takes its core."""
+        if self.whole_ms is not None:
+            return self.whole_ms
         return sum(kernel.ms for kernel in self.kernels) + self.overhead_ms
 
 
-def profile_kernels(path: Path, threads: int, feeds: Mapping[str, np.ndarray]) -> Profile:
+def profile_kernels(path: Path, inputs: Sequence[np.ndarray], device: Device) -> Profile:
     """Run a model with onnxruntime's profiler.
 
     Args:
         path: the ONNX file.
-        threads: intra-op threads.
-        feeds: input name -> array.
+        inputs: its inputs, in their order.
+        device: threads and provider.
 
     Returns:
-        The kernels, each with the least of its times over some runs.
+        The kernels, each with the least of its times over some runs. Where a provider other than the CPU's ran one of
+        them, there are none, and the least time of whole runs counts: such kernels may run on after the profiler has
+        noted their end, and those that a provider made of many nodes have no sizes to follow.
 
     Raises:
         LatencyError: the model does not run, or the profile cannot be read.
     """
     with TemporaryDirectory(prefix="torchshear-") as folder:
-        session = open_session(path, threads, Path(folder) / "profile")
+        session = open_session(path, device.threads, Path(folder) / "profile", device.provider)
+        feeds = dict(zip((node.name for node in session.get_inputs()), inputs, strict=True))
         try:
             start = time.perf_counter()
             for run in range(_WARMUP + _MOST_RUNS):
-                session.run(None, dict(feeds))
+                session.run(None, feeds)
                 if run >= _WARMUP + _LEAST_RUNS and time.perf_counter() - start > _SECONDS:
                     break
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
@@ -97,21 +106,26 @@ def read_profile(events: Sequence[Mapping[str, Any]], warmup: int = _WARMUP) -> 
         warmup: runs at the beginning that do not count.
 
     Returns:
-        The kernels of a run. Those of one name are told apart by their place among these.
+        The kernels of a run, those of one name told apart by their place among these; or the time of a whole run alone,
+        where a provider other than the CPU's ran one of them.
     """
     runs: list[list[Mapping[str, Any]]] = []
     overheads: list[float] = []
+    whole: list[float] = []
     own: list[Mapping[str, Any]] = []
     for event in sorted(events, key=lambda event: event["ts"] + event["dur"]):
         if event["cat"] == "Node" and str(event["name"]).endswith(_SUFFIX):
             own.append(event)
         elif event["cat"] == "Session" and event["name"] == "model_run":
             runs.append(own)
+            whole.append(event["dur"])
             overheads.append(max(0.0, event["dur"] - sum(kernel["dur"] for kernel in own)) / 1e3)
             own = []
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
     last: dict[tuple[str, int], Mapping[str, Any]] = {}
     first = min(warmup, len(runs) - 1)
+    if any(event["args"].get("provider", CPU) != CPU for event in runs[first]):
+        return Profile((), 0.0, min(whole[first:]) / 1e3)
     for run in runs[first:]:
         seen: dict[str, int] = defaultdict(int)
         for event in run:

@@ -1,10 +1,11 @@
-"""Measuring a table: a handful of width vectors, each exported, run and profiled."""
+"""Measuring a table: a handful of width vectors, each run and profiled."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_flag, check_kind
@@ -38,9 +39,10 @@ def measure_table(
 ) -> LatencyTable:
     """Measure how the time of a model on this machine depends on the widths of its groups.
 
-    The model is shrunk to a few random vectors of widths that the device runs well, exported, and run with
-    onnxruntime's profiler, which gives the time of every kernel of the optimized graph with the shapes that it saw.
-    These follow widths in a way that the analysis knows; a formula is fitted to them. What was measured is kept in the
+    The model is shrunk to a few random vectors of widths that the device runs well, and run whole and by kernels. In
+    onnxruntime its profiler gives the time of every kernel of the optimized graph with the shapes that it saw; in
+    torch every operator is timed. Shapes follow widths in a way that the analysis knows; a formula
+    is fitted to them. What was measured is kept in the
     user's cache folder, or that of the environment variable TORCHSHEAR_CACHE, after every vector; a second call only
     reads it. One process of a machine measures at a time.
 
@@ -60,8 +62,8 @@ def measure_table(
     Raises:
         ArgumentError: an argument is outside what is accepted.
         CaptureError: the model cannot be captured.
-        ExportError: the model cannot be exported.
-        LatencyError: onnxruntime does not run it, or its profile cannot be read.
+        ExportError: the model cannot be exported, for a device of onnxruntime.
+        LatencyError: the runtime does not run it, or its profile cannot be read.
         OutputError: the cache folder cannot be written to.
     """
     if device is not None:
@@ -105,16 +107,22 @@ def table_of(  # noqa: PLR0913 - what is measured, where, and how much of it
 
 
 def _measure(candidates: Candidates, widths: Mapping[str, int], is_dense: bool) -> WidthProbe:
-    """Export, run and profile one vector of widths."""
-    path = candidates.dense if is_dense else candidates.export_widths(widths, "probe")
-    comparison = candidates.compare(path)
+    """Make, run and profile the model at one vector of widths."""
+    model = candidates.dense if is_dense else candidates.prepare_widths(widths, "probe")
+    comparison = candidates.compare(model)
     dense_ms = quiet_ms(comparison, "dense")
-    share, reference = quiet_ms(comparison, "pruned") / dense_ms, candidates.profile(candidates.dense)
-    profile = reference if is_dense else candidates.profile(path)
+    share, reference = quiet_ms(comparison, "pruned") / dense_ms, candidates.dense.profile()
+    profile = reference if is_dense else model.profile()
     return WidthProbe(widths, share, dense_ms, profile, reference.total_ms)
 
 
 def input_identity(args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return types and sizes of a sample of the example inputs, on which times depend."""
+    """Return types and sizes of a sample of the example inputs, on which times depend, and their GPUs."""
     tensors = ExampleInputs.of(args, kwargs).tensors()
-    return {"inputs": [f"{str(one.dtype).removeprefix('torch.')}{list(one.shape[1:])}" for one in tensors]}
+    places = [f" on {torch.cuda.get_device_name(one.device)}" if one.is_cuda else "" for one in tensors]
+    return {
+        "inputs": [
+            f"{str(one.dtype).removeprefix('torch.')}{list(one.shape[1:])}{place}"
+            for one, place in zip(tensors, places, strict=True)
+        ]
+    }

@@ -32,7 +32,7 @@ class WidthProbe:
         share: time of the whole model as a share of the dense one's, taken in the same rounds.
         dense_ms: time of the dense model in these rounds.
         profile: times of the kernels, taken right after.
-        reference_ms: sum of the least times of the dense model's kernels, taken right before.
+        reference_ms: least time of the dense model by its own profile, taken right before.
     """
 
     widths: Mapping[str, int]
@@ -45,7 +45,9 @@ class WidthProbe:
         """Return the probe as in a spell in which the dense model's kernels take another time."""
         scale = reference_ms / self.reference_ms
         kernels = tuple(replace(kernel, ms=kernel.ms * scale) for kernel in self.profile.kernels)
-        return replace(self, profile=Profile(kernels, self.profile.overhead_ms * scale), reference_ms=reference_ms)
+        whole_ms = None if self.profile.whole_ms is None else self.profile.whole_ms * scale
+        profile = Profile(kernels, self.profile.overhead_ms * scale, whole_ms)
+        return replace(self, profile=profile, reference_ms=reference_ms)
 
     def to_json(self) -> dict[str, Any]:
         """Return the probe as plain data."""
@@ -56,6 +58,7 @@ class WidthProbe:
             "dense_ms": self.dense_ms,
             "reference_ms": self.reference_ms,
             "overhead_ms": self.profile.overhead_ms,
+            "whole_ms": self.profile.whole_ms,
             "kernels": kernels,
         }
 
@@ -70,11 +73,12 @@ class WidthProbe:
             KernelTime(str(name), str(operator), _shapes(inputs), _shapes(outputs), float(ms))
             for name, operator, inputs, outputs, ms in entry["kernels"]
         )
+        whole_ms = entry.get("whole_ms")
         probe = cls(
             {str(name): int(width) for name, width in entry["widths"].items()},
             float(entry["share"]),
             float(entry["dense_ms"]),
-            Profile(kernels, float(entry["overhead_ms"])),
+            Profile(kernels, float(entry["overhead_ms"]), None if whole_ms is None else float(whole_ms)),
             float(entry["reference_ms"]),
         )
         times = [probe.share, probe.reference_ms, probe.dense_ms, probe.profile.total_ms, 1 + probe.profile.overhead_ms]

@@ -16,8 +16,9 @@ from onnx import helper, numpy_helper
 
 from torchshear._arguments import check_flag, check_kind
 from torchshear.dependency import Alignment
+from torchshear.errors import ArgumentError
 from torchshear.speedup.latency._cache import ProbeFile, only_measurement
-from torchshear.speedup.latency._device import Device
+from torchshear.speedup.latency._device import ONNXRUNTIME, Device
 from torchshear.speedup.onnx._session import open_session
 from torchshear.storage._reading import UnreadableError, read_json
 from torchshear.storage._writing import atomic_path
@@ -122,7 +123,7 @@ def measure_staircase(device: Device | None = None, *, use_cache: bool = True) -
         The times; `.alignment` is what `align="measured"` takes.
 
     Raises:
-        ArgumentError: an argument is of another type.
+        ArgumentError: an argument is of another type, or the device has another runtime than onnxruntime.
         LatencyError: onnxruntime does not run them.
         OutputError: the cache folder cannot be written to.
     """
@@ -130,6 +131,11 @@ def measure_staircase(device: Device | None = None, *, use_cache: bool = True) -
         check_kind("device", device, Device, "a torchshear.speedup.latency.Device")
     check_flag("use_cache", use_cache)
     device = device or Device()
+    if device.runtime != ONNXRUNTIME:
+        raise ArgumentError(
+            f"runtime={device.runtime!r}: a staircase is measured with models of onnxruntime. Leave runtime= out, or "
+            f"align widths by a profile in place of 'measured', as align='auto'."
+        )
     file = ProbeFile.of({"staircase": _FORMAT} | dict(device.identity()))
     with only_measurement():
         remarks: tuple[str, ...] = ()
@@ -169,7 +175,7 @@ def _measure(device: Device, remarks: tuple[str, ...]) -> Staircase:
                 path.write_bytes(model.SerializeToString())
                 shape = [size.dim_value for size in model.graph.input[0].type.tensor_type.shape.dim]
                 feeds = {"x": np.ones([device.batch, *shape[1:]], np.float32)}
-                runs.append((open_session(path, device.threads), feeds))
+                runs.append((open_session(path, device.threads, provider=device.provider), feeds))
                 runs[-1][0].run(None, feeds)
             seconds = np.zeros((_ROUNDS, len(runs)))
             for round_seconds in seconds:

@@ -142,7 +142,12 @@ class LatencyTable:
             )
         if self.n_disturbed:
             notes.append(f"{self.n_disturbed} times of kernels were disturbed, and left out.")
-        if self.known_share < 0.9:
+        if not self.kernels:
+            notes.append(
+                "There are no times of single kernels whose sizes could be followed. The formula is a constant, and so "
+                "much for each operation and each parameter, fitted to whole runs."
+            )
+        elif self.known_share < 0.9:
             notes.append(
                 f"Kernels with {1 - self.known_share:.0%} of the time do not follow widths in a known way; they count "
                 f"in proportion to the others."

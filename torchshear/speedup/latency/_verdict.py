@@ -6,7 +6,7 @@ from typing import Final
 
 from torchshear.dependency import Alignment, ChannelGroup, ChannelGroups
 from torchshear.speedup.latency._alignment_profiles import detect_profile, profiles
-from torchshear.speedup.latency._compare import LatencyComparison
+from torchshear.speedup.latency._comparison import LatencyComparison
 
 FILLED_UP: Final = 4  # channels that a convolution must read a multiple of to stay in the layout NCHWc
 _SHOWN: Final = 3  # groups that are named

@@ -1,8 +1,8 @@
-"""Sessions of onnxruntime on the CPU, and inputs for them."""
+"""Sessions of onnxruntime, and inputs for them."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from torchshear._arguments import quote
 from torchshear.errors import LatencyError
 from torchshear.storage._reading import as_path
 
+CPU: Final = "CPUExecutionProvider"
 _DTYPES: Final[Mapping[str, str]] = MappingProxyType(
     {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
     | {f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
@@ -20,20 +21,25 @@ _DTYPES: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def open_session(
-    path: str | os.PathLike[str], threads: int = 1, profile: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str],
+    threads: int = 1,
+    profile: str | os.PathLike[str] | None = None,
+    provider: str = CPU,
 ) -> onnxruntime.InferenceSession:
-    """Open an ONNX file on the CPU with every graph optimisation, pinned threads and no spinning.
+    """Open an ONNX file with every graph optimisation, pinned threads and no spinning.
 
     Args:
         path: the ONNX file.
         threads: intra-op threads; inter-op is 1.
         profile: what the name of a file begins with, into which the time of every kernel goes; None for no such file.
+        provider: the execution provider; the CPU's runs the operators that it lacks.
 
     Returns:
         The session, ready to run.
 
     Raises:
-        LatencyError: the file is missing, is no ONNX model, or holds an operator that onnxruntime does not run.
+        LatencyError: the file is missing, is no ONNX model, or holds an operator that onnxruntime does not run; or the
+            provider does not start.
     """
     path = as_path(path, "the path of an ONNX file")
     if not os.path.isfile(path):
@@ -50,11 +56,24 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = os.fspath(profile)
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(os.fspath(path), options, providers=list(dict.fromkeys((provider, CPU))))
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
+        where = "on the CPU" if provider == CPU else f"with {provider}"
         raise LatencyError(
-            f"onnxruntime {onnxruntime.__version__} does not run {str(path)!r} on the CPU: {error_reason(error)}"
+            f"onnxruntime {onnxruntime.__version__} does not run {str(path)!r} {where}: {error_reason(error)}"
         ) from error
+    if session.get_providers()[0] != provider:
+        raise LatencyError(
+            f"{provider} is installed, but does not start; onnxruntime would run {str(path)!r} with "
+            f"{session.get_providers()[0]} instead. Check its libraries and drivers, or measure with another provider."
+        )
+    return session
+
+
+def run_of(session: onnxruntime.InferenceSession, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    """Return a function that runs a session once on some inputs."""
+    run, given = session.run, dict(feeds)
+    return lambda: run(None, given)
 
 
 def error_reason(error: BaseException) -> str:
