@@ -59,6 +59,11 @@ def exported(tmp_path_factory):
     return model, result, before, torch.equal(state, torch.get_rng_state())
 
 
+def test_a_file_names_no_place_on_this_machine(exported):
+    _, result, _, _ = exported
+    assert __file__.encode() not in result.path.read_bytes()
+
+
 def test_one_sample_gives_a_dynamic_batch(exported):
     _, result, _, _ = exported
     assert result.dynamic_batch

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError, ExportError, LatencyError
 from torchshear.graph import ExampleInputs
 from torchshear.graph._outputs import drop_opaque_outputs
+from torchshear.graph.capture._export import without_stack_traces
 from torchshear.graph.model._checks import check_module
 from torchshear.graph.model._process import run_exclusively, silence_torch
 from torchshear.graph.model._state import preserve_state
@@ -245,7 +246,7 @@ def _convert(model: nn.Module, call: ExampleCall, free: Dynamic, opset: int | No
     if free != "nothing" or call.requested:
         shapes = call.dynamic_shapes(batch=free != "nothing", lengths=free == "batch and length")
     try:
-        with silence_torch(), showing_signature(model):
+        with silence_torch(), showing_signature(model), without_stack_traces():  # files would hold paths of sources
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(decompose(captured), dynamo=True, verbose=False, opset_version=opset)
     except Exception as error:
