@@ -91,26 +91,15 @@ class MeasuredModel:
             ArgumentError: the table is of another model or device, or the dense model is fast enough already.
             PlanError: a target cannot be reached; says the fastest possible, before data is run.
         """
-        request = options.request
-        if isinstance(given, LatencyTable):
-            check_table(given, groups, input_identity(args, kwargs))
-            table = given
-        else:
-            progress = options.calibration.progress
-            table = table_of(model, groups, args, kwargs, given, request.alignment, progress=progress)
-        candidates = Candidates(model, groups, args, kwargs, table.device, folder)
-        dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
-        least = _check_reachable(groups, options, table, targets, dense_ms)
+        table, candidates, dense_ms, least = measure_dense(options, targets, model, groups, args, kwargs, given, folder)
         resolved, statistics = options.resolved, Planner.of(options, groups).statistics
         reasons = {} if resolved is None else reasons_to_stay(resolved, groups)
-        ranked = RankedGroups.of(groups, request, statistics, reasons=reasons)
+        ranked = RankedGroups.of(groups, options.request, statistics, reasons=reasons)
         return cls(groups, table, candidates, dense_ms, least, ranked, resolved)
 
     def solve(self, levels: list[Levels], request: Request, budget_share: float) -> Solution:
         """Choose widths within a share of the dense model's time, and within the other budgets of a request."""
-        budgets = [_latency_budget(self.groups, levels, self.table, budget_share)]
-        pools = [] if self.resolved is None else pool_budgets(self.resolved, self.groups, levels)
-        return allocate(levels, [*budgets, *_other_budgets(self.groups, levels, request), *pools])
+        return solve_widths(self.groups, self.table, levels, request, budget_share, self.resolved)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,6 +201,49 @@ class LatencyPlanner:
             table_errors=self.measured.table.errors,
             notes=tuple(notes),
         )
+
+
+def measure_dense(
+    options: PruneOptions,
+    targets: Sequence[float | str],
+    model: nn.Module,
+    groups: ChannelGroups,
+    args: tuple[Any, ...] | Tensor,
+    kwargs: Mapping[str, Any] | None,
+    given: Device | LatencyTable,
+    folder: Path,
+) -> tuple[LatencyTable, Candidates, float, float]:
+    """Measure a table if none is given, and the dense model, and check that all targets can be reached.
+
+    Returns:
+        The table, the dense model ready for the device, its median time in milliseconds, and the least share of it that
+        the table has for any widths. For arguments and errors see `MeasuredModel.of`.
+    """
+    request = options.request
+    if isinstance(given, LatencyTable):
+        check_table(given, groups, input_identity(args, kwargs))
+        table = given
+    else:
+        progress = options.calibration.progress
+        table = table_of(model, groups, args, kwargs, given, request.alignment, progress=progress)
+    candidates = Candidates(model, groups, args, kwargs, table.device, folder)
+    dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
+    least = _check_reachable(groups, options, table, targets, dense_ms)
+    return table, candidates, dense_ms, least
+
+
+def solve_widths(
+    groups: ChannelGroups,
+    table: LatencyTable,
+    levels: list[Levels],
+    request: Request,
+    budget_share: float,
+    resolved: ResolvedConfig | None = None,
+) -> Solution:
+    """Choose widths within a share of the dense model's time, and within the other budgets of a request or a config."""
+    budgets = [_latency_budget(groups, levels, table, budget_share)]
+    pools = [] if resolved is None else pool_budgets(resolved, groups, levels)
+    return allocate(levels, [*budgets, *_other_budgets(groups, levels, request), *pools])
 
 
 def measured_speed(

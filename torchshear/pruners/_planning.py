@@ -102,9 +102,11 @@ class RankedGroups:
         statistics: Statistics | None,
         with_scores: bool = True,
         reasons: Mapping[str, str] = MappingProxyType({}),
+        weights: WeightSource = None,
+        gone: Mapping[str, Indices] = MappingProxyType({}),
     ) -> "RankedGroups":
         """Score units as `plan_units` does; without scores nothing is looked at but the widths that groups may have."""
-        selector = UnitSelector(groups, request, None, statistics)
+        selector = UnitSelector(groups, request, weights, statistics, gone=gone)
         return cls(selector, tuple(selector.rank() if with_scores else selector.width_steps()), reasons)
 
     def leaving_whole(self, whole: Collection[str]) -> "RankedGroups":
@@ -116,7 +118,8 @@ class RankedGroups:
         return self._with(request, ())
 
     def _with(self, request: Request, whole: Collection[str]) -> "RankedGroups":
-        selector = UnitSelector(self.selector.groups, request, None, self.selector.statistics, whole)
+        was = self.selector
+        selector = UnitSelector(was.groups, request, was.weights, was.statistics, whole, was.gone)
         selector.unscored |= self.selector.unscored
         steps = tuple(steps for steps in self.steps if steps.group.name not in whole)
         return RankedGroups(selector, steps, self.reasons)

@@ -9,7 +9,8 @@ from torchshear._arguments import check_one_of
 from torchshear._making import PruneResult, shrink_and_record
 from torchshear.dependency.groups._analyze import analyze
 from torchshear.graph.capture._trace import trace
-from torchshear.options import Form
+from torchshear.latency_target._planner import measured_speed
+from torchshear.options import Form, LatencyOptions
 from torchshear.pruners.masks import plan_from_masks
 from torchshear.pruners.schedules import History
 from torchshear.report import make_report
@@ -24,6 +25,7 @@ def make_result(
     form: Form,
     n_steps: int,
     history: History,
+    measuring: LatencyOptions,
 ) -> PruneResult:
     """Make the small model of one that was trained, in its full size, so that the plan is for the original.
 
@@ -34,6 +36,7 @@ def make_result(
         form: form of the result.
         n_steps: steps of the optimizer that were made, which the plan says.
         history: what was asked for and reached.
+        measuring: the device on which the result is measured, if any.
 
     Raises:
         ArgumentError: the form is unknown.
@@ -48,6 +51,17 @@ def make_result(
     if plan is None:
         plan = plan_from_masks(analyze(trace(dense, args, kwargs)))
     shrunk, made = shrink_and_record(dense, plan, args, kwargs, None if form == "auto" else form)
-    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts)
-    config = renewer.goal.resolved
-    return PruneResult(shrunk.model, made, report, shrunk.verification, shrunk.form, config=config, history=history)
+    goal = renewer.goal
+    latency = measured_speed(dense, shrunk.model, goal.groups, args, kwargs, measuring)
+    report = make_report(made, f"{shrunk.form}: {shrunk.reason}", shrunk.parts, latency=latency)
+    return PruneResult(
+        shrunk.model,
+        made,
+        report,
+        shrunk.verification,
+        shrunk.form,
+        config=goal.resolved,
+        latency=latency,
+        allocation=goal.allocation(made, latency),
+        history=history,
+    )

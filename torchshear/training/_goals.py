@@ -14,7 +14,9 @@ from torchshear.calibration._statistics import Sum
 from torchshear.configs import ResolvedConfig
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._plan import PruningPlan
+from torchshear.latency_target import LatencyAllocation
 from torchshear.pruners.schedules import Schedule
+from torchshear.speedup import LatencyComparison
 from torchshear.training._masked_model import MaskedModel
 from torchshear.training._progressive import Pace
 
@@ -56,7 +58,7 @@ class Goal(ABC):
     @property
     @abstractmethod
     def unit(self) -> str:
-        """The unit of shares: "channels", "MACs", "parameters" or "weights"."""
+        """The unit of shares: "channels", "MACs", "parameters", "latency" or "weights"."""
 
     @property
     @abstractmethod
@@ -138,6 +140,15 @@ class Goal(ABC):
     @abstractmethod
     def plan(self, choice: Choice, said: Mapping[str, Any]) -> PruningPlan | None:
         """Plan what can be removed; None if that is to be read off the zeros of the model."""
+
+    def allocation(self, plan: PruningPlan, latency: LatencyComparison | None) -> LatencyAllocation | None:
+        """Return how the widths for a target of latency were found; None without one.
+
+        Args:
+            plan: the plan of the result.
+            latency: its time, as it was measured.
+        """
+        return None
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

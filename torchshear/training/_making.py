@@ -13,7 +13,7 @@ from torchshear.configs._planning import Widths
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency._alignment import Alignment
 from torchshear.errors import ArgumentError
-from torchshear.options import check_criterion
+from torchshear.options import LatencyOptions, check_criterion
 from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners.masks._choose import Layers
 from torchshear.pruners.masks._patterns import Reduce
@@ -24,14 +24,15 @@ from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.training._channel_goal import ChannelGoal
 from torchshear.training._config_goal import ConfigGoal
 from torchshear.training._goals import Goal
+from torchshear.training._latency_goal import Inputs, LatencyGoal
 from torchshear.training._lock_goal import LockGoal
 from torchshear.training._progressive import N_STAGES, check_progressive
 from torchshear.training._training_config import TrainingConfig, pattern_of_blocks
 from torchshear.training._weight_goal import WeightGoal
 
-_OF_CHANNELS: Final = ("target_macs", "target_params", "roles", "exclude", "align")
+_OF_CHANNELS: Final = ("target_macs", "target_params", "target_latency", "roles", "exclude", "align")
 _OF_WEIGHTS: Final = ("layers", "reduce")
-_BESIDE_A_CONFIG: Final = ("pattern", "layers", "reduce")
+_BESIDE_A_CONFIG: Final = ("pattern", "layers", "reduce", "target_latency")
 _MOST_OF_A_LAYER: Final = 0.98
 _LOCK: Final = "lock"
 
@@ -45,6 +46,8 @@ class Asked:
     ratio: Ratio | None
     target_macs: float | None
     target_params: float | None
+    target_latency: float | str | None
+    measuring: LatencyOptions
     pattern: str | None
     config: ConfigList | TrainingConfig | None
     soft: bool
@@ -135,13 +138,16 @@ class Asked:
             scope=self.scope,
             target_macs=self.target_macs,
             target_params=self.target_params,
+            target_latency=self.target_latency,
             min_ratio=self.min_ratio,
             max_ratio=self.max_ratio,
             group_reduction=self.group_reduction,
             normalize=self.normalize,
             roles=self.roles,
             exclude=self.exclude,
-            alignment=resolve_alignment(self.align),
+            alignment=resolve_alignment(
+                "auto" if self.align is None and self.target_latency is not None else self.align, self.measuring.device
+            ),
             min_width=self.min_width,
         )
 
@@ -165,8 +171,8 @@ def check_settings(schedule: object, regularizer: object, soft: object, progress
     check_flag("progressive", progressive)
 
 
-def make_goal(model: nn.Module, groups: ChannelGroups, asked: Asked) -> Goal:
-    """Make what a session asks of a model.
+def make_goal(model: nn.Module, groups: ChannelGroups, asked: Asked, inputs: Inputs) -> Goal:
+    """Make what a session asks of a model; for a target of latency that is measured first.
 
     Raises:
         ArgumentError: it does not fit the model.
@@ -177,6 +183,8 @@ def make_goal(model: nn.Module, groups: ChannelGroups, asked: Asked) -> Goal:
         request = asked.request()
         widths = Widths(request.alignment, request.min_width)
         return ConfigGoal(groups, model, asked.training, str(request.criterion), widths, asked.schedule, asked.soft)
+    if asked.target_latency is not None and asked.measuring.given is not None:
+        return LatencyGoal.measured(model, groups, asked.request(), asked.soft, inputs, asked.measuring.given)
     if asked.pattern is None:
         return ChannelGoal(groups, asked.request(), asked.soft)
     if asked.pattern == _LOCK:

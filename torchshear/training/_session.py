@@ -16,12 +16,13 @@ from torchshear.dependency.groups._analyze import analyze
 from torchshear.errors import ArgumentError, first_line
 from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import outside_inference_mode
-from torchshear.options import CalibrationOptions, Form, checked_call
+from torchshear.options import CalibrationOptions, Form, LatencyOptions, checked_call
 from torchshear.pruners import Criterion, Ratio
 from torchshear.pruners.masks._choose import Layers
 from torchshear.pruners.masks._patterns import Reduce
 from torchshear.pruners.regularizers import Regularizer
 from torchshear.pruners.schedules import History, Schedule
+from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.training._finishing import make_result
 from torchshear.training._making import Asked, check_settings, make_goal
 from torchshear.training._masked_model import MaskedModel, check_computed, check_optimizer, check_unmasked
@@ -56,6 +57,8 @@ class PruningSession:
         target_macs: multiply-accumulate operations that may be left in the end, in place of a ratio. The schedule runs
             over the share that is removed.
         target_params: parameters that may be left in the end, likewise.
+        target_latency: time that may be left in the end, as for `torchshear.prune`, by a table that is measured first.
+        device: how that is measured, or a table of one; given without such a target, the result is measured by it.
         pattern: units of single weights in place of channels: "1x1", "4x1", "2:4", "channelx1", "1xchannel" or "heads";
             see `torchshear.pruners.masks.choose_masks`. Or "lock", the zeros that there are at the event of `OneShot`.
         config: a config list of NNI or Neural Compressor, or the path of a file of one, in place of a ratio, a target
@@ -108,6 +111,8 @@ class PruningSession:
         ratio: Ratio | None = None,
         target_macs: float | None = None,
         target_params: float | None = None,
+        target_latency: float | str | None = None,
+        device: Device | LatencyTable | None = None,
         pattern: str | None = None,
         config: ConfigList | TrainingConfig | None = None,
         criterion: str | Criterion | None = None,
@@ -140,6 +145,8 @@ class PruningSession:
             ratio=ratio,
             target_macs=target_macs,
             target_params=target_params,
+            target_latency=target_latency,
+            measuring=LatencyOptions.parse(target_latency, device, False),
             pattern=pattern,
             config=config,
             soft=soft,
@@ -159,10 +166,10 @@ class PruningSession:
         check_shrinking(shrink_every, schedule, asked.single_weights, soft, optimizer)
         calibration = CalibrationOptions.parse(data, loss_fn, batches, "none")
         check_unmasked(model)
-        self._args, self._kwargs = args, kwargs
+        self._inputs, self._measuring = (args, kwargs), asked.measuring
         groups = analyze(trace(model, args, kwargs))
         check_computed(groups)
-        goal = make_goal(model, groups, asked)
+        goal = make_goal(model, groups, asked, (args, kwargs))
         schedule.ratio(schedule.start, goal.target)  # refuses an initial ratio above it
         check_needs(goal, schedule, asked.criteria, calibration, regularizer)
         check_optimizer(optimizer, groups, goal.names)
@@ -348,8 +355,8 @@ class PruningSession:
             VerificationError: the small model is not equal to the masked one; nothing is returned then.
         """
         self._order.come("finish")
-        inputs, n_steps = (self._args, self._kwargs), self._progress.n_steps
-        return make_result(self._masked, self._renewer, inputs, form, n_steps, self.history)
+        n_steps = self._progress.n_steps
+        return make_result(self._masked, self._renewer, self._inputs, form, n_steps, self.history, self._measuring)
 
     def _asked(self) -> dict[str, Any]:
         """Return the settings, as plain data."""

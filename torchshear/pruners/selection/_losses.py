@@ -39,6 +39,7 @@ def _losses(steps: WidthSteps, widths: npt.NDArray[np.int64], criterion: Criteri
     assert steps.scores is not None
     assert steps.order is not None
     scores = steps.scores[steps.order]
+    scores = np.where(np.isneginf(scores), 0.0, scores)  # what went before loses nothing more
     scores = scores - min(float(scores.min()), 0.0)
     total = float(scores.sum())
     is_weighed = bool(total) and is_comparable(criterion)
