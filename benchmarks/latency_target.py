@@ -45,7 +45,7 @@ from tests.yolo import Yolo
 from tests.zoo import zoo
 from tests.zoo.torchvision_models import load_torchvision
 from torchshear.errors import TorchshearError
-from torchshear.latency_target._planner import _latency_budget
+from torchshear.latency_target._budgets import latency_budget
 from torchshear.pruners._planning import RankedGroups
 from torchshear.pruners.allocation._problem import CostBudget, CostTerm, Levels
 from torchshear.pruners.allocation._solve import allocate
@@ -165,7 +165,7 @@ def compare_choices(model: nn.Module, args: tuple[Any, ...], target: float) -> d
     alignment = resolve_alignment("auto")
     table: LatencyTable = table_of(model, groups, args, None, Device(), alignment)
     levels = RankedGroups.of(groups, Request(target_latency=target, alignment=alignment), None).levels()
-    budget = _latency_budget(groups, levels, table, target)
+    budget = latency_budget(groups, levels, table, target)
     start = time.perf_counter()
     exact, gap = choose_exact(levels, budget)
     row: dict[str, Any] = {

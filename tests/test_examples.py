@@ -55,17 +55,20 @@ def test_demo_files_run(demo: tuple[Path, str], name: str, batch: int) -> None:
     assert np.isfinite(scores).all()
 
 
-def test_demo_plan_loads_and_halves_the_widths(demo: tuple[Path, str]) -> None:
+def test_demo_plan_loads_and_remembers_its_target(demo: tuple[Path, str]) -> None:
     plan = PruningPlan.load(demo[0] / "plan.json")
     granule = profiles()[plan.request["alignment"]].granule
-    assert any(len(group.kept) == group.width // 2 for group in plan.groups)
-    assert all(len(group.kept) < group.width for group in plan.groups if group.width > granule)
+    assert plan.request["target_latency"] == 0.8
+    assert plan.request["device"]["threads"] == 1
+    assert any(len(group.kept) < group.width for group in plan.groups)
+    assert all(len(group.kept) == group.width or len(group.kept) % granule == 0 for group in plan.groups)
 
 
 def test_demo_report_agrees_with_the_files(demo: tuple[Path, str]) -> None:
     document = json.loads((demo[0] / "report.json").read_text())
     assert document["verification"]["max_error"] < 1e-9
     assert document["report"]["after"]["n_params"] < document["report"]["before"]["n_params"]
+    assert document["allocation"]["target_share"] == 0.8
     for name in ("dense", "pruned"):
         assert document["onnx"][name]["size_bytes"] == (demo[0] / f"{name}.onnx").stat().st_size
         assert len(document["latency"]["results"][name]["times_ms"]) == 10

@@ -19,9 +19,12 @@ DENSE = {"stem.weight[0]": 24, "left.weight[0]": 32, "right.weight[0]": 16, "mix
 
 
 class Pretended:
-    """A device whose times are those of the law, to a power, with a spread; it exports nothing."""
+    """A device whose times are those of the law, to a power; it exports nothing.
 
-    power, spread, measured = 1.0, 0.0, 0
+    With a spread some rounds take longer by that share; where it is uneven, every second one of the dense model.
+    """
+
+    power, spread, is_uneven, measured = 1.0, 0.0, False, 0
 
     def __init__(self, model: nn.Module, *_: Any) -> None:
         self.dense = self.prepare(model, "dense")
@@ -40,8 +43,11 @@ class Pretended:
         return self.compare_all({"pruned": model}, rounds)
 
     def compare_all(self, models: Mapping[str, "PretendedModel"], rounds: int) -> LatencyComparison:
-        noise = 1 + self.spread * np.linspace(-1, 1, 5)
-        times = {name: tuple((one.ms * noise).tolist()) for name, one in {"dense": self.dense, **models}.items()}
+        disturbed = np.array([0, 0, 0, 1, 1, 0, 0, 1])
+        noise = dict.fromkeys(["dense", *models], 1 + self.spread * disturbed)
+        if self.is_uneven:
+            noise["dense"] = 1 + self.spread * np.tile([0, 1], 4)
+        times = {n: tuple((one.ms * noise[n]).tolist()) for n, one in {"dense": self.dense, **models}.items()}
         return LatencyComparison({name: LatencyResult(name, None, found) for name, found in times.items()}, "dense")
 
 
@@ -69,6 +75,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
     """Let the device stand for this machine, with a true table."""
     monkeypatch.setattr(planner, "Candidates", Pretended)
     monkeypatch.setattr(planner, "table_of", lambda model, groups, *_, **__: table_of_probes(groups, probes_of(groups)))
-    for name, value in {"power": 1.0, "spread": 0.0, "measured": 0}.items():
+    for name, value in {"power": 1.0, "spread": 0.0, "is_uneven": False, "measured": 0}.items():
         monkeypatch.setattr(Pretended, name, value)
     return Pretended

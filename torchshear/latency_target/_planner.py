@@ -17,13 +17,12 @@ from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.dependency.plans._cut import dense_cost
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, NotFasterError, PlanError
-from torchshear.latency_target._budgets import budget_of
+from torchshear.latency_target._budgets import latency_budget, solve_widths
 from torchshear.latency_target._record import LatencyAllocation, LatencyRound
 from torchshear.options import LatencyOptions, Planner, PruneOptions
 from torchshear.pruners._planning import RankedGroups
-from torchshear.pruners.allocation._problem import CostBudget, Levels
-from torchshear.pruners.allocation._solve import Solution, allocate, least_cost
-from torchshear.pruners.selection._budget import Budget
+from torchshear.pruners.allocation._problem import Levels
+from torchshear.pruners.allocation._solve import Solution, least_cost
 from torchshear.pruners.selection._latency import parse_latency
 from torchshear.pruners.selection._request import Request
 from torchshear.speedup.latency import Device, LatencyTable
@@ -31,12 +30,14 @@ from torchshear.speedup.latency._candidates import Candidates
 from torchshear.speedup.latency._comparison import LatencyComparison
 from torchshear.speedup.latency._measure_table import input_identity, table_of
 from torchshear.speedup.latency._runtime import ReadyModel
-from torchshear.speedup.latency._table import check_table, share_at
+from torchshear.speedup.latency._table import check_table
 
 ROUNDS: Final = 5
 TOLERANCE: Final = 0.03  # share of the target by which the measured latency may be below it
 _AIM = 1 - TOLERANCE / 2
 _STEADY = 0.05  # distance of the quartiles of whole runs, as a share of their median, up to which these count
+_ALIKE = 0.02  # by which lower quartiles of the two halves of unsteady rounds may differ
+_FEW_ROUNDS: Final = 15
 _ROUNDING = 1e-6  # of the solver
 RESULT_ROUNDS: Final = 40
 
@@ -151,6 +152,8 @@ class LatencyPlanner:
                 continue
             candidate = measured.candidates.prepare_plan(ranked.plan(found.widths, _said(measured)), "candidate")
             measured_share, is_quiet = _measured_share(measured.candidates, candidate)
+            if share * (1 - TOLERANCE) <= measured_share <= share:  # close: measured as the result will be, to be sure
+                measured_share, is_quiet = _measured_share(measured.candidates, candidate, RESULT_ROUNDS)
             predicted = measured.table.predict_ms(found.widths) / measured.table.dense_ms
             times = (predicted, measured_share, is_quiet)
             rounds.append(LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, *times))
@@ -230,20 +233,6 @@ def measure_dense(
     dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
     least = _check_reachable(groups, options, table, targets, dense_ms)
     return table, candidates, dense_ms, least
-
-
-def solve_widths(
-    groups: ChannelGroups,
-    table: LatencyTable,
-    levels: list[Levels],
-    request: Request,
-    budget_share: float,
-    resolved: ResolvedConfig | None = None,
-) -> Solution:
-    """Choose widths within a share of the dense model's time, and within the other budgets of a request or a config."""
-    budgets = [_latency_budget(groups, levels, table, budget_share)]
-    pools = [] if resolved is None else pool_budgets(resolved, groups, levels)
-    return allocate(levels, [*budgets, *_other_budgets(groups, levels, request), *pools])
 
 
 def measured_speed(
@@ -330,7 +319,7 @@ def _check_reachable(
     levels = RankedGroups.of(groups, options.request, None, with_scores=False).levels()
     resolved = options.resolved
     pools = [] if resolved is None else pool_budgets(resolved, groups, levels)
-    least = least_cost(levels, _latency_budget(groups, levels, table, 1.0), pools) / table.dense_ms
+    least = least_cost(levels, latency_budget(groups, levels, table, 1.0), pools) / table.dense_ms
     labels = [] if resolved is None else sorted({resolved.targets[one.name].entry.label for one in levels})
     under = f" under {', '.join(labels)}" if labels else ""
     for target, share in shares.items():
@@ -343,34 +332,23 @@ def _check_reachable(
     return least * (1 + _ROUNDING)
 
 
-def _latency_budget(
-    groups: ChannelGroups, levels: list[Levels], table: LatencyTable, budget_share: float
-) -> CostBudget:
-    def share(number: int, width: int) -> float:
-        return share_at(table, table.groups[number], width)
+def _measured_share(candidates: Candidates, candidate: ReadyModel, rounds: int = _FEW_ROUNDS) -> tuple[float, bool]:
+    """Return the time of a candidate as a share of the dense model's, and whether it is of whole runs.
 
-    return budget_of("latency_ms", budget_share * table.dense_ms, table.form, groups, levels, share)
-
-
-def _other_budgets(groups: ChannelGroups, levels: list[Levels], request: Request) -> list[CostBudget]:
-    """Return budgets of operations, parameters and bytes, where the request has them."""
-    if not request.has_budget:
-        return []
-
-    def share(number: int, width: int) -> float:
-        return float(width / groups[number].width)
-
-    limits, forms = Budget.of(dense_cost(groups.graph), request).limits, WidthCost(groups).forms()
-    return [budget_of(name, limit, forms[name], groups, levels, share) for name, limit in limits.items()]
-
-
-def _measured_share(candidates: Candidates, candidate: ReadyModel) -> tuple[float, bool]:
-    """Return the time of a candidate as a share of the dense model's, and whether whole runs were steady enough."""
-    comparison = candidates.compare(candidate)
+    Where these are not steady, more of them are made, of which the lower quartiles count: what both models take while
+    other programs pause. If these are not alike in both halves of the rounds, the least times of kernels count.
+    """
+    comparison = candidates.compare(candidate, rounds)
     if all(result.iqr_ms / result.median_ms <= _STEADY for result in comparison.results.values()):
         return 1 / comparison.speedup("pruned"), True
-    dense, pruned = (one.profile().total_ms for one in (candidates.dense, candidate))
-    return pruned / dense, False
+    comparison = candidates.compare(candidate, RESULT_ROUNDS)
+    dense, pruned = (np.array(comparison[name].times_ms) for name in ("dense", "pruned"))
+    every = (slice(None), slice(0, None, 2), slice(1, None, 2))
+    share, *halves = (float(np.quantile(pruned[half], 0.25) / np.quantile(dense[half], 0.25)) for half in every)
+    if max(halves) <= (1 + _ALIKE) * min(halves):
+        return share, True
+    dense_ms, pruned_ms = (one.profile().total_ms for one in (candidates.dense, candidate))
+    return pruned_ms / dense_ms, False
 
 
 def _choose(rounds: list[LatencyRound], target_share: float) -> int:

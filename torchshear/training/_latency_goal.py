@@ -14,11 +14,11 @@ from torchshear.calibration import Statistics
 from torchshear.dependency import ChannelGroup, ChannelGroups
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.latency_target import LatencyAllocation
+from torchshear.latency_target._budgets import solve_widths
 from torchshear.latency_target._planner import (
     LatencyPlanner,
     MeasuredModel,
     measure_dense,
-    solve_widths,
     target_share_of,
 )
 from torchshear.options import CalibrationOptions, PruneOptions

@@ -55,6 +55,17 @@ def test_times_that_were_disturbed_are_left_out_and_said() -> None:
     assert "2 times of kernels were disturbed, and left out." in table.notes
 
 
+def test_time_of_the_profiler_in_each_kernel_does_not_count() -> None:
+    _, _, groups = joined()
+    probes = []
+    for probe in probes_of(groups):
+        kernels = tuple(replace(kernel, ms=kernel.ms + 0.1) for kernel in probe.profile.kernels)
+        probes.append(replace(probe, profile=Profile(kernels, 0.0)))
+    table, widths = table_of_probes(groups, probes), fresh_widths(groups, 3)
+    true = (total_ms(widths) + 0.1) / (total_ms(probes[0].widths) + 0.1)
+    assert table.predict_ms(widths) / table.dense_ms == pytest.approx(true, rel=1e-3)
+
+
 def test_a_spell_in_which_all_kernels_are_slower_changes_nothing() -> None:
     _, _, groups = joined()
     probes = probes_of(groups)

@@ -98,9 +98,10 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     The time of a kernel is a constant, and as much for each value that it reads, that it writes, and for each product:
     for a convolution that is a constant plus a term linear in (blocks in) x (blocks out). No coefficient is negative.
     Kernels of the same operator, types and fixed sizes share one formula. Which sizes follow which widths is read off
-    the shapes that the runtime reports in each probe. The model takes a factor of the sum of its kernels, and a
-    constant, which stand for kernels that cannot be followed as well. In torch, where whole runs are measured apart,
-    kernels with products and others have a factor each, since a compiled model runs the latter with the former. Without
+    the shapes that the runtime reports in each probe. The model takes a factor of what widths change of the sum of its
+    kernels, and a constant: of what kernels take at any width, a part is the profiler's own time. Both stand for what
+    cannot be followed as well. In torch, where whole runs are measured apart, kernels with products and others have a
+    factor each, since a compiled model runs the latter with the former. Without
     kernels that can be followed there is one for operations and one for parameters. On a steady machine all that is
     fitted to whole runs. Elsewhere it is fitted to sums of least times, or to least times of whole runs, which other
     programs disturb little; what they do to all kernels alike is taken out by the dense model's kernels of the same
@@ -128,7 +129,8 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
             for value, feature in zip(coefficients, kernel.features, strict=True):
                 form = form + feature * float(value)
             has_products = bool(kernel.features[-1].terms)
-            parts[not has_products] = parts[not has_products] + form
+            varying = WidthForm({numbers: value for numbers, value in form.terms.items() if numbers})
+            parts[not has_products] = parts[not has_products] + varying
             gaps = kernel.times - form.at(shares)
             quiet = quiet - np.where(excluded & ~is_whole, gaps, 0.0)
             n_disturbed += int(excluded.sum())
