@@ -142,24 +142,24 @@ class LatencyPlanner:
         ranked = measured.ranked.by_request(request)
         share = target_share_of(request.target_latency, measured.dense_ms)
         levels, rounds, least = ranked.levels(), list[LatencyRound](), measured.least_share
-        budget_share = share * _AIM / correction
+        budget_share, low, high = share * _AIM / correction, 0.0, float("inf")  # budgets that are met, and that are not
         for _ in range(ROUNDS):
             found = measured.solve(levels, request, max(budget_share, least))
-            if any(one.widths == found.widths for one in rounds):
-                if budget_share <= least:
-                    break
-                budget_share *= 1 - TOLERANCE / 2  # the same again; a little less gives others, if there are any
-                continue
-            candidate = measured.candidates.prepare_plan(ranked.plan(found.widths, _said(measured)), "candidate")
-            measured_share, is_quiet = _measured_share(measured.candidates, candidate)
-            if share * (1 - TOLERANCE) <= measured_share <= share:  # close: measured as the result will be, to be sure
-                measured_share, is_quiet = _measured_share(measured.candidates, candidate, RESULT_ROUNDS)
-            predicted = measured.table.predict_ms(found.widths) / measured.table.dense_ms
-            times = (predicted, measured_share, is_quiet)
-            rounds.append(LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, *times))
-            if share * (1 - TOLERANCE) <= measured_share <= share:
+            known = next((one for one in rounds if one.widths == found.widths), None)
+            if known is not None and budget_share <= least:
                 break
-            budget_share = share * _AIM * predicted / measured_share
+            now = known or _measure_round(measured, ranked, found, share)
+            if known is None:
+                rounds.append(now)
+            if share * (1 - TOLERANCE) <= now.measured_share <= share:
+                break
+            if now.measured_share <= share:
+                low = max(low, budget_share)
+            else:
+                high = min(high, budget_share)
+            budget_share = share * _AIM * now.predicted_share / now.measured_share
+            if known is not None or not low < budget_share < high:
+                budget_share = (low + high) / 2 if low and high < float("inf") else low * 1.02 or high * 0.98
         chosen = _choose(rounds, share)
         correction = rounds[chosen].measured_share / rounds[chosen].predicted_share
         return cls(request, measured, ranked, share, tuple(rounds), chosen, correction)
@@ -330,6 +330,24 @@ def _check_reachable(
                 f"{under}. Ask for less, or let more groups shrink further."
             )
     return least * (1 + _ROUNDING)
+
+
+def _measure_round(measured: MeasuredModel, ranked: RankedGroups, found: Solution, share: float) -> LatencyRound:
+    """Measure the model at the widths of a solution; what meets the target closely is measured longer, to be sure.
+
+    Args:
+        measured: the model.
+        ranked: its ranked groups.
+        found: the widths.
+        share: the target.
+    """
+    candidate = measured.candidates.prepare_plan(ranked.plan(found.widths, _said(measured)), "candidate")
+    measured_share, is_quiet = _measured_share(measured.candidates, candidate)
+    if share * (1 - TOLERANCE) <= measured_share <= share:
+        measured_share, is_quiet = _measured_share(measured.candidates, candidate, RESULT_ROUNDS)
+    predicted = measured.table.predict_ms(found.widths) / measured.table.dense_ms
+    times = (predicted, measured_share, is_quiet)
+    return LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, *times)
 
 
 def _measured_share(candidates: Candidates, candidate: ReadyModel, rounds: int = _FEW_ROUNDS) -> tuple[float, bool]:

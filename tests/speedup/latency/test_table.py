@@ -55,6 +55,22 @@ def test_times_that_were_disturbed_are_left_out_and_said() -> None:
     assert "2 times of kernels were disturbed, and left out." in table.notes
 
 
+def test_kernels_are_told_by_their_order_and_not_by_names() -> None:
+    """Numbers in names differ between exports, and some graphs have a few nodes more."""
+    _, _, groups = joined()
+    probes = []
+    for number, probe in enumerate(probes_of(groups)):
+        kernels = [
+            replace(kernel, name=f"{kernel.name}_{n + number}") for n, kernel in enumerate(probe.profile.kernels)
+        ]
+        more = KernelTime("more", "Reshape", (("float", (1,)),), (("float", (1,)),), 0.0)
+        kernels[number % 3 : number % 3] = [more] * (number % 2)
+        probes.append(replace(probe, profile=Profile(tuple(kernels), 0.1)))
+    table, widths = table_of_probes(groups, probes), fresh_widths(groups, 6)
+    assert table.known_share == pytest.approx(1)
+    assert table.predict_ms(widths) == pytest.approx(total_ms(widths) + 0.1, rel=1e-3)
+
+
 def test_time_of_the_profiler_in_each_kernel_does_not_count() -> None:
     _, _, groups = joined()
     probes = []

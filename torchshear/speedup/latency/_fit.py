@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from math import prod
 from types import MappingProxyType
 from typing import Final
@@ -191,16 +192,21 @@ def _fit_kind(alike: Sequence[_Kernel], shares: Floats, tolerance: float) -> tup
 
 
 def _find_kernels(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -> list[_Kernel]:
-    """Find the kernels that all probes have and whose sizes all follow widths in a known way."""
+    """Find the kernels that all probes have and whose sizes all follow widths in a known way.
+
+    Kernels are told by the order in which they run: names hold numbers that differ between exports.
+    """
     sizes = _Sizes.of(groups, [probe.widths for probe in probes], block)
-    named = [{kernel.name: kernel for kernel in probe.profile.kernels} for probe in probes]
-    found = []
-    for name in named[0]:
-        versions = [one[name] for one in named if name in one]
-        kernel = _follow(versions, sizes) if len(versions) == len(probes) else None
-        if kernel is not None:
-            found.append(kernel)
-    return found
+    dense, *others = (probe.profile.kernels for probe in probes)
+    versions = [[kernel] for kernel in dense]
+    operators = [kernel.operator for kernel in dense]
+    for own in others:
+        matcher = SequenceMatcher(None, operators, [kernel.operator for kernel in own], autojunk=False)
+        for first, here, length in matcher.get_matching_blocks():
+            for n in range(length):
+                versions[first + n].append(own[here + n])
+    found = (_follow(every, sizes) for every in versions if len(every) == len(probes))
+    return [kernel for kernel in found if kernel is not None]
 
 
 def _follow(versions: Sequence[KernelTime], sizes: "_Sizes") -> _Kernel | None:

@@ -20,7 +20,7 @@ Indices = npt.NDArray[np.int64]
 _NARROWEST, _WIDEST = 0.15, 1.0  # mean shares of the probes
 _SPREAD = 0.35  # of the shares of the groups of one probe, around its mean
 _TRIES = 200
-NOISY: Final = 0.05  # spread of the dense model's times, above which a machine is called noisy
+NOISY: Final = 0.1  # spread of the dense model's times, above which a machine is called noisy
 
 
 @dataclass(frozen=True, slots=True)
