@@ -20,59 +20,44 @@ pytest.importorskip("matplotlib", reason="the demo needs the extra 'demo'", exc_
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of the demo in its fast mode."""
-    folder = tmp_path_factory.mktemp("demo") / "out"
+def test_the_demo(tmp_path: Path) -> None:
+    """One test, so that the demo runs once wherever tests run."""
+    folder = tmp_path / "out"
     command = [sys.executable, str(EXAMPLES / "digits_demo.py"), "--fast", "--output", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done.stdout
-
-
-def test_demo_writes_every_file(demo: tuple[Path, str]) -> None:
-    names = {"plan.json", "dense.onnx", "pruned.onnx", "report.json", "demo.png"}
-    assert {file.name for file in demo[0].iterdir()} == names
-    assert (demo[0] / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert (demo[0] / "demo.png").stat().st_size > 10_000
-
-
-def test_demo_prints_one_table(demo: tuple[Path, str]) -> None:
-    text = demo[1]
     for row in ("accuracy", "parameters", "MACs", "ONNX file", "latency", "95% interval"):
-        assert row in text
-    assert "equal to the original with its cut weights set to zero" in text
-    assert max(map(len, text.splitlines())) <= 80
+        assert row in done.stdout
+    assert "equal to the original with its cut weights set to zero" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
+    names = {"plan.json", "dense.onnx", "pruned.onnx", "report.json", "demo.png"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "demo.png").stat().st_size > 10_000
 
-@pytest.mark.parametrize("name", ["dense", "pruned"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_demo_files_run(demo: tuple[Path, str], name: str, batch: int) -> None:
-    onnx.checker.check_model(onnx.load(demo[0] / f"{name}.onnx"), full_check=True)
-    images = np.random.default_rng(0).random((batch, 1, 8, 8), np.float32)
-    (scores,) = InferenceSession(demo[0] / f"{name}.onnx").run(None, {"x": images})
-    assert scores.shape == (batch, 10)
-    assert np.isfinite(scores).all()
-
-
-def test_demo_plan_loads_and_remembers_its_target(demo: tuple[Path, str]) -> None:
-    plan = PruningPlan.load(demo[0] / "plan.json")
+    plan = PruningPlan.load(folder / "plan.json")
     granule = profiles()[plan.request["alignment"]].granule
-    assert plan.request["target_latency"] == 0.8
+    assert plan.request["target_latency"] == 0.9
     assert plan.request["device"]["threads"] == 1
     assert any(len(group.kept) < group.width for group in plan.groups)
     assert all(len(group.kept) == group.width or len(group.kept) % granule == 0 for group in plan.groups)
 
-
-def test_demo_report_agrees_with_the_files(demo: tuple[Path, str]) -> None:
-    document = json.loads((demo[0] / "report.json").read_text())
+    document = json.loads((folder / "report.json").read_text())
     assert document["verification"]["max_error"] < 1e-9
     assert document["report"]["after"]["n_params"] < document["report"]["before"]["n_params"]
-    assert document["allocation"]["target_share"] == 0.8
+    assert document["allocation"]["target_share"] == 0.9
     for name in ("dense", "pruned"):
-        assert document["onnx"][name]["size_bytes"] == (demo[0] / f"{name}.onnx").stat().st_size
+        file = folder / f"{name}.onnx"
+        assert document["onnx"][name]["size_bytes"] == file.stat().st_size
         assert len(document["latency"]["results"][name]["times_ms"]) == 10
         assert 0 < document["accuracy"][name] <= 1
+        onnx.checker.check_model(onnx.load(file), full_check=True)
+        for batch in (1, 3):
+            images = np.random.default_rng(0).random((batch, 1, 8, 8), np.float32)
+            (scores,) = InferenceSession(file).run(None, {"x": images})
+            assert scores.shape == (batch, 10)
+            assert np.isfinite(scores).all()
 
 
 def test_a_network_is_pruned_while_it_trains(tmp_path: Path) -> None:

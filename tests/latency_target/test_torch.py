@@ -91,6 +91,7 @@ def test_parts_of_a_model_that_cannot_be_captured_have_a_target_in_torch() -> No
     assert result.model(X).shape == (1, 5)
 
 
+@pytest.mark.zoo
 def test_a_family_in_torch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     family = torchshear.prune_family(Flipping().eval(), X, targets=[0.9, 0.7], device=Device(runtime="torch"), **ANYHOW)
