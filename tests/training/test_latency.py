@@ -11,9 +11,12 @@ from torch import nn
 from tests.latency_target.pretending import DENSE, Pretended, pretend, share_of
 from tests.speedup.latency.making_tables import ALIGNMENT, Joined, joined
 from torchshear import PruningSession, regularizers, schedules
+from torchshear.dependency.plans._cut import Cut
 from torchshear.errors import ArgumentError, PlanError
 from torchshear.speedup.latency import Device, measure_table
 from torchshear.training import _latency_goal
+from torchshear.training._goals import nothing_gone
+from torchshear.training._masked_model import MaskedModel
 
 
 @pytest.fixture
@@ -122,6 +125,22 @@ def test_the_model_shrinks_on_the_way_and_other_targets_hold(pretended: type[Pre
     )
     assert result.allocation is not None
     assert result.allocation.round.measured_share <= 0.6
+
+
+def test_other_targets_hold_at_events_behind_the_end(pretended: type[Pretended]) -> None:
+    goal = session_of(target_params=0.15, soft=True)._renewer.goal
+    assert isinstance(goal, _latency_goal.LatencyGoal)
+    schedule, model = schedules.AGP(end=8, frequency=2), MaskedModel(Joined(), goal.groups, goal.names, False)
+    most = 0.15 * goal.dense["target_params"]
+    left = {}
+    for position in (2, 8, 10, None):
+        share = None if position is None else schedule
+        choice = goal.choose(share, position or 0, model, None, nothing_gone(goal))
+        left[position] = Cut(goal.groups, choice.kept).cost().n_params
+    assert left[2] > most >= max(left[8], left[10], left[None])
+    squares = {group.name: torch.rand(group.width, dtype=torch.float64) for group in goal.groups.prunable}
+    kept = {name: stays.nonzero().squeeze(1).numpy() for name, stays in goal.nearest(squares).items()}
+    assert Cut(goal.groups, kept).cost().n_params <= most
 
 
 def test_admm_projects_to_the_widths_of_the_table(pretended: type[Pretended]) -> None:

@@ -130,6 +130,11 @@ class LatencyPlanner:
         """The shares of a config, which are the most that may go; None without one."""
         return self.measured.resolved
 
+    @property
+    def budget_share(self) -> float:
+        """Share of the dense model's time that other widths may have by the table, as it was corrected."""
+        return self.target_share * _AIM / self.correction
+
     @classmethod
     def of(cls, request: Request, measured: MeasuredModel, correction: float = 1.0) -> "LatencyPlanner":
         """Find the widths for a target: solve, shrink, measure, and correct the budget until it is met closely.
@@ -173,7 +178,7 @@ class LatencyPlanner:
         if not whole:
             return self.ranked.plan(self.rounds[self.chosen].widths, _said(self.measured))
         ranked = self.ranked.leaving_whole(whole)
-        found = self.measured.solve(ranked.levels(), self.request, self.target_share * _AIM / self.correction)
+        found = self.measured.solve(ranked.levels(), self.request, self.budget_share)
         return ranked.plan(found.widths, _said(self.measured))
 
     def record(self, plan: PruningPlan, latency: LatencyComparison | None) -> LatencyAllocation:

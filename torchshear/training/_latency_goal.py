@@ -110,14 +110,25 @@ class LatencyGoal(ChannelGoal):
                 )
                 self.planners.append(LatencyPlanner.of(self.request, known))
             return self._choice(self.planners[0].plan().kept, asked)
-        return self._choice(self._solve(ranked, 1 - asked).kept, asked)
+        on_the_way = None if share is None or is_end else 1 - asked
+        return self._choice(self._solve(ranked, on_the_way).kept, asked)
 
-    def _solve(self, ranked: RankedGroups, left: float) -> PruningPlan:
-        """Choose widths for a share of the dense model's time by the table, corrected by what was measured."""
-        correction = self.planners[0].correction if self.planners else 1.0
-        request = replace(self.request, target_macs=None, target_params=None)
-        limit = max(left / correction, self.least_share)
-        return ranked.plan(solve_widths(self.groups, self.table, ranked.levels(), request, limit).widths, {})
+    def _solve(self, ranked: RankedGroups, on_the_way: float | None) -> PruningPlan:
+        """Choose widths by the table.
+
+        Args:
+            ranked: the groups with their units.
+            on_the_way: share of the dense model's time that is asked for before the end, where other targets do not
+                hold yet; None for all that is asked for, as it was corrected by what was measured.
+        """
+        request, left = self.request, 1 - self.target
+        if on_the_way is not None:
+            request, left = replace(request, target_macs=None, target_params=None), on_the_way
+        elif self.planners:
+            left = self.planners[0].budget_share
+        levels = ranked.levels()
+        found = solve_widths(self.groups, self.table, levels, request, max(left, self.least_share))
+        return ranked.plan(found.widths, {})
 
     def nearest(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Choose the heaviest units of each group; widths are those of the table with these sums as scores."""
@@ -126,7 +137,7 @@ class LatencyGoal(ChannelGoal):
             return squares[group.name]
 
         ranked = RankedGroups.of(self.groups, replace(self.request, criterion=given), None)
-        kept = self._solve(ranked, 1 - self.target).kept
+        kept = self._solve(ranked, None).kept
         found = {name: torch.zeros(len(one), dtype=torch.bool) for name, one in squares.items()}
         for name, stays in found.items():
             stays[torch.from_numpy(np.array(kept.get(name, np.arange(len(stays)))))] = True
