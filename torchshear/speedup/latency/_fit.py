@@ -102,9 +102,9 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     the shapes that the runtime reports in each probe. The model takes a factor of what widths change of the sum of its
     kernels, and a constant: of what kernels take at any width, a part is the profiler's own time. Both stand for what
     cannot be followed as well. In torch, where whole runs are measured apart, kernels with products and others have a
-    factor each, since a compiled model runs the latter with the former. Without
-    kernels that can be followed there is one for operations and one for parameters. On a steady machine all that is
-    fitted to whole runs. Elsewhere it is fitted to sums of least times, or to least times of whole runs, which other
+    factor each, since a compiled model runs the latter with the former. Without kernels that can be followed there is
+    one for operations and one for parameters. On a steady machine all that is fitted to whole runs. Elsewhere it is
+    fitted to sums of least times, or to least times of whole runs, which other
     programs disturb little; what they do to all kernels alike is taken out by the dense model's kernels of the same
     spell, and whole runs give one factor more.
 
