@@ -21,7 +21,7 @@ from torchshear.dependency.groups._analyze import analyze
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._process import outside_inference_mode
-from torchshear.latency_target._planner import LatencyPlanner, MeasuredModel, measured_speed
+from torchshear.latency_target._planner import LatencyPlanner, MeasuredDense, MeasuredModel, measured_speed
 from torchshear.options import (
     CalibrationOptions,
     Compensation,
@@ -302,7 +302,8 @@ def prune(  # noqa: PLR0913 - independent options, given by name
         if target_latency is not None and measuring.given is not None:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="torchshear-")))
             targets = (target_latency,)
-            measured = MeasuredModel.of(options, targets, model, groups, args, kwargs, measuring.given, folder)
+            dense = MeasuredDense.of(options, targets, model, groups, args, kwargs, measuring.given, folder)
+            measured = MeasuredModel.of(options, groups, dense)
 
         def make(options: PruneOptions) -> MadeModel:
             if measured is None:

@@ -23,7 +23,7 @@ from torchshear.family._record import PrunedFamily
 from torchshear.graph.capture._trace import trace
 from torchshear.graph.model._copy import copy_model
 from torchshear.graph.model._process import outside_inference_mode
-from torchshear.latency_target._planner import RESULT_ROUNDS, MeasuredModel
+from torchshear.latency_target._planner import RESULT_ROUNDS, MeasuredDense, MeasuredModel
 from torchshear.options import (
     CalibrationOptions,
     Compensation,
@@ -176,7 +176,8 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
     options = options.under_config(model, groups)
     size, options = FileTarget.of(options, model, groups, args, kwargs)
     with TemporaryDirectory(prefix="torchshear-") as folder:
-        measured = MeasuredModel.of(options, targets, model, groups, args, kwargs, measuring.given, Path(folder))
+        dense = MeasuredDense.of(options, targets, model, groups, args, kwargs, measuring.given, Path(folder))
+        measured = MeasuredModel.of(options, groups, dense)
         maker = MemberMaker(model, args, kwargs, options, measured, evaluate, must_be_faster, size)
         made = maker.make(dict(zip(names, targets, strict=True)), progress)
         latency = measured.candidates.compare_all({name: one.ready for name, one in made.items()}, RESULT_ROUNDS)

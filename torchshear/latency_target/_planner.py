@@ -43,6 +43,61 @@ RESULT_ROUNDS: Final = 40
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class MeasuredDense:
+    """A dense model as it was measured, before anything is scored.
+
+    Attributes:
+        table: the time of the model by widths.
+        candidates: the dense model, ready for the device, by which others are measured.
+        dense_ms: median time of the dense model.
+        least_share: the least share of the dense model's time that the table has for any widths.
+    """
+
+    table: LatencyTable
+    candidates: Candidates
+    dense_ms: float
+    least_share: float
+
+    @classmethod
+    def of(
+        cls,
+        options: PruneOptions,
+        targets: Sequence[float | str],
+        model: nn.Module,
+        groups: ChannelGroups,
+        args: tuple[Any, ...] | Tensor,
+        kwargs: Mapping[str, Any] | None,
+        given: Device | LatencyTable,
+        folder: Path,
+    ) -> "MeasuredDense":
+        """Measure a table if none is given, and the dense model, and check that all targets can be reached.
+
+        Args:
+            options: what is asked for, beside the targets.
+            targets: latencies that may be left.
+            model: the model.
+            groups: the analysed network.
+            args: example positional arguments.
+            kwargs: example keyword arguments.
+            given: the device, or a table that was measured on one.
+            folder: where files go; it must stay as long as anything is measured.
+
+        Raises:
+            ArgumentError: the table is of another model or device, or the dense model is fast enough already.
+            PlanError: a target cannot be reached; says the fastest possible.
+        """
+        if isinstance(given, LatencyTable):
+            check_table(given, groups, input_identity(args, kwargs))
+            table = given
+        else:
+            alignment, progress = options.request.alignment, options.calibration.progress
+            table = table_of(model, groups, args, kwargs, given, alignment, progress=progress)
+        candidates = Candidates(model, groups, args, kwargs, table.device, folder)
+        dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
+        return cls(table, candidates, dense_ms, _check_reachable(groups, options, table, targets, dense_ms))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class MeasuredModel:
     """A model with its table, its dense time and its ranked units: what plans for any targets of latency share.
 
@@ -65,38 +120,18 @@ class MeasuredModel:
     resolved: ResolvedConfig | None
 
     @classmethod
-    def of(
-        cls,
-        options: PruneOptions,
-        targets: Sequence[float | str],
-        model: nn.Module,
-        groups: ChannelGroups,
-        args: tuple[Any, ...] | Tensor,
-        kwargs: Mapping[str, Any] | None,
-        given: Device | LatencyTable,
-        folder: Path,
-    ) -> "MeasuredModel":
-        """Measure a table if none is given, check that all targets can be reached, then score units.
+    def of(cls, options: PruneOptions, groups: ChannelGroups, dense: MeasuredDense) -> "MeasuredModel":
+        """Score the units of a model that was measured; runs data if a criterion looks at any.
 
         Args:
             options: what is asked for, beside the targets.
-            targets: latencies that may be left.
-            model: the model.
             groups: the analysed network.
-            args: example positional arguments.
-            kwargs: example keyword arguments.
-            given: the device, or a table that was measured on one.
-            folder: where files go; it must stay as long as anything is measured.
-
-        Raises:
-            ArgumentError: the table is of another model or device, or the dense model is fast enough already.
-            PlanError: a target cannot be reached; says the fastest possible, before data is run.
+            dense: the model as it was measured.
         """
-        table, candidates, dense_ms, least = measure_dense(options, targets, model, groups, args, kwargs, given, folder)
         resolved, statistics = options.resolved, Planner.of(options, groups).statistics
         reasons = {} if resolved is None else reasons_to_stay(resolved, groups)
         ranked = RankedGroups.of(groups, options.request, statistics, reasons=reasons)
-        return cls(groups, table, candidates, dense_ms, least, ranked, resolved)
+        return cls(groups, dense.table, dense.candidates, dense.dense_ms, dense.least_share, ranked, resolved)
 
     def solve(self, levels: list[Levels], request: Request, budget_share: float) -> Solution:
         """Choose widths within a share of the dense model's time, and within the other budgets of a request."""
@@ -209,35 +244,6 @@ class LatencyPlanner:
             table_errors=self.measured.table.errors,
             notes=tuple(notes),
         )
-
-
-def measure_dense(
-    options: PruneOptions,
-    targets: Sequence[float | str],
-    model: nn.Module,
-    groups: ChannelGroups,
-    args: tuple[Any, ...] | Tensor,
-    kwargs: Mapping[str, Any] | None,
-    given: Device | LatencyTable,
-    folder: Path,
-) -> tuple[LatencyTable, Candidates, float, float]:
-    """Measure a table if none is given, and the dense model, and check that all targets can be reached.
-
-    Returns:
-        The table, the dense model ready for the device, its median time in milliseconds, and the least share of it that
-        the table has for any widths. For arguments and errors see `MeasuredModel.of`.
-    """
-    request = options.request
-    if isinstance(given, LatencyTable):
-        check_table(given, groups, input_identity(args, kwargs))
-        table = given
-    else:
-        progress = options.calibration.progress
-        table = table_of(model, groups, args, kwargs, given, request.alignment, progress=progress)
-    candidates = Candidates(model, groups, args, kwargs, table.device, folder)
-    dense_ms = candidates.compare(candidates.dense)["dense"].median_ms
-    least = _check_reachable(groups, options, table, targets, dense_ms)
-    return table, candidates, dense_ms, least
 
 
 def measured_speed(

@@ -17,8 +17,8 @@ from torchshear.latency_target import LatencyAllocation
 from torchshear.latency_target._budgets import solve_widths
 from torchshear.latency_target._planner import (
     LatencyPlanner,
+    MeasuredDense,
     MeasuredModel,
-    measure_dense,
     target_share_of,
 )
 from torchshear.options import CalibrationOptions, PruneOptions
@@ -77,9 +77,8 @@ class LatencyGoal(ChannelGoal):
         options = PruneOptions(request, (), CalibrationOptions(None), "auto", "none")
         with TemporaryDirectory(prefix="torchshear-") as folder:
             targets = (request.target_latency,)
-            found = measure_dense(options, targets, model, groups, *inputs, given, Path(folder))
-        table, _, dense_ms, least = found
-        return cls(groups, request, is_soft, inputs, table, dense_ms, least)
+            dense = MeasuredDense.of(options, targets, model, groups, *inputs, given, Path(folder))
+        return cls(groups, request, is_soft, inputs, dense.table, dense.dense_ms, dense.least_share)
 
     @property
     def unit(self) -> str:
