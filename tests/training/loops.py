@@ -65,7 +65,7 @@ def adam(model: nn.Module) -> torch.optim.Optimizer:
 
 def steps_of(
     session: PruningSession,
-    model: nn.Module,
+    model: Callable[[Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
     batch: Callable[[int], tuple[Tensor, Tensor]],
     n_steps: int,

@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.latency_target.pretending import DENSE, Pretended, pretend, share_of
 from tests.speedup.latency.making_tables import ALIGNMENT, Joined, joined
+from tests.training import loops
 from torchshear import PruningSession, regularizers, schedules
 from torchshear.dependency.plans._cut import Cut
 from torchshear.errors import ArgumentError, PlanError
@@ -25,23 +26,17 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
     return pretend(monkeypatch)
 
 
-def train(session: PruningSession, n_steps: int, first: int = 0) -> None:
+def train(
+    session: PruningSession, n_steps: int, first: int = 0, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Train on noise; two steps an epoch."""
-    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.01)
-    session.on_train_begin()
-    for epoch in range(first // 2, n_steps // 2):
-        session.on_epoch_begin(epoch)
-        for step in range(2):
-            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2 * epoch + step))
-            session.on_step_begin(step)
-            (session.model(x).square().mean() + session.penalty()).backward()
-            session.on_before_optimizer_step()
-            optimizer.step()
-            session.on_after_optimizer_step()
-            optimizer.zero_grad()
-            session.on_step_end()
-        session.on_epoch_end()
-    session.on_train_end()
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        return torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 4, (4,), generator=generator)
+
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.01) if optimizer is None else optimizer
+    loops.train(session, lambda x: session.model(x), optimizer, batch, n_steps, 2, first, adds_penalty=True)
 
 
 def session_of(**options: Any) -> PruningSession:
@@ -103,19 +98,7 @@ def test_the_model_shrinks_on_the_way_and_other_targets_hold(pretended: type[Pre
     session = PruningSession(
         model, args, target_latency=0.6, target_params=0.3, shrink_every=1, optimizer=optimizer, **words
     )
-    session.on_train_begin()
-    for epoch in range(4):
-        session.on_epoch_begin(epoch)
-        for step in range(2):
-            session.on_step_begin(step)
-            session.model(torch.randn(4, 3, 8, 8)).square().mean().backward()
-            session.on_before_optimizer_step()
-            optimizer.step()
-            session.on_after_optimizer_step()
-            optimizer.zero_grad()
-            session.on_step_end()
-        session.on_epoch_end()
-    session.on_train_end()
+    train(session, 8, optimizer=optimizer)
     n_params = sum(one.numel() for one in session.model.parameters())
     result = session.finish()
     assert (
@@ -209,20 +192,7 @@ def test_it_works_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     x = torch.randn(1, 3, 24, 24)
     table = measure_table(model, x, probes=4, progress=False)
     session = PruningSession(model, x, target_latency=0.5, device=table, schedule=schedules.OneShot(2))
-    train_on = [torch.randn(2, 3, 24, 24) for _ in range(4)]
-    optimizer = torch.optim.SGD(session.model.parameters(), lr=0.01)
-    session.on_train_begin()
-    session.on_epoch_begin(0)
-    for batch in train_on:
-        session.on_step_begin()
-        session.model(batch).square().mean().backward()
-        session.on_before_optimizer_step()
-        optimizer.step()
-        session.on_after_optimizer_step()
-        optimizer.zero_grad()
-        session.on_step_end()
-    session.on_epoch_end()
-    session.on_train_end()
+    train(session, 4)
     result = session.finish()
     assert result.allocation is not None
     assert result.allocation.target_share == 0.5
