@@ -65,7 +65,6 @@ def run(output: Path, *, is_fast: bool) -> None:
         device=table,
         must_be_faster=not is_fast,
         data=images,
-        batches=len(images),
         compensate="refit",
     )
     result.plan.save(output / "plan.json")

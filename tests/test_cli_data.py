@@ -320,7 +320,10 @@ def test_a_config_prints_what_it_means(columns: int) -> None:
         ),
         (("--criterion", "apoz", "--data", "data_nets:broken_stream"), "OSError: disk gone (at data_nets.py:"),
         (("--criterion", "apoz", "--data", "data_nets:strange"), "batch 0 is a dictionary with image, labels"),
-        (("--criterion", "apoz", "--data", "data_nets:loader"), "the loader ended after 3 of 32 batches"),
+        (
+            ("--criterion", "apoz", "--data", "data_nets:loader", "--batches", "4"),
+            "the loader ended after 3 of 4 batches",
+        ),
         (
             ("--criterion", "taylor", "--data", "data_nets:loader"),
             "looks at gradients; give a loss as --loss",

@@ -239,6 +239,6 @@ def test_what_has_no_statistics_is_told_before_tracing(monkeypatch: pytest.Monke
 
 def test_data_that_does_not_fit(model: nn.Module) -> None:
     with pytest.raises(DataError, match="the loader ended after 3 of 32 batches"):
-        torchshear.prune(model, X, criterion="apoz", data=labelled())
+        torchshear.prune(model, X, criterion="apoz", data=labelled(), batches=32)
     with pytest.raises(TypeError, match=r"prune\(\) has no argument 'losses'; expected .* data, loss_fn"):
         torchshear.prune(model, X, losses=1)  # type: ignore[call-arg]

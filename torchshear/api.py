@@ -224,7 +224,7 @@ def prune(  # noqa: PLR0913 - independent options, given by name
             in them; see `torchshear.collect` for their form.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients; "dense" takes the dense
             model's own outputs as targets.
-        batches: how many batches to run; None: 32.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         compensate: how the shrunk model, once proved, is brought nearer to its original without training or labels.
             "refit" fits every layer in closed form to give what it gave before, on some hundred samples of data;
             "statistics" gives batch norms new statistics of the data; "means" lets a removed channel count for what it

@@ -32,7 +32,7 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
     *,
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    batches: int = 32,
+    batches: int | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: Progress = True,
 ) -> nn.Module:
@@ -49,7 +49,7 @@ def compensate(  # noqa: PLR0913 - independent options, given by name
             `torchshear.speedup.fold_constants`.
         args: example arguments to trace with, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
-        batches: how many batches to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         memory: bytes that activations may take in memory, for "refit"; see `torchshear.speedup.refit`.
         progress: see `torchshear.collect`.
 
@@ -127,7 +127,7 @@ def compensate_by(
     return Compensated(copy, fold_in_place(model, copy, plan, args, kwargs, means))
 
 
-def check_compensation(method: Compensation, model: nn.Module, batches: int) -> None:
+def check_compensation(method: Compensation, model: nn.Module, batches: int | None) -> None:
     """Raise what a method raises of a model before it is traced: "statistics" needs batch norms that hold some."""
     if method == "statistics":
         check_recalibration(model, batches)

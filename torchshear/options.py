@@ -5,13 +5,14 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Final, Literal, ParamSpec, Protocol, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, get_args
 
 from torch import nn
 
 from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, quote
 from torchshear._other_tools import unknown_keyword
 from torchshear.calibration import Loss, Progress, Statistics
+from torchshear.calibration._batches import DEFAULT_BATCHES
 from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS
 from torchshear.configs import ConfigList, ResolvedConfig, resolve
 from torchshear.configs._beside_options import bound_by, read_entries
@@ -35,7 +36,6 @@ from torchshear.speedup.shrinking._whole_groups import NativeTradeoff
 Form = Literal["auto", "native", "traced"]
 CompensationMethod = Literal["refit", "statistics", "means", "constants"]
 Compensation = Literal["none", CompensationMethod]
-DEFAULT_BATCHES: Final = 32
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -82,14 +82,14 @@ class CalibrationOptions:
     Attributes:
         loader: gives batches, once or more often; None without data.
         loss_fn: the loss, or None.
-        batches: how many to run.
+        batches: how many to run; None: the first 32, or all where there are fewer.
         memory: bytes that a refit may hold of activations in memory.
         progress: how runs over the data are shown.
     """
 
     loader: Iterable[Any] | None
     loss_fn: Loss | None = None
-    batches: int = DEFAULT_BATCHES
+    batches: int | None = None
     memory: int = DEFAULT_MEMORY
     progress: Progress = False
 
@@ -123,17 +123,21 @@ class CalibrationOptions:
             for name in (name for name, value in {"loss_fn": loss_fn, "batches": batches}.items() if value is not None):
                 raise ArgumentError(f"{name}= is given without data; give batches of it as data=, or leave it away.")
             return cls(None)
-        count = DEFAULT_BATCHES if batches is None else batches
-        check_count("batches", count)
+        if batches is not None:
+            check_count("batches", batches)
         if not isinstance(data, Iterable) or isinstance(data, str | bytes):
             raise ArgumentError(
                 f"data is {type(data).__name__}; expected something that gives batches, as a DataLoader."
             )
-        return cls(list(islice(data, count)) if isinstance(data, Iterator) else data, loss_fn, count, size)
+        options = cls(data, loss_fn, batches, size)
+        return options.holding_batches() if isinstance(data, Iterator) else options
 
     def holding_batches(self) -> "CalibrationOptions":
         """Return the same with the batches taken, so that whatever the loader does, all that look see the same ones."""
-        return self if self.loader is None else replace(self, loader=list(islice(self.loader, self.batches)))
+        if self.loader is None:
+            return self
+        n_batches = DEFAULT_BATCHES if self.batches is None else self.batches
+        return replace(self, loader=list(islice(self.loader, n_batches)))
 
     def missing_for(self, criterion: str | Criterion) -> str:
         """Return what a criterion needs and is not given, with advice, or "".

@@ -1,6 +1,7 @@
 """Forms of batches: each function that takes data takes the same ones, and reads the same of them."""
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any, ClassVar
 
 import pytest
@@ -177,3 +178,33 @@ def test_the_loss_is_given_the_target_or_the_batch(model: nn.Module) -> None:
     assert given[1][0] is X
     assert given[4].keys() == named.keys()
     assert all(target is TARGET for target in (given[2], given[3], given[5], given[4]["labels"]))
+
+
+@pytest.mark.parametrize(("given", "seen"), [(3, 3), (None, 32)])
+def test_all_batches_are_run_but_no_more_than_32_where_no_number_is_asked_for(given: int | None, seen: int) -> None:
+    graph = torchshear.trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3))
+    batches = repeat(torch.randn(2, 3)) if given is None else repeat(torch.randn(2, 3), given)
+    reported: list[tuple[int, int, str]] = []
+    collected = torchshear.collect(graph, batches, progress=lambda *values: reported.append(values))
+    assert collected.n_batches == seen
+    assert reported[-1][:2] == (seen, 32)
+    with pytest.raises(DataError, match="the loader gave no batch"):
+        torchshear.collect(graph, [], progress=False)
+
+
+def test_progress_counts_to_the_length_of_a_loader() -> None:
+    graph = torchshear.trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 3))
+    reported: list[tuple[int, int, str]] = []
+    torchshear.collect(graph, [torch.randn(2, 3)] * 3, progress=lambda *values: reported.append(values))
+    assert reported[-1][:2] == (3, 3)
+
+
+def test_an_iterator_serves_a_criterion_and_a_refit_without_a_number() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    batches = [torch.randn(16, 3) for _ in range(3)]
+    words: dict[str, Any] = {"ratio": 0.5, "criterion": "apoz", "compensate": "refit"}
+    once = torchshear.prune(model, torch.randn(2, 3), data=iter(batches), **words)
+    again = torchshear.prune(model, torch.randn(2, 3), data=batches, batches=3, **words)
+    assert torch.equal(once.model[2].weight, again.model[2].weight)
+    assert once.refit is not None
+    assert once.refit.n_samples + once.refit.n_held_out == 48

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError, DataError
 from torchshear.graph import ExampleInputs, Graph
 
+DEFAULT_BATCHES: Final = 32
 FORMS = (
     "expected a tensor; a tuple of the positional arguments with or without a target behind them; a pair (inputs, "
     "target) whose inputs are a tensor, a tuple of the positional arguments or a dictionary; or a dictionary by names "
@@ -110,16 +111,19 @@ class CallForm:
         return bound.args[:n_args], {name: by_name[name] for name in self.example.kwargs}
 
 
-def read_batches(loader: Iterable[Any], count: int, form: CallForm, device: torch.device) -> Iterator[Batch]:
+def read_batches(
+    loader: Iterable[Any], count: int | None, form: CallForm, device: torch.device, most: int = DEFAULT_BATCHES
+) -> Iterator[Batch]:
     """Yield the first batches of a loader as calls, on a device.
 
     Floating numbers are given in the type of the example's, if these have one type.
 
     Args:
         loader: gives batches; an endless one is stopped.
-        count: how many to take.
+        count: how many to take; None: all, but no more than `most`.
         form: the form of the calls.
         device: the device of the model.
+        most: how many to take where none are asked for.
 
     Raises:
         DataError: the loader is empty or gives fewer batches, or is nothing that gives any; or a batch has none of the
@@ -133,7 +137,7 @@ def read_batches(loader: Iterable[Any], count: int, form: CallForm, device: torc
         moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
         return moved.clone() if moved.is_inference() else moved  # no gradient can be taken through the latter
 
-    for number, given in enumerate(_first(loader, count)):
+    for number, given in enumerate(_first(loader, count, most)):
         try:
             leaves = pytree.tree_leaves(given)
         except RecursionError as error:
@@ -145,12 +149,12 @@ def read_batches(loader: Iterable[Any], count: int, form: CallForm, device: torc
         yield Batch(args, kwargs, pytree.tree_map_only(Tensor, move, batch.target))
 
 
-def read_graph_inputs(loader: Iterable[Any], count: int, graph: Graph) -> Iterator[tuple[list[Any], Any]]:
+def read_graph_inputs(loader: Iterable[Any], count: int | None, graph: Graph) -> Iterator[tuple[list[Any], Any]]:
     """Yield the first batches of a loader as flat inputs of a graph, each with its target.
 
     Args:
         loader: gives batches.
-        count: how many to take.
+        count: how many to take; None: all, but no more than `DEFAULT_BATCHES`.
         graph: the captured model.
 
     Raises:
@@ -173,6 +177,16 @@ def read_graph_inputs(loader: Iterable[Any], count: int, graph: Graph) -> Iterat
         yield [_cast_like(example, leaf) for leaf, example in zip(leaves, examples, strict=True)], batch.target
 
 
+def number_of_batches(loader: Iterable[Any], count: int | None) -> int:
+    """Return how many batches will be run, as far as the loader's length tells: for progress."""
+    if count is not None:
+        return count
+    try:
+        return min(len(loader), DEFAULT_BATCHES)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return DEFAULT_BATCHES
+
+
 def describe(*values: Any) -> str:
     """Return structure, shapes and dtypes of nested values, in short."""
     if len(values) == 2 and isinstance(values[0], tuple) and isinstance(values[1], dict):
@@ -190,17 +204,17 @@ def _describe_one(value: Any) -> str:
     return type(value).__name__
 
 
-def _first(loader: Iterable[Any], count: int) -> Iterator[Any]:
+def _first(loader: Iterable[Any], count: int | None, most: int) -> Iterator[Any]:
     """Yield as many batches as are asked for, or raise DataError."""
     done = 0
     try:
-        given = islice(loader, count)
+        given = islice(loader, most if count is None else count)
     except (TypeError, NotImplementedError) as error:
         raise DataError(f"the loader is {type(loader).__name__}; expected something that gives batches.") from error
     for batch in given:
         yield batch
         done += 1
-    if done < count:
+    if done < (1 if count is None else count):
         raise DataError(
             f"the loader ended after {done} of {count} batches; give a longer one, or ask for batches={done}."
             if done

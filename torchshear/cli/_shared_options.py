@@ -104,7 +104,9 @@ _LOSS = typer.Option(
     help=f"Loss for criteria that look at gradients: {LOSS_NAMES}, or package.module:function of output and target. "
     "'dense' takes the dense model's own outputs as targets, 'output' the loss that the model itself gives.",
 )
-_BATCHES = typer.Option(metavar="N", help="How many batches to run. Default: 32.")
+_BATCHES = typer.Option(
+    metavar="N", help="How many batches to run. Default: the first 32, or all where there are fewer."
+)
 _FORM = typer.Option(
     metavar="[auto|native|traced]",
     help="The model's own class, where it costs little at most, or the rewritten graphs. Default: auto.",

@@ -89,7 +89,7 @@ def compare(  # noqa: PLR0913 - independent options, given by name
             once, and held.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients; "dense" takes the dense
             model's own outputs as targets.
-        batches: how many batches to run; None: 32.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         compensate: compensation after which each model is scored once more: "refit", "statistics", "means" or
             "constants"; see `torchshear.prune`.
         memory: bytes that a refit may hold of activations in memory; None: 2 GB.

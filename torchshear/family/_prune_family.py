@@ -111,7 +111,7 @@ def prune_family(  # noqa: PLR0913 - independent options, given by name
         min_width: the fewest units to keep in a group.
         data: batches for criteria that look at data, and for `compensate`. They are taken once, and held.
         loss_fn: loss for criteria that look at gradients; see `torchshear.prune`.
-        batches: how many batches to run; None: 32.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         compensate: how each shrunk model is brought nearer to its original; see `torchshear.prune`.
         memory: bytes that a refit may hold of activations in memory; None: 2 GB.
         progress: see `torchshear.collect`; what is done are widths of the table, batches, and steps of members.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from torchshear._arguments import check_count, check_kind, parse_names, quote
 from torchshear.calibration import Loss, Progress, Statistics
-from torchshear.calibration._batches import read_graph_inputs
+from torchshear.calibration._batches import number_of_batches, read_graph_inputs
 from torchshear.calibration._dense_loss import DENSE
 from torchshear.calibration._processes import agree, all_reduced
 from torchshear.calibration._progress import check_progress, with_progress
@@ -29,7 +29,7 @@ def collect(
     network: Graph | ChannelGroups,
     loader: Iterable[Any],
     loss_fn: Loss | None = None,
-    batches: int = 32,
+    batches: int | None = None,
     progress: Progress = True,
     criteria: str | Criterion | Collection[str | Criterion] | None = None,
     exclude: str | Collection[str] = (),
@@ -51,7 +51,7 @@ def collect(
         loss_fn: called as `loss_fn(output, target)`, where the target of a batch without one is the batch itself;
             gives a scalar tensor. "dense": the network's own outputs are the targets, of data without labels. None: no
             gradients, but those of "dense" that `reconstruction` weighs errors by.
-        batches: how many batches to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         progress: True draws a bar on a terminal or in a notebook for work over a second, False nothing; a function is
             called as `progress(done, total, what)` after each batch, as `progress(1, 32, "collecting")`.
         criteria: the criterion or criteria that the statistics are for: only what they need is summed, and gradients
@@ -95,14 +95,14 @@ def collect(
 
 
 def channel_means(
-    network: Graph | ChannelGroups, loader: Iterable[Any], batches: int = 32, progress: Progress = True
+    network: Graph | ChannelGroups, loader: Iterable[Any], batches: int | None = None, progress: Progress = True
 ) -> dict[tuple[str, int], Tensor]:
     """Run data through a model in eval mode, and average each channel of what layers read.
 
     Args:
         network: the captured model or its channel groups.
         loader: gives batches, as for `collect`.
-        batches: how many to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         progress: as for `collect`.
 
     Returns:
@@ -119,20 +119,23 @@ def channel_means(
     return {key: sums.total / sums.count for key, sums in seen.values.items()}
 
 
-def _run_data(make_run: Callable[[], Run], loader: Iterable[Any], batches: int, progress: Progress) -> Statistics:
+def _run_data(
+    make_run: Callable[[], Run], loader: Iterable[Any], batches: int | None, progress: Progress
+) -> Statistics:
     """Return sums over batches and processes.
 
     Args:
         make_run: makes the run; called where an error of one process stops all of them.
         loader: gives batches.
-        batches: how many to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         progress: how to report.
     """
     run: Run | None = None
     error: Exception | None = None
     try:
         check_progress(progress)
-        check_count("batches", batches)
+        if batches is not None:
+            check_count("batches", batches)
         run = make_run()
         read: Iterable[tuple[list[Any], Any]] = read_graph_inputs(loader, batches, run.graph)
         if "grams" in run.sums:  # some samples are held out, which all are looked at for
@@ -142,7 +145,7 @@ def _run_data(make_run: Callable[[], Run], loader: Iterable[Any], batches: int, 
                 known.append((leaves, target))
             run.hold_out([leaves for leaves, _ in known])
             read = known
-        for leaves, target in with_progress(read, batches, "collecting", progress):
+        for leaves, target in with_progress(read, number_of_batches(loader, batches), "collecting", progress):
             run.batch(leaves, target)
         run.check()
     except Exception as failure:  # the other processes wait for this one to say so

@@ -108,7 +108,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
         min_width: the fewest units to keep in a group.
         data: batches for criteria that look at data and for `compensate`; see `torchshear.collect`.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
-        batches: how many batches to run; None: 32.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         compensate: how each candidate is brought nearer to its original before it is scored; see `torchshear.prune`.
         memory: bytes that a refit may hold of activations in memory; None: 2 GB.
         progress: how it is shown; a function is called as `progress(done, total, what)` after each trial.

@@ -87,7 +87,7 @@ class PruningSession:
         reduce: with a pattern, how scores of a unit's weights become one.
         data: batches for criteria that look at data, which are run at each renewal; see `torchshear.collect`.
         loss_fn: called as `loss_fn(output, target)`, for criteria of gradients on `data`.
-        batches: how many batches to run; None: 32.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         writer: takes scalars by `add_scalar(tag, value, step)`, as a `SummaryWriter` of TensorBoard.
 
     Raises:

@@ -196,8 +196,8 @@ def test_prune_takes_means_of_its_data() -> None:
 
 def test_data_that_does_not_fit_is_told() -> None:
     model = Classifier().eval()
-    with pytest.raises(DataError, match="ended after 3 of 32 batches"):
-        torchshear.prune(model, (image(size=6),), compensate="means", data=labelled())
+    with pytest.raises(DataError, match="ended after 3 of 4 batches"):
+        torchshear.prune(model, (image(size=6),), compensate="means", data=labelled(), batches=4)
     groups = torchshear.analyze(torchshear.trace(model, (image(size=6),)))
     with pytest.raises(ArgumentError, match="batches=0"):
         channel_means(groups, labelled(), 0)

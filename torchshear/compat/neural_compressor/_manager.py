@@ -47,7 +47,7 @@ class CompressionManager:
         kwargs: example keyword arguments.
         data: batches for criteria that look at data, see `torchshear.collect`.
         loss_fn: called as `loss_fn(output, target)`, for criteria of gradients on `data`.
-        batches: how many batches to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         at_once: whether all goes when `session.on_event()` comes, and no pruner follows its schedule.
 
     Attributes:

@@ -203,7 +203,7 @@ class AGPPruner(GradualPruner):
         data: batches for "apoz", "mean_activation" and "taylorfo"; without any the latest batch of the training stands
             for the first two, and the gradients of the training for the third.
         loss_fn: called as `loss_fn(output, target)`, for "taylorfo" on `data`.
-        batches: how many to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         **unknown: none; words of NNI that have no meaning here are answered.
 
     Raises:

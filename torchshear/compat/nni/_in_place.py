@@ -34,7 +34,7 @@ class TrainingData:
     Attributes:
         data: batches, or None.
         loss_fn: called as `loss_fn(output, target)`.
-        batches: how many to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
 
     Raises:
         ArgumentError: no criterion looks at them, or a loss is missing.

@@ -59,7 +59,7 @@ class Pruner:
         data: batches for criteria that look at activations or gradients, see `torchshear.collect`.
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients; "dense" takes the dense
             model's own outputs as targets.
-        batches: how many batches to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         align: what kept widths are a multiple of, or a profile, see `torchshear.plan`; None: any width.
         min_width: the fewest channels to keep in a group.
         **unknown: none; words of other tools are answered with what to use instead.
@@ -91,7 +91,7 @@ class Pruner:
         *,
         data: Iterable[Any] | None = None,
         loss_fn: Loss | None = None,
-        batches: int = 32,
+        batches: int | None = None,
         align: int | str | Alignment | None = None,
         min_width: int = 1,
         **unknown: object,
@@ -100,7 +100,8 @@ class Pruner:
             raise unknown_keyword(type(self).__name__, name, _ARGUMENTS)
         check_module(model)
         check_flag("dependency_aware", dependency_aware)
-        check_count("batches", batches)
+        if batches is not None:
+            check_count("batches", batches)
         check_count("min_width", min_width)
         if not isinstance(args, tuple | list | Tensor) or not isinstance(kwargs, Mapping | None):
             raise ArgumentError(

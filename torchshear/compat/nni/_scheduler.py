@@ -92,7 +92,7 @@ class PruningScheduler(TrainingPruner):
         kwargs: example keyword arguments.
         data: batches for criteria that look at data.
         loss_fn: called as `loss_fn(output, target)`, for criteria of gradients.
-        batches: how many to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
 
     Raises:
         ArgumentError: an argument is outside what is accepted, or the config is wrong.

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchshear._arguments import check_count, check_flag
 from torchshear.calibration import Progress
-from torchshear.calibration._batches import CallForm, read_batches
+from torchshear.calibration._batches import CallForm, number_of_batches, read_batches
 from torchshear.calibration._processes import agree, is_distributed, sum_over_processes
 from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
@@ -35,7 +35,7 @@ _BATCH_NORMS: Mapping[Any, tuple[str, ...]] = {
 
 
 def recalibrate(
-    model: nn.Module, loader: Iterable[Any], batches: int = 32, progress: Progress = True, frozen: bool = False
+    model: nn.Module, loader: Iterable[Any], batches: int | None = None, progress: Progress = True, frozen: bool = False
 ) -> nn.Module:
     """Estimate the running statistics of all batch norms anew, as a model with other weights or widths needs it.
 
@@ -59,7 +59,7 @@ def recalibrate(
         model: any model with batch norms; it is left as it is.
         loader: gives batches, of the forms that `torchshear.collect` takes; a tuple holds the positional arguments that
             forward requires. An endless one is stopped.
-        batches: how many batches to run.
+        batches: how many batches to run; None: the first 32, or all where there are fewer.
         progress: as for `torchshear.collect`.
         frozen: whether frozen norms get new statistics as well.
 
@@ -94,7 +94,7 @@ def recalibrate_for(
     example: ExampleInputs | None,
     model: nn.Module,
     loader: Iterable[Any],
-    batches: int,
+    batches: int | None,
     progress: Progress = False,
     frozen: bool = False,
 ) -> nn.Module:
@@ -109,7 +109,7 @@ def recalibrate_for(
     try:
         device = next((t.device for t in (*copy.parameters(), *copy.buffers())), torch.device("cpu"))
         found = read_batches(loader, batches, CallForm(signature_of(copy), example), device)
-        for batch in with_progress(found, batches, "recalibrating", progress):
+        for batch in with_progress(found, number_of_batches(loader, batches), "recalibrating", progress):
             _run_batch(copy, batch.args, batch.kwargs, n_run, statistics)
             n_run += 1
     except Exception as failure:  # the other processes wait for this one to say so
@@ -119,10 +119,11 @@ def recalibrate_for(
     return copy
 
 
-def check_recalibration(model: nn.Module, batches: int) -> None:
+def check_recalibration(model: nn.Module, batches: int | None) -> None:
     """Check the arguments of `recalibrate`, and raise what it raises of them."""
     check_module(model)
-    check_count("batches", batches)
+    if batches is not None:
+        check_count("batches", batches)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ArgumentError(
             f"{type(model).__name__} holds compiled TorchScript, in which batch norms cannot be seen; recalibrate the "

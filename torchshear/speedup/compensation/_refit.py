@@ -40,7 +40,7 @@ def refit(  # noqa: PLR0913 - independent options, given by name
     *,
     args: tuple[Any, ...] | Tensor | None = None,
     kwargs: Mapping[str, Any] | None = None,
-    batches: int = 32,
+    batches: int | None = None,
     memory: int = DEFAULT_MEMORY,
     progress: Progress = True,
 ) -> tuple[nn.Module, Refit]:
@@ -63,7 +63,7 @@ def refit(  # noqa: PLR0913 - independent options, given by name
         loader: gives batches of inputs, as for `torchshear.collect`; targets are ignored. Some hundred samples do.
         args: example arguments to trace with, if the plan does not describe them.
         kwargs: example keyword arguments, likewise.
-        batches: how many batches to run. All of them are held in memory.
+        batches: how many batches to run; None: the first 32, or all where there are fewer. They are held in memory.
         memory: bytes that activations may take in memory; those beyond go to files in the temporary folder. What one
             call gives, and the system of one layer, come on top.
         progress: see `torchshear.collect`.
@@ -82,7 +82,8 @@ def refit(  # noqa: PLR0913 - independent options, given by name
     Reference: layer by layer reconstruction as in He et al., ICCV 2017, arXiv:1707.06168; ridge regression around the
     present weights on inputs of the pruned network as in Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580.
     """
-    check_count("batches", batches)
+    if batches is not None:
+        check_count("batches", batches)
     check_count("memory", memory, most=MOST_MEMORY)
     check_progress(progress)
     check_kind("small", small, nn.Module, "the shrunk model")
@@ -144,7 +145,7 @@ def _make_pass(
     dense_state: Mapping[str, Tensor],
     fitted: dict[str, Tensor],
     loader: Iterable[Any],
-    batches: int,
+    batches: int | None,
     memory: int,
     progress: Progress,
 ) -> RefitPass:

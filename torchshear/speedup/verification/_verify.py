@@ -62,7 +62,7 @@ def verify(
     *,
     seed: int = 0,
     data: Iterable[Any] | None = None,
-    batches: int = 8,
+    batches: int | None = None,
 ) -> Verification:
     """Prove that a shrunk model computes what the masked model computes.
 
@@ -83,7 +83,7 @@ def verify(
         data: a loader whose batches are compared as well, with the model's own weights. They have the forms that
             `torchshear.collect` takes, and hold the arguments of the example. Where an operator computes over an axis
             that is cut, they have the shapes of the example but for the number of samples.
-        batches: number of batches of the data to compare.
+        batches: number of batches of the data to compare; None: the first 8, or all where there are fewer.
 
     Returns:
         The reference that was used and the largest relative difference, at most 1e-9 in float64.
@@ -103,7 +103,8 @@ def verify(
     """
     check_kind("small", small, nn.Module, "the shrunk model")
     check_count("seed", seed, least=0)
-    check_count("batches", batches)
+    if batches is not None:
+        check_count("batches", batches)
     seed, example = int(seed), ExampleInputs.of(args, kwargs)
     given = example if example.args or example.kwargs else None
     groups = analyze_planned(model, plan, *((given.args, given.kwargs) if given is not None else (None, None)))
@@ -114,7 +115,7 @@ def verify(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     form = CallForm(signature_of(model), given or groups.graph.inputs)
     extra: list[ExampleInputs] = []
-    for number, batch in enumerate(read_batches(data, batches, form, device)):
+    for number, batch in enumerate(read_batches(data, batches, form, device, most=8)):
         extra.append(ExampleInputs(batch.args, batch.kwargs))
         failure = run_failure(model, extra[-1], "eval")
         if failure is not None:
