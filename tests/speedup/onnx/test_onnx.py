@@ -1,8 +1,10 @@
 import copy
 import errno
+import importlib
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +15,7 @@ from torch import nn
 
 from torchshear.errors import ArgumentError, ExportError, OutputError, WeightError
 from torchshear.speedup.onnx import _export as module
+from torchshear.speedup.onnx import _registry
 from torchshear.speedup.onnx._export import OnnxFile, export_onnx
 
 
@@ -343,3 +346,33 @@ def test_python_random_state_is_left_alone(tmp_path):
     assert result.batches_checked == (1,)
     assert random.getstate() == state
     assert np.random.get_state()[1].tolist() == numpy_state
+
+
+def test_translations_are_gathered_once_and_files_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registration = importlib.import_module("torch.onnx._internal.exporter._registration")
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2)).eval(), torch.randn(2, 4)
+    before, calls = registration.ONNXRegistry.__dict__["from_torchlib"], []
+
+    def counted(kind: Any, *given: Any, **words: Any) -> Any:
+        calls.append(words)
+        return before.__func__(kind, *given, **words)
+
+    monkeypatch.setattr(_registry, "_gathered", {})
+    monkeypatch.setattr(registration.ONNXRegistry, "from_torchlib", classmethod(counted))
+    files = []
+    for number in range(3):
+        export_onnx(model, tmp_path / f"{number}.onnx", x)
+        files.append((tmp_path / f"{number}.onnx").read_bytes())
+    assert len(calls) == 1
+    assert files == [files[0]] * 3
+    monkeypatch.delattr(registration.ONNXRegistry, "from_torchlib")  # as a torch that gathers in another way
+    with _registry.gathering_once():
+        assert not hasattr(registration.ONNXRegistry, "from_torchlib")
+
+
+def test_what_an_export_adds_to_the_translations_is_not_in_the_next() -> None:
+    registration = importlib.import_module("torch.onnx._internal.exporter._registration")
+    with _registry.gathering_once():
+        one, two = (registration.ONNXRegistry.from_torchlib() for _ in range(2))
+        one.register_op(torch.ops.aten.relu.default, lambda x: x)
+        assert len(one.get_decomps(torch.ops.aten.relu.default)) > len(two.get_decomps(torch.ops.aten.relu.default))

@@ -26,6 +26,7 @@ from torchshear.graph.model._state import preserve_state
 from torchshear.speedup._relative_error import typical_magnitude
 from torchshear.speedup.onnx._arguments import DynamicShapes, ExampleCall, check_limits, check_tensors
 from torchshear.speedup.onnx._decompositions import decompose
+from torchshear.speedup.onnx._registry import gathering_once
 from torchshear.speedup.onnx._session import error_reason, open_session
 from torchshear.speedup.rewriting._traced import showing_signature
 from torchshear.storage._reading import as_path
@@ -246,7 +247,8 @@ def _convert(model: nn.Module, call: ExampleCall, free: Dynamic, opset: int | No
     if free != "nothing" or call.requested:
         shapes = call.dynamic_shapes(batch=free != "nothing", lengths=free == "batch and length")
     try:
-        with silence_torch(), showing_signature(model), without_stack_traces():  # files would hold paths of sources
+        with silence_torch(), showing_signature(model), gathering_once(), without_stack_traces():
+            # With stack traces files would hold paths of sources.
             captured = torch.export.export(model, *call.arguments, dynamic_shapes=shapes, strict=False)
             program = torch.onnx.export(decompose(captured), dynamo=True, verbose=False, opset_version=opset)
     except Exception as error:
