@@ -536,6 +536,7 @@ def test_modules_are_measured_in_torch_on_the_command_line(tmp_path: Path) -> No
     assert_fails("runtime='tvm'", *given, "--runtime", "tvm")
 
 
+@pytest.mark.zoo
 def test_a_model_without_onnx_is_measured_in_torch_on_the_command_line(tmp_path: Path) -> None:
     given = ("shop.nets:no_onnx", "--ratio", "0.5", "--bench")
     assert_fails("ONNX", "prune", *given, "--output", "other")
@@ -547,6 +548,7 @@ def test_a_model_without_onnx_is_measured_in_torch_on_the_command_line(tmp_path:
     assert list(document["latency"]["results"]) == ["dense", "pruned"]
 
 
+@pytest.mark.zoo
 def test_a_target_of_latency_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHSHEAR_CACHE", str(tmp_path / "cache"))
     given = ("--target-latency", "0.95", "--threads", "2", "--batch", "3", "--align", "4", "--must-be-faster", "false")
@@ -558,5 +560,8 @@ def test_a_target_of_latency_on_the_command_line(tmp_path: Path, monkeypatch: py
     assert document["latency"]["threads"] == 2
     assert document["latency"]["batch"] == 3
     assert "realised" in text
-    assert_fails("expected a share of the dense model's latency", "prune", "shop.nets:wide", "--output", "other",
-                 "--target-latency", "3.5")  # fmt: skip
+
+
+def test_a_wrong_target_of_latency_on_the_command_line() -> None:
+    given = ("prune", "shop.nets:wide", "--output", "other", "--target-latency", "3.5")
+    assert_fails("expected a share of the dense model's latency", *given)

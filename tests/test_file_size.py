@@ -79,7 +79,12 @@ def files(model: nn.Module, x: Tensor, folder: Path) -> tuple[int, int]:
     return program.size_bytes, (folder / "model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("batch norms", "half precision", "transformer")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.zoo) if name in SLOW else name for name in CASES]
+)
 def test_real_files_are_within_the_target_and_near_it(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make, example, shares = CASES[name]
@@ -155,6 +160,7 @@ def test_a_file_that_turns_out_larger_is_made_again(monkeypatch: pytest.MonkeyPa
     assert result.file.pruned_bytes <= result.file.most_bytes
 
 
+@pytest.mark.zoo
 def test_it_holds_beside_a_latency_and_in_a_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pretend(monkeypatch)
     model, args, _ = joined()

@@ -103,7 +103,7 @@ def test_a_family_in_torch(tmp_path: Path) -> None:
     assert not any(name.endswith(".onnx") for name in written)
 
 
-@pytest.mark.parametrize("runtime", ["torch", "torch.compile"])
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("torch.compile", marks=pytest.mark.zoo)])
 def test_any_request_is_measured_by_the_runtime_that_is_asked_for(runtime: str) -> None:
     torch.manual_seed(0)
     result = torchshear.prune(Flipping().eval(), X, ratio=0.5, device=Device(runtime=runtime), progress=False)

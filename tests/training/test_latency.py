@@ -184,6 +184,7 @@ def test_a_device_measures_the_result_of_any_request(pretended: type[Pretended])
     assert result.report.speed.is_faster
 
 
+@pytest.mark.zoo
 def test_it_works_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHSHEAR_CACHE", str(tmp_path))
     torch.manual_seed(0)

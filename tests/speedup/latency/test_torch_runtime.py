@@ -163,6 +163,7 @@ class Telling(Net):
         return super().forward(x) * (2.0 if torch.compiler.is_compiling() else 1.0)
 
 
+@pytest.mark.zoo
 def test_candidates_are_compiled_however_many_there_are(tmp_path: Path) -> None:
     """Candidates share the code of one class, of which torch compiles only so many variants by itself."""
     model = Telling()
