@@ -13,7 +13,7 @@ from torchshear.calibration._sums import products_of
 from torchshear.dependency import ChannelGroup, ChannelGroups, Member
 from torchshear.errors import ArgumentError
 from torchshear.pruners import UnscorableError, reconstruction_errors
-from torchshear.pruners.criteria import _reconstruction
+from torchshear.pruners.criteria import _group_readers, _reconstruction
 from torchshear.pruners.criteria._criterion import find_criterion
 
 
@@ -226,10 +226,8 @@ def test_outputs_are_weighed_along_their_own_dimension(
     nothing = np.zeros(0, np.int64)
     member = Member("w", dim, frozenset({"in"}), nothing, nothing, shape[dim], n_blocks)
     by_hand = weight * gradients.sqrt().reshape(-1, *[1] * (len(shape) - outputs - 1))
-    weighed = _reconstruction._weigh_outputs(
-        member, _reconstruction._rows(member, weight), torch.Size(shape), gradients
-    )
-    assert torch.allclose(weighed, _reconstruction._rows(member, by_hand))
+    weighed = _group_readers._weigh_outputs(member, _group_readers._rows(member, weight), torch.Size(shape), gradients)
+    assert torch.allclose(weighed, _group_readers._rows(member, by_hand))
 
 
 def test_what_no_layer_reads_cannot_be_scored() -> None:

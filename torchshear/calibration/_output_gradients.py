@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from torchshear.calibration._weight_calls import WeightCall
@@ -27,6 +27,7 @@ class OutputGradients:
 
     Attributes:
         problem: why there are no gradients; "" if there are.
+        opened: recurrent calls inside of which gradients are taken.
     """
 
     def __init__(self, groups: ChannelGroups, layers: Sequence[WeightCall], is_given: bool) -> None:
@@ -34,11 +35,15 @@ class OutputGradients:
         read = {m.name for group in groups.prunable for m in group.members if m.purposes & READING_PURPOSES}
         nodes = {node.name: node for node in groups.graph if node.op in ("call_function", "placeholder")}
         self._dims: dict[str, int] = {}
+        self.opened: set[str] = set()
         for layer in layers:
-            node, source = nodes[layer.node], nodes.get(layer.source)
-            if layer.dim is None or layer.weight not in read or source is None:
+            if layer.dim is None or layer.weight not in read:
                 continue
-            if isinstance(node.meta.get("val"), Tensor) and len(shape_of(node)) == len(shape_of(source)):
+            node, source = nodes.get(layer.node), nodes.get(layer.source)
+            if node is None:  # inside a recurrent call
+                self._dims[layer.node] = layer.dim
+                self.opened.add(layer.node.partition(":")[0])
+            elif source is not None and _is_alike(node, source):
                 self._dims[layer.node] = layer.dim  # channels of the output lie where those of the input do
         self._sums: dict[str, Tensor] = {}
         self._n_samples = 0
@@ -104,3 +109,8 @@ class OutputGradients:
         if self.problem or not self._n_samples:
             return {}
         return {name: total / self._n_samples for name, total in self._sums.items()}
+
+
+def _is_alike(node: fx.Node, source: fx.Node) -> bool:
+    """Return whether a call gives one tensor with as many dimensions as what it reads."""
+    return isinstance(node.meta.get("val"), Tensor) and len(shape_of(node)) == len(shape_of(source))

@@ -32,6 +32,7 @@ class Pass:
         biases: canonical names of the biases of the first two; empty if there are none.
         source: what its inputs are called among the values that are seen.
         before: what the states that it reads are called.
+        sums: what its gates are called before their sigmoid or tanh, the sums that its weights make.
         has_zeros: whether what it gives is exactly zero over a range of inputs.
         shape: of what it gives.
         batch: dimension of it along which the batch of the call stands.
@@ -43,6 +44,7 @@ class Pass:
     biases: tuple[str, ...]
     source: str
     before: str
+    sums: str
     has_zeros: bool
     shape: tuple[int, ...]
     batch: int
@@ -83,7 +85,7 @@ def axes_of(results: Result, n_passes: int) -> list[Axis]:
     return list(last.rows) if n_passes > 1 else [last]
 
 
-def run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], see: See) -> Any:
+def run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], see: See, shows_sums: bool = False) -> Any:
     """The results of a recurrent call.
 
     Args:
@@ -92,12 +94,14 @@ def run(node: fx.Node, args: Sequence[Any], kwargs: dict[str, Any], see: See) ->
         kwargs: likewise.
         see: called with the name of a value (see `Pass`) and the value, gives the value to go on with. Final states
             are what it gives at the last step.
+        shows_sums: whether zeros that are added to the sums that weights make are seen as well: the gradient by them is
+            that by the sums. What states tell the last gate of a GRU is taken as if that gate was not reset.
     """
     names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
     given = dict(zip(names, args, strict=False)) | kwargs
     if _recurrence(node).is_cell:
-        return _run_cell(node, given, see)
-    return _run_layers(node, given, see)
+        return _run_cell(node, given, see, shows_sums)
+    return _run_layers(node, given, see, shows_sums)
 
 
 def _name(weight: fx.Node) -> str:
@@ -121,6 +125,7 @@ def _passes_of_layers(node: fx.Node) -> Iterator[Pass]:
             biases=tuple(own[2 : 2 + n_biases]),
             source=f"{node.name}:read by {layer}" if layer else given["input"].name,
             before=f"{node.name}:before {number}",
+            sums=f"{node.name}:sums {number}",
             has_zeros=_recurrence(node).has_zeros,
             shape=(*shape_of(given["input"])[:2], shape_of(w_hh)[1]),
             batch=0 if given["batch_first"] else 1,
@@ -137,20 +142,24 @@ def _pass_of_cell(node: fx.Node) -> Pass:
         biases=tuple(_name(given[word]) for word in ("b_ih", "b_hh") if given[word] is not None),
         source=given["input"].name,
         before=state.name,
+        sums=f"{node.name}:sums 0",
         has_zeros=_recurrence(node).has_zeros,
         shape=shape_of(state),
         batch=0,
     )
 
 
-def _run_cell(node: fx.Node, given: dict[str, Any], see: See) -> Any:
+def _run_cell(node: fx.Node, given: dict[str, Any], see: See, shows_sums: bool) -> Any:
+    if shows_sums:
+        x, w_ih = _add_zeros(given["input"], given["w_ih"], f"{node.name}:sums 0", see)
+        given = given | {"input": x, "w_ih": w_ih}
     found = node.target(**given)  # type: ignore[operator]
     if isinstance(found, Tensor):
         return see(f"{node.name}:0", found)
     return (see(f"{node.name}:0", found[0]), *found[1:])
 
 
-def _run_layers(node: fx.Node, given: dict[str, Any], see: See) -> tuple[Tensor, ...]:
+def _run_layers(node: fx.Node, given: dict[str, Any], see: See, shows_sums: bool) -> tuple[Tensor, ...]:
     """Every layer reads what the directions below it give, side by side; there is no dropout in eval mode."""
     n_layers, is_both = int(given["num_layers"]), bool(given["bidirectional"])
     n_directions = 2 if is_both else 1
@@ -165,13 +174,27 @@ def _run_layers(node: fx.Node, given: dict[str, Any], see: See) -> tuple[Tensor,
             own = given["params"][number * n_each : (number + 1) * n_each]
             first = [state[number : number + 1].contiguous() for state in states]
             is_backward = number % n_directions == 1
-            out, *last = run_pass(node, given, x.flip(time) if is_backward else x, first, own)
+            read = x.flip(time) if is_backward else x
+            if shows_sums:
+                read, w_ih = _add_zeros(read, own[0], f"{node.name}:sums {number}", see)
+                own = [w_ih, *own[1:]]
+            out, *last = run_pass(node, given, read, first, own)
             out = see(f"{node.name}:{number}", out.flip(time) if is_backward else out)
             see(f"{node.name}:before {number}", states_before(first[0], out, time, is_backward))
             ends.append([out.select(time, 0 if is_backward else out.shape[time] - 1)[None], *last[1:]])
             results.append(out)
         x = torch.cat(results, 2) if is_both else results[0]
     return (x, *(torch.cat(state) for state in zip(*ends, strict=True)))
+
+
+def _add_zeros(x: Tensor, w_ih: Tensor, name: str, see: See) -> tuple[Tensor, Tensor]:
+    """Return an input with zeros beside it, one for each sum that a weight makes of it, and a weight that adds them.
+
+    The zeros depend on the weight, so that the gradient by them is known when that by the weight is taken.
+    """
+    n_sums = len(w_ih)
+    zeros = see(name, x.new_zeros(*x.shape[:-1], n_sums) * w_ih[0, 0])
+    return torch.cat([x, zeros], -1), torch.cat([w_ih, torch.eye(n_sums, dtype=w_ih.dtype, device=w_ih.device)], 1)
 
 
 def states_before(start: Tensor, out: Tensor, time: int, is_backward: bool) -> Tensor:

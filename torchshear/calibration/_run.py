@@ -14,7 +14,7 @@ from torchshear.calibration._functions import Functions
 from torchshear.calibration._gates import Gates
 from torchshear.calibration._output_gradients import OutputGradients
 from torchshear.calibration._processes import n_processes
-from torchshear.calibration._recurrent import is_recurrent
+from torchshear.calibration._recurrent import is_recurrent, passes
 from torchshear.calibration._recurrent import run as run_recurrent
 from torchshear.calibration._samples import SampleSplit, batch_dimension, count_samples, hold_out_alike
 from torchshear.calibration._statistics import (
@@ -35,7 +35,7 @@ from torchshear.dependency.groups._purposes import HEADS, OWN_PURPOSES, READING_
 from torchshear.dependency.groups._weights import computed_weights
 from torchshear.errors import DataError, first_line
 from torchshear.graph._location import locate
-from torchshear.graph._nodes import is_written, shape_of
+from torchshear.graph._nodes import is_written
 from torchshear.graph._run import interpret
 from torchshear.graph.model._process import run_exclusively
 
@@ -83,6 +83,7 @@ class Run:
         self.gates = self._gates(taps)
         self.functions = Functions(self.graph, self.gates.names) if self.loss_fn else None
         seen = {name.partition(":")[0] for name in (*self.watched, *self.gates.names) if ":" in name}
+        seen |= self.output_gradients.opened
         # Recurrent calls that are run layer by layer: those to be looked into, and all where there are gradients.
         self.opened = {n.name for n in self.graph if n.name in seen or (self.loss_fn and is_recurrent(n))}
         self._lines: dict[str, dict[int, int]] = {}
@@ -103,19 +104,28 @@ class Run:
                 nonnegative |= {tap.key} if tap.is_nonnegative else set()
         of_inputs: dict[Sum, Sum] = {"inputs": "squares", "means": "total"}
         of_read = {word for asked, word in of_inputs.items() if asked in self.sums}
+        computed = self._batch_dimensions() if "grams" in self.sums else {}
         pruned = {m.name for group in self.groups.prunable for m in group.members if m.purposes & READING_PURPOSES}
         for layer in self.layers:
-            if layer.dim is not None:
+            if layer.dim is not None and layer.inputs is not None:
                 asked = wanted.setdefault((layer.source, layer.dim), set())
                 asked |= of_read
-                node = self._activations.get(layer.source)
-                if "grams" in self.sums and layer.weight in pruned and node is not None:
-                    asked |= {"grams"} if shape_of(node)[layer.dim] <= MAX_GRAM else {"squares", "total"}
+                if "grams" in self.sums and layer.weight in pruned and layer.source in computed:
+                    n_inputs = self.graph.state[layer.weight].tensor.shape[layer.inputs]
+                    asked |= {"grams"} if n_inputs <= MAX_GRAM else {"squares", "total"}
         found = {}
         for (name, dim), sums in wanted.items():
-            batch_dim = batch_dimension(self._activations[name], self.graph.batch_hint) if "grams" in sums else None
+            batch_dim = computed[name] if "grams" in sums else None
             if sums:
                 found[name, dim] = ValueAccumulator(dim, sums, (name, dim) in nonnegative, batch_dim or 0)
+        return found
+
+    def _batch_dimensions(self) -> dict[str, int | None]:
+        """Name of a computed value -> the dimension that holds the batch, also inside recurrent calls."""
+        found = {name: batch_dimension(node, self.graph.batch_hint) for name, node in self._activations.items()}
+        for node in self._activations.values():
+            for one in passes(node) if is_recurrent(node) else ():
+                found |= {name: one.batch for name in (one.source, one.before) if ":" in name}
         return found
 
     def _read_state(self) -> None:
@@ -219,7 +229,10 @@ class Run:
     def _apply(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
             if node.name in self.opened:
-                return run_recurrent(node, args, kwargs, lambda name, value: self._observe(node, name, value))
+                shows_sums = torch.is_grad_enabled() and node.name in self.output_gradients.opened
+                return run_recurrent(
+                    node, args, kwargs, lambda name, value: self._observe(node, name, value), shows_sums
+                )
             return node.target(*args, **kwargs)  # type: ignore[operator]
         except (DataError, torch.OutOfMemoryError):
             raise

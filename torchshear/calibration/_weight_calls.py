@@ -19,7 +19,7 @@ class WeightCall:
     """A call that reads a weight.
 
     Attributes:
-        node: name of the call.
+        node: name of the call, or of what the weights of one layer inside a recurrent call make.
         weight: canonical name of its weight.
         bias: canonical name of its bias, or "".
         source: name of the node that it reads, or of a value inside a recurrent call.
@@ -75,7 +75,7 @@ def _calls_of_passes(node: fx.Node) -> Iterator[WeightCall]:
         biases = (*one.biases, "", "")
         for weight, bias, source in zip(one.weights, biases, (one.source, one.before, ""), strict=False):
             if weight:
-                yield WeightCall(node.name, weight, bias, source, *((one.dim, 1) if source else (None, None)))
+                yield WeightCall(one.sums, weight, bias, source, *((one.dim, 1) if source else (None, None)))
 
 
 def _read(node: fx.Node, weight: fx.Node, computed: Sequence[fx.Node]) -> tuple[str, int | None, int | None]:
