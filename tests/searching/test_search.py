@@ -282,7 +282,7 @@ def test_carried_weights_are_those_of_the_positions_that_stay(first) -> None:
 def test_the_best_candidate_is_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     original = candidates.CandidateMaker.make
-    monkeypatch.setattr(candidates.CandidateMaker, "make", lambda self, one: made.append(one) or original(self, one))
+    monkeypatch.setattr(candidates.CandidateMaker, "make", lambda self, *one: made.append(one) or original(self, *one))
     search(trials=2)
     assert len(made) == 2
 

@@ -49,7 +49,7 @@ def contribute(storage: str, n_batches: int, size: int, seconds: float, answers:
     With `most`, it never ends a score beyond so many.
     """
 
-    def score(proposal: Proposal) -> Score:
+    def score(proposal: Proposal, _: object) -> Score:
         time.sleep(seconds if most is None or store.n_scored < most else 600)
         return Score(value_of(proposal), seconds)
 
@@ -146,7 +146,7 @@ def test_a_worker_without_signs_of_life_is_given_up(tmp_path: Path, monkeypatch:
     (batch,) = batches(1, 1)
     late: list[bool] = []
 
-    def slow(proposal: Proposal) -> Score:
+    def slow(proposal: Proposal, _: object) -> Score:
         monkeypatch.setattr(_study_store, "GRACE_SECONDS", 0.3)
         near._give_up_silent(near._of_steps())
         time.sleep(0.6)  # with signs of life
@@ -161,8 +161,8 @@ def test_a_worker_without_signs_of_life_is_given_up(tmp_path: Path, monkeypatch:
     assert trial is not None  # and then its process says nothing any more
     near._give_up_silent(near._of_steps())
     time.sleep(0.4)
-    assert [one.value for one in near.run([(7, Proposal((1,)))], lambda _: Score(2.0, 0.0))] == [2.0]
-    far._work_at(*trial, lambda _: Score(3.0, 0.0))  # it comes back, too late
+    assert [one.value for one in near.run([(7, Proposal((1,)))], lambda *_: Score(2.0, 0.0))] == [2.0]
+    far._work_at(*trial, lambda *_: Score(3.0, 0.0))  # it comes back, too late
     assert outcomes_by_step(storage)[7] == [2.0]
 
 
@@ -170,13 +170,13 @@ def test_a_process_that_is_stopped_gives_its_trial_up(tmp_path: Path) -> None:
     storage = f"journal://{tmp_path}/search.log"
     store = StudyStore(open_study(storage), storage)
 
-    def stop(proposal: Proposal) -> Score:
+    def stop(proposal: Proposal, _: object) -> Score:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         list(store.run(*batches(1, 1), stop))
     assert [trial.state.name for trial in store._trials()] == ["FAIL"]
-    assert [one.value for one in store.run(*batches(1, 1), lambda _: Score(1.0, 0.0))] == [1.0]
+    assert [one.value for one in store.run(*batches(1, 1), lambda *_: Score(1.0, 0.0))] == [1.0]
 
 
 def test_a_worker_of_this_machine_that_has_ended_is_gone() -> None:

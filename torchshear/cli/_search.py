@@ -18,6 +18,7 @@ from torchshear.cli._shared_options import CRITERIA, parse_align, read_choice, t
 from torchshear.cli._terminal import print_lines, status, stdout_console
 from torchshear.errors import ArgumentError
 from torchshear.report import render_report
+from torchshear.searching._early_stopping import EARLY
 from torchshear.searching._picture import has_matplotlib
 from torchshear.searching._request import SearchRequest, find_method
 from torchshear.searching._search import start_search
@@ -40,6 +41,7 @@ class _Named:
     target: str
     method: str
     finetune: str | None
+    stop_early: str | None
     criterion: str | None
     align: str
     min_width: int
@@ -71,7 +73,12 @@ class _Named:
             words["finetune"] = find_object(self.finetune, "function", expected)
             if not callable(words["finetune"]):
                 raise ArgumentError(f"{self.finetune} is {kind_of(words['finetune'])}. Expected {expected}.")
-        words |= {"criterion": self.criterion, "align": parse_align(self.align), "min_width": self.min_width}
+        words |= {
+            "stop_early": self.stop_early,
+            "criterion": self.criterion,
+            "align": parse_align(self.align),
+            "min_width": self.min_width,
+        }
         return model, args, kwargs, words | {"trials": self.trials} | read_choice(self.said)
 
 
@@ -86,6 +93,13 @@ def search(  # noqa: PLR0913 - options of the command line, given by name
         typer.Option(
             metavar="PACKAGE.MODULE:FUNCTION",
             help="Function that trains a candidate before it is scored. Default: none.",
+        ),
+    ] = None,
+    stop_early: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Give candidates up by the scores that they yield on the way: {', '.join(EARLY)}. Default: none is.",
         ),
     ] = None,
     criterion: Annotated[
@@ -122,7 +136,7 @@ def search(  # noqa: PLR0913 - options of the command line, given by name
     safetensors.torch.load_model(small, "model.safetensors").
     """
     del choice  # read from what was said, as a worker does
-    named = _Named(target, method, finetune, criterion, align, min_width, trials, seed, said)
+    named = _Named(target, method, finetune, stop_early, criterion, align, min_width, trials, seed, said)
     find_method(method)
     model, args, kwargs, words = named.load()
     if storage is not None:

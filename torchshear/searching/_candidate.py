@@ -1,10 +1,8 @@
 """Candidates of a search: pruned to widths, compensated or fine-tuned, and scored by the user's function."""
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,12 +16,13 @@ from torchshear.errors import DataError, SearchError, TorchshearError, first_lin
 from torchshear.graph.model._copy import copy_model
 from torchshear.options import CalibrationOptions, Compensation
 from torchshear.searching._carried_state import carry_state
+from torchshear.searching._early_stopping import HopelessError, IsHopeless, ScoreError, Watch, number_of
 from torchshear.searching._method import Proposal
 from torchshear.searching._space import SearchSpace, WidthVector
 from torchshear.speedup._shrink import Shrunk, shrink_to_form
 
-Evaluate = Callable[[nn.Module], float]
-FineTune = Callable[[nn.Module], nn.Module | None]
+Evaluate = Callable[[nn.Module], float | Iterator[float]]
+FineTune = Callable[[nn.Module], nn.Module | Iterator[float] | None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,11 +47,12 @@ class Score:
     """Score of a candidate.
 
     Attributes:
-        value: the number that `evaluate` gave; None if there is none.
+        value: the number that `evaluate` gave, or the last one before the candidate was given up; None without any.
         seconds: how long it took to make and to score it.
         error: why there is none, in one line, else "".
         cause: the exception behind it, if there was one in this process.
         trace: its traceback as text, if it was in another one.
+        is_stopped: whether the candidate was given up.
     """
 
     value: float | None
@@ -60,6 +60,7 @@ class Score:
     error: str = ""
     cause: BaseException | None = field(default=None, compare=False)
     trace: str = ""
+    is_stopped: bool = False
 
 
 @dataclass(slots=True)
@@ -90,33 +91,43 @@ class CandidateMaker:
         """Return the plan that keeps the best units of each group."""
         return self.space.ranked.plan(dict(zip(self.space.names, widths, strict=True)), self.said)
 
-    def score(self, proposal: Proposal) -> tuple[Score, Candidate | None]:
+    def score(self, proposal: Proposal, is_hopeless: IsHopeless | None = None) -> tuple[Score, Candidate | None]:
         """Make and score a candidate; one that cannot be made or scored has a score without a value.
+
+        Args:
+            proposal: its widths.
+            is_hopeless: asked after each score on the way whether to give it up.
 
         Raises:
             DataError: the data for the compensation does not fit the model, so that no candidate can be made.
         """
         start = time.perf_counter()
+        watch = Watch(is_hopeless)
         try:
-            candidate = self.make(proposal)
+            candidate = self.make(proposal, watch)
+            value = self._evaluate(candidate.after.model, watch)
+        except HopelessError as stop:
+            return Score(stop.value, time.perf_counter() - start, is_stopped=True), None
         except DataError:
             raise
+        except SearchError as error:  # of the user's functions: theirs is the traceback that helps
+            return Score(None, time.perf_counter() - start, first_line(error), error.__cause__), None
         except TorchshearError as error:
             return Score(None, time.perf_counter() - start, first_line(error), error), None
-        value, said, cause = self._evaluate(candidate.after.model)
-        return Score(value, time.perf_counter() - start, said, cause), candidate
+        return Score(value, time.perf_counter() - start), candidate
 
-    def make(self, proposal: Proposal) -> Candidate:
+    def make(self, proposal: Proposal, watch: Watch | None = None) -> Candidate:
         """Prune to the widths of a proposal, without a proof, and compensate and fine-tune as it asks.
 
         Raises:
             SearchError: `finetune` fails.
+            HopelessError: the candidate is given up for a score while it is fine-tuned.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             plan = self.plan(proposal.widths)
             shrunk = shrink_to_form(self.model, plan, self.args, self.kwargs, self.form, verify=False)
-            return Candidate(proposal, plan, shrunk, self._after(proposal, plan, shrunk))
+            return Candidate(proposal, plan, shrunk, self._after(proposal, plan, shrunk, watch or Watch()))
 
     def prove(self, candidate: Candidate) -> tuple[Candidate, Shrunk]:
         """Prove the cut of a candidate; make it again where only another form is proved.
@@ -128,10 +139,11 @@ class CandidateMaker:
         if shrunk.form != candidate.shrunk.form:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                candidate = Candidate(candidate.proposal, plan, shrunk, self._after(candidate.proposal, plan, shrunk))
+                after = self._after(candidate.proposal, plan, shrunk, Watch())
+                candidate = Candidate(candidate.proposal, plan, shrunk, after)
         return Candidate(candidate.proposal, plan, candidate.shrunk, candidate.after), shrunk
 
-    def _after(self, proposal: Proposal, plan: PruningPlan, shrunk: Shrunk) -> Compensated:
+    def _after(self, proposal: Proposal, plan: PruningPlan, shrunk: Shrunk, watch: Watch) -> Compensated:
         if self.finetune is not None and proposal.path:
             small = copy_model(shrunk.model)
             base = self._base(proposal.path)
@@ -145,6 +157,12 @@ class CandidateMaker:
         small = copy_model(after.model)
         try:
             given = self.finetune(small)
+            if isinstance(given, Iterator):
+                _, given = watch.follow(given)
+        except ScoreError as error:
+            raise SearchError(f"finetune {error}") from None
+        except HopelessError:
+            raise
         except Exception as error:  # code of the user
             raise SearchError(f"finetune fails: {type(error).__name__}: {first_line(error)}") from error
         tuned = given if isinstance(given, nn.Module) else small
@@ -158,18 +176,25 @@ class CandidateMaker:
             self._tuned = {path: known}  # that of the round before is not needed any more
         return known
 
-    def _evaluate(self, model: nn.Module) -> tuple[float | None, str, BaseException | None]:
-        """Score a copy of a model in eval mode; return why there is no score, if there is none."""
+    def _evaluate(self, model: nn.Module, watch: Watch) -> float:
+        """Score a copy of a model in eval mode.
+
+        Raises:
+            SearchError: `evaluate` fails, or gives no finite number.
+            HopelessError: the candidate is given up for a score on the way.
+        """
         twin = copy_model(model).eval()
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            try:
                 found: Any = self.evaluate(twin)
-        except Exception as error:  # code of the user
-            return None, f"evaluate fails: {type(error).__name__}: {first_line(error)}", error
-        if isinstance(found, Tensor) and found.numel() == 1:
-            found = found.item()
-        if isinstance(found, bool) or not isinstance(found, Real):
-            return None, f"evaluate gave {found!r:.60} of type {type(found).__name__}; expected a number", None
-        value = float(found)
-        return (value, "", None) if math.isfinite(value) else (None, f"evaluate gave {value}", None)
+                if not isinstance(found, Iterator):
+                    return number_of(found)
+                value, returned = watch.follow(found)
+                return number_of(value if returned is None else returned)
+            except ScoreError as error:
+                raise SearchError(f"evaluate {error}") from None
+            except HopelessError:
+                raise
+            except Exception as error:  # code of the user
+                raise SearchError(f"evaluate fails: {type(error).__name__}: {first_line(error)}") from error

@@ -10,6 +10,7 @@ import numpy as np
 from torchshear.calibration._progress import Report
 from torchshear.errors import SearchError
 from torchshear.searching._candidate import Candidate, CandidateMaker, Score
+from torchshear.searching._early_stopping import IsHopeless
 from torchshear.searching._method import Outcome, Proposal, SearchMethod
 from torchshear.searching._space import WidthVector
 from torchshear.searching._trial import SearchTrial
@@ -18,6 +19,7 @@ MOST_FAILURES: Final = 3  # in a row
 _MOST_REPEATS: Final = 100  # batches in a row without a proposal that is new
 Key = tuple[WidthVector, tuple[WidthVector, ...], bool]
 Numbered = tuple[int, Proposal]
+MakeScore = Callable[[Proposal, IsHopeless | None], Score]
 
 
 class TrialStore(Protocol):
@@ -29,7 +31,7 @@ class TrialStore(Protocol):
 
     n_scored: int
 
-    def run(self, batch: Sequence[Numbered], score: Callable[[Proposal], Score]) -> Iterator[Score]:
+    def run(self, batch: Sequence[Numbered], score: MakeScore) -> Iterator[Score]:
         """Yield the score of each numbered proposal in order, known or scored now, by whichever process."""
 
 
@@ -38,11 +40,11 @@ class MemoryStore:
 
     n_scored = 0
 
-    def run(self, batch: Sequence[Numbered], score: Callable[[Proposal], Score]) -> Iterator[Score]:
+    def run(self, batch: Sequence[Numbered], score: MakeScore) -> Iterator[Score]:
         """Score one proposal after another."""
         for _, proposal in batch:
             self.n_scored += 1
-            yield score(proposal)
+            yield score(proposal, None)
 
 
 @dataclass(slots=True)
@@ -105,7 +107,7 @@ class Search:
     @property
     def best_trial(self) -> SearchTrial | None:
         """The trial within the budget with the best score; of equal ones the first; None if there is none."""
-        within = [one for one in self.trials if one.is_within and one.score is not None]
+        within = [one for one in self.trials if one.is_within and one.state == "complete"]
         return max(within, key=lambda one: one.score or 0.0, default=None)
 
     def _answer(self, batch: Sequence[Proposal]) -> list[Outcome] | None:
@@ -133,9 +135,9 @@ class Search:
             return proposal.widths, (), False
         return proposal.widths, proposal.path, proposal.is_tuned
 
-    def _score(self, proposal: Proposal) -> Score:
+    def _score(self, proposal: Proposal, is_hopeless: IsHopeless | None) -> Score:
         """Score a candidate, and hold on to the best one within the budget."""
-        score, candidate = self.maker.score(proposal)
+        score, candidate = self.maker.score(proposal, is_hopeless)
         is_better = candidate is not None and score.value is not None and score.value > self._best_score
         if is_better and self.maker.space.budget.holds(proposal.widths):
             assert score.value is not None
@@ -150,7 +152,7 @@ class Search:
         """
         space = self.maker.space
         load = space.budget.load(proposal.widths)
-        value = -math.inf if score.value is None else score.value
+        value = -math.inf if score.value is None or score.is_stopped else score.value
         self._known[self._key(proposal)] = Outcome(proposal.widths, value, load)
         self.proposals.append(proposal)
         self.trials.append(
@@ -161,7 +163,7 @@ class Search:
                 budget={str(name): share for name, share in space.budget.shares(proposal.widths).items()},
                 is_within=space.budget.holds(proposal.widths),
                 seconds=score.seconds,
-                state="failed" if score.value is None else "complete",
+                state="failed" if score.value is None else "stopped" if score.is_stopped else "complete",
                 label=proposal.label,
                 error=score.error,
             )

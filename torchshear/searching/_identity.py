@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from torchshear.searching._candidate import CandidateMaker
+from torchshear.searching._early_stopping import name_of_early
 from torchshear.searching._request import SearchRequest, find_method
 
 _FORMAT = 1
@@ -33,6 +34,7 @@ def identity_of(request: SearchRequest, maker: CandidateMaker) -> dict[str, Any]
         "criterion": criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "custom"),
         "compensate": request.compensate,
         "finetune": request.finetune is not None,
+        "stop_early": name_of_early(request.stop_early),
         "form": request.form,
     }
 

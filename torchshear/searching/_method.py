@@ -34,7 +34,7 @@ class Outcome:
 
     Attributes:
         widths: its widths.
-        score: what `evaluate` gave, the higher the better; minus infinity where that failed.
+        score: what `evaluate` gave, the higher the better; minus infinity where that failed or was stopped early.
         load: by what factor these widths use the budget; at most 1 within it.
     """
 
@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def has_failed(self) -> bool:
-        """True if there is no score."""
+        """Return True if there is no score."""
         return self.score == -math.inf
 
 

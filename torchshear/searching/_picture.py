@@ -27,7 +27,7 @@ def draw_trials(title: str, trials: Sequence[SearchTrial], path: str | os.PathLi
     path = as_path(path, "the path of a picture")
     if path.suffix.lower() not in _SUFFIXES:
         raise ArgumentError(f"cannot draw into {str(path)!r}; expected a name that ends in {', '.join(_SUFFIXES)}.")
-    figure = _figure(title, [one for one in trials if one.score is not None])
+    figure = _figure(title, [one for one in trials if one.state == "complete"])
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=160)
 

@@ -1,7 +1,6 @@
 """Record of a search: every trial, the best result, a table and a picture."""
 
 import io
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -99,15 +98,16 @@ class SearchResult:
 
     def _rows(self) -> list[tuple[str, ...]]:
         """Return the rows of the best trials and of the last ones, in the order of the search."""
-        best = sorted(self.trials, key=lambda one: (not one.is_within, math.inf if one.score is None else -one.score))
+        best = sorted(self.trials, key=lambda one: (not one.is_within, one.state != "complete", -(one.score or 0.0)))
         shown = {one.number for one in (*best[: _MOST_ROWS // 2], *self.trials[-_MOST_ROWS // 2 :])} | {
             self.best.number
         }
         return [_row(one, one.number == self.best.number) for one in self.trials if one.number in shown]
 
     def _lines(self) -> list[str]:
-        n_failed = sum(one.state == "failed" for one in self.trials)
-        failed = f", {n_failed} failed" if n_failed else ""
+        counts = {word: sum(one.state == word for one in self.trials) for word in ("failed", "stopped")}
+        failed = f", {counts['failed']} failed" if counts["failed"] else ""
+        failed += f", {counts['stopped']} given up early" if counts["stopped"] else ""
         reused = f"; {self.n_reused} more were known by their widths" if self.n_reused else ""
         before, after = self.result.report.before, self.result.report.after
         return [
@@ -120,6 +120,7 @@ class SearchResult:
 
 def _row(trial: SearchTrial, is_best: bool) -> tuple[str, ...]:
     score = "failed" if trial.score is None else f"{trial.score:.5g}"
+    score = f"({score})" if trial.state == "stopped" else score
     budget = ", ".join(f"{share:.1%}" for share in trial.budget.values())
     said = f"{trial.label}: {trial.error}" if trial.error else trial.label
     return (

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -32,6 +31,7 @@ from torchshear.pruners.selection._latency import parse_latency
 from torchshear.pruners.selection._request import Request
 from torchshear.searching._budget import Resource, ResourceLimit, SearchBudget
 from torchshear.searching._candidate import CandidateMaker, Evaluate, FineTune
+from torchshear.searching._early_stopping import find_early
 from torchshear.searching._method import SearchMethod
 from torchshear.searching._space import SearchSpace
 from torchshear.searching.methods import METHODS
@@ -59,6 +59,7 @@ class SearchRequest:
     target_latency: float | str | None = None
     device: Device | LatencyTable | None = None
     finetune: FineTune | None = None
+    stop_early: object = None
     storage: object = None
     trials: int | None = None
     seed: int = 0
@@ -86,6 +87,14 @@ class SearchRequest:
             if not callable(function) and (function is not None or name == "evaluate"):
                 raise ArgumentError(f"{name} is {type(function).__name__}; expected a function of a model.")
         find_method(self.method)
+        if self.stop_early is not None:
+            find_early(self.stop_early)
+            if getattr(find_method(self.method), "cuts_in_rounds", False):
+                raise ArgumentError(
+                    f"stop_early is given, and method={name_of(find_method(self.method))!r} cuts in rounds: candidates "
+                    f"get narrower, so that scores of earlier ones say nothing. Leave stop_early away, or use another "
+                    f"method, as 'evolution'."
+                )
         check_count("seed", self.seed, least=0)
         if self.trials is not None:
             check_count("trials", self.trials)
@@ -131,11 +140,7 @@ class SearchRequest:
             compensate=self.compensate,
             form=self.form,
         )
-        loader = options.calibration.loader
-        if loader is None:
-            return options
-        held = list(islice(loader, options.calibration.batches))
-        return replace(options, calibration=replace(options.calibration, loader=held))
+        return replace(options, calibration=options.calibration.holding_batches())
 
     def prepare(
         self, model: nn.Module, args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None

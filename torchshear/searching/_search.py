@@ -18,12 +18,13 @@ from torchshear.options import Compensation, Form, LatencyOptions, checked_call
 from torchshear.pruners import Criterion, Ratio
 from torchshear.report import make_report
 from torchshear.searching._candidate import Evaluate, FineTune
+from torchshear.searching._early_stopping import find_early
 from torchshear.searching._engine import MemoryStore, Search, TrialStore
 from torchshear.searching._identity import identity_of
 from torchshear.searching._method import SearchMethod
 from torchshear.searching._record import SearchResult
 from torchshear.searching._request import SearchRequest, find_method, name_of
-from torchshear.searching._storage import claim_study, open_study
+from torchshear.searching._storage import claim_study, import_optuna, open_study
 from torchshear.searching._study_store import StudyStore
 from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._cache import only_measurement
@@ -44,6 +45,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
     target_latency: float | str | None = None,
     device: Device | LatencyTable | None = None,
     finetune: FineTune | None = None,
+    stop_early: object = None,
     trials: int | None = None,
     seed: int = 0,
     storage: object = None,
@@ -76,8 +78,9 @@ def search(  # noqa: PLR0913 - independent options, given by name
         args: example positional arguments; a tensor counts as one argument.
         kwargs: example keyword arguments.
         evaluate: called as `evaluate(model)` on a copy of each candidate, in eval mode and from the same random state;
-            gives a number, the higher the better. A candidate on which it fails, or gives NaN or no number, has failed,
-            and the search goes on; three in a row stop it.
+            gives a number, the higher the better, or yields one after another as the score becomes better known, of
+            which the last counts. A candidate on which it fails, or gives NaN or no number, has failed, and the search
+            goes on; three in a row stop it.
         method: name of a method or one with its own settings, as `torchshear.searching.Annealing(start=50)`:
             "netadapt", "annealing", "sensitivity", "amc", "evolution"; "random", "uniform" and "milp", the exact
             allocation by scores, are what these have to beat. See docs/search.md.
@@ -89,7 +92,12 @@ def search(  # noqa: PLR0913 - independent options, given by name
             "3.5ms"; see `torchshear.prune`.
         device: how latency is measured, or a table that was measured before.
         finetune: called as `finetune(model)` on a candidate before it is scored; trains it in place, or returns the
-            trained one. Methods that cut in rounds hand its weights on to the next round.
+            trained one. Methods that cut in rounds hand its weights on to the next round. It may yield scores on the
+            way, as one after each epoch.
+        stop_early: gives candidates up by the scores that `finetune` and `evaluate` yield on the way: "median" (less
+            than the median of others at the same place), "halving" (successive halving), or a pruner of Optuna. A
+            candidate that was given up counts as failed for the method. It needs torchshear[search], and a method that
+            does not cut in rounds ("netadapt" and "sensitivity" do). None: none is.
         trials: how many candidates may be evaluated; None: as many as the method needs to end, or 50 where it has no
             end.
         seed: seed of the method, and of the random state in which every candidate is made and scored.
@@ -150,6 +158,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
         target_latency=target_latency,
         device=device,
         finetune=finetune,
+        stop_early=stop_early,
         storage=storage,
         trials=trials,
         seed=seed,
@@ -184,7 +193,7 @@ def start_search(
     report: Report,
 ) -> Search:
     """Prepare a search, and join the one of its storage; raises what `search` raises before the first trial."""
-    study = None if request.storage is None else open_study(request.storage)
+    study = _open(request)
     maker = request.prepare(model, args, kwargs)
     store: TrialStore = MemoryStore()
     if study is not None:
@@ -192,6 +201,15 @@ def start_search(
         store = StudyStore(study, request.storage)
         store.forget_failures()
     return Search(maker, store, request.most_trials, report)
+
+
+def _open(request: SearchRequest) -> Any:
+    """Open the study of a search, in memory if it may give up candidates; None where it needs none."""
+    if request.storage is None and request.stop_early is None:
+        return None
+    optuna = import_optuna("stop_early" if request.storage is None else "storage")
+    storage = optuna.storages.InMemoryStorage() if request.storage is None else request.storage
+    return open_study(storage, early=find_early(request.stop_early))
 
 
 def _finish(running: Search, request: SearchRequest, seconds: float) -> SearchResult:

@@ -19,8 +19,11 @@ _LOCK_SECONDS: Final = 10  # after which the lock of a journal is taken from a p
 _IDENTITY: Final = "search"  # attribute of the study
 
 
-def import_optuna() -> Any:
+def import_optuna(asking: str = "storage") -> Any:
     """Return the package.
+
+    Args:
+        asking: the argument that needs it.
 
     Raises:
         ArgumentError: it is not installed.
@@ -29,8 +32,8 @@ def import_optuna() -> Any:
         return importlib.import_module("optuna")
     except ImportError as error:
         raise ArgumentError(
-            f"storage= needs Optuna, which cannot be imported ({error}). Install torchshear[search], or leave storage= "
-            f"away: a search in memory needs nothing."
+            f"{asking}= needs Optuna, which cannot be imported ({error}). Install torchshear[search], or leave "
+            f"{asking}= away: a search in memory needs nothing."
         ) from error
 
 
@@ -45,7 +48,7 @@ def quiet_optuna(optuna: Any) -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def open_study(storage: object, must_exist: bool = False) -> Any:
+def open_study(storage: object, must_exist: bool = False, early: Any = None) -> Any:
     """Open the study of a storage, or make it.
 
     Args:
@@ -53,12 +56,14 @@ def open_study(storage: object, must_exist: bool = False) -> Any:
             of a storage; the URL of a database, as "sqlite:///search.db" or "postgresql+psycopg://user@host/name"; or a
             storage of Optuna.
         must_exist: whether a storage without a search is refused.
+        early: pruner of Optuna that decides which candidates are given up; None: one that gives up none.
 
     Raises:
         ArgumentError: it is none of these, cannot be reached, holds no search and must, or Optuna is not installed.
         SearchError: it is damaged.
     """
     optuna = import_optuna()
+    parts = {"sampler": _sampler(optuna), "pruner": optuna.pruners.NopPruner() if early is None else early}
     with quiet_optuna(optuna):
         try:
             opened = _open(optuna, storage, must_exist)
@@ -66,9 +71,9 @@ def open_study(storage: object, must_exist: bool = False) -> Any:
             if must_exist and STUDY not in names:
                 raise ArgumentError(f"storage={quote(storage)} holds no search; start one with it first.")
             if STUDY in names:  # a journal notes every study that is asked for anew
-                return optuna.load_study(storage=opened, study_name=STUDY, sampler=_sampler(optuna))
+                return optuna.load_study(storage=opened, study_name=STUDY, **parts)
             return optuna.create_study(
-                storage=opened, study_name=STUDY, direction="maximize", load_if_exists=True, sampler=_sampler(optuna)
+                storage=opened, study_name=STUDY, direction="maximize", load_if_exists=True, **parts
             )
         except ArgumentError:
             raise

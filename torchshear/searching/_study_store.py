@@ -14,13 +14,13 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from torchshear.searching._candidate import Score
-from torchshear.searching._engine import Numbered
+from torchshear.searching._engine import MakeScore, Numbered
 from torchshear.searching._method import Proposal
 from torchshear.searching._storage import damage_error, import_optuna, quiet_optuna
 
@@ -47,7 +47,7 @@ class StudyStore:
     _worker: str = field(default_factory=lambda: f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}")
     _seen: dict[int, tuple[Any, float]] = field(default_factory=dict)
 
-    def run(self, batch: Sequence[Numbered], score: Callable[[Proposal], Score]) -> Iterator[Score]:
+    def run(self, batch: Sequence[Numbered], score: MakeScore) -> Iterator[Score]:
         """Yield the score of each proposal in order: of another process, of an earlier run, or made here.
 
         Raises:
@@ -67,7 +67,7 @@ class StudyStore:
                 ignored = {*self.study.user_attrs.get("ignored", ()), *failed.values()}
                 self.study.set_user_attr("ignored", sorted(ignored))
 
-    def _score_of(self, number: int, batch: dict[int, Proposal], score: Callable[[Proposal], Score]) -> Score:
+    def _score_of(self, number: int, batch: dict[int, Proposal], score: MakeScore) -> Score:
         wait = _POLL_SECONDS[0]
         while True:
             with quiet_optuna(self._optuna), self._damage_is_ours():
@@ -109,7 +109,10 @@ class StudyStore:
         for trial in trials:
             outcome = self._outcome(trial)
             if outcome is not None:
-                yield Score(trial.value, outcome["seconds"], outcome["error"], trace=outcome["trace"])
+                is_stopped = outcome.get("is_stopped", False)
+                yield Score(
+                    trial.value, outcome["seconds"], outcome["error"], trace=outcome["trace"], is_stopped=is_stopped
+                )
 
     def _is_live(self, trial: Any) -> bool:
         return not trial.state.is_finished() or self._outcome(trial) is not None
@@ -153,11 +156,19 @@ class StudyStore:
             return None
         return trials_of_optuna.Trial(self.study, own._trial_id), proposal
 
-    def _work_at(self, trial: Any, proposal: Proposal, score: Callable[[Proposal], Score]) -> None:
+    def _work_at(self, trial: Any, proposal: Proposal, score: MakeScore) -> None:
         """Score a proposal and write down what it was found to be; give it up if this process is to stop."""
+
+        def is_hopeless(number: int, value: float) -> bool:
+            finished = self._optuna.exceptions.UpdateFinishedTrialError  # others gave it up in the meantime
+            with quiet_optuna(self._optuna), self._damage_is_ours(), suppress(finished):
+                trial.report(value, number)
+                return bool(trial.should_prune())
+            return False
+
         try:
             with self._signs_of_life(trial):
-                found = score(proposal)
+                found = score(proposal, is_hopeless)
         except BaseException:
             with quiet_optuna(self._optuna):
                 self._finish(trial.number)
@@ -165,15 +176,17 @@ class StudyStore:
         trace = "" if found.cause is None else "".join(traceback.format_exception(found.cause))[-_MOST_TRACE:]
         with quiet_optuna(self._optuna), self._damage_is_ours():
             outcome = {"seconds": found.seconds, "error": found.error, "trace": trace, "worker": self._worker}
+            outcome |= {"is_stopped": found.is_stopped}
             with suppress(self._optuna.exceptions.UpdateFinishedTrialError):  # others gave it up in the meantime
                 trial.set_user_attr("outcome", outcome)
-                self.n_scored += self._finish(trial.number, found.value)
+                self.n_scored += self._finish(trial.number, found.value, found.is_stopped)
 
-    def _finish(self, number: int, value: float | None = None) -> bool:
+    def _finish(self, number: int, value: float | None = None, is_stopped: bool = False) -> bool:
         """Finish a trial unless another process has; return whether it was this one."""
-        state = self._optuna.trial.TrialState
+        states = self._optuna.trial.TrialState
+        state = states.PRUNED if is_stopped else states.FAIL if value is None else states.COMPLETE
         try:
-            self.study.tell(number, value, state=state.FAIL if value is None else state.COMPLETE)
+            self.study.tell(number, None if is_stopped else value, state=state)
         except (ValueError, self._optuna.exceptions.UpdateFinishedTrialError):
             return False
         return True

@@ -39,6 +39,7 @@ class NetAdapt:
     """
 
     default_trials: ClassVar[int | None] = None
+    cuts_in_rounds: ClassVar[bool] = True
     step: float = 0.05
     decay: float = 0.96
     rule: Literal["ratio", "score"] = "ratio"

@@ -39,6 +39,7 @@ class Sensitivity:
     """
 
     default_trials: ClassVar[int | None] = None
+    cuts_in_rounds: ClassVar[bool] = True
     threshold: float = 0.05
     step: float = 0.1
 

@@ -1,4 +1,4 @@
-"""What torch translates operators of a graph to ONNX by, gathered once."""
+"""Torch's translations of operators to ONNX, gathered once."""
 
 import copy
 import importlib
