@@ -14,19 +14,22 @@ AVX512 = Alignment(block=16, granule=16, name="cpu-avx512", linear=4)
 @pytest.mark.parametrize(
     ("width", "multiplicity", "expected"),
     [
-        (64, 1, [16, 32, 48, 64]),
-        (40, 1, [16, 32, 40]),
+        (80, 1, [16, 32, 48, 64, 80]),
+        (64, 1, list(range(4, 65, 4))),
+        (40, 1, list(range(4, 41, 4))),
         (16, 1, [4, 8, 12, 16]),
-        (20, 1, [16, 20]),
+        (18, 1, [4, 8, 12, 16, 18]),
         (12, 1, [4, 8, 12]),
         (7, 1, [4, 7]),
         (3, 1, [3]),
         (1, 1, [1]),
         (12, 64, list(range(1, 13))),
-        (6, 8, [2, 4, 6]),
+        (6, 8, [1, 2, 3, 4, 5, 6]),
+        (9, 8, [2, 4, 6, 8, 9]),
         (5, 3, [4, 5]),
         (10, 3, [4, 8, 10]),
-        (20, 3, [16, 20]),
+        (20, 3, [4, 8, 12, 16, 20]),
+        (24, 3, [16, 24]),
         (6, 49, [4, 6]),
     ],
 )
@@ -59,15 +62,22 @@ def test_none_allows_every_width():
     assert Alignment.none().allowed_widths(5).tolist() == [1, 2, 3, 4, 5]
 
 
-@given(granule=st.integers(1, 8), factor=st.integers(1, 8), width=st.integers(1, 300), multiplicity=st.integers(1, 64))
-def test_widths_follow_the_definition(granule, factor, width, multiplicity):
-    alignment = Alignment(granule * factor, granule, "any")
+@given(
+    sizes=st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4)),
+    width=st.integers(1, 300),
+    multiplicity=st.integers(1, 64),
+    is_convolved=st.booleans(),
+)
+def test_widths_follow_the_definition(sizes, width, multiplicity, is_convolved):
+    granule, factor, times = sizes
+    alignment = Alignment(granule * factor * times, granule * times, "any", granule)
+    own, most = (granule * times, 1) if is_convolved else (granule, 4)
     whole = {k for k in range(1, width) if k * multiplicity % alignment.block == 0}
-    partial = {k for k in range(1, width) if k * multiplicity % granule == 0}
+    partial = {k for k in range(1, width) if k * multiplicity % own == 0}
     expected = whole | {width}
-    if width * multiplicity <= alignment.block or not whole:
+    if width * multiplicity <= most * alignment.block or not whole:
         expected |= partial
-    assert alignment.allowed_widths(width, multiplicity).tolist() == sorted(expected)
+    assert alignment.allowed_widths(width, multiplicity, is_convolved).tolist() == sorted(expected)
 
 
 def test_alignment_is_frozen():

@@ -1,12 +1,14 @@
 """Widths that a device computes at full speed, as a value that selection and planning can ask."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 import numpy as np
 
 from torchshear._arguments import check_count, check_flag
 from torchshear.errors import ArgumentError
+
+_NARROW: Final = 4  # blocks up to which matrix products have widths between whole blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Alignment:
             dimension is too narrow for a whole block.
         name: where the figures come from: a profile name, or a description.
         linear: the granule of dimensions that no convolution of maps reads or makes; None for the same. Blocked layouts
-            are of maps alone, so that a matrix product has no path to fall off.
+            are of maps alone, so that a matrix product has no path to fall off: up to four blocks it takes any multiple
+            of this granule, and whole blocks beyond, where the difference is small.
 
     Raises:
         ArgumentError: a size is not a whole number of at least 1, a granule does not divide the block, or the name is
@@ -62,8 +65,8 @@ class Alignment:
         """List the widths that a dimension may keep.
 
         Allowed are all k whose k * multiplicity positions fill whole blocks, and `width` itself, since not pruning is
-        always possible. Multiples of the granule are allowed too where the dimension fits into one block or no narrower
-        width fills whole blocks.
+        always possible. Multiples of the granule are allowed too where the dimension fits into one block, or into four
+        of matrix products that have a granule of their own, or no narrower width fills whole blocks.
 
         Args:
             width: units that the dimension has now.
@@ -86,7 +89,8 @@ class Alignment:
         widths: np.ndarray = np.arange(1, width + 1, dtype=np.int64)
         positions = widths * multiplicity
         is_allowed = positions % self.block == 0
-        if width * multiplicity <= self.block or not is_allowed[:-1].any():
+        n_blocks = 1 if is_convolved or self.linear is None else _NARROW
+        if width * multiplicity <= n_blocks * self.block or not is_allowed[:-1].any():
             is_allowed |= positions % self.granule_of(is_convolved) == 0
         is_allowed[-1] = True
         allowed: np.ndarray = widths[is_allowed]

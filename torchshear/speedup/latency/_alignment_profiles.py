@@ -57,8 +57,8 @@ def profiles() -> Mapping[str, Alignment]:
     reads them in the plain layout (`core/optimizer/nchwc_transformer.cc`), behind a kernel that reorders: from 4
     channels to 24 takes 1.5 times as long as from 8, on AVX2. One that reads more stays in the layout if they are a
     multiple of 4 (pull request 7442), but computes the block that is not full as well. Otherwise it leaves the layout,
-    and can be slower than before pruning. Matrix products have no such layout, and steps of a vector: 8 values
-    on AVX2. `benchmarks/alignment.py` measures all that.
+    and can be slower than before pruning. Matrix products, convolutions along one dimension and recurrent layers have
+    no such layout, and steps of a vector at most: 8 values on AVX2. `benchmarks/alignment.py` measures all that.
 
     Example:
         >>> profiles()["cpu-avx512"]
