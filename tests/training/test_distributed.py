@@ -21,12 +21,14 @@ CASES: dict[str, dict[str, Any]] = {
     "taylor": {"criterion": "taylor", "regularizer": GroupLasso(1e-2)},
     "weights": {"criterion": "snip_momentum", "pattern": "1x1"},
     "data": {"criterion": "apoz", "data": [vectors(50), vectors(51)], "batches": 2},
+    "shrinking": {"criterion": "taylor", "shrink_every": 1},
 }
 
 
-def _session(model: nn.Module, options: dict[str, Any]) -> torchshear.PruningSession:
+def _session(model: nn.Module, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> torchshear.PruningSession:
+    words = options | ({"optimizer": optimizer} if "shrink_every" in options else {})
     return torchshear.PruningSession(
-        model, vectors(0)[0], ratio=0.5, schedule=AGP(start=1, end=7, frequency=2), **options
+        model, vectors(0)[0], ratio=0.5, schedule=AGP(start=1, end=7, frequency=2), **words
     )  # fmt: skip
 
 
@@ -35,12 +37,15 @@ def _process(rank: int, folder: str) -> None:
     found = {}
     for name, options in CASES.items():
         model = perceptron()
-        session, optimizer = _session(model, options), sgd(model, 0.3)
-        wrapped = DistributedDataParallel(model)
+        optimizer = sgd(model, 0.3)
+        session = _session(model, optimizer, options)
+        wrapped = DistributedDataParallel(session.model)
         session.on_train_begin()
         session.on_epoch_begin(0)
         for step in range(N_STEPS):
             session.on_step_begin(step)
+            if wrapped.module is not session.model:  # it has shrunk
+                wrapped = DistributedDataParallel(session.model)
             x, target = vectors(step)
             half = slice(4 * rank, 4 * rank + 4)
             functional.cross_entropy(wrapped(x[half]), target[half]).backward()
@@ -65,8 +70,9 @@ def test_two_processes_prune_one_model(tmp_path: Path) -> None:
         for key, value in first[name].items():
             assert torch.equal(value, second[name][key]), (name, key)
         alone = perceptron()
-        session, optimizer = _session(alone, options), sgd(alone, 0.3)
-        train(session, alone, optimizer, vectors, N_STEPS, per_epoch=N_STEPS)
+        optimizer = sgd(alone, 0.3)
+        session = _session(alone, optimizer, options)
+        train(session, lambda x, session=session: session.model(x), optimizer, vectors, N_STEPS, per_epoch=N_STEPS)
         for key, value in session.finish().model.state_dict().items():
             assert value.shape == first[name][f"small.{key}"].shape
             torch.testing.assert_close(first[name][f"small.{key}"], value, rtol=1e-9, atol=1e-12)
