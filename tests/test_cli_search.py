@@ -40,6 +40,17 @@ def scored():
     return model, (X[:2],), evaluate
 
 
+def yielding():
+    model, args, evaluate = scored()
+
+    def evaluate_twice(small):
+        score = evaluate(small)
+        yield 2 * score
+        yield score
+
+    return model, args, evaluate_twice
+
+
 def tune(small):
     return small
 
@@ -81,6 +92,16 @@ def test_search_prints_and_writes() -> None:
     assert score == pytest.approx(document["trials"][document["best"]]["score"])
 
 
+def test_candidates_are_given_up_early() -> None:
+    options = ("--method", "random", "--trials", "20", "--ratio", "0.5", "--stop-early", "median")
+    code, text, errors = run("search", "search_nets:yielding", *options, "--output", "out")
+    assert code == 0, errors
+    document = json.loads(Path("out/search.json").read_text())
+    states = [trial["state"] for trial in document["trials"]]
+    assert f"{len(states)} trials, {states.count('stopped')} given up early" in text
+    assert set(states) == {"complete", "stopped"}
+
+
 def test_a_worker_takes_part_in_a_search_and_ends_with_it(folder: Path) -> None:
     storage, environment = f"journal://{folder}/search.log", dict(os.environ) | {"SECONDS_OF_NETS": "0.3"}
     options = ("--ratio", "0.4", "--method", "random", "--trials", "16", "--storage", storage)
@@ -115,6 +136,10 @@ def test_a_worker_takes_part_in_a_search_and_ends_with_it(folder: Path) -> None:
         (("search", "search_nets:scored", "--ratio", "0.5", "--method", "magic"), "method='magic'"),
         (("search", "search_nets:scored", "--ratio", "0.5", "--finetune", "search_nets:number"), "nets:number is"),
         (("search", "search_nets:scored", "--ratio", "0.5", "--storage", "nowhere"), "storage"),
+        (
+            ("search", "search_nets:scored", "--ratio", "0.5", "--method", "random", "--stop-early", "mean"),
+            "stop_early='mean'; expected one of 'median', 'halving'",
+        ),
         (("search-worker", "journal://missing.log"), "there is no file 'missing.log'"),
         (("search-worker", "sqlite:///empty.db"), "holds no search"),
     ],
