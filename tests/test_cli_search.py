@@ -78,6 +78,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
 
 def test_search_prints_and_writes() -> None:
     options = ("--method", "evolution", "--trials", "6", "--target-macs", "0.5", "--finetune", "search_nets:tune")
+    options += ("--finetune-best", "search_nets:tune")
     code, text, errors = run("search", "search_nets:scored", *options, "--output", "out")
     assert code == 0, errors
     assert "Search by evolution for at most 50.0% of the MACs" in text
@@ -90,6 +91,7 @@ def test_search_prints_and_writes() -> None:
     load_model(small, "out/model.safetensors")
     score = -float((small(search_nets.X) - search_nets.make()(search_nets.X)).detach().square().mean())
     assert score == pytest.approx(document["trials"][document["best"]]["score"])
+    assert document["final_score"] == pytest.approx(score)
 
 
 def test_candidates_are_given_up_early() -> None:

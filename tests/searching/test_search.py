@@ -327,3 +327,33 @@ def test_a_method_of_ones_own() -> None:
     assert found.method == "Halves"
     assert len(found.trials) == 1
     assert found.n_reused == 1
+
+
+def test_the_best_candidate_is_trained_on_when_the_search_is_over() -> None:
+    trained: list[nn.Module] = []
+
+    def add_one(model: nn.Module) -> None:
+        trained.append(model)
+        with torch.no_grad():
+            model[-1].bias += 1
+
+    plain, found = search(), search(finetune_best=add_one)
+    assert [one.score for one in found.trials] == [one.score for one in plain.trials]
+    assert len(trained) == 1
+    assert torch.equal(found.result.model[-1].bias, plain.result.model[-1].bias + 1)
+    assert found.final_score == closeness(found.result.model)
+    assert found.to_dict()["final_score"] == found.final_score
+    assert f"trained on, it has a score of {found.final_score:.6g}" in str(found)
+    assert plain.final_score is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no data"), KeyboardInterrupt()], ids=["fails", "is interrupted"])
+def test_a_search_is_not_lost_where_the_last_training_fails(error: BaseException, caplog: Any) -> None:
+    def fail(model: nn.Module) -> None:
+        raise error
+
+    found = search(finetune_best=fail)
+    assert found.final_score is None
+    assert closeness(found.result.model) == found.best.score
+    assert "was not trained on (" in found.notes[-1]
+    assert found.notes[-1] in caplog.text

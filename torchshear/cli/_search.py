@@ -41,6 +41,7 @@ class _Named:
     target: str
     method: str
     finetune: str | None
+    finetune_best: str | None
     stop_early: str | None
     criterion: str | None
     align: str
@@ -68,11 +69,12 @@ class _Named:
         """Import what is named; gives the model, its example and the keywords of `torchshear.search`."""
         (model, args, kwargs), evaluate = load_evaluated(self.target)
         words: dict[str, Any] = {"evaluate": evaluate, "method": self.method, "seed": self.seed}
-        if self.finetune is not None:
-            expected = "a function that trains a model in place, or returns the trained one"
-            words["finetune"] = find_object(self.finetune, "function", expected)
-            if not callable(words["finetune"]):
-                raise ArgumentError(f"{self.finetune} is {kind_of(words['finetune'])}. Expected {expected}.")
+        expected = "a function that trains a model in place, or returns the trained one"
+        for word, named in (("finetune", self.finetune), ("finetune_best", self.finetune_best)):
+            if named is not None:
+                words[word] = find_object(named, "function", expected)
+                if not callable(words[word]):
+                    raise ArgumentError(f"{named} is {kind_of(words[word])}. Expected {expected}.")
         words |= {
             "stop_early": self.stop_early,
             "criterion": self.criterion,
@@ -93,6 +95,13 @@ def search(  # noqa: PLR0913 - options of the command line, given by name
         typer.Option(
             metavar="PACKAGE.MODULE:FUNCTION",
             help="Function that trains a candidate before it is scored. Default: none.",
+        ),
+    ] = None,
+    finetune_best: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PACKAGE.MODULE:FUNCTION",
+            help="Function that trains the best candidate on when the search is over. Default: none.",
         ),
     ] = None,
     stop_early: Annotated[
@@ -136,7 +145,7 @@ def search(  # noqa: PLR0913 - options of the command line, given by name
     safetensors.torch.load_model(small, "model.safetensors").
     """
     del choice  # read from what was said, as a worker does
-    named = _Named(target, method, finetune, stop_early, criterion, align, min_width, trials, seed, said)
+    named = _Named(target, method, finetune, finetune_best, stop_early, criterion, align, min_width, trials, seed, said)
     find_method(method)
     model, args, kwargs, words = named.load()
     if storage is not None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -154,19 +154,18 @@ class CandidateMaker:
             after = compensate_by(method, self.model, shrunk.model, plan, self.calibration, self.args, self.kwargs)
         if self.finetune is None or not proposal.is_tuned:
             return after
-        small = copy_model(after.model)
-        try:
-            given = self.finetune(small)
-            if isinstance(given, Iterator):
-                _, given = watch.follow(given)
-        except ScoreError as error:
-            raise SearchError(f"finetune {error}") from None
-        except HopelessError:
-            raise
-        except Exception as error:  # code of the user
-            raise SearchError(f"finetune fails: {type(error).__name__}: {first_line(error)}") from error
-        tuned = given if isinstance(given, nn.Module) else small
-        return Compensated(tuned.eval(), after.fold, after.refit)
+        return _trained(after, self.finetune, "finetune", watch)
+
+    def finish(self, candidate: Candidate, finetune: FineTune) -> tuple[Candidate, float]:
+        """Train the best candidate on after the search, and score it.
+
+        Raises:
+            SearchError: the training or `evaluate` fails.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            after = _trained(candidate.after, finetune, "finetune_best", Watch())
+        return replace(candidate, after=after), self._evaluate(after.model, Watch())
 
     def _base(self, path: tuple[WidthVector, ...]) -> Candidate:
         """Return the fine-tuned model at the last widths of a path."""
@@ -198,3 +197,31 @@ class CandidateMaker:
                 raise
             except Exception as error:  # code of the user
                 raise SearchError(f"evaluate fails: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _trained(after: Compensated, finetune: FineTune, word: str, watch: Watch) -> Compensated:
+    """Train a copy of a model by a function of the user.
+
+    Args:
+        after: the model.
+        finetune: the function.
+        word: what it is called, for messages.
+        watch: reads the scores that it yields.
+
+    Raises:
+        SearchError: it fails, or yields what is no number.
+        HopelessError: the candidate is given up for a score on the way.
+    """
+    small = copy_model(after.model)
+    try:
+        given = finetune(small)
+        if isinstance(given, Iterator):
+            _, given = watch.follow(given)
+    except ScoreError as error:
+        raise SearchError(f"{word} {error}") from None
+    except HopelessError:
+        raise
+    except Exception as error:  # code of the user
+        raise SearchError(f"{word} fails: {type(error).__name__}: {first_line(error)}") from error
+    tuned = given if isinstance(given, nn.Module) else small
+    return Compensated(tuned.eval(), after.fold, after.refit)

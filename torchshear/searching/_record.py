@@ -30,6 +30,7 @@ class SearchResult:
         method: name of the method.
         targets: what may be left of each bounded resource, as a share of the dense model's.
         seed: seed of the search.
+        final_score: score of the result after `finetune_best`; None without.
         n_reused: proposals whose score was known from a trial of equal widths.
         seconds: how long the search took, in this process.
         notes: remarks, one sentence each.
@@ -41,6 +42,7 @@ class SearchResult:
     method: str
     targets: Mapping[str, float]
     seed: int
+    final_score: float | None = None
     n_reused: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
@@ -53,6 +55,7 @@ class SearchResult:
             "targets": dict(self.targets),
             "seed": self.seed,
             "best": self.best.number,
+            "final_score": self.final_score,
             "trials": trials,
             "n_reused": self.n_reused,
             "seconds": self.seconds,
@@ -114,6 +117,7 @@ class SearchResult:
             f"{len(self.trials)} trials{failed}{reused}; {self.seconds:.1f} s",
             f"best: trial {self.best.number} with a score of {self.best.score:.6g}; parameters {before.n_params:,} -> "
             f"{after.n_params:,}, MACs {before.macs:,} -> {after.macs:,}",
+            *([] if self.final_score is None else [f"trained on, it has a score of {self.final_score:.6g}"]),
             *self.notes,
         ]
 

@@ -59,6 +59,7 @@ class SearchRequest:
     target_latency: float | str | None = None
     device: Device | LatencyTable | None = None
     finetune: FineTune | None = None
+    finetune_best: FineTune | None = None
     stop_early: object = None
     storage: object = None
     trials: int | None = None
@@ -83,7 +84,8 @@ class SearchRequest:
     def __post_init__(self) -> None:
         """Refuse what means nothing; what only a network can tell is refused when the search is prepared."""
         check_criterion(self.criterion)
-        for name, function in (("evaluate", self.evaluate), ("finetune", self.finetune)):
+        functions = {"evaluate": self.evaluate, "finetune": self.finetune, "finetune_best": self.finetune_best}
+        for name, function in functions.items():
             if not callable(function) and (function is not None or name == "evaluate"):
                 raise ArgumentError(f"{name} is {type(function).__name__}; expected a function of a model.")
         find_method(self.method)

@@ -1,5 +1,6 @@
 """The public function that searches widths by trying them."""
 
+import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from torchshear._making import PruneResult
 from torchshear.calibration import Loss, Progress
 from torchshear.calibration._progress import Report, check_progress, reporting
 from torchshear.dependency._alignment import Alignment
-from torchshear.errors import SearchError
+from torchshear.errors import SearchError, first_line
 from torchshear.graph.model._process import outside_inference_mode
 from torchshear.latency_target._planner import measured_speed
 from torchshear.options import Compensation, Form, LatencyOptions, checked_call
@@ -29,6 +30,8 @@ from torchshear.searching._study_store import StudyStore
 from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._cache import only_measurement
 
+logger = logging.getLogger(__name__)
+
 
 @checked_call
 @outside_inference_mode()
@@ -45,6 +48,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
     target_latency: float | str | None = None,
     device: Device | LatencyTable | None = None,
     finetune: FineTune | None = None,
+    finetune_best: FineTune | None = None,
     stop_early: object = None,
     trials: int | None = None,
     seed: int = 0,
@@ -94,6 +98,8 @@ def search(  # noqa: PLR0913 - independent options, given by name
         finetune: called as `finetune(model)` on a candidate before it is scored; trains it in place, or returns the
             trained one. Methods that cut in rounds hand its weights on to the next round. It may yield scores on the
             way, as one after each epoch.
+        finetune_best: called likewise on the best candidate, once, when the search is over: for a longer training. If
+            it fails or is interrupted, the candidate is returned as the search found it, and `notes` say so.
         stop_early: gives candidates up by the scores that `finetune` and `evaluate` yield on the way: "median" (less
             than the median of others at the same place), "halving" (successive halving), or a pruner of Optuna. A
             candidate that was given up counts as failed for the method. It needs torchshear[search], and a method that
@@ -158,6 +164,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
         target_latency=target_latency,
         device=device,
         finetune=finetune,
+        finetune_best=finetune_best,
         stop_early=stop_early,
         storage=storage,
         trials=trials,
@@ -230,6 +237,14 @@ def _finish(running: Search, request: SearchRequest, seconds: float) -> SearchRe
         candidate = maker.make(proposal)
         notes.append("The best trial was scored by another process or run; its model was made again here.")
     candidate, shrunk = maker.prove(candidate)
+    final_score = None
+    if request.finetune_best is not None:
+        try:
+            candidate, final_score = maker.finish(candidate, request.finetune_best)
+        except (SearchError, KeyboardInterrupt) as error:  # hours of searching are not thrown away for it
+            said = "it was interrupted" if isinstance(error, KeyboardInterrupt) else first_line(error)
+            notes.append(f"The best candidate was not trained on ({said}); it is as the search found it.")
+            logger.warning("%s", notes[-1], exc_info=error)
     after = candidate.after
     groups = maker.space.budget.groups
     measuring = LatencyOptions.parse(request.target_latency, request.device, False)
@@ -255,6 +270,7 @@ def _finish(running: Search, request: SearchRequest, seconds: float) -> SearchRe
         method=name_of(find_method(request.method)),
         targets={str(limit.resource): limit.share for limit in maker.space.budget.limits},
         seed=maker.seed,
+        final_score=final_score,
         n_reused=running.n_reused,
         seconds=seconds,
         notes=tuple(notes),
