@@ -39,10 +39,10 @@ class OutputGradients:
         for layer in layers:
             if layer.dim is None or layer.weight not in read:
                 continue
-            node, source = nodes.get(layer.node), nodes.get(layer.source)
-            if node is None:  # inside a recurrent call
-                self._dims[layer.node] = layer.dim
-                self.opened.add(layer.node.partition(":")[0])
+            node, source = nodes[layer.node], nodes.get(layer.source)
+            if layer.output != layer.node:  # inside a recurrent call
+                self._dims[layer.output] = layer.dim
+                self.opened.add(layer.node)
             elif source is not None and _is_alike(node, source):
                 self._dims[layer.node] = layer.dim  # channels of the output lie where those of the input do
         self._sums: dict[str, Tensor] = {}

@@ -19,12 +19,13 @@ class WeightCall:
     """A call that reads a weight.
 
     Attributes:
-        node: name of the call, or of what the weights of one layer inside a recurrent call make.
+        node: name of the call.
         weight: canonical name of its weight.
         bias: canonical name of its bias, or "".
         source: name of the node that it reads, or of a value inside a recurrent call.
         dim: dimension of what it reads that it sums over, from 0; None for a norm or another layer.
         inputs: dimension of its weight that it sums over, from 0; None where `dim` is.
+        output: what the weight makes: the node, or sums inside a recurrent call.
     """
 
     node: str
@@ -33,6 +34,7 @@ class WeightCall:
     source: str
     dim: int | None
     inputs: int | None
+    output: str
 
 
 def find_weight_calls(groups: ChannelGroups) -> Iterator[WeightCall]:
@@ -57,7 +59,7 @@ def _calls_of(node: fx.Node, carriers: Mapping[str, fx.Node]) -> Iterator[Weight
     weight, places = held[operand]
     inputs = None if at is None else places[at]
     bias = str(held[others[0]][0].target) if others else ""
-    yield WeightCall(node.name, str(weight.target), bias, source, None if inputs is None else dim, inputs)
+    yield WeightCall(node.name, str(weight.target), bias, source, None if inputs is None else dim, inputs, node.name)
 
 
 def is_state(node: fx.Node) -> bool:
@@ -75,7 +77,8 @@ def _calls_of_passes(node: fx.Node) -> Iterator[WeightCall]:
         biases = (*one.biases, "", "")
         for weight, bias, source in zip(one.weights, biases, (one.source, one.before, ""), strict=False):
             if weight:
-                yield WeightCall(one.sums, weight, bias, source, *((one.dim, 1) if source else (None, None)))
+                dim, inputs = (one.dim, 1) if source else (None, None)
+                yield WeightCall(node.name, weight, bias, source, dim, inputs, one.sums)
 
 
 def _read(node: fx.Node, weight: fx.Node, computed: Sequence[fx.Node]) -> tuple[str, int | None, int | None]:

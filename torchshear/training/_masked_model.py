@@ -23,6 +23,7 @@ from torchshear.pruners.masks._layers import MaskableLayer, find_maskable_layers
 from torchshear.pruners.masks._parametrization import has_masks, masks_by_name
 from torchshear.speedup import shrink_optimizer, shrink_to_form
 from torchshear.speedup.shrinking._whole_model import copy_modes
+from torchshear.training._kept_norms import lay_kept_norms, remove_kept_norms
 
 
 def check_unmasked(model: nn.Module) -> None:
@@ -108,6 +109,7 @@ class MaskedModel:
         self.masks = self._laid()
         for mask in self.masks.values():
             mask.is_straight = self._is_straight
+        lay_kept_norms(self.model)
         self._held = {id(parameter) for parameter in self.model.parameters()}
 
     def _laid(self) -> dict[str, Mask]:
@@ -178,6 +180,7 @@ class MaskedModel:
         if self.plan is None:
             if self.masks:
                 make_permanent(self.whole)
+            remove_kept_norms(self.whole)
             return
         weights, buffers = self.weights(), dict(self.model.named_buffers())
         with torch.no_grad():
@@ -210,6 +213,7 @@ class MaskedModel:
     def settle(self) -> None:
         """Write zeros where masks are into the model that was trained, and take the masks off; training is over."""
         self._write_back()
+        remove_kept_norms(self.model)
         self.masks = {}
 
     def check_structure(self) -> None:
@@ -252,6 +256,7 @@ class MaskedModel:
         copied = copy_model(self.whole)
         if self.plan is None and self.masks:
             make_permanent(copied)
+        remove_kept_norms(copied)
         return copied
 
 

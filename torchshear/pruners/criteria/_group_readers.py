@@ -155,7 +155,9 @@ def find_layers(
         if member.name not in weights or not member.purposes & READING_PURPOSES:
             continue
         calls, seen = _inputs_of(member, statistics)
-        found = [statistics.output_gradients[call.node] for call in calls if call.node in statistics.output_gradients]
+        found = [
+            statistics.output_gradients[call.output] for call in calls if call.output in statistics.output_gradients
+        ]
         rows = _rows(member, weights[member.name])
         shape = weights[member.name].shape
         costly = _weigh_outputs(member, rows, shape, torch.stack(found).sum(0)) if found else None
