@@ -12,7 +12,7 @@ from torch import nn
 from torchshear._arguments import check_count, check_flag, check_kind, check_one_of, quote
 from torchshear._other_tools import unknown_keyword
 from torchshear.calibration import Loss, Progress, Statistics
-from torchshear.calibration._batches import DEFAULT_BATCHES
+from torchshear.calibration._batches import DEFAULT_BATCHES, check_batches
 from torchshear.calibration._statistics import ALL_SUMS, SUMS_OF_GRADIENTS
 from torchshear.configs import ConfigList, ResolvedConfig, resolve
 from torchshear.configs._beside_options import bound_by, read_entries
@@ -123,8 +123,7 @@ class CalibrationOptions:
             for name in (name for name, value in {"loss_fn": loss_fn, "batches": batches}.items() if value is not None):
                 raise ArgumentError(f"{name}= is given without data; give batches of it as data=, or leave it away.")
             return cls(None)
-        if batches is not None:
-            check_count("batches", batches)
+        check_batches(batches)
         if not isinstance(data, Iterable) or isinstance(data, str | bytes):
             raise ArgumentError(
                 f"data is {type(data).__name__}; expected something that gives batches, as a DataLoader."

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchshear._arguments import check_count
 from torchshear.errors import ArgumentError, DataError
 from torchshear.graph import ExampleInputs, Graph
 
@@ -175,6 +176,12 @@ def read_graph_inputs(loader: Iterable[Any], count: int | None, graph: Graph) ->
             if isinstance(example, Tensor):
                 _check_tensor(leaf, example, graph, number)
         yield [_cast_like(example, leaf) for leaf, example in zip(leaves, examples, strict=True)], batch.target
+
+
+def check_batches(count: object) -> None:
+    """Raise ArgumentError for a number of batches that is neither None nor a positive whole number."""
+    if count is not None:
+        check_count("batches", count)
 
 
 def number_of_batches(loader: Iterable[Any], count: int | None) -> int:

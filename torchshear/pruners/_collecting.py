@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from torchshear._arguments import check_count, check_kind, parse_names, quote
+from torchshear._arguments import check_kind, parse_names, quote
 from torchshear.calibration import Loss, Progress, Statistics
-from torchshear.calibration._batches import number_of_batches, read_graph_inputs
+from torchshear.calibration._batches import check_batches, number_of_batches, read_graph_inputs
 from torchshear.calibration._dense_loss import DENSE
 from torchshear.calibration._processes import agree, all_reduced
 from torchshear.calibration._progress import check_progress, with_progress
@@ -134,8 +134,7 @@ def _run_data(
     error: Exception | None = None
     try:
         check_progress(progress)
-        if batches is not None:
-            check_count("batches", batches)
+        check_batches(batches)
         run = make_run()
         read: Iterable[tuple[list[Any], Any]] = read_graph_inputs(loader, batches, run.graph)
         if "grams" in run.sums:  # some samples are held out, which all are looked at for

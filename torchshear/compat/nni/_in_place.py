@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchshear._arguments import check_count, check_kind
 from torchshear._making import PruneResult, shrink_planned
 from torchshear.calibration import Loss
+from torchshear.calibration._batches import check_batches
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat.nni._first_call import Call, LatestBatch, on_first_call
 from torchshear.compat.nni._training_config import Algorithm
@@ -47,8 +48,7 @@ class TrainingData:
     def check(self, algorithm: Algorithm) -> None:
         """Refuse data that nobody looks at, and gradients without a loss."""
         needs = _needs(algorithm)
-        if self.batches is not None:
-            check_count("batches", self.batches)
+        check_batches(self.batches)
         if self.data is None:
             for name in ("loss_fn", "batches"):
                 if getattr(self, name) is not None:

@@ -12,6 +12,7 @@ from torchshear._arguments import check_count, check_flag
 from torchshear._making import PruneResult, shrink_planned
 from torchshear._other_tools import missing_method, unknown_keyword
 from torchshear.calibration import Statistics
+from torchshear.calibration._batches import check_batches
 from torchshear.calibration._statistics import SUMS_OF_GRADIENTS
 from torchshear.compat.nni._dependency_aware import LayerMask
 from torchshear.compat.nni._dependency_aware_config import plan_coupled
@@ -100,8 +101,7 @@ class Pruner:
             raise unknown_keyword(type(self).__name__, name, _ARGUMENTS)
         check_module(model)
         check_flag("dependency_aware", dependency_aware)
-        if batches is not None:
-            check_count("batches", batches)
+        check_batches(batches)
         check_count("min_width", min_width)
         if not isinstance(args, tuple | list | Tensor) or not isinstance(kwargs, Mapping | None):
             raise ArgumentError(

@@ -11,9 +11,9 @@ from torch.nn import functional
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from torchshear._arguments import check_count, check_flag
+from torchshear._arguments import check_flag
 from torchshear.calibration import Progress
-from torchshear.calibration._batches import CallForm, number_of_batches, read_batches
+from torchshear.calibration._batches import CallForm, check_batches, number_of_batches, read_batches
 from torchshear.calibration._processes import agree, is_distributed, sum_over_processes
 from torchshear.calibration._progress import check_progress, with_progress
 from torchshear.errors import ArgumentError, DataError, WeightError, first_line
@@ -122,8 +122,7 @@ def recalibrate_for(
 def check_recalibration(model: nn.Module, batches: int | None) -> None:
     """Check the arguments of `recalibrate`, and raise what it raises of them."""
     check_module(model)
-    if batches is not None:
-        check_count("batches", batches)
+    check_batches(batches)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ArgumentError(
             f"{type(model).__name__} holds compiled TorchScript, in which batch norms cannot be seen; recalibrate the "

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from torchshear._arguments import check_count, check_kind
-from torchshear.calibration._batches import read_graph_inputs
+from torchshear.calibration._batches import check_batches, read_graph_inputs
 from torchshear.calibration._processes import agree
 from torchshear.calibration._progress import Progress, check_progress
 from torchshear.dependency import ChannelGroups
@@ -82,8 +82,7 @@ def refit(  # noqa: PLR0913 - independent options, given by name
     Reference: layer by layer reconstruction as in He et al., ICCV 2017, arXiv:1707.06168; ridge regression around the
     present weights on inputs of the pruned network as in Frantar and Alistarh, NeurIPS 2022, arXiv:2208.11580.
     """
-    if batches is not None:
-        check_count("batches", batches)
+    check_batches(batches)
     check_count("memory", memory, most=MOST_MEMORY)
     check_progress(progress)
     check_kind("small", small, nn.Module, "the shrunk model")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from torchshear._arguments import check_count, check_kind
-from torchshear.calibration._batches import CallForm, read_batches
+from torchshear.calibration._batches import CallForm, check_batches, read_batches
 from torchshear.dependency import ChannelGroups
 from torchshear.dependency.plans._plan import PruningPlan
 from torchshear.errors import ArgumentError, DataError, VerificationError
@@ -103,8 +103,7 @@ def verify(
     """
     check_kind("small", small, nn.Module, "the shrunk model")
     check_count("seed", seed, least=0)
-    if batches is not None:
-        check_count("batches", batches)
+    check_batches(batches)
     seed, example = int(seed), ExampleInputs.of(args, kwargs)
     given = example if example.args or example.kwargs else None
     groups = analyze_planned(model, plan, *((given.args, given.kwargs) if given is not None else (None, None)))
