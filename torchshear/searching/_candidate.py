@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,20 +184,26 @@ class CandidateMaker:
             HopelessError: the candidate is given up for a score on the way.
         """
         twin = copy_model(model).eval()
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _failures_of("evaluate"):
             torch.manual_seed(self.seed)
-            try:
-                found: Any = self.evaluate(twin)
-                if not isinstance(found, Iterator):
-                    return number_of(found)
-                value, returned = watch.follow(found)
-                return number_of(value if returned is None else returned)
-            except ScoreError as error:
-                raise SearchError(f"evaluate {error}") from None
-            except HopelessError:
-                raise
-            except Exception as error:  # code of the user
-                raise SearchError(f"evaluate fails: {type(error).__name__}: {first_line(error)}") from error
+            found: Any = self.evaluate(twin)
+            if not isinstance(found, Iterator):
+                return number_of(found)
+            value, returned = watch.follow(found)
+            return number_of(value if returned is None else returned)
+
+
+@contextmanager
+def _failures_of(word: str) -> Iterator[None]:
+    """Turn what a function of the user raises into SearchError, but for the end of a candidate that is given up."""
+    try:
+        yield
+    except HopelessError:
+        raise
+    except ScoreError as error:
+        raise SearchError(f"{word} {error}") from None
+    except Exception as error:  # code of the user
+        raise SearchError(f"{word} fails: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _trained(after: Compensated, finetune: FineTune, word: str, watch: Watch) -> Compensated:
@@ -213,15 +220,9 @@ def _trained(after: Compensated, finetune: FineTune, word: str, watch: Watch) ->
         HopelessError: the candidate is given up for a score on the way.
     """
     small = copy_model(after.model)
-    try:
+    with _failures_of(word):
         given = finetune(small)
         if isinstance(given, Iterator):
             _, given = watch.follow(given)
-    except ScoreError as error:
-        raise SearchError(f"{word} {error}") from None
-    except HopelessError:
-        raise
-    except Exception as error:  # code of the user
-        raise SearchError(f"{word} fails: {type(error).__name__}: {first_line(error)}") from error
     tuned = given if isinstance(given, nn.Module) else small
     return Compensated(tuned.eval(), after.fold, after.refit)

@@ -82,14 +82,12 @@ def number_of(given: object) -> float:
 
 
 def find_early(given: object) -> Any:
-    """Return the pruner of Optuna that decides which candidates are given up; one that gives up none for None.
+    """Return the pruner of Optuna that decides which candidates are given up.
 
     Raises:
         ArgumentError: it is neither a name nor such a pruner, or Optuna is not installed.
     """
     optuna = import_optuna("stop_early")
-    if given is None:
-        return optuna.pruners.NopPruner()
     if isinstance(given, str) and given in EARLY:
         return getattr(optuna.pruners, EARLY[given])()
     if not isinstance(given, optuna.pruners.BasePruner):

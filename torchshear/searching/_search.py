@@ -212,11 +212,10 @@ def start_search(
 
 def _open(request: SearchRequest) -> Any:
     """Open the study of a search, in memory if it may give up candidates; None where it needs none."""
-    if request.storage is None and request.stop_early is None:
-        return None
-    optuna = import_optuna("stop_early" if request.storage is None else "storage")
-    storage = optuna.storages.InMemoryStorage() if request.storage is None else request.storage
-    return open_study(storage, early=find_early(request.stop_early))
+    early = None if request.stop_early is None else find_early(request.stop_early)
+    if request.storage is not None:
+        return open_study(request.storage, early=early)
+    return None if early is None else open_study(import_optuna().storages.InMemoryStorage(), early=early)
 
 
 def _finish(running: Search, request: SearchRequest, seconds: float) -> SearchResult:
