@@ -11,8 +11,9 @@ from torch.nn import functional
 
 from tests.training.loops import sgd, train
 from torchshear import PruningSession
+from torchshear.pruners.masks import Masks, apply
 from torchshear.pruners.schedules import AGP
-from torchshear.training._kept_norms import KeptNorm
+from torchshear.training._kept_norms import KeptNorm, lay_kept_norms
 
 WIDTH = 12
 
@@ -165,3 +166,28 @@ def test_half_precision_is_computed_in_single() -> None:
     ones = kept.float()
     expected = functional.layer_norm(x.half().float()[:, kept], (int(kept.sum()),))
     assert torch.allclose(norm.compute(x.half(), kept, ones, None)[:, kept], expected, atol=1e-5)
+
+
+class Refusing(nn.LayerNorm):
+    """A norm that asserts its shape, and draws random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch.rand(3)
+        assert x.shape[-1] == WIDTH
+        assert len(x) == 8, "asked for another batch"
+        return super().forward(x)
+
+
+def test_a_norm_that_refuses_what_it_is_asked_stays_and_no_random_number_is_drawn() -> None:
+    torch.manual_seed(0)
+    model = Stream(lambda: Refusing(WIDTH)).double()
+    before = torch.random.get_rng_state()
+    _lay_on(model)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert hooks(model) == 0
+
+
+def _lay_on(model: nn.Module) -> None:
+    masks = {name: torch.ones(WIDTH, dtype=torch.bool) for name, _ in model.named_parameters() if "norms" in name}
+    apply(model, Masks.of(masks))
+    lay_kept_norms(model)

@@ -38,7 +38,8 @@ class KeptNorm:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         """Return what the norm gives of an input over the kept channels; None where all are kept, or masks are gone."""
         mask = _mask_of(module)
-        if mask is None or not (torch.compiler.is_compiling() or not bool(mask.all())):
+        may_look = mask is not None and mask.is_cpu and not torch.compiler.is_compiling()  # else all would wait for it
+        if mask is None or (may_look and bool(mask.all())):
             return None
         bias = getattr(module, "bias", None)
         return self.compute(args[0], mask, module.weight, bias).to(output.dtype)  # type: ignore[arg-type]
@@ -110,8 +111,8 @@ def _kept_norm(module: nn.Module) -> KeptNorm | None:
     n_groups = module.num_groups if isinstance(module, nn.GroupNorm) else 0
     for dim, rest in _SHAPES[1:] if n_groups else _SHAPES:
         size = (*rest, len(mask)) if dim == -1 else (rest[0], len(mask), *rest[1:])
-        x = torch.linspace(-1, 2, len(mask) * 12, dtype=weight.dtype, device=weight.device).cos()
-        x = x[: len(mask) * torch.Size(rest).numel()].reshape(size) * 3 + 1
+        n_numbers = torch.Size(size).numel()  # of mean 1 or so, so that a norm without its mean gives something else
+        x = 1 + 3 * torch.arange(n_numbers, device=weight.device).cos().to(weight.dtype).reshape(size)
         given = _run(module, x)
         for is_centred in (True, False) if given is not None else ():
             found = KeptNorm(eps, 1 if n_groups else dim, is_centred, n_groups)
@@ -128,8 +129,8 @@ def _run(module: nn.Module, x: Tensor) -> Tensor | None:
     """Run a module as it is; None if it does not take the input, or gives something else than a tensor of its shape."""
     run: Callable[[Tensor], Any] = module
     try:
-        with preserve_state(module):
+        with preserve_state(module), torch.random.fork_rng(devices=[]):
             given = run(x)
-    except (RuntimeError, ValueError, TypeError, IndexError):
+    except Exception:  # code of the model, which is asked for what it may not do
         return None
     return given if isinstance(given, Tensor) and given.shape == x.shape else None

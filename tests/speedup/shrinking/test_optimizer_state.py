@@ -141,7 +141,9 @@ def trained_both_ways(network: Network, make: Make, n_before: int = 2, n_after: 
 
 @pytest.mark.parametrize("network", TRAINED, ids=lambda one: one.name)
 def test_shrunk_training_goes_on_as_masked_training(network: Network) -> None:
-    trained_both_ways(network, OPTIMIZERS["SGD" if TRAINED.index(network) % 2 else "AdamW"])
+    _, other = trained_both_ways(network, OPTIMIZERS["SGD" if TRAINED.index(network) % 2 else "AdamW"])
+    held = {id(parameter) for group in other.optimizer.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in trained(other.model)}
 
 
 @pytest.mark.parametrize(

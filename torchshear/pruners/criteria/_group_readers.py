@@ -171,10 +171,10 @@ def find_layers(
 
 
 def _inputs_of(member: Member, statistics: Statistics) -> tuple[list[WeightCall], list[ValueSums]]:
-    """Return the calls that sum over a dimension of a weight, and what was seen of their inputs."""
+    """Return the calls that sum over a dimension of a weight, and what was seen of their inputs that tells errors."""
     calls = [call for call in statistics.layers if call.weight == member.name and call.inputs == member.dim]
     sums = [statistics.values.get((call.source, call.dim)) for call in calls if call.dim is not None]
-    return calls, [one for one in sums if one is not None]
+    return calls, [one for one in sums if one is not None and (len(one.grams) or len(one.squares))]
 
 
 def are_seen(group: ChannelGroup, weights: Mapping[str, Tensor], statistics: Statistics) -> bool:
