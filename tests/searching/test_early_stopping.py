@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 import torchshear
 from tests.searching.spaces import layers
 from torchshear.errors import ArgumentError, SearchError
-from torchshear.searching import SearchResult
+from torchshear.searching import Outcome, RandomSearch, SearchResult, SearchSpace
 from torchshear.searching._early_stopping import HopelessError, Watch
 
 X = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -165,3 +166,37 @@ def test_a_watch_closes_what_it_gives_up() -> None:
         watch.follow(scores())
     assert raised.value.value == 0.0
     assert closed == [True]
+
+
+class Recording:
+    """Random search that keeps the outcomes it is sent."""
+
+    def __init__(self) -> None:
+        self.seen: list[Outcome] = []
+
+    def propose(self, space: SearchSpace, random: np.random.Generator) -> Any:
+        proposals = RandomSearch().propose(space, random)
+        batch = next(proposals)
+        while True:
+            outcomes = yield batch
+            self.seen += outcomes
+            batch = proposals.send(outcomes)
+
+
+def test_what_was_given_up_is_neither_the_result_nor_a_score_for_the_method() -> None:
+    """Even where the score at which it was given up is higher than any other."""
+    given_up = []
+
+    def evaluate(model: nn.Module) -> Iterator[float]:
+        given_up.append(len(given_up) % 2 == 1)
+        yield 100.0 if given_up[-1] else 0.0
+        yield closeness(model)
+
+    method = Recording()
+    found = search(evaluate, method=method, stop_early=optuna.pruners.ThresholdPruner(upper=50.0), trials=17)
+    assert [one.state == "stopped" for one in found.trials] == given_up
+    assert [one.score for one in found.trials if one.state == "stopped"] == [100.0] * sum(given_up)
+    assert found.best.score == max(one.score for one in found.trials if one.state == "complete")
+    assert len(method.seen) == 16
+    for trial, outcome in zip(found.trials, method.seen, strict=False):
+        assert outcome.score == (-math.inf if trial.state == "stopped" else trial.score)
