@@ -336,6 +336,7 @@ CALLS: dict[str, Call] = {
         "kwargs": None, "criteria": ["l1"], "seeds": (0,), "target_macs": 0.5, "scope": "local"}),
     "search": Call(torchshear.search, lambda g: {"model": g.model, "evaluate": lambda model: 0.5, "args": (g.x,),
         "kwargs": None, "method": "random", "trials": 2, "target_macs": 0.5, "seed": 0, "stop_early": "median",
+        "reuse_activations": False,
         "progress": False}),
     "SearchResult.draw": Call(searching.SearchResult.draw, lambda g: {"self": g.found, "path": g.folder / "s.png"}),
     "Comparison.row": Call(comparison.Comparison.row, lambda g: {"self": g.compared, "criterion": "l1",

@@ -43,6 +43,7 @@ class _Named:
     finetune: str | None
     finetune_best: str | None
     stop_early: str | None
+    reuse_activations: bool
     criterion: str | None
     align: str
     min_width: int
@@ -77,6 +78,7 @@ class _Named:
                     raise ArgumentError(f"{named} is {kind_of(words[word])}. Expected {expected}.")
         words |= {
             "stop_early": self.stop_early,
+            "reuse_activations": self.reuse_activations,
             "criterion": self.criterion,
             "align": parse_align(self.align),
             "min_width": self.min_width,
@@ -111,6 +113,9 @@ def search(  # noqa: PLR0913 - options of the command line, given by name
             help=f"Give candidates up by the scores that they yield on the way: {', '.join(EARLY)}. Default: none is.",
         ),
     ] = None,
+    reuse_activations: Annotated[
+        bool, typer.Option(help="Compute activations once that candidates have in common; they must only be run.")
+    ] = False,
     criterion: Annotated[
         str | None, typer.Option(metavar="NAME", help=f"How channels of a group are chosen: {CRITERIA}.")
     ] = None,
@@ -145,7 +150,10 @@ def search(  # noqa: PLR0913 - options of the command line, given by name
     safetensors.torch.load_model(small, "model.safetensors").
     """
     del choice  # read from what was said, as a worker does
-    named = _Named(target, method, finetune, finetune_best, stop_early, criterion, align, min_width, trials, seed, said)
+    named = _Named(
+        target, method, finetune, finetune_best, stop_early, reuse_activations, criterion, align, min_width, trials,
+        seed, said,
+    )  # fmt: skip
     find_method(method)
     model, args, kwargs, words = named.load()
     if storage is not None:

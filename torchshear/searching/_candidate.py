@@ -19,8 +19,10 @@ from torchshear.options import CalibrationOptions, Compensation
 from torchshear.searching._carried_state import carry_state
 from torchshear.searching._early_stopping import HopelessError, IsHopeless, ScoreError, Watch, number_of
 from torchshear.searching._method import Proposal
+from torchshear.searching._reused_activations import ActivationStore
 from torchshear.searching._space import SearchSpace, WidthVector
 from torchshear.speedup._shrink import Shrunk, shrink_to_form
+from torchshear.speedup.shrinking._whole_model import make_unproved_traced
 
 Evaluate = Callable[[nn.Module], float | Iterator[float]]
 FineTune = Callable[[nn.Module], nn.Module | Iterator[float] | None]
@@ -85,6 +87,7 @@ class CandidateMaker:
     form: FormKind | None
     seed: int
     said: Mapping[str, Any]
+    activations: ActivationStore | None = None
     best: Candidate | None = None
     _tuned: dict[tuple[WidthVector, ...], Candidate] = field(default_factory=dict)
 
@@ -106,7 +109,7 @@ class CandidateMaker:
         watch = Watch(is_hopeless)
         try:
             candidate = self.make(proposal, watch)
-            value = self._evaluate(candidate.after.model, watch)
+            value = self._evaluate(self._scored(candidate), watch)
         except HopelessError as stop:
             return Score(stop.value, time.perf_counter() - start, is_stopped=True), None
         except DataError:
@@ -166,7 +169,7 @@ class CandidateMaker:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             after = _trained(candidate.after, finetune, "finetune_best", Watch())
-        return replace(candidate, after=after), self._evaluate(after.model, Watch())
+        return replace(candidate, after=after), self._evaluate(copy_model(after.model), Watch())
 
     def _base(self, path: tuple[WidthVector, ...]) -> Candidate:
         """Return the fine-tuned model at the last widths of a path."""
@@ -176,17 +179,25 @@ class CandidateMaker:
             self._tuned = {path: known}  # that of the round before is not needed any more
         return known
 
+    def _scored(self, candidate: Candidate) -> nn.Module:
+        """Return the copy of a candidate that is scored; its graph alone where it shares activations with others."""
+        if self.activations is None:
+            return copy_model(candidate.after.model)
+        groups = self.space.budget.groups
+        twin = make_unproved_traced(self.model, groups, candidate.plan, self.activations.next_run)
+        twin.load_state_dict(candidate.after.model.state_dict())
+        return twin.requires_grad_(False)
+
     def _evaluate(self, model: nn.Module, watch: Watch) -> float:
-        """Score a copy of a model in eval mode.
+        """Score a model, which is put into eval mode.
 
         Raises:
             SearchError: `evaluate` fails, or gives no finite number.
             HopelessError: the candidate is given up for a score on the way.
         """
-        twin = copy_model(model).eval()
         with torch.random.fork_rng(devices=[]), _failures_of("evaluate"):
             torch.manual_seed(self.seed)
-            found: Any = self.evaluate(twin)
+            found: Any = self.evaluate(model.eval())
             if not isinstance(found, Iterator):
                 return number_of(found)
             value, returned = watch.follow(found)

@@ -3,13 +3,13 @@
 import hashlib
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from torchshear.searching._candidate import CandidateMaker
 from torchshear.searching._early_stopping import name_of_early
 from torchshear.searching._request import SearchRequest, find_method
+from torchshear.searching._reused_activations import feed_tensor
 
 _FORMAT = 1
 
@@ -35,6 +35,7 @@ def identity_of(request: SearchRequest, maker: CandidateMaker) -> dict[str, Any]
         "compensate": request.compensate,
         "finetune": request.finetune is not None,
         "stop_early": name_of_early(request.stop_early),
+        "reuse_activations": request.reuse_activations,
         "form": request.form,
     }
 
@@ -44,7 +45,6 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, torch.Tensor) and not value.is_meta:
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(np.ascontiguousarray(flat.view(torch.uint8).numpy()).tobytes())
+            digest.update(name.encode())
+            feed_tensor(digest, value)
     return digest.hexdigest()[:32]

@@ -7,7 +7,7 @@ from typing import Any, Final
 import numpy as np
 from torch import Tensor, nn
 
-from torchshear._arguments import check_count, close_names, quote
+from torchshear._arguments import check_count, check_flag, close_names, quote
 from torchshear.calibration import Loss
 from torchshear.compensation import check_compensation
 from torchshear.dependency import ChannelGroups
@@ -33,6 +33,7 @@ from torchshear.searching._budget import Resource, ResourceLimit, SearchBudget
 from torchshear.searching._candidate import CandidateMaker, Evaluate, FineTune
 from torchshear.searching._early_stopping import find_early
 from torchshear.searching._method import SearchMethod
+from torchshear.searching._reused_activations import ActivationStore, check_reusable
 from torchshear.searching._space import SearchSpace
 from torchshear.searching.methods import METHODS
 from torchshear.speedup.latency import Device, LatencyTable
@@ -61,6 +62,7 @@ class SearchRequest:
     finetune: FineTune | None = None
     finetune_best: FineTune | None = None
     stop_early: object = None
+    reuse_activations: bool = False
     storage: object = None
     trials: int | None = None
     seed: int = 0
@@ -97,6 +99,12 @@ class SearchRequest:
                     f"get narrower, so that scores of earlier ones say nothing. Leave stop_early away, or use another "
                     f"method, as 'evolution'."
                 )
+        check_flag("reuse_activations", self.reuse_activations)
+        if self.reuse_activations and self.finetune is not None:
+            raise ArgumentError(
+                "reuse_activations=True, and finetune is given, which changes all weights, so that candidates have no "
+                "activations in common. Leave one of them away, or train the best candidate alone by finetune_best."
+            )
         check_count("seed", self.seed, least=0)
         if self.trials is not None:
             check_count("trials", self.trials)
@@ -132,7 +140,8 @@ class SearchRequest:
         Raises:
             ArgumentError: data is missing, or used by nothing.
         """
-        calibration = CalibrationOptions.parse(self.data, self.loss_fn, self.batches, self.compensate, self.memory)
+        memory = None if self.reuse_activations and self.compensate != "refit" else self.memory
+        calibration = CalibrationOptions.parse(self.data, self.loss_fn, self.batches, self.compensate, memory)
         options = PruneOptions.parse(
             self.units,
             has_criterion=self.criterion is not None,
@@ -160,12 +169,15 @@ class SearchRequest:
         groups = analyze(trace(model, args, kwargs, self.submodules), self.prunable_outputs)
         if self.criterion is None and self.compensate == "refit":
             options = options.with_reconstruction(groups)
+        if self.reuse_activations:
+            check_reusable(groups.graph)
         table = _table(model, groups, args, kwargs, measuring, self.units)
+        space = _space(options, model, groups, table)
         return CandidateMaker(
             model=model,
             args=args,
             kwargs=kwargs,
-            space=_space(options, model, groups, table),
+            space=space,
             evaluate=self.evaluate,
             finetune=self.finetune,
             compensate=self.compensate,
@@ -173,6 +185,7 @@ class SearchRequest:
             form=None if self.form == "auto" else self.form,
             seed=self.seed,
             said={"search": name_of(find_method(self.method))},
+            activations=ActivationStore.of(groups, space.names, self.memory) if self.reuse_activations else None,
         )
 
 

@@ -50,6 +50,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
     finetune: FineTune | None = None,
     finetune_best: FineTune | None = None,
     stop_early: object = None,
+    reuse_activations: bool = False,
     trials: int | None = None,
     seed: int = 0,
     storage: object = None,
@@ -104,6 +105,10 @@ def search(  # noqa: PLR0913 - independent options, given by name
             than the median of others at the same place), "halving" (successive halving), or a pruner of Optuna. A
             candidate that was given up counts as failed for the method. It needs torchshear[search], and a method that
             does not cut in rounds ("netadapt" and "sensitivity" do). None: none is.
+        reuse_activations: computes activations once that candidates have in common: those before the first layer in
+            which they differ, for inputs seen before. `evaluate` is then called on the candidate's graph in eval mode,
+            which has the same output, and must only run it: neither train it, nor time it, nor look into it. Not with
+            finetune, which changes all weights.
         trials: how many candidates may be evaluated; None: as many as the method needs to end, or 50 where it has no
             end.
         seed: seed of the method, and of the random state in which every candidate is made and scored.
@@ -124,7 +129,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
         loss_fn: called as `loss_fn(output, target)`, for criteria that look at gradients.
         batches: how many batches to run; None: the first 32, or all where there are fewer.
         compensate: how each candidate is brought nearer to its original before it is scored; see `torchshear.prune`.
-        memory: bytes that a refit may hold of activations in memory; None: 2 GB.
+        memory: bytes of activations that a refit, and reuse_activations, may each hold in memory; None: 2 GB.
         progress: how it is shown; a function is called as `progress(done, total, what)` after each trial.
         form: form of candidates and result; see `torchshear.prune`. "auto": native where that is possible.
 
@@ -166,6 +171,7 @@ def search(  # noqa: PLR0913 - independent options, given by name
         finetune=finetune,
         finetune_best=finetune_best,
         stop_early=stop_early,
+        reuse_activations=reuse_activations,
         storage=storage,
         trials=trials,
         seed=seed,
@@ -235,6 +241,8 @@ def _finish(running: Search, request: SearchRequest, seconds: float) -> SearchRe
     if candidate is None or candidate.proposal != proposal:
         candidate = maker.make(proposal)
         notes.append("The best trial was scored by another process or run; its model was made again here.")
+    if maker.activations is not None:
+        notes.append(str(maker.activations))
     candidate, shrunk = maker.prove(candidate)
     final_score = None
     if request.finetune_best is not None:

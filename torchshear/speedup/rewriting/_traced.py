@@ -17,6 +17,9 @@ from torch.utils import _pytree as pytree
 from torchshear.errors import ArgumentError, CaptureError, OutputError
 from torchshear.speedup.rewriting._lost_backwards import without_gradients
 
+RunGraph = Callable[..., Any]
+"""Called with a module that holds a graph's tensors, and with the flat inputs; returns the flat outputs."""
+
 
 class GraphCode:
     """Python code of a graph: a function of the module and the flat inputs, that can be pickled.
@@ -38,7 +41,7 @@ class GraphCode:
     @classmethod
     def of(cls, graph: fx.Graph) -> "GraphCode":
         """Compile a graph to a function of the module and the flat inputs."""
-        _follow_device(graph)
+        follow_device(graph)
         code = graph.python_code("self")
         scope = {
             name: _ModuleName(value.__name__) if isinstance(value, ModuleType) else value
@@ -59,7 +62,7 @@ class _ModuleName(str):
     """Name of a Python module, which itself cannot be pickled."""
 
 
-def _follow_device(graph: fx.Graph) -> None:
+def follow_device(graph: fx.Graph) -> None:
     """Replace the device that calls of a graph name by the one on which the model's tensors are when it runs.
 
     A model that was captured on the meta device, or moved after its capture, then makes its masks and positions where
@@ -157,7 +160,7 @@ class TracedCall:
         gradient_error: why the graph for eval mode gives no gradients; "" where it does.
     """
 
-    forwards: Mapping[str, GraphCode]
+    forwards: Mapping[str, RunGraph]
     spec: CallSpec
     train_error: str
     gradient_error: str = ""

@@ -1,7 +1,7 @@
 """Shrinking a model that was captured whole: in native form if that equals the rewritten graph, else in traced form."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
@@ -25,6 +25,8 @@ from torchshear.speedup.rewriting._rewrite import rewrite_graph
 from torchshear.speedup.rewriting._slicing import slice_state
 from torchshear.speedup.rewriting._traced import (
     CallSpec,
+    GraphCode,
+    RunGraph,
     StateEntry,
     TracedCall,
     TracedModule,
@@ -90,20 +92,27 @@ def shrink_whole(
     return UnprovedModel(copy_modes(traced, model), form, plan, training)
 
 
-def make_unproved_traced(model: nn.Module, groups: ChannelGroups, plan: PruningPlan) -> nn.Module:
-    """Make the traced form in eval mode alone, without a proof: enough to measure how fast it runs.
+def make_unproved_traced(
+    model: nn.Module,
+    groups: ChannelGroups,
+    plan: PruningPlan,
+    run_of: Callable[[fx.Graph], RunGraph] = GraphCode.of,
+) -> nn.Module:
+    """Make the traced form in eval mode alone, without a proof: enough to measure how fast it runs, or how well.
 
     Args:
         model: the original, captured whole.
         groups: its analysis.
         plan: the plan.
+        run_of: makes of the graph what runs it.
 
     Raises:
         PlanError: the plan does not fit the groups.
     """
     job, graph = PreparedCut.of(model, groups, plan), groups.graph
     rewritten = {"eval": rewrite_graph(graph.fx_graph, groups.facts, job.cut)}
-    call = TracedCall.of(rewritten, _call_spec(model, {"eval": graph}, rewritten), "it was made to be measured.")
+    spec = _call_spec(model, {"eval": graph}, rewritten)
+    call = TracedCall({"eval": run_of(rewritten["eval"])}, spec, "it was made to be measured in eval mode alone.")
     return TracedModule(_state_entries(model, graph, job.sliced), [call]).eval()
 
 
