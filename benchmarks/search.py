@@ -1,19 +1,22 @@
 """Widths found by searching, beside those of scores alone: best score over evaluations and seconds, on real digits.
 
-python benchmarks/search.py [--trials 40] [--seeds 5] [--budgets 0.5 0.25] [--compensate none refit] [--write]
+python benchmarks/search.py [--network cnn] [--trials 40] [--seeds 5] [--budgets 0.5 0.25] [--compensate none refit]
+                            [--methods ...] [--write]
 
-A small residual CNN is trained once for each seed. Every method may evaluate as many candidates as every other, but for
-"sensitivity", which needs more to end. They are scored by the negative cross-entropy of half of the test images; the
-table has the loss and the accuracy of the other half, which no method has seen. Uniform and milp, the exact allocation
-by scores, evaluate one candidate; "global" is `torchshear.prune` by the same criterion with all units ranked together.
-With --compensate refit each candidate is refitted on training images, without labels.
+A small residual CNN, or a vision transformer, is trained once for each seed. Every method may evaluate as many
+candidates as every other, but for "sensitivity", which needs more to end. They are scored by the negative cross-entropy
+of half of the test images; the table has the loss and the accuracy of the other half, which no method has seen. Uniform
+and milp, the exact allocation by scores, evaluate one candidate; "global" is `torchshear.prune` by the same criterion
+with all units ranked together. With --compensate refit each candidate is refitted on training images, without labels.
+With --write rows are put among those of benchmarks/results/search-NETWORK.json, in the place of those of the same
+method, budget, compensation and seed.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,12 +27,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import torchshear
-from torchshear.searching import NetAdapt, Sensitivity
+from torchshear.searching import AMC, NetAdapt, Sensitivity
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "examples"))
 
 from digits import BATCH, Digits, DigitsNet, fit, load_data  # noqa: E402
+from digits_vit import DigitsViT  # noqa: E402
 
 METHODS: dict[str, Any] = {
     "uniform": "uniform",
@@ -37,8 +41,13 @@ METHODS: dict[str, Any] = {
     "random": "random",
     "evolution": "evolution",
     "annealing": "annealing",
+    "amc": AMC(),
     "netadapt": NetAdapt(step=0.16),
     "sensitivity": Sensitivity(threshold=0.2, step=0.25),
+}
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, float]] = {  # with epochs of training and learning rate
+    "cnn": (lambda: DigitsNet((16, 32, 64), n_blocks=1), 8, 3e-3),
+    "vit": (DigitsViT, 60, 2e-3),
 }
 RESULTS = ROOT / "results"
 
@@ -62,24 +71,26 @@ class Row:
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", choices=list(NETWORKS), default="cnn")
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--compensate", nargs="+", default=["none", "refit"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "global"])
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/search.md and search.json")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/search-NETWORK.md and .json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[Row] = []
+    file = RESULTS / f"search-{options.network}.json"
+    known = [Row(**one) for one in json.loads(file.read_text())] if options.write and file.exists() else []
+    rows = {(row.budget, row.compensate, row.method, row.seed): row for row in known}
     for row in measure(options):
-        rows.append(row)
+        rows[row.budget, row.compensate, row.method, row.seed] = row
         print(f"{row.method:12} {row.budget:.0%} {row.compensate:6} seed {row.seed}: loss {row.loss:.4f}, "
               f"accuracy {row.accuracy:.1%}, {row.n_trials} trials, {row.seconds:.0f} s", flush=True)  # fmt: skip
-    text = table(rows, options.trials)
-    print(text)
-    if options.write:
-        (RESULTS / "search.md").write_text(text, encoding="utf-8")
-        (RESULTS / "search.json").write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+        if options.write:
+            file.write_text(json.dumps([asdict(one) for one in rows.values()], indent=1) + "\n", encoding="utf-8")
+            file.with_suffix(".md").write_text(table(list(rows.values()), options.network), encoding="utf-8")
+    print(table(list(rows.values()), options.network))
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
@@ -88,8 +99,9 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     half = len(data.test_labels) // 2
     for seed in range(options.seeds):
         torch.manual_seed(seed)
-        model = DigitsNet((16, 32, 64), n_blocks=1)
-        fit(model, data, n_epochs=8, learning_rate=3e-3, seed=seed)
+        build, n_epochs, rate = NETWORKS[options.network]
+        model = build()
+        fit(model, data, n_epochs, rate, seed=seed)
         model.eval()
         for compensate in options.compensate:
             for budget in options.budgets:
@@ -144,29 +156,30 @@ def _best_so_far(scores: list[tuple[int, bool, float]]) -> Iterator[tuple[int, f
             yield number, score
 
 
-def table(rows: list[Row], trials: int) -> str:
-    """Return the means over seeds as a table in Markdown."""
+def table(rows: list[Row], network: str) -> str:
+    """Return the means over seeds as a table in Markdown, from the best method at the top of each part."""
     lines = [
-        f"`python benchmarks/search.py`: {len({row.seed for row in rows})} seeds, at most {trials} evaluations each; "
-        f"means over seeds, with standard deviations.",
+        f"`python benchmarks/search.py --network {network} --write`: means over {len({row.seed for row in rows})} "
+        f"seeds, with standard deviations; the best method first in each part.",
         "",
         "| MACs | compensation | method | loss searched on | loss, other images | accuracy | evaluations | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    keys = dict.fromkeys((row.budget, row.compensate, row.method) for row in rows)
-    for budget, compensate, method in keys:
-        here = [row for row in rows if (row.budget, row.compensate, row.method) == (budget, compensate, method)]
+    parts: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        parts.setdefault((-row.budget, row.compensate, row.method), []).append(row)
+    for key, here in sorted(parts.items(), key=lambda part: (part[0][:2], fmean(row.loss for row in part[1]))):
         lines.append(
-            f"| {budget:.0%} | {compensate} | {method} | {_mean([-row.searched for row in here])} | "
-            f"{_mean([row.loss for row in here])} | {fmean(row.accuracy for row in here):.1%} | "
+            f"| {-key[0]:.0%} | {key[1]} | {key[2]} | {_mean([-row.searched for row in here])} | "
+            f"{_mean([row.loss for row in here])} | {_mean([row.accuracy * 100 for row in here], 1)} % | "
             f"{fmean(row.n_trials for row in here):.0f} | {fmean(row.seconds for row in here):.0f} |"
         )
     return "\n".join([*lines, ""])
 
 
-def _mean(values: list[float]) -> str:
-    spread = f" ±{stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{fmean(values):.3f}{spread}"
+def _mean(values: list[float], digits: int = 3) -> str:
+    spread = f" ±{stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
 
 
 if __name__ == "__main__":

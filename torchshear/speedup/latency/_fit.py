@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import SequenceMatcher
 from math import prod
 from types import MappingProxyType
 from typing import Final
@@ -16,6 +15,7 @@ from torchshear.dependency import ChannelGroups
 from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.dependency.groups._width_form import WidthForm, axis_forms
 from torchshear.speedup.latency._kernels import KernelTime, Shape
+from torchshear.speedup.latency._matching import match_kernels
 from torchshear.speedup.latency._probes import NOISY, WidthProbe, normalised, shares_of, spread_of
 
 Floats = npt.NDArray[np.float64]
@@ -199,12 +199,9 @@ def _find_kernels(groups: ChannelGroups, probes: Sequence[WidthProbe], block: in
     sizes = _Sizes.of(groups, [probe.widths for probe in probes], block)
     dense, *others = (probe.profile.kernels for probe in probes)
     versions = [[kernel] for kernel in dense]
-    operators = [kernel.operator for kernel in dense]
     for own in others:
-        matcher = SequenceMatcher(None, operators, [kernel.operator for kernel in own], autojunk=False)
-        for first, here, length in matcher.get_matching_blocks():
-            for n in range(length):
-                versions[first + n].append(own[here + n])
+        for number, here in match_kernels(dense, own):
+            versions[number].append(own[here])
     found = (_follow(every, sizes) for every in versions if len(every) == len(probes))
     return [kernel for kernel in found if kernel is not None]
 
