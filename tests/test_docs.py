@@ -19,11 +19,16 @@ PAGES = (
 )  # fmt: skip
 
 
+LONG_PAGES = {"docs/latency.md", "docs/config-lists.md"}  # half a minute each: run by test-zoo
+
+
 def code_of(page: str) -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.zoo] if page in LONG_PAGES else []) for page in PAGES]
+)
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHSHEAR_CACHE", str(tmp_path / "cache"))

@@ -87,6 +87,7 @@ def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.zoo
 def test_language_model_reports_every_step(text_run: Path) -> None:
     document = json.loads((text_run / "report.json").read_text())
     (dense,), rows = document["dense"], document["rows"]
@@ -100,6 +101,7 @@ def test_language_model_reports_every_step(text_run: Path) -> None:
     assert list(text_run.glob("weights-0-*.safetensors"))
 
 
+@pytest.mark.zoo
 def test_language_model_runs_in_onnxruntime(text_run: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 128, (2, 128))
     for name in ("dense", "pruned"):

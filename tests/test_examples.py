@@ -60,6 +60,7 @@ def test_the_demo(tmp_path: Path) -> None:
             assert np.isfinite(scores).all()
 
 
+@pytest.mark.zoo
 def test_a_network_is_pruned_while_it_trains(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "training_digits.py"), "--epochs", "1", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

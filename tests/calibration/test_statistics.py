@@ -81,6 +81,7 @@ def test_only_what_is_not_finite_is_told(lines: dict[str, dict[int, int]]) -> No
     assert not WeightAccumulators(weights, (), lines).add(large)[1]
 
 
+@pytest.mark.zoo
 def test_a_chain_of_a_thousand_calls() -> None:
     net = nn.Sequential(*(part for _ in range(450) for part in (nn.Linear(4, 4), nn.ReLU())), nn.Linear(4, 2)).eval()
     x = torch.randn(2, 4)

@@ -5,6 +5,10 @@ without axes (one implicit channel index, matched by position) cannot prune corr
 Torch-Pruning 1.6.1 and its issue threads.
 """
 
+from typing import Any
+
+import pytest
+
 from tests.networks import attention, feed_forward, gates, layers, norms, plain, recurrent, routing, signatures, weights
 from tests.networks._base import (
     REGISTERED,
@@ -42,9 +46,24 @@ def tagged(tag: str) -> tuple[Network, ...]:
     return tuple(one for one in NETWORKS if tag in one.tags)
 
 
+def third(number: int) -> list[Any]:
+    """Every network that can be cut, as parameters of a test; all but every third one, from one on, are for test-zoo.
+
+    Args:
+        number: the first that the default suite takes, of 0, 1 and 2. Tests that take long take different ones, so that
+            each network is in some of them every time.
+    """
+    prunable = (one for one in NETWORKS if "refused" not in one.tags)
+    return [
+        pytest.param(one, id=one.name, marks=[] if place % 3 == number else [pytest.mark.zoo])
+        for place, one in enumerate(prunable)
+    ]
+
+
 __all__ = [
     "NETWORKS", "Attention", "Between", "Chunked", "Classifier", "FeedForward", "FusedAttention", "Grouped",
     "LooksAtValues", "Net", "Network", "Residual", "Separate", "Tied", "TwoReaders", "ViTBlock", "analyzed",
     "attention", "classified", "feed_forward", "gates", "image", "labelled", "layers", "named", "network", "noise",
-    "norms", "picture", "plain", "randomise", "recurrent", "routing", "signatures", "tagged", "weights", "zero",
+    "norms", "picture", "plain", "randomise", "recurrent", "routing", "signatures", "tagged", "third", "weights",
+    "zero",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import torchshear
-from tests.networks import NETWORKS, Network, randomise
+from tests.networks import Network, randomise, third
 from tests.oracle import assert_is_slice, assert_same_function
 from torchshear import PruningPlan
 from torchshear.speedup import TracedModule, shrink_to_form
@@ -37,9 +37,7 @@ class Forms:
     reason: str
 
 
-@pytest.fixture(
-    scope="module", params=[one for one in NETWORKS if "refused" not in one.tags], ids=lambda network: network.name
-)
+@pytest.fixture(scope="module", params=third(0))
 def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Forms:
     model, args, kwargs = request.param.build()
     plan = torchshear.plan(torchshear.analyze(torchshear.trace(model, args=args, kwargs=kwargs)), ratio=0.5)

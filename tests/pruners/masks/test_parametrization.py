@@ -222,6 +222,7 @@ def _train(rank: int, folder: str) -> None:
     end_together(folder)
 
 
+@pytest.mark.zoo
 def test_two_processes_train_one_masked_model(tmp_path: Path) -> None:
     mp.spawn(_train, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

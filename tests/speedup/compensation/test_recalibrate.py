@@ -267,6 +267,7 @@ def _broken() -> Iterator[Tensor]:
     raise OSError("the disk is gone")
 
 
+@pytest.mark.zoo
 def test_two_processes_average_over_the_data_of_both_and_fail_together(tmp_path: Path) -> None:
     mp.spawn(_run, (str(tmp_path),), nprocs=2)
     (one, first, gone), (two, second, told) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -49,6 +50,7 @@ def run_rank(rank: int, folder: str) -> None:
     end_together(folder)
 
 
+@pytest.mark.zoo
 def test_two_processes_fit_what_one_fits(tmp_path: Path) -> None:
     expected = fitted(data())
     mp.spawn(run_rank, (str(tmp_path),), nprocs=2)

@@ -148,6 +148,7 @@ def test_wide_layers_make_up_for_channels_that_were_copies(name: str, monkeypatc
         assert torch.allclose(fitted(unseen), model(unseen), atol=1e-3)
 
 
+@pytest.mark.zoo
 def test_a_layer_of_too_many_unknowns_is_fitted_by_its_channels() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(1, 256, 8), nn.ReLU(), nn.Conv1d(256, 16, 64, padding=32), nn.ReLU()).eval()

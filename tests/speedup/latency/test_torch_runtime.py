@@ -183,7 +183,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "latency"
 
 
-@pytest.mark.parametrize("runtime", ["torch", "torch.compile"])
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("torch.compile", marks=pytest.mark.zoo)])
 def test_a_table_is_measured_and_kept(runtime: str, folder: Path) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 48, 3, padding=1), nn.ReLU(), nn.Conv2d(48, 64, 3, padding=1), nn.ReLU()]
