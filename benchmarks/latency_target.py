@@ -145,7 +145,7 @@ def choose_as_halp(levels: list[Levels], budget: CostBudget) -> Choice:
             ]
             terms.append(CostTerm((one.name,), np.array(costs)))
         least = now + sum(float(term.table.min()) for term in terms)
-        found = allocate(left, [CostBudget("ms", max(limit, least + 1e-9 * now), tuple(terms), now)], gap=0.0)
+        found = allocate(left, [CostBudget("ms", max(limit, least + 1e-9 * now), tuple(terms), now)], gap=1e-3)
         at = [one.widths.index(found.widths[one.name]) for one in levels]
         if number >= HALP_ROUNDS and budget.cost(levels, at) <= budget.limit:
             break

@@ -28,3 +28,46 @@ def test_losses_of_widths(criterion: str, expected: list[float]) -> None:
     levels = levels_of(steps, find_criterion(criterion))
     assert levels.widths == (4, 3, 2, 1)
     assert levels.losses == pytest.approx(expected)
+
+
+class Stream(nn.Module):
+    """Two layers add to what a first one makes, and a depthwise convolution acts on each of its channels alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.depthwise = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.inner, self.outer, self.last = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(self.first(x))
+        x = x + self.outer(self.inner(x).relu())
+        return self.head(x + self.last(x).relu())
+
+
+def test_what_many_layers_make_loses_its_share_in_each_of_them() -> None:
+    groups = torchshear.analyze(torchshear.trace(Stream().eval(), torch.randn(2, 3, 4, 4)))
+    for name, n_layers in (("first.weight[0]", 3), ("inner.weight[0]", 1)):
+        group = groups[name]
+        widths = np.arange(group.width, 0, -1)
+        scores = np.ones(group.width)
+        steps = WidthSteps(group, widths, order=scores.argsort(), scores=scores)
+        expected = -n_layers * np.log(widths / group.width)
+        assert levels_of(steps, find_criterion("l1")).losses == pytest.approx(expected.tolist())
+        assert levels_of(steps, find_criterion("taylor")).losses == pytest.approx(
+            (-group.width * np.log(widths / group.width)).tolist()
+        )
+
+
+def test_a_recurrent_layer_is_one_layer() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(x)[0])
+
+    (group,) = torchshear.analyze(torchshear.trace(Net().eval(), torch.randn(2, 5, 3))).prunable
+    steps = WidthSteps(group, np.array([4, 2]), order=SCORES.argsort(), scores=np.ones(4))
+    assert levels_of(steps, find_criterion("l1")).losses == pytest.approx([0, np.log(2)])

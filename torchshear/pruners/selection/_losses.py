@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from torchshear.dependency.groups._groups import ChannelGroup
 from torchshear.pruners.allocation._problem import Levels
 from torchshear.pruners.criteria._criterion import Criterion, is_comparable, is_per_cost
 from torchshear.pruners.selection._pools import WidthSteps
@@ -20,8 +21,9 @@ def levels_of(steps: WidthSteps, criterion: Criterion, most: int = MOST_LEVELS) 
 
     What the layers of a network hand on passes through one after another, so that shares of what is kept multiply, and
     their logarithms add up. S is the sum of all scores where these can be compared between groups, so that a small
-    removal loses the scores that go; elsewhere it is 1. Scores that say what a removal costs in loss are added up as
-    they are. No width loses less than a wider one.
+    removal loses the scores that go; elsewhere it is the number of layers that make the group's units, as all that add
+    to one residual stream do: each of them loses that share. Scores that say what a removal costs in loss are added up
+    as they are. No width loses less than a wider one.
 
     Args:
         steps: the group, its widths, and its units in the order in which they go, with scores; without scores every
@@ -48,5 +50,11 @@ def _losses(steps: WidthSteps, widths: npt.NDArray[np.int64], criterion: Criteri
     gone = np.concatenate([[0.0], np.cumsum(scores)])[steps.group.width - widths]
     if is_weighed and is_per_cost(criterion):
         return np.maximum.accumulate(gone)
-    weight = total if is_weighed else 1.0
+    weight = total if is_weighed else _n_layers(steps.group)
     return np.maximum.accumulate(-weight * np.log(np.maximum(1 - gone / total, _LEAST_KEPT)))
+
+
+def _n_layers(group: ChannelGroup) -> int:
+    """Return how many layers make the units of a group; one that acts on each channel alone makes none of its own."""
+    made = {member.layer or member.name for member in group.members if member.purposes & {"out", "embedding"}}
+    return max(len(made), 1)
