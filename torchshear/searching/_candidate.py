@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torchshear.searching._method import Proposal
 from torchshear.searching._reused_activations import ActivationStore
 from torchshear.searching._space import SearchSpace, WidthVector
 from torchshear.speedup._shrink import Shrunk, shrink_to_form
+from torchshear.speedup.latency._cache import only_work_on, while_none_measures
 from torchshear.speedup.shrinking._whole_model import make_unproved_traced
 
 Evaluate = Callable[[nn.Module], float | Iterator[float]]
@@ -108,8 +109,10 @@ class CandidateMaker:
         start = time.perf_counter()
         watch = Watch(is_hopeless)
         try:
-            candidate = self.make(proposal, watch)
-            value = self._evaluate(self._scored(candidate), watch)
+            with self._devices():
+                start = time.perf_counter()
+                candidate = self.make(proposal, watch)
+                value = self._evaluate(self._scored(candidate), watch)
         except HopelessError as stop:
             return Score(stop.value, time.perf_counter() - start, is_stopped=True), None
         except DataError:
@@ -119,6 +122,15 @@ class CandidateMaker:
         except TorchshearError as error:
             return Score(None, time.perf_counter() - start, first_line(error), error), None
         return Score(value, time.perf_counter() - start), candidate
+
+    @contextmanager
+    def _devices(self) -> Iterator[None]:
+        """Wait until no other process works on the model's GPUs or, with a target of latency, measures; others wait."""
+        devices = {tensor.device for tensor in self.model.state_dict().values() if isinstance(tensor, Tensor)}
+        gpus = {str(torch.cuda.get_device_properties(one).uuid) for one in devices if one.type == "cuda"}
+        is_measured = self.space.budget.table is not None
+        with while_none_measures() if is_measured else nullcontext(), only_work_on(gpus):
+            yield
 
     def make(self, proposal: Proposal, watch: Watch | None = None) -> Candidate:
         """Prune to the widths of a proposal, without a proof, and compensate and fine-tune as it asks.

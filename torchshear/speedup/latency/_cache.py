@@ -1,15 +1,16 @@
-"""The cache of measurements: one file for a model on a device, and one lock for a device."""
+"""The cache of measurements, one file for a model on a device; and who may measure or work at a time."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock
+from filelock import FileLock, ReadWriteLock
 from platformdirs import user_cache_path
 
 from torchshear.errors import OutputError
@@ -20,6 +21,7 @@ from torchshear.storage._writing import atomic_path
 FOLDER_VARIABLE: Final = "TORCHSHEAR_CACHE"
 _FORMAT = 2
 _LARGEST = 1 << 28  # bytes
+_WORKS: ContextVar[bool] = ContextVar("_WORKS", default=False)  # whether measurements are held off here
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,45 @@ def cache_folder() -> Path:
 
 @contextmanager
 def only_measurement() -> Iterator[None]:
-    """Let one process of this machine measure at a time; others wait."""
-    with FileLock(cache_folder() / "measuring.lock"):
+    """Let one process of this machine measure at a time, and none do other work of the library meanwhile; others wait.
+
+    Within `while_none_measures` that is left for as long as the measurement takes.
+    """
+    lock = _measuring_lock()
+    is_working = _WORKS.get()
+    if is_working:
+        lock.release()
+    try:
+        with lock.write_lock():
+            yield
+    finally:
+        if is_working:
+            lock.acquire_read()
+
+
+@contextmanager
+def while_none_measures() -> Iterator[None]:
+    """Hold off measurements of other processes of this machine for a block; any number of processes may do so."""
+    token = _WORKS.set(True)
+    try:
+        with _measuring_lock().read_lock():
+            yield
+    finally:
+        _WORKS.reset(token)
+
+
+@contextmanager
+def only_work_on(gpus: Collection[str]) -> Iterator[None]:
+    """Let one process of this machine work on some GPUs at a time; others wait.
+
+    Args:
+        gpus: an identifier for each.
+    """
+    with ExitStack() as stack:
+        for gpu in sorted(gpus):
+            stack.enter_context(FileLock(cache_folder() / f"{gpu}.lock"))
         yield
+
+
+def _measuring_lock() -> ReadWriteLock:
+    return ReadWriteLock(cache_folder() / "measuring.lock")

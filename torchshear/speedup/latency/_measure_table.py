@@ -91,13 +91,13 @@ def table_of(  # noqa: PLR0913 - what is measured, where, and how much of it
     wanted = choose_probes(groups, alignment, axis_forms(groups), n_probes)
     identity = dict(device.identity()) | input_identity(args, kwargs)
     key = identity | {"fingerprint": groups.graph.fingerprint, "widths": wanted}
-    with only_measurement():
-        file = ProbeFile.of(key) if use_cache else None
-        known, damage = file.read() if file is not None else ([], "")
-        if len(known) < len(wanted):
-            with TemporaryDirectory(prefix="torchshear-") as folder:
+    file = ProbeFile.of(key) if use_cache else None
+    known, damage = file.read() if file is not None else ([], "")
+    if len(known) < len(wanted):
+        with only_measurement(), TemporaryDirectory(prefix="torchshear-") as folder:
+            known, damage = file.read() if file is not None else ([], "")  # another process may have measured
+            if left := wanted[len(known) :]:
                 candidates = Candidates(model, groups, args, kwargs, device, Path(folder))
-                left = wanted[len(known) :]
                 for widths in with_progress(left, len(left), "measuring widths", progress):
                     known.append(_measure(candidates, widths, is_dense=not known))
                     if file is not None:
