@@ -15,9 +15,9 @@ for each target, widths are chosen from the same table, levels and losses ("l1")
 and their losses are compared. Unless --choices-only is given, the model is pruned for each target from end to end: time
 measured by the target, rounds, realised share (speed-up by the ratio of operations), and seconds of the whole call with
 the table at hand. `--write` puts rows into benchmarks/results/latency_target.json, in the place of those of the same
-model and target, and all of it into latency_target.md. Models are those of torchvision and timm, that of the demo
-("digits"), one of six convolutions ("convolutions"), BERT-base with 128 tokens ("bert-base"), and a detector built like
-YOLOv8n ("yolo").
+machine, model and target, and all of it into latency_target.md. Models are those of torchvision and timm, that of the
+demo ("digits"), one of six convolutions ("convolutions"), BERT-base with 128 tokens ("bert-base"), and a detector built
+like YOLOv8n ("yolo").
 """
 
 import argparse
@@ -205,10 +205,10 @@ def prune_for(model: nn.Module, args: tuple[Any, ...], target: float) -> dict[st
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Put rows in the place of those of the same model and target, and write all of them as a table, too."""
-    known = {(row["model"], row["target"]): row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
-    known |= {(row["model"], row["target"]): row for row in rows}
-    every = sorted(known.values(), key=lambda row: (MODELS.index(row["model"]), -row["target"]))
+    """Put rows in the place of those of the same machine, model and target, and write all of them as tables, too."""
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    by_key = {(row["cpu"], row["model"], row["target"]): row for row in [*known, *rows]}
+    every = sorted(by_key.values(), key=lambda row: (row["cpu"], MODELS.index(row["model"]), -row["target"]))
     RESULTS.write_text(json.dumps(every, indent=1) + "\n")
     lines = [
         "# Targets of latency",
@@ -216,12 +216,23 @@ def write(rows: list[dict[str, Any]]) -> None:
         "`python benchmarks/latency_target.py --write`: random weights, one thread, a batch of 1. Losses are by the "
         "same table, widths and scores (`l1`), less is better; HALP stands for its knapsacks over single groups. A "
         "target is met by a measured time of at most the target, and not more than 3 % below it.",
+    ]
+    for cpu in dict.fromkeys(row["cpu"] for row in every):
+        lines += _table(cpu, [row for row in every if row["cpu"] == cpu])
+    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _table(cpu: str, rows: list[dict[str, Any]]) -> list[str]:
+    """Return the rows of one machine as lines of Markdown."""
+    lines = [
+        "",
+        f"## {cpu}",
         "",
         "| model | target | table off by, median, most | exact | greedy | HALP | uniform | solver, s | measured by the "
         "target | met | rounds | realised | call, s |",
         "|---" * 13 + "|",
     ]
-    for row in every:
+    for row in rows:
         median, most = row["table error, median and largest"]
         losses = " | ".join(f"{row[name]:.2f}" for name in ("exact", "greedy", "halp", "uniform"))
         cells = f"{row['model']} | {row['target']} | {median:.1%}, {most:.1%} | {losses} | {row['seconds']:.1f}"
@@ -232,17 +243,16 @@ def write(rows: list[dict[str, Any]]) -> None:
         else:
             cells += " | - | - | - | - | -"
         lines.append(f"| {cells} |")
-    pruned = [row for row in every if "by the target" in row]
+    pruned = [row for row in rows if "by the target" in row]
     halves = [row["realised"] for row in pruned if row["target"] == 0.5]
     if halves:
         n_met = sum(0.97 <= row["by the target"] <= 1 for row in pruned)
         lines += [
             "",
             f"{n_met} of {len(pruned)} targets met. Realised share at half of the latency, geometric mean of "
-            f"{len(halves)} models: {statistics.geometric_mean(halves):.2f}. Last measured on {cpu_name()}, "
-            f"{platform.machine()}, onnxruntime {onnxruntime.__version__}.",
+            f"{len(halves)} models: {statistics.geometric_mean(halves):.2f}.",
         ]
-    RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    return lines
 
 
 def main() -> None:
@@ -255,11 +265,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    cpu = f"{cpu_name()}, {platform.machine()}, onnxruntime {onnxruntime.__version__}"
     rows = []
     for name in options.models:
         for target in options.targets:
             model, args = build(name)
-            row = {"model": name, "target": target} | compare_choices(model, args, target)
+            row = {"cpu": cpu, "model": name, "target": target} | compare_choices(model, args, target)
             row |= {} if options.choices_only else prune_for(model, args, target)
             rows.append(row)
             print(json.dumps(row), flush=True)
