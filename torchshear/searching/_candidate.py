@@ -110,7 +110,7 @@ class CandidateMaker:
         watch = Watch(is_hopeless)
         try:
             with self._devices():
-                start = time.perf_counter()
+                start = time.perf_counter()  # waiting for devices is no time of the candidate
                 candidate = self.make(proposal, watch)
                 value = self._evaluate(self._scored(candidate), watch)
         except HopelessError as stop:
@@ -197,7 +197,8 @@ class CandidateMaker:
             return copy_model(candidate.after.model)
         groups = self.space.budget.groups
         twin = make_unproved_traced(self.model, groups, candidate.plan, self.activations.next_run)
-        twin.load_state_dict(candidate.after.model.state_dict())
+        state = candidate.after.model.state_dict()
+        twin.load_state_dict({name: state[name] for name in twin.state_dict()})  # without what is no tensor
         return twin.requires_grad_(False)
 
     def _evaluate(self, model: nn.Module, watch: Watch) -> float:

@@ -139,7 +139,11 @@ class ReusingRun:
         self._output = nodes[-1]
         position = {node: number for number, node in enumerate(self._calls)} | {self._output: len(self._calls)}
         self._users = {node: [position[user] for user in node.users] for node in nodes}
-        self._places = self._find_places()
+        self._last_use = {node: max(users, default=-1) for node, users in self._users.items()}
+        self._alive = {
+            place: [node for node in self._calls[:place] if self._last_use[node] >= place]
+            for place in self._find_places()
+        }
         self._read: list[tuple[Tensor, int]] = []
         self._prefixes: dict[int, bytes] = {}
 
@@ -175,7 +179,7 @@ class ReusingRun:
             known = store.find(prefix, inputs)
             if known is not None:
                 first = place
-                values |= {node: known[node.name] for node in self._alive(place)}
+                values |= {node: known[node.name] for node in self._alive[place]}
                 break
         shared = {place for place, prefix in prefixes.items() if store.is_shared(prefix) and place > first}
         store.n_calls += len(self._calls)
@@ -183,17 +187,13 @@ class ReusingRun:
         for position in range(first, len(self._calls)):
             node = self._calls[position]
             if position in shared:
-                store.keep(prefixes[position], inputs, {one.name: values[one] for one in self._alive(position)})
+                store.keep(prefixes[position], inputs, {one.name: values[one] for one in self._alive[position]})
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)
             for operand in {node, *node.all_input_nodes}:
-                if max(self._users[operand], default=-1) <= position:
+                if self._last_use[operand] <= position:
                     del values[operand]
         return fx.map_arg(self._output.args[0], values.__getitem__)
-
-    def _alive(self, place: int) -> list[fx.Node]:
-        """Return the calls before a place whose values are read from there on."""
-        return [node for node in self._calls[:place] if max(self._users[node], default=-1) >= place]
 
     def _prefixes_of(self, tensors: list[Tensor]) -> dict[int, bytes]:
         """Return a hash for each place of all calls before it and the weights that they read."""
@@ -203,8 +203,8 @@ class ReusingRun:
         ):
             weights = dict(zip(self._state, tensors, strict=True))
             digest, self._read, self._prefixes = hashlib.blake2b(), read, {}
-            for position, node in enumerate(self._calls[: max(self._places, default=0) + 1]):
-                if position in self._places:
+            for position, node in enumerate(self._calls[: max(self._alive, default=0) + 1]):
+                if position in self._alive:
                     self._prefixes[position] = digest.digest()
                 digest.update(f"{node.name} {node.target} {node.args} {node.kwargs}".encode())
                 for operand in node.all_input_nodes:

@@ -45,8 +45,10 @@ def test_one_measures_and_many_work() -> None:
     with while_none_measures():
         assert not another_process_may("acquire_write")
         assert another_process_may("acquire_read")
-        with only_measurement():  # by the function of a user that scores a candidate
+        with while_none_measures(), only_measurement():  # by the function of a user that scores a candidate
             assert not another_process_may("acquire_read")
+            with while_none_measures(), only_measurement():
+                assert not another_process_may("acquire_read")
         assert another_process_may("acquire_read")
         assert not another_process_may("acquire_write")
     assert another_process_may("acquire_write")

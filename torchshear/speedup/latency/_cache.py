@@ -21,7 +21,7 @@ from torchshear.storage._writing import atomic_path
 FOLDER_VARIABLE: Final = "TORCHSHEAR_CACHE"
 _FORMAT = 2
 _LARGEST = 1 << 28  # bytes
-_WORKS: ContextVar[bool] = ContextVar("_WORKS", default=False)  # whether measurements are held off here
+_HELD: ContextVar[str | None] = ContextVar("_HELD", default=None)  # what this process may: "works" or "measures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,27 +90,34 @@ def only_measurement() -> Iterator[None]:
 
     Within `while_none_measures` that is left for as long as the measurement takes.
     """
-    lock = _measuring_lock()
-    is_working = _WORKS.get()
-    if is_working:
+    lock, held = _measuring_lock(), _HELD.get()
+    if held == "measures":
+        yield
+        return
+    if held == "works":
         lock.release()
+    token = _HELD.set("measures")
     try:
         with lock.write_lock():
             yield
     finally:
-        if is_working:
+        _HELD.reset(token)
+        if held == "works":
             lock.acquire_read()
 
 
 @contextmanager
 def while_none_measures() -> Iterator[None]:
     """Hold off measurements of other processes of this machine for a block; any number of processes may do so."""
-    token = _WORKS.set(True)
+    if _HELD.get() is not None:  # a function of the user that scores a candidate runs a search of its own
+        yield
+        return
+    token = _HELD.set("works")
     try:
         with _measuring_lock().read_lock():
             yield
     finally:
-        _WORKS.reset(token)
+        _HELD.reset(token)
 
 
 @contextmanager
