@@ -49,6 +49,16 @@ class Halves(Residual):
         return self.head(self.third(y).relu().mean((2, 3)))
 
 
+class WritesLater(Residual):
+    """What a layer reads is written after it has read it, and read once more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        y = self.second(torch.relu(self.first(x)))
+        y = y + x.mul_(2)
+        return self.head(torch.relu(self.third(y)).mean((2, 3)))
+
+
 class WritesInput(Residual):
     """The input is halved in place."""
 
@@ -151,6 +161,7 @@ def scores(
         (Residual, changed_weights, {}),
         (Residual, of_batches, {"data": [IMAGES], "compensate": "refit"}),
         (Halves, of_batches, {}),
+        (WritesLater, of_batches, {}),
         (Noisy, of_batches, {}),
     ],
 )

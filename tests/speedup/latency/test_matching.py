@@ -38,6 +38,7 @@ def test_equal_sizes_decide_between_matches_that_are_as_good() -> None:
     second = [kernel("Add", 8, 6, name="b")]
     assert match_kernels(first, second) == [(1, 0)]
     assert match_kernels(second, first) == [(0, 1)]
+    assert match_kernels(first, first[:1]) == [(0, 0)]  # one kernel is matched once
 
 
 def test_kernels_of_other_types_or_ranks_do_not_match() -> None:
