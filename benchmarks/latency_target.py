@@ -198,7 +198,7 @@ def prune_for(model: nn.Module, args: tuple[Any, ...], target: float) -> dict[st
         "measured share": share,
         "by the target": share / target,
         "rounds": len(result.allocation.rounds),
-        "steady rounds": sum(one.is_quiet for one in result.allocation.rounds),
+        "uncertainty": result.latency.uncertainty("pruned"),
         "realised": result.allocation.macs_share / share,
         "seconds of the call": time.perf_counter() - start,
     }

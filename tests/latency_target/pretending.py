@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,10 @@ DENSE = {"stem.weight[0]": 24, "left.weight[0]": 32, "right.weight[0]": 16, "mix
 class Pretended:
     """A device whose times are those of the law, to a power; it exports nothing.
 
-    With a spread some rounds take longer by that share; where it is uneven, every second one of the dense model.
+    With a spread half of the rounds take the dense model longer by that share.
     """
 
-    power, spread, is_uneven, measured = 1.0, 0.0, False, 0
+    power, spread, measured = 1.0, 0.0, 0
 
     def __init__(self, model: nn.Module, *_: Any) -> None:
         self.dense = self.prepare(model, "dense")
@@ -43,11 +42,8 @@ class Pretended:
         return self.compare_all({"pruned": model}, rounds)
 
     def compare_all(self, models: Mapping[str, "PretendedModel"], rounds: int) -> LatencyComparison:
-        disturbed = np.array([0, 0, 0, 1, 1, 0, 0, 1])
-        noise = dict.fromkeys(["dense", *models], 1 + self.spread * disturbed)
-        if self.is_uneven:
-            noise["dense"] = 1 + self.spread * np.tile([0, 1], 4)
-        times = {n: tuple((one.ms * noise[n]).tolist()) for n, one in {"dense": self.dense, **models}.items()}
+        times = {name: (one.ms,) * 8 for name, one in {"dense": self.dense, **models}.items()}
+        times["dense"] = tuple((self.dense.ms * (1 + self.spread * np.tile([0, 1], 4))).tolist())
         return LatencyComparison({name: LatencyResult(name, None, found) for name, found in times.items()}, "dense")
 
 
@@ -63,9 +59,6 @@ class PretendedModel:
     def ms(self) -> float:
         return 3.0 * ((total_ms(self.widths) + 0.1) / (total_ms(DENSE) + 0.1)) ** self.power
 
-    def profile(self) -> SimpleNamespace:
-        return SimpleNamespace(total_ms=self.ms / 2)
-
 
 def share_of(widths: Mapping[str, int], power: float = 1.0) -> float:
     return float(((total_ms(DENSE | dict(widths)) + 0.1) / (total_ms(DENSE) + 0.1)) ** power)
@@ -75,6 +68,6 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
     """Let the device stand for this machine, with a true table."""
     monkeypatch.setattr(planner, "Candidates", Pretended)
     monkeypatch.setattr(planner, "table_of", lambda model, groups, *_, **__: table_of_probes(groups, probes_of(groups)))
-    for name, value in {"power": 1.0, "spread": 0.0, "is_uneven": False, "measured": 0}.items():
+    for name, value in {"power": 1.0, "spread": 0.0, "measured": 0}.items():
         monkeypatch.setattr(Pretended, name, value)
     return Pretended

@@ -17,6 +17,7 @@ from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.errors import ArgumentError, NotFasterError, PlanError
 from torchshear.latency_target import _planner as planner
 from torchshear.latency_target._budgets import budget_of
+from torchshear.latency_target._record import LatencyRound
 from torchshear.pruners.allocation._problem import Levels
 from torchshear.pruners.criteria._criterion import find_criterion
 from torchshear.speedup.latency import Device
@@ -91,13 +92,41 @@ def test_milliseconds_are_a_share_of_what_the_dense_model_takes() -> None:
     assert result.allocation.to_dict()["measured_ms"] == result.allocation.measured_ms
 
 
-@pytest.mark.parametrize("is_uneven", [False, True])
-def test_where_runs_are_disturbed_lower_quartiles_or_kernels_count(is_uneven: bool) -> None:
-    Pretended.spread, Pretended.is_uneven = 0.3, is_uneven
+def test_rounds_say_how_far_their_times_can_be_trusted() -> None:
+    result = prune()
+    assert result.allocation is not None
+    assert result.allocation.round.uncertainty == 0
+    Pretended.spread = 0.4
     result = prune(must_be_faster=False)
     assert result.allocation is not None
-    assert all(one.is_quiet != is_uneven for one in result.allocation.rounds)
-    assert result.allocation.round.measured_share == pytest.approx(share_of(result.allocation.widths))
+    error = 0.2 / 1.2 * np.sqrt(8 / 7) / np.sqrt(8)  # of eight speed-ups that are in turn as usual and 40 % above it
+    assert result.allocation.round.uncertainty == pytest.approx(error)
+    assert f"±{error:.1%}" in str(result.allocation)
+
+
+def round_at(share: float, uncertainty: float = 0.0, loss: float = 1.0) -> LatencyRound:
+    return LatencyRound({}, loss, loss, 0.0, share, share, uncertainty)
+
+
+def test_what_may_be_above_its_target_if_it_is_measured_again_is_not_close() -> None:
+    assert planner._is_close(round_at(0.499), 0.5)
+    assert not planner._is_close(round_at(0.499, 0.004), 0.5)
+    assert planner._is_close(round_at(0.497, 0.004), 0.5)
+    assert planner._is_close(round_at(0.493, 0.2), 0.5)  # as certain as it will get
+    assert not planner._is_close(round_at(0.4855, 0.004), 0.5)
+    assert planner._choose([round_at(0.499, 0.01, 1.0), round_at(0.493, 0.01, 2.0)], 0.5) == 1
+    assert planner._choose([round_at(0.3, 0.0, 3.0), round_at(0.499, 0.01, 1.0)], 0.5) == 1
+
+
+def test_the_next_budget_is_the_last_one_scaled_or_where_a_line_gives_the_wanted_share() -> None:
+    none_met, none_missed = (0.0, 0.0), (float("inf"), 0.0)
+    assert planner._next_budget((0.4, 0.3), (0.6, 0.5), 0.38, 0.5) == pytest.approx(0.48)
+    assert planner._next_budget((0.4, 0.3), (0.6, 0.5), 0.301, 0.5) == pytest.approx(0.44)
+    assert planner._next_budget((0.4, 0.3), (0.6, 0.3), 0.3, 0.5) == pytest.approx(0.44)
+    assert planner._next_budget((0.4, 0.3), none_missed, 0.38, 0.5) == 0.5
+    assert planner._next_budget((0.4, 0.3), none_missed, 0.38, 0.0) == pytest.approx(0.408)
+    assert planner._next_budget(none_met, (0.6, 0.5), 0.38, 0.5) == 0.5
+    assert planner._next_budget(none_met, (0.6, 0.5), 0.38, 0.0) == pytest.approx(0.588)
 
 
 def test_what_cannot_be_reached_is_said_before_anything_is_shrunk() -> None:

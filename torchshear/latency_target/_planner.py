@@ -29,15 +29,13 @@ from torchshear.speedup.latency import Device, LatencyTable
 from torchshear.speedup.latency._candidates import Candidates
 from torchshear.speedup.latency._comparison import LatencyComparison
 from torchshear.speedup.latency._measure_table import input_identity, table_of
-from torchshear.speedup.latency._runtime import ReadyModel
 from torchshear.speedup.latency._table import check_table
 
 ROUNDS: Final = 5
+_SOLUTIONS: Final = 10  # what is solved in these rounds, widths that were measured before among them
 TOLERANCE: Final = 0.03  # share of the target by which the measured latency may be below it
 _AIM = 1 - TOLERANCE / 2
-_STEADY = 0.05  # distance of the quartiles of whole runs, as a share of their median, up to which these count
-_ALIKE = 0.02  # by which lower quartiles of the two halves of unsteady rounds may differ
-_FEW_ROUNDS: Final = 15
+_MARGIN = TOLERANCE / 4  # the most by which a measured latency is held off the ends of that range, being uncertain
 _ROUNDING = 1e-6  # of the solver
 RESULT_ROUNDS: Final = 40
 
@@ -182,24 +180,23 @@ class LatencyPlanner:
         ranked = measured.ranked.by_request(request)
         share = target_share_of(request.target_latency, measured.dense_ms)
         levels, rounds, least = ranked.levels(), list[LatencyRound](), measured.least_share
-        budget_share, low, high = share * _AIM / correction, 0.0, float("inf")  # budgets that are met, and that are not
-        for _ in range(ROUNDS):
+        budget_share, met, missed = share * _AIM / correction, (0.0, 0.0), (float("inf"), 0.0)  # with what was measured
+        for _ in range(_SOLUTIONS):
             found = measured.solve(levels, request, max(budget_share, least))
             known = next((one for one in rounds if one.widths == found.widths), None)
             if known is not None and budget_share <= least:
                 break
-            now = known or _measure_round(measured, ranked, found, share)
+            now = known or _measure_round(measured, ranked, found)
             if known is None:
                 rounds.append(now)
-            if share * (1 - TOLERANCE) <= now.measured_share <= share:
+            if len(rounds) == ROUNDS or _is_close(now, share):
                 break
             if now.measured_share <= share:
-                low = max(low, budget_share)
+                met = max(met, (budget_share, now.measured_share))
             else:
-                high = min(high, budget_share)
-            budget_share = share * _AIM * now.predicted_share / now.measured_share
-            if known is not None or not low < budget_share < high:
-                budget_share = (low + high) / 2 if low and high < float("inf") else low * 1.02 or high * 0.98
+                missed = min(missed, (budget_share, now.measured_share))
+            scaled = share * _AIM * now.predicted_share / now.measured_share
+            budget_share = _next_budget(met, missed, share * _AIM, scaled if known is None else 0.0)
         chosen = _choose(rounds, share)
         correction = rounds[chosen].measured_share / rounds[chosen].predicted_share
         return cls(request, measured, ranked, share, tuple(rounds), chosen, correction)
@@ -343,47 +340,50 @@ def _check_reachable(
     return least * (1 + _ROUNDING)
 
 
-def _measure_round(measured: MeasuredModel, ranked: RankedGroups, found: Solution, share: float) -> LatencyRound:
-    """Measure the model at the widths of a solution; what meets the target closely is measured longer, to be sure.
+def _measure_round(measured: MeasuredModel, ranked: RankedGroups, found: Solution) -> LatencyRound:
+    """Measure the model at the widths of a solution.
 
     Args:
         measured: the model.
         ranked: its ranked groups.
         found: the widths.
-        share: the target.
     """
     candidate = measured.candidates.prepare_plan(ranked.plan(found.widths, _said(measured)), "candidate")
-    measured_share, is_quiet = _measured_share(measured.candidates, candidate)
-    if share * (1 - TOLERANCE) <= measured_share <= share:
-        measured_share, is_quiet = _measured_share(measured.candidates, candidate, RESULT_ROUNDS)
+    comparison = measured.candidates.compare(candidate)
     predicted = measured.table.predict_ms(found.widths) / measured.table.dense_ms
-    times = (predicted, measured_share, is_quiet)
+    times = (predicted, 1 / comparison.speedup("pruned"), comparison.uncertainty("pruned"))
     return LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, *times)
 
 
-def _measured_share(candidates: Candidates, candidate: ReadyModel, rounds: int = _FEW_ROUNDS) -> tuple[float, bool]:
-    """Return the time of a candidate as a share of the dense model's, and whether it is of whole runs.
+def _next_budget(met: tuple[float, float], missed: tuple[float, float], wanted: float, scaled: float) -> float:
+    """Return the budget to solve under next.
 
-    Where these are not steady, more of them are made, of which the lower quartiles count: what both models take while
-    other programs pause. If these are not alike in both halves of the rounds, the least times of kernels count.
+    Args:
+        met: largest budget that was met, and the share that was measured; zeros if there is none yet.
+        missed: smallest budget that was not met, and the share; infinite if there is none yet.
+        wanted: the share to come to.
+        scaled: the last budget, scaled by what was measured; it counts until there is one of either kind. Between
+            them, the next is where a line gives the wanted share, but not close to either.
     """
-    comparison = candidates.compare(candidate, rounds)
-    if all(result.iqr_ms / result.median_ms <= _STEADY for result in comparison.results.values()):
-        return 1 / comparison.speedup("pruned"), True
-    comparison = candidates.compare(candidate, RESULT_ROUNDS)
-    dense, pruned = (np.array(comparison[name].times_ms) for name in ("dense", "pruned"))
-    every = (slice(None), slice(0, None, 2), slice(1, None, 2))
-    share, *halves = (float(np.quantile(pruned[half], 0.25) / np.quantile(dense[half], 0.25)) for half in every)
-    if max(halves) <= (1 + _ALIKE) * min(halves):
-        return share, True
-    dense_ms, pruned_ms = (one.profile().total_ms for one in (candidates.dense, candidate))
-    return pruned_ms / dense_ms, False
+    (low, below), (high, above) = met, missed
+    if low and high < float("inf"):
+        place = (wanted - below) / max(above - below, _ROUNDING)
+        return low + (high - low) * min(max(place, 0.2), 0.8)
+    return scaled if low < scaled < high else low * 1.02 or high * 0.98
+
+
+def _is_close(one: LatencyRound, target_share: float) -> bool:
+    """Check that a round meets the target closely, and would if it were measured again."""
+    margin = min(one.uncertainty, _MARGIN)
+    least = target_share * (1 - TOLERANCE) * (1 + margin)
+    return least <= one.measured_share <= target_share * (1 - margin)
 
 
 def _choose(rounds: list[LatencyRound], target_share: float) -> int:
     """Return the round that loses least among those that meet the target closely; the fastest if none meets it."""
     met = [number for number, one in enumerate(rounds) if one.measured_share <= target_share]
     close = [number for number in met if rounds[number].measured_share >= target_share * (1 - TOLERANCE)]
+    certain = [number for number in close if _is_close(rounds[number], target_share)]
     if met:
-        return min(close or met, key=lambda number: rounds[number].loss)
+        return min(certain or close or met, key=lambda number: rounds[number].loss)
     return min(range(len(rounds)), key=lambda number: rounds[number].measured_share)

@@ -18,8 +18,7 @@ class LatencyRound:
         seconds: how long the solver took.
         predicted_share: time by the table, as a share of the dense model's.
         measured_share: time that was measured in the same rounds as the dense model's, as a share of it.
-        is_quiet: whether the measurement is of whole runs. If these were disturbed, it is that of the least times of
-            all kernels.
+        uncertainty: standard error of the measured share, as a share of it.
     """
 
     widths: Mapping[str, int]
@@ -28,7 +27,7 @@ class LatencyRound:
     seconds: float
     predicted_share: float
     measured_share: float
-    is_quiet: bool
+    uncertainty: float
 
     @property
     def gap(self) -> float:
@@ -106,7 +105,8 @@ class LatencyAllocation:
         lines = [
             f"target      {self.target_share:.3f} of {self.dense_ms:.3f} ms, {self.device.threads} threads, batch "
             f"{self.device.batch}",
-            f"measured    {one.measured_share:.3f}, predicted {one.predicted_share:.3f}; {len(self.rounds)} rounds",
+            f"measured    {one.measured_share:.3f} ±{one.uncertainty:.1%}, predicted {one.predicted_share:.3f}; "
+            f"{len(self.rounds)} rounds",
             f"solver      at most {self.gap:.2%} of the loss of {one.loss:.4g} can be saved by other widths",
             f"realised    {self.realised_share:.2f} of the MACs ratio of {1 / self.macs_share:.2f}",
             *self.notes,

@@ -1,5 +1,6 @@
 import gc
 import json
+import time
 
 import numpy as np
 import onnx
@@ -7,8 +8,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from torchshear.errors import ArgumentError, LatencyError
+from torchshear.speedup.latency import _comparison
 from torchshear.speedup.latency._compare import compare_latency
-from torchshear.speedup.latency._comparison import LatencyComparison, LatencyResult
+from torchshear.speedup.latency._comparison import LatencyComparison, LatencyResult, Rounds
 
 BATCHED = ("batch", 4)
 
@@ -95,6 +97,39 @@ def test_statistics_of_one_model():
     low, high = result.interval_ms
     assert 1.0 <= low <= 3.0 <= high <= 100.0
     assert result.interval_ms == (low, high)
+
+
+@pytest.mark.parametrize(
+    ("noise", "most_seconds", "rounds"), [(0.0, 9.0, 20), (0.1, 9.0, 0), (0.5, 0.02, 40), (0.5, 0.0, 20)]
+)
+def test_rounds_end_when_speedups_are_known_or_time_is_up(monkeypatch, noise, most_seconds, rounds):
+    rng = np.random.default_rng(0)
+
+    def measure(run, n_runs):
+        time.sleep(2e-4)
+        return run() * (1 + noise * rng.random())
+
+    monkeypatch.setattr(_comparison, "_mean_ms", measure)
+    measuring = Rounds(rounds=20, warmup=3, min_seconds=0.0, precision=0.005, most_seconds=most_seconds)
+    results = measuring.time({"dense": lambda: 3.0, "small": lambda: 2.0}, {"dense": None, "small": None})
+    found = LatencyComparison(results, "dense")
+    n_rounds = len(found["small"].times_ms)
+    assert n_rounds == rounds if rounds else n_rounds > 20
+    if most_seconds == 9.0:
+        assert found.uncertainty("small") <= 0.005
+        assert found.speedup("small") == pytest.approx(1.5, rel=0.02)
+
+
+def test_uncertainty_counts_slow_spells_once():
+    """Of as many slow rounds those in a row say less of the median, which the interval over single rounds overlooks."""
+    slow = np.repeat([1.0, 1.3], 40)
+    in_turn = np.tile([1.0, 1.3], 40)
+    alone, spells = (comparison(dense=np.ones(80), small=2 * times).uncertainty("small") for times in (in_turn, slow))
+    assert alone == 0
+    assert spells == pytest.approx(np.std(1 / slow, ddof=0) * np.sqrt(8 / 7) / np.mean(1 / slow) / np.sqrt(8))
+    assert comparison(dense=[1.0], small=[1.0]).uncertainty("small") == np.inf
+    with pytest.raises(ArgumentError, match="no model is called 'other'"):
+        comparison(dense=[1.0]).uncertainty("other")
 
 
 def test_constant_times_have_no_spread():

@@ -19,7 +19,7 @@ from torchshear.storage._reading import UnreadableError, read_json
 from torchshear.storage._writing import atomic_path
 
 FOLDER_VARIABLE: Final = "TORCHSHEAR_CACHE"
-_FORMAT = 2
+_FORMAT = 3
 _LARGEST = 1 << 28  # bytes
 _HELD: ContextVar[str | None] = ContextVar("_HELD", default=None)  # what this process may: "works" or "measures"
 

@@ -4,7 +4,7 @@ import gc
 import io
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ Run = Callable[[], object]  # one inference; it returns when that is done
 
 _RESAMPLES: Final = 2000
 _NOISY_IQR: Final = 0.1  # share of the median, as torch.utils.benchmark.Measurement warns
+_BLOCKS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,16 @@ class LatencyComparison:
         ratios = np.median(np.asarray(baseline.times_ms)[rounds], axis=1) / medians
         return _percentile_interval(ratios, result.confidence)
 
+    def uncertainty(self, name: str) -> float:
+        """Return the standard error of the speed-up, as a share of it; infinite after one round.
+
+        It is that of eight blocks of consecutive rounds: what slows several rounds in a row down counts once.
+
+        Raises:
+            ArgumentError: no model has this name.
+        """
+        return _standard_error(self[self.baseline].times_ms, self[name].times_ms)
+
     def is_faster(self, name: str) -> bool:
         """Check that the whole interval of the speed-up lies above 1.
 
@@ -222,9 +233,11 @@ class Rounds:
     """A way of timing models against each other.
 
     Attributes:
-        rounds: times kept per model.
+        rounds: times kept per model, at least.
         warmup: inferences per model before the first round, 3 at least.
         min_seconds: shortest duration of one sample; shorter inferences are run several times in a row and averaged.
+        precision: largest standard error of a speed-up over the first model, as a share of it, at which rounds end.
+        most_seconds: how long as many rounds are made again and again until that is reached.
         confidence: of all intervals, between 0 and 1.
         seed: of the order and of the bootstrap.
         progress: see `torchshear.collect`; what is done are rounds.
@@ -233,6 +246,8 @@ class Rounds:
     rounds: int
     warmup: int
     min_seconds: float
+    precision: float = math.inf
+    most_seconds: float = 0.0
     confidence: float = 0.95
     seed: int = 0
     progress: Progress = False
@@ -250,11 +265,15 @@ class Rounds:
         counts = {name: self._runs_of_a_sample(name, run) for name, run in runs.items()}
         times_ms: dict[str, list[float]] = {name: [] for name in runs}
         names, order = list(runs), np.random.default_rng(self.seed)
+        start, is_known = time.perf_counter(), False
         with without_garbage_collection():
-            for _ in with_progress(range(self.rounds), self.rounds, "measuring", self.progress):
-                for index in order.permutation(len(names)):
-                    name = names[index]
-                    times_ms[name].append(_mean_ms(runs[name], counts[name]))
+            while not is_known:
+                for _ in with_progress(range(self.rounds), self.rounds, "measuring", self.progress):
+                    for index in order.permutation(len(names)):
+                        name = names[index]
+                        times_ms[name].append(_mean_ms(runs[name], counts[name]))
+                error = max(_standard_error(times_ms[names[0]], times_ms[name]) for name in names)
+                is_known = error <= self.precision or time.perf_counter() - start >= self.most_seconds
         return {
             name: LatencyResult(name, paths[name], tuple(times_ms[name]), counts[name], self.confidence, self.seed)
             for name in names
@@ -288,6 +307,16 @@ def without_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _standard_error(baseline_ms: Sequence[float], times_ms: Sequence[float]) -> float:
+    """Return the standard error of a speed-up, as a share of it, from blocks of consecutive rounds."""
+    n_blocks = min(_BLOCKS, len(times_ms))
+    if n_blocks == 1:
+        return math.inf
+    medians = ([np.median(block) for block in np.array_split(one, n_blocks)] for one in (baseline_ms, times_ms))
+    speedups = np.divide(*medians)
+    return float(np.std(speedups, ddof=1) / np.mean(speedups) / math.sqrt(n_blocks))
 
 
 def _resamples(n_times: int, seed: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from torchshear.dependency.groups._width_cost import WidthCost
 from torchshear.dependency.groups._width_form import WidthForm, axis_forms
 from torchshear.speedup.latency._kernels import KernelTime, Shape
 from torchshear.speedup.latency._matching import match_kernels
-from torchshear.speedup.latency._probes import NOISY, WidthProbe, normalised, shares_of, spread_of
+from torchshear.speedup.latency._probes import WidthProbe, normalised, shares_of
 
 Floats = npt.NDArray[np.float64]
 
@@ -60,16 +60,13 @@ class Fit:
             quiet machine.
         kernels: the kernels that the formula is made of.
         known_share: their share of the time of all kernels of the dense model.
-        quiet_ms: times at the probes that the factor and the constant were fitted to: of whole runs on a steady
-            machine, else sums over kernels, with the formula in place of times that were disturbed.
-        n_disturbed: how many times were.
+        n_disturbed: how many times of kernels were disturbed by other programs.
     """
 
     form: WidthForm
     slowdown: float
     kernels: tuple[KernelFit, ...]
     known_share: float
-    quiet_ms: Floats
     n_disturbed: int
 
 
@@ -103,10 +100,8 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     kernels, and a constant: of what kernels take at any width, a part is the profiler's own time. Both stand for what
     cannot be followed as well. In torch, where whole runs are measured apart, kernels with products and others have a
     factor each, since a compiled model runs the latter with the former. Without kernels that can be followed there is
-    one for operations and one for parameters. On a steady machine all that is fitted to whole runs. Elsewhere it is
-    fitted to sums of least times, or to least times of whole runs, which other
-    programs disturb little; what they do to all kernels alike is taken out by the dense model's kernels of the same
-    spell, and whole runs give one factor more.
+    one for operations and one for parameters. All that is fitted to whole runs, each taken in the same rounds as the
+    dense model's.
 
     Args:
         groups: the analysed network.
@@ -120,11 +115,11 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     by_kind: dict[tuple[object, ...], list[_Kernel]] = defaultdict(list)
     for kernel in known:
         by_kind[kernel.kind].append(kernel)
-    quiet = np.array([probe.profile.total_ms for probe in probes])
+    kernels_ms = np.array([probe.profile.total_ms for probe in probes])
     is_whole = np.array([probe.profile.whole_ms is not None for probe in probes])
     parts, fits, n_disturbed = [WidthForm({}), WidthForm({})], list[KernelFit](), 0  # kernels with products, and others
     for alike in by_kind.values():
-        coefficients, is_disturbed = _fit_kind(alike, shares, _DISTURBED * float(quiet.min()))
+        coefficients, is_disturbed = _fit_kind(alike, shares, _DISTURBED * float(kernels_ms.min()))
         for kernel, excluded in zip(alike, is_disturbed, strict=True):
             form = WidthForm({})
             for value, feature in zip(coefficients, kernel.features, strict=True):
@@ -133,23 +128,21 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
             varying = WidthForm({numbers: value for numbers, value in form.terms.items() if numbers})
             parts[not has_products] = parts[not has_products] + varying
             gaps = kernel.times - form.at(shares)
-            quiet = quiet - np.where(excluded & ~is_whole, gaps, 0.0)
+            kernels_ms = kernels_ms - np.where(excluded & ~is_whole, gaps, 0.0)
             n_disturbed += int(excluded.sum())
             error = np.abs(np.where(excluded, 0.0, gaps) / np.maximum(kernel.times, 1e-3)).max()
             fits.append(KernelFit(kernel.name, kernel.operator, float(kernel.times[0]), float(error)))
-    slowdown = float(np.median([probe.share * probe.dense_ms for probe in probes] / quiet))
-    if spread_of(probes) <= NOISY:
-        shares_of_dense = np.array([probe.share for probe in probes])
-        quiet = shares_of_dense * float(np.median(quiet / shares_of_dense))
+    slowdown = float(np.median([probe.share * probe.dense_ms for probe in probes] / kernels_ms))
     if not fits:
         forms = WidthCost(groups).forms()
         parts = [forms["macs"], forms["n_params"]]
     elif not is_whole.any():
         parts = [parts[0] + parts[1]]
-    form = _fit_sum(parts, shares, quiet) * slowdown
+    dense_ms = float(np.median([probe.dense_ms for probe in probes]))
+    form = _fit_sum(parts, shares, dense_ms * np.array([probe.share for probe in probes]))
     all_ms = sum(kernel.ms for kernel in probes[0].profile.kernels)
     known_share = sum(kernel.dense_ms for kernel in fits) / all_ms if all_ms else 0.0
-    return Fit(form, slowdown, tuple(fits), known_share, quiet, n_disturbed)
+    return Fit(form, slowdown, tuple(fits), known_share, n_disturbed)
 
 
 def _fit_sum(parts: Sequence[WidthForm], shares: Floats, times: Floats) -> WidthForm:

@@ -18,12 +18,13 @@ from torchshear.graph import ExampleInputs
 from torchshear.graph.capture._trace import trace
 from torchshear.speedup.latency._alignment_profiles import resolve_alignment
 from torchshear.speedup.latency._cache import ProbeFile, only_measurement
-from torchshear.speedup.latency._candidates import Candidates, quiet_ms
+from torchshear.speedup.latency._candidates import Candidates
 from torchshear.speedup.latency._device import Device
 from torchshear.speedup.latency._probes import WidthProbe, choose_probes
 from torchshear.speedup.latency._table import LatencyTable, make_table
 
 PROBES: Final = 10
+_MOST_SECONDS: Final = 3.0  # of the rounds of one vector, on a machine that other programs disturb
 
 
 def measure_table(
@@ -109,11 +110,11 @@ def table_of(  # noqa: PLR0913 - what is measured, where, and how much of it
 def _measure(candidates: Candidates, widths: Mapping[str, int], is_dense: bool) -> WidthProbe:
     """Make, run and profile the model at one vector of widths."""
     model = candidates.dense if is_dense else candidates.prepare_widths(widths, "probe")
-    comparison = candidates.compare(model)
-    dense_ms = quiet_ms(comparison, "dense")
-    share, reference = quiet_ms(comparison, "pruned") / dense_ms, candidates.dense.profile()
+    comparison = candidates.compare(model, most_seconds=_MOST_SECONDS)
+    reference = candidates.dense.profile()
     profile = reference if is_dense else model.profile()
-    return WidthProbe(widths, share, dense_ms, profile, reference.total_ms)
+    share = 1 / comparison.speedup("pruned")
+    return WidthProbe(widths, share, comparison["dense"].median_ms, profile, reference.total_ms)
 
 
 def input_identity(args: tuple[Any, ...] | Tensor, kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torchshear.storage._reading import UnreadableError, as_path, read_json
 from torchshear.storage._writing import atomic_path
 
 _LARGEST = 1 << 26  # bytes of a file
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +45,12 @@ class TablePoint:
     Attributes:
         widths: name of each group that may shrink -> width.
         share: time of the whole model as a share of the dense one's, without the profiler.
-        quiet_share: what the formula was fitted to: the same on a steady machine, else that of the least times of all
-            kernels, which other programs disturb little.
         predicted_share: by the formula.
         unseen_share: by a formula that was fitted without this point; as `predicted_share` for the dense one.
     """
 
     widths: Mapping[str, int]
     share: float
-    quiet_share: float
     predicted_share: float
     unseen_share: float
 
@@ -126,8 +123,8 @@ class LatencyTable:
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Median and largest error of the formula at widths that it was not fitted to, as shares of the quiet times."""
-        unseen = [abs(point.unseen_share / point.quiet_share - 1) for point in self.points[1:]]
+        """Median and largest error of the formula at widths that it was not fitted to, as shares of the times."""
+        unseen = [abs(point.unseen_share / point.share - 1) for point in self.points[1:]]
         return (float(np.median(unseen)), max(unseen)) if unseen else (0.0, 0.0)
 
     @property
@@ -136,8 +133,8 @@ class LatencyTable:
         notes = list(self.remarks)
         if self.noise > NOISY:
             notes.append(
-                f"The machine is noisy: the dense model took up to {1 + self.noise:.2f} times its least median. Times "
-                f"of kernels are the least of many, which suffer little; milliseconds of the whole model suffer more. "
+                f"The machine is noisy: the dense model took up to {1 + self.noise:.2f} times its least median. Shares "
+                f"are of the same rounds, and suffer less than milliseconds. "
                 f"Close other programs, and give a table measured anew: device=measure_table(..., use_cache=False)."
             )
         if self.n_disturbed:
@@ -259,8 +256,7 @@ def make_table(
         if number and len(probes) > 3:
             form = fit_times(groups, [*probes[:number], *probes[number + 1 :]], block).form
             unseen = float(form.at(shares[:, number]) / form.at(shares[:, 0]))
-        quiet = float(fit.quiet_ms[number] / fit.quiet_ms[0])
-        points.append(TablePoint(dict(probe.widths), probe.share, quiet, share, unseen))
+        points.append(TablePoint(dict(probe.widths), probe.share, share, unseen))
     return LatencyTable(
         device=device,
         identity=dict(identity),
