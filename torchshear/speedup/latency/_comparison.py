@@ -314,8 +314,8 @@ def _standard_error(baseline_ms: Sequence[float], times_ms: Sequence[float]) -> 
     n_blocks = min(_BLOCKS, len(times_ms))
     if n_blocks == 1:
         return math.inf
-    medians = ([np.median(block) for block in np.array_split(one, n_blocks)] for one in (baseline_ms, times_ms))
-    speedups = np.divide(*medians)
+    baseline, own = (np.array_split(np.asarray(times), n_blocks) for times in (baseline_ms, times_ms))
+    speedups = np.array([np.median(before) / np.median(now) for before, now in zip(baseline, own, strict=True)])
     return float(np.std(speedups, ddof=1) / np.mean(speedups) / math.sqrt(n_blocks))
 
 
