@@ -114,7 +114,7 @@ class Given:
 def made_family(tabled: tuple[nn.Module, Any], measured: Any, table: Any) -> family.PrunedFamily:
     """A family whose only member was not made for its target, and times of something else."""
     result = torchshear.prune(*tabled)
-    times = LatencyRound({}, 0.0, 0.0, 0.0, 1.0, 1.0, True)
+    times = LatencyRound({}, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
     allocation = LatencyAllocation(table.device, 1.0, 1.0, {}, (times,), 0, 0.0, 1.0, (0.0, 0.0))
     return family.PrunedFamily("Joined", ("same",), (replace(result, allocation=allocation),), measured, table)
 

@@ -32,10 +32,10 @@ from torchshear.speedup.latency._measure_table import input_identity, table_of
 from torchshear.speedup.latency._table import check_table
 
 ROUNDS: Final = 5
-_SOLUTIONS: Final = 10  # what is solved in these rounds, widths that were measured before among them
+_SOLUTIONS: Final = 10  # how often widths are solved for in these rounds; those found again are not measured again
 TOLERANCE: Final = 0.03  # share of the target by which the measured latency may be below it
 _AIM = 1 - TOLERANCE / 2
-_MARGIN = TOLERANCE / 4  # the most by which a measured latency is held off the ends of that range, being uncertain
+_MARGIN = TOLERANCE / 4  # largest share by which a measured latency keeps off the ends of that range
 _ROUNDING = 1e-6  # of the solver
 RESULT_ROUNDS: Final = 40
 
@@ -180,7 +180,7 @@ class LatencyPlanner:
         ranked = measured.ranked.by_request(request)
         share = target_share_of(request.target_latency, measured.dense_ms)
         levels, rounds, least = ranked.levels(), list[LatencyRound](), measured.least_share
-        budget_share, met, missed = share * _AIM / correction, (0.0, 0.0), (float("inf"), 0.0)  # with what was measured
+        budget_share, below, above = share * _AIM / correction, (0.0, 0.0), (float("inf"), 0.0)
         for _ in range(_SOLUTIONS):
             found = measured.solve(levels, request, max(budget_share, least))
             known = next((one for one in rounds if one.widths == found.widths), None)
@@ -191,12 +191,12 @@ class LatencyPlanner:
                 rounds.append(now)
             if len(rounds) == ROUNDS or _is_close(now, share):
                 break
-            if now.measured_share <= share:
-                met = max(met, (budget_share, now.measured_share))
+            if now.measured_share <= share * _AIM:
+                below = max(below, (budget_share, now.measured_share))
             else:
-                missed = min(missed, (budget_share, now.measured_share))
+                above = min(above, (budget_share, now.measured_share))
             scaled = share * _AIM * now.predicted_share / now.measured_share
-            budget_share = _next_budget(met, missed, share * _AIM, scaled if known is None else 0.0)
+            budget_share = _next_budget(below, above, share * _AIM, scaled if known is None else 0.0)
         chosen = _choose(rounds, share)
         correction = rounds[chosen].measured_share / rounds[chosen].predicted_share
         return cls(request, measured, ranked, share, tuple(rounds), chosen, correction)
@@ -222,6 +222,10 @@ class LatencyPlanner:
         notes = list(self.measured.table.notes)
         taken = self.rounds[self.chosen]
         share = max(taken.measured_share, 0.0 if latency is None else 1 / latency.speedup("pruned"))
+        if taken.uncertainty > TOLERANCE / 2:
+            notes.append(
+                f"The machine is noisy: the standard error of the measured share is {taken.uncertainty:.1%} of it."
+            )
         if share > self.target_share:
             notes.append(
                 f"The target was missed: {share:.3f} of the dense model's time was measured, and "
@@ -355,32 +359,36 @@ def _measure_round(measured: MeasuredModel, ranked: RankedGroups, found: Solutio
     return LatencyRound(dict(found.widths), found.loss, found.bound, found.seconds, *times)
 
 
-def _next_budget(met: tuple[float, float], missed: tuple[float, float], wanted: float, scaled: float) -> float:
+def _next_budget(below: tuple[float, float], above: tuple[float, float], wanted: float, scaled: float) -> float:
     """Return the budget to solve under next.
 
     Args:
-        met: largest budget that was met, and the share that was measured; zeros if there is none yet.
-        missed: smallest budget that was not met, and the share; infinite if there is none yet.
+        below: the largest budget that gave no more than is wanted, and the share that was measured; zeros if there is
+            none yet.
+        above: the smallest budget that gave more, and the share; infinite if there is none yet.
         wanted: the share to come to.
-        scaled: the last budget, scaled by what was measured; it counts until there is one of either kind. Between
-            them, the next is where a line gives the wanted share, but not close to either.
+        scaled: the last budget, scaled by what was measured; it counts until there are both. Between them, the next is
+            where a line gives the wanted share, but not close to either.
     """
-    (low, below), (high, above) = met, missed
+    (low, less), (high, more) = below, above
     if low and high < float("inf"):
-        place = (wanted - below) / max(above - below, _ROUNDING)
+        place = (wanted - less) / max(more - less, _ROUNDING)
         return low + (high - low) * min(max(place, 0.2), 0.8)
     return scaled if low < scaled < high else low * 1.02 or high * 0.98
 
 
 def _is_close(one: LatencyRound, target_share: float) -> bool:
-    """Check that a round meets the target closely, and would if it were measured again."""
+    """Check that a round meets the target closely, and keeps off the ends by its standard error, or by 0.75 %."""
     margin = min(one.uncertainty, _MARGIN)
     least = target_share * (1 - TOLERANCE) * (1 + margin)
     return least <= one.measured_share <= target_share * (1 - margin)
 
 
 def _choose(rounds: list[LatencyRound], target_share: float) -> int:
-    """Return the round that loses least among those that meet the target closely; the fastest if none meets it."""
+    """Return the round that loses least of those that keep off the ends; else of those between them, or of those below.
+
+    If none meets the target, it is the fastest.
+    """
     met = [number for number, one in enumerate(rounds) if one.measured_share <= target_share]
     close = [number for number in met if rounds[number].measured_share >= target_share * (1 - TOLERANCE)]
     certain = [number for number in close if _is_close(rounds[number], target_share)]

@@ -21,7 +21,7 @@ from torchshear.speedup.latency._torch_runtime import TorchRuntime
 _ROUNDS = 15
 _SECONDS = 0.01  # of one sample
 _PRECISION: Final = 0.005  # standard error of a speed-up, as a share of it
-_MOST_SECONDS: Final = 10.0  # of rounds, until that is reached
+_MOST_SECONDS: Final = 10.0  # after which no more rounds are made, though that is not reached
 
 
 class Candidates:
@@ -75,30 +75,24 @@ class Candidates:
         kept = {group: first_units(by_name[group], width) for group, width in widths.items()}
         return self.prepare_plan(make_plan(Cut(self._groups, kept), kept, {"kept": "the first"}, {}), name)
 
-    def compare(
-        self, model: ReadyModel, rounds: int = _ROUNDS, most_seconds: float = _MOST_SECONDS
-    ) -> LatencyComparison:
+    def compare(self, model: ReadyModel, rounds: int = _ROUNDS, patience: float = 1.0) -> LatencyComparison:
         """Time a model and the dense one in the same rounds, as `compare_all` does; they are "dense" and "pruned"."""
-        return self.compare_all({"pruned": model}, rounds, most_seconds)
+        return self.compare_all({"pruned": model}, rounds, patience)
 
-    def compare_all(
-        self, models: Mapping[str, ReadyModel], rounds: int, most_seconds: float = _MOST_SECONDS
-    ) -> LatencyComparison:
+    def compare_all(self, models: Mapping[str, ReadyModel], rounds: int, patience: float = 1.0) -> LatencyComparison:
         """Time models, by their names, and the dense one, called "dense", in the same rounds.
 
-        On a machine that other programs disturb as many rounds are made again and again, until their speed-ups are
-        known to half a per cent. Medians of more rounds were found closer to the truth there than lower quartiles, and
-        those closer than least times.
+        Rounds are made until the speed-ups are known to half a per cent, or for ten seconds. Where other programs run,
+        medians of many rounds were found closer to the truth than lower quartiles, and those closer than least times.
 
         Args:
             models: name -> model.
             rounds: times kept per model, at least.
-            most_seconds: how long rounds may take, beyond these.
+            patience: share of the ten seconds.
         """
         everything = {"dense": self.dense, **models}
-        measuring = Rounds(
-            rounds=rounds, warmup=3, min_seconds=_SECONDS, precision=_PRECISION, most_seconds=most_seconds
-        )
+        seconds = patience * _MOST_SECONDS
+        measuring = Rounds(rounds=rounds, warmup=3, min_seconds=_SECONDS, precision=_PRECISION, most_seconds=seconds)
         with ExitStack() as stack:
             runs = {name: stack.enter_context(model.running()) for name, model in everything.items()}
             results = measuring.time(runs, {name: model.path for name, model in everything.items()})

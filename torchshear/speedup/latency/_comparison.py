@@ -26,7 +26,9 @@ Run = Callable[[], object]  # one inference; it returns when that is done
 
 _RESAMPLES: Final = 2000
 _NOISY_IQR: Final = 0.1  # share of the median, as torch.utils.benchmark.Measurement warns
-_BLOCKS: Final = 8
+_BLOCKS: Final = 8  # of consecutive rounds
+_BATCH: Final = 5  # rounds that are added at a time
+_LEAST_SHARE: Final = 0.2  # of the longest duration of rounds, before which they do not end by their precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,11 @@ class LatencyResult:
 
     @property
     def interval_ms(self) -> tuple[float, float]:
-        """Percentile bootstrap interval of the median, in milliseconds (Efron and Tibshirani 1993, chapter 13)."""
+        """Percentile bootstrap interval of the median, in milliseconds (Efron and Tibshirani 1993, chapter 13).
+
+        Blocks of consecutive rounds are drawn, each an eighth of them, that go on with the first round behind the last
+        (Politis and Romano 1992): what disturbs a machine lasts for more than a round.
+        """
         times_ms = np.asarray(self.times_ms)
         medians = np.median(times_ms[_resamples(len(times_ms), self.seed)], axis=1)
         return _percentile_interval(medians, self.confidence)
@@ -126,7 +132,7 @@ class LatencyComparison:
         return self[self.baseline].median_ms / self[name].median_ms
 
     def speedup_interval(self, name: str) -> tuple[float, float]:
-        """Return the interval of the speed-up, by a bootstrap over rounds, which keeps both models paired.
+        """Return the interval of the speed-up, by a bootstrap over blocks of rounds, which keeps both models paired.
 
         Raises:
             ArgumentError: no model has this name.
@@ -140,7 +146,8 @@ class LatencyComparison:
     def uncertainty(self, name: str) -> float:
         """Return the standard error of the speed-up, as a share of it; infinite after one round.
 
-        It is that of eight blocks of consecutive rounds: what slows several rounds in a row down counts once.
+        It is that of eight blocks of consecutive rounds, or as many as there are rounds: what slows several rounds in a
+        row down counts once.
 
         Raises:
             ArgumentError: no model has this name.
@@ -236,8 +243,9 @@ class Rounds:
         rounds: times kept per model, at least.
         warmup: inferences per model before the first round, 3 at least.
         min_seconds: shortest duration of one sample; shorter inferences are run several times in a row and averaged.
-        precision: largest standard error of a speed-up over the first model, as a share of it, at which rounds end.
-        most_seconds: how long as many rounds are made again and again until that is reached.
+        precision: standard error of the speed-ups over the first model, as a share, at which rounds end. That counts
+            after a fifth of `most_seconds`, since disturbances last for seconds.
+        most_seconds: time after which no more rounds are added to the first ones.
         confidence: of all intervals, between 0 and 1.
         seed: of the order and of the bootstrap.
         progress: see `torchshear.collect`; what is done are rounds.
@@ -265,19 +273,27 @@ class Rounds:
         counts = {name: self._runs_of_a_sample(name, run) for name, run in runs.items()}
         times_ms: dict[str, list[float]] = {name: [] for name in runs}
         names, order = list(runs), np.random.default_rng(self.seed)
-        start, is_known = time.perf_counter(), False
+        start = time.perf_counter()
         with without_garbage_collection():
-            while not is_known:
-                for _ in with_progress(range(self.rounds), self.rounds, "measuring", self.progress):
+            while (n_rounds := self._rounds_to_add(times_ms, time.perf_counter() - start)) > 0:
+                for _ in with_progress(range(n_rounds), n_rounds, "measuring", self.progress):
                     for index in order.permutation(len(names)):
                         name = names[index]
                         times_ms[name].append(_mean_ms(runs[name], counts[name]))
-                error = max(_standard_error(times_ms[names[0]], times_ms[name]) for name in names)
-                is_known = error <= self.precision or time.perf_counter() - start >= self.most_seconds
         return {
             name: LatencyResult(name, paths[name], tuple(times_ms[name]), counts[name], self.confidence, self.seed)
             for name in names
         }
+
+    def _rounds_to_add(self, times_ms: Mapping[str, Sequence[float]], seconds: float) -> int:
+        """Return how many rounds are made next, behind those that took some seconds; 0 at the end."""
+        first = next(iter(times_ms.values()))
+        if not first:
+            return self.rounds
+        if seconds >= self.most_seconds:
+            return 0
+        error = max(_standard_error(first, times) for times in times_ms.values())
+        return 0 if error <= self.precision and seconds >= _LEAST_SHARE * self.most_seconds else _BATCH
 
     def _runs_of_a_sample(self, name: str, run: Run) -> int:
         """Warm up, and give the number of runs that last `min_seconds` together."""
@@ -320,8 +336,10 @@ def _standard_error(baseline_ms: Sequence[float], times_ms: Sequence[float]) -> 
 
 
 def _resamples(n_times: int, seed: int) -> np.ndarray:
-    """Draw the rounds of every bootstrap sample: indices of shape (resamples, n_times)."""
-    return np.random.default_rng(seed).integers(0, n_times, (_RESAMPLES, n_times))
+    """Draw the rounds of every bootstrap sample in blocks of consecutive ones: indices of shape (resamples, n_times)."""
+    size = math.ceil(n_times / _BLOCKS)
+    starts = np.random.default_rng(seed).integers(0, n_times, (_RESAMPLES, math.ceil(n_times / size), 1))
+    return ((starts + np.arange(size)) % n_times).reshape(_RESAMPLES, -1)[:, :n_times]
 
 
 def _percentile_interval(values: np.ndarray, confidence: float) -> tuple[float, float]:

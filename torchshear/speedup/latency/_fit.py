@@ -56,15 +56,12 @@ class Fit:
 
     Attributes:
         form: milliseconds, as a polynomial in shares of units as if these filled whole blocks.
-        slowdown: time of a whole run, without the profiler, by the sum of the quiet times of its parts; near 1 on a
-            quiet machine.
         kernels: the kernels that the formula is made of.
         known_share: their share of the time of all kernels of the dense model.
         n_disturbed: how many times of kernels were disturbed by other programs.
     """
 
     form: WidthForm
-    slowdown: float
     kernels: tuple[KernelFit, ...]
     known_share: float
     n_disturbed: int
@@ -115,11 +112,11 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     by_kind: dict[tuple[object, ...], list[_Kernel]] = defaultdict(list)
     for kernel in known:
         by_kind[kernel.kind].append(kernel)
-    kernels_ms = np.array([probe.profile.total_ms for probe in probes])
-    is_whole = np.array([probe.profile.whole_ms is not None for probe in probes])
+    least_ms = min(probe.profile.total_ms for probe in probes)
+    has_whole_runs = any(probe.profile.whole_ms is not None for probe in probes)
     parts, fits, n_disturbed = [WidthForm({}), WidthForm({})], list[KernelFit](), 0  # kernels with products, and others
     for alike in by_kind.values():
-        coefficients, is_disturbed = _fit_kind(alike, shares, _DISTURBED * float(kernels_ms.min()))
+        coefficients, is_disturbed = _fit_kind(alike, shares, _DISTURBED * least_ms)
         for kernel, excluded in zip(alike, is_disturbed, strict=True):
             form = WidthForm({})
             for value, feature in zip(coefficients, kernel.features, strict=True):
@@ -128,21 +125,19 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
             varying = WidthForm({numbers: value for numbers, value in form.terms.items() if numbers})
             parts[not has_products] = parts[not has_products] + varying
             gaps = kernel.times - form.at(shares)
-            kernels_ms = kernels_ms - np.where(excluded & ~is_whole, gaps, 0.0)
             n_disturbed += int(excluded.sum())
             error = np.abs(np.where(excluded, 0.0, gaps) / np.maximum(kernel.times, 1e-3)).max()
             fits.append(KernelFit(kernel.name, kernel.operator, float(kernel.times[0]), float(error)))
-    slowdown = float(np.median([probe.share * probe.dense_ms for probe in probes] / kernels_ms))
     if not fits:
         forms = WidthCost(groups).forms()
         parts = [forms["macs"], forms["n_params"]]
-    elif not is_whole.any():
+    elif not has_whole_runs:
         parts = [parts[0] + parts[1]]
     dense_ms = float(np.median([probe.dense_ms for probe in probes]))
     form = _fit_sum(parts, shares, dense_ms * np.array([probe.share for probe in probes]))
     all_ms = sum(kernel.ms for kernel in probes[0].profile.kernels)
     known_share = sum(kernel.dense_ms for kernel in fits) / all_ms if all_ms else 0.0
-    return Fit(form, slowdown, tuple(fits), known_share, n_disturbed)
+    return Fit(form, tuple(fits), known_share, n_disturbed)
 
 
 def _fit_sum(parts: Sequence[WidthForm], shares: Floats, times: Floats) -> WidthForm:

@@ -24,7 +24,7 @@ from torchshear.speedup.latency._probes import WidthProbe, choose_probes
 from torchshear.speedup.latency._table import LatencyTable, make_table
 
 PROBES: Final = 10
-_MOST_SECONDS: Final = 3.0  # of the rounds of one vector, on a machine that other programs disturb
+_PATIENCE: Final = 0.3  # of the rounds of one vector, since all of them are fitted together
 
 
 def measure_table(
@@ -110,10 +110,10 @@ def table_of(  # noqa: PLR0913 - what is measured, where, and how much of it
 def _measure(candidates: Candidates, widths: Mapping[str, int], is_dense: bool) -> WidthProbe:
     """Make, run and profile the model at one vector of widths."""
     model = candidates.dense if is_dense else candidates.prepare_widths(widths, "probe")
-    comparison = candidates.compare(model, most_seconds=_MOST_SECONDS)
+    comparison = candidates.compare(model, patience=_PATIENCE)
     reference = candidates.dense.profile()
     profile = reference if is_dense else model.profile()
-    share = 1 / comparison.speedup("pruned")
+    share = 1.0 if is_dense else 1 / comparison.speedup("pruned")
     return WidthProbe(widths, share, comparison["dense"].median_ms, profile, reference.total_ms)
 
 

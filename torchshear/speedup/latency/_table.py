@@ -68,7 +68,6 @@ class LatencyTable:
         block: positions that the device computes together.
         groups: the groups of the model.
         form: milliseconds as a polynomial in shares of units, filled up to whole blocks.
-        slowdown: time of whole runs by the sum of the quiet times of their parts; near 1 on a quiet machine.
         known_share: share of the time of the dense model's kernels that follow widths in a known way.
         kernels: the kernels that the formula is made of.
         points: what was measured.
@@ -85,7 +84,6 @@ class LatencyTable:
     block: int
     groups: tuple[TableGroup, ...]
     form: WidthForm
-    slowdown: float
     known_share: float
     kernels: tuple[KernelFit, ...]
     points: tuple[TablePoint, ...]
@@ -166,7 +164,6 @@ class LatencyTable:
             "alignment": {"name": self.alignment, "block": self.block},
             "groups": [[group.name, group.width, group.multiplicity] for group in self.groups],
             "terms": terms,
-            "slowdown": self.slowdown,
             "known_share": self.known_share,
             "kernels": [asdict(kernel) for kernel in self.kernels],
             "points": [asdict(point) | {"widths": dict(point.widths)} for point in self.points],
@@ -214,7 +211,6 @@ class LatencyTable:
             block=int(document["alignment"]["block"]),
             groups=groups,
             form=WidthForm(terms),
-            slowdown=float(document["slowdown"]),
             known_share=float(document["known_share"]),
             kernels=tuple(KernelFit(**entry) for entry in document["kernels"]),
             points=tuple(TablePoint(**entry) for entry in document["points"]),
@@ -266,7 +262,6 @@ def make_table(
         block=block,
         groups=tuple(TableGroup(group.name, group.width, group.multiplicity) for group in groups),
         form=fit.form,
-        slowdown=fit.slowdown,
         known_share=fit.known_share,
         kernels=fit.kernels,
         points=tuple(points),
