@@ -19,6 +19,7 @@ from torchshear.latency_target import _planner as planner
 from torchshear.latency_target._budgets import budget_of
 from torchshear.latency_target._record import LatencyRound
 from torchshear.pruners.allocation._problem import Levels
+from torchshear.pruners.allocation._solve import Solution
 from torchshear.pruners.criteria._criterion import find_criterion
 from torchshear.speedup.latency import Device
 from torchshear.speedup.latency._comparison import LatencyComparison, LatencyResult
@@ -122,11 +123,26 @@ def test_the_next_budget_is_the_last_one_scaled_or_where_a_line_gives_the_wanted
     none_met, none_missed = (0.0, 0.0), (float("inf"), 0.0)
     assert planner._next_budget((0.4, 0.3), (0.6, 0.5), 0.38, 0.5) == pytest.approx(0.48)
     assert planner._next_budget((0.4, 0.3), (0.6, 0.5), 0.301, 0.5) == pytest.approx(0.44)
-    assert planner._next_budget((0.4, 0.3), (0.6, 0.3), 0.3, 0.5) == pytest.approx(0.44)
     assert planner._next_budget((0.4, 0.3), none_missed, 0.38, 0.5) == 0.5
     assert planner._next_budget((0.4, 0.3), none_missed, 0.38, 0.0) == pytest.approx(0.408)
     assert planner._next_budget(none_met, (0.6, 0.5), 0.38, 0.5) == 0.5
     assert planner._next_budget(none_met, (0.6, 0.5), 0.38, 0.0) == pytest.approx(0.588)
+
+
+def test_after_a_time_just_below_the_target_the_budget_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is held for too uncertain to end the rounds with, though it met the target."""
+    shares = iter([0.598, 0.59])
+
+    def measure_round(measured: Any, ranked: Any, found: Solution) -> LatencyRound:
+        predicted = measured.table.predict_ms(found.widths) / measured.table.dense_ms
+        return LatencyRound(found.widths, found.loss, found.bound, 0.0, predicted, next(shares), 0.005)
+
+    monkeypatch.setattr(planner, "_measure_round", measure_round)
+    result = prune(target_latency=0.6)
+    assert result.allocation is not None
+    first, second = result.allocation.rounds
+    assert second.predicted_share < first.predicted_share
+    assert result.allocation.chosen == 1
 
 
 def test_what_cannot_be_reached_is_said_before_anything_is_shrunk() -> None:

@@ -1,6 +1,5 @@
 import gc
 import json
-import time
 
 import numpy as np
 import onnx
@@ -99,25 +98,47 @@ def test_statistics_of_one_model():
     assert result.interval_ms == (low, high)
 
 
+class Clock:
+    """A clock that stands still but for what is measured, by times of 0.1 s of which some are longer."""
+
+    def __init__(self, noise):
+        self.seconds, self.noise, self.rng = 0.0, noise, np.random.default_rng(0)
+
+    def perf_counter(self):
+        return self.seconds
+
+    def measure(self, run, n_runs):
+        self.seconds += 0.1
+        return run() * (1 + self.noise * self.rng.random())
+
+
 @pytest.mark.parametrize(
-    ("noise", "most_seconds", "rounds"), [(0.0, 9.0, 20), (0.1, 9.0, 0), (0.5, 0.02, 40), (0.5, 0.0, 20)]
+    ("noise", "most_seconds", "rounds"),
+    [(0.0, 0.0, 8), (0.0, 3.0, 8), (0.0, 10.0, 13), (0.1, 100.0, None), (0.5, 6.0, 33), (0.5, 0.0, 8)],
 )
 def test_rounds_end_when_speedups_are_known_or_time_is_up(monkeypatch, noise, most_seconds, rounds):
-    rng = np.random.default_rng(0)
-
-    def measure(run, n_runs):
-        time.sleep(2e-4)
-        return run() * (1 + noise * rng.random())
-
-    monkeypatch.setattr(_comparison, "_mean_ms", measure)
-    measuring = Rounds(rounds=20, warmup=3, min_seconds=0.0, precision=0.005, most_seconds=most_seconds)
+    clock = Clock(noise)
+    monkeypatch.setattr(_comparison, "time", clock)
+    monkeypatch.setattr(_comparison, "_mean_ms", clock.measure)
+    measuring = Rounds(rounds=8, warmup=3, min_seconds=0.0, precision=0.005, most_seconds=most_seconds)
     results = measuring.time({"dense": lambda: 3.0, "small": lambda: 2.0}, {"dense": None, "small": None})
     found = LatencyComparison(results, "dense")
-    n_rounds = len(found["small"].times_ms)
-    assert n_rounds == rounds if rounds else n_rounds > 20
-    if most_seconds == 9.0:
-        assert found.uncertainty("small") <= 0.005
-        assert found.speedup("small") == pytest.approx(1.5, rel=0.02)
+    assert len(found["dense"].times_ms) == len(found["small"].times_ms)
+    if rounds is None:
+        assert 0 < found.uncertainty("small") <= 0.005
+        assert found.speedup("small") == pytest.approx(1.5, rel=0.015)
+    else:
+        assert len(found["small"].times_ms) == rounds
+
+
+def test_intervals_are_wider_where_slow_rounds_follow_each_other():
+    slow, in_turn = np.repeat([1.0, 1.3], 40), np.tile([1.0, 1.3], 40)
+    rng = np.random.default_rng(0)
+    widths = []
+    for times in (in_turn, slow):
+        low, high = comparison(dense=np.ones(80), small=times + 0.2 * rng.random(80)).speedup_interval("small")
+        widths.append(high - low)
+    assert widths[1] > 2 * widths[0]
 
 
 def test_uncertainty_counts_slow_spells_once():

@@ -12,8 +12,9 @@ from torch import nn
 import torchshear
 from torchshear.dependency import ChannelGroups
 from torchshear.errors import ArgumentError, LatencyError, WeightError
-from torchshear.speedup.latency import Device, LatencyTable, measure_staircase, measure_table
+from torchshear.speedup.latency import Device, LatencyTable, _candidates, measure_staircase, measure_table
 from torchshear.speedup.latency._candidates import Candidates
+from torchshear.speedup.latency._comparison import LatencyResult, Rounds
 from torchshear.speedup.latency._device import cpu_name
 
 
@@ -109,6 +110,24 @@ def test_threads_are_put_back_where_a_model_fails(tmp_path: Path, threads: int) 
         candidates(Net(watch), tmp_path, batch=4)
     assert torch.get_num_threads() == threads
     assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("patience", [1.0, 0.3])
+def test_rounds_go_on_until_speedups_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    asked: list[Rounds] = []
+
+    class Watched(Rounds):
+        def time(self, *args: Any) -> dict[str, LatencyResult]:
+            asked.append(self)
+            return super().time(*args)
+
+    made = candidates(Net(lambda: None), tmp_path)
+    monkeypatch.setattr(_candidates, "Rounds", Watched)
+    monkeypatch.setattr(_candidates, "_MOST_SECONDS", 0.1)
+    made.compare(made.dense, 6, patience)
+    assert (asked[0].rounds, asked[0].precision, asked[0].most_seconds) == (6, 0.005, patience * 0.1)
 
 
 def test_models_are_timed_in_the_same_rounds(tmp_path: Path) -> None:

@@ -336,7 +336,7 @@ def _standard_error(baseline_ms: Sequence[float], times_ms: Sequence[float]) -> 
 
 
 def _resamples(n_times: int, seed: int) -> np.ndarray:
-    """Draw the rounds of every bootstrap sample in blocks of consecutive ones: indices of shape (resamples, n_times)."""
+    """Draw rounds for every bootstrap sample in blocks of consecutive ones: indices of shape (resamples, n_times)."""
     size = math.ceil(n_times / _BLOCKS)
     starts = np.random.default_rng(seed).integers(0, n_times, (_RESAMPLES, math.ceil(n_times / size), 1))
     return ((starts + np.arange(size)) % n_times).reshape(_RESAMPLES, -1)[:, :n_times]
