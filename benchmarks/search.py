@@ -1,7 +1,7 @@
 """Widths found by searching, beside those of scores alone: best score over evaluations and seconds, on real digits.
 
-python benchmarks/search.py [--network cnn] [--trials 40] [--seeds 5] [--budgets 0.5 0.25] [--compensate none refit]
-                            [--methods ...] [--write]
+python benchmarks/search.py [--network cnn] [--trials 40] [--seeds 0 1 2 3 4] [--budgets 0.5 0.25]
+                            [--compensate none refit] [--methods ...] [--write]
 
 A small residual CNN, or a vision transformer, is trained once for each seed. Every method may evaluate as many
 candidates as every other, but for "sensitivity", which needs more to end. They are scored by the negative cross-entropy
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NETWORKS), default="cnn")
     parser.add_argument("--trials", type=int, default=40)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[*range(5)])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--compensate", nargs="+", default=["none", "refit"])
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "global"])
@@ -97,7 +97,7 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     """Measure every method on the network of every seed."""
     data = load_data()
     half = len(data.test_labels) // 2
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         torch.manual_seed(seed)
         build, n_epochs, rate = NETWORKS[options.network]
         model = build()
