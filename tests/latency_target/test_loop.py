@@ -117,6 +117,9 @@ def test_what_may_be_above_its_target_if_it_is_measured_again_is_not_close() -> 
     assert not planner._is_close(round_at(0.4855, 0.004), 0.5)
     assert planner._choose([round_at(0.499, 0.01, 1.0), round_at(0.493, 0.01, 2.0)], 0.5) == 1
     assert planner._choose([round_at(0.3, 0.0, 3.0), round_at(0.499, 0.01, 1.0)], 0.5) == 1
+    assert planner._choose([round_at(0.499, 0.01, 1.0), round_at(0.486, 0.01, 2.0)], 0.5) == 1
+    assert planner._choose([round_at(0.3, 0.01, 1.0), round_at(0.2, 0.01, 2.0), round_at(0.6)], 0.5) == 0
+    assert planner._choose([round_at(0.6), round_at(0.55)], 0.5) == 1
 
 
 def test_the_next_budget_is_the_last_one_scaled_or_where_a_line_gives_the_wanted_share() -> None:

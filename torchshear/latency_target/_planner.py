@@ -385,13 +385,13 @@ def _is_close(one: LatencyRound, target_share: float) -> bool:
 
 
 def _choose(rounds: list[LatencyRound], target_share: float) -> int:
-    """Return the round that loses least of those that keep off the ends; else of those between them, or of those below.
+    """Return the round that loses least of those that keep off the ends; else the fastest of those between the ends.
 
-    If none meets the target, it is the fastest.
+    If there is none, it is the one that loses least of those that meet the target, or the fastest of all.
     """
     met = [number for number, one in enumerate(rounds) if one.measured_share <= target_share]
     close = [number for number in met if rounds[number].measured_share >= target_share * (1 - TOLERANCE)]
     certain = [number for number in close if _is_close(rounds[number], target_share)]
-    if met:
-        return min(certain or close or met, key=lambda number: rounds[number].loss)
-    return min(range(len(rounds)), key=lambda number: rounds[number].measured_share)
+    if certain or (met and not close):
+        return min(certain or met, key=lambda number: rounds[number].loss)
+    return min(close or range(len(rounds)), key=lambda number: rounds[number].measured_share)
