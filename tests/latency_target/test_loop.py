@@ -49,7 +49,7 @@ def test_the_target_is_met_closely_though_the_table_is_wrong(power: float, targe
     assert found.round.measured_share == pytest.approx(share_of(found.widths, power))
     assert 0.95 * target <= 1 / result.latency.speedup("pruned") <= target
     assert 1 <= len(found.rounds) <= 5
-    assert found.gap <= 0.005 + 1e-9
+    assert found.gap <= 0.001 + 1e-9
     assert found.realised_share == pytest.approx(found.macs_share / found.round.measured_share)
     assert {group.name: len(group.kept) for group in result.plan.groups} == dict(found.widths)
     assert all(width % 4 == 0 for width in found.widths.values())
@@ -76,7 +76,7 @@ def test_no_other_widths_lose_less_within_the_budget() -> None:
     vectors = [dict(zip(DENSE, choice.tolist(), strict=True)) for choice in choices]
     best = min(loss(widths) for widths in vectors if share_of(widths) <= 0.6 * planner._AIM)
     assert one.loss == pytest.approx(loss(one.widths), rel=1e-6)
-    assert best <= one.loss <= best / (1 - 0.006)
+    assert best <= one.loss <= best / (1 - 0.0011)
     assert one.bound <= best + 1e-9
 
 

@@ -20,7 +20,7 @@ from torchshear.pruners.allocation._problem import (
     merge_terms,
 )
 
-GAP: Final = 0.005
+GAP: Final = 0.001
 TIME_LIMIT: Final = 30.0
 
 _SCALE = 1e3  # of the losses of all groups together, so that the solver's absolute tolerance of 1e-6 is none
