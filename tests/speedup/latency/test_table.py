@@ -83,6 +83,28 @@ def test_time_of_the_profiler_in_each_kernel_does_not_count() -> None:
     assert table.predict_ms(widths) / table.dense_ms == pytest.approx(true, rel=1e-3)
 
 
+def test_shares_are_of_the_dense_time_though_that_is_beyond_a_step() -> None:
+    """Weights that begin to fit into a cache, which no polynomial follows: narrower models take half of what is due."""
+    _, _, groups = joined()
+    probes = [
+        replace(probe, share=probe.share / (2 if number else 1)) for number, probe in enumerate(probes_of(groups))
+    ]
+    table, widths = table_of_probes(groups, probes), fresh_widths(groups, 5)
+    assert table.dense_ms == pytest.approx(probes[0].dense_ms)
+    true = (total_ms(widths) + 0.1) / (total_ms(probes[0].widths) + 0.1) / 2
+    assert table.predict_ms(widths) / table.dense_ms == pytest.approx(true, rel=0.15)
+    assert table.errors[0] < 0.15
+
+
+def test_the_dense_time_is_no_less_than_that_of_the_formula() -> None:
+    _, _, groups = joined()
+    probes = [
+        replace(probe, share=probe.share * (2 if number else 1)) for number, probe in enumerate(probes_of(groups))
+    ]
+    table = table_of_probes(groups, probes)
+    assert table.dense_ms == table.predict_ms({}) > probes[0].dense_ms
+
+
 def test_a_spell_in_which_all_kernels_are_slower_changes_nothing() -> None:
     _, _, groups = joined()
     probes = probes_of(groups)

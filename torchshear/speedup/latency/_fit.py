@@ -56,12 +56,15 @@ class Fit:
 
     Attributes:
         form: milliseconds, as a polynomial in shares of units as if these filled whole blocks.
+        dense_ms: milliseconds of the dense model: as measured, but no less than by the formula. What it takes more is a
+            step that no polynomial follows, as where weights begin to fit into a cache.
         kernels: the kernels that the formula is made of.
         known_share: their share of the time of all kernels of the dense model.
         n_disturbed: how many times of kernels were disturbed by other programs.
     """
 
     form: WidthForm
+    dense_ms: float
     kernels: tuple[KernelFit, ...]
     known_share: float
     n_disturbed: int
@@ -137,7 +140,7 @@ def fit_times(groups: ChannelGroups, probes: Sequence[WidthProbe], block: int) -
     form = _fit_sum(parts, shares, dense_ms * np.array([probe.share for probe in probes]))
     all_ms = sum(kernel.ms for kernel in probes[0].profile.kernels)
     known_share = sum(kernel.dense_ms for kernel in fits) / all_ms if all_ms else 0.0
-    return Fit(form, tuple(fits), known_share, n_disturbed)
+    return Fit(form, max(dense_ms, float(form.at(shares[:, 0]))), tuple(fits), known_share, n_disturbed)
 
 
 def _fit_sum(parts: Sequence[WidthForm], shares: Floats, times: Floats) -> WidthForm:

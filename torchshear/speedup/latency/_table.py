@@ -68,6 +68,7 @@ class LatencyTable:
         block: positions that the device computes together.
         groups: the groups of the model.
         form: milliseconds as a polynomial in shares of units, filled up to whole blocks.
+        dense_ms: milliseconds of the dense model: as measured, but no less than by the formula.
         known_share: share of the time of the dense model's kernels that follow widths in a known way.
         kernels: the kernels that the formula is made of.
         points: what was measured.
@@ -84,17 +85,13 @@ class LatencyTable:
     block: int
     groups: tuple[TableGroup, ...]
     form: WidthForm
+    dense_ms: float
     known_share: float
     kernels: tuple[KernelFit, ...]
     points: tuple[TablePoint, ...]
     noise: float
     n_disturbed: int = 0
     remarks: tuple[str, ...] = ()
-
-    @property
-    def dense_ms(self) -> float:
-        """Milliseconds of the dense model, by the formula."""
-        return self.predict_ms({})
 
     def predict_ms(self, widths: Mapping[str, int]) -> float:
         """Return the milliseconds of the model at some widths.
@@ -164,6 +161,7 @@ class LatencyTable:
             "alignment": {"name": self.alignment, "block": self.block},
             "groups": [[group.name, group.width, group.multiplicity] for group in self.groups],
             "terms": terms,
+            "dense_ms": self.dense_ms,
             "known_share": self.known_share,
             "kernels": [asdict(kernel) for kernel in self.kernels],
             "points": [asdict(point) | {"widths": dict(point.widths)} for point in self.points],
@@ -211,6 +209,7 @@ class LatencyTable:
             block=int(document["alignment"]["block"]),
             groups=groups,
             form=WidthForm(terms),
+            dense_ms=float(document["dense_ms"]),
             known_share=float(document["known_share"]),
             kernels=tuple(KernelFit(**entry) for entry in document["kernels"]),
             points=tuple(TablePoint(**entry) for entry in document["points"]),
@@ -244,14 +243,14 @@ def make_table(
     name, block = alignment
     fit = fit_times(groups, probes, block)
     shares = shares_of(groups, [probe.widths for probe in probes], block)
-    predicted = fit.form.at(shares)
+    predicted = fit.form.at(shares) / fit.dense_ms
     points = []
     for number, probe in enumerate(probes):
-        share = float(predicted[number] / predicted[0])
+        share = float(predicted[number])
         unseen = share
         if number and len(probes) > 3:
-            form = fit_times(groups, [*probes[:number], *probes[number + 1 :]], block).form
-            unseen = float(form.at(shares[:, number]) / form.at(shares[:, 0]))
+            without = fit_times(groups, [*probes[:number], *probes[number + 1 :]], block)
+            unseen = float(without.form.at(shares[:, number]) / without.dense_ms)
         points.append(TablePoint(dict(probe.widths), probe.share, share, unseen))
     return LatencyTable(
         device=device,
@@ -262,6 +261,7 @@ def make_table(
         block=block,
         groups=tuple(TableGroup(group.name, group.width, group.multiplicity) for group in groups),
         form=fit.form,
+        dense_ms=fit.dense_ms,
         known_share=fit.known_share,
         kernels=fit.kernels,
         points=tuple(points),
