@@ -347,6 +347,8 @@ CALLS: dict[str, Call] = {
         "path": g.folder / "picture.png"}),
     "LatencyComparison.speedup": Call(speedup.LatencyComparison.speedup, lambda g: {"self": g.measured,
         "name": "same"}),
+    "LatencyComparison.uncertainty": Call(speedup.LatencyComparison.uncertainty, lambda g: {"self": g.measured,
+        "name": "same"}),
     "LatencyComparison.is_faster": Call(speedup.LatencyComparison.is_faster, lambda g: {"self": g.measured,
         "name": "same"}),
     "ChannelGroups.describe": Call(dependency.ChannelGroups.describe, lambda g: {"self": g.groups, "mode": "eval"}),
