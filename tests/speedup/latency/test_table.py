@@ -202,6 +202,8 @@ def test_a_table_is_saved_and_loaded(tmp_path: Path) -> None:
         lambda document: document.update(format=99),
         lambda document: document.update(terms=[[[77], 1.0]]),
         lambda document: document.update(terms=[[[0], -1.0]]),
+        lambda document: document.update(dense_ms=0.0),
+        lambda document: document.update(dense_ms=float("nan")),
         lambda document: document.update(groups="none"),
     ],
 )

@@ -198,7 +198,8 @@ class LatencyTable:
         terms = {tuple(map(int, numbers)): float(value) for numbers, value in document["terms"]}
         if not all(0 <= number < len(groups) for numbers in terms for number in numbers):
             raise ValueError("a term of an unknown group")
-        if not all(math.isfinite(value) and value >= 0 for value in terms.values()):
+        dense_ms = float(document["dense_ms"])
+        if not all(math.isfinite(value) and value >= 0 for value in (*terms.values(), dense_ms)) or not dense_ms:
             raise ValueError("a term that is no time")
         return cls(
             device=Device(**document["device"]),
@@ -209,7 +210,7 @@ class LatencyTable:
             block=int(document["alignment"]["block"]),
             groups=groups,
             form=WidthForm(terms),
-            dense_ms=float(document["dense_ms"]),
+            dense_ms=dense_ms,
             known_share=float(document["known_share"]),
             kernels=tuple(KernelFit(**entry) for entry in document["kernels"]),
             points=tuple(TablePoint(**entry) for entry in document["points"]),
